@@ -1,0 +1,82 @@
+"""``python -m fastcl.info``: what was found, what will be used, and why anything is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from . import __version__
+from .kernels.ops import BACKENDS, MISSING, choose_backend
+
+_PURPOSE = {
+    "reference": "the specification in code; materialises every logit; by name only",
+    "chunked": "plain PyTorch in blocks of rows; any device",
+}
+
+
+def report() -> str:
+    """The text that ``python -m fastcl.info`` prints."""
+    lines = [
+        f"fastcl {__version__}",
+        f"  Python {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"  torch {torch.__version__}, {torch.get_num_threads()} threads, {_instruction_set()}",
+        f"  triton {_version('triton')}",
+        *_devices(),
+        "",
+        "Backends",
+        *(f"  {name:<10} available    {_PURPOSE[name]}" for name in BACKENDS),
+        *(f"  {name:<10} missing      {reason}" for name, reason in MISSING.items()),
+        "",
+        f"Will be used ({_reason()})",
+    ]
+    try:
+        lines += _choices()
+    except ValueError as error:
+        lines.append(f"  nothing: {error}")
+    return "\n".join(lines)
+
+
+def _choices() -> list[str]:
+    devices = ("cpu", "cuda") if _cuda_devices() else ("cpu",)
+    dtypes = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+    return [
+        f"  contrastive_stats  {device:<5} {str(rows)[6:]:<9} {choose_backend(torch.device(device), products)}"
+        for device in devices
+        for rows, products in {**dtypes, torch.float64: torch.float64}.items()
+    ]
+
+
+def _reason() -> str:
+    variable = os.environ.get("FASTCL_BACKEND")
+    return f"FASTCL_BACKEND={variable}" if variable else "the fastest available; FASTCL_BACKEND or use_backend fixes it"
+
+
+def _instruction_set() -> str:
+    capability: str = torch.backends.cpu.get_cpu_capability()
+    return f"instruction set {capability}"
+
+
+def _cuda_devices() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _devices() -> list[str]:
+    if _cuda_devices():
+        return [f"  cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(_cuda_devices())]
+    if torch.version.cuda is None:
+        return ["  no CUDA device: this torch is built without CUDA"]
+    return [f"  no CUDA device: torch is built for CUDA {torch.version.cuda}, but finds no driver or device"]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,93 @@
+"""Checks of arguments, with errors that name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def values_visible(tensor: Tensor) -> bool:
+    """Whether looking at values is free: not while tracing, and never a synchronisation with a device."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_rows(name: str, value: Any, *, dims: tuple[int, ...] = (2,), like: Tensor | None = None) -> None:
+    """A tensor of floating rows, [N, D] unless `dims` says otherwise, of `like`'s D and device."""
+    check_tensor(name, value)
+    if value.dtype not in ROW_DTYPES:
+        raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.dim() not in dims:
+        shapes = {1: "[D]", 2: "[N, D]", 3: "[N, V, D]"}
+        expected = " or ".join(shapes[d] for d in dims)
+        raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one dimension per row, got shape {list(value.shape)}")
+    if like is not None:
+        if value.shape[-1] != like.shape[-1]:
+            raise ValueError(f"{name}: expected rows of dimension {like.shape[-1]}, got shape {list(value.shape)}")
+        check_device(name, value, like.device)
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+
+
+def check_ids(name: str, value: Any, length: int, device: torch.device) -> None:
+    """A tensor [length] of integers."""
+    check_tensor(name, value)
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    if tuple(value.shape) != (length,):
+        raise ValueError(f"{name}: expected shape [{length}], got {list(value.shape)}")
+    check_device(name, value, device)
+    if value.dtype == torch.uint64 and values_visible(value) and bool((value.view(torch.int64) < 0).any()):
+        raise ValueError(f"{name}: expected ids below 2**63, got larger ones in a uint64 tensor")
+
+
+def check_vector(name: str, value: Any, length: int, device: torch.device) -> None:
+    """A floating tensor [length]."""
+    check_tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if tuple(value.shape) != (length,):
+        raise ValueError(f"{name}: expected shape [{length}], got {list(value.shape)}")
+    check_device(name, value, device)
+
+
+def check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:
+    if not any(value is option or (isinstance(value, str) and value == option) for option in options):
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_number(name: str, value: Any, *, positive: bool) -> None:
+    """A finite real number, above zero or (positive=False) at least zero; a tensor of one is looked at if it may be."""
+    kind = "positive" if positive else "non-negative"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: expected a {kind} number or a floating tensor of one element, "
+                f"got a {value.dtype} tensor of shape {list(value.shape)}"
+            )
+        if not values_visible(value):
+            return
+        value = value.item()
+    elif isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name}: expected a {kind} number, got {type(value).__name__}")
+    if not (0 < value < float("inf") if positive else 0 <= value < float("inf")):
+        raise ValueError(f"{name}: expected a {kind} finite number, got {value}")

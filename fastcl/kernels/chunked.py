@@ -1,0 +1,201 @@
+"""Plain PyTorch in blocks of rows, on any device. Memory O((N + M) (D + block)); the logits are never stored whole.
+
+Forward and backward cut the same blocks and multiply the same rows, so the backward's logits are the forward's to the
+bit, and softmax weights sum to one however large the logits are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Gradients, Needs, Problem, Side, Statistics, inverse_norms, through_normalization
+
+# Logits in a block. On a CPU it should stay in the caches while several passes go over it; a GPU wants large launches.
+CPU_BLOCK = 1 << 20
+GPU_BLOCK = 1 << 25
+FEWEST_ROWS = 16  # a product of fewer rows runs at the memory's speed
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    similarity: Tensor  # [B, M]
+    logits: Tensor  # [S, B, M], -inf where inadmissible
+    inadmissible: Tensor | None  # [B, M]; None: nothing, or the diagonal alone
+    positive: Tensor | None  # [B, M]; None: there are no positives
+
+
+def forward(p: Problem) -> Statistics:
+    x, y, a, c = _rows(p)
+    _, n, m = p.sizes
+    anchors = _Accumulator(p, n, dim=-1)
+    contrasts = _Accumulator(p, m if p.both else 0, dim=-2)
+    for tile in _tiles(p, x, y):
+        anchors.add(tile, tile.rows)
+        if p.both:
+            contrasts.add(tile, slice(0, m))
+    return Statistics(anchors.result(), contrasts.result(), a, c)
+
+
+def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    x, y, _, _ = _rows(p, saved)
+    self_contrast = p.contrasts is None
+    dx = torch.zeros_like(x) if needs.anchors else None
+    dy = torch.zeros_like(y) if needs.contrasts and not self_contrast else dx if self_contrast else None
+    d_scale = torch.zeros_like(p.logit_scale) if needs.logit_scale else None
+    d_bias = y.new_zeros(y.shape[0]) if needs.contrast_bias else None
+    weights = _softmax_weights(p, saved.anchors, grad)
+    weights_contrasts = _softmax_weights(p, saved.contrasts, grad_contrasts)
+    for tile in _tiles(p, x, y):
+        g = torch.zeros_like(tile.logits)
+        _add_logit_gradient(g, p, tile, _SideGradient(saved.anchors.parts[0], weights, grad), tile.rows, -1)
+        if p.both:
+            columns = _SideGradient(saved.contrasts.parts[0], weights_contrasts, grad_contrasts)
+            _add_logit_gradient(g, p, tile, columns, slice(None), -2)
+        if d_scale is not None:
+            d_scale += torch.mv(g.flatten(1), tile.similarity.flatten())
+        if d_bias is not None:
+            d_bias += g.sum((0, 1))
+        dt = g.mul_(p.logit_scale[:, None, None]).sum(0) if g.shape[0] > 1 else g[0].mul_(p.logit_scale)
+        if dx is not None:
+            dx[tile.rows].addmm_(dt, y)
+        if dy is not None:
+            dy.addmm_(dt.T, x[tile.rows])
+    if dx is not None and p.normalize_anchors:
+        dx = through_normalization(dx, x, saved.anchor_inverse_norms)
+    if dy is not None and not self_contrast and p.normalize_contrasts:
+        dy = through_normalization(dy, y, saved.contrast_inverse_norms)
+    return Gradients(dx, None if self_contrast else dy, d_scale, d_bias)
+
+
+def block_rows(p: Problem) -> int:
+    """Rows of a block: as many as make up a block of logits, at least FEWEST_ROWS."""
+    s, _, m = p.sizes
+    block = CPU_BLOCK if p.device.type == "cpu" else GPU_BLOCK
+    return max(block // max(s * m, 1), FEWEST_ROWS)
+
+
+def _rows(p: Problem, saved: Statistics | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Anchors and contrasts in the accumulation dtype, normalised there where asked for, and their inverse norms."""
+
+    def prepare(rows: Tensor, normalize: bool, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = rows.to(p.dtype)
+        if not normalize:
+            return rows, rows.new_empty(0)
+        inverse = inverse_norms(rows) if known is None else known
+        return rows * inverse[:, None], inverse
+
+    x, a = prepare(p.anchors, p.normalize_anchors, saved and saved.anchor_inverse_norms)
+    if p.contrasts is None:
+        return x, x, a, x.new_empty(0)
+    y, c = prepare(p.contrasts, p.normalize_contrasts, saved and saved.contrast_inverse_norms)
+    return x, y, a, c
+
+
+def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
+    _, n, _ = p.sizes
+    step = block_rows(p)
+    other_clusters = p.anchor_clusters if p.contrasts is None else p.contrast_clusters
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        similarity = x[rows] @ y.T
+        logits = similarity * p.logit_scale[:, None, None]
+        if p.contrast_bias is not None:
+            logits += p.contrast_bias
+        positive = _equal(p.anchor_clusters, other_clusters, rows)
+        inadmissible = _equal(p.anchor_ids, p.contrast_ids, rows)
+        if p.contrasts is None:
+            for matrix, value in ((logits, -torch.inf), (positive, False)):
+                if matrix is not None:
+                    matrix.diagonal(offset=start, dim1=-2, dim2=-1).fill_(value)
+        if inadmissible is not None:
+            logits.masked_fill_(inadmissible, -torch.inf)
+            if positive is not None:
+                positive &= ~inadmissible
+        yield _Tile(rows, similarity, logits, inadmissible, positive)
+
+
+def _equal(left: Tensor | None, right: Tensor | None, rows: slice) -> Tensor | None:
+    if left is None or right is None:
+        return None
+    ids = left[rows, None]
+    return (ids == right) & (ids != -1)
+
+
+def _members(field: str, tile: _Tile) -> Tensor:
+    """The logits of the field's set, -inf elsewhere: [S, B, M]."""
+    if field == "lse_all" or (field == "lse_neg" and tile.positive is None):
+        return tile.logits
+    if tile.positive is None:
+        return torch.full_like(tile.logits, -torch.inf)
+    return tile.logits.masked_fill(tile.positive if field == "lse_neg" else ~tile.positive, -torch.inf)
+
+
+class _Accumulator:
+    """Statistics of `size` rows (dim -1 reduced) or columns (dim -2 reduced) of the tiles that are added to it."""
+
+    def __init__(self, p: Problem, size: int, dim: int) -> None:
+        s, n, m = p.sizes
+        self.p = p
+        self.dim = dim
+        self.pairs = (m if dim == -1 else n) - (p.contrasts is None)  # in a row of tiles, before ids are looked at
+        new = p.logit_scale.new_zeros
+        self.sum_pos = new(s, size)
+        self.positives, self.inadmissible = new(size), new(size)
+        self.shifts = new(len(p.log_sums), s, size).fill_(-torch.inf)
+        self.sums = new(len(p.log_sums), s, size)
+
+    def add(self, tile: _Tile, where: slice) -> None:
+        if tile.logits.shape[self.dim] == 0:
+            return
+        for k, field in enumerate(self.p.log_sums):
+            members = _members(field, tile)
+            shift = torch.maximum(self.shifts[k, :, where], members.amax(self.dim))
+            finite = shift.masked_fill(shift == -torch.inf, 0)
+            rescaled = self.sums[k, :, where] * (self.shifts[k, :, where] - finite).exp()
+            self.sums[k, :, where] = rescaled + (members - finite.unsqueeze(self.dim)).exp_().sum(self.dim)
+            self.shifts[k, :, where] = shift
+        if tile.inadmissible is not None:
+            self.inadmissible[where] += tile.inadmissible.sum(self.dim)
+        if tile.positive is not None:
+            self.positives[where] += tile.positive.sum(self.dim)
+            if "sum_pos" in self.p.want:
+                self.sum_pos[:, where] += torch.where(tile.positive, tile.logits, 0).sum(self.dim)
+
+    def result(self) -> Side:
+        shifts = self.shifts.masked_fill_(self.shifts == -torch.inf, 0)
+        log_sums = dict(zip(self.p.log_sums, shifts + self.sums.log(), strict=True))
+        fields = [log_sums.get(field, self.sum_pos) for field in self.p.want]
+        return Side(
+            torch.stack(fields) if fields else self.sum_pos.new_empty((0, *self.sum_pos.shape)),
+            torch.stack([self.positives, self.pairs - self.positives - self.inadmissible]),
+            torch.stack([shifts, self.sums]),
+        )
+
+
+class _SideGradient(NamedTuple):
+    """What the gradient of the logits is made of, on one side."""
+
+    shifts: Tensor  # [L, S, N]
+    weights: Tensor  # [L, S, N]
+    grad: Tensor  # [W, S, N]
+
+
+def _softmax_weights(p: Problem, side: Side, grad: Tensor) -> Tensor:
+    """grad / sum for each log-sum-exp [L, S, N], 0 where the sum is empty."""
+    grads = [grad[p.want.index(field)] for field in p.log_sums]
+    sums = side.parts[1]
+    return torch.where(sums > 0, torch.stack(grads) / sums, 0) if grads else sums
+
+
+def _add_logit_gradient(g: Tensor, p: Problem, tile: _Tile, side: _SideGradient, where: slice, dim: int) -> None:
+    """Adds dL/ds of one side to g [S, B, M]: the softmax part, then the positive part, in the tile."""
+    for k, field in enumerate(p.log_sums):
+        exponents = _members(field, tile) - side.shifts[k, :, where].unsqueeze(dim)
+        g.addcmul_(exponents.exp_(), side.weights[k, :, where].unsqueeze(dim))
+    if "sum_pos" in p.want and tile.positive is not None:
+        g.addcmul_(tile.positive.to(g.dtype), side.grad[p.want.index("sum_pos")][:, where].unsqueeze(dim))

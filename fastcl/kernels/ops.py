@@ -1,0 +1,430 @@
+"""The operators: schemas, shapes for tracing, derivatives, and the one place that chooses a backend.
+
+`contrastive_stats` is what the losses call. It is registered with `torch.library` as an opaque operator, so that
+torch.compile sees one node; its derivative is an operator of its own whose derivative raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from numbers import Real
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import chunked, reference
+from .checks import check_device, check_flag, check_ids, check_rows, check_vector
+from .problem import FIELDS, Needs, Problem, Side, Statistics, accumulation_dtype
+
+# ---- backends ----
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+
+# Names of the contract that this version does not carry, and why.
+MISSING = {
+    "cpu": "not part of this version (a C++ SIMD engine for x86-64)",
+    "triton": "not part of this version (Triton kernels for GPUs)",
+    "cuda": "not part of this version (CUDA C++ kernels for NVIDIA GPUs)",
+}
+
+_chosen: ContextVar[str | None] = ContextVar("fastcl_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Fixes the backend inside a ``with`` block, for the current thread or task.
+
+    Args:
+        name: ``"reference"`` (everything materialised: the specification in code) or ``"chunked"`` (plain PyTorch in
+            blocks of rows). The environment variable ``FASTCL_BACKEND`` does the same for a process; this wins over it.
+
+    A backward runs on the backend of its forward. A function under ``torch.compile`` keeps the backend that it was
+    traced with.
+
+    Raises:
+        ValueError: if there is no such backend, or it is not available here; the message says why.
+    """
+    token = _chosen.set(_available(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def _available(name: str, source: str) -> str:
+    if name in BACKENDS:
+        return name
+    options = ", ".join(map(repr, BACKENDS))
+    reason = f", which is {MISSING[name]}" if name in MISSING else ""
+    raise ValueError(f"{source}: expected one of {options}, got {name!r}{reason}")
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for rows on `device` whose products have `dtype`: the one asked for, else the fastest there is."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    environment = os.environ.get("FASTCL_BACKEND")
+    return _available(environment, "FASTCL_BACKEND") if environment else "chunked"
+
+
+# Tracing cannot look into context variables or the environment: what they say then becomes part of the graph.
+_traced_choice = torch.compiler.assume_constant_result(choose_backend)
+
+
+# ---- schemas ----
+
+_library = torch.library.Library("fastcl", "DEF")
+
+_PROBLEM = (
+    "Tensor anchors, Tensor? contrasts, Tensor? anchor_clusters, Tensor? contrast_clusters, Tensor logit_scale, "
+    "Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
+    "bool normalize_contrasts, str[] want, bool both, str backend"
+)
+_PROBLEM_LENGTH = _PROBLEM.count(",") + 1
+_library.define(
+    f"contrastive_stats_fwd({_PROBLEM}) -> (Tensor fields, Tensor counts, Tensor parts, Tensor contrast_fields, "
+    "Tensor contrast_counts, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms)"
+)
+_library.define(
+    f"contrastive_stats_bwd({_PROBLEM}, Tensor counts, Tensor parts, Tensor contrast_counts, Tensor contrast_parts, "
+    "Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, Tensor grad_fields, Tensor grad_contrast_fields, "
+    "bool[] needs) -> (Tensor anchors, Tensor contrasts, Tensor logit_scale, Tensor contrast_bias)"
+)
+_forward = torch.ops.fastcl.contrastive_stats_fwd
+_backward = torch.ops.fastcl.contrastive_stats_bwd
+
+
+def _problem(args: Sequence[Any]) -> tuple[Problem, ModuleType]:
+    *problem, backend = args
+    return Problem(*problem), BACKENDS[backend]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Rows reach a backend in the dtype they have; its products must not be rounded behind its back."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+def _forward_impl(*args: Any) -> tuple[Tensor, ...]:
+    problem, backend = _problem(args)
+    with _without_autocast(problem.device):
+        anchors, contrasts, *inverse_norms = backend.forward(problem)
+    return *anchors, *contrasts, *inverse_norms
+
+
+def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
+    problem, backend = _problem(args[:_PROBLEM_LENGTH])
+    counts, parts, contrast_counts, contrast_parts, a, c, grad, grad_contrasts, flags = args[_PROBLEM_LENGTH:]
+    needs = Needs(*flags)
+    saved = Statistics(Side(grad, counts, parts), Side(grad_contrasts, contrast_counts, contrast_parts), a, c)
+    grad = _over_sets(problem, grad, counts)
+    grad_contrasts = _over_sets(problem, grad_contrasts, contrast_counts)
+    with _without_autocast(problem.device):
+        gradients = backend.backward(problem, saved, grad, grad_contrasts, needs)
+    inputs = (problem.anchors, problem.contrasts, problem.logit_scale, problem.contrast_bias)
+    return tuple(
+        gradient.to(source.dtype) if need and source is not None else grad.new_empty(0)
+        for need, gradient, source in zip(needs, gradients, inputs, strict=True)
+    )
+
+
+def _over_sets(problem: Problem, grad: Tensor, counts: Tensor) -> Tensor:
+    """Gradients [W, S, N] of fields whose set is empty do not count: the fields are constants there.
+
+    A user's formula may well divide by a count of zero in a row that it masks out, and send NaN back.
+    """
+    positives, negatives = counts
+    sizes = {"lse_all": positives + negatives, "lse_pos": positives, "lse_neg": negatives, "sum_pos": positives}
+    if not problem.want:
+        return grad
+    present = torch.stack([sizes[field] > 0 for field in problem.want])
+    return torch.where(present[:, None], grad, 0)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    problem, _ = _problem(args)
+    s, n, m = problem.sizes
+    new = problem.logit_scale.new_empty
+
+    def side(size: int) -> tuple[Tensor, ...]:
+        return (
+            new((len(problem.want), s, size)),
+            new((2, size)),
+            new((2, len(problem.log_sums), s, size)),
+        )
+
+    a = new(n if problem.normalize_anchors else 0)
+    c = new(m if problem.normalize_contrasts and problem.contrasts is not None else 0)
+    return *side(n), *side(m if problem.both else 0), a, c
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    problem, _ = _problem(args[:_PROBLEM_LENGTH])
+    inputs = (problem.anchors, problem.contrasts, problem.logit_scale, problem.contrast_bias)
+    return tuple(
+        source.new_empty(source.shape) if need and source is not None else problem.logit_scale.new_empty(0)
+        for need, source in zip(args[-1], inputs, strict=True)
+    )
+
+
+# ---- derivatives ----
+
+_DIFFERENTIABLE = (0, 1, 4, 5)  # anchors, contrasts, logit_scale, contrast_bias among the arguments of _PROBLEM
+
+
+class _ContrastiveStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = _forward(*args)
+        fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, a, c = outputs
+        saved = (counts, parts, contrast_counts, contrast_parts, a, c)
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*args[:8], *saved)
+        ctx.options = args[8:]
+        return fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, a, c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        results = _backward(*saved[:8], *ctx.options, *saved[8:], grads[0], grads[3], needs)
+        by_argument: list[Tensor | None] = [None] * _PROBLEM_LENGTH
+        for i, need, gradient in zip(_DIFFERENTIABLE, needs, results, strict=True):
+            by_argument[i] = gradient if need else None
+        return tuple(by_argument)
+
+
+class _ContrastiveStatsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = _backward(*args)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("fastcl.contrastive_stats: second derivatives are not supported")
+
+
+for _name, _impl, _fake, _function in (
+    ("contrastive_stats_fwd", _forward_impl, _forward_fake, _ContrastiveStats),
+    ("contrastive_stats_bwd", _backward_impl, _backward_fake, _ContrastiveStatsBackward),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    _library.impl(_name, _function.apply, "Autograd")
+    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
+
+
+# ---- what the losses call ----
+
+
+class ContrastiveStats(NamedTuple):
+    """Statistics of each anchor over its contrasts, or of each contrast over its anchors. None where not wanted.
+
+    Shapes are ``[N]``, or ``[S, N]`` (counts: ``[N]``) where several scales were asked for. Natural logarithms.
+    An empty set has log-sum-exp ``-inf`` and sum 0; gradients of such entries are taken for zero.
+    """
+
+    lse_all: Tensor | None
+    """log-sum-exp of the logits over all admissible contrasts"""
+    lse_pos: Tensor | None
+    """the same over the positives"""
+    lse_neg: Tensor | None
+    """the same over the negatives"""
+    sum_pos: Tensor | None
+    """sum of the logits over the positives"""
+    num_pos: Tensor
+    """number of positives, in the fields' dtype"""
+    num_neg: Tensor
+    """number of negatives, in the fields' dtype"""
+    reverse: ContrastiveStats | None
+    """the statistics of each contrast over the anchors, ``[M]``, where ``both=True``"""
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool ``[N]``: whether every wanted field of the row is over a non-empty set."""
+        valid = torch.ones_like(self.num_pos, dtype=torch.bool)
+        if self.lse_all is not None:
+            valid = valid & (self.num_pos + self.num_neg > 0)
+        if self.lse_pos is not None or self.sum_pos is not None:
+            valid = valid & (self.num_pos > 0)
+        if self.lse_neg is not None:
+            valid = valid & (self.num_neg > 0)
+        return valid
+
+
+def sweep(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    anchor_clusters: Tensor | None,
+    contrast_clusters: Tensor | None,
+    logit_scale: Tensor,
+    *,
+    normalize_anchors: bool,
+    normalize_contrasts: bool,
+    contrast_bias: Tensor | None = None,
+    anchor_ids: Tensor | None = None,
+    contrast_ids: Tensor | None = None,
+    want: Sequence[str],
+    both: bool = False,
+) -> ContrastiveStats:
+    """`contrastive_stats` of checked arguments: ids int64, of which -1 alone equals nothing; scale [] or [S]."""
+    dtype = accumulation_dtype(anchors, contrasts)
+    choose = _traced_choice if torch.compiler.is_compiling() else choose_backend
+    order = [field for field in FIELDS if field in want]
+    scales = logit_scale.to(dtype).reshape(-1)
+    bias = None if contrast_bias is None else contrast_bias.to(dtype)
+    fields, counts, _, contrast_fields, contrast_counts, *_ = _forward(
+        anchors,
+        contrasts,
+        anchor_clusters,
+        contrast_clusters,
+        scales,
+        bias,
+        anchor_ids,
+        contrast_ids,
+        normalize_anchors,
+        normalize_contrasts,
+        order,
+        both,
+        choose(anchors.device, dtype),
+    )
+
+    def named(values: Tensor, numbers: Tensor, reverse: ContrastiveStats | None) -> ContrastiveStats:
+        by_name = dict(zip(order, (values if logit_scale.dim() else values[:, 0]).unbind(0), strict=True))
+        num_pos, num_neg = numbers.unbind(0)
+        lse_all, lse_pos, lse_neg, sum_pos = (by_name.get(field) for field in FIELDS)
+        return ContrastiveStats(lse_all, lse_pos, lse_neg, sum_pos, num_pos, num_neg, reverse)
+
+    return named(fields, counts, named(contrast_fields, contrast_counts, None) if both else None)
+
+
+def contrastive_stats(
+    anchors: Tensor,
+    contrasts: Tensor | None = None,
+    anchor_clusters: Tensor | None = None,
+    contrast_clusters: Tensor | None = None,
+    *,
+    logit_scale: float | Tensor = 1.0,
+    normalize_anchors: bool = False,
+    normalize_contrasts: bool = False,
+    contrast_bias: Tensor | None = None,
+    anchor_ids: Tensor | None = None,
+    contrast_ids: Tensor | None = None,
+    want: Sequence[str] = ("lse_all", "sum_pos"),
+    both: bool = False,
+) -> ContrastiveStats:
+    r"""Statistics of contrastive logits, in one pass that never stores them.
+
+        The logits are
+
+        .. math:: s_{ij} = \text{logit\_scale} \cdot a_i \, c_j \, \langle x_i, y_j \rangle + \text{bias}_j
+
+    with :math:`a`, :math:`c` either 1 or, for cosine similarity, the rows' inverse norms (norms floored at 1e-12; a row
+    of zeros has similarity 0 and gradient 0). For anchor i, A_i are its admissible contrasts (self-contrast: all
+    j != i; two sets: all j but those of the anchor's sample id), P_i those of A_i in the anchor's cluster, N_i the
+    rest of A_i.
+
+    A contrastive loss is a formula of the result. SupCon, for instance::
+
+            s = contrastive_stats(z, anchor_clusters=labels, logit_scale=1 / 0.07, normalize_anchors=True)
+            loss = (s.lse_all - s.sum_pos / s.num_pos)[s.valid].mean()
+
+        Args:
+            anchors: ``[N, D]``; float64, float32, bfloat16 or float16.
+            contrasts: ``[M, D]``, or None for self-contrast: the contrasts are the anchors, normalised as they are.
+            anchor_clusters: ``[N]`` integers; negative: in no cluster, equal to nothing. None: there are no positives.
+            contrast_clusters: ``[M]`` integers; two sets take both or neither.
+            logit_scale: 1 / temperature; a number, a tensor of no dimension, or ``[S]`` scales at once.
+            normalize_anchors, normalize_contrasts: cosine similarity.
+            contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency).
+            anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
+            want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``; only these are computed.
+            both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
+
+        Returns:
+            :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale and contrast_bias.
+            float32; float64 where a set of rows is float64. Rows of two dtypes are multiplied in the wider one.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+            RuntimeError: on a second derivative.
+    """
+    check_rows("anchors", anchors)
+    n = anchors.shape[0]
+    for name, flag in (
+        ("normalize_anchors", normalize_anchors), ("normalize_contrasts", normalize_contrasts), ("both", both)
+    ):  # fmt: skip
+        check_flag(name, flag)
+    if contrasts is not None:
+        check_rows("contrasts", contrasts, like=anchors)
+        m = contrasts.shape[0]
+    else:
+        m = n
+        for name, value in (
+            ("contrast_clusters", contrast_clusters), ("anchor_ids", anchor_ids), ("contrast_ids", contrast_ids)
+        ):  # fmt: skip
+            if value is not None:
+                raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
+        if both:
+            raise ValueError("both: expected False for self-contrast (contrasts=None), got True")
+        if normalize_contrasts and not normalize_anchors:
+            raise ValueError(
+                "normalize_contrasts: self-contrast (contrasts=None) normalises both sides or none; "
+                "expected normalize_anchors=True with it, got False"
+            )
+    ids = {}
+    for left, right, values in (
+        ("anchor_clusters", "contrast_clusters", (anchor_clusters, contrast_clusters)),
+        ("anchor_ids", "contrast_ids", (anchor_ids, contrast_ids)),
+    ):
+        if contrasts is not None and (values[0] is None) != (values[1] is None):
+            given, absent = (left, right) if values[1] is None else (right, left)
+            raise ValueError(f"{absent}: expected a tensor, as {given} is given, got None")
+        for name, value, length in zip((left, right), values, (n, m), strict=True):
+            if value is not None:
+                check_ids(name, value, length, anchors.device)
+            ids[name] = None if value is None else value.to(torch.int64).clamp(min=-1)
+    if contrast_bias is not None:
+        check_vector("contrast_bias", contrast_bias, m, anchors.device)
+    return sweep(
+        anchors,
+        contrasts,
+        ids["anchor_clusters"],
+        ids["contrast_clusters"],
+        _scale_tensor(logit_scale, anchors, accumulation_dtype(anchors, contrasts)),
+        normalize_anchors=normalize_anchors,
+        normalize_contrasts=normalize_contrasts,
+        contrast_bias=contrast_bias,
+        anchor_ids=ids["anchor_ids"],
+        contrast_ids=ids["contrast_ids"],
+        want=_check_want(want),
+        both=both,
+    )
+
+
+def _check_want(want: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(want, str) or not all(field in FIELDS for field in want):
+        raise ValueError(f"want: expected a sequence of {', '.join(map(repr, FIELDS))}, got {want!r}")
+    return tuple(want)
+
+
+def _scale_tensor(value: float | Tensor, anchors: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"logit_scale: expected a floating dtype, got {value.dtype}")
+        if value.dim() > 1 or value.numel() == 0:
+            raise ValueError(f"logit_scale: expected shape [] or [S], got {list(value.shape)}")
+        if value.dim() == 1:
+            check_device("logit_scale", value, anchors.device)
+        return value.to(anchors.device)
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"logit_scale: expected a number or a tensor, got {type(value).__name__}")
+    return torch.full((), value, dtype=dtype, device=anchors.device)

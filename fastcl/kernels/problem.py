@@ -1,0 +1,110 @@
+"""What every backend receives and returns: plain records of tensors, and the arithmetic of row norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
+NORM_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sweep over the logits ``s_ij = logit_scale * a_i * c_j * <x_i, y_j> + bias_j``, S scales at once.
+
+    Cluster and sample ids are int64; -1 equals nothing, not even itself.
+    """
+
+    anchors: Tensor  # [N, D]
+    contrasts: Tensor | None  # [M, D]; None: the anchors themselves, without the diagonal
+    anchor_clusters: Tensor | None  # [N]; None: there are no positives
+    contrast_clusters: Tensor | None  # [M]; None for self-contrast
+    logit_scale: Tensor  # [S], of `dtype`
+    contrast_bias: Tensor | None  # [M], of `dtype`
+    anchor_ids: Tensor | None  # [N]; equal ids make a pair inadmissible
+    contrast_ids: Tensor | None  # [M]
+    normalize_anchors: bool
+    normalize_contrasts: bool
+    want: Sequence[str]  # of FIELDS, in that order
+    both: bool  # also the statistics of each contrast over the anchors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, sums and statistics: float64 where a set of rows is float64, else float32."""
+        return accumulation_dtype(self.anchors, self.contrasts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.anchors.device
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(S, N, M)"""
+        contrasts = self.anchors if self.contrasts is None else self.contrasts
+        return self.logit_scale.shape[0], self.anchors.shape[0], contrasts.shape[0]
+
+    @property
+    def log_sums(self) -> tuple[str, ...]:
+        """The wanted fields that are log-sum-exps."""
+        return tuple(field for field in self.want if field != "sum_pos")
+
+
+class Side(NamedTuple):
+    """Statistics of one side: each anchor over the contrasts, or each contrast over the anchors."""
+
+    fields: Tensor  # [W, S, N]: the wanted fields
+    counts: Tensor  # [2, N]: positives, negatives
+    # [2, L, S, N]: for each wanted log-sum-exp a shift and the sum of exp(s_ij - shift). The backward needs them
+    # apart: their log-sum rounds at the size of the logits, the quotient exp(s_ij - shift) / sum does not.
+    parts: Tensor
+
+
+class Statistics(NamedTuple):
+    anchors: Side
+    contrasts: Side  # of size 0 unless Problem.both
+    anchor_inverse_norms: Tensor  # [N], or [0] where the rows are taken as they are
+    contrast_inverse_norms: Tensor  # [M], or [0]
+
+
+class Gradients(NamedTuple):
+    """None where not needed. Rows are still in the accumulation dtype and already projected."""
+
+    anchors: Tensor | None  # [N, D]
+    contrasts: Tensor | None  # [M, D]
+    logit_scale: Tensor | None  # [S]
+    contrast_bias: Tensor | None  # [M]
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed."""
+
+    anchors: bool
+    contrasts: bool
+    logit_scale: bool
+    contrast_bias: bool
+
+
+def accumulation_dtype(anchors: Tensor, contrasts: Tensor | None) -> torch.dtype:
+    dtypes = {anchors.dtype} if contrasts is None else {anchors.dtype, contrasts.dtype}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def inverse_norms(rows: Tensor) -> Tensor:
+    """1 / max(|x|, 1e-12) of rows [N, D], as [N]; 0 for a row of zeros, which so gets similarity 0 and gradient 0."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    return torch.where(norms > 0, 1 / norms.clamp(min=NORM_FLOOR), 0)
+
+
+def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> Tensor:
+    """Gradient of the rows x from that of the unit rows u = x / |x|: a (g - u <u, g>), all [N, D] but a = 1 / |x| [N].
+
+    Below the floor of the norm, u = x / 1e-12 is linear and there is nothing to project.
+    """
+    floor = 1 / torch.full_like(inverse_norms, NORM_FLOOR)  # rounded as in inverse_norms
+    along = torch.where(inverse_norms < floor, (unit * grad).sum(1), 0)
+    return torch.addcmul(grad, unit, along[:, None], value=-1).mul_(inverse_norms[:, None])

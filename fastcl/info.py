@@ -9,7 +9,9 @@ from importlib import metadata
 import torch
 
 from . import __version__
+from .kernels.checks import ROW_DTYPES
 from .kernels.ops import BACKENDS, MISSING, choose_backend
+from .kernels.problem import accumulation_dtype
 
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
@@ -41,11 +43,11 @@ def report() -> str:
 
 def _choices() -> list[str]:
     devices = ("cpu", "cuda") if _cuda_devices() else ("cpu",)
-    dtypes = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
     return [
-        f"  contrastive_stats  {device:<5} {str(rows)[6:]:<9} {choose_backend(torch.device(device), products)}"
+        f"  contrastive_stats  {device:<5} {str(rows.dtype)[6:]:<9} "
+        f"{choose_backend(torch.device(device), accumulation_dtype(rows))}"
         for device in devices
-        for rows, products in {**dtypes, torch.float64: torch.float64}.items()
+        for rows in (torch.empty(0, dtype=dtype) for dtype in ROW_DTYPES)
     ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .kernels.checks import check_flag, check_ids, check_number, check_option, check_rows, check_vector, values_visible
 from .kernels.ops import ContrastiveStats, sweep
-from .kernels.problem import accumulation_dtype, inverse_norms
+from .kernels.problem import accumulation_dtype
 
 FORMS = ("outside", "inside")
 DENOMINATORS = ("all", "negatives")
@@ -227,10 +227,13 @@ class ClipLoss(nn.Module):
 
     Features are ``[N, D]`` and taken as they come, as open_clip's are normalised by the model; ``logit_scale`` is
     1 / temperature (open_clip passes ``logit_scale.exp()``), a number or a tensor of one element. The loss is the mean
-    of the cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal.
+    of the cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal;
+    with ``output_dict=True`` it comes as ``{"contrastive_loss": loss}``, as open_clip's training loop asks for it.
     """
 
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, output_dict: bool = False
+    ) -> Tensor | dict[str, Tensor]:
         check_number("logit_scale", logit_scale, positive=True)
         check_rows("image_features", image_features)
         check_rows("text_features", text_features, like=image_features)
@@ -240,7 +243,8 @@ class ClipLoss(nn.Module):
             )
         problem = _pose(image_features, None, None, text_features, None, None, None, None)
         options = _Options("outside", "all", 0.0, True, False, "mean")
-        return _loss(problem, _scalar(logit_scale, problem), options, None, None)
+        loss = _loss(problem, _scalar(logit_scale, problem), options, None, None)
+        return {"contrastive_loss": loss} if output_dict else loss
 
 
 class MoCoLoss(ClusterInfoNCE):
@@ -411,7 +415,7 @@ def _per_row(values: Tensor, views: int) -> Tensor:
 
 def _scalar(value: float | Tensor, problem: _Posed) -> Tensor:
     """A number or tensor of one element as a tensor of no dimension, in the dtype of the logits."""
-    dtype = accumulation_dtype(problem.anchors, problem.contrasts)
+    dtype = accumulation_dtype(problem.anchors, problem.contrasts, problem.positives)
     if isinstance(value, Tensor):
         return value.to(problem.anchors.device, dtype).reshape(())
     return torch.full((), value, dtype=dtype, device=problem.anchors.device)
@@ -450,19 +454,17 @@ def _loss(
         scale,
         normalize_anchors=options.normalize,
         normalize_contrasts=options.normalize and problem.contrasts is not None,
+        positives=problem.positives,
         contrast_bias=contrast_bias,
         anchor_ids=problem.anchor_ids,
         contrast_ids=problem.contrast_ids,
         want=_wanted(options),
         both=options.symmetric,
     )
-    extra = None
-    if problem.positives is not None:
-        extra = scale * _paired_similarity(problem.anchors, problem.positives, options.normalize)
-    terms, counted = _terms(stats, scale, options, extra)
+    terms, counted = _terms(stats, scale, options)
     if stats.reverse is None:
         return _reduce(terms, counted, weights, options.reduction, problem)
-    reverse = _reduce(*_terms(stats.reverse, scale, options, None), None, options.reduction, problem)
+    reverse = _reduce(*_terms(stats.reverse, scale, options), None, options.reduction, problem)
     return (_reduce(terms, counted, weights, options.reduction, problem) + reverse) / 2
 
 
@@ -476,12 +478,8 @@ def _wanted(options: _Options) -> tuple[str, ...]:
     return "lse_pos", "lse_neg", positive
 
 
-def _terms(
-    stats: ContrastiveStats, scale: Tensor, options: _Options, extra: Tensor | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss of each row and whether the row counts, both [R]; `extra` [R] is the logit of one more positive."""
-    if extra is not None:
-        stats = _with_positive(stats, extra)
+def _terms(stats: ContrastiveStats, scale: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """The loss of each row and whether the row counts, both [R]."""
     counted = stats.num_pos > 0
     if options.denominator == "negatives":
         counted = counted & (stats.num_neg > 0)
@@ -502,20 +500,6 @@ def _terms(
     return log_ratio + num_pos.log(), counted
 
 
-def _with_positive(stats: ContrastiveStats, logit: Tensor) -> ContrastiveStats:
-    """The statistics with one more positive in every row, of logit [R]."""
-    lse_all, lse_pos, lse_neg, sum_pos, num_pos, num_neg, reverse = stats
-    return ContrastiveStats(
-        None if lse_all is None else torch.logaddexp(lse_all, logit),
-        None if lse_pos is None else torch.logaddexp(lse_pos, logit),
-        lse_neg,
-        None if sum_pos is None else sum_pos + logit,
-        num_pos + 1,
-        num_neg,
-        reverse,
-    )
-
-
 def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
     """lse_all, lse_pos, lse_neg, sum_pos, num_pos [R], harmless numbers in rows that do not count or are not wanted.
 
@@ -527,14 +511,6 @@ def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
         *(zero if field is None else torch.where(counted, field, 0) for field in fields),
         torch.where(counted, stats.num_pos, 1),
     ]
-
-
-def _paired_similarity(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
-    """<x_i, y_i> of rows [R, D] as [R], in the accumulation dtype, normalised there."""
-    dtype = accumulation_dtype(x, y)
-    x, y = x.to(dtype), y.to(dtype)
-    similarity = (x * y).sum(1)
-    return similarity * inverse_norms(x) * inverse_norms(y) if normalize else similarity
 
 
 def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, problem: _Posed) -> Tensor:

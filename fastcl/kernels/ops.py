@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import chunked, reference
+from . import chunked, paired, reference
 from .checks import check_device, check_flag, check_ids, check_rows, check_vector
 from .problem import FIELDS, Needs, Problem, Side, Statistics, accumulation_dtype
 
@@ -82,10 +82,12 @@ _traced_choice = torch.compiler.assume_constant_result(choose_backend)
 _library = torch.library.Library("fastcl", "DEF")
 
 _PROBLEM = (
-    "Tensor anchors, Tensor? contrasts, Tensor? anchor_clusters, Tensor? contrast_clusters, Tensor logit_scale, "
-    "Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
+    "Tensor anchors, Tensor? contrasts, Tensor? paired, Tensor? anchor_clusters, Tensor? contrast_clusters, "
+    "Tensor logit_scale, Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
     "bool normalize_contrasts, str[] want, bool both, str backend"
 )
+_TENSORS = 9  # leading tensor arguments
+_DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
 _PROBLEM_LENGTH = _PROBLEM.count(",") + 1
 _library.define(
     f"contrastive_stats_fwd({_PROBLEM}) -> (Tensor fields, Tensor counts, Tensor parts, Tensor contrast_fields, "
@@ -94,7 +96,7 @@ _library.define(
 _library.define(
     f"contrastive_stats_bwd({_PROBLEM}, Tensor counts, Tensor parts, Tensor contrast_counts, Tensor contrast_parts, "
     "Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, Tensor grad_fields, Tensor grad_contrast_fields, "
-    "bool[] needs) -> (Tensor anchors, Tensor contrasts, Tensor logit_scale, Tensor contrast_bias)"
+    "bool[] needs) -> (Tensor anchors, Tensor contrasts, Tensor logit_scale, Tensor contrast_bias, Tensor paired)"
 )
 _forward = torch.ops.fastcl.contrastive_stats_fwd
 _backward = torch.ops.fastcl.contrastive_stats_bwd
@@ -114,7 +116,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def _forward_impl(*args: Any) -> tuple[Tensor, ...]:
     problem, backend = _problem(args)
     with _without_autocast(problem.device):
-        anchors, contrasts, *inverse_norms = backend.forward(problem)
+        anchors, contrasts, *inverse_norms = paired.join(problem, backend.forward(problem))
     return *anchors, *contrasts, *inverse_norms
 
 
@@ -126,11 +128,12 @@ def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
     grad = _over_sets(problem, grad, counts)
     grad_contrasts = _over_sets(problem, grad_contrasts, contrast_counts)
     with _without_autocast(problem.device):
-        gradients = backend.backward(problem, saved, grad, grad_contrasts, needs)
-    inputs = (problem.anchors, problem.contrasts, problem.logit_scale, problem.contrast_bias)
+        swept = backend.backward(problem, saved, grad, grad_contrasts, needs)
+        gradients: tuple[Any, ...] = paired.add_gradients(problem, saved, grad, needs, swept)
+    sources = [args[i] for i in _DIFFERENTIABLE.values()]
     return tuple(
         gradient.to(source.dtype) if need and source is not None else grad.new_empty(0)
-        for need, gradient, source in zip(needs, gradients, inputs, strict=True)
+        for need, gradient, source in zip(needs, gradients, sources, strict=True)
     )
 
 
@@ -141,7 +144,7 @@ def _over_sets(problem: Problem, grad: Tensor, counts: Tensor) -> Tensor:
     """
     positives, negatives = counts
     sizes = {"lse_all": positives + negatives, "lse_pos": positives, "lse_neg": negatives, "sum_pos": positives}
-    if not problem.want:
+    if grad.numel() == 0:
         return grad
     present = torch.stack([sizes[field] > 0 for field in problem.want])
     return torch.where(present[:, None], grad, 0)
@@ -166,16 +169,14 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     problem, _ = _problem(args[:_PROBLEM_LENGTH])
-    inputs = (problem.anchors, problem.contrasts, problem.logit_scale, problem.contrast_bias)
+    sources = [args[i] for i in _DIFFERENTIABLE.values()]
     return tuple(
         source.new_empty(source.shape) if need and source is not None else problem.logit_scale.new_empty(0)
-        for need, source in zip(args[-1], inputs, strict=True)
+        for need, source in zip(args[-1], sources, strict=True)
     )
 
 
 # ---- derivatives ----
-
-_DIFFERENTIABLE = (0, 1, 4, 5)  # anchors, contrasts, logit_scale, contrast_bias among the arguments of _PROBLEM
 
 
 class _ContrastiveStats(torch.autograd.Function):
@@ -186,17 +187,17 @@ class _ContrastiveStats(torch.autograd.Function):
         fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, a, c = outputs
         saved = (counts, parts, contrast_counts, contrast_parts, a, c)
         ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*args[:8], *saved)
-        ctx.options = args[8:]
+        ctx.save_for_backward(*args[:_TENSORS], *saved)
+        ctx.options = args[_TENSORS:]
         return fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, a, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-        results = _backward(*saved[:8], *ctx.options, *saved[8:], grads[0], grads[3], needs)
+        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE.values()]
+        results = _backward(*saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], grads[0], grads[3], needs)
         by_argument: list[Tensor | None] = [None] * _PROBLEM_LENGTH
-        for i, need, gradient in zip(_DIFFERENTIABLE, needs, results, strict=True):
+        for i, need, gradient in zip(_DIFFERENTIABLE.values(), needs, results, strict=True):
             by_argument[i] = gradient if need else None
         return tuple(by_argument)
 
@@ -269,14 +270,18 @@ def sweep(
     *,
     normalize_anchors: bool,
     normalize_contrasts: bool,
+    positives: Tensor | None = None,
     contrast_bias: Tensor | None = None,
     anchor_ids: Tensor | None = None,
     contrast_ids: Tensor | None = None,
     want: Sequence[str],
     both: bool = False,
 ) -> ContrastiveStats:
-    """`contrastive_stats` of checked arguments: ids int64, of which -1 alone equals nothing; scale [] or [S]."""
-    dtype = accumulation_dtype(anchors, contrasts)
+    """`contrastive_stats` of checked arguments: ids int64, of which -1 alone equals nothing; scale [] or [S].
+
+    `positives` [N, D], normalised if the anchors are, are one more positive of each anchor and nobody else's contrast.
+    """
+    dtype = accumulation_dtype(anchors, contrasts, positives)
     choose = _traced_choice if torch.compiler.is_compiling() else choose_backend
     order = [field for field in FIELDS if field in want]
     scales = logit_scale.to(dtype).reshape(-1)
@@ -284,6 +289,7 @@ def sweep(
     fields, counts, _, contrast_fields, contrast_counts, *_ = _forward(
         anchors,
         contrasts,
+        positives,
         anchor_clusters,
         contrast_clusters,
         scales,

@@ -22,6 +22,7 @@ class Problem:
 
     anchors: Tensor  # [N, D]
     contrasts: Tensor | None  # [M, D]; None: the anchors themselves, without the diagonal
+    paired: Tensor | None  # [N, D]: one more positive of each anchor, nobody else's contrast; no backend's business
     anchor_clusters: Tensor | None  # [N]; None: there are no positives
     contrast_clusters: Tensor | None  # [M]; None for self-contrast
     logit_scale: Tensor  # [S], of `dtype`
@@ -36,7 +37,7 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """Of logits, sums and statistics: float64 where a set of rows is float64, else float32."""
-        return accumulation_dtype(self.anchors, self.contrasts)
+        return accumulation_dtype(self.anchors, self.contrasts, self.paired)
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +79,7 @@ class Gradients(NamedTuple):
     contrasts: Tensor | None  # [M, D]
     logit_scale: Tensor | None  # [S]
     contrast_bias: Tensor | None  # [M]
+    paired: Tensor | None = None  # [N, D]
 
 
 class Needs(NamedTuple):
@@ -87,11 +89,12 @@ class Needs(NamedTuple):
     contrasts: bool
     logit_scale: bool
     contrast_bias: bool
+    paired: bool
 
 
-def accumulation_dtype(anchors: Tensor, contrasts: Tensor | None) -> torch.dtype:
-    dtypes = {anchors.dtype} if contrasts is None else {anchors.dtype, contrasts.dtype}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def accumulation_dtype(*rows: Tensor | None) -> torch.dtype:
+    wide = any(part is not None and part.dtype == torch.float64 for part in rows)
+    return torch.float64 if wide else torch.float32
 
 
 def inverse_norms(rows: Tensor) -> Tensor:

@@ -1,0 +1,696 @@
+"""ClusterInfoNCE and its functional form against the plain formula, and how they behave as modules."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKENDS
+from hypothesis import given, settings
+from oracle import CANCELLING, TRUTH, cluster_infonce, differentiate, eager_evaluations
+from strategies import DTYPES, INTEGERS, LossProblem, generator, loss_problems, rows
+from tolerances import accumulation_dtype, check
+from torch import Tensor, nn
+
+import fastcl
+from fastcl.functional import cluster_infonce as library_loss
+from fastcl.kernels import chunked
+
+
+def objective(loss: Tensor) -> Tensor:
+    """The loss itself; of unreduced terms a fixed random combination."""
+    if loss.dim() == 0:
+        return loss
+    return (loss * torch.rand(loss.shape, generator=generator(5), dtype=torch.float64).to(loss.dtype)).sum()
+
+
+def check_loss(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tuple[str, ...] = BACKENDS) -> None:
+    """Value and gradients of every backend against the float64 formula, by the error rule."""
+    embeddings, contrasts = arguments["embeddings"], arguments.get("contrasts")
+    dtypes = [embeddings.dtype]
+    if contrasts is not None:
+        dtypes += [part.dtype for part in (contrasts if isinstance(contrasts, list) else [contrasts])]
+    accumulation = accumulation_dtype(*dtypes)
+    product = dtypes[0]
+    for dtype in dtypes[1:]:
+        product = torch.promote_types(product, dtype)
+    # A product in float64 may still be asked for in float32, the dtype of the embeddings.
+    expected_dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+
+    def evaluate(how):
+        return differentiate(cluster_infonce, arguments, leaves, objective, how.dtype, how=how)
+
+    truth, true_gradients = evaluate(TRUTH)
+    parts = [evaluate(how) for how in CANCELLING]
+    evaluated_in = expected_dtype if accumulation == torch.float64 else accumulation
+    draws = [evaluate(how) for how in eager_evaluations(evaluated_in)]
+    for backend in backends:
+        with fastcl.use_backend(backend):
+            got, gradients = differentiate(library_loss, arguments, leaves, objective)
+        assert got.dtype == expected_dtype
+        check(
+            f"{backend} loss",
+            got,
+            truth,
+            [value for value, _ in draws],
+            accumulation=evaluated_in,
+            magnitude=sum(part.abs() for part, _ in parts),
+        )
+        for name, value in true_gradients.items():
+            assert gradients[name].dtype == arguments[name].dtype
+            check(
+                f"{backend} gradient of {name}",
+                gradients[name],
+                value,
+                [g[name] for _, g in draws],
+                accumulation=evaluated_in,
+                half_rows=product if name in ("embeddings", "contrasts", "positives") else None,
+                magnitude=sum(g[name].abs() for _, g in parts),
+            )
+
+
+@settings(max_examples=200)
+@given(loss_problems())
+def test_matches_the_formula(problem: LossProblem) -> None:
+    check_loss(problem.arguments(), problem.leaves)
+
+
+def loss_problem(n: int = 9, views: int = 2, d: int = 6, contrasts: str | None = None, **changes: Any) -> LossProblem:
+    defaults: dict[str, Any] = {
+        "m": 0 if contrasts is None else n * max(views, 1) + 4,
+        "kind": "random",
+        "pattern": "random",
+        "dtype": torch.float32,
+        "contrast_dtype": torch.float32,
+        "form": "outside",
+        "denominator": "all",
+        "margin": 0.0,
+        "symmetric": False,
+        "normalize": True,
+        "reduction": "mean",
+        "temperature": 0.1,
+        "temperature_tensor": True,
+        "ids": False,
+        "bias": False,
+        "positives": False,
+        "weights": False,
+        "seed": 0,
+    }
+    return LossProblem(n=n, views=views, d=d, contrasts=contrasts, **(defaults | changes))
+
+
+@pytest.mark.parametrize("form", ["outside", "inside"])
+@pytest.mark.parametrize("denominator", ["all", "negatives"])
+@pytest.mark.parametrize("margin", [0.0, 0.25])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_options(form, denominator, margin, reduction) -> None:
+    """Every combination, in self-contrast and, in both directions, in two sets."""
+    options = {"form": form, "denominator": denominator, "margin": margin, "reduction": reduction}
+    problem = loss_problem(pattern="negatives", **options)
+    check_loss(problem.arguments(), problem.leaves)
+    problem = loss_problem(
+        contrasts="paired", m=18, pattern="negatives", symmetric=True, ids=True, bias=True, weights=True, **options
+    )
+    check_loss(problem.arguments(), problem.leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("denominator", ["all", "negatives"])
+@pytest.mark.parametrize("form", ["outside", "inside"])
+@pytest.mark.parametrize("contrasts", [None, "paired"])
+def test_converged_rows(dtype, denominator, form, contrasts) -> None:
+    """Softmax part and positive part cancel: where a gradient that is rounded too early goes wrong."""
+    problem = loss_problem(
+        n=127,
+        views=2,
+        d=64,
+        kind="converged",
+        contrasts=contrasts,
+        symmetric=contrasts is not None,
+        pattern=None,
+        temperature=0.05,
+        denominator=denominator,
+        form=form,
+        dtype=dtype,
+        contrast_dtype=dtype,
+    )
+    check_loss(problem.arguments(), problem.leaves)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.005])
+@pytest.mark.parametrize("kind", ["random", "converged"])
+@pytest.mark.parametrize("contrasts", [None, "paired"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_temperature(temperature, kind, contrasts, dtype) -> None:
+    problem = loss_problem(
+        n=64, d=16, kind=kind, contrasts=contrasts, temperature=temperature, dtype=dtype, contrast_dtype=dtype
+    )
+    check_loss(problem.arguments(), problem.leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["outside", "inside"])
+def test_logits_of_ten_thousand(dtype, form) -> None:
+    arguments = loss_problem(n=64, d=16, form=form).arguments()
+    unit = nn.functional.normalize(arguments["embeddings"].double(), dim=-1)
+    arguments |= {"embeddings": (unit * 100).to(dtype), "normalize": False, "temperature": 1.0}
+    check_loss(arguments, ("embeddings",))
+
+
+def test_memory_is_split_into_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(chunked, "CPU_BLOCK", 1)
+    monkeypatch.setattr(chunked, "FEWEST_ROWS", 3)
+    problem = loss_problem(n=20, contrasts="paired", symmetric=True, ids=True, bias=True, positives=True)
+    check_loss(problem.arguments(), problem.leaves, backends=("chunked",))
+    problem = loss_problem(n=20, views=3, denominator="negatives")
+    check_loss(problem.arguments(), problem.leaves, backends=("chunked",))
+
+
+# By hand
+
+
+def test_two_views_of_two_samples_by_hand(backend) -> None:
+    z = torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[0.0, 2.0], [0.0, 1.0]]])
+    # Cosines: 1 with the other view, 0 with the rest.
+    expected = torch.tensor([2.0, 0.0, 0.0]).logsumexp(0) - 2.0
+    torch.testing.assert_close(library_loss(z, temperature=0.5), expected)
+    torch.testing.assert_close(library_loss(z, torch.tensor([0, 1]), temperature=0.5), expected)
+    decoupled = torch.tensor([0.0, 0.0]).logsumexp(0) - 2.0
+    torch.testing.assert_close(library_loss(z, temperature=0.5, denominator="negatives"), decoupled)
+    # One cluster: positives 1, 0, 0.
+    everything = torch.tensor([2.0, 0.0, 0.0])
+    one = torch.zeros(2, dtype=torch.int64)
+    torch.testing.assert_close(library_loss(z, one, temperature=0.5), everything.logsumexp(0) - 2 / 3)
+    torch.testing.assert_close(library_loss(z, one, temperature=0.5, form="inside"), torch.tensor(3.0).log())
+    margin = torch.tensor([1.0, 0.0, 0.0]).logsumexp(0) - 1.0
+    torch.testing.assert_close(library_loss(z, temperature=0.5, margin=0.5), margin)
+
+
+def test_cross_view_form_is_symmetric_cross_entropy(backend) -> None:
+    g = generator(0)
+    x, y = torch.randn(10, 4, generator=g), torch.randn(10, 4, generator=g)
+    s = nn.functional.normalize(x, dim=1) @ nn.functional.normalize(y, dim=1).T / 0.1
+    target = torch.arange(10)
+    expected = (nn.functional.cross_entropy(s, target) + nn.functional.cross_entropy(s.T, target)) / 2
+    torch.testing.assert_close(library_loss(x, contrasts=y, symmetric=True), expected)
+    torch.testing.assert_close(library_loss(x, contrasts=y), nn.functional.cross_entropy(s, target))
+
+
+# Which pairs are positive
+
+
+def terms(*arguments: Any, **options: Any) -> Tensor:
+    return library_loss(*arguments, reduction="none", **options)
+
+
+def test_views_are_flattened_sample_major(backend) -> None:
+    z = torch.randn(5, 3, 4, generator=generator(0))
+    clusters = torch.tensor([0, 1, 0, 2, 2])
+    flat = terms(z.reshape(15, 4), clusters.repeat_interleave(3))
+    torch.testing.assert_close(terms(z, clusters), flat.reshape(5, 3))
+    assert terms(z).shape == (5, 3)
+    assert terms(z[:, 0], clusters).shape == (5,)
+    torch.testing.assert_close(terms(z), terms(z, torch.arange(5)))
+
+
+def test_negative_cluster_is_positive_with_its_own_other_views_only(backend) -> None:
+    z = torch.randn(4, 2, 3, generator=generator(0))
+    torch.testing.assert_close(terms(z, torch.tensor([-1, -1, -7, 5])), terms(z))
+    torch.testing.assert_close(terms(z, torch.tensor([-1, 3, 3, -1])), terms(z, torch.tensor([8, 3, 3, 9])))
+    assert torch.equal(terms(z[:, 0], torch.tensor([-1, -1, 4, 4]))[:2], torch.zeros(2))
+
+
+def test_negative_cluster_in_two_sets(backend) -> None:
+    g = generator(0)
+    x, y = torch.randn(4, 3, generator=g), torch.randn(6, 3, generator=g)
+    clusters = torch.tensor([-1, -1, 4, 4])
+    # With clusters of their own, contrasts of no cluster match nothing.
+    loss = terms(x, clusters, contrasts=y, contrast_clusters=torch.tensor([-1, -1, 4, 5, -2, 4]))
+    assert torch.equal(loss[:2], torch.zeros(2))
+    assert (loss[2:] > 0).all()
+    # Without, contrast i is anchor i's positive, and further rows are negatives.
+    loss = terms(x, clusters, contrasts=y)
+    torch.testing.assert_close(
+        loss, terms(x, torch.tensor([8, 9, 4, 4]), contrasts=y, contrast_clusters=torch.tensor([8, 9, 4, 4, -1, -1]))
+    )
+    assert (loss > 0).all()
+
+
+def test_contrast_clusters_without_clusters_name_samples(backend) -> None:
+    g = generator(0)
+    x, y = torch.randn(3, 2, 4, generator=g), torch.randn(5, 4, generator=g)
+    owners = torch.tensor([2, -1, 0, 0, 7])
+    loss = terms(x, contrasts=y, contrast_clusters=owners)
+    torch.testing.assert_close(loss, terms(x, torch.arange(3), contrasts=y, contrast_clusters=owners))
+    assert torch.equal(loss[1], torch.zeros(2))
+
+
+def test_list_of_contrasts_is_their_concatenation(backend) -> None:
+    g = generator(0)
+    x = torch.randn(4, 3, generator=g)
+    parts = [torch.randn(k, 3, generator=g, requires_grad=True) for k in (4, 1, 3)]
+    whole = torch.cat([p.detach() for p in parts]).requires_grad_()
+    owners = torch.tensor([0, 1, 2, 3, 0, 1, -1, 9])
+    for options in ({}, {"contrast_clusters": owners}):
+        listed = library_loss(x, contrasts=parts, **options)
+        joined = library_loss(x, contrasts=whole, **options)
+        torch.testing.assert_close(listed, joined)
+        listed_gradients = torch.autograd.grad(listed, parts)
+        (joined_gradient,) = torch.autograd.grad(joined, whole)
+        torch.testing.assert_close(torch.cat(listed_gradients), joined_gradient)
+
+
+def test_gradients_flow_into_contrasts_only_where_required(backend) -> None:
+    g = generator(0)
+    x = torch.randn(4, 3, generator=g, requires_grad=True)
+    live = torch.randn(4, 3, generator=g, requires_grad=True)
+    queue = torch.randn(5, 3, generator=g)
+    library_loss(x, contrasts=[live, queue]).backward()
+    assert live.grad.abs().sum() > 0
+    assert x.grad.abs().sum() > 0
+    assert queue.grad is None
+
+
+def test_equal_ids_are_no_pair(backend) -> None:
+    g = generator(0)
+    x, y = torch.randn(3, 4, generator=g), torch.randn(6, 4, generator=g)
+    ids = torch.tensor([10, 11, -1])
+    contrast_ids = torch.tensor([-1, -1, -1, 10, 11, -1])
+    got = terms(x, contrasts=y, ids=ids, contrast_ids=contrast_ids)
+    for i, columns in enumerate(([0, 1, 2, 4, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5])):
+        own = columns.index(i)
+        owner = torch.full((len(columns),), -1)
+        owner[own] = 0
+        expected = terms(x[i : i + 1], contrasts=y[columns], contrast_clusters=owner)
+        torch.testing.assert_close(got[i], expected[0])
+
+
+def test_positives_are_nobody_elses_contrast(backend) -> None:
+    g = generator(0)
+    x, p, y = (torch.randn(k, 3, generator=g) for k in (4, 4, 5))
+    nobody = torch.full((5,), -1)
+    unit = [nn.functional.normalize(t, dim=1) for t in (x, p, y)]
+    positive = (unit[0] * unit[1]).sum(1, keepdim=True) / 0.1
+    logits = torch.cat([positive, unit[0] @ unit[2].T / 0.1], 1)
+    expected = logits.logsumexp(1) - positive[:, 0]
+    torch.testing.assert_close(terms(x, positives=p, contrasts=y, contrast_clusters=nobody), expected)
+    # In self-contrast the other anchors are the negatives.
+    others = (unit[0] @ unit[0].T / 0.1).fill_diagonal_(-torch.inf)
+    expected = torch.cat([positive, others], 1).logsumexp(1) - positive[:, 0]
+    torch.testing.assert_close(terms(x, positives=p), expected)
+
+
+@pytest.mark.parametrize("form", ["outside", "inside"])
+def test_positives_and_no_contrasts(form, backend) -> None:
+    """An empty queue: the positive is all there is. Loss 0 over all, and no term over negatives alone."""
+    x = torch.randn(4, 3, generator=generator(0), requires_grad=True)
+    empty = {"contrasts": torch.empty(0, 3), "contrast_clusters": torch.empty(0, dtype=torch.int64)}
+    for denominator in ("all", "negatives"):
+        loss = library_loss(x, positives=x.detach() + 1, form=form, denominator=denominator, **empty)
+        torch.testing.assert_close(loss, torch.tensor(0.0), rtol=0, atol=1e-5)
+        (gradient,) = torch.autograd.grad(loss, x)
+        torch.testing.assert_close(gradient, torch.zeros(4, 3), rtol=0, atol=1e-5)
+
+
+# Anchors that count
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("form", ["outside", "inside"])
+@pytest.mark.parametrize("denominator", ["all", "negatives"])
+@pytest.mark.parametrize("contrasts", [False, True])
+def test_when_no_anchor_counts(reduction, form, denominator, contrasts, backend) -> None:
+    """0 with zero gradient, never NaN and never detached."""
+    g = generator(0)
+    inputs = {
+        "embeddings": torch.randn(5, 3, generator=g, requires_grad=True),
+        "temperature": torch.tensor(0.1, requires_grad=True),
+        "weights": torch.ones(5, requires_grad=True),
+    }
+    options = {}
+    if contrasts:
+        inputs["contrasts"] = torch.randn(6, 3, generator=g, requires_grad=True)
+        options = {"contrast_clusters": torch.arange(6) + 100, "symmetric": reduction != "none"}
+    loss = library_loss(
+        clusters=torch.arange(5), form=form, denominator=denominator, reduction=reduction, **inputs, **options
+    )
+    assert torch.equal(loss, torch.zeros(5) if reduction == "none" else torch.tensor(0.0))
+    loss.sum().backward()
+    for name, leaf in inputs.items():
+        assert leaf.grad is not None, name
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf)), name
+
+
+def test_all_in_one_cluster_has_no_negatives(backend) -> None:
+    x = torch.randn(5, 3, generator=generator(0), requires_grad=True)
+    loss = library_loss(x, torch.zeros(5, dtype=torch.int64), denominator="negatives")
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(x.grad, torch.zeros(5, 3))
+    assert library_loss(x, torch.zeros(5, dtype=torch.int64)) > 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_mean_runs_over_anchors_that_count(symmetric, backend) -> None:
+    g = generator(0)
+    x, y = torch.randn(6, 3, generator=g), torch.randn(6, 3, generator=g)
+    clusters, other = torch.tensor([0, 0, 1, 2, -1, 8]), torch.tensor([0, 1, 1, 7, -1, -1])
+    options = {"contrasts": y, "contrast_clusters": other, "symmetric": symmetric}
+    forward = terms(x, clusters, contrasts=y, contrast_clusters=other)
+    reverse = terms(y, other, contrasts=x, contrast_clusters=clusters)
+    assert (forward > 0).tolist() == [True, True, True, False, False, False]
+    assert (reverse > 0).tolist() == [True, True, True, False, False, False]
+    mean = (forward.sum() / 3 + reverse.sum() / 3) / 2 if symmetric else forward.sum() / 3
+    total = (forward.sum() + reverse.sum()) / 2 if symmetric else forward.sum()
+    torch.testing.assert_close(library_loss(x, clusters, **options), mean)
+    torch.testing.assert_close(library_loss(x, clusters, reduction="sum", **options), total)
+    torch.testing.assert_close(terms(x, clusters, **options), (forward + reverse) / 2 if symmetric else forward)
+
+
+def test_each_direction_has_its_own_count(backend) -> None:
+    g = generator(0)
+    x, y = torch.randn(4, 3, generator=g), torch.randn(7, 3, generator=g)
+    clusters, other = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 0, 0, 0, 1, -1])
+    forward = library_loss(x, clusters, contrasts=y, contrast_clusters=other, reduction="sum") / 2
+    reverse = library_loss(y, other, contrasts=x, contrast_clusters=clusters, reduction="sum") / 6
+    got = library_loss(x, clusters, contrasts=y, contrast_clusters=other, symmetric=True)
+    torch.testing.assert_close(got, (forward + reverse) / 2)
+
+
+def test_weights(backend) -> None:
+    z = torch.randn(5, 2, 3, generator=generator(0))
+    w = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0])
+    unweighted = terms(z)
+    torch.testing.assert_close(terms(z, weights=w), unweighted * w[:, None])
+    torch.testing.assert_close(library_loss(z, weights=w, reduction="sum"), (unweighted * w[:, None]).sum())
+    expected = (unweighted * w[:, None]).sum() / (2 * w.sum())
+    torch.testing.assert_close(library_loss(z, weights=w), expected)
+    torch.testing.assert_close(library_loss(z, weights=w * 100), expected)
+
+
+def test_weights_of_anchors_that_do_not_count_do_not_enter_the_mean(backend) -> None:
+    x = torch.randn(5, 3, generator=generator(0))
+    clusters, w = torch.tensor([0, 0, 1, 2, -1]), torch.tensor([1.0, 3.0, 100.0, 100.0, 100.0])
+    unweighted = terms(x, clusters)
+    expected = (unweighted[0] + 3 * unweighted[1]) / 4
+    torch.testing.assert_close(library_loss(x, clusters, weights=w), expected)
+
+
+def test_the_reverse_direction_is_not_weighted(backend) -> None:
+    g = generator(0)
+    x, y, w = torch.randn(4, 3, generator=g), torch.randn(4, 3, generator=g), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    forward, reverse = terms(x, contrasts=y), terms(y, contrasts=x)
+    got = library_loss(x, contrasts=y, symmetric=True, weights=w)
+    torch.testing.assert_close(got, ((forward * w).sum() / w.sum() + reverse.mean()) / 2)
+    torch.testing.assert_close(terms(x, contrasts=y, symmetric=True, weights=w), (forward * w + reverse) / 2)
+
+
+def test_weights_all_zero(backend) -> None:
+    z = torch.randn(5, 2, 3, generator=generator(0), requires_grad=True)
+    loss = library_loss(z, weights=torch.zeros(5))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(z.grad, torch.zeros_like(z))
+
+
+# Invariances
+
+
+@pytest.mark.parametrize("contrasts", [None, "clustered"])
+def test_order_of_samples_and_names_of_clusters_do_not_matter(contrasts, backend) -> None:
+    problem = loss_problem(
+        n=21,
+        contrasts=contrasts,
+        m=30,
+        pattern="negatives",
+        dtype=torch.float64,
+        contrast_dtype=torch.float64,
+        weights=True,
+        ids=contrasts is not None,
+        reduction="none",
+    )
+    arguments = problem.arguments()
+    order, columns = torch.randperm(21, generator=generator(1)), torch.randperm(30, generator=generator(2))
+    names = torch.randperm(100, generator=generator(3)) * 10**12
+
+    def rename(clusters):
+        return torch.where(clusters < 0, clusters * 17, names[clusters.clamp(min=0)])
+
+    other = dict(arguments)
+    for name in ("embeddings", "clusters", "ids", "weights"):
+        if name in other:
+            other[name] = other[name][order]
+    for name in ("contrasts", "contrast_clusters", "contrast_ids"):
+        if name in other:
+            other[name] = other[name][columns]
+    for name in ("clusters", "contrast_clusters"):
+        if name in other:
+            other[name] = rename(other[name])
+    torch.testing.assert_close(library_loss(**other), library_loss(**arguments)[order], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integer_dtypes(dtype, backend) -> None:
+    g = generator(0)
+    x, y = torch.randn(8, 3, generator=g), torch.randn(9, 3, generator=g)
+    clusters, other = torch.randint(0, 3, (8,), generator=g), torch.randint(0, 3, (9,), generator=g)
+    got = library_loss(
+        x,
+        clusters.to(dtype),
+        contrasts=y,
+        contrast_clusters=other.to(dtype),
+        ids=clusters.to(dtype),
+        contrast_ids=(other + 1).to(dtype),
+    )
+    expected = library_loss(x, clusters, contrasts=y, contrast_clusters=other, ids=clusters, contrast_ids=other + 1)
+    assert torch.equal(got, expected)
+    assert torch.equal(library_loss(x, clusters.to(dtype)), library_loss(x, clusters))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint64, torch.int64])
+def test_large_ids(dtype, backend) -> None:
+    x = torch.randn(4, 3, generator=generator(0))
+    clusters = torch.tensor([2**62, 2**62 + 1, 2**62, 2**62 + 1])
+    assert torch.equal(library_loss(x, clusters.to(dtype)), library_loss(x, torch.tensor([0, 1, 0, 1])))
+
+
+def test_uint64_ids_that_int64_does_not_hold_are_never_taken_for_negative() -> None:
+    x = torch.randn(4, 3, generator=generator(0))
+    with pytest.raises(ValueError, match="clusters"):
+        library_loss(x, torch.tensor([2**63 + 1, 2**63 + 2, 2**63 + 1, 0], dtype=torch.uint64))
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("form", ["outside", "inside"])
+@pytest.mark.parametrize("denominator", ["all", "negatives"])
+def test_gradcheck(normalize, form, denominator, backend) -> None:
+    """Finite differences, in everything that has a gradient at once."""
+    g = generator(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+    x, y, p, bias = leaf(4, 2, 3), leaf(10, 3), leaf(4, 2, 3), leaf(10)
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    weights = (torch.rand(4, generator=g, dtype=torch.float64) + 0.1).requires_grad_()
+    options = {"normalize": normalize, "form": form, "denominator": denominator, "margin": 0.1}
+    clusters = torch.tensor([0, 1, 1, -1])
+
+    def two_sets(x, y, p, bias, temperature, weights):
+        return library_loss(
+            x,
+            clusters,
+            contrasts=y,
+            positives=p,
+            contrast_bias=bias,
+            temperature=temperature,
+            weights=weights,
+            symmetric=True,
+            ids=torch.tensor([0, 1, 2, 3]),
+            contrast_ids=torch.tensor([-1, 1, 0, -1, -1, -1, 3, -1, 2, -1]),
+            **options,
+        )
+
+    def one_set(x, temperature, weights):
+        return library_loss(x, clusters, temperature=temperature, weights=weights, reduction="none", **options)
+
+    assert torch.autograd.gradcheck(two_sets, (x, y, p, bias, temperature, weights))
+    assert torch.autograd.gradcheck(one_set, (x, temperature, weights))
+
+
+def test_unreduced_terms_take_any_gradient(backend) -> None:
+    """Expanded, strided and random incoming gradients."""
+    z = torch.randn(6, 2, 3, generator=generator(0), requires_grad=True)
+    loss = terms(z)
+    (summed,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
+    (written_out,) = torch.autograd.grad(loss, z, torch.ones(6, 2), retain_graph=True)
+    (expanded,) = torch.autograd.grad(loss, z, torch.ones(()).expand(6, 2), retain_graph=True)
+    assert torch.equal(summed, written_out)
+    assert torch.equal(summed, expanded)
+    cotangent = torch.randn(2, 6, generator=generator(1)).T
+    (strided,) = torch.autograd.grad(loss, z, cotangent, retain_graph=True)
+    (contiguous,) = torch.autograd.grad(loss, z, cotangent.contiguous())
+    assert torch.equal(strided, contiguous)
+
+
+def test_views_that_are_not_contiguous(backend) -> None:
+    z = torch.randn(2, 6, 3, generator=generator(0)).transpose(0, 1).requires_grad_()
+    plain = z.detach().contiguous().requires_grad_()
+    got, expected = library_loss(z), library_loss(plain)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(expected, plain))
+    doubled = torch.randn(6, 3, generator=generator(0))
+    torch.testing.assert_close(
+        library_loss(doubled[:, None].expand(6, 2, 3)), library_loss(doubled[:, None].repeat(1, 2, 1))
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_zeros(dtype, backend) -> None:
+    g = generator(0)
+    x, y, p = (torch.randn(5, 3, generator=g).to(dtype) for _ in range(3))
+    x[1] = y[1] = y[2] = p[1] = p[3] = 0
+    leaves = {name: t.requires_grad_() for name, t in (("embeddings", x), ("contrasts", y), ("positives", p))}
+    loss = library_loss(**leaves, symmetric=True)
+    assert loss.isfinite()
+    loss.backward()
+    for name, leaf in leaves.items():
+        zero = (leaf == 0).all(1)
+        assert leaf.grad.isfinite().all(), name
+        assert torch.equal(leaf.grad[zero], torch.zeros_like(leaf[zero])), name
+        assert (leaf.grad[~zero] != 0).any(), name
+    check_loss({name: t.detach() for name, t in leaves.items()} | {"symmetric": True}, tuple(leaves), (backend,))
+
+
+def test_bit_identical_from_run_to_run(backend) -> None:
+    g = generator(0)
+    groups = torch.arange(300).repeat_interleave(2)
+    z = rows("converged", groups, 32, g, unit=True).float().reshape(300, 2, 32)
+
+    def run():
+        x, t = z.clone().requires_grad_(), torch.tensor(0.05, requires_grad=True)
+        loss = library_loss(x, temperature=t)
+        return loss, *torch.autograd.grad(loss, (x, t))
+
+    first = run()
+    for _ in range(3):
+        for got, expected in zip(run(), first, strict=True):
+            assert torch.equal(got, expected)
+
+
+# The module
+
+
+def test_module_equals_function(backend) -> None:
+    problem = loss_problem(contrasts="paired", symmetric=True, weights=True, bias=True, ids=True, positives=True)
+    arguments = problem.arguments()
+    options = {
+        name: arguments.pop(name)
+        for name in ("temperature", "form", "denominator", "margin", "symmetric", "normalize", "reduction")
+    }
+    changed = options | {"form": "inside", "denominator": "negatives", "margin": 0.1, "reduction": "sum"}
+    for choice in (options, changed):
+        module = fastcl.ClusterInfoNCE(**choice)
+        assert torch.equal(module(**arguments), library_loss(**arguments, **choice))
+
+
+def test_defaults() -> None:
+    z = torch.randn(6, 2, 3, generator=generator(0))
+    expected = library_loss(
+        z, temperature=0.1, form="outside", denominator="all", margin=0.0, normalize=True, reduction="mean"
+    )
+    assert torch.equal(fastcl.ClusterInfoNCE()(z), expected)
+    assert torch.equal(library_loss(z), expected)
+
+
+def test_temperature_of_the_call_wins(backend) -> None:
+    z = torch.randn(6, 2, 3, generator=generator(0))
+    module = fastcl.ClusterInfoNCE(0.1)
+    assert torch.equal(module(z, temperature=0.5), library_loss(z, temperature=0.5))
+    assert torch.equal(module(z), library_loss(z, temperature=0.1))
+
+
+def test_temperature_that_is_a_parameter_is_registered_and_learned(backend) -> None:
+    z = torch.randn(6, 2, 3, generator=generator(0))
+    module = fastcl.ClusterInfoNCE(nn.Parameter(torch.tensor(0.5)))
+    assert dict(module.named_parameters()).keys() == {"temperature"}
+    assert module.state_dict().keys() == {"temperature"}
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    before = module(z)
+    before.backward()
+    eager = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    cluster_infonce(z, temperature=eager).backward()
+    torch.testing.assert_close(module.temperature.grad.double(), eager.grad, rtol=1e-4, atol=1e-6)
+    optimizer.step()
+    assert module.temperature.item() != 0.5
+    assert module(z) < before
+
+
+def test_state_dict_round_trip() -> None:
+    module = fastcl.ClusterInfoNCE(nn.Parameter(torch.tensor(0.5)))
+    other = fastcl.ClusterInfoNCE(nn.Parameter(torch.tensor(0.1)))
+    other.load_state_dict(module.state_dict())
+    assert other.temperature.item() == 0.5
+    assert not fastcl.ClusterInfoNCE(0.1).state_dict()
+    assert not list(fastcl.ClusterInfoNCE(0.1).parameters())
+
+
+def test_parameter_under_module_to() -> None:
+    module = fastcl.ClusterInfoNCE(nn.Parameter(torch.tensor(0.5))).double()
+    assert module.temperature.dtype == torch.float64
+    z = torch.randn(6, 2, 3, generator=generator(0))
+    assert module(z).dtype == torch.float32
+    assert module(z.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize(
+    "module",
+    [
+        fastcl.ClusterInfoNCE(nn.Parameter(torch.tensor(0.5)), form="inside", margin=0.1),
+        fastcl.ClusterInfoNCE(0.2, denominator="negatives", reduction="none"),
+        fastcl.SupConLoss(),
+    ],
+)
+def test_modules_can_be_copied_and_pickled(module, how) -> None:
+    z = torch.randn(6, 2, 3, generator=generator(0))
+    copied = how(module)
+    assert type(copied) is type(module)
+    assert torch.equal(copied(z), module(z))
+    assert repr(copied) == repr(module)
+    for mine, theirs in zip(copied.parameters(), module.parameters(), strict=True):
+        assert mine is not theirs
+
+
+def test_repr_tells_the_options() -> None:
+    text = repr(fastcl.ClusterInfoNCE(0.25, form="inside", denominator="negatives", margin=0.5, symmetric=True))
+    for part in ("ClusterInfoNCE", "temperature=0.25", "form='inside'", "denominator='negatives'", "margin=0.5"):
+        assert part in text
+    assert "symmetric=True" in text
+    assert "0.5" in repr(fastcl.ClusterInfoNCE(nn.Parameter(torch.tensor(0.5))))
+
+
+# Training lowers it
+
+
+def test_gradient_descent_separates_clusters(backend) -> None:
+    g = generator(0)
+    clusters = torch.arange(24) % 4
+    x = torch.randn(24, 8, generator=g).requires_grad_()
+    optimizer = torch.optim.SGD([x], lr=2.0)
+    losses = []
+    for _ in range(60):
+        loss = library_loss(x, clusters, temperature=0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    u = nn.functional.normalize(x.detach(), dim=1)
+    s = u @ u.T
+    same = clusters[:, None] == clusters
+    assert s[same].min() > s[~same].max()

@@ -1,0 +1,29 @@
+"""The reference trainer: ``python -m fastcl.train`` trains an encoder on real images and probes what it learned."""
+
+from dataclasses import dataclass
+
+
+class OptionError(ValueError):
+    """An option, or a file that an option names, cannot be used; the command line prints it in one line."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's numbers (``config.json``); the field names are the option names.
+
+    ``device`` is the exception: a run may be resumed on another one.
+    """
+
+    method: str = "simclr"
+    clusters: str | None = None
+    n_clusters: int = 20
+    renew: int = 10
+    data: str = "digits"
+    root: str | None = None
+    epochs: int = 120
+    batch_size: int = 1024
+    temperature: float = 0.1
+    lr: float = 2e-3
+    seed: int = 0
+    device: str = "cpu"
+    precision: str = "float32"

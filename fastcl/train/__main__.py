@@ -1,0 +1,152 @@
+"""The command line: ``python -m fastcl.train --help``."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fastcl.train
+from fastcl.train import Config, OptionError
+
+# Methods, loop and pictures are imported where they are used: without these packages the command says what to install.
+NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage that argparse puts before it
+
+
+def _at_least(kind: type[Any], low: float, exclusive: bool = False) -> Any:
+    def convert(text: str) -> Any:
+        wanted = f"{'an integer' if kind is int else 'a number'} {'above' if exclusive else 'of at least'} {low}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > low or (value == low and not exclusive))):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        return value
+
+    return convert
+
+
+def _parser() -> _Parser:
+    from fastcl.train.methods import METHODS
+
+    default = Config()
+    parser = _Parser(prog="python -m fastcl.train", description=fastcl.train.__doc__)
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        value = getattr(default, name[2:].replace("-", "_"), None)
+        shown = "" if value is None else f" (default: {value})"
+        # Options that were not given are absent, so that --resume can tell them from given ones.
+        parser.add_argument(name, help=text + shown, default=argparse.SUPPRESS, **settings)
+
+    add("--method", "what to train with", choices=list(METHODS))
+    add("--clusters", "kmeans (default where the method needs clusters), attributes, labels or FILE.csv:COLUMN: one "
+        "row per image in the order of the data, before any split; blank: no cluster")  # fmt: skip
+    add("--n-clusters", "clusters of k-means, in training and in the final probes", type=_at_least(int, 2))
+    add(
+        "--renew", "epochs between two k-means; before the first, each image is its own cluster", type=_at_least(int, 1)
+    )
+    add("--data", "digits, cifar10, cifar100, imagefolder or FILE.npz with images [n, h, w(, c)] and labels [n]")
+    add("--root", "folder of the CIFAR files (never downloaded), or the image folder", metavar="DIR")
+    add("--epochs", "passes over the training images", type=_at_least(int, 1))
+    add("--batch-size", "images a step, two views each; at most all", type=_at_least(int, 2))
+    add("--temperature", "of the loss", type=_at_least(float, 0, exclusive=True))
+    add("--lr", "highest learning rate of AdamW", type=_at_least(float, 0, exclusive=True))
+    add("--seed", "decides the split, the weights, the batches and the augmentation", type=_at_least(int, 0))
+    add("--device", "where to train, for instance cuda")
+    add("--precision", "of the forward and backward pass", choices=["float32", "bfloat16"])
+    add("--out", "run folder; new or empty (default: runs/DATA-METHOD[-CLUSTERS]-seedSEED)", metavar="DIR")
+    add("--resume", "go on with this run, with the options it was started with; only --device may differ (another "
+        "--epochs would be another schedule of the learning rate)", metavar="RUN_FOLDER")  # fmt: skip
+    return parser
+
+
+def _configure(given: dict[str, Any]) -> tuple[Config, Path, bool]:
+    """Config, run folder and whether the run is resumed, from the options that were given."""
+    out, resume = given.pop("out", None), given.pop("resume", None)
+    if resume is not None:
+        folder = Path(resume)
+        if out is not None:
+            raise OptionError(f"--out cannot be given with --resume, which goes on in its own folder; got {out}")
+        try:
+            stored = Config(**json.loads((folder / "config.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise OptionError(f"--resume must name a run folder with its config.json; got {resume}: {error}") from error
+        for name, value in given.items():
+            if name != "device" and value != getattr(stored, name):
+                option = "--" + name.replace("_", "-")
+                raise OptionError(f"{option} {value} contradicts the resumed run's {getattr(stored, name)}")
+        return dataclasses.replace(stored, device=given.get("device", stored.device)), folder, True
+    from fastcl.train.methods import METHODS
+
+    config = Config(**given)
+    if not METHODS[config.method].needs_clusters:
+        if config.clusters is not None:
+            raise OptionError(f"--clusters needs a method that uses them; got --method {config.method}")
+    elif config.clusters is None:
+        config = dataclasses.replace(config, clusters="kmeans")
+    if config.data not in ("digits", "cifar10", "cifar100", "imagefolder") and not config.data.endswith(".npz"):
+        raise OptionError(f"--data must be digits, cifar10, cifar100, imagefolder or FILE.npz; got {config.data}")
+    if config.root is not None and config.data not in ("cifar10", "cifar100", "imagefolder"):
+        raise OptionError(f"--root goes with --data cifar10, cifar100 or imagefolder; got --data {config.data}")
+    if out is not None:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OptionError(
+                f"--out must be a new or an empty folder; {out} is not (to go on with it: --resume {out})"
+            )
+        return config, folder, False
+    parts = (Path(config.data).stem, config.method, config.clusters and config.clusters.rpartition(":")[2])
+    name = re.sub(r"[^\w.-]+", "_", "-".join(part for part in parts if part)) + f"-seed{config.seed}"
+    folder, number = Path("runs", name), 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{name}-{number}")
+    return config, folder, False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0, or 130 after Ctrl-C), exits with 2 on an option it cannot use."""
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        sys.exit(f'fastcl.train needs {", ".join(missing)}: pip install "fastcl[train]"')
+    from fastcl.train import report
+    from fastcl.train.loop import Run
+
+    parser = _parser()
+    given = vars(parser.parse_args(argv))
+    run = None
+    try:
+        config, folder, resumed = _configure(given)
+        run = Run(config, folder, resumed)
+        print(run.summary(), flush=True)
+        run.train()
+        print(report.table(run.finish()))
+        print(f"wrote {folder}/results.json, accuracy.png, embedding.png and neighbours.png")
+    except OptionError as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        if run is None:
+            print("interrupted before training began", file=sys.stderr)
+        else:
+            print(
+                f"interrupted; kept {run.keep()} of {config.epochs} epochs. "
+                f"Go on with: python -m fastcl.train --resume {folder}",
+                file=sys.stderr,
+            )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Images in memory: where they come from, what is read off them, and their augmented views."""
+
+import contextlib
+import csv
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy import ndimage
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from fastcl.train import OptionError
+
+HELD_OUT = 0.3  # the share of a source without a test set of its own
+FOLDER_SIZE = 64  # pixels a side of images read by --data imagefolder
+VIEWS = 2
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A training set and a held-out set.
+
+    Images are ``[n, C, H, W]``, C = 1 or 3, uint8 in 0..255 or float32 in [0, 1] (see :func:`as_float`); labels are
+    int64 ``[n]``, indices into ``classes``. ``source_index`` int64 ``[n]`` is each training image's place among the
+    ``source_size`` images of the file or data set it was taken from, before any split.
+    """
+
+    train_images: Tensor
+    train_labels: NDArray[np.int64]
+    test_images: Tensor
+    test_labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    source_index: NDArray[np.int64]
+    source_size: int
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Pixels as float32 in [0, 1], same shape: uint8 stays uint8 in memory and is converted by the batch."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def load(data: str, root: str | None, seed: int) -> ImageData:
+    """Read ``digits``, ``cifar10``, ``cifar100``, ``imagefolder`` (the last three below ``root``) or an ``.npz`` file.
+
+    A source without a test set is split by ``seed``, stratified by label, 30 % held out.
+    """
+    if data == "digits":
+        digits = load_digits()
+        return _assemble((digits.images / 16.0, digits.target), None, seed)
+    if data.endswith(".npz"):
+        return _load_npz(Path(data), seed)
+    if root is None or not Path(root).is_dir():
+        raise OptionError(f"--data {data} needs --root, an existing folder; got {root}")
+    try:
+        from torchvision import datasets, transforms
+    except ImportError as error:
+        raise OptionError(f'--data {data} needs torchvision: pip install "fastcl[vision]"') from error
+    if data == "imagefolder":
+        square = transforms.Compose(
+            [transforms.Resize(FOLDER_SIZE), transforms.CenterCrop(FOLDER_SIZE), transforms.PILToTensor()]
+        )
+        train_root, test_root = Path(root, "train"), Path(root, "test")
+        split = train_root.is_dir() and test_root.is_dir()
+        return _assemble(
+            _read_folder(datasets.ImageFolder, train_root if split else Path(root), square),
+            _read_folder(datasets.ImageFolder, test_root, square) if split else None,
+            seed,
+        )
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data]
+    try:
+        parts = [source(root, train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise OptionError(f"--data {data} was not found in --root {root}: {error}") from error
+    train, test = ((part.data, np.array(part.classes)[part.targets]) for part in parts)
+    return _assemble(train, test, seed)
+
+
+def _read_folder(reader: Any, folder: Path, transform: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    try:
+        source = reader(str(folder), transform=transform)
+    except FileNotFoundError as error:  # torchvision's own words say which class folder is empty
+        raise OptionError(f"--root {folder} holds no image folder: {error}") from error
+    images = np.stack([image.permute(1, 2, 0).numpy() for image, _ in source])
+    return images, np.array(source.classes)[source.targets]
+
+
+def _load_npz(path: Path, seed: int) -> ImageData:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            content = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise OptionError(f"--data {path} cannot be read: {error}") from error
+    sets: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    given = ("", "test_") if "test_images" in content or "test_labels" in content else ("",)
+    for prefix in given:
+        images, labels = (content.get(prefix + name) for name in ("images", "labels"))
+        if images is None or labels is None:
+            raise OptionError(
+                f"--data {path} needs arrays '{prefix}images' and '{prefix}labels'; got {sorted(content)}"
+            )
+        size = sets[0][0].shape[1:] if sets else images.shape[1:]
+        if images.shape[1:] != size or len(size) not in (2, 3) or size[2:] not in ((), (1,), (3,)):
+            raise OptionError(
+                f"--data {path}: '{prefix}images' must be [n, h, w] or [n, h, w, 1 or 3], test and training images of "
+                f"one size; got {list(images.shape)}"
+            )
+        if labels.shape != images.shape[:1]:
+            raise OptionError(f"--data {path}: '{prefix}labels' must be [{len(images)}]; got {list(labels.shape)}")
+        floating = np.issubdtype(images.dtype, np.floating)
+        if images.dtype != np.uint8 and not (floating and images.min() >= 0 and images.max() <= 1):
+            raise OptionError(f"--data {path}: '{prefix}images' must be uint8 or float in [0, 1]; got {images.dtype}")
+        sets.append((images, labels))
+    return _assemble(sets[0], sets[1] if len(sets) == 2 else None, seed)
+
+
+def _assemble(
+    train: tuple[NDArray[Any], NDArray[Any]], test: tuple[NDArray[Any], NDArray[Any]] | None, seed: int
+) -> ImageData:
+    """Split where there is no test set, number the labels, and put the channels where torch wants them."""
+    images, labels = train
+    index = np.arange(len(images))
+    if test is None:
+        try:
+            index, held_out = train_test_split(index, test_size=HELD_OUT, random_state=seed, stratify=labels)
+        except ValueError as error:  # a class with one image, or fewer images than classes
+            raise OptionError(f"--data cannot be split into training and held-out images: {error}") from error
+        index.sort()
+        test = images[held_out], labels[held_out]
+    classes, numbers = np.unique(np.concatenate([labels[index], test[1]]), return_inverse=True)
+
+    def channels_first(array: NDArray[Any]) -> Tensor:
+        array = array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8 if array.dtype == np.uint8 else np.float32))
+
+    return ImageData(
+        train_images=channels_first(images[index]),
+        train_labels=numbers[: len(index)],
+        test_images=channels_first(test[0]),
+        test_labels=numbers[len(index) :],
+        classes=tuple(str(name) for name in classes),
+        source_index=index,
+        source_size=len(images),
+    )
+
+
+def read_csv_clusters(option: str, source_size: int) -> NDArray[np.int64]:
+    """Cluster ids ``[source_size]`` from ``FILE.csv:COLUMN``: one row per image in the order of the file or data set
+    that --data names, before the split.
+
+    Equal values make a cluster; a column of numbers is compared as numbers (1 equals 1.0). Blank is "no cluster", -1.
+    """
+    match = re.fullmatch(r"(.+\.csv):(.+)", option)
+    if match is None:
+        raise OptionError(f"--clusters must be kmeans, attributes, labels or FILE.csv:COLUMN; got {option}")
+    path, column = match.groups()
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise OptionError(f"--clusters {path} cannot be read: {error}") from error
+    if column not in header:
+        raise OptionError(f"--clusters {path} has no column '{column}'; it has {header}")
+    place = header.index(column)
+    # The csv module reads a blank line as a row without cells: in a file of one column that is a blank value.
+    values = [row[place].strip() if place < len(row) else "" for row in rows if row or len(header) == 1]
+    if len(values) != source_size:
+        raise OptionError(f"--clusters {path} must have one row per image, {source_size}; got {len(values)}")
+    filled = np.array([value != "" for value in values], dtype=bool)
+    keys = np.array(values)[filled]
+    with contextlib.suppress(ValueError):  # not all are numbers: compare them as they are written
+        keys = keys.astype(np.float64)
+    clusters = np.full(source_size, -1, dtype=np.int64)
+    clusters[filled] = np.unique(keys, return_inverse=True)[1]
+    return clusters
+
+
+def count_holes(image: NDArray[Any]) -> int:
+    """Regions of background enclosed by ink, in one image ``[H, W]`` of bright ink on a dark ground.
+
+    Judged at four times the resolution, so that in an 8x8 scan a hole of one pixel counts and a dent does not.
+    """
+    fine = ndimage.zoom(image.astype(np.float64), 4, order=1)
+    background = np.pad(fine < 0.5 * fine.max(), 1, constant_values=True)  # the padding joins all that is outside
+    return int(ndimage.label(background)[1]) - 1
+
+
+def attributes(images: Tensor) -> NDArray[np.int64]:
+    """Cluster ids ``[n]`` from three facts read off each image ``[n, C, H, W]``, none of them the label.
+
+    One channel: number of holes (0, 1, more), ink (mean intensity), height over width of the ink's bounding box. Three
+    channels: brightness, colourfulness, edge density. All but the holes are cut at their terciles.
+    """
+    pixels = as_float(images).numpy()
+    if pixels.shape[1] == 1:
+        grey = pixels[:, 0]
+        inked = grey >= 0.5 * grey.max(axis=(1, 2), keepdims=True)
+        height, width = (_extent(inked.any(axis=axis)) for axis in (2, 1))
+        facts = [np.minimum([count_holes(image) for image in grey], 2), grey.mean(axis=(1, 2)), height / width]
+        bins = [facts[0], *map(_terciles, facts[1:])]
+    else:
+        red, green, blue = pixels.transpose(1, 0, 2, 3)
+        # Hasler and Suesstrunk's measure: spread and mean of the two opponent channels.
+        opponents = np.stack([red - green, 0.5 * (red + green) - blue])
+        spread, mean = (np.hypot(*statistic(opponents, axis=(2, 3))) for statistic in (np.std, np.mean))
+        grey = pixels.mean(axis=1)
+        edges = sum(np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
+        bins = [_terciles(fact) for fact in (grey.mean(axis=(1, 2)), spread + 0.3 * mean, edges)]
+    combined: NDArray[np.int64] = np.ravel_multi_index(bins, (3, 3, 3)).astype(np.int64)
+    return combined
+
+
+def _extent(occupied: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Length from the first to the last True of each row ``[n, length]``; every row has one."""
+    length: NDArray[np.int64] = occupied.shape[1] - occupied.argmax(axis=1) - occupied[:, ::-1].argmax(axis=1)
+    return length
+
+
+def _terciles(fact: NDArray[Any]) -> NDArray[np.int64]:
+    bins: NDArray[np.int64] = np.searchsorted(np.quantile(fact, [1 / 3, 2 / 3]), fact, side="right")
+    return bins
+
+
+def uniforms(seed: int, epoch: int, index: NDArray[np.int64], view: int, count: int) -> Tensor:
+    """Numbers in [0, 1), float32 ``[B, count]``, a function of (seed, epoch, index[b], view) alone.
+
+    Counter-based (splitmix64's finaliser over the key and the counter), so no sample's draw depends on its batch.
+    """
+
+    def mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+        return state
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = np.zeros((len(index), 1), dtype=np.uint64)
+    for word in (seed, epoch, index[:, None], view, np.arange(count)):
+        state = mix((state + np.asarray(word).astype(np.uint64) + np.uint64(1)) * golden)
+    return torch.from_numpy((state >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
+
+
+def augment(images: Tensor, index: NDArray[np.int64], seed: int, epoch: int, view: int) -> Tensor:
+    """One augmented view, float32 ``[B, C, H, W]``, of images ``[B, C, H, W]`` with training-set places index ``[B]``.
+
+    Rotation, scale, shear, shift, contrast, brightness and an erased rectangle; colour images are also mirrored, tinted
+    and sometimes made grey. Only sums, products and quotients of a sample's own numbers: those are rounded alike in the
+    body and in the tail of a vector loop (library sines are not), so that a sample gets the same bits in any batch.
+    """
+    batch, channels, height, width = images.shape
+    colour = channels == 3
+    draws = uniforms(seed, epoch, index, view, 20).to(images.device)
+    unit = draws.T.reshape(20, batch, 1, 1)  # in [0, 1)
+    sign = 2 * unit - 1  # in [-1, 1)
+
+    tangent = sign[0] * (0.09 if colour else 0.14)  # of half the angle: +-10 or +-16 degrees
+    cosine, sine = (1 - tangent * tangent) / (1 + tangent * tangent), 2 * tangent / (1 + tangent * tangent)
+    # How much of the image the view spans along x and y: photographs are cropped, drawings keep their outline.
+    low, high = (0.45, 1.0) if colour else (0.8, 1.25)
+    span = low + (high - low) * unit[1]
+    span_x, span_y = span * (1 + 0.15 * sign[2]), span * (1 - 0.15 * sign[2])
+    room = 1 - span if colour else torch.full_like(span, 0.2)
+    if colour:
+        span_x = torch.where(unit[3] < 0.5, -span_x, span_x)
+    y, x = (((2 * torch.arange(n, device=images.device) + 1) / n - 1) for n in (height, width))
+    x, y = x.reshape(1, 1, width) * span_x, y.reshape(1, height, 1) * span_y
+    x = x + 0.2 * sign[4] * y
+    grid = torch.stack([cosine * x - sine * y + room * sign[5], sine * x + cosine * y + room * sign[6]], dim=-1)
+    padding = "reflection" if colour else "zeros"
+    out = F.grid_sample(as_float(images), grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+    scalar = sign.unsqueeze(2)  # [20, B, 1, 1, 1]
+    if colour:
+        grey = (0.299 * out[:, 0] + 0.587 * out[:, 1] + 0.114 * out[:, 2]).unsqueeze(1)
+        keep = torch.where(scalar[7] < -0.6, torch.zeros_like(scalar[7]), 1 + 0.4 * scalar[8])  # grey one time in five
+        tint = 1 + 0.15 * torch.stack([scalar[9], scalar[10], scalar[11]], dim=1).reshape(batch, 3, 1, 1)
+        out = (grey + (out - grey) * keep) * tint
+    out = (out - 0.5) * (1 + 0.4 * scalar[12]) + 0.5 + 0.2 * scalar[13] if colour else out * (1 + 0.4 * scalar[12])
+
+    top, left = (unit[i] * n for i, n in ((14, height), (15, width)))
+    bottom, right = top + (0.1 + 0.3 * unit[16]) * height, left + (0.1 + 0.3 * unit[17]) * width
+    rows = torch.arange(height, device=images.device).reshape(1, height, 1)
+    columns = torch.arange(width, device=images.device).reshape(1, 1, width)
+    erased = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right) & (unit[18] < 0.5)
+    return out.clamp(0, 1).masked_fill(erased.unsqueeze(1), 0.5 if colour else 0.0)

@@ -1,0 +1,188 @@
+"""The training loop and the run folder."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from fastcl.train import Config, OptionError, report
+from fastcl.train.data import VIEWS, augment, load
+from fastcl.train.evaluate import cluster_information, embed, knn_accuracy, probe, raw_pixels, represent
+from fastcl.train.methods import METHODS, Method, fixed_clusters, kmeans
+
+WARM_UP = 0.1  # the share of all steps over which the learning rate rises
+WEIGHT_DECAY = 1e-4
+MEASUREMENTS = 20  # of the kNN accuracy in a run, about
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: an interrupted write leaves the old file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+class Run:
+    """A training run and its folder: what happens next is a function of the config and of the checkpoint alone."""
+
+    def __init__(self, config: Config, folder: Path, resumed: bool) -> None:
+        self.config, self.folder = config, folder
+        try:
+            self.device = torch.device(config.device)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            raise OptionError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
+        # Without this a resumed run on a GPU could choose other convolution kernels, and other roundings.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        self.images = load(config.data, config.root, config.seed)
+        count = len(self.images.train_labels)
+        if config.n_clusters > count:
+            raise OptionError(
+                f"--n-clusters must be at most the number of training images, {count}; got {config.n_clusters}"
+            )
+        self.batch = min(config.batch_size, count)
+        self.steps = count // self.batch  # of an epoch: the images left over have their turn in another epoch's order
+        self.method = self._initial()
+        self.optimiser = torch.optim.AdamW(self.method.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY)
+        self.clusters: NDArray[np.int64] | None = None
+        if config.clusters not in (None, "kmeans"):
+            self.clusters = fixed_clusters(config.clusters, self.images)
+        self.history: list[dict[str, Any]] = []
+        if resumed:
+            self._restore()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            self._save(self.history)
+        self._write_metrics()
+
+    def _initial(self) -> Method:
+        """The method as it is before training; drawn on the CPU, so that every device starts with the same weights."""
+        torch.manual_seed(self.config.seed)
+        shape = self.images.train_images.shape[1:]
+        return METHODS[self.config.method](shape, self.config.temperature).to(self.device)
+
+    def _save(self, history: list[dict[str, Any]]) -> None:
+        state = {
+            "method": self.method.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "clusters": None if self.clusters is None else torch.from_numpy(self.clusters),
+            "history": history,
+            "config": dataclasses.asdict(self.config),
+        }
+        part = self.folder / "checkpoint.pt.part"
+        torch.save(state, part)
+        os.replace(part, self.folder / "checkpoint.pt")
+
+    def _write_metrics(self) -> None:
+        """metrics.jsonl as the history has it: an interruption may fall between the checkpoint and its line there."""
+        _write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def keep(self) -> int:
+        """After an interruption at any moment: bring metrics.jsonl to the checkpoint's state; returns its epochs."""
+        self.history = torch.load(self.folder / "checkpoint.pt", weights_only=True)["history"]
+        self._write_metrics()
+        return len(self.history)
+
+    def _restore(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise OptionError(f"--resume found no usable checkpoint at {path}: {error}") from error
+        self.method.load_state_dict(state["method"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.clusters = None if state["clusters"] is None else state["clusters"].numpy()
+        self.history = state["history"]
+
+    def summary(self) -> str:
+        training, held_out = len(self.images.train_labels), len(self.images.test_labels)
+        return (
+            f"{self.folder}: {training} training images, {held_out} held out; {self.config.epochs} epochs of "
+            f"{self.steps} step(s) of {self.batch} images ({VIEWS * self.batch} rows)"
+        )
+
+    def train(self) -> None:
+        """Train the epochs that are left. The checkpoint is always the state after the last whole epoch."""
+        config = self.config
+        done = len(self.history)
+        with tqdm(total=config.epochs * self.steps, initial=done * self.steps, unit="step", disable=None) as bar:
+            for epoch in range(done, config.epochs):
+                line = self._epoch(epoch, bar)
+                if (epoch + 1) % max(1, config.epochs // MEASUREMENTS) == 0 or epoch + 1 == config.epochs:
+                    line["knn"] = knn_accuracy(represent(self.method.encoder, self.images, self.device), self.images)
+                self._save([*self.history, line])
+                self.history.append(line)
+                with open(self.folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    def _epoch(self, epoch: int, bar: Any) -> dict[str, Any]:
+        config, images = self.config, self.images
+        if config.clusters == "kmeans" and epoch and epoch % config.renew == 0:
+            rows = embed(self.method.encoder, images.train_images, self.device)
+            self.clusters = kmeans(rows, config.n_clusters, config.seed).labels_.astype(np.int64)
+        # A method that draws random numbers draws the same ones after a resume.
+        torch.manual_seed(config.seed * 1_000_003 + epoch + 1)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(images.train_labels))
+        self.method.train()
+        losses = []
+        for step in range(self.steps):
+            rate = self._rate(epoch * self.steps + step)
+            loss = self._step(order[step * self.batch : (step + 1) * self.batch], epoch, rate)
+            if not math.isfinite(loss):
+                raise OptionError(f"the loss became {loss} in epoch {epoch + 1}: try a lower --lr than {config.lr}")
+            losses.append(loss)
+            bar.update()
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
+        return {"epoch": epoch + 1, "step": (epoch + 1) * self.steps, "loss": float(np.mean(losses)), "lr": rate}
+
+    def _rate(self, step: int) -> float:
+        total = self.config.epochs * self.steps
+        return (
+            self.config.lr * min(1.0, (step + 1) / (WARM_UP * total)) * (0.5 + 0.5 * math.cos(math.pi * step / total))
+        )
+
+    def _step(self, index: NDArray[np.int64], epoch: int, rate: float) -> float:
+        chosen = self.images.train_images[torch.from_numpy(index)].to(self.device)
+        views = [augment(chosen, index, self.config.seed, epoch, view) for view in range(VIEWS)]
+        clusters: Tensor | None = None
+        if self.clusters is not None:
+            clusters = torch.from_numpy(self.clusters[index]).to(self.device)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            loss = self.method(torch.stack(views, dim=1), clusters)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        return float(loss.detach())
+
+    def finish(self) -> dict[str, Any]:
+        """Probe the raw pixels, the untrained and the trained encoder; write results.json and the pictures."""
+        config, images = self.config, self.images
+        rows = {"raw": raw_pixels(images)}
+        for name, method in (("untrained", self._initial()), ("trained", self.method)):
+            rows[name] = represent(method.encoder, images, self.device)
+        probes = {name: probe(rows[name], images, config.n_clusters, config.seed) for name in report.COLUMNS}
+        results: dict[str, Any] = {
+            row: {name: values[row] for name, (values, _) in probes.items()} for row in report.ROWS
+        }
+        results["training_clusters"] = None
+        if self.clusters is not None:
+            information, entropy = cluster_information(images.train_labels, self.clusters)
+            count = len(np.unique(self.clusters[self.clusters >= 0]))
+            results["training_clusters"] = {
+                "count": count, "mutual_information": information, "conditional_entropy": entropy
+            }  # fmt: skip
+        _write(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
+        title = " ".join(part for part in (Path(config.data).stem, config.method, config.clusters) if part)
+        report.draw(self.folder, title, self.history, results, images, rows["trained"], probes["trained"][1])
+        return results

@@ -1,0 +1,138 @@
+"""What a person looks at when a run is over: three pictures and a table."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
+
+from fastcl.train.data import ImageData, as_float
+from fastcl.train.evaluate import Labels, Representation
+
+ROWS = {
+    "knn": ("kNN accuracy", "%"),
+    "linear_1": ("linear probe, 1 label a class", "%"),
+    "linear_5": ("linear probe, 5 labels a class", "%"),
+    "linear_all": ("linear probe, all labels", "%"),
+    "mutual_information": ("I(label; k-means cluster)", "nats"),
+    "conditional_entropy": ("H(k-means cluster | label)", "nats"),
+    "rankme": ("RankMe", ""),
+}
+COLUMNS = ("raw", "untrained", "trained")
+POINTS = 2000  # shown in the embedding, at most
+QUERIES, SHOWN = 10, 8
+_COLOURS = [colormaps["tab20"](place) for place in range(20)]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results of ``results.json`` as lines for the terminal."""
+    lines = [f"{'on held-out images':<32}" + "".join(f"{name:>13}" for name in ("raw pixels", *COLUMNS[1:]))]
+    for probe, (title, unit) in ROWS.items():
+        scale, places = (100, 1) if unit == "%" else (1, 2)
+        values = (f"{scale * results[probe][column]:.{places}f} {unit}".rstrip() for column in COLUMNS)
+        lines.append(f"{title:<32}" + "".join(f"{value:>13}" for value in values))
+    used = results["training_clusters"]
+    if used is not None:
+        lines.append(
+            f"clusters trained with: {used['count']}, I(label; cluster) {used['mutual_information']:.2f} nats, "
+            f"H(cluster | label) {used['conditional_entropy']:.2f} nats"
+        )
+    return "\n".join(lines)
+
+
+def draw(
+    folder: Path,
+    title: str,
+    history: list[dict[str, Any]],
+    results: dict[str, Any],
+    images: ImageData,
+    rows: Representation,
+    clusters: Labels,
+) -> None:
+    """Write accuracy.png, embedding.png and neighbours.png of the trained rows; clusters ``[n]`` are the held-out."""
+    _accuracy(title, history, results["knn"]).savefig(folder / "accuracy.png")
+    _embedding(title, images, rows.test, clusters).savefig(folder / "embedding.png")
+    _neighbours(title, images, rows).savefig(folder / "neighbours.png")
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _accuracy(title: str, history: list[dict[str, Any]], knn: dict[str, float]) -> Figure:
+    figure = _figure(10, 4.2, title)
+    left, right = figure.subplots(1, 2)
+    measured = [(line["step"], 100 * line["knn"]) for line in history if "knn" in line]
+    left.plot(*zip(*measured, strict=True), marker="o", markersize=3.5, color="C0", label="trained encoder")
+    left.axhline(100 * knn["raw"], color="C1", linestyle="--", label="raw pixels")
+    left.axhline(100 * knn["untrained"], color="C7", linestyle=":", label="untrained encoder")
+    left.set(xlabel="optimiser steps", ylabel="held-out kNN accuracy (%)")
+    left.legend(loc="best", frameon=False)
+    right.plot([line["step"] for line in history], [line["loss"] for line in history], color="C0")
+    right.set(xlabel="optimiser steps", ylabel="training loss (nats)")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.margins(y=0.08)
+        axes.grid(alpha=0.25)
+    return figure
+
+
+def _embedding(title: str, images: ImageData, rows: NDArray[np.float32], clusters: Labels) -> Figure:
+    chosen = np.random.default_rng(0).permutation(len(rows))[:POINTS]
+    perplexity = min(30.0, (len(chosen) - 1) / 3)
+    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows[chosen])
+    figure = _figure(12, 5.6, f"{title}: t-SNE of {len(chosen)} held-out images")
+    names = [str(number) for number in range(clusters.max() + 1)]
+    panels = (("label", images.test_labels, images.classes), ("k-means cluster", clusters, names))
+    for axes, (what, ids, legend) in zip(figure.subplots(1, 2), panels, strict=True):
+        present = np.unique(ids[chosen])
+        # Up to twenty colours can be told apart, and named; beyond that they only show which points are together.
+        few = len(present) <= 20
+        for number in present:
+            points = places[ids[chosen] == number]
+            style = {"color": f"C{number}"} if len(legend) <= 10 else {"color": _COLOURS[number % 20]}
+            axes.scatter(*points.T, s=12, label=legend[number], linewidths=0, **style)
+        if few:
+            axes.legend(
+                title=what, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, fontsize=8, frameon=False
+            )
+        axes.set_title(f"coloured by {what}" + ("" if few else f" ({len(present)}, colours repeat)"))
+        axes.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
+    return figure
+
+
+def _neighbours(title: str, images: ImageData, rows: Representation) -> Figure:
+    queries = np.unique(images.test_labels, return_index=True)[1][:QUERIES]
+    shown = min(SHOWN, len(rows.train))
+    nearest = NearestNeighbors(n_neighbors=shown, metric="cosine").fit(rows.train)
+    found = nearest.kneighbors(rows.test[queries], return_distance=False)
+    figure = _figure(
+        1 + shown, 0.6 + 1.1 * len(queries), f"{title}: held-out queries and their nearest training images"
+    )
+    grid = figure.subplots(len(queries), 1 + shown, squeeze=False)
+    for axes, query, neighbours in zip(grid, queries, found, strict=True):
+        truth = images.test_labels[query]
+        _picture(axes[0], images.test_images[query], f"query: {images.classes[truth]}", "black")
+        for place, neighbour in zip(axes[1:], neighbours, strict=True):
+            label = images.train_labels[neighbour]
+            _picture(place, images.train_images[neighbour], images.classes[label], "C2" if label == truth else "C3")
+            if label != truth:
+                place.set_title(f"wrong: {images.classes[label]}", fontsize=8, color="C3", fontweight="bold")
+    return figure
+
+
+def _picture(axes: Any, image: Any, caption: str, colour: str) -> None:
+    pixels = as_float(image).permute(1, 2, 0).numpy()
+    axes.imshow(pixels, cmap="gray_r" if pixels.shape[2] == 1 else None, vmin=0, vmax=1)
+    axes.set_title(caption, fontsize=8, color=colour)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=2.5 if colour == "C3" else 1)

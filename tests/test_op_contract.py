@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastcl
 from fastcl.functional import cluster_infonce
 
+ROOT = Path(__file__).parent.parent
 FORWARD = torch.ops.fastcl.contrastive_stats_fwd.default
 BACKWARD = torch.ops.fastcl.contrastive_stats_bwd.default
 
@@ -545,3 +547,16 @@ def test_threads_at_the_same_time_give_the_same_numbers(backend) -> None:
     assert len(results) == 4
     for result in results:
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)
+
+
+# Import
+
+
+def test_importing_and_using_fastcl_does_not_import_the_compiler() -> None:
+    """It would add seconds to every start."""
+    code = (
+        "import sys, torch, fastcl; fastcl.ClusterInfoNCE()(torch.ones(2, 2, 2, requires_grad=True)).backward(); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -73,8 +73,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     return _available(environment, "FASTCL_BACKEND") if environment else "chunked"
 
 
-# Tracing cannot look into context variables or the environment: what they say then becomes part of the graph.
-_traced_choice = torch.compiler.assume_constant_result(choose_backend)
+# Tracing cannot look into context variables or the environment: what they say then becomes part of the graph. This is
+# torch.compiler.assume_constant_result, which would import the whole compiler with fastcl, for seconds.
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---- schemas ----
@@ -282,7 +283,6 @@ def sweep(
     `positives` [N, D], normalised if the anchors are, are one more positive of each anchor and nobody else's contrast.
     """
     dtype = accumulation_dtype(anchors, contrasts, positives)
-    choose = _traced_choice if torch.compiler.is_compiling() else choose_backend
     order = [field for field in FIELDS if field in want]
     scales = logit_scale.to(dtype).reshape(-1)
     bias = None if contrast_bias is None else contrast_bias.to(dtype)
@@ -300,7 +300,7 @@ def sweep(
         normalize_contrasts,
         order,
         both,
-        choose(anchors.device, dtype),
+        choose_backend(anchors.device, dtype),
     )
 
     def named(values: Tensor, numbers: Tensor, reverse: ContrastiveStats | None) -> ContrastiveStats:

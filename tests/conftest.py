@@ -5,13 +5,14 @@ import pytest
 from hypothesis import settings
 
 import fastcl
+from fastcl.kernels import ops
 
 # The same examples on every run; HYPOTHESIS_PROFILE=explore draws new ones.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, print_blob=False)
 settings.register_profile("explore", deadline=None, database=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = tuple(ops.BACKENDS)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -194,9 +194,11 @@ def loss_masks(
                 return True
             other = cluster_of[j]
         elif contrast_clusters is None:
-            if i == j:
+            if j >= rows:
+                return False
+            if sample_of[i] == sample_of[j]:
                 return True
-            if j >= rows or clusters is None:
+            if clusters is None:
                 return False
             other = cluster_of[j]
         else:

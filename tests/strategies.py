@@ -300,3 +300,28 @@ def loss_problems(draw: st.DrawFn) -> LossProblem:
         weights=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
+
+
+def loss_problem(n: int = 9, views: int = 2, d: int = 6, contrasts: str | None = None, **changes: Any) -> LossProblem:
+    """A plain problem, changed as told."""
+    defaults: dict[str, Any] = {
+        "m": 0 if contrasts is None else n * max(views, 1) + 4,
+        "kind": "random",
+        "pattern": "random",
+        "dtype": torch.float32,
+        "contrast_dtype": torch.float32,
+        "form": "outside",
+        "denominator": "all",
+        "margin": 0.0,
+        "symmetric": False,
+        "normalize": True,
+        "reduction": "mean",
+        "temperature": 0.1,
+        "temperature_tensor": True,
+        "ids": False,
+        "bias": False,
+        "positives": False,
+        "weights": False,
+        "seed": 0,
+    }
+    return LossProblem(n=n, views=views, d=d, contrasts=contrasts, **(defaults | changes))

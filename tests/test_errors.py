@@ -1,5 +1,6 @@
 """Bad input: the error names the argument and tells what came."""
 
+import re
 from typing import Any
 
 import pytest
@@ -80,6 +81,10 @@ STATS = {
     "logit_scale empty": ({"logit_scale": torch.ones(0)}, "logit_scale", r"\[0\]"),
     "unknown field": ({"want": ("lse_all", "lse")}, "want", "lse"),
     "field as string": ({"want": "lse_all"}, "want", "lse_all"),
+    "want that is no sequence": ({"want": 5}, "want", "5"),
+    "scale NaN": ({"logit_scale": float("nan")}, "logit_scale", "nan"),
+    "scale tensor inf": ({"logit_scale": torch.tensor([1.0, torch.inf])}, "logit_scale", "inf"),
+    "scale on meta": ({"logit_scale": torch.tensor(2.0, device="meta")}, "logit_scale", "meta"),
 }
 
 
@@ -173,7 +178,14 @@ LOSS = {
     "integer bias": ({"contrast_bias": ids(5), **TWO_SETS}, "contrast_bias", "int64"),
     "positives of another length": ({"positives": x(3, 3), **TWO_SETS}, "positives", r"\[3, 3\]"),
     "positives of another dimension": ({"positives": x(4, 2), **TWO_SETS}, "positives", r"\[4, 2\]"),
-    "positives without views": ({"embeddings": x(4, 2, 3), "positives": x(4, 3)}, "positives", r"\[4, 3\]"),
+    "positives of rows": ({"embeddings": x(4, 2, 3), "positives": x(8, 3)}, "positives", r"\[8, 3\]"),
+    "positives of three views": ({"embeddings": x(4, 2, 3), "positives": x(4, 3, 3)}, "positives", r"\[4, 3, 3\]"),
+    "temperature below float32": ({"temperature": 1e-50}, "temperature", "1e-50"),
+    "temperature tensor below float32": ({"temperature": torch.tensor(1e-50).double()}, "temperature", "0.0|1e-50"),
+    "temperature above float32": ({"temperature": 10**400}, "temperature", "1000"),
+    "endless margin": ({"margin": 10**400}, "margin", "1000"),
+    "sparse embeddings": ({"embeddings": x(4, 3).to_sparse(), **TWO_SETS}, "embeddings", "sparse"),
+    "weights inf": ({"weights": torch.tensor([1.0, 1.0, torch.inf, 1.0]), **TWO_SETS}, "weights", "inf"),
     "positives as list": ({"positives": [1.0], **TWO_SETS}, "positives", "list"),
     "integer positives": ({"positives": ids(12).reshape(4, 3), **TWO_SETS}, "positives", "int64"),
     "too few weights": ({"weights": torch.ones(3), **TWO_SETS}, "weights", r"\[3\]|\b3\b"),
@@ -238,12 +250,17 @@ def test_keyword_only_arguments() -> None:
         fastcl.ClusterInfoNCE(0.1, "outside")
 
 
-@pytest.mark.parametrize("name", ["", "Reference", "fast", None, 3])
+@pytest.mark.parametrize("name", ["", "Reference", "fast", None, 3, ["chunked"]])
 def test_unknown_backend(name) -> None:
     with pytest.raises((ValueError, TypeError), match="expected") as error, fastcl.use_backend(name):
         pass
-    error.match(str(name))
+    error.match(re.escape(repr(name)))
     error.match("reference")
+
+
+def test_temperature_on_another_device() -> None:
+    with pytest.raises(ValueError, match=r"^temperature: expected a tensor on cpu, got one on meta"):
+        cluster_infonce(x(4, 2, 3), temperature=torch.tensor(0.1, device="meta"))
 
 
 def test_good_arguments_pass() -> None:

@@ -154,6 +154,21 @@ def test_opcheck_of_the_backward_with_inputs_that_need_gradients(backend) -> Non
     )
 
 
+def test_gradients_have_the_strides_that_tracing_is_told(backend) -> None:
+    """Compiled code reads the gradients by the strides of the fake ones, whatever the strides of the rows."""
+    names = [argument.name for argument in FORWARD._schema.arguments]
+    arguments = list(op_arguments("everything", backend, torch.float32, False))
+    for name in ("anchors", "contrasts", "paired"):
+        index = names.index(name)
+        arguments[index] = arguments[index].T.contiguous().T
+        assert not arguments[index].is_contiguous()
+    fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *norms = outputs = FORWARD(*arguments)
+    saved = (counts, parts, contrast_counts, contrast_parts, *norms)
+    gradients = (torch.ones_like(fields), torch.ones_like(contrast_fields))
+    for output in (*outputs, *BACKWARD(*arguments, *saved, *gradients, [True] * 5)):
+        assert output.is_contiguous()
+
+
 # Second derivatives
 
 
@@ -261,6 +276,21 @@ def test_compile(function) -> None:
     """fullgraph: no graph break; through inductor, forward and backward."""
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
     torch.testing.assert_close(with_gradients(compiled, 12), with_gradients(function, 12))
+
+
+@pytest.mark.slow
+@inductor
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compile_of_transposed_rows() -> None:
+    """The layout of features that come from a convolution."""
+
+    def function(w: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        return cluster_infonce(w.t(), contrasts=y.t(), positives=p.t(), symmetric=True)
+
+    leaves = [x(3, 8, seed=i).requires_grad_() for i in range(3)]
+    compiled = torch.compile(function, fullgraph=True)
+    got, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, function))
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.slow

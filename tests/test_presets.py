@@ -186,10 +186,15 @@ def test_shapes_that_do_not_match() -> None:
         (lambda: fastcl.ClipLoss()(z, z[:, :2], 1.0), "text"),
         (lambda: fastcl.ClipLoss()(z, z, -1.0), "logit_scale"),
         (lambda: fastcl.ClipLoss()(z, z, "1"), "logit_scale"),
-        (lambda: fastcl.MoCoLoss()(z, z[:3], z), "key|positives"),
+        (lambda: fastcl.MoCoLoss()(z, z[:3], z), "^key: expected"),
         (lambda: fastcl.MoCoLoss()(z, z, z[:, :2]), "queue"),
+        (lambda: fastcl.ClipLoss()(z, z, 1.0, None, "yes"), "^output_dict: expected"),
+        (lambda: fastcl.SupConLoss()([1]), "^features: expected"),
+        (lambda: fastcl.SupConLoss()(z, torch.ones(len(z))), "^labels: expected"),
+        (lambda: fastcl.MoCoLoss(symmetric=True), "symmetric"),
+        (lambda: fastcl.NTXentLoss(symmetric=True), "symmetric"),
         (lambda: fastcl.MoCoLoss()(z, z, z[0]), "queue"),
-        (lambda: fastcl.SupConLoss()(z, torch.arange(3)), "labels|clusters"),
+        (lambda: fastcl.SupConLoss()(z, torch.arange(3)), "^labels: expected"),
     ):
         with pytest.raises((ValueError, TypeError), match=name):
             call()

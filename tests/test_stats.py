@@ -570,3 +570,34 @@ def test_bit_identical_from_run_to_run(dtype, backend) -> None:
         for got, expected in ((fields, runs[0][0]), (gradients, runs[0][1])):
             for name in expected:
                 assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.slow
+def test_more_pairs_than_32_bits_count() -> None:
+    n, m = 65_536, 32_800  # 2**31 + 2**21 pairs
+    x, y = (torch.randn(size, 2, generator=generator(i)) for i, size in enumerate((n, m)))
+    x.requires_grad_()
+    s = fastcl.contrastive_stats(x, y, want=("lse_all",), normalize_anchors=True, logit_scale=3.0)
+    s.lse_all.sum().backward()
+    some = torch.tensor([0, 1, 40_000, n - 2, n - 1])
+    few = x.detach()[some].double().requires_grad_()
+    expected = (3.0 * torch.nn.functional.normalize(few, dim=1) @ y.double().T).logsumexp(1)
+    expected.sum().backward()
+    torch.testing.assert_close(s.lse_all[some].double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(x.grad[some].double(), few.grad, rtol=1e-4, atol=1e-5)
+    assert torch.equal(s.num_neg, torch.full((n,), float(m)))
+
+
+def test_want_may_be_any_iterable(backend) -> None:
+    s = fastcl.contrastive_stats(torch.ones(3, 2), want=(name for name in ("lse_all", "lse_neg")))
+    assert s.lse_all is not None
+    assert s.lse_neg is not None
+    assert s.sum_pos is None
+
+
+def test_one_dimensional_unit_rows_have_no_gradient(backend) -> None:
+    """Nothing is left of a gradient once it is projected off a row of one dimension."""
+    x = torch.randn(40, 1, generator=generator(0)).requires_grad_()
+    s = fastcl.contrastive_stats(x, logit_scale=20.0, normalize_anchors=True, want=("lse_all",))
+    s.lse_all.sum().backward()
+    assert float((x.grad * x).abs().max()) < 1e-5

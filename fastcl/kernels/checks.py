@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def values_visible(tensor: Tensor) -> bool:
@@ -19,6 +20,9 @@ def values_visible(tensor: Tensor) -> bool:
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
 
 
 def check_rows(name: str, value: Any, *, dims: tuple[int, ...] = (2,), like: Tensor | None = None) -> None:
@@ -75,19 +79,41 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
-def check_number(name: str, value: Any, *, positive: bool) -> None:
-    """A finite real number, above zero or (positive=False) at least zero; a tensor of one is looked at if it may be."""
-    kind = "positive" if positive else "non-negative"
-    if isinstance(value, Tensor):
+def finite_number(name: str, value: Any) -> float:
+    """A real number in float32's range, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"{name}: expected a finite number in the range of float32, got {value}")
+    return number
+
+
+def positive_number(name: str, value: Any) -> Any:
+    """A positive number whose reciprocal float32 can hold, as a float, or a tensor of one, looked at if it may be."""
+    if not isinstance(value, Tensor):
+        number = finite_number(name, value)
+    else:
         if value.numel() != 1 or not value.dtype.is_floating_point:
             raise ValueError(
-                f"{name}: expected a {kind} number or a floating tensor of one element, "
+                f"{name}: expected a positive number or a floating tensor of one element, "
                 f"got a {value.dtype} tensor of shape {list(value.shape)}"
             )
         if not values_visible(value):
-            return
-        value = value.item()
-    elif isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{name}: expected a {kind} number, got {type(value).__name__}")
-    if not (0 < value < float("inf") if positive else 0 <= value < float("inf")):
-        raise ValueError(f"{name}: expected a {kind} finite number, got {value}")
+            return value
+        number = float(value.detach())
+    if not SMALLEST <= number <= LARGEST:
+        raise ValueError(f"{name}: expected a positive number in the range of float32, got {number}")
+    return value if isinstance(value, Tensor) else number
+
+
+def scalar_tensor(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number, or a tensor of one element on the CPU or on `device`, as a tensor of no dimension on `device`."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    if value.device.type != "cpu":
+        check_device(name, value, device)
+    return value.to(device, dtype).reshape(())

@@ -7,10 +7,9 @@ torch.compile sees one node; its derivative is an operator of its own whose deri
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from numbers import Real
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,10 +17,19 @@ import torch
 from torch import Tensor
 
 from . import chunked, paired, reference
-from .checks import check_device, check_flag, check_ids, check_rows, check_vector
+from .checks import (
+    check_device,
+    check_flag,
+    check_ids,
+    check_rows,
+    check_vector,
+    finite_number,
+    scalar_tensor,
+    values_visible,
+)
 from .problem import FIELDS, Needs, Problem, Side, Statistics, accumulation_dtype
 
-# ---- backends ----
+# Backends.
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 
@@ -57,6 +65,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _available(name: str, source: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: expected the name of a backend ({', '.join(BACKENDS)}), got {name!r}")
     if name in BACKENDS:
         return name
     options = ", ".join(map(repr, BACKENDS))
@@ -78,7 +88,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
 choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# ---- schemas ----
+# Schemas.
 
 _library = torch.library.Library("fastcl", "DEF")
 
@@ -133,7 +143,7 @@ def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
         gradients: tuple[Any, ...] = paired.add_gradients(problem, saved, grad, needs, swept)
     sources = [args[i] for i in _DIFFERENTIABLE.values()]
     return tuple(
-        gradient.to(source.dtype) if need and source is not None else grad.new_empty(0)
+        gradient.to(source.dtype).contiguous() if need and source is not None else grad.new_empty(0)
         for need, gradient, source in zip(needs, gradients, sources, strict=True)
     )
 
@@ -177,7 +187,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-# ---- derivatives ----
+# Derivatives.
 
 
 class _ContrastiveStats(torch.autograd.Function):
@@ -224,7 +234,7 @@ for _name, _impl, _fake, _function in (
     torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
 
 
-# ---- what the losses call ----
+# What the losses call.
 
 
 class ContrastiveStats(NamedTuple):
@@ -324,14 +334,14 @@ def contrastive_stats(
     contrast_bias: Tensor | None = None,
     anchor_ids: Tensor | None = None,
     contrast_ids: Tensor | None = None,
-    want: Sequence[str] = ("lse_all", "sum_pos"),
+    want: Iterable[str] = ("lse_all", "sum_pos"),
     both: bool = False,
 ) -> ContrastiveStats:
     r"""Statistics of contrastive logits, in one pass that never stores them.
 
-        The logits are
+    The logits are
 
-        .. math:: s_{ij} = \text{logit\_scale} \cdot a_i \, c_j \, \langle x_i, y_j \rangle + \text{bias}_j
+    .. math:: s_{ij} = \text{logit\_scale} \cdot a_i \, c_j \, \langle x_i, y_j \rangle + \text{bias}_j
 
     with :math:`a`, :math:`c` either 1 or, for cosine similarity, the rows' inverse norms (norms floored at 1e-12; a row
     of zeros has similarity 0 and gradient 0). For anchor i, A_i are its admissible contrasts (self-contrast: all
@@ -340,28 +350,28 @@ def contrastive_stats(
 
     A contrastive loss is a formula of the result. SupCon, for instance::
 
-            s = contrastive_stats(z, anchor_clusters=labels, logit_scale=1 / 0.07, normalize_anchors=True)
-            loss = (s.lse_all - s.sum_pos / s.num_pos)[s.valid].mean()
+        s = contrastive_stats(z, anchor_clusters=labels, logit_scale=1 / 0.07, normalize_anchors=True)
+        loss = (s.lse_all - s.sum_pos / s.num_pos)[s.valid].mean()
 
-        Args:
-            anchors: ``[N, D]``; float64, float32, bfloat16 or float16.
-            contrasts: ``[M, D]``, or None for self-contrast: the contrasts are the anchors, normalised as they are.
-            anchor_clusters: ``[N]`` integers; negative: in no cluster, equal to nothing. None: there are no positives.
-            contrast_clusters: ``[M]`` integers; two sets take both or neither.
-            logit_scale: 1 / temperature; a number, a tensor of no dimension, or ``[S]`` scales at once.
-            normalize_anchors, normalize_contrasts: cosine similarity.
-            contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency).
-            anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
-            want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``; only these are computed.
-            both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
+    Args:
+        anchors: ``[N, D]``; float64, float32, bfloat16 or float16.
+        contrasts: ``[M, D]``, or None for self-contrast: the contrasts are the anchors, normalised as they are.
+        anchor_clusters: ``[N]`` integers; negative: in no cluster, equal to nothing. None: there are no positives.
+        contrast_clusters: ``[M]`` integers; two sets take both or neither.
+        logit_scale: 1 / temperature; a number, a tensor of no dimension, or ``[S]`` scales at once.
+        normalize_anchors, normalize_contrasts: cosine similarity.
+        contrast_bias: ``[M]``, finite, added to the contrast's logits (for instance minus a log frequency).
+        anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
+        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``; only these are computed.
+        both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
 
-        Returns:
-            :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale and contrast_bias.
-            float32; float64 where a set of rows is float64. Rows of two dtypes are multiplied in the wider one.
+    Returns:
+        :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale and contrast_bias.
+        float32; float64 where a set of rows is float64. Rows of two dtypes are multiplied in the wider one.
 
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
-            RuntimeError: on a second derivative.
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: on a second derivative.
     """
     check_rows("anchors", anchors)
     n = anchors.shape[0]
@@ -416,10 +426,14 @@ def contrastive_stats(
     )
 
 
-def _check_want(want: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(want, str) or not all(field in FIELDS for field in want):
-        raise ValueError(f"want: expected a sequence of {', '.join(map(repr, FIELDS))}, got {want!r}")
-    return tuple(want)
+def _check_want(want: Iterable[str]) -> tuple[str, ...]:
+    expected = f"want: expected some of {', '.join(map(repr, FIELDS))}"
+    if isinstance(want, str) or not isinstance(want, Iterable):
+        raise TypeError(f"{expected} in a tuple or list, got {want!r}")
+    fields = tuple(want)
+    if not all(field in FIELDS for field in fields):
+        raise ValueError(f"{expected}, got {fields!r}")
+    return fields
 
 
 def _scale_tensor(value: float | Tensor, anchors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -428,9 +442,11 @@ def _scale_tensor(value: float | Tensor, anchors: Tensor, dtype: torch.dtype) ->
             raise TypeError(f"logit_scale: expected a floating dtype, got {value.dtype}")
         if value.dim() > 1 or value.numel() == 0:
             raise ValueError(f"logit_scale: expected shape [] or [S], got {list(value.shape)}")
+        if values_visible(value) and not bool(value.isfinite().all()):
+            raise ValueError(f"logit_scale: expected finite numbers, got {value.tolist()}")
         if value.dim() == 1:
             check_device("logit_scale", value, anchors.device)
-        return value.to(anchors.device)
-    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"logit_scale: expected a number or a tensor, got {type(value).__name__}")
-    return torch.full((), value, dtype=dtype, device=anchors.device)
+            return value
+    else:
+        value = finite_number("logit_scale", value)
+    return scalar_tensor("logit_scale", value, anchors.device, dtype)

@@ -18,7 +18,8 @@ def join(p: Problem, statistics: Statistics) -> Statistics:
     """The statistics with logit_scale * <x_i, p_i> among the positives of anchor i."""
     if p.paired is None:
         return statistics
-    logits = p.logit_scale[:, None] * _similarity(p, p.paired).similarity  # [S, N]
+    similarity = _pairs(p, p.paired, statistics.anchor_inverse_norms).similarity
+    logits = p.logit_scale[:, None] * similarity  # [S, N]
     side = statistics.anchors
     fields, shifts, sums = [], [], []
     for k, field in enumerate(p.want):
@@ -46,7 +47,7 @@ def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, swe
     """The sweep's gradients with those of the extra positive, whose fields' gradients [W, S, N] are `grad`."""
     if p.paired is None:
         return sweep
-    x, y, a, b, similarity = _similarity(p, p.paired)
+    x, y, b, similarity = _pairs(p, p.paired, saved.anchor_inverse_norms)
     logits = p.logit_scale[:, None] * similarity
     g = torch.zeros_like(logits)
     for k, field in enumerate(p.want):
@@ -61,7 +62,7 @@ def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, swe
         return through_normalization(dt * towards, unit, inverse) if p.normalize_anchors else dt * towards
 
     return sweep._replace(
-        anchors=None if sweep.anchors is None else sweep.anchors + rows(y, x, a),
+        anchors=None if sweep.anchors is None else sweep.anchors + rows(y, x, saved.anchor_inverse_norms),
         paired=rows(x, y, b) if needs.paired else None,
         logit_scale=None if sweep.logit_scale is None else sweep.logit_scale + (g * similarity).sum(1),
     )
@@ -70,15 +71,14 @@ def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, swe
 class _Pairs(NamedTuple):
     x: Tensor  # [N, D], normalised where the anchors are
     y: Tensor
-    a: Tensor  # [N], or [0]
-    b: Tensor
+    inverse_norms: Tensor  # of y [N], or [0]
     similarity: Tensor  # [N]
 
 
-def _similarity(p: Problem, paired: Tensor) -> _Pairs:
+def _pairs(p: Problem, paired: Tensor, anchor_inverse_norms: Tensor) -> _Pairs:
     x, y = p.anchors.to(p.dtype), paired.to(p.dtype)
-    if not p.normalize_anchors:
-        return _Pairs(x, y, x.new_empty(0), y.new_empty(0), (x * y).sum(1))
-    a, b = inverse_norms(x), inverse_norms(y)
-    x, y = x * a[:, None], y * b[:, None]
-    return _Pairs(x, y, a, b, (x * y).sum(1))
+    inverse = y.new_empty(0)
+    if p.normalize_anchors:
+        inverse = inverse_norms(y)
+        x, y = x * anchor_inverse_norms[:, None], y * inverse[:, None]
+    return _Pairs(x, y, inverse, (x * y).sum(1))

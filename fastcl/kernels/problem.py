@@ -106,8 +106,10 @@ def inverse_norms(rows: Tensor) -> Tensor:
 def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> Tensor:
     """Gradient of the rows x from that of the unit rows u = x / |x|: a (g - u <u, g>), all [N, D] but a = 1 / |x| [N].
 
-    Below the floor of the norm, u = x / 1e-12 is linear and there is nothing to project.
+    u as rounded is not quite of length 1, hence the division by <u, u>. Below the floor of the norm, u = x / 1e-12 is
+    linear and there is nothing to project.
     """
     floor = 1 / torch.full_like(inverse_norms, NORM_FLOOR)  # rounded as in inverse_norms
-    along = torch.where(inverse_norms < floor, (unit * grad).sum(1), 0)
+    projected = (inverse_norms > 0) & (inverse_norms < floor)
+    along = torch.where(projected, (unit * grad).sum(1) / (unit * unit).sum(1), 0)
     return torch.addcmul(grad, unit, along[:, None], value=-1).mul_(inverse_norms[:, None])

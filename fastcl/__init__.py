@@ -1,4 +1,4 @@
-"""Fused losses for contrastive and clustering self-supervised learning in PyTorch."""
+"""Contrastive losses for PyTorch that never store the matrix of logits."""
 
 __version__ = "0.1.0"
 

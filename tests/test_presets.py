@@ -1,5 +1,8 @@
 """The presets against their peers' published formulas, written out here as the peers wrote them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from strategies import generator
@@ -198,3 +201,20 @@ def test_shapes_that_do_not_match() -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=name):
             call()
+
+
+def test_contrast_mode_one_of_supcontrast_as_documented() -> None:
+    """First views are the anchors, all rows but the anchor's own the contrasts."""
+    g = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(8, 2, 16, generator=g), torch.randint(0, 4, (8,), generator=g)
+    rows = torch.nn.functional.normalize(features.double(), dim=2).flatten(0, 1)
+    logits = rows[::2] @ rows.T / 0.07
+    own = torch.arange(16) == 2 * torch.arange(8)[:, None]
+    positive = (labels[:, None] == labels.repeat_interleave(2)) & ~own
+    log_prob = logits - logits.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
+    expected = -(log_prob.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+    page = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "contrast_ids" in block)
+    made = {"features": features, "labels": labels}
+    exec(re.sub(r"^features, labels = .*$", "", code, flags=re.MULTILINE), made)
+    torch.testing.assert_close(made["loss"].double(), expected, rtol=1e-5, atol=0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from fastcl.train import evaluate, loop
 from fastcl.train.__main__ import main
 from fastcl.train.data import ImageData, attributes, augment, count_holes, load, read_csv_clusters, uniforms
 from fastcl.train.evaluate import Representation, cluster_information, knn_accuracy, linear_accuracy, rankme
 from fastcl.train.loop import Run
-from fastcl.train.methods import Encoder
+from fastcl.train.methods import Encoder, kmeans
 
 ROOT = Path(__file__).parent.parent
 COUNT = 150
@@ -86,10 +88,11 @@ def test_a_real_interrupt_keeps_what_was_done(npz, tmp_path) -> None:
     command = [sys.executable, "-m", "fastcl.train", *options(npz, out, epochs=100_000)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 120
     try:
-        while process.poll() is None and not (out / "metrics.jsonl").exists():
-            time.sleep(0.05)
-        while process.poll() is None and len((out / "metrics.jsonl").read_text().splitlines()) < 2:
+        while process.poll() is None and time.monotonic() < deadline:
+            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= 2:
+                break
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -186,6 +189,8 @@ def write_csv(path: Path, rows: int) -> Path:
         (["--data", "cifar10"], "--data cifar10 needs --root"),
         (["--root", "."], "--root goes with"),
         (["--epochs", "0"], "expected an integer of at least 1, got '0'"),
+        (["--seed", "4294967296"], "expected an integer of at least 0 and below 4294967296"),
+        (["--out", f"{__file__}/below"], "cannot be made"),
         (["--batch-size", "1"], "expected an integer of at least 2"),
         (["--temperature", "0"], "expected a number above 0, got '0'"),
         (["--lr", "nan"], "expected a number above 0, got 'nan'"),
@@ -213,6 +218,36 @@ def test_a_run_never_overwrites_another(npz, tmp_path, capsys) -> None:
         main(options(npz, tmp_path / "run"))
     assert "--out must be a new or an empty folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["note"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "other"])
+def test_resume_refuses_what_is_no_checkpoint(content, npz, tmp_path, capsys) -> None:
+    assert main(options(npz, tmp_path / "run", epochs=1)) == 0
+    if content == "other":
+        torch.save({"state": torch.ones(2)}, tmp_path / "run" / "checkpoint.pt")
+    else:
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--resume", str(tmp_path / "run")])
+    assert exit_.value.code == 2
+    assert "--resume found no usable checkpoint" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_images(npz, tmp_path, capsys) -> None:
+    data = tmp_path / "data.npz"
+    data.write_bytes(npz.read_bytes())
+    assert main(options(data, tmp_path / "run", epochs=1)) == 0
+    with np.load(data) as arrays:
+        np.savez(data, images=arrays["images"][::-1], labels=arrays["labels"][::-1])
+    with pytest.raises(SystemExit):
+        main(["--resume", str(tmp_path / "run")])
+    assert "no longer holds the images" in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_blows_up_is_said_to(npz, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([*options(npz, tmp_path / "run"), "--lr", "1e30"])
+    assert "try a lower --lr" in capsys.readouterr().err
 
 
 def test_resume_refuses_options_that_contradict_the_run(npz, tmp_path, capsys) -> None:
@@ -257,6 +292,54 @@ def test_npz_with_a_test_set_of_its_own_and_colours(tmp_path) -> None:
     assert float(view.max()) <= 1
 
 
+class Photographs:
+    """Stands in for torchvision's readers, which need files of hundreds of megabytes."""
+
+    def __init__(self, root: str, train: bool = True, download: bool = True, transform=None) -> None:
+        assert not download or transform
+        g = np.random.default_rng(train)
+        self.classes = ["cat", "dog"]
+        self.targets = [i % 2 for i in range(24 if train else 8)]
+        self.data = g.integers(0, 256, (len(self.targets), 32, 32, 3), dtype=np.uint8)
+
+    def __iter__(self):
+        return (
+            (torch.from_numpy(image).permute(2, 0, 1), target)
+            for image, target in zip(self.data, self.targets, strict=True)
+        )
+
+
+@pytest.fixture
+def torchvision(monkeypatch) -> None:
+    readers = SimpleNamespace(CIFAR10=Photographs, CIFAR100=Photographs, ImageFolder=Photographs)
+    steps = SimpleNamespace(Compose=list, Resize=int, CenterCrop=int, PILToTensor=object)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=readers, transforms=steps))
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_cifar_and_image_folders(tmp_path) -> None:
+    data = load("cifar10", str(tmp_path), 0)
+    assert data.train_images.shape == (24, 3, 32, 32)
+    assert data.test_images.shape == (8, 3, 32, 32)
+    assert data.classes == ("cat", "dog")
+    assert data.train_labels.tolist() == [0, 1] * 12
+    assert np.array_equal(data.train_images[3].permute(1, 2, 0), Photographs("", True, False).data[3])
+    split = load("imagefolder", str(tmp_path), 0)
+    assert (len(split.train_labels), len(split.test_labels)) == (16, 8)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    assert len(load("imagefolder", str(tmp_path), 0).train_labels) == 24
+    arguments = ["--data", "cifar100", "--root", str(tmp_path), "--epochs", "1", "--n-clusters", "2"]
+    assert main([*arguments, "--batch-size", "8", "--out", str(tmp_path / "run")]) == 0
+
+
+def test_without_torchvision_the_error_says_what_to_install(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(SystemExit):
+        main(["--data", "cifar10", "--root", str(tmp_path)])
+    assert 'pip install "fastcl[vision]"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -265,6 +348,8 @@ def test_npz_with_a_test_set_of_its_own_and_colours(tmp_path) -> None:
         ({"images": np.zeros((4, 8, 8)), "labels": np.zeros(5)}, "'labels' must be [4]"),
         ({"images": np.full((4, 8, 8), 2.0), "labels": np.zeros(4)}, "must be uint8 or float in [0, 1]"),
         ({"images": np.zeros((4, 8, 8)), "labels": np.arange(4)}, "cannot be split"),
+        ({"images": np.zeros((0, 8, 8)), "labels": np.zeros(0)}, "must hold images"),
+        ({"images": np.zeros((9, 8, 8)), "labels": np.zeros(9)}, "at least two classes"),
     ],
 )
 def test_unusable_npz_files_are_named(arrays, message, tmp_path, capsys) -> None:
@@ -279,7 +364,9 @@ def test_csv_clusters(tmp_path) -> None:
     clusters = read_csv_clusters(f"{path}:kind", 9)
     assert clusters.tolist() == [-1, 1, 2, 0, -1, 1, 2, 0, -1]
     (tmp_path / "n.csv").write_text("id\n1\n1.0\n\n02\n")
-    assert read_csv_clusters(f"{tmp_path / 'n.csv'}:id", 4).tolist() == [0, 0, -1, 1]
+    assert read_csv_clusters(f"{tmp_path / 'n.csv'}:id", 4).tolist() == [1, 2, -1, 0]  # text: 1.0 is no integer
+    (tmp_path / "i.csv").write_text("id\n7\n-1\n9007199254740993\n9007199254740992\n07\n\n")
+    assert read_csv_clusters(f"{tmp_path / 'i.csv'}:id", 5).tolist() == [0, -1, 2, 1, 0]
     with pytest.raises(ValueError, match="must have one row per image, 10; got 9"):
         read_csv_clusters(f"{path}:kind", 10)
     with pytest.raises(ValueError, match="has no column 'sort'"):
@@ -345,6 +432,63 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
 
 
 # Probes
+
+
+def test_kmeans_is_renewed_as_often_as_told(npz, tmp_path, monkeypatch) -> None:
+    fitted = []
+    monkeypatch.setattr(loop, "kmeans", lambda rows, count, seed: fitted.append(len(rows)) or kmeans(rows, count, seed))
+    monkeypatch.setattr(Run, "finish", lambda self: pytest.fail("trained"))
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        main([*options(npz, tmp_path / "run", epochs=7), "--method", "clinfonce", "--renew", "3"])
+    assert fitted == [105, 105]  # before the fourth and the seventh epoch, on the training images
+
+
+def test_probes_learn_from_training_rows_alone(monkeypatch) -> None:
+    """Held-out rows are scaled, clustered and classified by what was fitted to the training rows."""
+    g = np.random.default_rng(0)
+    data = made_data(np.arange(60) % 3, np.arange(30) % 3)
+    rows = Representation(*(g.standard_normal((n, 4)).astype(np.float32) for n in (60, 30)))
+    seen: dict[str, list[np.ndarray]] = {"scaler": [], "kmeans": [], "regression": []}
+
+    class Scaler(evaluate.StandardScaler):
+        def fit(self, x, *rest):
+            seen["scaler"].append(x)
+            return super().fit(x, *rest)
+
+    class Regression(evaluate.LogisticRegression):
+        def fit(self, x, y):
+            seen["regression"].append(y)
+            return super().fit(x, y)
+
+    monkeypatch.setattr(evaluate, "StandardScaler", Scaler)
+    monkeypatch.setattr(evaluate, "LogisticRegression", Regression)
+    monkeypatch.setattr(evaluate, "kmeans", lambda x, *rest: seen["kmeans"].append(x) or kmeans(x, *rest))
+    evaluate.probe(rows, data, 3, seed=1)
+    first = [len(labels) for labels in seen["regression"]]
+    assert first == [3] * 10 + [15] * 10 + [60]
+    assert all(x is rows.train for x in (*seen["scaler"], *seen["kmeans"]))
+    assert len(seen["kmeans"]) == 1
+
+
+def test_few_label_draws_are_the_same_for_every_representation(monkeypatch) -> None:
+    data = made_data(np.arange(60) % 3, np.arange(30) % 3)
+    chosen: list[np.ndarray] = []
+
+    class Regression(evaluate.LogisticRegression):
+        def fit(self, x, y):
+            chosen.append(np.sort(x[:, 0]))
+            return super().fit(x, y)
+
+    monkeypatch.setattr(evaluate, "LogisticRegression", Regression)
+    place = np.arange(60, dtype=np.float32)[:, None]
+    for seed in range(2):
+        noise = np.random.default_rng(seed).standard_normal((60, 1)).astype(np.float32)
+        rows = Representation(np.hstack([place, noise]), np.hstack([place, noise])[:30])
+        linear_accuracy(rows, data, 1, seed=0)
+    assert len(chosen) == 20
+    for one, other in zip(chosen[:10], chosen[10:], strict=True):
+        assert np.array_equal(one, other)
+    assert not all(np.array_equal(chosen[0], other) for other in chosen[1:10])
 
 
 def test_cluster_information_of_known_tables() -> None:

@@ -23,14 +23,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage that argparse puts before it
 
 
-def _at_least(kind: type[Any], low: float, exclusive: bool = False) -> Any:
+def _at_least(kind: type[Any], low: float, exclusive: bool = False, below: float = math.inf) -> Any:
     def convert(text: str) -> Any:
         wanted = f"{'an integer' if kind is int else 'a number'} {'above' if exclusive else 'of at least'} {low}"
+        wanted += "" if below == math.inf else f" and below {below}"
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and (value > low or (value == low and not exclusive))):
+        if not (math.isfinite(value) and (value > low or (value == low and not exclusive)) and value < below):
             raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
         return value
 
@@ -62,7 +63,11 @@ def _parser() -> _Parser:
     add("--batch-size", "images a step, two views each; at most all", type=_at_least(int, 2))
     add("--temperature", "of the loss", type=_at_least(float, 0, exclusive=True))
     add("--lr", "highest learning rate of AdamW", type=_at_least(float, 0, exclusive=True))
-    add("--seed", "decides the split, the weights, the batches and the augmentation", type=_at_least(int, 0))
+    add(
+        "--seed",
+        "decides the split, the weights, the batches and the augmentation",
+        type=_at_least(int, 0, below=2**32),
+    )
     add("--device", "where to train, for instance cuda")
     add("--precision", "of the forward and backward pass", choices=["float32", "bfloat16"])
     add("--out", "run folder; new or empty (default: runs/DATA-METHOD[-CLUSTERS]-seedSEED)", metavar="DIR")

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import re
 import zipfile
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ class ImageData:
     classes: tuple[str, ...]
     source_index: NDArray[np.int64]
     source_size: int
+
+
+def fingerprint(images: ImageData) -> str:
+    """A hash of training images, labels and places, by which a resumed run knows its data again."""
+    digest = hashlib.sha256()
+    for part in (images.train_images.numpy(), images.train_labels, images.source_index):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -114,6 +123,8 @@ def _load_npz(path: Path, seed: int) -> ImageData:
             )
         if labels.shape != images.shape[:1]:
             raise OptionError(f"--data {path}: '{prefix}labels' must be [{len(images)}]; got {list(labels.shape)}")
+        if not images.size:
+            raise OptionError(f"--data {path}: '{prefix}images' must hold images; got {list(images.shape)}")
         floating = np.issubdtype(images.dtype, np.floating)
         if images.dtype != np.uint8 and not (floating and images.min() >= 0 and images.max() <= 1):
             raise OptionError(f"--data {path}: '{prefix}images' must be uint8 or float in [0, 1]; got {images.dtype}")
@@ -134,6 +145,8 @@ def _assemble(
             raise OptionError(f"--data cannot be split into training and held-out images: {error}") from error
         index.sort()
         test = images[held_out], labels[held_out]
+    if len(np.unique(labels[index])) < 2 or not len(test[1]):
+        raise OptionError("--data must hold training images of at least two classes, and held-out images")
     classes, numbers = np.unique(np.concatenate([labels[index], test[1]]), return_inverse=True)
 
     def channels_first(array: NDArray[Any]) -> Tensor:
@@ -155,7 +168,7 @@ def read_csv_clusters(option: str, source_size: int) -> NDArray[np.int64]:
     """Cluster ids ``[source_size]`` from ``FILE.csv:COLUMN``: one row per image in the order of the file or data set
     that --data names, before the split.
 
-    Equal values make a cluster; a column of numbers is compared as numbers (1 equals 1.0). Blank is "no cluster", -1.
+    Equal values make a cluster. Blank is "no cluster", -1, and so are negative numbers in a column of integers.
     """
     match = re.fullmatch(r"(.+\.csv):(.+)", option)
     if match is None:
@@ -169,17 +182,19 @@ def read_csv_clusters(option: str, source_size: int) -> NDArray[np.int64]:
     if column not in header:
         raise OptionError(f"--clusters {path} has no column '{column}'; it has {header}")
     place = header.index(column)
-    # The csv module reads a blank line as a row without cells: in a file of one column that is a blank value.
+    # The csv module reads a blank line as a row without cells: in a file of one column that is a blank value, but for
+    # one at the end, with which some programs close a file.
     values = [row[place].strip() if place < len(row) else "" for row in rows if row or len(header) == 1]
+    if len(header) == 1 and len(values) == source_size + 1 and not values[-1]:
+        values.pop()
     if len(values) != source_size:
         raise OptionError(f"--clusters {path} must have one row per image, {source_size}; got {len(values)}")
-    filled = np.array([value != "" for value in values], dtype=bool)
-    keys = np.array(values)[filled]
-    with contextlib.suppress(ValueError):  # not all are numbers: compare them as they are written
-        keys = keys.astype(np.float64)
-    clusters = np.full(source_size, -1, dtype=np.int64)
-    clusters[filled] = np.unique(keys, return_inverse=True)[1]
-    return clusters
+    keys: list[Any] = values
+    with contextlib.suppress(ValueError):  # not all are integers: compare them as they are written
+        keys = [int(value) if value else "" for value in values]
+    names = sorted({key for key in keys if key != "" and not (isinstance(key, int) and key < 0)})
+    numbers = {key: number for number, key in enumerate(names)}
+    return np.array([numbers.get(key, -1) for key in keys], dtype=np.int64)
 
 
 def count_holes(image: NDArray[Any]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastcl.train import Config, OptionError, report
-from fastcl.train.data import VIEWS, augment, load
+from fastcl.train.data import VIEWS, augment, fingerprint, load
 from fastcl.train.evaluate import cluster_information, embed, knn_accuracy, probe, raw_pixels, represent
 from fastcl.train.methods import METHODS, Method, fixed_clusters, kmeans
 
@@ -59,7 +59,10 @@ class Run:
         if resumed:
             self._restore()
         else:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OptionError(f"--out {folder} cannot be made: {error}") from error
             _write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             self._save(self.history)
         self._write_metrics()
@@ -76,7 +79,7 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "clusters": None if self.clusters is None else torch.from_numpy(self.clusters),
             "history": history,
-            "config": dataclasses.asdict(self.config),
+            "data": fingerprint(self.images),
         }
         part = self.folder / "checkpoint.pt.part"
         torch.save(state, part)
@@ -96,12 +99,15 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise OptionError(f"--resume found no usable checkpoint at {path}: {error}") from error
-        self.method.load_state_dict(state["method"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.clusters = None if state["clusters"] is None else state["clusters"].numpy()
-        self.history = state["history"]
+            self.method.load_state_dict(state["method"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.clusters = None if state["clusters"] is None else state["clusters"].numpy()
+            self.history, data = state["history"], state["data"]
+        except Exception as error:  # a damaged file may raise anything on its way through zip, pickle and torch
+            what = str(error).partition("\n")[0] or type(error).__name__
+            raise OptionError(f"--resume found no usable checkpoint at {path}: {what}") from error
+        if data != fingerprint(self.images):
+            raise OptionError(f"--data {self.config.data} no longer holds the images that {self.folder} was trained on")
 
     def summary(self) -> str:
         training, held_out = len(self.images.train_labels), len(self.images.test_labels)
@@ -121,6 +127,10 @@ class Run:
                     line["knn"] = knn_accuracy(represent(self.method.encoder, self.images, self.device), self.images)
                 self._save([*self.history, line])
                 self.history.append(line)
+                if bar.disable and "knn" in line:  # no terminal: a line now and then in place of the bar
+                    print(
+                        f"epoch {epoch + 1}/{config.epochs}  loss {line['loss']:.3f}  kNN {line['knn']:.1%}", flush=True
+                    )
                 with open(self.folder / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
 
@@ -142,6 +152,10 @@ class Run:
             losses.append(loss)
             bar.update()
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
+        if not all(bool(parameter.isfinite().all()) for parameter in self.method.parameters()):
+            raise OptionError(
+                f"the weights are no longer finite in epoch {epoch + 1}: try a lower --lr than {config.lr}"
+            )
         return {"epoch": epoch + 1, "step": (epoch + 1) * self.steps, "loss": float(np.mean(losses)), "lr": rate}
 
     def _rate(self, step: int) -> float:

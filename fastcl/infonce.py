@@ -5,7 +5,7 @@ Nothing here visits a logit: every loss is a formula of `kernels.ops.sweep`'s st
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -209,14 +209,21 @@ class ClusterInfoNCE(nn.Module):
 # Presets.
 
 
-class NTXentLoss(ClusterInfoNCE):
+class _TwoViewLoss(ClusterInfoNCE):
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:  # type: ignore[override]
+        check_rows("z0", z0)
+        check_rows("z1", z1, like=z0)
+        if z1.shape != z0.shape:
+            raise ValueError(f"z1: expected shape {list(z0.shape)}, as z0, got {list(z1.shape)}")
+        return super().forward(torch.stack((z0, z1), dim=1))
+
+
+class NTXentLoss(_TwoViewLoss):
     """SimCLR's loss of two views (Chen et al. 2020): ``NTXentLoss(temperature=0.5)(z0, z1)``, both ``[N, D]``.
 
     The mean over all 2 N rows of ``logsumexp_j(s_ij) - s_ip``, p the row's other view, j over all rows but i. Dtypes,
     result and errors are those of :class:`ClusterInfoNCE`; with ``reduction="none"`` the result is ``[N, 2]``.
     """
-
-    denominator = "all"
 
     def __init__(
         self,
@@ -227,33 +234,32 @@ class NTXentLoss(ClusterInfoNCE):
         reduction: str = "mean",
         gather: bool | str = False,
     ) -> None:
-        super().__init__(
-            temperature,
-            denominator=type(self).denominator,
-            margin=margin,
-            normalize=normalize,
-            reduction=reduction,
-            gather=gather,
-        )
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:  # type: ignore[override]
-        check_rows("z0", z0)
-        check_rows("z1", z1, like=z0)
-        if z1.shape != z0.shape:
-            raise ValueError(f"z1: expected shape {list(z0.shape)}, as z0, got {list(z1.shape)}")
-        return super().forward(torch.stack((z0, z1), dim=1))
+        super().__init__(temperature, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
 
 
-class DCLLoss(NTXentLoss):
+class DCLLoss(_TwoViewLoss):
     """The decoupled loss of two views (Yeh et al. 2022): ``DCLLoss(temperature=0.1)(z0, z1)``, both ``[N, D]``.
 
     As :class:`NTXentLoss`, but the log-sum-exp runs over the negatives alone.
     """
 
-    denominator = "negatives"
-
-    def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
-        super().__init__(temperature, **options)
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        margin: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__(
+            temperature,
+            denominator="negatives",
+            margin=margin,
+            normalize=normalize,
+            reduction=reduction,
+            gather=gather,
+        )
 
 
 class SupConLoss(ClusterInfoNCE):

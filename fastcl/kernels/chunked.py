@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Needs, Problem, Side, Statistics, inverse_norms, through_normalization
+from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, inverse_norms, through_normalization
 
 # Logits in a block. On a CPU it should stay in the caches while several passes go over it; a GPU wants large launches.
 CPU_BLOCK = 1 << 20
@@ -32,12 +32,12 @@ def forward(p: Problem) -> Statistics:
     x, y, a, c = _rows(p)
     _, n, m = p.sizes
     anchors = _Accumulator(p, n, dim=-1)
-    contrasts = _Accumulator(p, m if p.both else 0, dim=-2)
+    contrasts = _Accumulator(p, m, dim=-2) if p.both else None
     for tile in _tiles(p, x, y):
         anchors.add(tile, tile.rows)
-        if p.both:
+        if contrasts is not None:
             contrasts.add(tile, slice(0, m))
-    return Statistics(anchors.result(), contrasts.result(), a, c)
+    return Statistics(anchors.result(), empty_side(p) if contrasts is None else contrasts.result(), a, c)
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
@@ -48,13 +48,15 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     dy = torch.zeros_like(y) if needs.contrasts and not self_contrast else dx if self_contrast else None
     d_scale = torch.zeros_like(p.logit_scale) if needs.logit_scale else None
     d_bias = y.new_zeros(y.shape[0]) if needs.contrast_bias else None
-    weights = _softmax_weights(p, saved.anchors, grad)
-    weights_contrasts = _softmax_weights(p, saved.contrasts, grad_contrasts)
+    rows = _SideGradient(saved.anchors.parts[0], _softmax_weights(p, saved.anchors, grad), grad)
+    columns = None
+    if p.both:
+        weights = _softmax_weights(p, saved.contrasts, grad_contrasts)
+        columns = _SideGradient(saved.contrasts.parts[0], weights, grad_contrasts)
     for tile in _tiles(p, x, y):
         g = torch.zeros_like(tile.logits)
-        _add_logit_gradient(g, p, tile, _SideGradient(saved.anchors.parts[0], weights, grad), tile.rows, -1)
-        if p.both:
-            columns = _SideGradient(saved.contrasts.parts[0], weights_contrasts, grad_contrasts)
+        _add_logit_gradient(g, p, tile, rows, tile.rows, -1)
+        if columns is not None:
             _add_logit_gradient(g, p, tile, columns, slice(None), -2)
         if d_scale is not None:
             d_scale += torch.mv(g.flatten(1), tile.similarity.flatten())

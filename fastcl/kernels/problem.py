@@ -65,6 +65,12 @@ class Side(NamedTuple):
     parts: Tensor
 
 
+def empty_side(p: Problem) -> Side:
+    """The side that is not wanted."""
+    s, new = p.sizes[0], p.logit_scale.new_empty
+    return Side(new(len(p.want), s, 0), new(2, 0), new(2, len(p.log_sums), s, 0))
+
+
 class Statistics(NamedTuple):
     anchors: Side
     contrasts: Side  # of size 0 unless Problem.both

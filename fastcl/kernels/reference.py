@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Needs, Problem, Side, Statistics, inverse_norms, through_normalization
+from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, inverse_norms, through_normalization
 
 
 def forward(p: Problem) -> Statistics:
@@ -17,7 +17,7 @@ def forward(p: Problem) -> Statistics:
     sets = _sets(p)
     anchors = _reduce(p, logits, sets)
     transposed = {field: members.T for field, members in sets.items()}
-    contrasts = _reduce(p, logits.mT, transposed) if p.both else Side(*(part[..., :0].clone() for part in anchors))
+    contrasts = _reduce(p, logits.mT, transposed) if p.both else empty_side(p)
     return Statistics(anchors, contrasts, a, c)
 
 

@@ -460,16 +460,16 @@ def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
 
     Masking the result of a formula alone would let the NaN of its derivative through.
     """
-    zero = stats.num_pos.new_zeros(())
+    zero, ignored = stats.num_pos.new_zeros(()), ~counted
     fields = (stats.lse_all, stats.lse_pos, stats.lse_neg, stats.sum_pos)
     return [
-        *(zero if field is None else torch.where(counted, field, 0) for field in fields),
-        torch.where(counted, stats.num_pos, 1),
+        *(zero if field is None else field.masked_fill(ignored, 0) for field in fields),
+        stats.num_pos.masked_fill(ignored, 1),
     ]
 
 
 def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed) -> Tensor:
-    terms = torch.where(counted, terms, 0).to(posed.dtype)
+    terms = terms.masked_fill(~counted, 0).to(posed.dtype)
     if weights is not None:
         terms = terms * weights
     if reduction == "none":

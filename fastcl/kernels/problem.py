@@ -11,6 +11,9 @@ from torch import Tensor
 
 FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
 NORM_FLOOR = 1e-12
+_LARGEST_INVERSE = {  # rounded as in `inverse_norms`
+    dtype: torch.tensor(NORM_FLOOR, dtype=dtype).reciprocal().item() for dtype in (torch.float32, torch.float64)
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def accumulation_dtype(*rows: Tensor | None) -> torch.dtype:
 def inverse_norms(rows: Tensor) -> Tensor:
     """1 / max(|x|, 1e-12) of rows [N, D], as [N]; 0 for a row of zeros, which so gets similarity 0 and gradient 0."""
     norms = torch.linalg.vector_norm(rows, dim=1)
-    return torch.where(norms > 0, 1 / norms.clamp(min=NORM_FLOOR), 0)
+    inverse: Tensor = norms.clamp(min=NORM_FLOOR).reciprocal_()
+    return inverse.masked_fill_(norms == 0, 0)
 
 
 def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> Tensor:
@@ -115,7 +119,6 @@ def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> 
     u as rounded is not quite of length 1, hence the division by <u, u>. Below the floor of the norm, u = x / 1e-12 is
     linear and there is nothing to project.
     """
-    floor = 1 / torch.full_like(inverse_norms, NORM_FLOOR)  # rounded as in inverse_norms
-    projected = (inverse_norms > 0) & (inverse_norms < floor)
-    along = torch.where(projected, (unit * grad).sum(1) / (unit * unit).sum(1), 0)
+    linear = (inverse_norms == 0) | (inverse_norms >= _LARGEST_INVERSE[inverse_norms.dtype])
+    along = ((unit * grad).sum(1) / (unit * unit).sum(1)).masked_fill_(linear, 0)
     return torch.addcmul(grad, unit, along[:, None], value=-1).mul_(inverse_norms[:, None])

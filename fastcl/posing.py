@@ -24,11 +24,8 @@ class Posed(NamedTuple):
     anchor_ids: Tensor | None  # [R]
     contrast_ids: Tensor | None  # [M]
     shape: tuple[int, ...]  # [N] or [N, V]
+    views: int  # V, 1 without views
     dtype: torch.dtype  # of the loss
-
-    @property
-    def views(self) -> int:
-        return self.shape[1] if len(self.shape) == 2 else 1
 
 
 def pose(
@@ -107,6 +104,7 @@ def pose(
         None if ids is None else per_row(ids.to(torch.int64).clamp(min=-1), views),
         None if contrast_ids is None else contrast_ids.to(torch.int64).clamp(min=-1),
         shape,
+        views,
         torch.float64 if embeddings.dtype == torch.float64 else torch.float32,
     )
 

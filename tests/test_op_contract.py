@@ -243,7 +243,7 @@ def own_formula(z: Tensor, clusters: Tensor, temperature: Tensor) -> Tensor:
     s = fastcl.contrastive_stats(
         z[:, 0], anchor_clusters=clusters, logit_scale=1 / temperature, normalize_anchors=True, want=FIELDS
     )
-    return torch.where(s.valid, s.lse_all - s.sum_pos / s.num_pos + s.lse_neg - s.lse_pos, 0).sum()
+    return torch.where(s.valid, s.lse_all - s.sum_pos / s.num_pos + s.lse_neg - s.lse_pos, 0).sum() / s.valid.sum()
 
 
 def with_gradients(function: Callable[..., Tensor], n: int) -> list[Tensor]:

@@ -10,8 +10,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -237,7 +238,8 @@ for _name, _impl, _fake, _function in (
 # What the losses call.
 
 
-class ContrastiveStats(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ContrastiveStats:
     """Statistics of each anchor over its contrasts, or of each contrast over its anchors. None where not wanted.
 
     Shapes are ``[N]``, or ``[S, N]`` (counts: ``[N]``) where several scales were asked for. Natural logarithms.

@@ -286,6 +286,8 @@ class SupConLoss(ClusterInfoNCE):
         check_rows("features", features, dims=(2, 3))
         if labels is not None:
             check_ids("labels", labels, features.shape[0], features.device)
+        elif features.dim() == 2 or features.shape[1] == 1:
+            raise ValueError(f"labels: expected labels for features of a single view {list(features.shape)}, got None")
         return super().forward(features, labels)
 
 
@@ -400,11 +402,12 @@ def _loss(
         )
     if weights is not None:
         check_vector("weights", weights, posed.shape[0], posed.anchors.device)
+        weights = weights.to(posed.dtype)
         if values_visible(weights):
             good = (weights >= 0) & weights.isfinite()
             if not bool(good.all()):
                 raise ValueError(f"weights: expected finite numbers of at least 0, got {weights[~good][0].item()}")
-        weights = per_row(weights.to(posed.dtype), posed.views)
+        weights = per_row(weights, posed.views)
     stats = sweep(
         posed.anchors,
         posed.contrasts,

@@ -83,6 +83,7 @@ STATS = {
     "field as string": ({"want": "lse_all"}, "want", "lse_all"),
     "want that is no sequence": ({"want": 5}, "want", "5"),
     "scale NaN": ({"logit_scale": float("nan")}, "logit_scale", "nan"),
+    "scale tensor beyond float32": ({"logit_scale": torch.tensor(1e39, dtype=torch.float64)}, "logit_scale", "1e.39"),
     "scale tensor inf": ({"logit_scale": torch.tensor([1.0, torch.inf])}, "logit_scale", "inf"),
     "scale on meta": ({"logit_scale": torch.tensor(2.0, device="meta")}, "logit_scale", "meta"),
 }
@@ -185,6 +186,8 @@ LOSS = {
     "temperature above float32": ({"temperature": 10**400}, "temperature", "1000"),
     "endless margin": ({"margin": 10**400}, "margin", "1000"),
     "sparse embeddings": ({"embeddings": x(4, 3).to_sparse(), **TWO_SETS}, "embeddings", "sparse"),
+    "sparse temperature": ({"temperature": torch.tensor(0.1).to_sparse()}, "temperature", "sparse"),
+    "weights beyond float32": ({"weights": torch.full((4,), 1e39, dtype=torch.float64), **TWO_SETS}, "weights", "inf"),
     "weights inf": ({"weights": torch.tensor([1.0, 1.0, torch.inf, 1.0]), **TWO_SETS}, "weights", "inf"),
     "positives as list": ({"positives": [1.0], **TWO_SETS}, "positives", "list"),
     "integer positives": ({"positives": ids(12).reshape(4, 3), **TWO_SETS}, "positives", "int64"),

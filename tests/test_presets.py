@@ -193,6 +193,7 @@ def test_shapes_that_do_not_match() -> None:
         (lambda: fastcl.MoCoLoss()(z, z, z[:, :2]), "queue"),
         (lambda: fastcl.ClipLoss()(z, z, 1.0, None, "yes"), "^output_dict: expected"),
         (lambda: fastcl.SupConLoss()([1]), "^features: expected"),
+        (lambda: fastcl.SupConLoss()(z), "^labels: expected"),
         (lambda: fastcl.SupConLoss()(z, torch.ones(len(z))), "^labels: expected"),
         (lambda: fastcl.MoCoLoss(symmetric=True), "symmetric"),
         (lambda: fastcl.NTXentLoss(symmetric=True), "symmetric"),

@@ -192,9 +192,10 @@ def write_csv(path: Path, rows: int) -> Path:
         (["--seed", "4294967296"], "expected an integer of at least 0 and below 4294967296"),
         (["--out", f"{__file__}/below"], "cannot be made"),
         (["--batch-size", "1"], "expected an integer of at least 2"),
-        (["--temperature", "0"], "expected a number above 0, got '0'"),
-        (["--lr", "nan"], "expected a number above 0, got 'nan'"),
+        (["--temperature", "0"], "expected a number above 1e-30 and below 1e+30, got '0'"),
+        (["--lr", "1e300"], "expected a number above 1e-30 and below 1e+30, got '1e300'"),
         (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used"),
         (["--precision", "float8"], "invalid choice: 'float8'"),
         (["--n-clusters", "5000"], "--n-clusters must be at most the number of training images"),
         (["--resume", "nowhere"], "--resume must name a run folder"),
@@ -220,6 +221,25 @@ def test_a_run_never_overwrites_another(npz, tmp_path, capsys) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["note"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "mocha"}, "invalid choice: 'mocha'"),
+        ({"epochs": "x"}, "expected an integer of at least 1, got 'x'"),
+        ({"method": "clinfonce", "clusters": 5}, "--clusters must be kmeans"),
+        ({"colour": 1}, "--resume must name a run folder with its config.json"),
+    ],
+)
+def test_resume_checks_an_edited_config(change, message, npz, tmp_path, capsys) -> None:
+    assert main(options(npz, tmp_path / "run", epochs=1)) == 0
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SystemExit) as exit_:
+        main(["--resume", str(tmp_path / "run")])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "other"])
 def test_resume_refuses_what_is_no_checkpoint(content, npz, tmp_path, capsys) -> None:
     assert main(options(npz, tmp_path / "run", epochs=1)) == 0
@@ -233,12 +253,23 @@ def test_resume_refuses_what_is_no_checkpoint(content, npz, tmp_path, capsys) ->
     assert "--resume found no usable checkpoint" in capsys.readouterr().err
 
 
-def test_resume_refuses_other_images(npz, tmp_path, capsys) -> None:
+@pytest.mark.parametrize("change", ["images", "labels", "test_images", "test_labels", "shape", "names", "channels"])
+def test_resume_refuses_other_data(change, npz, tmp_path, capsys) -> None:
+    with np.load(npz) as given:
+        images, labels = given["images"], given["labels"]
+    arrays = {"images": images[:100], "labels": labels[:100], "test_images": images[100:], "test_labels": labels[100:]}
     data = tmp_path / "data.npz"
-    data.write_bytes(npz.read_bytes())
+    np.savez(data, **arrays)
     assert main(options(data, tmp_path / "run", epochs=1)) == 0
-    with np.load(data) as arrays:
-        np.savez(data, images=arrays["images"][::-1], labels=arrays["labels"][::-1])
+    if change == "shape":
+        arrays |= {name: arrays[name].reshape(-1, 4, 16) for name in ("images", "test_images")}
+    elif change == "names":
+        arrays |= {name: arrays[name] + 1 for name in ("labels", "test_labels")}
+    elif change == "channels":
+        arrays |= {name: arrays[name][..., None].repeat(3, 3) for name in ("images", "test_images")}
+    else:
+        arrays[change] = arrays[change][::-1]
+    np.savez(data, **arrays)
     with pytest.raises(SystemExit):
         main(["--resume", str(tmp_path / "run")])
     assert "no longer holds the images" in capsys.readouterr().err
@@ -246,7 +277,7 @@ def test_resume_refuses_other_images(npz, tmp_path, capsys) -> None:
 
 def test_a_learning_rate_that_blows_up_is_said_to(npz, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
-        main([*options(npz, tmp_path / "run"), "--lr", "1e30"])
+        main([*options(npz, tmp_path / "run"), "--lr", "1e29"])
     assert "try a lower --lr" in capsys.readouterr().err
 
 

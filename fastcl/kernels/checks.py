@@ -97,6 +97,7 @@ def positive_number(name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         number = finite_number(name, value)
     else:
+        check_tensor(name, value)
         if value.numel() != 1 or not value.dtype.is_floating_point:
             raise ValueError(
                 f"{name}: expected a positive number or a floating tensor of one element, "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import chunked, paired, reference
 from .checks import (
+    LARGEST,
     check_device,
     check_flag,
     check_ids,
@@ -444,8 +445,8 @@ def _scale_tensor(value: float | Tensor, anchors: Tensor, dtype: torch.dtype) ->
             raise TypeError(f"logit_scale: expected a floating dtype, got {value.dtype}")
         if value.dim() > 1 or value.numel() == 0:
             raise ValueError(f"logit_scale: expected shape [] or [S], got {list(value.shape)}")
-        if values_visible(value) and not bool(value.isfinite().all()):
-            raise ValueError(f"logit_scale: expected finite numbers, got {value.tolist()}")
+        if values_visible(value) and not bool((value.abs() <= LARGEST).all()):
+            raise ValueError(f"logit_scale: expected finite numbers in the range of float32, got {value.tolist()}")
         if value.dim() == 1:
             check_device("logit_scale", value, anchors.device)
             return value

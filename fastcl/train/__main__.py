@@ -61,8 +61,8 @@ def _parser() -> _Parser:
     add("--root", "folder of the CIFAR files (never downloaded), or the image folder", metavar="DIR")
     add("--epochs", "passes over the training images", type=_at_least(int, 1))
     add("--batch-size", "images a step, two views each; at most all", type=_at_least(int, 2))
-    add("--temperature", "of the loss", type=_at_least(float, 0, exclusive=True))
-    add("--lr", "highest learning rate of AdamW", type=_at_least(float, 0, exclusive=True))
+    add("--temperature", "of the loss", type=_at_least(float, 1e-30, exclusive=True, below=1e30))
+    add("--lr", "highest learning rate of AdamW", type=_at_least(float, 1e-30, exclusive=True, below=1e30))
     add(
         "--seed",
         "decides the split, the weights, the batches and the augmentation",
@@ -87,6 +87,9 @@ def _configure(given: dict[str, Any]) -> tuple[Config, Path, bool]:
             stored = Config(**json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise OptionError(f"--resume must name a run folder with its config.json; got {resume}: {error}") from error
+        # Through the command line's own checks: the file may have been edited.
+        kept = [f"--{name.replace('_', '-')}={value}" for name, value in vars(stored).items() if value is not None]
+        stored = Config(**vars(_parser().parse_args(kept)))
         for name, value in given.items():
             if name != "device" and value != getattr(stored, name):
                 option = "--" + name.replace("_", "-")

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import hashlib
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,12 @@ class ImageData:
 
 
 def fingerprint(images: ImageData) -> str:
-    """A hash of training images, labels and places, by which a resumed run knows its data again."""
-    digest = hashlib.sha256()
-    for part in (images.train_images.numpy(), images.train_labels, images.source_index):
-        digest.update(np.ascontiguousarray(part).tobytes())
+    """A hash of everything in it, by which a resumed run knows its data again."""
+    pixels = [images.train_images.numpy(), images.test_images.numpy()]
+    numbers = [images.train_labels, images.test_labels, images.source_index]
+    digest = hashlib.sha256(repr((images.classes, images.source_size)).encode())
+    for part in (*pixels, *numbers):
+        digest.update(f"{part.dtype} {part.shape}".encode() + np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
 
 
@@ -105,8 +106,8 @@ def _load_npz(path: Path, seed: int) -> ImageData:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             content = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise OptionError(f"--data {path} cannot be read: {error}") from error
+    except Exception as error:  # a damaged file may raise anything on its way through zip, zlib and numpy
+        raise OptionError(f"--data {path} cannot be read: {type(error).__name__}: {error}") from error
     sets: list[tuple[NDArray[Any], NDArray[Any]]] = []
     given = ("", "test_") if "test_images" in content or "test_labels" in content else ("",)
     for prefix in given:

@@ -37,7 +37,7 @@ class Run:
         self.config, self.folder = config, folder
         try:
             self.device = torch.device(config.device)
-            torch.zeros(1, device=self.device)
+            torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
             raise OptionError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
         # Without this a resumed run on a GPU could choose other convolution kernels, and other roundings.
@@ -99,15 +99,19 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["data"] != fingerprint(self.images):
+                raise OptionError(
+                    f"--data {self.config.data} no longer holds the images that {self.folder} was trained on"
+                )
             self.method.load_state_dict(state["method"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.clusters = None if state["clusters"] is None else state["clusters"].numpy()
-            self.history, data = state["history"], state["data"]
+            self.history = [dict(line) for line in state["history"]]
+        except OptionError:
+            raise
         except Exception as error:  # a damaged file may raise anything on its way through zip, pickle and torch
-            what = str(error).partition("\n")[0] or type(error).__name__
-            raise OptionError(f"--resume found no usable checkpoint at {path}: {what}") from error
-        if data != fingerprint(self.images):
-            raise OptionError(f"--data {self.config.data} no longer holds the images that {self.folder} was trained on")
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise OptionError(f"--resume found no usable checkpoint at {path}: the file is damaged ({what})") from error
 
     def summary(self) -> str:
         training, held_out = len(self.images.train_labels), len(self.images.test_labels)

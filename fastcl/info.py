@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 
 from . import __version__
+from .kernels import native
 from .kernels.checks import ROW_DTYPES
 from .kernels.ops import BACKENDS, MISSING, choose_backend
 from .kernels.problem import accumulation_dtype
@@ -16,6 +17,7 @@ from .kernels.problem import accumulation_dtype
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
     "chunked": "plain PyTorch in blocks of rows; any device",
+    "cpu": "C++ SIMD, on x86-64",
 }
 
 
@@ -32,6 +34,8 @@ def report() -> str:
         *(f"  {name:<10} available    {_PURPOSE[name]}" for name in BACKENDS),
         *(f"  {name:<10} missing      {reason}" for name, reason in MISSING.items()),
         "",
+        *_native(),
+        "",
         f"Will be used ({_reason()})",
     ]
     try:
@@ -39,6 +43,21 @@ def report() -> str:
     except ValueError as error:
         lines.append(f"  nothing: {error}")
     return "\n".join(lines)
+
+
+def _native() -> list[str]:
+    """What the native module was built with, what this machine runs, and what is used."""
+    module = native.native_module()
+    name, reason = native.engine()
+    if module is None:
+        return ["Native module", f"  none: {reason}"]
+    return [
+        "Native module",
+        f"  built with {module.compiler}, for fastcl {module.version}",
+        f"  instruction sets: built {', '.join(module.built_engines()) or 'none'}; "
+        f"this machine runs {', '.join(module.supported_engines()) or 'none'}",
+        f"  used: {name} ({reason})" if name else f"  used: none ({reason})",
+    ]
 
 
 def _choices() -> list[str]:

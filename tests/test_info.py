@@ -14,7 +14,9 @@ def test_every_backend_is_available_or_missing_with_a_reason() -> None:
         assert any(line.split()[:2] == [name, "missing"] and line.endswith(reason) for line in lines)
 
 
-@pytest.mark.parametrize(("variable", "expected"), [(None, "chunked"), ("reference", "reference")])
+@pytest.mark.parametrize(
+    ("variable", "expected"), [(None, "cpu" if "cpu" in BACKENDS else "chunked"), ("reference", "reference")]
+)
 def test_says_what_will_be_used(variable: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTCL_BACKEND", raising=False)
     if variable:
@@ -28,6 +30,6 @@ def test_says_what_will_be_used(variable: str | None, expected: str, monkeypatch
 def test_says_why_nothing_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCL_BACKEND", "triton")
     assert (
-        f"FASTCL_BACKEND: expected one of 'reference', 'chunked', got 'triton', which is {MISSING['triton']}"
+        f"FASTCL_BACKEND: expected one of {', '.join(map(repr, BACKENDS))}, got 'triton', which is {MISSING['triton']}"
         in report()
     )

@@ -28,6 +28,10 @@ class _Tile(NamedTuple):
     positive: Tensor | None  # [B, M]; None: there are no positives
 
 
+def saved_size(p: Problem) -> int:
+    return 0
+
+
 def forward(p: Problem) -> Statistics:
     x, y, a, c = _rows(p)
     _, n, m = p.sizes
@@ -37,7 +41,9 @@ def forward(p: Problem) -> Statistics:
         anchors.add(tile, tile.rows)
         if contrasts is not None:
             contrasts.add(tile, slice(0, m))
-    return Statistics(anchors.result(), empty_side(p) if contrasts is None else contrasts.result(), a, c)
+    return Statistics(
+        anchors.result(), empty_side(p) if contrasts is None else contrasts.result(), a, c, p.logit_scale.new_empty(0)
+    )
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:

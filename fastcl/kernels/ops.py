@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, paired, reference
+from . import chunked, native, paired, reference
 from .checks import (
     LARGEST,
     check_device,
@@ -35,12 +35,17 @@ from .problem import FIELDS, Needs, Problem, Side, Statistics, accumulation_dtyp
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 
-# Names of the contract that this version does not carry, and why.
+# Backends that are not here, and why.
 MISSING = {
-    "cpu": "not part of this version (a C++ SIMD engine for x86-64)",
     "triton": "not part of this version (Triton kernels for GPUs)",
     "cuda": "not part of this version (CUDA C++ kernels for NVIDIA GPUs)",
 }
+
+_engine, _reason = native.engine()
+if _engine is None:
+    MISSING["cpu"] = _reason
+else:
+    BACKENDS["cpu"] = native
 
 _chosen: ContextVar[str | None] = ContextVar("fastcl_backend", default=None)
 
@@ -78,11 +83,15 @@ def _available(name: str, source: str) -> str:
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for rows on `device` whose products have `dtype`: the one asked for, else the fastest there is."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
-    environment = os.environ.get("FASTCL_BACKEND")
-    return _available(environment, "FASTCL_BACKEND") if environment else "chunked"
+    chosen, source = _chosen.get(), "use_backend"
+    if chosen is None and os.environ.get("FASTCL_BACKEND"):
+        source = "FASTCL_BACKEND"
+        chosen = _available(os.environ[source], source)
+    if chosen is None:
+        return "cpu" if device.type == "cpu" and "cpu" in BACKENDS else "chunked"
+    if chosen == "cpu" and device.type != "cpu":
+        raise ValueError(f"{source}: 'cpu' takes tensors on the CPU, got tensors on {device}")
+    return chosen
 
 
 # Tracing cannot look into context variables or the environment: what they say then becomes part of the graph. This is
@@ -104,11 +113,13 @@ _DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bia
 _PROBLEM_LENGTH = _PROBLEM.count(",") + 1
 _library.define(
     f"contrastive_stats_fwd({_PROBLEM}) -> (Tensor fields, Tensor counts, Tensor parts, Tensor contrast_fields, "
-    "Tensor contrast_counts, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms)"
+    "Tensor contrast_counts, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, "
+    "Tensor saved)"
 )
 _library.define(
     f"contrastive_stats_bwd({_PROBLEM}, Tensor counts, Tensor parts, Tensor contrast_counts, Tensor contrast_parts, "
-    "Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, Tensor grad_fields, Tensor grad_contrast_fields, "
+    "Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, Tensor saved, Tensor grad_fields, "
+    "Tensor grad_contrast_fields, "
     "bool[] needs) -> (Tensor anchors, Tensor contrasts, Tensor logit_scale, Tensor contrast_bias, Tensor paired)"
 )
 _forward = torch.ops.fastcl.contrastive_stats_fwd
@@ -129,15 +140,15 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def _forward_impl(*args: Any) -> tuple[Tensor, ...]:
     problem, backend = _problem(args)
     with _without_autocast(problem.device):
-        anchors, contrasts, *inverse_norms = paired.join(problem, backend.forward(problem))
-    return *anchors, *contrasts, *inverse_norms
+        anchors, contrasts, *others = paired.join(problem, backend.forward(problem))
+    return *anchors, *contrasts, *others
 
 
 def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
     problem, backend = _problem(args[:_PROBLEM_LENGTH])
-    counts, parts, contrast_counts, contrast_parts, a, c, grad, grad_contrasts, flags = args[_PROBLEM_LENGTH:]
+    counts, parts, contrast_counts, contrast_parts, *others, grad, grad_contrasts, flags = args[_PROBLEM_LENGTH:]
     needs = Needs(*flags)
-    saved = Statistics(Side(grad, counts, parts), Side(grad_contrasts, contrast_counts, contrast_parts), a, c)
+    saved = Statistics(Side(grad, counts, parts), Side(grad_contrasts, contrast_counts, contrast_parts), *others)
     grad = _over_sets(problem, grad, counts)
     grad_contrasts = _over_sets(problem, grad_contrasts, contrast_counts)
     with _without_autocast(problem.device):
@@ -164,7 +175,7 @@ def _over_sets(problem: Problem, grad: Tensor, counts: Tensor) -> Tensor:
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    problem, _ = _problem(args)
+    problem, backend = _problem(args)
     s, n, m = problem.sizes
     new = problem.logit_scale.new_empty
 
@@ -177,7 +188,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
     a = new(n if problem.normalize_anchors else 0)
     c = new(m if problem.normalize_contrasts and problem.contrasts is not None else 0)
-    return *side(n), *side(m if problem.both else 0), a, c
+    return *side(n), *side(m if problem.both else 0), a, c, new(backend.saved_size(problem))
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -197,12 +208,12 @@ class _ContrastiveStats(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = _forward(*args)
-        fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, a, c = outputs
-        saved = (counts, parts, contrast_counts, contrast_parts, a, c)
+        _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
+        saved = (counts, parts, contrast_counts, contrast_parts, *others)
         ctx.mark_non_differentiable(*saved)
         ctx.save_for_backward(*args[:_TENSORS], *saved)
         ctx.options = args[_TENSORS:]
-        return fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, a, c
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -79,6 +79,7 @@ class Statistics(NamedTuple):
     contrasts: Side  # of size 0 unless Problem.both
     anchor_inverse_norms: Tensor  # [N], or [0] where the rows are taken as they are
     contrast_inverse_norms: Tensor  # [M], or [0]
+    saved: Tensor  # [R]: what else the backend wants to find again in the backward; R is its `saved_size`
 
 
 class Gradients(NamedTuple):

@@ -1,0 +1,66 @@
+#include "dispatch.h"
+
+namespace fastcl {
+namespace {
+
+bool supported(const Engine *engine) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const std::string name = engine->name;
+  if (name == "baseline") return true;
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  if (name == "avx512") return avx512;
+  if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  (void)engine;
+  return false;
+}
+
+// Intel's cores take two issue slots of one port for a product of bfloat16 pairs, so that widening the rows to float
+// and using both FMA ports is twice as fast, and more exact. AMD's run it at twice the FMA's rate.
+bool slow_pairs() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+} // namespace
+
+std::vector<const Engine *> built_engines() {
+  return {
+#if defined(FASTCL_ENGINES)
+      &baseline::engine, &avx2::engine, &avx512::engine, &avx512_bf16::engine,
+#endif
+  };
+}
+
+std::vector<const Engine *> supported_engines() {
+  std::vector<const Engine *> result;
+  for (const Engine *engine : built_engines())
+    if (supported(engine)) result.push_back(engine);
+  return result;
+}
+
+Choice choose_engine(const std::string &cap) {
+  const auto built = built_engines();
+  if (built.empty()) return {nullptr, "this build carries no engine: it was not built for x86-64"};
+  std::string names;
+  for (const Engine *engine : built) names += (names.empty() ? "" : ", ") + std::string(engine->name);
+  const Engine *last = nullptr;
+  bool reached = false;
+  for (const Engine *engine : built) {
+    if (reached) break;
+    reached = engine->name == cap;
+    if (!supported(engine)) continue;
+    if (engine == &avx512_bf16::engine && !reached && slow_pairs()) continue;
+    last = engine;
+  }
+  if (!cap.empty() && !reached) return {nullptr, "expected one of " + names + ", got '" + cap + "'"};
+  return {last, cap.empty() ? "the fastest that this machine has" : "at most " + cap};
+}
+
+} // namespace fastcl

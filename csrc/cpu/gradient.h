@@ -1,0 +1,372 @@
+// The backward epilogue: the gradient of a tile of logits, and its products with the rows of both sides.
+#pragma once
+#include "sweep.h"
+
+namespace fastcl::FASTCL_ISA {
+namespace {
+
+// The gradient of logit s_ij, on each side: weight * 2^(t_ij - base) of the negatives or positives it is in, plus, for a
+// positive, a constant. All are 0 in the padding.
+template <class T> struct Weights {
+  T *negative, *positive, *constant; // [padded]
+  T *negative_base, *positive_base;  // [padded], read where the log-sums spread too widely for one base
+};
+
+template <class Mul> struct GradientPass {
+  using T = typename Mul::Real;
+  using Unit = typename Mul::Unit;
+  static constexpr int W = Simd<T>::W;
+  static constexpr int64_t NR = NV * W;
+  static constexpr bool DOT = Mul::PAIR == 2;
+  // Strides of the tile's gradient in units: by rows, summed over columns, and the other way round. The margins keep
+  // rows that are read together in different cache sets.
+  static constexpr int64_t G_ROW = BLOCK / Mul::PAIR + 16, T_ROW = BLOCK + 16;
+  static constexpr double LEAST_SPREAD = 120; // of log-sums, to base 2, around one base for all
+
+  struct Local {
+    Unit *a;             // a packed block
+    Unit *g;             // [BLOCK + MR][G_ROW]
+    Unit *transposed;    // [BLOCK / 2 + MR][T_ROW] pairs along the rows; numbers that are no pairs are read across g
+    double *scale;       // [W] lanes of the scale's gradient in the tile
+    double scale_total;
+    double spread[2];    // least and largest log-sum
+    char apart[64];      // from the next thread's cache line
+  };
+  const Problem &p;
+  const Backward &out;
+  const Sweep<Mul> s;
+  const bool rows_needed, columns_needed;
+  const Weights<T> row, column;
+  T *const bias_gradient; // [contrasts.padded]
+  Local *const locals;
+
+  GradientPass(const Backward &call, const Arranged &at, Arena &arena)
+      : p(call.problem), out(call), s(p, at, arena, call.contrast_gradient != nullptr, call.anchor_gradient != nullptr),
+        rows_needed(call.anchor_gradient), columns_needed(s.self ? rows_needed : call.contrast_gradient != nullptr),
+        row(weights(arena, s.anchors.padded)), column(s.self ? row : weights(arena, s.contrasts.padded)),
+        bias_gradient(call.bias_gradient ? arena.take<T>(s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
+    for (int t = 0; t < s.threads; t++) {
+      Local local{};
+      local.a = arena.take<Unit>(s.block_units());
+      local.g = arena.take<Unit>((BLOCK + MR) * G_ROW);
+      local.transposed = DOT ? arena.take<Unit>((BLOCK / 2 + MR) * T_ROW) : nullptr;
+      local.scale = arena.take<double>(W);
+      if (arena.base) locals[t] = local;
+    }
+  }
+
+  void run() const {
+    with_team(s.threads, [&](const Team &team) {
+      team.run([&](int t) {
+        Local &local = locals[t];
+        local.spread[0] = 1e300;
+        local.spread[1] = -1e300;
+        widen(s.anchors, out.anchors, t);
+        if (p.columns) widen(s.contrasts, out.contrasts, t);
+        for (int64_t l = 0; l < W; l++) local.scale[l] = 0;
+        local.scale_total = 0;
+      });
+      s.pack(team);
+      double least = 1e300, most = -1e300;
+      for (int t = 0; t < s.threads; t++) {
+        least = smaller(least, locals[t].spread[0]);
+        most = larger(most, locals[t].spread[1]);
+      }
+      const bool wide = most - least > LEAST_SPREAD;
+      const bool central = least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32; // or there is nothing
+      // whole, so that subtracting it from a logit does not round
+      const T base = central || least > most ? T(0) : T(__builtin_rint((least + most) / 2));
+      team.run([&](int t) {
+        weigh(s.anchors, out.anchors, row, base, wide, t);
+        if (!s.self) {
+          if (p.columns) weigh(s.contrasts, out.contrasts, column, base, wide, t);
+          else clear(s.contrasts, column, t);
+        }
+        if (rows_needed) erase(s.anchors, out.anchor_gradient, t);
+        if (columns_needed && !s.self) erase(s.contrasts, out.contrast_gradient, t);
+        if (bias_gradient) {
+          const Range mine = share(s.contrasts.padded, s.threads, t);
+          for (int64_t j = mine.from; j < mine.to; j++) bias_gradient[j] = 0;
+        }
+      });
+      if (wide) walk<true>(team, base);
+      else walk<false>(team, base);
+      team.run([&](int t) {
+        if (rows_needed) project(s.anchors, out.anchor_gradient, t);
+        if (columns_needed && !s.self) project(s.contrasts, out.contrast_gradient, t);
+        if (bias_gradient) {
+          const Range mine = share(s.contrasts.size, s.threads, t);
+          for (int64_t j = mine.from; j < mine.to; j++) ((T *)out.bias_gradient)[s.contrasts.order[j]] = bias_gradient[j];
+        }
+      });
+    });
+    if (!out.scale_gradient) return;
+    double total = 0;
+    for (int t = 0; t < s.threads; t++) total += locals[t].scale_total;
+    *(T *)out.scale_gradient = T(total);
+  }
+
+private:
+  static Weights<T> weights(Arena &arena, int64_t padded) {
+    return {arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded)};
+  }
+
+  // Weights.
+
+  void widen(const Side<Mul> &side, const Statistics &saved, int t) const {
+    const Range mine = share(side.size, s.threads, t);
+    for (int f = 0; f < SUM_POS; f++) {
+      if (!saved.fields[f]) continue;
+      const T *sums = (const T *)saved.sums[f], *shifts = (const T *)saved.shifts[f];
+      for (int64_t i = mine.from; i < mine.to; i++) {
+        if (sums[i] == 0) continue;
+        const double log_sum = LOG2E * (double(shifts[i]) + double(log_of(sums[i])));
+        locals[t].spread[0] = smaller(locals[t].spread[0], log_sum);
+        locals[t].spread[1] = larger(locals[t].spread[1], log_sum);
+      }
+    }
+  }
+
+  // gradient / sum, with the sum's base 2^(shift / ln 2) replaced by 2^base.
+  static double rebased(const Statistics &saved, int f, int64_t i, double base) {
+    if (!saved.fields[f]) return 0;
+    const double sum = ((const T *)saved.sums[f])[i], shift = ((const T *)saved.shifts[f])[i];
+    if (sum == 0) return 0;
+    const double exponent = LN2 * base - shift, weight = double(((const T *)saved.fields[f])[i]) / sum;
+    return exponent == 0 ? weight : weight * __builtin_exp(exponent);
+  }
+  static double base_of(const Statistics &saved, int f, int64_t i) {
+    const int from = saved.fields[f] && ((const T *)saved.sums[f])[i] != 0 ? f : int(LSE_ALL); // the set's own, or the whole's
+    return saved.fields[from] ? double(T(LOG2E * double(((const T *)saved.shifts[from])[i]))) : 0;
+  }
+
+  void weigh(const Side<Mul> &side, const Statistics &saved, const Weights<T> &to, T shared_base, bool wide, int t) const {
+    const Range mine = share(side.padded, s.threads, t);
+    const auto gradient = [&](int f, int64_t i) { return saved.fields[f] ? double(((const T *)saved.fields[f])[i]) : 0.; };
+    for (int64_t place = mine.from; place < mine.to; place++) {
+      if (place >= side.size) {
+        to.negative[place] = to.positive[place] = to.constant[place] = to.negative_base[place] = to.positive_base[place] = 0;
+        continue;
+      }
+      const int64_t i = side.order[place];
+      const double negative = wide ? base_of(saved, LSE_NEG, i) : double(shared_base);
+      const double positive = wide ? base_of(saved, LSE_POS, i) : double(shared_base);
+      to.negative_base[place] = T(negative);
+      to.positive_base[place] = T(positive);
+      to.negative[place] = T(rebased(saved, LSE_ALL, i, negative) + rebased(saved, LSE_NEG, i, negative));
+      if (out.single_positives && ((const T *)saved.positives)[i] == 1) {
+        // A single positive's share of the sum is 1 - the negatives' share: so nothing cancels when it is almost all.
+        const double share = ((const T *)saved.negative_share)[i];
+        to.positive[place] = 0;
+        to.constant[place] = T(gradient(LSE_ALL, i) + gradient(SUM_POS, i) + gradient(LSE_POS, i) - gradient(LSE_ALL, i) * share);
+      } else {
+        to.positive[place] = T(rebased(saved, LSE_ALL, i, positive) + rebased(saved, LSE_POS, i, positive));
+        to.constant[place] = T(gradient(SUM_POS, i));
+      }
+    }
+  }
+  void clear(const Side<Mul> &side, const Weights<T> &to, int t) const {
+    const Range mine = share(side.padded, s.threads, t);
+    for (int64_t i = mine.from; i < mine.to; i++)
+      to.negative[i] = to.positive[i] = to.constant[i] = to.negative_base[i] = to.positive_base[i] = 0;
+  }
+  void erase(const Side<Mul> &side, void *gradient, int t) const {
+    const Range mine = share(side.size, s.threads, t);
+    memset((T *)gradient + mine.from * s.d, 0, (mine.to - mine.from) * s.d * sizeof(T));
+  }
+
+  // The walk. Members of the team never write to the same rows at the same time, and the order of additions to a row
+  // depends on the plan's number of threads alone.
+
+  template <bool WIDE> void walk(const Team &team, T base) const {
+    const int threads = s.threads;
+    if (s.self && threads == 1) return team.run([&](int t) { triangle<WIDE>(t, {0, s.anchors.size}, base); });
+    if (s.self) { // a tournament of 2 * threads groups of rows: in each round every group meets another one
+      const int last = 2 * threads - 1;
+      const auto group = [&](int k) { return share(s.anchors.size, 2 * threads, k, NR); };
+      for (int round = 0; round < last; round++)
+        team.run([&](int t) {
+          const int left = t == 0 ? last : (round + t) % last, right = t == 0 ? round : (round - t + last) % last;
+          if (round == 0) {
+            triangle<WIDE>(t, group(left), base);
+            triangle<WIDE>(t, group(right), base);
+          }
+          rectangle<WIDE>(t, group(smaller(left, right)), group(larger(left, right)), base);
+        });
+      return;
+    }
+    const Range rows{0, s.anchors.size}, cols{0, s.contrasts.size};
+    if (!columns_needed && !bias_gradient)
+      return team.run([&](int t) { rectangle<WIDE>(t, share(rows.to, threads, t, NR), cols, base); });
+    if (!rows_needed) return team.run([&](int t) { rectangle<WIDE>(t, rows, share(cols.to, threads, t, NR), base); });
+    for (int round = 0; round < threads; round++)
+      team.run([&](int t) { rectangle<WIDE>(t, share(rows.to, threads, t, NR), share(cols.to, threads, (t + round) % threads, NR), base); });
+  }
+  static int64_t block_size(Range r) { // equal blocks
+    const int64_t size = r.to - r.from, blocks = (size + BLOCK - 1) / BLOCK;
+    return blocks ? round_up((size + blocks - 1) / blocks, NR) : NR;
+  }
+  template <bool WIDE> void triangle(int t, Range r, T base) const {
+    const int64_t step = block_size(r);
+    for (int64_t i = r.from; i < r.to; i += step) {
+      const Range rows{i, smaller(r.to, i + step)};
+      s.pack_block(locals[t].a, rows.from, rows.to, t);
+      for (int64_t j = i; j < r.to; j += step) tile<WIDE>(t, rows, {j, smaller(r.to, j + step)}, base);
+    }
+  }
+  template <bool WIDE> void rectangle(int t, Range r, Range c, T base) const {
+    const int64_t step = block_size(r), across = block_size(c);
+    for (int64_t i = r.from; i < r.to; i += step) {
+      const Range rows{i, smaller(r.to, i + step)};
+      s.pack_block(locals[t].a, rows.from, rows.to, t);
+      for (int64_t j = c.from; j < c.to; j += across) tile<WIDE>(t, rows, {j, smaller(c.to, j + across)}, base);
+    }
+  }
+
+  // One tile: its gradient, then the products. On the diagonal of self-contrast the whole square, used once.
+  template <bool WIDE> void tile(int t, Range rows, Range cols, T base) const {
+    const Local &local = locals[t];
+    const bool diagonal = s.self && rows.from == cols.from;
+    for (int64_t j = cols.from; j < cols.to; j += NR) {
+      const Unit *next = s.contrasts.columns + (j + NR) * s.units;
+      for (int64_t i = rows.from; i < rows.to; i += MR) {
+        const Unit *a = local.a + (i - rows.from) * A_ROW;
+        const char *ahead = (const char *)next + (i - rows.from) / MR * 8 * s.units;
+        const bool mixed = s.mixed(i, j, rows.to);
+        (mixed ? logit_gradients<WIDE, true> : logit_gradients<WIDE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, base, ahead);
+      }
+    }
+    double total = 0;
+    for (int64_t l = 0; l < W; l++) {
+      total += local.scale[l];
+      local.scale[l] = 0;
+    }
+    locals[t].scale_total += diagonal ? total / 2 : total; // the square holds every pair twice
+    if (rows_needed) product<G_ROW, 1>(local.g, s.contrasts, cols, s.anchors, rows, out.anchor_gradient);
+    if (columns_needed && !diagonal) {
+      void *gradient = s.self ? out.anchor_gradient : out.contrast_gradient;
+      if constexpr (DOT) product<1, T_ROW>(local.transposed, s.anchors, rows, s.contrasts, cols, gradient);
+      else product<1, G_ROW>(local.g, s.anchors, rows, s.contrasts, cols, gradient);
+    }
+  }
+
+  template <bool WIDE, bool MIXED>
+  static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, const Local &local, const Unit *a, int64_t i0, int64_t j0, int64_t r0,
+                                              int64_t c0, int64_t to, T base, const void *next) {
+    const Sweep<Mul> &s = pass.s;
+    const Weights<T> &row = pass.row, &column = pass.column;
+    V<T> g[MR][NV];
+    s.similarities(a, i0, j0, g, next);
+    V<T> scale = all<T>(0);
+    EACH(v, NV) {
+      const int64_t j = j0 + v * W;
+      const V<T> column_negative = load(column.negative + j), column_norm = load(s.contrasts.inverse_norms + j);
+      const auto step = [&](int r) {
+        const int64_t i = i0 + r;
+        const V<T> t = s.logits(g[r][v], j);
+        V<T> x;
+        if constexpr (!WIDE) {
+          const V<T> e = exp2_clamped<T, MIXED>(t - base);
+          x = e * (row.negative[i] + column_negative);
+          if constexpr (MIXED) {
+            const auto masks = s.masks(i, j, to, false);
+            const V<T> positive = e * (row.positive[i] + load(column.positive + j)) + (row.constant[i] + load(column.constant + j));
+            x = keep<T>(masks.admissible, where<T>(masks.positive, positive, x));
+          }
+        } else {
+          x = exp2_clamped<T, MIXED>(t - row.negative_base[i]) * row.negative[i] +
+              exp2_clamped<T, MIXED>(t - load(column.negative_base + j)) * column_negative;
+          if constexpr (MIXED) {
+            const auto masks = s.masks(i, j, to, false);
+            const V<T> positive = exp2_clamped<T, MIXED>(t - row.positive_base[i]) * row.positive[i] +
+                                  exp2_clamped<T, MIXED>(t - load(column.positive_base + j)) * load(column.positive + j) +
+                                  (row.constant[i] + load(column.constant + j));
+            x = keep<T>(masks.admissible, where<T>(masks.positive, positive, x));
+          }
+        }
+        scale += x * g[r][v];
+        g[r][v] = x;
+      };
+      if constexpr (MIXED)
+        for (int r = 0; r < MR; r++) step(r);
+      else EACH(r, MR) step(r);
+      if (pass.bias_gradient) {
+        V<T> sum = g[0][v];
+        EACH(r, MR - 1) sum += g[r + 1][v];
+        add_to(pass.bias_gradient + j, sum);
+      }
+      EACH(r, MR) g[r][v] *= s.anchors.inverse_norms[i0 + r] * column_norm;
+    }
+    add_wide(local.scale, scale);
+    if constexpr (!DOT) EACH(r, MR) EACH(v, NV) store(local.g + (r0 + r) * G_ROW + c0 + v * W, g[r][v]);
+    else store_pairs(local, g, r0, c0);
+  }
+  // Positive and negative terms cancel in the sum over all pairs: in double, once a register tile.
+  static FASTCL_INLINE void add_wide(double *sums, V<T> x) {
+    typedef double Wide __attribute__((vector_size(W * sizeof(double)), aligned(64), may_alias));
+    *(Wide *)sums += __builtin_convertvector(x, Wide);
+  }
+#if FASTCL_DOT
+  // Rounded to bfloat16 once, and stored both ways: pairs along the row for the anchors, along the column for the contrasts.
+  static FASTCL_INLINE void store_pairs(const Local &local, const V<T> (&g)[MR][NV], int64_t r0, int64_t c0) {
+    EACH(r, MR) _mm512_store_si512(local.g + (r0 + r) * G_ROW + c0 / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)g[r][1], (__m512)g[r][0]));
+    const __m512i interleave =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    EACH(pair, MR / 2) EACH(v, NV) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)g[2 * pair + 1][v], (__m512)g[2 * pair][v]);
+      _mm512_store_si512(local.transposed + (r0 / 2 + pair) * T_ROW + c0 + v * W, _mm512_permutexvar_epi16(interleave, both));
+    }
+  }
+#endif
+
+  // gradient[row] += sum over `summed` of g * its rows, for the places `to`.
+  template <long ROW, long STEP>
+  FASTCL_NOINLINE void product(const Unit *g, const Side<Mul> &summed, Range over, const Side<Mul> &side, Range to, void *gradient) const {
+    const int64_t panels = (s.d + NR - 1) / NR, stride = summed.depth_units() * NR;
+    const long depth = (over.to - over.from + Mul::PAIR - 1) / Mul::PAIR;
+    const Unit *z = summed.depth + over.from / Mul::PAIR * NR;
+    for (int64_t p = 0; p < panels; p++, z += stride)
+      for (int64_t i = to.from; i < to.to; i += MR) {
+        V<T> x[MR][NV];
+        EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
+        const char *ahead = (const char *)(z + stride) + (i - to.from) / MR * 8 * depth;
+        multiply<Mul, ROW, STEP>(g + (i - to.from) * ROW, z, depth, x, ahead);
+        T *const first = (T *)gradient + p * NR;
+        const int64_t count = smaller(to.to - i, int64_t(MR)), width = smaller(s.d - p * NR, NR);
+        if (count == MR && width == NR)
+          EACH(r, MR) {
+            T *const y = first + side.order[i + r] * s.d;
+            EACH(v, NV) storeu(y + v * W, loadu(y + v * W) + x[r][v]);
+          }
+        else
+          for (int r = 0; r < count; r++) {
+            T *const y = first + side.order[i + r] * s.d;
+            T part[NR] __attribute__((aligned(64)));
+            EACH(v, NV) store(part + v * W, x[r][v]);
+            for (int64_t k = 0; k < width; k++) y[k] += part[k];
+          }
+      }
+  }
+
+  // From the gradient of a_i x_i to that of x_i, once, after all has been added: g - x <x, g> / <x, x>.
+  void project(const Side<Mul> &side, void *gradient, int t) const {
+    const Range mine = share(side.size, s.threads, t);
+    const T logit_scale = *(const T *)p.logit_scale;
+    T *const x = s.row_buffer(t);
+    for (int64_t i = mine.from; i < mine.to; i++) {
+      const int64_t row = side.order[i];
+      T *const g = (T *)gradient + row * s.d;
+      T along = 0;
+      const T a = side.inverse_norms[i];
+      if (side.normalize && a != 0 && a < T(1 / NORM_FLOOR)) { // below the floor nothing is projected: x / floor is linear
+        read_row(side.rows, row, s.d, x);
+        along = dot<T>(x, g, s.d) / dot<T>(x, x, s.d);
+        for (int64_t k = 0; k < s.d; k++) g[k] = logit_scale * (g[k] - along * x[k]);
+      } else
+        for (int64_t k = 0; k < s.d; k++) g[k] *= logit_scale;
+    }
+  }
+};
+
+} // namespace
+} // namespace fastcl::FASTCL_ISA

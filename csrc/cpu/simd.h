@@ -1,0 +1,150 @@
+// Vectors, exponentials and products, for one instruction set: included by a translation unit that defines
+//   FASTCL_ISA      the namespace
+//   FASTCL_BYTES    bytes of a vector register
+//   FASTCL_ROWS     rows of the register tile, which is two vectors wide
+//   FASTCL_DOT      1 where rows of bfloat16 are multiplied as they are
+// Everything lives in an unnamed namespace and nothing comes from std: a template or inline function with external
+// linkage would be merged across translation units, and an older machine could then run a newer one's instructions.
+#include "../problem.h"
+#if FASTCL_DOT
+#include <immintrin.h>
+#endif
+
+#define FASTCL_INLINE inline __attribute__((always_inline))
+#define FASTCL_NOINLINE __attribute__((noinline))
+#define EACH(k, count) _Pragma("GCC unroll 64") for (int k = 0; k < (count); k++)
+
+namespace fastcl::FASTCL_ISA {
+namespace {
+
+constexpr int MR = FASTCL_ROWS, NV = 2; // a register tile: MR rows, NV vectors
+
+template <class T> struct IntOf;
+template <> struct IntOf<float> { using type = int32_t; };
+template <> struct IntOf<double> { using type = int64_t; };
+
+template <class T> struct Simd {
+  using Int = typename IntOf<T>::type;
+  static constexpr int W = FASTCL_BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(FASTCL_BYTES)));
+  typedef Int I __attribute__((vector_size(FASTCL_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(FASTCL_BYTES), aligned(sizeof(T)), may_alias));
+  typedef T Aligned __attribute__((vector_size(FASTCL_BYTES), may_alias));
+  typedef int32_t Ids __attribute__((vector_size(W * sizeof(int32_t)), aligned(4), may_alias));
+};
+template <class T> using V = typename Simd<T>::V;
+template <class T> using I = typename Simd<T>::I;
+
+template <class T> FASTCL_INLINE T larger(T a, T b) { return a > b ? a : b; }
+template <class T> FASTCL_INLINE T smaller(T a, T b) { return a < b ? a : b; }
+FASTCL_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class T> FASTCL_INLINE V<T> load(const T *p) { return *(const typename Simd<T>::Aligned *)p; }
+template <class T> FASTCL_INLINE V<T> loadu(const T *p) { return *(const typename Simd<T>::Unaligned *)p; }
+template <class T> FASTCL_INLINE void store(T *p, V<T> v) { *(typename Simd<T>::Aligned *)p = v; }
+template <class T> FASTCL_INLINE void storeu(T *p, V<T> v) { *(typename Simd<T>::Unaligned *)p = v; }
+template <class T> FASTCL_INLINE void add_to(T *p, V<T> v) { store(p, load(p) + v); }
+template <class T> FASTCL_INLINE V<T> all(T x) { // every lane x
+  V<T> v;
+  EACH(l, Simd<T>::W) v[l] = x;
+  return v;
+}
+template <class T> FASTCL_INLINE I<T> all_int(int64_t x) {
+  I<T> v;
+  EACH(l, Simd<T>::W) v[l] = typename Simd<T>::Int(x);
+  return v;
+}
+template <class T> FASTCL_INLINE I<T> lanes_from(int64_t first) {
+  I<T> v;
+  EACH(l, Simd<T>::W) v[l] = typename Simd<T>::Int(l);
+  return v + all_int<T>(first);
+}
+template <class T> FASTCL_INLINE I<T> load_ids(const int32_t *p) {
+  return __builtin_convertvector(*(const typename Simd<T>::Ids *)p, I<T>);
+}
+template <class T> FASTCL_INLINE V<T> where(I<T> mask, V<T> yes, V<T> no) { return mask ? yes : no; }
+template <class T> FASTCL_INLINE V<T> keep(I<T> mask, V<T> v) { return (V<T>)((I<T>)v & mask); } // 0 elsewhere
+template <class T> FASTCL_INLINE V<T> at_least(V<T> v, V<T> floor) { return v < floor ? floor : v; } // a NaN stays
+template <class T> FASTCL_INLINE V<T> at_most(V<T> v, V<T> ceiling) { return v > ceiling ? ceiling : v; }
+template <class T> FASTCL_INLINE T sum(V<T> v) {
+  T s = 0;
+  EACH(l, Simd<T>::W) s += v[l];
+  return s;
+}
+
+// 2^t. Integer and fraction part by the addition of 1.5 * 2^mantissa, whose low bits then hold the integer part.
+template <class T> struct Exponential;
+template <> struct Exponential<float> {
+  static constexpr float LEAST = -126, MOST = 126, ROUND = 12582912.f; // arguments that are taken
+  static constexpr int MANTISSA = 23;
+  // Relative error 3e-7; minimax on [-1/2, 1/2].
+  static constexpr float FAST[] = {1.3398874402e-3f, 9.6184373577e-3f, 5.5503287769e-2f, 2.4022650719e-1f, 6.9314718056e-1f, 1.f};
+  // Where positives are, in both passes: relative error 1e-7, one rounding more than exact.
+  static constexpr float CAREFUL[] = {1.5252734e-5f, 1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f,
+                                      5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
+};
+template <> struct Exponential<double> {
+  static constexpr double LEAST = -1022, MOST = 1022, ROUND = 6755399441055744.;
+  static constexpr int MANTISSA = 52;
+  static constexpr double CAREFUL[] = { // ln(2)^k / k!
+      1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.054911620801123e-09,  1.01780860092397e-07,
+      1.321548679014431e-06,  1.5252733804059841e-05, 1.540353039338161e-04,  1.3333558146428443e-03, 9.618129107628477e-03,
+      5.550410866482158e-02,  2.402265069591007e-01,  6.931471805599453e-01,  1.};
+  static constexpr const double (&FAST)[14] = CAREFUL;
+};
+template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2(V<T> t) {
+  using E = Exponential<T>;
+  const V<T> shifted = t + E::ROUND, f = t - (shifted - E::ROUND);
+  constexpr auto &c = [] () -> auto & { if constexpr (CAREFUL) return E::CAREFUL; else return E::FAST; }();
+  V<T> p = all<T>(c[0]);
+  EACH(k, int(sizeof(c) / sizeof(T)) - 1) p = p * f + c[k + 1];
+  return (V<T>)((I<T>)p + ((I<T>)shifted << E::MANTISSA));
+}
+template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2_clamped(V<T> t) {
+  using E = Exponential<T>;
+  return exp2<T, CAREFUL>(at_most<T>(at_least<T>(t, all<T>(E::LEAST)), all<T>(E::MOST)));
+}
+
+// How rows are multiplied. Unit: what a lane of the product takes of a row, one number or a pair of bfloat16.
+template <class T> struct Plain {
+  using Real = T;
+  using Unit = T;
+  static constexpr int PAIR = 1; // numbers in a unit
+  static FASTCL_INLINE V<T> multiply(V<T> acc, T a, V<T> b) { return acc + a * b; }
+};
+#if FASTCL_DOT
+struct Dot {
+  using Real = float;
+  using Unit = float;
+  static constexpr int PAIR = 2;
+  static FASTCL_INLINE V<float> multiply(V<float> acc, float a, V<float> b) {
+    return (V<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+  }
+};
+#endif
+
+// acc[r][lane] += sum over k of a[r * ROW + k * STEP] * b[k * NR + lane], units; `next` is read soon afterwards.
+template <class Mul, long ROW, long STEP>
+FASTCL_INLINE void multiply(const typename Mul::Unit *a, const typename Mul::Unit *b, long depth, V<typename Mul::Real> (&acc)[MR][NV],
+                            const void *next) {
+  using T = typename Mul::Real;
+  constexpr int W = Simd<T>::W;
+  const char *ahead = (const char *)next;
+  _Pragma("GCC unroll 2") for (long k = 0; k < depth; k++) {
+    V<T> bv[NV];
+    EACH(v, NV) {
+      bv[v] = load(b + v * W);
+      __builtin_prefetch(b + v * W + 8 * NV * W, 0, 3);
+    }
+    EACH(r, MR) {
+      const T x = a[r * ROW];
+      EACH(v, NV) acc[r][v] = Mul::multiply(acc[r][v], x, bv[v]);
+    }
+    if ((k & 3) == 0) __builtin_prefetch(ahead + 8 * k, 0, 2);
+    a += STEP;
+    b += NV * W;
+  }
+}
+
+} // namespace
+} // namespace fastcl::FASTCL_ISA

@@ -1,0 +1,252 @@
+// The forward epilogue: sums over each anchor's and, where wanted, each contrast's row of logits.
+#pragma once
+#include "sweep.h"
+
+namespace fastcl::FASTCL_ISA {
+namespace {
+
+// What is summed for a row or column. Sums are of 2^(t - maximum), the logit t to base 2; the maxima are running ones
+// where the logits are wide, else 0.
+enum Sum : int { NEGATIVE, NEGATIVE_MAXIMUM, POSITIVE, POSITIVE_MAXIMUM, LOGITS, POSITIVES, INADMISSIBLE, SUMS };
+constexpr int64_t LEAN_SUMS = POSITIVE; // where there are neither clusters nor ids
+constexpr double NO_MAXIMUM = -1e30;    // of an empty set: finite, so that differences are
+
+template <class T> FASTCL_INLINE bool is_maximum(int f) { return f == NEGATIVE_MAXIMUM || f == POSITIVE_MAXIMUM; }
+
+template <class T> void reset(T *sums, int64_t fields, int64_t stride, int64_t from, int64_t to, bool wide) {
+  for (int64_t f = 0; f < fields; f++)
+    for (int64_t i = from; i < to; i++) sums[f * stride + i] = wide && is_maximum<T>(f) ? T(NO_MAXIMUM) : T(0);
+}
+
+// to += from, field by field, `stride` apart.
+template <class T> FASTCL_INLINE void merge(T *to, int64_t stride, const T *from, int64_t from_stride, int64_t fields, bool wide) {
+  for (int f = 0; f < fields; f++)
+    if (wide && f + 1 < fields && is_maximum<T>(f + 1)) {
+      T &m = to[(f + 1) * stride];
+      const T other = from[(f + 1) * from_stride], most = larger(m, other);
+      to[f * stride] = to[f * stride] * exp2_of(m - most) + from[f * from_stride] * exp2_of(other - most);
+      m = most;
+    } else if (!is_maximum<T>(f)) to[f * stride] += from[f * from_stride];
+}
+
+template <class Mul> struct StatisticsPass {
+  using T = typename Mul::Real;
+  using Unit = typename Mul::Unit;
+  static constexpr int W = Simd<T>::W;
+  static constexpr int64_t NR = NV * W, ROWS = BLOCK + MR;
+
+  struct Local { // of a thread
+    Unit *a;     // a packed block
+    T *rows;     // [SUMS][ROWS][W]: lanes of the block's sums
+    T *columns;  // [SUMS][NR]: a panel's sums over the block
+  };
+  const Problem &p;
+  const Sweep<Mul> s;
+  const int64_t fields;
+  const bool columns;  // each contrast's sums too
+  T *const row_sums;   // [SUMS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
+  T *const column_sums; // [threads][SUMS][contrasts.padded]
+  Local *const locals;
+
+  StatisticsPass(const Problem &problem, const Arranged &at, Arena &arena)
+      : p(problem), s(problem, at, arena, false, false), fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS),
+        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(fields * s.anchors.padded)),
+        column_sums(columns ? arena.take<T>(s.threads * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
+    for (int t = 0; t < s.threads; t++) {
+      const Local local{arena.take<Unit>(s.block_units()), arena.take<T>(fields * ROWS * W), arena.take<T>(fields * NR)};
+      if (arena.base) locals[t] = local;
+    }
+  }
+
+  void run(const Forward &out) const {
+    with_team(s.threads, [&](const Team &team) {
+      s.pack(team);
+      const bool wide = s.wide();
+      team.run([&](int t) {
+        if (wide) sweep<true>(t);
+        else sweep<false>(t);
+      });
+      team.run([&](int t) {
+        if (s.self) finish(s.anchors, out.anchors, column_sums, s.threads, s.anchors.size - 1, t, wide);
+        else finish(s.anchors, out.anchors, row_sums, 1, s.contrasts.size, t, wide);
+        if (p.columns) finish(s.contrasts, out.contrasts, column_sums, s.threads, s.anchors.size, t, wide);
+      });
+    });
+  }
+
+private:
+  T *columns_of(int t) const { return column_sums + t * fields * s.contrasts.padded; }
+
+  template <bool WIDE> void sweep(int t) const {
+    if (columns) reset(columns_of(t), fields, s.contrasts.padded, 0, s.contrasts.padded, WIDE);
+    const int64_t n = s.anchors.size;
+    if (s.self) { // the first rows meet the most columns: hand them out to and fro
+      const int64_t size = n < 1024 ? BLOCK / 2 : BLOCK, blocks = (n + size - 1) / size;
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t turn = b % (2 * s.threads);
+        if ((turn < s.threads ? turn : 2 * s.threads - 1 - turn) == t) block<WIDE>(t, b * size, smaller(n, (b + 1) * size));
+      }
+    } else {
+      const Range mine = share(n, s.threads, t, MR);
+      for (int64_t i = mine.from; i < mine.to; i += BLOCK) block<WIDE>(t, i, smaller(mine.to, i + BLOCK));
+    }
+  }
+
+  template <bool WIDE> void block(int t, int64_t from, int64_t to) const {
+    const Local &local = locals[t];
+    s.pack_block(local.a, from, to, t);
+    reset(local.rows, fields, ROWS * W, 0, ROWS * W, WIDE);
+    for (int64_t j = s.self ? from / NR * NR : 0; j < s.contrasts.size; j += NR) {
+      const Unit *next = s.contrasts.columns + (j + NR) * s.units;
+      if (columns) reset(local.columns, fields, NR, 0, NR, WIDE);
+      for (int64_t i = from; i < to && !(s.self && j + NR <= i); i += MR) {
+        const Unit *a = local.a + (i - from) * A_ROW;
+        T *rows = local.rows + (i - from) * W;
+        const char *ahead = (const char *)next + (i - from) / MR * 8 * s.units;
+        if (s.mixed(i, j, to)) tile<WIDE, true>(a, i, j, to, rows, local.columns, ahead);
+        else tile<WIDE, false>(a, i, j, to, rows, local.columns, ahead);
+      }
+      if (!columns) continue;
+      T *sums = columns_of(t) + j;
+      if (WIDE || fields > LEAN_SUMS)
+        for (int64_t k = 0; k < NR; k++) merge(sums + k, s.contrasts.padded, local.columns + k, NR, fields, WIDE);
+      else
+        for (int64_t k = 0; k < NR; k += W) add_to(sums + k, load(local.columns + k));
+    }
+    T *totals = s.self ? columns_of(t) : row_sums;
+    const int64_t stride = s.anchors.padded;
+    for (int64_t i = from; i < to; i++) {
+      if (!s.self) reset(totals + i, fields, stride, 0, 1, WIDE);
+      for (int64_t l = 0; l < W; l++) merge(totals + i, stride, local.rows + (i - from) * W + l, ROWS * W, fields, WIDE);
+    }
+  }
+
+  // Adds 2^t of COUNT vectors to a sum and its running maximum.
+  template <bool MIXED, int COUNT, class Logit, class Mask> static FASTCL_INLINE void add_wide(T *sum, T *maximum, Logit t, Mask mask) {
+    const V<T> before = load(maximum);
+    V<T> most = before;
+    EACH(k, COUNT) {
+      V<T> x = t(k);
+      if (MIXED) x = where<T>(mask(k), x, all<T>(NO_MAXIMUM));
+      most = larger_of(most, x);
+    }
+    V<T> total = load(sum) * exp2_clamped<T, MIXED>(before - most);
+    EACH(k, COUNT) {
+      const V<T> e = exp2_clamped<T, MIXED>(t(k) - most);
+      total += MIXED ? keep<T>(mask(k), e) : e;
+    }
+    store(sum, total);
+    store(maximum, most);
+  }
+  static FASTCL_INLINE V<T> larger_of(V<T> a, V<T> b) { return b > a ? b : a; }
+
+  // One register tile. Not wide: one exponential serves row and column. Wide: each has its own running maxima.
+  template <bool WIDE, bool MIXED>
+  FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, const void *next) const {
+    constexpr int64_t R = ROWS * W;
+    V<T> t[MR][NV];
+    s.similarities(a, i0, j0, t, next);
+    EACH(r, MR) EACH(v, NV) t[r][v] = s.logits(t[r][v], j0 + v * W);
+    if constexpr (!MIXED) {
+      if constexpr (!WIDE) {
+        EACH(r, MR) EACH(v, NV) t[r][v] = exp2<T, false>(t[r][v]);
+        EACH(r, MR) add_to(rows + r * W, t[r][0] + t[r][1]);
+        if (columns) EACH(v, NV) {
+            V<T> sum = t[0][v];
+            EACH(r, MR - 1) sum += t[r + 1][v];
+            add_to(cols + v * W, sum);
+          }
+      } else {
+        const auto none = [](int) { return I<T>{}; };
+        EACH(r, MR) add_wide<false, NV>(rows + r * W, rows + NEGATIVE_MAXIMUM * R + r * W, [&](int v) { return t[r][v]; }, none);
+        if (columns) EACH(v, NV)
+            add_wide<false, MR>(cols + v * W, cols + NEGATIVE_MAXIMUM * NR + v * W, [&](int r) { return t[r][v]; }, none);
+      }
+      return;
+    }
+    I<T> negative[MR][NV], positive[MR][NV];
+    for (int r = 0; r < MR; r++)
+      for (int v = 0; v < NV; v++) {
+        const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
+        positive[r][v] = masks.positive;
+        negative[r][v] = masks.admissible & ~masks.positive;
+        if (fields > LEAN_SUMS) {
+          const V<T> one = all<T>(1);
+          const V<T> in_range = keep<T>(outside(i0 + r, j0 + v * W, to, masks.admissible), one);
+          const V<T> logit = keep<T>(masks.positive, t[r][v]), count = keep<T>(masks.positive, one);
+          add_to(rows + LOGITS * R + r * W, logit);
+          add_to(rows + POSITIVES * R + r * W, count);
+          add_to(rows + INADMISSIBLE * R + r * W, in_range);
+          if (columns) {
+            add_to(cols + LOGITS * NR + v * W, logit);
+            add_to(cols + POSITIVES * NR + v * W, count);
+            add_to(cols + INADMISSIBLE * NR + v * W, in_range);
+          }
+        }
+      }
+    if constexpr (!WIDE) {
+      for (int r = 0; r < MR; r++)
+        for (int v = 0; v < NV; v++) {
+          const V<T> e = exp2<T, true>(t[r][v]), n = keep<T>(negative[r][v], e), q = keep<T>(positive[r][v], e);
+          add_to(rows + r * W, n);
+          if (columns) add_to(cols + v * W, n);
+          if (fields > LEAN_SUMS) {
+            add_to(rows + POSITIVE * R + r * W, q);
+            if (columns) add_to(cols + POSITIVE * NR + v * W, q);
+          }
+        }
+    } else {
+      const auto both = [&](int f, const I<T> (&mask)[MR][NV]) {
+        for (int r = 0; r < MR; r++)
+          add_wide<true, NV>(rows + f * R + r * W, rows + (f + 1) * R + r * W, [&](int v) { return t[r][v]; }, [&](int v) { return mask[r][v]; });
+        if (columns)
+          for (int v = 0; v < NV; v++)
+            add_wide<true, MR>(cols + f * NR + v * W, cols + (f + 1) * NR + v * W, [&](int r) { return t[r][v]; },
+                               [&](int r) { return mask[r][v]; });
+      };
+      both(NEGATIVE, negative);
+      if (fields > LEAN_SUMS) both(POSITIVE, positive);
+    }
+  }
+  // Pairs of equal sample ids; self-contrast has none.
+  FASTCL_INLINE I<T> outside(int64_t i, int64_t j, int64_t to, I<T> admissible) const {
+    if (s.self) return all_int<T>(0);
+    return (lanes_from<T>(j) < all_int<T>(i < to ? s.contrasts.size : 0)) & ~admissible;
+  }
+
+  void finish(const Side<Mul> &side, const Statistics &out, const T *sums, int parts, int64_t others, int t, bool wide) const {
+    const Range mine = share(side.size, s.threads, t);
+    for (int64_t i = mine.from; i < mine.to; i++) {
+      T x[SUMS] = {};
+      if (wide) x[NEGATIVE_MAXIMUM] = x[POSITIVE_MAXIMUM] = T(NO_MAXIMUM);
+      for (int part = 0; part < parts; part++) merge(x, 1, sums + part * fields * side.padded + i, side.padded, fields, wide);
+      const int64_t row = side.order[i];
+      const T most = larger(x[NEGATIVE_MAXIMUM], x[POSITIVE_MAXIMUM]);
+      const T negative = wide ? x[NEGATIVE] * exp2_of(x[NEGATIVE_MAXIMUM] - most) : x[NEGATIVE];
+      const T positive = wide ? x[POSITIVE] * exp2_of(x[POSITIVE_MAXIMUM] - most) : x[POSITIVE];
+      put(out, LSE_ALL, row, negative + positive, most);
+      put(out, LSE_POS, row, x[POSITIVE], x[POSITIVE_MAXIMUM]);
+      put(out, LSE_NEG, row, x[NEGATIVE], x[NEGATIVE_MAXIMUM]);
+      if (out.fields[SUM_POS]) ((T *)out.fields[SUM_POS])[row] = T(LN2 * double(x[LOGITS]));
+      ((T *)out.positives)[row] = x[POSITIVES];
+      ((T *)out.negatives)[row] = T(others) - x[POSITIVES] - x[INADMISSIBLE];
+      ((T *)out.negative_share)[row] = negative / (negative + positive);
+      if (out.inverse_norms) ((T *)out.inverse_norms)[row] = side.inverse_norms[i];
+    }
+  }
+  static void put(const Statistics &out, Field field, int64_t row, T sum, T maximum) {
+    if (!out.fields[field]) return;
+    T shift = 0;
+    if (sum != 0 && maximum != 0) { // the shift rounds; the sum takes that up
+      const double exact = LN2 * double(maximum);
+      shift = T(exact);
+      sum = T(double(sum) * __builtin_exp(exact - double(shift)));
+    }
+    ((T *)out.shifts[field])[row] = shift;
+    ((T *)out.sums[field])[row] = sum;
+    ((T *)out.fields[field])[row] = shift == 0 ? log_of(sum) : T(double(shift) + double(log_of(sum)));
+  }
+};
+
+} // namespace
+} // namespace fastcl::FASTCL_ISA

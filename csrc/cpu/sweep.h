@@ -1,0 +1,335 @@
+// What both passes share: rows packed for the register tile, the logits of one tile, the walk over tiles, threads.
+#pragma once
+#include "engine.h"
+#include "simd.h"
+#include <cstring>
+#include <omp.h>
+
+namespace fastcl::FASTCL_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 192;    // rows of a tile, at most: its gradient stays in the second-level cache
+constexpr int64_t CHUNK = 128;    // units multiplied into one partial sum: bounds the rounding error of long rows
+constexpr int64_t A_ROW = CHUNK + 16; // stride of a chunk's rows, so that rows read together lie in different cache sets
+constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
+constexpr double NORM_FLOOR = 1e-12;
+constexpr double SHARED_LIMIT = 64; // |t| below this, t a logit to base 2: 2^t, sums and their reciprocals fit a float
+
+// Workspace comes from Python as one buffer; with no buffer, the arena only counts.
+struct Arena {
+  char *base;
+  int64_t used = 0;
+  template <class T> T *take(int64_t count) {
+    T *p = base ? (T *)(base + used) : nullptr;
+    used += round_up(count * int64_t(sizeof(T)), 64);
+    return p;
+  }
+};
+
+struct Team {
+  int threads, index, members; // the plan's threads; this member of how many that came
+  template <class F> void run(F work) const { // every member reaches the end before any goes on
+    for (int t = index; t < threads; t += members) work(t);
+    if (members > 1) {
+#pragma omp barrier
+    }
+  }
+};
+template <class F> void with_team(int threads, F body) {
+  if (threads == 1) return body(Team{1, 0, 1}); // without OpenMP: a forked child must not touch its parent's threads
+#pragma omp parallel num_threads(threads)
+  body(Team{threads, omp_get_thread_num(), omp_get_num_threads()});
+}
+struct Range {
+  int64_t from, to;
+};
+template <class T> FASTCL_INLINE T exp2_of(T x) {
+  if constexpr (sizeof(T) == 8) return __builtin_exp2(x);
+  else return __builtin_exp2f(x);
+}
+template <class T> FASTCL_INLINE T log_of(T x) {
+  if constexpr (sizeof(T) == 8) return __builtin_log(x);
+  else return __builtin_logf(x);
+}
+FASTCL_INLINE Range share(int64_t size, int parts, int part, int64_t unit = 1) { // cut at multiples of `unit`
+  const int64_t units = (size + unit - 1) / unit;
+  return {smaller(size, units * part / parts * unit), smaller(size, units * (part + 1) / parts * unit)};
+}
+
+// Rows as numbers.
+
+template <class T> FASTCL_INLINE T widened(uint16_t bits, bool bfloat) {
+  uint32_t word;
+  if (bfloat) word = uint32_t(bits) << 16;
+  else {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+    if (magnitude >= 0x7c00) word = sign | 0x7f800000 | (magnitude << 13);
+    else { // scaling by 2^112 rebiases the exponent, of subnormal numbers too
+      float value;
+      const uint32_t shifted = magnitude << 13;
+      memcpy(&value, &shifted, 4);
+      value *= 0x1p112f;
+      memcpy(&word, &value, 4);
+      word |= sign;
+    }
+  }
+  float value;
+  memcpy(&value, &word, 4);
+  return T(value);
+}
+template <class T, class From, class Convert> FASTCL_INLINE void convert_row(const Rows &rows, int64_t row, int64_t d, T *out, Convert convert) {
+  const From *in = (const From *)rows.data + row * rows.row_stride;
+  if (rows.column_stride == 1)
+    for (int64_t k = 0; k < d; k++) out[k] = convert(in[k]);
+  else
+    for (int64_t k = 0; k < d; k++) out[k] = convert(in[k * rows.column_stride]);
+}
+template <class T> FASTCL_NOINLINE void read_row(const Rows &rows, int64_t row, int64_t d, T *out) {
+  switch (rows.dtype) {
+  case Dtype::float64: return convert_row<T, double>(rows, row, d, out, [](double x) { return T(x); });
+  case Dtype::float32: return convert_row<T, float>(rows, row, d, out, [](float x) { return T(x); });
+  case Dtype::bfloat16: return convert_row<T, uint16_t>(rows, row, d, out, [](uint16_t x) { return widened<T>(x, true); });
+  case Dtype::float16: return convert_row<T, uint16_t>(rows, row, d, out, [](uint16_t x) { return widened<T>(x, false); });
+  }
+}
+template <class Sum, class T> FASTCL_INLINE Sum dot(const T *x, const T *y, int64_t d) {
+  Sum s = 0;
+#pragma omp simd reduction(+ : s)
+  for (int64_t k = 0; k < d; k++) s += Sum(x[k]) * Sum(y[k]);
+  return s;
+}
+
+// One side of the matrix of logits, by place in the arranged order.
+template <class Mul> struct Side {
+  using T = typename Mul::Real;
+  using Unit = typename Mul::Unit;
+  static constexpr int64_t NR = NV * Simd<T>::W;
+  Rows rows;
+  int64_t size, padded;                          // padded: a multiple of NR, with room for a register tile's overhang
+  const int32_t *order, *cluster, *id, *matched; // null where there are none; cluster and id of the padding equal nothing
+  bool normalize;
+  T *inverse_norms; // 1 where rows are taken as they are; 0 in the padding
+  Unit *columns;    // [padded / NR][units of D][NR]: places are the columns of a product; null: not needed
+  Unit *depth;      // [D / NR, up][units of padded][NR]: places are what a product sums over; null: not needed
+  int64_t depth_units() const { return (padded + Mul::PAIR - 1) / Mul::PAIR; }
+};
+
+template <class Mul> struct Sweep {
+  using T = typename Mul::Real;
+  using Unit = typename Mul::Unit;
+  static constexpr int W = Simd<T>::W;
+  static constexpr int64_t NR = NV * W;
+  static constexpr int64_t A_CHUNK = (BLOCK + MR) * A_ROW; // one chunk of a block's rows, overhang included
+
+  static constexpr double LARGEST = sizeof(T) == 8 ? __DBL_MAX__ : double(__FLT_MAX__); // beyond it a squared norm is infinite
+
+  int64_t d, units, chunks; // of a row
+  int threads;
+  bool self;
+  T scale, scale_rest; // log2(e) * logit_scale in two parts: logits are kept to base 2, rounded once
+  Side<Mul> anchors, contrasts; // for self-contrast one and the same
+  T *bias;                      // [contrasts.padded], to base 2; null: none
+  T *largest;                   // [2][threads]: norm of each thread's anchors and contrasts as they enter the logits
+  T *scratch;                   // [threads][MR][scratch_row]: rows being converted
+
+  // With an arena that only counts, pointers are null and nothing is read or written.
+  Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts)
+      : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads),
+        self(p.self_contrast()) {
+    anchors = side(p.anchors, at.anchors, p.normalize_anchors, -3, arena, self, sum_over_anchors || (self && sum_over_contrasts));
+    contrasts = self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, arena, true, sum_over_contrasts);
+    bias = p.contrast_bias ? arena.template take<T>(contrasts.padded) : nullptr;
+    largest = arena.template take<T>(2 * threads);
+    scratch = arena.template take<T>(threads * scratch_row());
+    if (!arena.base) return;
+    const double exact = LOG2E * double(*(const T *)p.logit_scale);
+    scale = T(exact);
+    scale_rest = T(exact - double(scale));
+    for (int64_t j = 0; bias && j < contrasts.padded; j++)
+      bias[j] = j < contrasts.size ? T(LOG2E * double(((const T *)p.contrast_bias)[contrasts.order[j]])) : T(0);
+  }
+  int64_t scratch_row() const { return round_up(d, 16); }
+  T *row_buffer(int t) const { return scratch + t * scratch_row(); }
+
+  // Norms, and rows packed into panels; a barrier must follow.
+  void pack(const Team &team) const {
+    team.run([&](int t) {
+      largest[t] = pack_columns(anchors, t);
+      largest[threads + t] = self ? largest[t] : pack_columns(contrasts, t);
+    });
+    team.run([&](int t) {
+      pack_depth(contrasts, t);
+      if (!self) pack_depth(anchors, t);
+    });
+  }
+
+  // Whether some |logit|, to base 2, may exceed SHARED_LIMIT; after `pack`.
+  bool wide() const {
+    double norms[2] = {0, 0}, most_bias = 0;
+    for (int k = 0; k < 2 * threads; k++)
+      if (!(largest[k] <= norms[k / threads])) norms[k / threads] = largest[k];
+    for (int64_t j = 0; bias && j < contrasts.size; j++)
+      if (!(__builtin_fabs(double(bias[j])) <= most_bias)) most_bias = __builtin_fabs(double(bias[j]));
+    return !(__builtin_fabs(double(scale)) * norms[0] * norms[1] + most_bias <= SHARED_LIMIT);
+  }
+
+  // The rows of a block, row-major by chunks: a[chunk][row][A_ROW]. Rows from `to` on are zero.
+  void pack_block(Unit *a, int64_t from, int64_t to, int t) const {
+    const int64_t rows = round_up(to - from, MR);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t i = from + r;
+      const Unit *x = i < to ? read(anchors, i, row_buffer(t)) : nullptr;
+      for (int64_t c = 0; c < chunks; c++) {
+        Unit *out = a + c * A_CHUNK + r * A_ROW;
+        const int64_t n = smaller(CHUNK, units - c * CHUNK);
+        if (x) memcpy(out, x + c * CHUNK, n * sizeof(Unit));
+        else memset(out, 0, n * sizeof(Unit));
+      }
+    }
+  }
+  int64_t block_units() const { return chunks * A_CHUNK; }
+
+  // Similarities a_i c_j <x_i, y_j> of the register tile at (i0, j0); `a` is its first row in a packed block.
+  // Products and norms commute, so <x_i, x_j> and <x_j, x_i> agree to the bit.
+  FASTCL_INLINE void similarities(const Unit *a, int64_t i0, int64_t j0, V<T> (&u)[MR][NV], const void *next) const {
+    const Unit *b = contrasts.columns + j0 * units;
+    EACH(r, MR) EACH(v, NV) u[r][v] = all<T>(0);
+    multiply<Mul, A_ROW, 1>(a, b, smaller(CHUNK, units), u, next);
+    if (chunks > 1) {
+      V<T> part[MR][NV];
+      for (int64_t c = 1; c < chunks; c++) {
+        EACH(r, MR) EACH(v, NV) {
+          part[r][v] = u[r][v];
+          u[r][v] = all<T>(0);
+        }
+        multiply<Mul, A_ROW, 1>(a + c * A_CHUNK, b + c * CHUNK * NR, smaller(CHUNK, units - c * CHUNK), u, next);
+        EACH(r, MR) EACH(v, NV) u[r][v] += part[r][v];
+      }
+    }
+    V<T> norms[NV];
+    EACH(v, NV) norms[v] = load(contrasts.inverse_norms + j0 + v * W);
+    EACH(r, MR) EACH(v, NV) u[r][v] *= anchors.inverse_norms[i0 + r] * norms[v];
+  }
+  FASTCL_INLINE V<T> logits(V<T> similarity, int64_t j) const {
+    const V<T> rest = similarity * scale_rest;
+    return similarity * scale + (bias ? rest + load(bias + j) : rest);
+  }
+
+  // Whether the register tile holds anything but negatives: positives, inadmissible pairs, or an edge.
+  FASTCL_INLINE bool mixed(int64_t i0, int64_t j0, int64_t to) const {
+    const int64_t i1 = i0 + MR, j1 = j0 + NR;
+    if (i1 > to || j1 > contrasts.size) return true;
+    if (self && i0 < j1 && j0 < i1) return true;
+    if (anchors.cluster && anchors.cluster[i0] <= contrasts.cluster[j1 - 1] && contrasts.cluster[j0] <= anchors.cluster[i1 - 1]) return true;
+    return anchors.matched && anchors.matched[i1] > anchors.matched[i0] && contrasts.matched[j1] > contrasts.matched[j0];
+  }
+  struct Masks {
+    I<T> admissible, positive;
+  };
+  // Of row i and the columns from j on. On the diagonal of self-contrast: j > i only, or all but i itself.
+  FASTCL_INLINE Masks masks(int64_t i, int64_t j, int64_t to, bool upper) const {
+    const I<T> column = lanes_from<T>(j), row = all_int<T>(i);
+    I<T> admissible = column < all_int<T>(i < to ? contrasts.size : 0);
+    if (self) admissible &= upper ? column > row : column != row;
+    if (anchors.id) admissible &= load_ids<T>(contrasts.id + j) != all_int<T>(anchors.id[i]);
+    I<T> positive = all_int<T>(0);
+    if (anchors.cluster) positive = admissible & (load_ids<T>(contrasts.cluster + j) == all_int<T>(anchors.cluster[i]));
+    return {admissible, positive};
+  }
+
+private:
+  Side<Mul> side(const Rows &rows, const Places &at, bool normalize, int32_t none, Arena &arena, bool columns, bool depth) const {
+    Side<Mul> s{};
+    s.rows = rows;
+    s.size = rows.size;
+    s.padded = round_up(round_up(rows.size, NR) + MR, NR);
+    s.normalize = normalize;
+    s.order = at.order;
+    s.matched = at.matched;
+    s.inverse_norms = arena.take<T>(s.padded);
+    s.cluster = ids(at.cluster, s, none, arena);
+    s.id = ids(at.id, s, none, arena);
+    s.columns = columns ? arena.take<Unit>(s.padded * units + 1024) : nullptr; // prefetches look beyond the end
+    s.depth = depth ? arena.take<Unit>(round_up(d, NR) * s.depth_units() + 1024) : nullptr;
+    return s;
+  }
+  static const int32_t *ids(const int32_t *from, const Side<Mul> &s, int32_t none, Arena &arena) {
+    if (!from) return nullptr;
+    int32_t *to = arena.take<int32_t>(s.padded);
+    if (!arena.base) return to;
+    memcpy(to, from, s.size * sizeof(int32_t));
+    for (int64_t i = s.size; i < s.padded; i++) to[i] = none;
+    return to;
+  }
+
+  // A row as units, in place where it lies so, else in the buffer.
+  const Unit *read(const Side<Mul> &s, int64_t i, Unit *buffer) const {
+    const Rows &rows = s.rows;
+    const int64_t row = s.order[i];
+    if constexpr (Mul::PAIR == 2) {
+      const uint16_t *in = (const uint16_t *)rows.data + row * rows.row_stride;
+      uint16_t *out = (uint16_t *)buffer;
+      if (vanishes(s, i)) memset(out, 0, units * sizeof(Unit));
+      else {
+        if (rows.column_stride == 1) memcpy(out, in, d * 2);
+        else
+          for (int64_t k = 0; k < d; k++) out[k] = in[k * rows.column_stride];
+        if (d & 1) out[d] = 0;
+      }
+      return buffer;
+    } else {
+      const bool direct = rows.column_stride == 1 && rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32) && !vanishes(s, i);
+      if (direct) return (const T *)rows.data + row * rows.row_stride;
+      read_row(rows, row, d, buffer);
+      if (vanishes(s, i)) // finite numbers become 0, others a NaN
+        for (int64_t k = 0; k < d; k++) buffer[k] *= T(0);
+      return buffer;
+    }
+  }
+  static bool vanishes(const Side<Mul> &s, int64_t i) { return s.normalize && s.inverse_norms[i] == 0; }
+
+  T pack_columns(const Side<Mul> &s, int t) const { // returns the largest norm, or a NaN
+    const Range mine = share(s.padded, threads, t, NR);
+    T most = 0;
+    for (int64_t i = mine.from; i < mine.to; i++) {
+      T a = 0;
+      if (i < s.size) {
+        read_row(s.rows, s.order[i], d, row_buffer(t));
+        // in double: an error of the norm would be one of all the row's logits
+        const double norm = __builtin_sqrt(dot<double>(row_buffer(t), row_buffer(t), d));
+        a = !s.normalize ? T(1) : norm == 0 || norm * norm > LARGEST ? T(0) : T(1 / larger(norm, NORM_FLOOR));
+        if (!(T(norm) * a <= most)) most = T(norm) * a;
+      }
+      s.inverse_norms[i] = a;
+      if (!s.columns) continue;
+      Unit *out = s.columns + i / NR * NR * units + i % NR;
+      if (i < s.size) {
+        const Unit *x = read(s, i, row_buffer(t));
+        for (int64_t k = 0; k < units; k++) out[k * NR] = x[k];
+      } else
+        for (int64_t k = 0; k < units; k++) out[k * NR] = 0;
+    }
+    return most;
+  }
+  void pack_depth(const Side<Mul> &s, int t) const {
+    if (!s.depth) return;
+    const Range mine = share(s.padded, threads, t, NR);
+    const int64_t panels = (d + NR - 1) / NR, stride = s.depth_units() * NR;
+    for (int64_t i = mine.from; i < mine.to; i++) {
+      const Unit *x = i < s.size ? read(s, i, row_buffer(t)) : nullptr;
+      for (int64_t p = 0; p < panels; p++) {
+        const int64_t n = smaller(NR, d - p * NR);
+        if constexpr (Mul::PAIR == 2) {
+          uint16_t *out = (uint16_t *)(s.depth + p * stride + i / 2 * NR) + i % 2;
+          for (int64_t l = 0; l < NR; l++) out[2 * l] = x && l < n ? ((const uint16_t *)x)[p * NR + l] : uint16_t(0);
+        } else {
+          T *out = s.depth + p * stride + i * NR;
+          for (int64_t l = 0; l < NR; l++) out[l] = x && l < n ? x[p * NR + l] : T(0);
+        }
+      }
+    }
+  }
+};
+
+} // namespace
+} // namespace fastcl::FASTCL_ISA

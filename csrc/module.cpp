@@ -1,0 +1,186 @@
+// The Python module: addresses and integers in, nothing of torch. A call is described first; it then says how much
+// workspace it wants, and runs on that with the interpreter's lock released.
+#include "cpu/arrange.h"
+#include "cpu/dispatch.h"
+#include <memory>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <stdexcept>
+#include <variant>
+
+namespace py = pybind11;
+using namespace fastcl;
+
+namespace {
+
+// Reads the integers of a tuple one after another.
+class Reader {
+public:
+  explicit Reader(const py::tuple &tuple) : tuple_(tuple) {}
+  int64_t integer() {
+    if (at_ >= py::ssize_t(tuple_.size())) throw std::invalid_argument("fastcl: too few numbers in a description");
+    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_.ptr(), at_++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  template <class T = void> T *address() { return reinterpret_cast<T *>(integer()); }
+  Rows rows() {
+    Rows r;
+    r.dtype = Dtype(integer());
+    r.data = address<const void>();
+    r.size = integer();
+    r.row_stride = integer();
+    r.column_stride = integer();
+    return r;
+  }
+  void end() const {
+    if (at_ != py::ssize_t(tuple_.size())) throw std::invalid_argument("fastcl: too many numbers in a description");
+  }
+
+private:
+  const py::tuple &tuple_;
+  py::ssize_t at_ = 0;
+};
+
+void require(bool condition, const char *what) {
+  if (!condition) throw std::invalid_argument(std::string("fastcl: ") + what);
+}
+
+Problem read_problem(const py::tuple &numbers) {
+  Reader in(numbers);
+  Problem p;
+  p.anchors = in.rows();
+  p.contrasts = in.rows();
+  p.dimension = in.integer();
+  p.anchor_clusters = in.address<const int64_t>();
+  p.contrast_clusters = in.address<const int64_t>();
+  p.anchor_ids = in.address<const int64_t>();
+  p.contrast_ids = in.address<const int64_t>();
+  p.logit_scale = in.address<const void>();
+  p.contrast_bias = in.address<const void>();
+  p.normalize_anchors = in.integer();
+  p.normalize_contrasts = in.integer();
+  p.wide_reals = in.integer();
+  p.columns = in.integer();
+  p.threads = int(in.integer());
+  in.end();
+  require(p.anchors.data, "anchors: a null pointer");
+  require(p.logit_scale, "logit_scale: a null pointer");
+  require(p.anchors.size >= 1 && p.dimension >= 1 && p.threads >= 1, "sizes and threads must be positive");
+  require(p.self_contrast() || p.contrasts.size >= 1, "sizes and threads must be positive");
+  require(p.anchors.size < INT32_MAX / 2 && p.contrasts.size < INT32_MAX / 2, "more than 2^30 rows");
+  if (p.self_contrast()) {
+    require(!p.contrast_clusters && !p.anchor_ids && !p.contrast_ids && !p.contrast_bias && !p.columns, "self-contrast takes clusters only");
+    p.contrasts.size = 0;
+  } else {
+    require(!p.anchor_clusters == !p.contrast_clusters, "clusters of one side only");
+    require(!p.anchor_ids == !p.contrast_ids, "ids of one side only");
+  }
+  return p;
+}
+
+Statistics read_statistics(const py::tuple &numbers) {
+  Reader in(numbers);
+  Statistics s;
+  for (void *&field : s.fields) field = in.address();
+  for (void *&shift : s.shifts) shift = in.address();
+  for (void *&sum : s.sums) sum = in.address();
+  s.positives = in.address();
+  s.negatives = in.address();
+  s.negative_share = in.address();
+  s.inverse_norms = in.address();
+  in.end();
+  for (int f = 0; f < SUM_POS; f++) require(!s.fields[f] || (s.shifts[f] && s.sums[f]), "a log-sum-exp without its parts");
+  require(s.positives && s.negatives && s.negative_share, "counts: a null pointer");
+  return s;
+}
+
+// A described call: arranged once, and run on a workspace of the size that it names.
+class Call {
+public:
+  Call(const Engine *engine, std::variant<Forward, Backward> call) : engine_(engine), call_(std::move(call)) {
+    const Problem &problem = std::visit([](const auto &c) -> const Problem & { return c.problem; }, call_);
+    py::gil_scoped_release release;
+    arrangements_ = arrange(problem);
+    workspace_ = start(nullptr);
+  }
+  int64_t workspace() const { return workspace_ + 64; }
+  void run(int64_t address) const {
+    require(address, "workspace: a null pointer");
+    py::gil_scoped_release release;
+    start(reinterpret_cast<void *>((address + 63) / 64 * 64));
+  }
+
+private:
+  int64_t start(void *workspace) const {
+    const Arranged arranged = arrangements_.arranged();
+    if (const Forward *forward = std::get_if<Forward>(&call_)) return engine_->forward(*forward, arranged, workspace);
+    return engine_->backward(std::get<Backward>(call_), arranged, workspace);
+  }
+  const Engine *engine_;
+  std::variant<Forward, Backward> call_;
+  Arrangements arrangements_;
+  int64_t workspace_;
+};
+
+const Engine *engine_named(const std::string &name) {
+  for (const Engine *engine : supported_engines())
+    if (engine->name == name) return engine;
+  throw std::invalid_argument("fastcl: no engine " + name + " on this machine");
+}
+
+std::unique_ptr<Call> forward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts) {
+  Forward call{};
+  call.problem = read_problem(problem);
+  call.anchors = read_statistics(anchors);
+  require(call.problem.columns == !contrasts.is_none(), "columns: statistics of the contrasts wanted but not given, or the reverse");
+  if (!contrasts.is_none()) call.contrasts = read_statistics(contrasts.cast<py::tuple>());
+  return std::make_unique<Call>(engine_named(engine), call);
+}
+
+std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
+                               const py::tuple &outputs) {
+  Backward call{};
+  call.problem = read_problem(problem);
+  call.anchors = read_statistics(anchors);
+  require(call.problem.columns == !contrasts.is_none(), "columns: statistics of the contrasts wanted but not given, or the reverse");
+  if (!contrasts.is_none()) call.contrasts = read_statistics(contrasts.cast<py::tuple>());
+  Reader in(outputs);
+  call.single_positives = in.integer();
+  call.anchor_gradient = in.address();
+  call.contrast_gradient = in.address();
+  call.scale_gradient = in.address();
+  call.bias_gradient = in.address();
+  in.end();
+  require(!call.contrast_gradient || !call.problem.self_contrast(), "contrast_gradient: self-contrast has none");
+  require(!call.bias_gradient || call.problem.contrast_bias, "bias_gradient: there is no bias");
+  return std::make_unique<Call>(engine_named(engine), call);
+}
+
+std::vector<std::string> names(const std::vector<const Engine *> &engines) {
+  std::vector<std::string> result;
+  for (const Engine *engine : engines) result.push_back(engine->name);
+  return result;
+}
+
+} // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "fastcl's engines in C++: addresses and integers in, nothing of torch.";
+  py::class_<Call>(m, "Call")
+      .def_property_readonly("workspace", &Call::workspace, "bytes of workspace that `run` needs")
+      .def("run", &Call::run, py::arg("workspace"));
+  m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"));
+  m.def("backward", &backward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
+  m.def("built_engines", [] { return names(built_engines()); }, "instruction sets that this build has an engine for");
+  m.def("supported_engines", [] { return names(supported_engines()); }, "those that this machine runs, slowest first");
+  m.def(
+      "choose_engine",
+      [](const std::string &cap) {
+        const Choice choice = choose_engine(cap);
+        return py::make_tuple(choice.engine ? py::object(py::str(choice.engine->name)) : py::object(py::none()), choice.reason);
+      },
+      py::arg("cap"), "(name or None, reason); `cap` names the newest instruction set allowed, or is empty");
+  m.attr("compiler") = FASTCL_COMPILER;
+  m.attr("version") = FASTCL_VERSION;
+}

@@ -1,0 +1,62 @@
+// Plain records that cross from Python to the engines: sizes, strides, addresses. Nothing here owns memory.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fastcl {
+
+enum class Dtype : int { float64, float32, bfloat16, float16 };
+
+struct Rows {
+  const void *data;                    // [size, D]
+  int64_t size, row_stride, column_stride; // strides in elements
+  Dtype dtype;
+};
+
+// Logits s_ij = logit_scale * a_i * c_j * <x_i, y_j> + bias_j, as in fastcl/kernels/problem.py.
+// Arrays of "reals" are double where `wide_reals`, else float.
+struct Problem {
+  Rows anchors, contrasts; // contrasts.data null: self-contrast, each anchor against all others
+  int64_t dimension;
+  const int64_t *anchor_clusters, *contrast_clusters; // null: there are no positives; -1 equals nothing
+  const int64_t *anchor_ids, *contrast_ids;           // equal ids make a pair inadmissible; null: none
+  const void *logit_scale;                            // one real
+  const void *contrast_bias;                          // [M] reals, or null
+  bool normalize_anchors, normalize_contrasts;
+  bool wide_reals;
+  bool columns; // also the statistics of each contrast over the anchors
+  int threads;
+
+  bool self_contrast() const { return contrasts.data == nullptr; }
+  const Rows &column_rows() const { return self_contrast() ? anchors : contrasts; }
+};
+
+enum Field : int { LSE_ALL, LSE_POS, LSE_NEG, SUM_POS, FIELDS };
+
+// Statistics of one side, or the gradients that come back for them, for one scale. Null: not wanted.
+struct Statistics {
+  void *fields[FIELDS];    // [N]
+  void *shifts[SUM_POS];   // [N]: of each log-sum-exp, the shift and
+  void *sums[SUM_POS];     // [N]: the sum of exp(s_ij - shift)
+  void *positives;         // [N]: how many
+  void *negatives;         // [N]
+  void *negative_share;    // [N]: sum over the negatives / sum over all
+  void *inverse_norms;     // [N]: a, where rows are normalised
+};
+
+struct Forward {
+  Problem problem;
+  Statistics anchors, contrasts;
+};
+
+struct Backward {
+  Problem problem;
+  Statistics anchors, contrasts; // as saved, with the fields' gradients in `fields`
+  bool single_positives;         // the counts are those of the sweep: rows with one positive may be told by them
+  void *anchor_gradient;         // [N, D]; null: not needed, as below
+  void *contrast_gradient;       // [M, D]
+  void *scale_gradient;          // [1]
+  void *bias_gradient;           // [M]
+};
+
+} // namespace fastcl

@@ -1,0 +1,209 @@
+"""Backend ``cpu``: the C++ SIMD engines of ``csrc/cpu``, driven through addresses of tensors.
+
+The native module knows nothing of torch; it comes with the package where a compiler was there when it was built.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunked
+from .problem import FIELDS, Gradients, Needs, Problem, Side, Statistics, empty_side
+
+
+def _load() -> tuple[Any, str]:
+    try:  # after torch, whose OpenMP runtime it uses
+        return import_module("fastcl._native"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_native, _failure = _load()
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
+
+
+@cache
+def engine() -> tuple[str | None, str]:
+    """The instruction set of the engine that is used and why that one, or None and why there is none.
+
+    The environment variable ``FASTCL_CPU_ISA``, read once, names the newest that may be used: ``baseline``, ``avx2``,
+    ``avx512`` or ``avx512_bf16``.
+    """
+    if _native is None:
+        return None, build_failure() or f"the native module does not load ({_failure})"
+    name, reason = _native.choose_engine(os.environ.get("FASTCL_CPU_ISA", ""))
+    return name, f"FASTCL_CPU_ISA: {reason}" if name is None else reason
+
+
+def build_failure() -> str:
+    """Why the package was built without the native module; empty if it was built with it, or nobody tried."""
+    try:
+        reason: str = import_module("fastcl._build_failure").REASON
+    except ImportError:
+        return ""
+    return f"not built ({reason})"
+
+
+def native_module() -> Any:
+    """The module of ``csrc``, or None."""
+    return _native
+
+
+def saved_size(p: Problem) -> int:
+    """How many numbers the forward keeps: of each row, the negatives' share of the sum over all."""
+    s, n, m = p.sizes
+    return s * (n + m) if p.both else s * n
+
+
+def forward(p: Problem) -> Statistics:
+    p = _addressable(p)
+    s, n, m = p.sizes
+    new = p.logit_scale.new_empty
+    saved = new(saved_size(p))
+    if n == 0 or m == 0:
+        return chunked.forward(p)._replace(saved=saved)
+    a = new(n if p.normalize_anchors else 0)
+    c = new(m if p.normalize_contrasts and p.contrasts is not None else 0)
+    anchors = _new_side(p, n)
+    contrasts = _new_side(p, m) if p.both else empty_side(p)
+    swept = _two_sets_if_biased(p)
+    for k in range(s):
+        own, other = _sides(p, anchors, contrasts, saved, k)
+        _run(_native.forward(engine()[0], _describe(swept, k), (*own, _address(a)), other and (*other, _address(c))))
+    return Statistics(anchors, contrasts, a, c, saved)
+
+
+def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    p = _addressable(p)
+    s, n, m = p.sizes
+    if n == 0 or m == 0:
+        return chunked.backward(p, saved, grad, grad_contrasts, needs)
+    anchors = saved.anchors._replace(fields=grad.contiguous())
+    contrasts = saved.contrasts._replace(fields=grad_contrasts.contiguous())
+    swept = _two_sets_if_biased(p)
+    folded = swept is not p  # two sets that are one: both gradients are the anchors'
+    new = p.logit_scale.new_empty
+    scale = new(s) if needs.logit_scale else None
+    total: list[Tensor | None] = []
+    for k in range(s):
+        rows = new(p.anchors.shape) if needs.anchors else None
+        columns = None
+        if swept.contrasts is not None and (needs.anchors if folded else needs.contrasts):
+            columns = new(swept.contrasts.shape)
+        bias = new(m) if needs.contrast_bias else None
+        own, other = _sides(p, anchors, contrasts, saved.saved, k)
+        outputs = (p.paired is None, _address(rows), _address(columns), _address(scale, k), _address(bias))
+        _run(_native.backward(engine()[0], _describe(swept, k), (*own, 0), other and (*other, 0), outputs))
+        if folded:
+            rows, columns = _sum(rows, columns), None
+        results = [rows, columns, bias]
+        total = [_sum(t, u) for t, u in zip(total, results, strict=True)] if total else results
+    rows, columns, bias = total
+    return Gradients(rows, columns, scale, bias)
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return left if right is None else right if left is None else left.add_(right)
+
+
+def _addressable(p: Problem) -> Problem:
+    """Rows may have any strides; what is small lies contiguous, and nothing is negated lazily."""
+    vectors = {
+        name: value.resolve_neg().contiguous()
+        for name in (
+            "anchor_clusters",
+            "contrast_clusters",
+            "logit_scale",
+            "contrast_bias",
+            "anchor_ids",
+            "contrast_ids",
+        )
+        if (value := getattr(p, name)) is not None and (value.is_neg() or not value.is_contiguous())
+    }
+    rows = {
+        name: value.resolve_neg()
+        for name in ("anchors", "contrasts")
+        if (value := getattr(p, name)) is not None and value.is_neg()
+    }
+    return replace(p, **vectors, **rows) if vectors or rows else p
+
+
+def _two_sets_if_biased(p: Problem) -> Problem:
+    """A bias breaks the symmetry of self-contrast: the rows then meet themselves as a second set."""
+    if p.contrasts is not None or p.contrast_bias is None:
+        return p
+    own = torch.arange(p.anchors.shape[0])
+    return replace(
+        p,
+        contrasts=p.anchors,
+        contrast_clusters=p.anchor_clusters,
+        anchor_ids=own,
+        contrast_ids=own,
+        normalize_contrasts=p.normalize_anchors,
+    )
+
+
+def _new_side(p: Problem, size: int) -> Side:
+    s, new = p.sizes[0], p.logit_scale.new_empty
+    return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size))
+
+
+# Descriptions of calls, number by number as csrc/module.cpp reads them.
+
+
+def _address(tensor: Tensor | None, offset: int = 0) -> int:
+    return 0 if tensor is None else tensor.data_ptr() + offset * tensor.element_size()
+
+
+def _rows(rows: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0, 0) if rows is None else (_DTYPES[rows.dtype], rows.data_ptr(), rows.shape[0], *rows.stride())
+
+
+def _describe(p: Problem, scale: int) -> tuple[int, ...]:
+    ids = (p.anchor_clusters, p.contrast_clusters, p.anchor_ids, p.contrast_ids)
+    return (
+        *_rows(p.anchors),
+        *_rows(p.contrasts),
+        p.anchors.shape[1],
+        *(_address(i) for i in ids),
+        _address(p.logit_scale, scale),
+        _address(p.contrast_bias),
+        p.normalize_anchors,
+        p.normalize_contrasts,
+        p.dtype == torch.float64,
+        p.both,
+        torch.get_num_threads(),
+    )
+
+
+def _sides(
+    p: Problem, anchors: Side, contrasts: Side, saved: Tensor, scale: int
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Where the statistics of both sides are, for one of the scales."""
+    s, n, m = p.sizes
+    own = _side(p, anchors, n, _address(saved, scale * n), scale)
+    return own, _side(p, contrasts, m, _address(saved, s * n + scale * m), scale) if p.both else None
+
+
+def _side(p: Problem, side: Side, size: int, shares: int, scale: int) -> tuple[int, ...]:
+    s, logs = p.sizes[0], p.log_sums
+    fields = [_address(side.fields, (p.want.index(f) * s + scale) * size) if f in p.want else 0 for f in FIELDS]
+    parts = [
+        _address(side.parts, ((part * len(logs) + logs.index(f)) * s + scale) * size) if f in logs else 0
+        for part in range(2)
+        for f in FIELDS[:-1]
+    ]
+    return *fields, *parts, _address(side.counts), _address(side.counts, size), shares
+
+
+def _run(call: Any) -> None:
+    workspace = torch.empty(call.workspace, dtype=torch.uint8)  # a name, so that it outlives the call
+    call.run(workspace.data_ptr())

@@ -95,7 +95,7 @@ private:
   template <bool WIDE> void block(int t, int64_t from, int64_t to) const {
     const Local &local = locals[t];
     s.pack_block(local.a, from, to, t);
-    reset(local.rows, fields, ROWS * W, 0, ROWS * W, WIDE);
+    reset(local.rows, fields, ROWS * W, 0, round_up(to - from, MR) * W, WIDE);
     for (int64_t j = s.self ? from / NR * NR : 0; j < s.contrasts.size; j += NR) {
       const Unit *next = s.contrasts.columns + (j + NR) * s.units;
       if (columns) reset(local.columns, fields, NR, 0, NR, WIDE);
@@ -117,7 +117,12 @@ private:
     const int64_t stride = s.anchors.padded;
     for (int64_t i = from; i < to; i++) {
       if (!s.self) reset(totals + i, fields, stride, 0, 1, WIDE);
-      for (int64_t l = 0; l < W; l++) merge(totals + i, stride, local.rows + (i - from) * W + l, ROWS * W, fields, WIDE);
+      const T *lanes = local.rows + (i - from) * W;
+      if constexpr (WIDE)
+        for (int64_t l = 0; l < W; l++) merge(totals + i, stride, lanes + l, ROWS * W, fields, WIDE);
+      else
+        for (int64_t f = 0; f < fields; f++)
+          if (!is_maximum<T>(int(f))) totals[f * stride + i] += sum<T>(load(lanes + f * ROWS * W));
     }
   }
 

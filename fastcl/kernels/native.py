@@ -180,7 +180,7 @@ def _describe(p: Problem, scale: int) -> tuple[int, ...]:
         p.normalize_contrasts,
         p.dtype == torch.float64,
         p.both,
-        torch.get_num_threads(),
+        _threads(p),
     )
 
 
@@ -207,3 +207,9 @@ def _side(p: Problem, side: Side, size: int, shares: int, scale: int) -> tuple[i
 def _run(call: Any) -> None:
     workspace = torch.empty(call.workspace, dtype=torch.uint8)  # a name, so that it outlives the call
     call.run(workspace.data_ptr())
+
+
+def _threads(p: Problem) -> int:
+    """As many as torch has, but so that each has work for longer than it takes to wake it."""
+    _, n, m = p.sizes
+    return max(1, min(torch.get_num_threads(), n * m * p.anchors.shape[1] >> 20))

@@ -440,7 +440,7 @@ def _wanted(options: _Options) -> tuple[str, ...]:
 
 
 def _terms(stats: ContrastiveStats, scale: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """The loss of each row and whether it counts, both [R]. A row that does not may hold anything finite or infinite."""
+    """The loss of each row and whether it counts, both [R]. What one that does not holds is of no use."""
     counted = stats.num_pos > 0
     num_pos = stats.num_pos.clamp(min=1)
     if options.form == "outside" and options.denominator == "all" and options.margin == 0:

@@ -237,6 +237,57 @@ template <class Mul> struct Sweep {
     return {admissible, positive};
   }
 
+  // A register tile into a tile of rows G_ROW apart, which a product then sums over the columns of.
+  static constexpr int64_t G_ROW = BLOCK / Mul::PAIR + 16;
+  static FASTCL_INLINE void store_tile(Unit *g, const V<T> (&x)[MR][NV]) {
+    if constexpr (Mul::PAIR == 1) EACH(r, MR) EACH(v, NV) store(g + r * G_ROW + v * W, x[r][v]);
+#if FASTCL_DOT
+    else EACH(r, MR) _mm512_store_si512(g + r * G_ROW, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[r][1], (__m512)x[r][0]));
+#endif
+  }
+
+  // out[row] += sum over the places `over` of g * their rows, for the places `to`.
+  template <long ROW, long STEP>
+  FASTCL_NOINLINE void product(const Unit *g, const Side<Mul> &summed, Range over, const Side<Mul> &side, Range to, void *out) const {
+    const int64_t panels = (d + NR - 1) / NR, stride = summed.depth_units() * NR;
+    const long depth = (over.to - over.from + Mul::PAIR - 1) / Mul::PAIR;
+    const Unit *z = summed.depth + over.from / Mul::PAIR * NR;
+    for (int64_t p = 0; p < panels; p++, z += stride)
+      for (int64_t i = to.from; i < to.to; i += MR) {
+        V<T> x[MR][NV];
+        EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
+        const char *ahead = (const char *)(z + stride) + (i - to.from) / MR * 8 * depth;
+        multiply<Mul, ROW, STEP>(g + (i - to.from) * ROW, z, depth, x, ahead);
+        T *const first = (T *)out + p * NR;
+        const int64_t count = smaller(to.to - i, int64_t(MR)), width = smaller(d - p * NR, NR);
+        if (count == MR && width == NR)
+          EACH(r, MR) {
+            T *const y = first + side.order[i + r] * d;
+            EACH(v, NV) storeu(y + v * W, loadu(y + v * W) + x[r][v]);
+          }
+        else
+          for (int r = 0; r < count; r++) {
+            T *const y = first + side.order[i + r] * d;
+            T part[NR] __attribute__((aligned(64)));
+            EACH(v, NV) store(part + v * W, x[r][v]);
+            for (int64_t k = 0; k < width; k++) y[k] += part[k];
+          }
+      }
+  }
+
+  // Row i's norm into inverse_norms; `most` becomes the largest norm as it enters the logits, or a NaN. Returns the row.
+  const Unit *measured(const Side<Mul> &s, int64_t i, T *buffer, T &most) const {
+    const bool direct = lies_so(s);
+    const T *x = direct ? (const T *)s.rows.data + s.order[i] * s.rows.row_stride : buffer;
+    if (!direct) read_row(s.rows, s.order[i], d, buffer);
+    // in double: an error of the norm would be one of all the row's logits
+    const double norm = __builtin_sqrt(dot<double>(x, x, d));
+    const T a = !s.normalize ? T(1) : norm == 0 || norm * norm > LARGEST ? T(0) : T(1 / larger(norm, NORM_FLOOR));
+    if (!(T(norm) * a <= most)) most = T(norm) * a;
+    s.inverse_norms[i] = a;
+    return read(s, i, buffer);
+  }
+
 private:
   Side<Mul> side(const Rows &rows, const Places &at, bool normalize, int32_t none, Arena &arena, bool columns, bool depth) const {
     Side<Mul> s{};
@@ -310,17 +361,6 @@ private:
         for (int64_t l = 0; l < W; l++) out[l] = rows[l][k];
     }
     return most;
-  }
-  const Unit *measured(const Side<Mul> &s, int64_t i, T *buffer, T &most) const {
-    const bool direct = lies_so(s);
-    const T *x = direct ? (const T *)s.rows.data + s.order[i] * s.rows.row_stride : buffer;
-    if (!direct) read_row(s.rows, s.order[i], d, buffer);
-    // in double: an error of the norm would be one of all the row's logits
-    const double norm = __builtin_sqrt(dot<double>(x, x, d));
-    const T a = !s.normalize ? T(1) : norm == 0 || norm * norm > LARGEST ? T(0) : T(1 / larger(norm, NORM_FLOOR));
-    if (!(T(norm) * a <= most)) most = T(norm) * a;
-    s.inverse_norms[i] = a;
-    return read(s, i, buffer);
   }
   const Unit *nothing(const Side<Mul> &s, int64_t i, T *buffer) const {
     s.inverse_norms[i] = 0;

@@ -57,9 +57,17 @@ def native_module() -> Any:
 
 
 def saved_size(p: Problem) -> int:
-    """How many numbers the forward keeps: of each row, the negatives' share of the sum over all."""
+    """How many numbers the forward keeps for the backward.
+
+    Of each row, the negatives' share of the sum over all: [S, N], with `both` also [S, M]. Then, for a backward of the
+    anchors alone, the softmax-weighted sums of contrasts [N, D] and whether they are valid [1].
+    """
     s, n, m = p.sizes
-    return s * (n + m) if p.both else s * n
+    return s * (n + m if p.both else n) + (n * p.anchors.shape[1] + 1 if _weighted(p) else 0)
+
+
+def _weighted(p: Problem) -> bool:
+    return p.anchors_only and p.sizes[0] == 1
 
 
 def forward(p: Problem) -> Statistics:
@@ -76,7 +84,8 @@ def forward(p: Problem) -> Statistics:
     swept = _two_sets_if_biased(p)
     for k in range(s):
         own, other = _sides(p, anchors, contrasts, saved, k)
-        _run(_native.forward(engine()[0], _describe(swept, k), (*own, _address(a)), other and (*other, _address(c))))
+        sides = (*own, _address(a)), other and (*other, _address(c))
+        _run(_native.forward(engine()[0], _describe(swept, k), *sides, _weighted_sums(p, saved)))
     return Statistics(anchors, contrasts, a, c, saved)
 
 
@@ -100,7 +109,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
             columns = new(swept.contrasts.shape)
         bias = new(m) if needs.contrast_bias else None
         own, other = _sides(p, anchors, contrasts, saved.saved, k)
-        outputs = (p.paired is None, _address(rows), _address(columns), _address(scale, k), _address(bias))
+        weighted = _weighted_sums(p, saved.saved)
+        outputs = (*weighted, p.paired is None, _address(rows), _address(columns), _address(scale, k), _address(bias))
         _run(_native.backward(engine()[0], _describe(swept, k), (*own, 0), other and (*other, 0), outputs))
         if folded:
             rows, columns = _sum(rows, columns), None
@@ -202,6 +212,14 @@ def _side(p: Problem, side: Side, size: int, shares: int, scale: int) -> tuple[i
         for f in FIELDS[:-1]
     ]
     return *fields, *parts, _address(side.counts), _address(side.counts, size), shares
+
+
+def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:
+    """Where they are, and where it says whether they are valid."""
+    if not _weighted(p):
+        return 0, 0
+    n, d = p.anchors.shape
+    return _address(saved, n), _address(saved, n + n * d)
 
 
 def _run(call: Any) -> None:

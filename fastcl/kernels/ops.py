@@ -106,7 +106,7 @@ _library = torch.library.Library("fastcl", "DEF")
 _PROBLEM = (
     "Tensor anchors, Tensor? contrasts, Tensor? paired, Tensor? anchor_clusters, Tensor? contrast_clusters, "
     "Tensor logit_scale, Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
-    "bool normalize_contrasts, str[] want, bool both, str backend"
+    "bool normalize_contrasts, str[] want, bool both, bool anchors_only, str backend"
 )
 _TENSORS = 9  # leading tensor arguments
 _DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
@@ -309,6 +309,11 @@ def sweep(
         normalize_contrasts,
         order,
         both,
+        # Contrasts without a gradient, as in a queue, spare the backward its sweep where the forward knows of it.
+        contrasts is not None
+        and torch.is_grad_enabled()
+        and anchors.requires_grad
+        and not (both or contrasts.requires_grad or scales.requires_grad or (bias is not None)),
         choose_backend(anchors.device, dtype),
     )
 

@@ -36,6 +36,8 @@ class Problem:
     normalize_contrasts: bool
     want: Sequence[str]  # of FIELDS, in that order
     both: bool  # also the statistics of each contrast over the anchors
+    # The backward will ask for the anchors' gradient only: the forward may leave what makes a second sweep unnecessary.
+    anchors_only: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -93,14 +93,13 @@ def alternate(
     """Times every step in turn, round after round, every other round backwards so that a drift favours nobody.
 
     A sample is of as many calls as last SAMPLE_SECONDS. The number of rounds is the same for all: as many as the
-    slowest step does in `seconds`, within `rounds`.
+    slowest step does in `seconds`, within `rounds`. The steps have been called before.
     """
     calls, longest = {}, 0.0
     for name, step in steps.items():
-        step()
         once = timer(step, 1)
         calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-9)))
-        longest = max(longest, timer(step, calls[name]))
+        longest = max(longest, once if calls[name] == 1 else timer(step, calls[name]))
     count = min(max(rounds[0], int(seconds / max(longest, 1e-9))), rounds[1])
     taken: dict[str, list[float]] = {name: [] for name in steps}
     collecting = gc.isenabled()

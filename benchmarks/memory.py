@@ -67,7 +67,7 @@ def _processes() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "benchmarks.providers"])
+    context.set_forkserver_preload(["benchmarks.memory"])
     return context
 
 
@@ -133,8 +133,7 @@ def _settle(leaves: tuple[torch.Tensor, ...]) -> None:
 
 
 def _high_water(step: Any, leaves: tuple[torch.Tensor, ...]) -> int:
-    for _ in range(2):  # compilation, thread pools, buffers that stay
-        step()
+    step()  # compilation, thread pools, buffers that stay
     _settle(leaves)
     _CLEAR.write_text("5")  # the high-water mark falls to what is held now
     before = _bytes("VmRSS")
@@ -152,8 +151,7 @@ def _first_call(step: Any) -> int:
 
 
 def _cuda(step: Any, leaves: tuple[torch.Tensor, ...]) -> int:
-    for _ in range(2):
-        step()
+    step()
     _settle(leaves)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

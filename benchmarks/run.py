@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastcl
 from benchmarks import machine, memory, peak
@@ -17,8 +18,9 @@ from benchmarks.providers import CannotPoseError, Loss, Provider, version
 from benchmarks.truth import Errors, truth
 
 OK, IMPRECISE, WRONG = "ok", "imprecise", "wrong"
-FAILED, TOO_LARGE, CANNOT_POSE, MISSING = "error", "too large", "cannot pose", "missing"
+FAILED, TOO_LARGE, TOO_SLOW, CANNOT_POSE, MISSING = "error", "too large", "too slow", "cannot pose", "missing"
 TIMED = (OK, IMPRECISE)
+PATIENCE = 15.0  # seconds of one call, above which nobody waits for its repetitions
 SETS_ON_A_GPU = 4  # of inputs, taking turns
 
 Row = dict[str, Any]
@@ -130,7 +132,7 @@ def _judge(candidates: list[Candidate], case: Case, setting: Setting, say: Say) 
             say(f"{case.name}: error of {candidate.provider.name} on {kind} rows")
             try:
                 candidate.loss = candidate.loss or candidate.provider.pose(case)
-                loss = training_step(candidate.loss, [inputs], BOTH)().detach()
+                loss, seconds = _once(training_step(candidate.loss, [inputs], BOTH), setting.device)
                 gradients = tuple(leaf.grad for leaf in inputs.leaves)
                 if any(gradient is None for gradient in gradients):
                     candidate.mark(WRONG, "no gradient reaches the rows")
@@ -148,6 +150,15 @@ def _judge(candidates: list[Candidate], case: Case, setting: Setting, say: Say) 
                     f"{kind} rows: error of the loss {errors.loss:.1e} (allowed {errors.loss_allowed:.1e}), "
                     f"of the gradient {errors.gradient:.1e} ({errors.gradient_allowed:.1e})",
                 )
+            if candidate.timed and kind == KINDS[-1] and seconds > PATIENCE:  # nothing was compiled in this call
+                candidate.mark(TOO_SLOW, f"a call takes {seconds:.0f} s")
+
+
+def _once(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """What the step returns, and the seconds that it takes."""
+    returned: list[Tensor] = []
+    seconds = timer_for(device)(lambda: returned.append(step()), 1)
+    return returned[0].detach(), seconds
 
 
 def _time(candidates: list[Candidate], case: Case, direction: str, setting: Setting, effort: dict[str, Any]) -> Samples:

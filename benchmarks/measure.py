@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import time
@@ -102,14 +101,7 @@ def alternate(
         longest = max(longest, once if calls[name] == 1 else timer(step, calls[name]))
     count = min(max(rounds[0], int(seconds / max(longest, 1e-9))), rounds[1])
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for r in range(count):
-            for name in list(steps)[:: -1 if r % 2 else 1]:
-                taken[name].append(timer(steps[name], calls[name]) / calls[name])
-    finally:
-        if collecting:
-            gc.enable()
+    for r in range(count):
+        for name in list(steps)[:: -1 if r % 2 else 1]:
+            taken[name].append(timer(steps[name], calls[name]) / calls[name])
     return Samples(taken, calls)

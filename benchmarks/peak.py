@@ -16,6 +16,7 @@ from benchmarks.measure import percentiles, timer_for
 SOURCE = Path(__file__).with_name("peak.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-pthread")
 WINDOWS, WINDOW_SECONDS = 20, 0.05
+_DTYPES = (torch.float32, torch.bfloat16)
 MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 
 
@@ -36,9 +37,6 @@ def measure(device: torch.device, threads: int) -> dict[str, Peak]:
             except (OSError, subprocess.SubprocessError):
                 pass  # a compiler without this machine's headers or flags; the rows name the source of their peak
     return {str(dtype).removeprefix("torch."): _matrix_product(device, dtype) for dtype in _DTYPES}
-
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _compiled(compiler: str, threads: int) -> dict[str, Peak]:

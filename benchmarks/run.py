@@ -117,8 +117,8 @@ def _measure_memory(candidate: Candidate, case: Case, setting: Setting, say: Say
         candidate.mark(CANNOT_POSE, str(reason))
     except memory.TooLargeError as reason:
         candidate.mark(TOO_LARGE, str(reason))
-    except RuntimeError as reason:
-        candidate.mark(FAILED, str(reason))
+    except Exception as reason:  # whatever a provider raises, the others are measured
+        candidate.mark(FAILED, str(reason) or type(reason).__name__)
 
 
 def _judge(candidates: list[Candidate], case: Case, setting: Setting, say: Say) -> None:
@@ -138,7 +138,7 @@ def _judge(candidates: list[Candidate], case: Case, setting: Setting, say: Say) 
                     candidate.mark(WRONG, "no gradient reaches the rows")
                     continue
                 errors = judged.judge(loss, gradients)  # type: ignore[arg-type]
-            except Exception as error:  # whatever a provider raises, the others are measured
+            except Exception as error:
                 candidate.mark(FAILED, error)
                 continue
             candidate.errors[kind] = errors

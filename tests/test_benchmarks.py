@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -223,6 +223,18 @@ def tiny_cases() -> list[Case]:
     return list(found.values())
 
 
+@pytest.fixture
+def _nothing_compiled() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+# Warnings of torch's own: of 2.13's inductor, of 2.6's.
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning",
+)
+@pytest.mark.usefixtures("_nothing_compiled")
 @pytest.mark.parametrize("case", tiny_cases(), ids=lambda case: case.name)
 def test_every_provider_agrees_with_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formulas, "block_rows", lambda m: 5)

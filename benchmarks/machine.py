@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -34,6 +35,33 @@ def slug(name: str, threads: int, device: torch.device) -> str:
     words = re.sub(r"\(.*?\)|@.*|\bCPU\b|\bProcessor\b", " ", name)
     short = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return short if device.type == "cuda" else f"{short}-{threads}-threads"
+
+
+class Others:
+    """How much of the machine other programs take between this object's making and a look at `share`."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds: of all processors, of those in which they worked, of those in which they worked for us."""
+        try:
+            user, nice, system, idle, wait, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+        except (OSError, ValueError):
+            return None
+        tick = os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        busy = user + nice + system + sum(rest)
+        return (busy + idle + wait) / tick, busy / tick, own.user + own.system
+
+    def share(self) -> float | None:
+        """None where the system does not say."""
+        now = self._read()
+        if self._start is None or now is None:
+            return None
+        total, busy, own = (after - before for before, after in zip(self._start, now, strict=True))
+        return min(max((busy - own) / total, 0.0), 1.0) if total > 0 else 0.0
 
 
 def commit() -> str:

@@ -93,7 +93,11 @@ def _over_n(axes: Any, rows: Sequence[Row], ylabel: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
 
 
 def _what() -> str:
@@ -101,18 +105,19 @@ def _what() -> str:
 
 
 def _time(rows: Sequence[Row]) -> Figure:
-    figure, axes = _figure(7.2, 4.8, f"Forward + backward: {_what()}")
+    figure, axes = _figure(8.4, 4.6, f"Forward + backward: {_what()}")
     for name, points in _curves(rows, lambda row: row["p50_ms"]).items():
         x = [n for n, _, _ in points]
         axes.plot(x, [y for _, y, _ in points], label=name, **_style(name))
         low, high = ([row[key] for _, _, row in points] for key in ("p20_ms", "p80_ms"))
         axes.fill_between(x, low, high, color=_style(name)["color"], alpha=0.15, linewidth=0)
     _over_n(axes, rows, "time (ms), median; band: 20th to 80th percentile")
+    _legend(figure, axes)
     return figure
 
 
 def _memory(rows: Sequence[Row]) -> Figure:
-    figure, axes = _figure(7.2, 4.8, f"Peak memory beyond the inputs, forward + backward: {_what()}")
+    figure, axes = _figure(8.4, 4.6, f"Peak memory beyond the inputs, forward + backward: {_what()}")
     # Below a page or two of noise a logarithm shows nothing; a tenth of a megabyte stands for all of that.
     for name, points in _curves(
         rows, lambda row: None if row["peak_extra_bytes"] is None else max(row["peak_extra_bytes"] / 1e6, 0.1)
@@ -121,6 +126,7 @@ def _memory(rows: Sequence[Row]) -> Figure:
     sizes = sorted({row["n"] for row in rows})
     axes.plot(sizes, [n * PROBLEM[1] * 4 / 1e6 for n in sizes], "k:", linewidth=1, label="the embeddings themselves")
     _over_n(axes, rows, "peak extra memory, gradient included (MB)")
+    _legend(figure, axes)
     return figure
 
 
@@ -138,9 +144,7 @@ def _error(rows: Sequence[Row]) -> Figure:
         _over_n(axes, rows, "relative error")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
         axes.set_title(f"{kind} rows", fontsize=10)
-        axes.get_legend().remove()
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    _legend(figure, axes)
     return figure
 
 
@@ -157,7 +161,10 @@ def _fastest(providers: dict[str, Row]) -> Row | None:
     return min(mine, key=lambda row: row["p50_ms"], default=None)
 
 
-def _bars(title: str, xlabel: str, cases: list[str], series: dict[str, list[float | None]]) -> tuple[Figure, Any]:
+def _bars(
+    title: str, xlabel: str, cases: list[str], series: dict[str, list[float | None]], start: float, form: str
+) -> tuple[Figure, Any]:
+    """Horizontal bars from `start` to the values, which are written at their ends."""
     figure, axes = _figure(9, 1.4 + 0.24 * len(cases) * (len(series) + 0.8), title)
     height = 0.85 / len(series)
     for place, (name, values) in enumerate(series.items()):
@@ -165,7 +172,9 @@ def _bars(title: str, xlabel: str, cases: list[str], series: dict[str, list[floa
         known = [(y, v) for y, v in zip(where, values, strict=True) if v is not None]
         if known:
             colour = _COLOURS.get(name.removeprefix("over "), "black")
-            axes.barh([y for y, _ in known], [v for _, v in known], height * 0.92, label=name, color=colour)
+            places, widths = [y for y, _ in known], [v - start for _, v in known]
+            bars = axes.barh(places, widths, height * 0.92, left=start, label=name, color=colour)
+            axes.bar_label(bars, [form.format(v) for _, v in known], fontsize=7, padding=2)
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.set_ylim(len(cases) - 0.4, -0.6)
     axes.set_xlabel(xlabel)
@@ -185,16 +194,16 @@ def _ratio(rows: Sequence[Row]) -> Figure | None:
     }
     names = [f"{case}  [{best['provider'].removeprefix('fastcl ')}]" for case, best in found.items()]
     title = "How many times faster fastcl's fastest backend is, forward + backward"
-    figure, axes = _bars(title, "ratio of times, pair by pair (left of 1 the peer is faster)", names, series)
+    figure, axes = _bars(
+        title, "ratio of times, pair by pair (left of 1x the peer is faster)", names, series, 1, "{:.2g}x"
+    )
     axes.set_xscale("log")
     values = [v for column in series.values() for v in column if v is not None]
-    axes.set_xlim(min([0.5, *values]) * 0.8, max([2, *values]) * 1.4)
+    axes.set_xlim(min([0.5, *values]) * 0.75, max([2, *values]) * 1.4)
     axes.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
     axes.axvline(1, color="black", linewidth=1)
-    for bars in axes.containers:
-        axes.bar_label(bars, fmt=lambda v: f"{v:.2g}x", fontsize=7, padding=2)
     return figure
 
 
@@ -208,6 +217,6 @@ def _share(rows: Sequence[Row]) -> Figure | None:
         for name in (*names, EAGER, COMPILED)
     }
     title = "Arithmetic that the case takes at least, as a share of the machine's peak, forward + backward"
-    figure, axes = _bars(title, "share of peak (%)", list(cases), series)
+    figure, axes = _bars(title, "share of peak (%)", list(cases), series, 0, "{:.2g}")
     axes.set_xlim(0, 100)
     return figure

@@ -98,13 +98,16 @@ def run(
     for candidate in candidates:
         _measure_memory(candidate, case, setting, say)
     _judge(candidates, case, setting, say)
-    samples = {}
+    samples, others = {}, {}
     for direction in DIRECTIONS:
         say(f"{case.name}: {direction}")
+        watch = machine.Others()
         samples[direction] = _time(candidates, case, direction, setting, effort)
+        others[direction] = watch.share()
     for candidate in candidates:
         for direction in DIRECTIONS:
-            yield _row(candidate, case, direction, samples[direction], setting)
+            row = _row(candidate, case, direction, samples[direction], setting)
+            yield row | {"taken_by_others": others[direction]}
 
 
 def _measure_memory(candidate: Candidate, case: Case, setting: Setting, say: Say) -> None:

@@ -21,7 +21,7 @@ EVERY_ROW = {"suite", "case", "provider", "status", "reason", "device", "threads
 }
 MEASURED = {"direction", "problem", "n", "m", "d", "dtype", "samples", "calls_per_sample", "ratio", "error"} | {
     *("p20_ms", "p50_ms", "p80_ms", "flops", "flops_per_second", "share_of_peak", "peak_flops_per_second"),
-    *("peak_source", "peak_extra_bytes", "gradient_bytes", "memory_source"),
+    *("peak_source", "peak_extra_bytes", "gradient_bytes", "memory_source", "taken_by_others"),
 }
 
 
@@ -161,6 +161,12 @@ def test_the_table_says_in_words_who_wins(measured: tuple[Path, list[Row]]) -> N
     assert verdict(0.4, 0.5, 0.6, status="imprecise") == "**eager (imprecise) wins**, 2x faster than fastcl"
     assert verdict(0.9, 1.1, 1.2) == "fastcl and eager are even"
     assert verdict(0.4, 0.5, 0.6, status="wrong") == "fastcl, alone"
+
+
+def test_a_page_says_that_the_machine_was_not_quiet(measured: tuple[Path, list[Row]]) -> None:
+    for share, said in ((0.01, False), (0.37, True)):
+        rows = [{**row, "taken_by_others": share} if row["suite"] else row for row in measured[1]]
+        assert ("other programs took up to 37 % of it" in report.page(rows, [])) == said
 
 
 def test_wrong_providers_show_their_error_and_no_time(measured: tuple[Path, list[Row]]) -> None:

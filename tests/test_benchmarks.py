@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import formulas, measure, memory, peak, providers, run, truth
+from benchmarks import formulas, machine, measure, memory, peak, providers, run, truth
 from benchmarks.cases import BOTH, FORWARD, KINDS, QUICK, SUITES, TEMPERATURE, Case, Inputs
 from benchmarks.measure import alternate, clock_timer, percentiles, training_step
 from benchmarks.providers import CannotPoseError, Provider
@@ -402,6 +403,17 @@ def test_one_that_raises_only_when_it_is_timed_stops_nobody(measured_without_pro
 
 
 # Peers and the machine.
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say")
+def test_what_other_programs_take_is_not_what_this_one_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([(100.0, 20.0, 5.0), (200.0, 90.0, 45.0), (100.0, 20.0, 5.0), (200.0, 60.0, 45.0)])
+    monkeypatch.setattr(machine.Others, "_read", staticmethod(lambda: next(readings)))
+    assert machine.Others().share() == pytest.approx(0.3)
+    assert machine.Others().share() == 0
+    monkeypatch.undo()
+    total, busy, own = machine.Others._read()
+    assert total >= busy >= 0 < own
 
 
 def test_peers_that_do_not_import_are_missing_with_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:

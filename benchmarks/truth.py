@@ -100,8 +100,7 @@ class Truth:
     ) -> _Comparison:
         size = truth.norm().item()
         allowed = error_bound(truth, eager, got.dtype, half_rows=half_rows, magnitude=magnitude) / size
-        rounding = HALF_ROWS[half_rows] if half_rows is not None else 0.0
-        near = (IMPRECISE + rounding) * cancelling / size
+        near = (IMPRECISE + HALF_ROWS.get(self.dtype, 0.0)) * cancelling / size
         error = (got.detach().to(truth) - truth).norm().item() / size
         return _Comparison(error, allowed, max(near, allowed))
 

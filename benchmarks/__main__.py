@@ -9,6 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.cases import Case
+    from benchmarks.run import Row
 
 NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
@@ -23,9 +30,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="few and small cases, below two minutes on two cores")
     parser.add_argument("--json", action="store_true", help="print the rows, and nothing else, as JSON lines")
+    parser.add_argument("--only", metavar="TEXT", default="", help="of these, the cases whose name has TEXT in it")
     parser.add_argument(
         "--out", type=Path, help="folder for rows, report and plots (default: runs/benchmarks/MACHINE, not tracked by "
-        "git); rows of other suites that it holds already stay"
+        "git); rows of other suites, with --only of other cases, that it holds already stay"
     )  # fmt: skip
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="measure nothing: write the report of the rows in DIR again"
@@ -47,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from benchmarks import machine, report
+    from benchmarks.cases import cases
 
     folder: Path | None = options.report
     if folder is not None:
@@ -59,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.out or machine.ROOT / "runs" / "benchmarks" / machine.slug(
             machine.processor(device), torch.get_num_threads(), device
         )
-        rows = _measure(options, device)
-        report.write_rows(folder, rows, options.suite)
+        chosen = [case for case in cases(options.suite, options.quick) if options.only in case.name]
+        if not chosen:
+            parser.error(f"--only: no case of these suites has {options.only!r} in its name")
+        rows = _measure(chosen, device, options.quick, options.json)
+        report.write_rows(folder, rows, () if options.only else options.suite)
     report.write(folder)
     if options.readme:
         report.write_readme(folder, machine.ROOT / "README.md")
@@ -70,25 +82,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace, device: object) -> list[dict[str, object]]:
-    import torch
+def _measure(chosen: Sequence[Case], device: torch.device, quick: bool, as_json: bool) -> list[Row]:
     from tqdm import tqdm
 
-    from benchmarks.cases import cases
     from benchmarks.providers import providers
     from benchmarks.run import Setting, missing_rows, run
 
-    assert isinstance(device, torch.device)
     found, missing = providers(device)
-    rows: list[dict[str, object]] = []
-    effort = {"rounds": (5, 15), "seconds": 0.5} if options.quick else {}
+    rows: list[Row] = []
+    effort = {"rounds": (5, 15), "seconds": 0.5} if quick else {}
 
-    def add(row: dict[str, object]) -> None:
+    def add(row: Row) -> None:
         rows.append(row)
-        if options.json:
+        if as_json:
             print(json.dumps(row), flush=True)
 
-    with tqdm(cases(options.suite, options.quick), unit="case", file=sys.stderr, dynamic_ncols=True) as progress:
+    with tqdm(chosen, unit="case", file=sys.stderr, dynamic_ncols=True) as progress:
 
         def say(what: str) -> None:
             progress.set_postfix_str(what, refresh=sys.stderr.isatty())

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import DIRECTIONS, Case
+from benchmarks.cases import BOTH, Case
 from benchmarks.measure import training_step
 from benchmarks.providers import Provider
 
@@ -25,9 +25,9 @@ LEFT_TO_OTHERS = 2**29  # bytes of the machine's free memory that a measurement 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes above what the process held before the call, by direction. The gradients are among them."""
+    """Bytes above what the process held before forward and backward. The gradients are among them."""
 
-    extra: dict[str, int]
+    extra: int
     source: str
 
 
@@ -48,7 +48,8 @@ def measure(case: Case, provider: Provider, device: torch.device, threads: int) 
     child.start()
     there.close()
     try:
-        kind, value = here.recv()
+        with here:
+            kind, value = here.recv()
     except EOFError:
         child.join()
         # The kernel kills a process that takes memory nobody has, without asking it.
@@ -111,16 +112,15 @@ def _bytes(field: str) -> int:
 def _run(case: Case, provider: Provider, device: torch.device) -> Peak:
     loss = provider.pose(case)
     inputs = case.inputs("random", device)
-    steps = {direction: training_step(loss, [inputs], direction) for direction in DIRECTIONS}
+    step = training_step(loss, [inputs], BOTH)
     if device.type == "cuda":
-        return Peak({d: _cuda(step, inputs.leaves) for d, step in steps.items()}, "torch.cuda.max_memory_allocated")
+        return Peak(_cuda(step, inputs.leaves), "torch.cuda.max_memory_allocated")
     try:
         _CLEAR.write_text("5")
     except OSError:
-        # No process can lower its high-water mark here: then the first call counts, compilation and buffers that stay
-        # included, and of two directions the one that is run second is seen only where it needs more.
-        return Peak({d: _first_call(step) for d, step in steps.items()}, "ru_maxrss of the first call")
-    return Peak({d: _high_water(step, inputs.leaves) for d, step in steps.items()}, "VmHWM - VmRSS")
+        # The mark does not go down here: the first call counts, compilation and buffers that stay included.
+        return Peak(_first_call(step), "ru_maxrss of the first call")
+    return Peak(_high_water(step, inputs.leaves), "VmHWM - VmRSS")
 
 
 def _settle(leaves: tuple[torch.Tensor, ...]) -> None:

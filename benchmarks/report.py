@@ -34,17 +34,25 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def write_rows(folder: Path, rows: Sequence[Row], suites: Iterable[str]) -> None:
-    """Replaces what the folder holds of these suites. Rows of another machine do not stay."""
+    """Replaces what the folder holds of these suites and of the cases in `rows`; rows of another machine go."""
     folder.mkdir(parents=True, exist_ok=True)
     replaced = {None, *suites}
+    cases = {(row["suite"], row["case"]) for row in rows}
     kept = [
         row
         for row in (read_rows(folder) if (folder / ROWS).is_file() else [])
-        if row["suite"] not in replaced and all(row[key] == rows[0][key] for key in _HERE)
+        if row["suite"] not in replaced
+        and (row["suite"], row["case"]) not in cases
+        and all(row[key] == rows[0][key] for key in _HERE)
     ]
     order = {suite: place for place, suite in enumerate([None, *TITLES])}
-    both = sorted([*rows, *kept], key=lambda row: order.get(row["suite"], len(order)))
+    both = sorted([*rows, *kept], key=lambda row: (order.get(row["suite"], len(order)), *_size(row)))
     (folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in both))
+
+
+def _size(row: Row) -> tuple[Any, ...]:
+    """By which the cases of a suite are ordered; the rows of a case stay in their order."""
+    return () if row["suite"] is None else (row["dtype"] != "float32", row["problem"], row["d"], row["n"], row["m"])
 
 
 def write(folder: Path) -> None:

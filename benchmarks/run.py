@@ -20,7 +20,7 @@ from benchmarks.truth import Errors, truth
 OK, IMPRECISE, WRONG = "ok", "imprecise", "wrong"
 FAILED, TOO_LARGE, TOO_SLOW, CANNOT_POSE, MISSING = "error", "too large", "too slow", "cannot pose", "missing"
 TIMED = (OK, IMPRECISE)
-PATIENCE = 15.0  # seconds of one call, above which nobody waits for its repetitions
+PATIENCE = 8.0  # seconds of one call, above which nobody waits for its repetitions
 SETS_ON_A_GPU = 4  # of inputs, taking turns
 
 Row = dict[str, Any]
@@ -230,9 +230,6 @@ def _row(candidate: Candidate, case: Case, direction: str, samples: Samples, set
             if other != name and not other.startswith("fastcl ")
         },
     }
-    if candidate.memory is not None:
-        row |= {
-            "peak_extra_bytes": candidate.memory.extra[direction],
-            "memory_source": candidate.memory.source,
-        }
+    if candidate.memory is not None and direction == BOTH:
+        row |= {"peak_extra_bytes": candidate.memory.extra, "memory_source": candidate.memory.source}
     return row

@@ -68,8 +68,8 @@ def test_rows_are_complete(measured: tuple[Path, list[Row]]) -> None:
         assert row["flops_per_second"] == pytest.approx(row["flops"] / row["p50_ms"] * 1e3)
         assert row["share_of_peak"] == pytest.approx(row["flops_per_second"] / row["peak_flops_per_second"])
         assert set(row["error"]) == set(KINDS)
-        assert row["peak_extra_bytes"] >= 0
-        assert row["memory_source"]
+        assert (row["peak_extra_bytes"] is not None) == (row["direction"] == BOTH)
+        assert (row["memory_source"] is not None) == (row["direction"] == BOTH)
         assert {"fastcl", "torch", "python"} <= set(row["versions"])
         assert row["commit"]
         assert row["processor"]
@@ -134,6 +134,17 @@ def test_rows_of_other_suites_stay_and_those_of_other_machines_do_not(
     assert report.read_rows(tmp_path) == elsewhere
 
 
+def test_with_only_the_other_cases_of_a_suite_stay(measured: tuple[Path, list[Row]], tmp_path: Path) -> None:
+    _, rows = measured
+    report.write_rows(tmp_path, rows, ["small"])
+    again = [{**row, "commit": "another"} for row in rows if row["suite"] is None or row["n"] == 32]
+    report.write_rows(tmp_path, again, ())
+    kept = report.read_rows(tmp_path)
+    assert len(kept) == len(rows)
+    assert {row["commit"] for row in kept if row["suite"] is None or row["n"] == 32} == {"another"}
+    assert "another" not in {row["commit"] for row in kept if row["suite"] and row["n"] == 16}
+
+
 def with_ratio(rows: list[Row], p20: float, p50: float, p80: float) -> list[Row]:
     """The rows of one case, fastcl's ratio to eager replaced."""
     chosen = copy.deepcopy([row for row in rows if row.get("n") == 32 and row["direction"] == BOTH])
@@ -185,6 +196,7 @@ def test_wrong_providers_show_their_error_and_no_time(measured: tuple[Path, list
     [
         (["--suite", "nonsense"], "invalid choice: 'nonsense'"),
         (["--device", "abacus"], "invalid choice: 'abacus'"),
+        (["--only", "nonsense"], "no case of these suites has 'nonsense' in its name"),
         (["--report", "nowhere"], "nowhere holds no rows.jsonl"),
     ],
 )

@@ -125,17 +125,24 @@ def _circumstances(rows: Sequence[Row]) -> list[str]:
     versions: dict[str, str] = {}
     for row in rows:
         versions |= row["versions"]
-    peaks = dict.fromkeys(
-        (row["peak_source"], f"{row['peak_flops_per_second'] / 1e9:.0f} GFLOP/s") for row in rows if row["suite"]
-    )
+    peaks: dict[str, list[float]] = {}
+    for row in rows:
+        if row["suite"]:
+            peaks.setdefault(row["peak_source"], []).append(row["peak_flops_per_second"] / 1e9)
     commits = dict.fromkeys(row["commit"] for row in rows)
     return [
         f"- {', '.join(f'{name} {number}' for name, number in versions.items())}; torch on {first['instruction_set']}",
         f"- commit {', '.join(commits)}; a + behind it: with changes that were not committed",
-        *(f"- peak: {speed}, {source}" for source, speed in peaks),
+        *(f"- peak: {_range(speeds)} GFLOP/s, {source}" for source, speeds in peaks.items()),
         *_disturbed(rows),
         *(f"- missing: {row['provider']} ({_one_line(row['reason'])})" for row in rows if row["status"] == MISSING),
     ]
+
+
+def _range(values: Sequence[float]) -> str:
+    """Runs of single suites each have their own."""
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _disturbed(rows: Sequence[Row]) -> list[str]:

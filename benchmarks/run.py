@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -183,6 +184,11 @@ def _time(candidates: list[Candidate], case: Case, direction: str, setting: Sett
     return alternate(steps, timer_for(setting.device), **effort)
 
 
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """None for NaN and infinities, which JSON does not know."""
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
 def _row(candidate: Candidate, case: Case, direction: str, samples: Samples, setting: Setting) -> Row:
     name = candidate.provider.name
     known = setting.peaks.get(case.dtype_name, setting.peaks["float32"])
@@ -210,7 +216,7 @@ def _row(candidate: Candidate, case: Case, direction: str, samples: Samples, set
         "peak_extra_bytes": None,
         "gradient_bytes": case.gradient_bytes if direction == BOTH else 0,
         "memory_source": None,
-        "error": {kind: asdict(errors) for kind, errors in candidate.errors.items()},
+        "error": {kind: _finite(asdict(errors)) for kind, errors in candidate.errors.items()},
         **setting.common(candidate.provider.package),
     }
     if not candidate.timed or name not in samples.seconds:

@@ -1,5 +1,6 @@
 """The benchmark harness finds a planted slow provider, a planted wrong one and a planted memory hog."""
 
+import json
 import os
 import shutil
 import signal
@@ -342,6 +343,7 @@ def test_a_planted_wrong_provider_gets_no_time(how: str, package: str, measured_
             assert row[key] is None
         assert row["ratio"] == {}
         assert row["error"] or how == "no gradient"
+        json.dumps(row, allow_nan=False)
         assert rows["eager", direction]["status"] == "ok"
         assert "planted" not in rows["eager", direction]["ratio"]
 

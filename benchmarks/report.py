@@ -205,11 +205,12 @@ def summary(rows: Sequence[Row], cases: Sequence[Key]) -> list[str]:
 
 
 def verdict(best: Row, chosen: Sequence[Row]) -> str:
-    """Who is fastest, in words. Times whose ratio is on either side of 1 from round to round are even."""
+    """Who is fastest, in words. A peer wins that is faster in nearly every round; even is who is so in some of them."""
     peers = [row for row in chosen if row["status"] in TIMED and row["provider"] in best["ratio"]]
     if not peers:
         return "fastcl, alone"
-    peer = min(peers, key=lambda row: best["ratio"][row["provider"]]["p50"])
+    sure = [row for row in peers if best["ratio"][row["provider"]]["p80"] < 1]
+    peer = min(sure or peers, key=lambda row: best["ratio"][row["provider"]]["p50"])
     ratio = best["ratio"][peer["provider"]]
     name = peer["provider"] + (" (imprecise)" if peer["status"] == IMPRECISE else "")
     if ratio["p20"] <= 1 <= ratio["p80"]:

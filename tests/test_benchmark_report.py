@@ -167,6 +167,13 @@ def test_the_table_says_in_words_who_wins(measured: tuple[Path, list[Row]]) -> N
         assert words in summary
         return words
 
+    def against(*peers: tuple[float, float, float]) -> str:
+        ratio = {f"peer {i}": dict(zip(("p20", "p50", "p80"), values, strict=True)) for i, values in enumerate(peers)}
+        return report.verdict({"ratio": ratio}, [{"provider": name, "status": "ok"} for name in ratio])
+
+    assert against((0.1, 0.3, 1.2), (0.7, 0.8, 0.9)) == "**peer 1 wins**, 1.2x faster than fastcl"
+    assert against((2.0, 2.1, 2.2), (0.9, 1.1, 1.2)) == "fastcl and peer 1 are even"
+    assert against((2.0, 2.1, 2.2), (3.0, 3.1, 3.2)) == "fastcl, 2.1x faster than peer 0"
     assert verdict(2.9, 3.0, 3.1) == "fastcl, 3x faster than eager"
     assert verdict(0.4, 0.5, 0.6) == "**eager wins**, 2x faster than fastcl"
     assert verdict(0.4, 0.5, 0.6, status="imprecise") == "**eager (imprecise) wins**, 2x faster than fastcl"

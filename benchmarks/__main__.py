@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.write_rows(folder, rows, () if options.only else options.suite)
     report.write(folder)
     if options.readme:
-        report.write_readme(folder, machine.ROOT / "README.md")
+        try:
+            report.write_readme(folder, machine.ROOT / "README.md")
+        except ValueError as error:
+            parser.error(f"--readme: {error}")
     if not options.json:
         print((folder / report.PAGE).read_text())
         print(f"written to {os.path.relpath(folder)}", file=sys.stderr)

@@ -12,6 +12,9 @@ template <class T> struct Weights {
   T *negative_base, *positive_base;  // [padded], read where the log-sums spread too widely for one base
 };
 
+// What is subtracted from the exponents: nothing, as the logits are not wide; one number for all; or each row's own.
+enum Base { CENTRAL, SHARED, OWN };
+
 template <class Mul> struct GradientPass {
   using T = typename Mul::Real;
   using Unit = typename Mul::Unit;
@@ -72,7 +75,7 @@ template <class Mul> struct GradientPass {
         most = larger(most, locals[t].spread[1]);
       }
       const bool wide = most - least > LEAST_SPREAD;
-      const bool central = least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32; // or there is nothing
+      const bool central = !s.wide() && least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32;
       // whole, so that subtracting it from a logit does not round
       const T base = central || least > most ? T(0) : T(__builtin_rint((least + most) / 2));
       team.run([&](int t) {
@@ -88,8 +91,9 @@ template <class Mul> struct GradientPass {
           for (int64_t j = mine.from; j < mine.to; j++) bias_gradient[j] = 0;
         }
       });
-      if (wide) walk<true>(team, base);
-      else walk<false>(team, base);
+      if (wide) walk<OWN>(team, base);
+      else if (central) walk<CENTRAL>(team, base);
+      else walk<SHARED>(team, base);
       team.run([&](int t) {
         if (rows_needed) project(s.anchors, out.anchor_gradient, t);
         if (columns_needed && !s.self) project(s.contrasts, out.contrast_gradient, t);
@@ -194,9 +198,9 @@ private:
   // The walk. Members of the team never write to the same rows at the same time, and the order of additions to a row
   // depends on the plan's number of threads alone.
 
-  template <bool WIDE> void walk(const Team &team, T base) const {
+  template <Base BASE> void walk(const Team &team, T base) const {
     const int threads = s.threads;
-    if (s.self && threads == 1) return team.run([&](int t) { triangle<WIDE>(t, {0, s.anchors.size}, base); });
+    if (s.self && threads == 1) return team.run([&](int t) { triangle<BASE>(t, {0, s.anchors.size}, base); });
     if (s.self) { // a tournament of 2 * threads groups of rows: in each round every group meets another one
       const int last = 2 * threads - 1;
       const auto group = [&](int k) { return share(s.anchors.size, 2 * threads, k, NR); };
@@ -204,43 +208,43 @@ private:
         team.run([&](int t) {
           const int left = t == 0 ? last : (round + t) % last, right = t == 0 ? round : (round - t + last) % last;
           if (round == 0) {
-            triangle<WIDE>(t, group(left), base);
-            triangle<WIDE>(t, group(right), base);
+            triangle<BASE>(t, group(left), base);
+            triangle<BASE>(t, group(right), base);
           }
-          rectangle<WIDE>(t, group(smaller(left, right)), group(larger(left, right)), base);
+          rectangle<BASE>(t, group(smaller(left, right)), group(larger(left, right)), base);
         });
       return;
     }
     const Range rows{0, s.anchors.size}, cols{0, s.contrasts.size};
     if (!columns_needed && !bias_gradient)
-      return team.run([&](int t) { rectangle<WIDE>(t, share(rows.to, threads, t, NR), cols, base); });
-    if (!rows_needed) return team.run([&](int t) { rectangle<WIDE>(t, rows, share(cols.to, threads, t, NR), base); });
+      return team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), cols, base); });
+    if (!rows_needed) return team.run([&](int t) { rectangle<BASE>(t, rows, share(cols.to, threads, t, NR), base); });
     for (int round = 0; round < threads; round++)
-      team.run([&](int t) { rectangle<WIDE>(t, share(rows.to, threads, t, NR), share(cols.to, threads, (t + round) % threads, NR), base); });
+      team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), share(cols.to, threads, (t + round) % threads, NR), base); });
   }
   static int64_t block_size(Range r) { // equal blocks
     const int64_t size = r.to - r.from, blocks = (size + BLOCK - 1) / BLOCK;
     return blocks ? round_up((size + blocks - 1) / blocks, NR) : NR;
   }
-  template <bool WIDE> void triangle(int t, Range r, T base) const {
+  template <Base BASE> void triangle(int t, Range r, T base) const {
     const int64_t step = block_size(r);
     for (int64_t i = r.from; i < r.to; i += step) {
       const Range rows{i, smaller(r.to, i + step)};
       s.pack_block(locals[t].a, rows.from, rows.to, t);
-      for (int64_t j = i; j < r.to; j += step) tile<WIDE>(t, rows, {j, smaller(r.to, j + step)}, base);
+      for (int64_t j = i; j < r.to; j += step) tile<BASE>(t, rows, {j, smaller(r.to, j + step)}, base);
     }
   }
-  template <bool WIDE> void rectangle(int t, Range r, Range c, T base) const {
+  template <Base BASE> void rectangle(int t, Range r, Range c, T base) const {
     const int64_t step = block_size(r), across = block_size(c);
     for (int64_t i = r.from; i < r.to; i += step) {
       const Range rows{i, smaller(r.to, i + step)};
       s.pack_block(locals[t].a, rows.from, rows.to, t);
-      for (int64_t j = c.from; j < c.to; j += across) tile<WIDE>(t, rows, {j, smaller(c.to, j + across)}, base);
+      for (int64_t j = c.from; j < c.to; j += across) tile<BASE>(t, rows, {j, smaller(c.to, j + across)}, base);
     }
   }
 
   // One tile: its gradient, then the products. On the diagonal of self-contrast the whole square, used once.
-  template <bool WIDE> void tile(int t, Range rows, Range cols, T base) const {
+  template <Base BASE> void tile(int t, Range rows, Range cols, T base) const {
     const Local &local = locals[t];
     const bool diagonal = s.self && rows.from == cols.from;
     for (int64_t j = cols.from; j < cols.to; j += NR) {
@@ -249,7 +253,7 @@ private:
         const Unit *a = local.a + (i - rows.from) * A_ROW;
         const char *ahead = (const char *)next + (i - rows.from) / MR * 8 * s.units;
         const bool mixed = s.mixed(i, j, rows.to);
-        (mixed ? logit_gradients<WIDE, true> : logit_gradients<WIDE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, base, ahead);
+        (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, base, ahead);
       }
     }
     double total = 0;
@@ -266,56 +270,52 @@ private:
     }
   }
 
-  template <bool WIDE, bool MIXED>
+  template <Base BASE, bool MIXED>
   static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, const Local &local, const Unit *a, int64_t i0, int64_t j0, int64_t r0,
                                               int64_t c0, int64_t to, T base, const void *next) {
     const Sweep<Mul> &s = pass.s;
-    const Weights<T> &row = pass.row, &column = pass.column;
-    V<T> g[MR][NV];
-    s.similarities(a, i0, j0, g, next);
-    V<T> scale = all<T>(0);
+    typename Sweep<Mul>::Tile u __attribute__((aligned(64)));
+    s.products(a, j0, u, next);
+    const T *const row_norms = s.anchors.inverse_norms + i0;
+    const auto own = [&](const T *weights, int r) { return weights[i0 + r]; };
+    const auto other = [&](const T *weights, int v) { return load(weights + j0 + v * W); };
+    const auto power = [&](V<T> t, auto own_base, auto other_base, auto own_weight, auto other_weight) {
+      if constexpr (BASE == CENTRAL) return exp2<T, MIXED>(t) * (own_weight + other_weight);
+      else if constexpr (BASE == SHARED) return exp2_clamped<T, MIXED>(t - base) * (own_weight + other_weight);
+      else return exp2_clamped<T, MIXED>(t - own_base) * own_weight + exp2_clamped<T, MIXED>(t - other_base) * other_weight;
+    };
+    V<T> norms[NV], column_negative[NV], scale = all<T>(0);
     EACH(v, NV) {
-      const int64_t j = j0 + v * W;
-      const V<T> column_negative = load(column.negative + j), column_norm = load(s.contrasts.inverse_norms + j);
-      const auto step = [&](int r) {
-        const int64_t i = i0 + r;
-        const V<T> t = s.logits(g[r][v], j);
-        V<T> x;
-        if constexpr (!WIDE) {
-          const V<T> e = exp2_clamped<T, MIXED>(t - base);
-          x = e * (row.negative[i] + column_negative);
-          if constexpr (MIXED) {
-            const auto masks = s.masks(i, j, to, false);
-            const V<T> positive = e * (row.positive[i] + load(column.positive + j)) + (row.constant[i] + load(column.constant + j));
-            x = keep<T>(masks.admissible, where<T>(masks.positive, positive, x));
-          }
-        } else {
-          x = exp2_clamped<T, MIXED>(t - row.negative_base[i]) * row.negative[i] +
-              exp2_clamped<T, MIXED>(t - load(column.negative_base + j)) * column_negative;
-          if constexpr (MIXED) {
-            const auto masks = s.masks(i, j, to, false);
-            const V<T> positive = exp2_clamped<T, MIXED>(t - row.positive_base[i]) * row.positive[i] +
-                                  exp2_clamped<T, MIXED>(t - load(column.positive_base + j)) * load(column.positive + j) +
-                                  (row.constant[i] + load(column.constant + j));
-            x = keep<T>(masks.admissible, where<T>(masks.positive, positive, x));
-          }
-        }
-        scale += x * g[r][v];
-        g[r][v] = x;
-      };
-      if constexpr (MIXED)
-        for (int r = 0; r < MR; r++) step(r);
-      else EACH(r, MR) step(r);
-      if (pass.bias_gradient) {
-        V<T> sum = g[0][v];
-        EACH(r, MR - 1) sum += g[r + 1][v];
-        add_to(pass.bias_gradient + j, sum);
-      }
-      EACH(r, MR) g[r][v] *= s.anchors.inverse_norms[i0 + r] * column_norm;
+      norms[v] = load(s.contrasts.inverse_norms + j0 + v * W);
+      column_negative[v] = other(pass.column.negative, v);
     }
+    const auto row = [&](int r) {
+      V<T> g[NV];
+      EACH(v, NV) {
+        const V<T> norm = row_norms[r] * norms[v], similarity = load(u[r][v]) * norm;
+        V<T> t = s.logits(similarity);
+        if constexpr (MIXED) t = s.biased(t, j0 + v * W);
+        g[v] = power(t, own(pass.row.negative_base, r), other(pass.column.negative_base, v), own(pass.row.negative, r), column_negative[v]);
+        if constexpr (MIXED) {
+          const auto masks = s.masks(i0 + r, j0 + v * W, to, false);
+          const V<T> positive = power(t, own(pass.row.positive_base, r), other(pass.column.positive_base, v), own(pass.row.positive, r),
+                                      other(pass.column.positive, v)) +
+                                (own(pass.row.constant, r) + other(pass.column.constant, v));
+          g[v] = keep<T>(masks.admissible, where<T>(masks.positive, positive, g[v]));
+          if (pass.bias_gradient) add_to(pass.bias_gradient + j0 + v * W, g[v]);
+        }
+        scale += g[v] * similarity;
+        g[v] *= norm;
+        if constexpr (DOT) store(u[r][v], g[v]);
+      }
+      s.store_row(local.g + (r0 + r) * G_ROW + c0 / Mul::PAIR, g);
+    };
+    if constexpr (MIXED)
+      for (int r = 0; r < MR; r++) row(r);
+    else
+      _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) row(r);
     add_wide(local.scale, scale);
-    s.store_tile(local.g + r0 * G_ROW + c0 / Mul::PAIR, g);
-    if constexpr (DOT) store_transposed(local, g, r0, c0);
+    if constexpr (DOT) store_transposed(local, u, r0, c0);
   }
   // Positive and negative terms cancel in the sum over all pairs: in double, once a register tile.
   static FASTCL_INLINE void add_wide(double *sums, V<T> x) {
@@ -323,11 +323,11 @@ private:
     *(Wide *)sums += __builtin_convertvector(x, Wide);
   }
 #if FASTCL_DOT
-  static FASTCL_INLINE void store_transposed(const Local &local, const V<T> (&g)[MR][NV], int64_t r0, int64_t c0) {
+  static FASTCL_INLINE void store_transposed(const Local &local, const typename Sweep<Mul>::Tile &g, int64_t r0, int64_t c0) {
     const __m512i interleave =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     EACH(pair, MR / 2) EACH(v, NV) {
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)g[2 * pair + 1][v], (__m512)g[2 * pair][v]);
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(g[2 * pair + 1][v]), (__m512)load(g[2 * pair][v]));
       _mm512_store_si512(local.transposed + (r0 / 2 + pair) * T_ROW + c0 + v * W, _mm512_permutexvar_epi16(interleave, both));
     }
   }

@@ -167,26 +167,36 @@ private:
   // One register tile. Not wide: one exponential serves row and column. Wide: each has its own running maxima.
   template <bool WIDE, bool MIXED>
   FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e, const void *next) const {
-    constexpr int64_t R = ROWS * W;
-    V<T> t[MR][NV];
-    s.similarities(a, i0, j0, t, next);
-    EACH(r, MR) EACH(v, NV) t[r][v] = s.logits(t[r][v], j0 + v * W);
-    if constexpr (!MIXED) {
-      if constexpr (!WIDE) {
-        EACH(r, MR) EACH(v, NV) t[r][v] = exp2<T, false>(t[r][v]);
-        EACH(r, MR) add_to(rows + r * W, t[r][0] + t[r][1]);
-        if (columns) EACH(v, NV) {
-            V<T> sum = t[0][v];
-            EACH(r, MR - 1) sum += t[r + 1][v];
-            add_to(cols + v * W, sum);
-          }
-        if (e) store_weighted(e, t, j0);
-      } else {
-        const auto none = [](int) { return I<T>{}; };
-        EACH(r, MR) add_wide<false, NV>(rows + r * W, rows + NEGATIVE_MAXIMUM * R + r * W, [&](int v) { return t[r][v]; }, none);
-        if (columns) EACH(v, NV)
-            add_wide<false, MR>(cols + v * W, cols + NEGATIVE_MAXIMUM * NR + v * W, [&](int r) { return t[r][v]; }, none);
+    constexpr int64_t R = ROWS * W, G_ROW = Sweep<Mul>::G_ROW;
+    typename Sweep<Mul>::Tile t __attribute__((aligned(64)));
+    s.products(a, j0, t, next);
+    V<T> norms[NV];
+    EACH(v, NV) norms[v] = load(s.contrasts.inverse_norms + j0 + v * W);
+    const T *const row_norms = s.anchors.inverse_norms + i0;
+    if constexpr (!MIXED && !WIDE) {
+      V<T> sums[NV];
+      EACH(v, NV) sums[v] = all<T>(0);
+      _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) {
+        V<T> x[NV];
+        EACH(v, NV) {
+          x[v] = exp2<T, false>(s.logits(load(t[r][v]) * (row_norms[r] * norms[v])));
+          sums[v] += x[v];
+        }
+        add_to(rows + r * W, x[0] + x[1]);
+        if (!e) continue;
+        EACH(v, NV) x[v] *= norms[v];
+        s.store_row(e + r * G_ROW, x);
       }
+      if (columns) EACH(v, NV) add_to(cols + v * W, sums[v]);
+      return;
+    }
+    for (int r = 0; r < MR; r++)
+      EACH(v, NV) store(t[r][v], s.biased(s.logits(load(t[r][v]) * (row_norms[r] * norms[v])), j0 + v * W));
+    if constexpr (!MIXED) {
+      const auto none = [](int) { return I<T>{}; };
+      for (int r = 0; r < MR; r++) add_wide<false, NV>(rows + r * W, rows + NEGATIVE_MAXIMUM * R + r * W, [&](int v) { return load(t[r][v]); }, none);
+      if (columns) EACH(v, NV)
+          add_wide<false, MR>(cols + v * W, cols + NEGATIVE_MAXIMUM * NR + v * W, [&](int r) { return load(t[r][v]); }, none);
       return;
     }
     I<T> negative[MR][NV], positive[MR][NV];
@@ -195,25 +205,23 @@ private:
         const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
         positive[r][v] = masks.positive;
         negative[r][v] = masks.admissible & ~masks.positive;
-        if (fields > LEAN_SUMS) {
-          const V<T> one = all<T>(1);
-          const V<T> in_range = keep<T>(outside(i0 + r, j0 + v * W, to, masks.admissible), one);
-          const V<T> logit = keep<T>(masks.positive, t[r][v]), count = keep<T>(masks.positive, one);
-          add_to(rows + LOGITS * R + r * W, logit);
-          add_to(rows + POSITIVES * R + r * W, count);
-          add_to(rows + INADMISSIBLE * R + r * W, in_range);
-          if (columns) {
-            add_to(cols + LOGITS * NR + v * W, logit);
-            add_to(cols + POSITIVES * NR + v * W, count);
-            add_to(cols + INADMISSIBLE * NR + v * W, in_range);
-          }
-        }
+        if (fields == LEAN_SUMS) continue;
+        const V<T> one = all<T>(1), outside = keep<T>(equal_ids(i0 + r, j0 + v * W, to, masks.admissible), one);
+        const V<T> logit = keep<T>(masks.positive, load(t[r][v])), count = keep<T>(masks.positive, one);
+        add_to(rows + LOGITS * R + r * W, logit);
+        add_to(rows + POSITIVES * R + r * W, count);
+        add_to(rows + INADMISSIBLE * R + r * W, outside);
+        if (!columns) continue;
+        add_to(cols + LOGITS * NR + v * W, logit);
+        add_to(cols + POSITIVES * NR + v * W, count);
+        add_to(cols + INADMISSIBLE * NR + v * W, outside);
       }
     if constexpr (!WIDE) {
-      for (int r = 0; r < MR; r++)
-        for (int v = 0; v < NV; v++) {
-          const V<T> x = exp2<T, true>(t[r][v]), n = keep<T>(negative[r][v], x), q = keep<T>(positive[r][v], x);
-          t[r][v] = n;
+      for (int r = 0; r < MR; r++) {
+        V<T> weighted[NV];
+        EACH(v, NV) {
+          const V<T> x = exp2<T, true>(load(t[r][v])), n = keep<T>(negative[r][v], x), q = keep<T>(positive[r][v], x);
+          weighted[v] = n * norms[v];
           add_to(rows + r * W, n);
           if (columns) add_to(cols + v * W, n);
           if (fields > LEAN_SUMS) {
@@ -221,29 +229,24 @@ private:
             if (columns) add_to(cols + POSITIVE * NR + v * W, q);
           }
         }
-      if (e) store_weighted(e, t, j0);
+        if (e) s.store_row(e + r * G_ROW, weighted);
+      }
     } else {
       const auto both = [&](int f, const I<T> (&mask)[MR][NV]) {
         for (int r = 0; r < MR; r++)
-          add_wide<true, NV>(rows + f * R + r * W, rows + (f + 1) * R + r * W, [&](int v) { return t[r][v]; }, [&](int v) { return mask[r][v]; });
+          add_wide<true, NV>(rows + f * R + r * W, rows + (f + 1) * R + r * W, [&](int v) { return load(t[r][v]); },
+                             [&](int v) { return mask[r][v]; });
         if (columns)
           for (int v = 0; v < NV; v++)
-            add_wide<true, MR>(cols + f * NR + v * W, cols + (f + 1) * NR + v * W, [&](int r) { return t[r][v]; },
+            add_wide<true, MR>(cols + f * NR + v * W, cols + (f + 1) * NR + v * W, [&](int r) { return load(t[r][v]); },
                                [&](int r) { return mask[r][v]; });
       };
       both(NEGATIVE, negative);
       if (fields > LEAN_SUMS) both(POSITIVE, positive);
     }
   }
-  FASTCL_INLINE void store_weighted(Unit *e, V<T> (&x)[MR][NV], int64_t j0) const {
-    EACH(v, NV) {
-      const V<T> norms = load(s.contrasts.inverse_norms + j0 + v * W);
-      EACH(r, MR) x[r][v] *= norms;
-    }
-    s.store_tile(e, x);
-  }
   // Pairs of equal sample ids; self-contrast has none.
-  FASTCL_INLINE I<T> outside(int64_t i, int64_t j, int64_t to, I<T> admissible) const {
+  FASTCL_INLINE I<T> equal_ids(int64_t i, int64_t j, int64_t to, I<T> admissible) const {
     if (s.self) return all_int<T>(0);
     return (lanes_from<T>(j) < all_int<T>(i < to ? s.contrasts.size : 0)) & ~admissible;
   }

@@ -189,36 +189,27 @@ template <class Mul> struct Sweep {
   }
   int64_t block_units() const { return chunks * A_CHUNK; }
 
-  // Similarities a_i c_j <x_i, y_j> of the register tile at (i0, j0); `a` is its first row in a packed block.
-  // Products and norms commute, so <x_i, x_j> and <x_j, x_i> agree to the bit.
-  FASTCL_INLINE void similarities(const Unit *a, int64_t i0, int64_t j0, V<T> (&u)[MR][NV], const void *next) const {
+  // Products <x_i, y_j> of the register tile at (i0, j0), through memory: an epilogue needs the registers for itself.
+  // `a` is the tile's first row in a packed block. Products commute, and so do norms when they are multiplied first: the
+  // similarities a_i c_j <x_i, x_j> and their mirror image agree to the bit.
+  using Tile = T[MR][NV][W];
+  FASTCL_INLINE void products(const Unit *a, int64_t j0, Tile &u, const void *next) const {
     const Unit *b = contrasts.columns + j0 * units;
-    EACH(r, MR) EACH(v, NV) u[r][v] = all<T>(0);
-    multiply<Mul, A_ROW, 1>(a, b, smaller(CHUNK, units), u, next);
-    if (chunks > 1) {
+    for (int64_t c = 0; c < chunks; c++) {
       V<T> part[MR][NV];
-      for (int64_t c = 1; c < chunks; c++) {
-        EACH(r, MR) EACH(v, NV) {
-          part[r][v] = u[r][v];
-          u[r][v] = all<T>(0);
-        }
-        multiply<Mul, A_ROW, 1>(a + c * A_CHUNK, b + c * CHUNK * NR, smaller(CHUNK, units - c * CHUNK), u, next);
-        EACH(r, MR) EACH(v, NV) u[r][v] += part[r][v];
-      }
+      EACH(r, MR) EACH(v, NV) part[r][v] = all<T>(0);
+      multiply<Mul, A_ROW, 1>(a + c * A_CHUNK, b + c * CHUNK * NR, smaller(CHUNK, units - c * CHUNK), part, next);
+      if (c == 0) EACH(r, MR) EACH(v, NV) store(u[r][v], part[r][v]);
+      else EACH(r, MR) EACH(v, NV) add_to(u[r][v], part[r][v]);
     }
-    V<T> norms[NV];
-    EACH(v, NV) norms[v] = load(contrasts.inverse_norms + j0 + v * W);
-    EACH(r, MR) EACH(v, NV) u[r][v] *= anchors.inverse_norms[i0 + r] * norms[v];
   }
-  FASTCL_INLINE V<T> logits(V<T> similarity, int64_t j) const {
-    const V<T> rest = similarity * scale_rest;
-    return similarity * scale + (bias ? rest + load(bias + j) : rest);
-  }
+  FASTCL_INLINE V<T> logits(V<T> similarity) const { return similarity * scale + similarity * scale_rest; }
+  FASTCL_INLINE V<T> biased(V<T> logits, int64_t j) const { return bias ? logits + load(bias + j) : logits; }
 
-  // Whether the register tile holds anything but negatives: positives, inadmissible pairs, or an edge.
+  // Whether the register tile needs care: positives, inadmissible pairs, an edge, or a bias.
   FASTCL_INLINE bool mixed(int64_t i0, int64_t j0, int64_t to) const {
     const int64_t i1 = i0 + MR, j1 = j0 + NR;
-    if (i1 > to || j1 > contrasts.size) return true;
+    if (i1 > to || j1 > contrasts.size || bias) return true;
     if (self && i0 < j1 && j0 < i1) return true;
     if (anchors.cluster && anchors.cluster[i0] <= contrasts.cluster[j1 - 1] && contrasts.cluster[j0] <= anchors.cluster[i1 - 1]) return true;
     return anchors.matched && anchors.matched[i1] > anchors.matched[i0] && contrasts.matched[j1] > contrasts.matched[j0];
@@ -237,12 +228,12 @@ template <class Mul> struct Sweep {
     return {admissible, positive};
   }
 
-  // A register tile into a tile of rows G_ROW apart, which a product then sums over the columns of.
+  // A row of a register tile into a tile of rows G_ROW apart, which a product then sums over the columns of.
   static constexpr int64_t G_ROW = BLOCK / Mul::PAIR + 16;
-  static FASTCL_INLINE void store_tile(Unit *g, const V<T> (&x)[MR][NV]) {
-    if constexpr (Mul::PAIR == 1) EACH(r, MR) EACH(v, NV) store(g + r * G_ROW + v * W, x[r][v]);
+  static FASTCL_INLINE void store_row(Unit *g, const V<T> (&x)[NV]) {
+    if constexpr (Mul::PAIR == 1) EACH(v, NV) store(g + v * W, x[v]);
 #if FASTCL_DOT
-    else EACH(r, MR) _mm512_store_si512(g + r * G_ROW, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[r][1], (__m512)x[r][0]));
+    else _mm512_store_si512(g, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
 #endif
   }
 
@@ -254,12 +245,14 @@ template <class Mul> struct Sweep {
     const Unit *z = summed.depth + over.from / Mul::PAIR * NR;
     for (int64_t p = 0; p < panels; p++, z += stride)
       for (int64_t i = to.from; i < to.to; i += MR) {
+        T *const first = (T *)out + p * NR;
+        const int64_t count = smaller(to.to - i, int64_t(MR)), width = smaller(d - p * NR, NR);
+        for (int64_t r = 0; r < count; r++) // needed after the product only
+          for (int64_t k = 0; k < NV; k++) __builtin_prefetch(first + side.order[i + r] * d + k * W, 1, 3);
         V<T> x[MR][NV];
         EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
         const char *ahead = (const char *)(z + stride) + (i - to.from) / MR * 8 * depth;
         multiply<Mul, ROW, STEP>(g + (i - to.from) * ROW, z, depth, x, ahead);
-        T *const first = (T *)out + p * NR;
-        const int64_t count = smaller(to.to - i, int64_t(MR)), width = smaller(d - p * NR, NR);
         if (count == MR && width == NR)
           EACH(r, MR) {
             T *const y = first + side.order[i + r] * d;

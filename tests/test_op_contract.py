@@ -70,11 +70,12 @@ SIMPLE = {
     "normalize_contrasts": False,
     "want": ["lse_all", "sum_pos"],
     "both": False,
+    "anchors_only": False,
 }
 
 
 def op_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) -> tuple[Any, ...]:
-    """Arguments of the forward operator: only what is required, self-contrast with options, or everything."""
+    """Arguments of the forward operator: what is required, self-contrast with options, a queue, or everything."""
     arguments: dict[str, Any] = {"anchors": x(5, 3, dtype=dtype)} | SIMPLE
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     if case == "self-contrast":
@@ -83,6 +84,14 @@ def op_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) -> tup
             "normalize_anchors": True,
             "contrast_bias": x(5),
             "want": list(FIELDS),
+        }
+    if case == "queue":
+        arguments |= {
+            "contrasts": x(9, 3, seed=1, dtype=dtype),
+            "paired": x(5, 3, seed=3, dtype=dtype),
+            "normalize_anchors": True,
+            "want": ["lse_all", "lse_neg"],
+            "anchors_only": True,
         }
     if case == "everything":
         arguments |= {
@@ -103,14 +112,14 @@ def op_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) -> tup
         if arguments[name] is not None:
             arguments[name] = arguments[name].to(accumulation)
     if grad:
-        for name in DIFFERENTIABLE:
+        for name in ("anchors", "paired") if arguments["anchors_only"] else DIFFERENTIABLE:
             if arguments[name] is not None:
                 arguments[name] = arguments[name].detach().clone().requires_grad_()
     arguments["backend"] = backend
     return tuple(arguments[argument.name] for argument in FORWARD._schema.arguments)
 
 
-CASES = ("required", "self-contrast", "everything")
+CASES = ("required", "self-contrast", "queue", "everything")
 
 
 @pytest.mark.parametrize("grad", [False, True])

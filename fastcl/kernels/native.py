@@ -109,7 +109,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
             columns = new(swept.contrasts.shape)
         bias = new(m) if needs.contrast_bias else None
         own, other = _sides(p, anchors, contrasts, saved.saved, k)
-        weighted = _weighted_sums(p, saved.saved)
+        anchors_alone = rows is not None and columns is None and scale is None and bias is None
+        weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)
         outputs = (*weighted, p.paired is None, _address(rows), _address(columns), _address(scale, k), _address(bias))
         _run(_native.backward(engine()[0], _describe(swept, k), (*own, 0), other and (*other, 0), outputs))
         if folded:

@@ -7,7 +7,7 @@ torch.compile sees one node; its derivative is an operator of its own whose deri
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -223,12 +223,24 @@ class _ContrastiveStatsBackward(torch.autograd.Function):
         raise RuntimeError("fastcl.contrastive_stats: second derivatives are not supported")
 
 
+def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The Autograd kernel: `function` where there is something to differentiate, else straight on to the backend."""
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
 for _name, _impl, _fake, _function in (
     ("contrastive_stats_fwd", _forward_impl, _forward_fake, _ContrastiveStats),
     ("contrastive_stats_bwd", _backward_impl, _backward_fake, _ContrastiveStatsBackward),
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    _library.impl(_name, _function.apply, "Autograd")
+    _library.impl(_name, _differentiable(getattr(torch.ops.fastcl, _name), _function), "Autograd")
     torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
 
 

@@ -27,7 +27,7 @@ FAILURE = "_build_failure.py"  # read by fastcl/kernels/native.py
 LAST_LINES = 20  # of the failed tool's output, which are kept
 
 
-class BuildFailure(Exception):
+class BuildError(Exception):
     """The module was not built. reason: in one line; log: the end of what the tool said."""
 
     def __init__(self, reason: str, log: str = "") -> None:
@@ -53,7 +53,7 @@ def tool(name: str) -> str:
         folder = getattr(package, "CMAKE_BIN_DIR", None) or getattr(package, "BIN_DIR", None)
         found = shutil.which(name, path=folder) or shutil.which(name)
     if found is None:
-        raise BuildFailure(f"{name} was not found")
+        raise BuildError(f"{name} was not found")
     return found
 
 
@@ -63,7 +63,7 @@ def run(step: str, *command: str) -> None:
     print(done.stdout, flush=True)
     if done.returncode != 0:
         lines = [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
-        raise BuildFailure(_told(step, lines), "\n".join(lines[-LAST_LINES:]))
+        raise BuildError(_told(step, lines), "\n".join(lines[-LAST_LINES:]))
 
 
 def _told(step: str, lines: list[str]) -> str:
@@ -93,9 +93,9 @@ class BuildNative(build_ext):
         required = flag("FASTCL_REQUIRE_NATIVE", False)
         try:
             if not flag("FASTCL_NATIVE", True):
-                raise BuildFailure("FASTCL_NATIVE=0 was set when fastcl was installed")
+                raise BuildError("FASTCL_NATIVE=0 was set when fastcl was installed")
             self.build_module(module)
-        except BuildFailure as failure:
+        except BuildError as failure:
             if required:
                 raise BaseError(f"FASTCL_REQUIRE_NATIVE=1, but {failure.reason}\n{failure.log}") from failure
             text = f'"""Written by setup.py."""\n\nREASON = {failure.reason!r}\nLOG = {failure.log!r}\n'
@@ -119,7 +119,7 @@ class BuildNative(build_ext):
         known = folder.exists()
         try:
             self.compile(folder, module)
-        except BuildFailure:
+        except BuildError:
             if not known:
                 raise
             shutil.rmtree(folder)  # what an older build left may be what is in the way
@@ -131,7 +131,7 @@ class BuildNative(build_ext):
         try:
             pybind11 = import_module("pybind11").get_cmake_dir()
         except ImportError:
-            raise BuildFailure("pybind11 was not found") from None
+            raise BuildError("pybind11 was not found") from None
         run(
             "configuring",
             *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
@@ -145,7 +145,7 @@ class BuildNative(build_ext):
         run("compiling", cmake, "--build", str(folder))
         built = folder / module.name
         if not built.is_file():
-            raise BuildFailure(f"CMake built no {module.name}")
+            raise BuildError(f"CMake built no {module.name}")
         shutil.copy2(built, module)
 
 

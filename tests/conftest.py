@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-# Before torch loads OpenMP: threads that spin while they wait take minutes where there are more of them than free cores.
+# Before torch loads OpenMP: threads that spin while they wait take minutes where more of them run than there are cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

@@ -18,9 +18,7 @@ using memory::Place, memory::Pool;
 
 char description[400];
 
-void describe() {
-  [[maybe_unused]] const auto written = write(STDERR_FILENO, description, std::strlen(description));
-}
+void describe() { [[maybe_unused]] const auto written = write(STDERR_FILENO, description, std::strlen(description)); }
 void crashed(int signal) {
   describe();
   std::signal(signal, SIG_DFL);
@@ -137,8 +135,7 @@ void level(Gradient &g, int64_t d) {
   }
 }
 
-template <class T>
-void check_side(const char *name, const Statistics &got, const formula::Side &expected, double tolerance) {
+template <class T> void check_side(const char *name, const Statistics &got, const formula::Side &expected, double tolerance) {
   static const char *const names[] = {"lse_all", "lse_pos", "lse_neg", "sum_pos"};
   char what[80];
   for (int f = 0; f < FIELDS; f++) {

@@ -74,7 +74,7 @@ public:
       for (int64_t j = 0; j < in.columns(); j++) {
         if (!admissible(i, j)) continue;
         double x = 0, absolute = 0;
-        const auto add = [&](const Side &side, const Reals (&weights)[FIELDS], int64_t at) {
+        const auto add = [&](const Side &side, const Reals(&weights)[FIELDS], int64_t at) {
           for (int f = 0; f < FIELDS; f++) {
             const bool in_set = f == LSE_ALL || (f == LSE_NEG) != positive(i, j);
             if (weights[f].empty() || !in_set) continue;
@@ -106,9 +106,7 @@ public:
 
 private:
   const Reals &contrasts() const { return in.self() ? in.anchors : in.contrasts; }
-  double logit(int64_t i, int64_t j) const {
-    return in.scale * similarity[i * in.columns() + j] + (in.bias.empty() ? 0 : in.bias[j]);
-  }
+  double logit(int64_t i, int64_t j) const { return in.scale * similarity[i * in.columns() + j] + (in.bias.empty() ? 0 : in.bias[j]); }
   bool admissible(int64_t i, int64_t j) const {
     if (in.self()) return i != j;
     return in.anchor_ids.empty() || in.anchor_ids[i] == -1 || in.anchor_ids[i] != in.contrast_ids[j];

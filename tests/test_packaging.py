@@ -223,6 +223,18 @@ def test_switches_of_the_build_are_checked(name: str, tmp_path: Path) -> None:
     assert f"{name}: expected 0 or 1, got 'yes'" in done.stderr
 
 
+@needs_engines
+@pytest.mark.slow
+def test_another_architecture_gets_a_module_without_engines(clean: Path, tmp_path: Path) -> None:
+    source = copy_source(tmp_path / "source")
+    other = "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64"
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, CMAKE_ARGS=other, FASTCL_REQUIRE_NATIVE="1")
+    run(clean, "-W", "error", "-c", USE, cwd=source)
+    report = run(clean, "-W", "error", "-m", "fastcl.info", cwd=source)
+    assert "used: none (this build carries no engine: it was not built for x86-64)" in report
+    assert re.search(r"contrastive_stats +cpu +float32 +chunked", report), report
+
+
 SMALL_PROJECT = """
 cmake_minimum_required(VERSION 3.18)
 project(fastcl LANGUAGES CXX)

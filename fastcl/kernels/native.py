@@ -47,7 +47,8 @@ def engine() -> tuple[str | None, str]:
     if _native is None:
         return None, build_failure() or f"the native module does not load ({_failure})"
     name, reason = _native.choose_engine(os.environ.get("FASTCL_CPU_ISA", ""))
-    return name, f"FASTCL_CPU_ISA: {reason}" if name is None else reason
+    wrong = name is None and _native.built_engines()
+    return name, f"FASTCL_CPU_ISA: {reason}" if wrong else reason
 
 
 def build_failure() -> str:

@@ -129,12 +129,25 @@ const Engine *engine_named(const std::string &name) {
   throw std::invalid_argument("fastcl: no engine " + name + " on this machine");
 }
 
-std::unique_ptr<Call> forward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts) {
+WeightedSums read_weighted(Reader &in, const Problem &p) {
+  WeightedSums w;
+  w.sums = in.address();
+  w.valid = in.address();
+  require(!w.sums == !w.valid, "weighted sums without their validity, or the reverse");
+  require(!w.sums || !(p.self_contrast() || p.columns || p.contrast_bias), "weighted sums: two sets without bias, one direction only");
+  return w;
+}
+
+std::unique_ptr<Call> forward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
+                              const py::tuple &outputs) {
   Forward call{};
   call.problem = read_problem(problem);
   call.anchors = read_statistics(anchors);
   require(call.problem.columns == !contrasts.is_none(), "columns: statistics of the contrasts wanted but not given, or the reverse");
   if (!contrasts.is_none()) call.contrasts = read_statistics(contrasts.cast<py::tuple>());
+  Reader in(outputs);
+  call.weighted = read_weighted(in, call.problem);
+  in.end();
   return std::make_unique<Call>(engine_named(engine), call);
 }
 
@@ -146,12 +159,15 @@ std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &probl
   require(call.problem.columns == !contrasts.is_none(), "columns: statistics of the contrasts wanted but not given, or the reverse");
   if (!contrasts.is_none()) call.contrasts = read_statistics(contrasts.cast<py::tuple>());
   Reader in(outputs);
+  call.weighted = read_weighted(in, call.problem);
   call.single_positives = in.integer();
   call.anchor_gradient = in.address();
   call.contrast_gradient = in.address();
   call.scale_gradient = in.address();
   call.bias_gradient = in.address();
   in.end();
+  require(!call.weighted.sums || (call.anchor_gradient && !call.contrast_gradient && !call.scale_gradient && !call.bias_gradient),
+          "weighted sums give the anchors' gradient only");
   require(!call.contrast_gradient || !call.problem.self_contrast(), "contrast_gradient: self-contrast has none");
   require(!call.bias_gradient || call.problem.contrast_bias, "bias_gradient: there is no bias");
   return std::make_unique<Call>(engine_named(engine), call);
@@ -170,7 +186,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Call>(m, "Call")
       .def_property_readonly("workspace", &Call::workspace, "bytes of workspace that `run` needs")
       .def("run", &Call::run, py::arg("workspace"));
-  m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"));
+  m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
   m.def("backward", &backward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
   m.def("built_engines", [] { return names(built_engines()); }, "instruction sets that this build has an engine for");
   m.def("supported_engines", [] { return names(supported_engines()); }, "those that this machine runs, slowest first");

@@ -44,14 +44,23 @@ struct Statistics {
   void *inverse_norms;     // [N]: a, where rows are normalised
 };
 
+// What the forward of two sets may leave for the backward of the anchors, so that it needs no second sweep. The sums are
+// valid only where `valid` says 1: where there are no positives and one base serves all rows.
+struct WeightedSums {
+  void *sums;  // [N, D] reals: sum_j exp(s_ij) c_j y_j; null: not wanted
+  void *valid; // [1] real
+};
+
 struct Forward {
   Problem problem;
   Statistics anchors, contrasts;
+  WeightedSums weighted;
 };
 
 struct Backward {
   Problem problem;
   Statistics anchors, contrasts; // as saved, with the fields' gradients in `fields`
+  WeightedSums weighted;         // as the forward left them
   bool single_positives;         // the counts are those of the sweep: rows with one positive may be told by them
   void *anchor_gradient;         // [N, D]; null: not needed, as below
   void *contrast_gradient;       // [M, D]

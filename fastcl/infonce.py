@@ -440,17 +440,20 @@ def _wanted(options: _Options) -> tuple[str, ...]:
 
 
 def _terms(stats: ContrastiveStats, scale: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """The loss of each row and whether the row counts, both [R]."""
+    """The loss of each row and whether it counts, both [R]. What one that does not holds is of no use."""
     counted = stats.num_pos > 0
+    num_pos = stats.num_pos.clamp(min=1)
+    if options.form == "outside" and options.denominator == "all" and options.margin == 0:
+        assert stats.lse_all is not None
+        assert stats.sum_pos is not None
+        return stats.lse_all - stats.sum_pos / num_pos, counted
     if options.denominator == "negatives":
         counted = counted & (stats.num_neg > 0)
-    lse_all, lse_pos, lse_neg, sum_pos, num_pos = _harmless(stats, counted)
-    shift = scale * options.margin
+    lse_pos, lse_neg, sum_pos = _harmless(stats, counted)
     mean_pos = sum_pos / num_pos
+    shift = scale * options.margin
     if options.form == "outside" and options.denominator == "negatives":
         return lse_neg - mean_pos + shift, counted
-    if options.form == "outside" and options.margin == 0:
-        return lse_all - mean_pos, counted
     log_ratio = lse_neg - lse_pos + shift
     if options.denominator == "all":
         # log(neg + pos) - log(pos) = log(1 + neg / pos) does not cancel as the positives come to dominate.
@@ -459,25 +462,24 @@ def _terms(stats: ContrastiveStats, scale: Tensor, options: _Options) -> tuple[T
 
 
 def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
-    """lse_all, lse_pos, lse_neg, sum_pos, num_pos [R], harmless numbers in rows that do not count or are not wanted.
+    """lse_pos, lse_neg, sum_pos [R], harmless numbers in rows that do not count or are not wanted.
 
     Masking the result of a formula alone would let the NaN of its derivative through.
     """
     zero, ignored = stats.num_pos.new_zeros(()), ~counted
-    fields = (stats.lse_all, stats.lse_pos, stats.lse_neg, stats.sum_pos)
-    return [
-        *(zero if field is None else field.masked_fill(ignored, 0) for field in fields),
-        stats.num_pos.masked_fill(ignored, 1),
-    ]
+    fields = (stats.lse_pos, stats.lse_neg, stats.sum_pos)
+    return [zero if field is None else field.masked_fill(ignored, 0) for field in fields]
 
 
 def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed) -> Tensor:
-    terms = terms.masked_fill(~counted, 0).to(posed.dtype)
+    terms = torch.where(counted, terms, 0).to(posed.dtype)
     if weights is not None:
         terms = terms * weights
     if reduction == "none":
         return terms.reshape(posed.shape)
     if reduction == "sum":
         return terms.sum()
-    total = (counted if weights is None else counted * weights).sum().to(posed.dtype)
+    if weights is None:
+        return terms.sum() / counted.sum().clamp(min=1)
+    total = (counted * weights).sum()
     return terms.sum() / torch.where(total > 0, total, 1)

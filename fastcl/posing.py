@@ -83,13 +83,14 @@ def pose(
         check_ids("ids", ids, n, device)
         check_ids("contrast_ids", contrast_ids, m, device)
 
-    # Private clusters -2, -3, ... are unlike any of the user's, who says "no cluster" by a negative number.
-    own = per_row(torch.arange(n, device=device), views)
     if clusters is None:
-        anchor_clusters = own
-    else:
-        wide = per_row(clusters.to(torch.int64), views)
-        anchor_clusters = torch.where(wide < 0, -2 - own, wide)
+        anchor_clusters = per_row(torch.arange(n, device=device), views)
+    elif views == 1 and others is None:  # nobody else belongs with a row in no cluster
+        anchor_clusters = clusters.to(torch.int64).clamp(min=-1)
+    else:  # private clusters -2, -3, ... are unlike any of the user's, who says "no cluster" by a negative number
+        wide = clusters.to(torch.int64)
+        private = torch.arange(-2, -2 - n, -1, device=device)
+        anchor_clusters = per_row(torch.where(wide < 0, private, wide), views)
     other_clusters = None
     if contrast_clusters is not None:
         other_clusters = contrast_clusters.to(torch.int64).clamp(min=-1)

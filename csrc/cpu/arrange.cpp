@@ -140,8 +140,8 @@ Arrangements arrange(const Problem &p) {
     id_count = known.size();
   }
   for (int side = 0; side < 2; side++)
-    arrange_side(side ? result.contrasts : result.anchors, side ? m : n, p.anchor_clusters ? &clusters[side] : nullptr, cluster_count,
-                 p.anchor_ids ? &ids[side] : nullptr, id_count, side ? -2 : -1);
+    arrange_side(side ? result.contrasts : result.anchors, side ? m : n, cluster_count ? &clusters[side] : nullptr, cluster_count,
+                 id_count ? &ids[side] : nullptr, id_count, side ? -2 : -1);
   return result;
 }
 

@@ -10,8 +10,8 @@ namespace {
 
 template <class Mul> int64_t forward_with(const Forward &call, const Arranged &at, void *workspace) {
   Arena arena{(char *)workspace};
-  const StatisticsPass<Mul> pass(call.problem, at, arena);
-  if (workspace) pass.run(call);
+  const StatisticsPass<Mul> pass(call, at, arena);
+  if (workspace) pass.run();
   return arena.used;
 }
 template <class Mul> int64_t backward_with(const Backward &call, const Arranged &at, void *workspace) {

@@ -18,9 +18,7 @@ template <class Mul> struct GradientPass {
   static constexpr int W = Simd<T>::W;
   static constexpr int64_t NR = NV * W;
   static constexpr bool DOT = Mul::PAIR == 2;
-  // Strides of the tile's gradient in units: by rows, summed over columns, and the other way round. The margins keep
-  // rows that are read together in different cache sets.
-  static constexpr int64_t G_ROW = BLOCK / Mul::PAIR + 16, T_ROW = BLOCK + 16;
+  static constexpr int64_t G_ROW = Sweep<Mul>::G_ROW, T_ROW = BLOCK + 16; // strides of the tile's gradient, and of its transpose
   static constexpr double LEAST_SPREAD = 120; // of log-sums, to base 2, around one base for all
 
   struct Local {
@@ -56,6 +54,7 @@ template <class Mul> struct GradientPass {
   }
 
   void run() const {
+    if (out.weighted.sums && *(const T *)out.weighted.valid == 1) return with_team(s.threads, [&](const Team &team) { finish_weighted(team); });
     with_team(s.threads, [&](const Team &team) {
       team.run([&](int t) {
         Local &local = locals[t];
@@ -109,6 +108,23 @@ template <class Mul> struct GradientPass {
 private:
   static Weights<T> weights(Arena &arena, int64_t padded) {
     return {arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded)};
+  }
+
+  // The forward has already summed: what is left is a factor for each row.
+  void finish_weighted(const Team &team) const {
+    team.run([&](int t) {
+      const Range mine = share(s.anchors.size, s.threads, t);
+      for (int64_t i = mine.from; i < mine.to; i++) {
+        const int64_t row = s.anchors.order[i];
+        const T *sums = (const T *)out.weighted.sums + row * s.d;
+        T *const g = (T *)out.anchor_gradient + row * s.d;
+        T unused = 0;
+        s.measured(s.anchors, i, s.row_buffer(t), unused);
+        const T weight = T(rebased(out.anchors, LSE_ALL, row, 0) + rebased(out.anchors, LSE_NEG, row, 0)) * s.anchors.inverse_norms[i];
+        for (int64_t k = 0; k < s.d; k++) g[k] = weight * sums[k];
+      }
+      project(s.anchors, out.anchor_gradient, t);
+    });
   }
 
   // Weights.
@@ -242,11 +258,11 @@ private:
       local.scale[l] = 0;
     }
     locals[t].scale_total += diagonal ? total / 2 : total; // the square holds every pair twice
-    if (rows_needed) product<G_ROW, 1>(local.g, s.contrasts, cols, s.anchors, rows, out.anchor_gradient);
+    if (rows_needed) s.template product<G_ROW, 1>(local.g, s.contrasts, cols, s.anchors, rows, out.anchor_gradient);
     if (columns_needed && !diagonal) {
       void *gradient = s.self ? out.anchor_gradient : out.contrast_gradient;
-      if constexpr (DOT) product<1, T_ROW>(local.transposed, s.anchors, rows, s.contrasts, cols, gradient);
-      else product<1, G_ROW>(local.g, s.anchors, rows, s.contrasts, cols, gradient);
+      if constexpr (DOT) s.template product<1, T_ROW>(local.transposed, s.anchors, rows, s.contrasts, cols, gradient);
+      else s.template product<1, G_ROW>(local.g, s.anchors, rows, s.contrasts, cols, gradient);
     }
   }
 
@@ -298,8 +314,8 @@ private:
       EACH(r, MR) g[r][v] *= s.anchors.inverse_norms[i0 + r] * column_norm;
     }
     add_wide(local.scale, scale);
-    if constexpr (!DOT) EACH(r, MR) EACH(v, NV) store(local.g + (r0 + r) * G_ROW + c0 + v * W, g[r][v]);
-    else store_pairs(local, g, r0, c0);
+    s.store_tile(local.g + r0 * G_ROW + c0 / Mul::PAIR, g);
+    if constexpr (DOT) store_transposed(local, g, r0, c0);
   }
   // Positive and negative terms cancel in the sum over all pairs: in double, once a register tile.
   static FASTCL_INLINE void add_wide(double *sums, V<T> x) {
@@ -307,9 +323,7 @@ private:
     *(Wide *)sums += __builtin_convertvector(x, Wide);
   }
 #if FASTCL_DOT
-  // Rounded to bfloat16 once, and stored both ways: pairs along the row for the anchors, along the column for the contrasts.
-  static FASTCL_INLINE void store_pairs(const Local &local, const V<T> (&g)[MR][NV], int64_t r0, int64_t c0) {
-    EACH(r, MR) _mm512_store_si512(local.g + (r0 + r) * G_ROW + c0 / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)g[r][1], (__m512)g[r][0]));
+  static FASTCL_INLINE void store_transposed(const Local &local, const V<T> (&g)[MR][NV], int64_t r0, int64_t c0) {
     const __m512i interleave =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     EACH(pair, MR / 2) EACH(v, NV) {
@@ -318,35 +332,6 @@ private:
     }
   }
 #endif
-
-  // gradient[row] += sum over `summed` of g * its rows, for the places `to`.
-  template <long ROW, long STEP>
-  FASTCL_NOINLINE void product(const Unit *g, const Side<Mul> &summed, Range over, const Side<Mul> &side, Range to, void *gradient) const {
-    const int64_t panels = (s.d + NR - 1) / NR, stride = summed.depth_units() * NR;
-    const long depth = (over.to - over.from + Mul::PAIR - 1) / Mul::PAIR;
-    const Unit *z = summed.depth + over.from / Mul::PAIR * NR;
-    for (int64_t p = 0; p < panels; p++, z += stride)
-      for (int64_t i = to.from; i < to.to; i += MR) {
-        V<T> x[MR][NV];
-        EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
-        const char *ahead = (const char *)(z + stride) + (i - to.from) / MR * 8 * depth;
-        multiply<Mul, ROW, STEP>(g + (i - to.from) * ROW, z, depth, x, ahead);
-        T *const first = (T *)gradient + p * NR;
-        const int64_t count = smaller(to.to - i, int64_t(MR)), width = smaller(s.d - p * NR, NR);
-        if (count == MR && width == NR)
-          EACH(r, MR) {
-            T *const y = first + side.order[i + r] * s.d;
-            EACH(v, NV) storeu(y + v * W, loadu(y + v * W) + x[r][v]);
-          }
-        else
-          for (int r = 0; r < count; r++) {
-            T *const y = first + side.order[i + r] * s.d;
-            T part[NR] __attribute__((aligned(64)));
-            EACH(v, NV) store(part + v * W, x[r][v]);
-            for (int64_t k = 0; k < width; k++) y[k] += part[k];
-          }
-      }
-  }
 
   // From the gradient of a_i x_i to that of x_i, once, after all has been added: g - x <x, g> / <x, x>.
   void project(const Side<Mul> &side, void *gradient, int t) const {

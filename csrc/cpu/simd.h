@@ -6,6 +6,7 @@
 // Everything lives in an unnamed namespace and nothing comes from std: a template or inline function with external
 // linkage would be merged across translation units, and an older machine could then run a newer one's instructions.
 #include "../problem.h"
+#include <utility> // index_sequence: a type, no code
 #if FASTCL_DOT
 #include <immintrin.h>
 #endif
@@ -66,10 +67,32 @@ template <class T> FASTCL_INLINE V<T> where(I<T> mask, V<T> yes, V<T> no) { retu
 template <class T> FASTCL_INLINE V<T> keep(I<T> mask, V<T> v) { return (V<T>)((I<T>)v & mask); } // 0 elsewhere
 template <class T> FASTCL_INLINE V<T> at_least(V<T> v, V<T> floor) { return v < floor ? floor : v; } // a NaN stays
 template <class T> FASTCL_INLINE V<T> at_most(V<T> v, V<T> ceiling) { return v > ceiling ? ceiling : v; }
-template <class T> FASTCL_INLINE T sum(V<T> v) {
-  T s = 0;
-  EACH(l, Simd<T>::W) s += v[l];
-  return s;
+template <class T> FASTCL_INLINE T sum(V<T> v) { // by halves
+  T part[Simd<T>::W] __attribute__((aligned(FASTCL_BYTES)));
+  store(part, v);
+  for (int half = Simd<T>::W / 2; half; half /= 2)
+    for (int l = 0; l < half; l++) part[l] += part[l + half];
+  return part[0];
+}
+
+// W vectors as the columns of what they were the rows of.
+template <class T, int HALF, class Lanes> struct Butterfly;
+template <class T, int HALF, size_t... L> struct Butterfly<T, HALF, std::index_sequence<L...>> {
+  static constexpr size_t W = sizeof...(L);
+  static FASTCL_INLINE V<T> low(V<T> a, V<T> b) { return __builtin_shufflevector(a, b, (L & HALF ? W + L - HALF : L)...); }
+  static FASTCL_INLINE V<T> high(V<T> a, V<T> b) { return __builtin_shufflevector(a, b, (L & HALF ? W + L : L + HALF)...); }
+};
+template <class T, int HALF = 1> FASTCL_INLINE void transpose(V<T> (&rows)[Simd<T>::W]) {
+  constexpr int W = Simd<T>::W;
+  if constexpr (HALF < W) {
+    using B = Butterfly<T, HALF, std::make_index_sequence<W>>;
+    EACH(r, W) if (!(r & HALF)) {
+        const V<T> a = rows[r], b = rows[r + HALF];
+        rows[r] = B::low(a, b);
+        rows[r + HALF] = B::high(a, b);
+      }
+    transpose<T, 2 * HALF>(rows);
+  }
 }
 
 // 2^t. Integer and fraction part by the addition of 1.5 * 2^mantissa, whose low bits then hold the integer part.

@@ -39,29 +39,34 @@ template <class Mul> struct StatisticsPass {
     Unit *a;     // a packed block
     T *rows;     // [SUMS][ROWS][W]: lanes of the block's sums
     T *columns;  // [SUMS][NR]: a panel's sums over the block
+    Unit *e;     // [BLOCK + MR][G_ROW]: exponentials of a tile, times the contrasts' inverse norms
   };
   const Problem &p;
+  const Forward &out;
   const Sweep<Mul> s;
   const int64_t fields;
-  const bool columns;  // each contrast's sums too
+  const bool weighting; // if the logits turn out not to be wide, exponentials times contrasts are summed on the way
+  const bool columns;   // each contrast's sums too
   T *const row_sums;   // [SUMS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
   T *const column_sums; // [threads][SUMS][contrasts.padded]
   Local *const locals;
 
-  StatisticsPass(const Problem &problem, const Arranged &at, Arena &arena)
-      : p(problem), s(problem, at, arena, false, false), fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS),
-        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(fields * s.anchors.padded)),
+  StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
+      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums && !at.anchors.cluster), fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS),
+        weighting(call.weighted.sums && !at.anchors.cluster), columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(fields * s.anchors.padded)),
         column_sums(columns ? arena.take<T>(s.threads * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
     for (int t = 0; t < s.threads; t++) {
-      const Local local{arena.take<Unit>(s.block_units()), arena.take<T>(fields * ROWS * W), arena.take<T>(fields * NR)};
+      Local local{arena.take<Unit>(s.block_units()), arena.take<T>(fields * ROWS * W), arena.take<T>(fields * NR), nullptr};
+      if (weighting) local.e = arena.take<Unit>(ROWS * Sweep<Mul>::G_ROW);
       if (arena.base) locals[t] = local;
     }
   }
 
-  void run(const Forward &out) const {
+  void run() const {
     with_team(s.threads, [&](const Team &team) {
       s.pack(team);
       const bool wide = s.wide();
+      if (out.weighted.sums && team.index == 0) *(T *)out.weighted.valid = T(weighting && !wide);
       team.run([&](int t) {
         if (wide) sweep<true>(t);
         else sweep<false>(t);
@@ -95,16 +100,41 @@ private:
   template <bool WIDE> void block(int t, int64_t from, int64_t to) const {
     const Local &local = locals[t];
     s.pack_block(local.a, from, to, t);
-    reset(local.rows, fields, ROWS * W, 0, ROWS * W, WIDE);
-    for (int64_t j = s.self ? from / NR * NR : 0; j < s.contrasts.size; j += NR) {
+    reset(local.rows, fields, ROWS * W, 0, round_up(to - from, MR) * W, WIDE);
+    const bool weighted = !WIDE && weighting;
+    if (weighted)
+      for (int64_t i = from; i < to; i++) memset((T *)out.weighted.sums + s.anchors.order[i] * s.d, 0, s.d * sizeof(T));
+    const int64_t first = s.self ? from / NR * NR : 0, step = weighted ? BLOCK : s.contrasts.padded;
+    for (int64_t j = first; j < s.contrasts.size; j += step) {
+      const Range cols{j, smaller(j + step, s.contrasts.size)};
+      panels<WIDE>(t, from, to, cols, weighted);
+      if (weighted) s.template product<Sweep<Mul>::G_ROW, 1>(local.e, s.contrasts, cols, s.anchors, {from, to}, out.weighted.sums);
+    }
+    T *totals = s.self ? columns_of(t) : row_sums;
+    const int64_t stride = s.anchors.padded;
+    for (int64_t i = from; i < to; i++) {
+      if (!s.self) reset(totals + i, fields, stride, 0, 1, WIDE);
+      const T *lanes = local.rows + (i - from) * W;
+      if constexpr (WIDE)
+        for (int64_t l = 0; l < W; l++) merge(totals + i, stride, lanes + l, ROWS * W, fields, WIDE);
+      else
+        for (int64_t f = 0; f < fields; f++)
+          if (!is_maximum<T>(int(f))) totals[f * stride + i] += sum<T>(load(lanes + f * ROWS * W));
+    }
+  }
+
+  template <bool WIDE> void panels(int t, int64_t from, int64_t to, Range cols, bool weighted) const {
+    const Local &local = locals[t];
+    for (int64_t j = cols.from; j < cols.to; j += NR) {
       const Unit *next = s.contrasts.columns + (j + NR) * s.units;
       if (columns) reset(local.columns, fields, NR, 0, NR, WIDE);
       for (int64_t i = from; i < to && !(s.self && j + NR <= i); i += MR) {
         const Unit *a = local.a + (i - from) * A_ROW;
         T *rows = local.rows + (i - from) * W;
+        Unit *e = weighted ? local.e + (i - from) * Sweep<Mul>::G_ROW + (j - cols.from) / Mul::PAIR : nullptr;
         const char *ahead = (const char *)next + (i - from) / MR * 8 * s.units;
-        if (s.mixed(i, j, to)) tile<WIDE, true>(a, i, j, to, rows, local.columns, ahead);
-        else tile<WIDE, false>(a, i, j, to, rows, local.columns, ahead);
+        if (s.mixed(i, j, to)) tile<WIDE, true>(a, i, j, to, rows, local.columns, e, ahead);
+        else tile<WIDE, false>(a, i, j, to, rows, local.columns, e, ahead);
       }
       if (!columns) continue;
       T *sums = columns_of(t) + j;
@@ -112,12 +142,6 @@ private:
         for (int64_t k = 0; k < NR; k++) merge(sums + k, s.contrasts.padded, local.columns + k, NR, fields, WIDE);
       else
         for (int64_t k = 0; k < NR; k += W) add_to(sums + k, load(local.columns + k));
-    }
-    T *totals = s.self ? columns_of(t) : row_sums;
-    const int64_t stride = s.anchors.padded;
-    for (int64_t i = from; i < to; i++) {
-      if (!s.self) reset(totals + i, fields, stride, 0, 1, WIDE);
-      for (int64_t l = 0; l < W; l++) merge(totals + i, stride, local.rows + (i - from) * W + l, ROWS * W, fields, WIDE);
     }
   }
 
@@ -142,7 +166,7 @@ private:
 
   // One register tile. Not wide: one exponential serves row and column. Wide: each has its own running maxima.
   template <bool WIDE, bool MIXED>
-  FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, const void *next) const {
+  FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e, const void *next) const {
     constexpr int64_t R = ROWS * W;
     V<T> t[MR][NV];
     s.similarities(a, i0, j0, t, next);
@@ -156,6 +180,7 @@ private:
             EACH(r, MR - 1) sum += t[r + 1][v];
             add_to(cols + v * W, sum);
           }
+        if (e) store_weighted(e, t, j0);
       } else {
         const auto none = [](int) { return I<T>{}; };
         EACH(r, MR) add_wide<false, NV>(rows + r * W, rows + NEGATIVE_MAXIMUM * R + r * W, [&](int v) { return t[r][v]; }, none);
@@ -187,7 +212,8 @@ private:
     if constexpr (!WIDE) {
       for (int r = 0; r < MR; r++)
         for (int v = 0; v < NV; v++) {
-          const V<T> e = exp2<T, true>(t[r][v]), n = keep<T>(negative[r][v], e), q = keep<T>(positive[r][v], e);
+          const V<T> x = exp2<T, true>(t[r][v]), n = keep<T>(negative[r][v], x), q = keep<T>(positive[r][v], x);
+          t[r][v] = n;
           add_to(rows + r * W, n);
           if (columns) add_to(cols + v * W, n);
           if (fields > LEAN_SUMS) {
@@ -195,6 +221,7 @@ private:
             if (columns) add_to(cols + POSITIVE * NR + v * W, q);
           }
         }
+      if (e) store_weighted(e, t, j0);
     } else {
       const auto both = [&](int f, const I<T> (&mask)[MR][NV]) {
         for (int r = 0; r < MR; r++)
@@ -207,6 +234,13 @@ private:
       both(NEGATIVE, negative);
       if (fields > LEAN_SUMS) both(POSITIVE, positive);
     }
+  }
+  FASTCL_INLINE void store_weighted(Unit *e, V<T> (&x)[MR][NV], int64_t j0) const {
+    EACH(v, NV) {
+      const V<T> norms = load(s.contrasts.inverse_norms + j0 + v * W);
+      EACH(r, MR) x[r][v] *= norms;
+    }
+    s.store_tile(e, x);
   }
   // Pairs of equal sample ids; self-contrast has none.
   FASTCL_INLINE I<T> outside(int64_t i, int64_t j, int64_t to, I<T> admissible) const {

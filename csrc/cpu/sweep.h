@@ -130,7 +130,7 @@ template <class Mul> struct Sweep {
   Side<Mul> anchors, contrasts; // for self-contrast one and the same
   T *bias;                      // [contrasts.padded], to base 2; null: none
   T *largest;                   // [2][threads]: norm of each thread's anchors and contrasts as they enter the logits
-  T *scratch;                   // [threads][MR][scratch_row]: rows being converted
+  T *scratch;                   // [threads][W][scratch_row]: rows being converted
 
   // With an arena that only counts, pointers are null and nothing is read or written.
   Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts)
@@ -140,7 +140,7 @@ template <class Mul> struct Sweep {
     contrasts = self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, arena, true, sum_over_contrasts);
     bias = p.contrast_bias ? arena.template take<T>(contrasts.padded) : nullptr;
     largest = arena.template take<T>(2 * threads);
-    scratch = arena.template take<T>(threads * scratch_row());
+    scratch = arena.template take<T>(threads * W * scratch_row());
     if (!arena.base) return;
     const double exact = LOG2E * double(*(const T *)p.logit_scale);
     scale = T(exact);
@@ -149,7 +149,7 @@ template <class Mul> struct Sweep {
       bias[j] = j < contrasts.size ? T(LOG2E * double(((const T *)p.contrast_bias)[contrasts.order[j]])) : T(0);
   }
   int64_t scratch_row() const { return round_up(d, 16); }
-  T *row_buffer(int t) const { return scratch + t * scratch_row(); }
+  T *row_buffer(int t, int64_t l = 0) const { return scratch + (t * W + l) * scratch_row(); }
 
   // Norms, and rows packed into panels; a barrier must follow.
   void pack(const Team &team) const {
@@ -237,6 +237,57 @@ template <class Mul> struct Sweep {
     return {admissible, positive};
   }
 
+  // A register tile into a tile of rows G_ROW apart, which a product then sums over the columns of.
+  static constexpr int64_t G_ROW = BLOCK / Mul::PAIR + 16;
+  static FASTCL_INLINE void store_tile(Unit *g, const V<T> (&x)[MR][NV]) {
+    if constexpr (Mul::PAIR == 1) EACH(r, MR) EACH(v, NV) store(g + r * G_ROW + v * W, x[r][v]);
+#if FASTCL_DOT
+    else EACH(r, MR) _mm512_store_si512(g + r * G_ROW, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[r][1], (__m512)x[r][0]));
+#endif
+  }
+
+  // out[row] += sum over the places `over` of g * their rows, for the places `to`.
+  template <long ROW, long STEP>
+  FASTCL_NOINLINE void product(const Unit *g, const Side<Mul> &summed, Range over, const Side<Mul> &side, Range to, void *out) const {
+    const int64_t panels = (d + NR - 1) / NR, stride = summed.depth_units() * NR;
+    const long depth = (over.to - over.from + Mul::PAIR - 1) / Mul::PAIR;
+    const Unit *z = summed.depth + over.from / Mul::PAIR * NR;
+    for (int64_t p = 0; p < panels; p++, z += stride)
+      for (int64_t i = to.from; i < to.to; i += MR) {
+        V<T> x[MR][NV];
+        EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
+        const char *ahead = (const char *)(z + stride) + (i - to.from) / MR * 8 * depth;
+        multiply<Mul, ROW, STEP>(g + (i - to.from) * ROW, z, depth, x, ahead);
+        T *const first = (T *)out + p * NR;
+        const int64_t count = smaller(to.to - i, int64_t(MR)), width = smaller(d - p * NR, NR);
+        if (count == MR && width == NR)
+          EACH(r, MR) {
+            T *const y = first + side.order[i + r] * d;
+            EACH(v, NV) storeu(y + v * W, loadu(y + v * W) + x[r][v]);
+          }
+        else
+          for (int r = 0; r < count; r++) {
+            T *const y = first + side.order[i + r] * d;
+            T part[NR] __attribute__((aligned(64)));
+            EACH(v, NV) store(part + v * W, x[r][v]);
+            for (int64_t k = 0; k < width; k++) y[k] += part[k];
+          }
+      }
+  }
+
+  // Row i's norm into inverse_norms; `most` becomes the largest norm as it enters the logits, or a NaN. Returns the row.
+  const Unit *measured(const Side<Mul> &s, int64_t i, T *buffer, T &most) const {
+    const bool direct = lies_so(s);
+    const T *x = direct ? (const T *)s.rows.data + s.order[i] * s.rows.row_stride : buffer;
+    if (!direct) read_row(s.rows, s.order[i], d, buffer);
+    // in double: an error of the norm would be one of all the row's logits
+    const double norm = __builtin_sqrt(dot<double>(x, x, d));
+    const T a = !s.normalize ? T(1) : norm == 0 || norm * norm > LARGEST ? T(0) : T(1 / larger(norm, NORM_FLOOR));
+    if (!(T(norm) * a <= most)) most = T(norm) * a;
+    s.inverse_norms[i] = a;
+    return read(s, i, buffer);
+  }
+
 private:
   Side<Mul> side(const Rows &rows, const Places &at, bool normalize, int32_t none, Arena &arena, bool columns, bool depth) const {
     Side<Mul> s{};
@@ -278,39 +329,45 @@ private:
       }
       return buffer;
     } else {
-      const bool direct = rows.column_stride == 1 && rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32) && !vanishes(s, i);
-      if (direct) return (const T *)rows.data + row * rows.row_stride;
+      if (lies_so(s) && !vanishes(s, i)) return (const T *)rows.data + row * rows.row_stride;
       read_row(rows, row, d, buffer);
       if (vanishes(s, i)) // finite numbers become 0, others a NaN
         for (int64_t k = 0; k < d; k++) buffer[k] *= T(0);
       return buffer;
     }
   }
+  static bool lies_so(const Side<Mul> &s) { // rows of T, each in one piece
+    return s.rows.column_stride == 1 && s.rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
+  }
   static bool vanishes(const Side<Mul> &s, int64_t i) { return s.normalize && s.inverse_norms[i] == 0; }
 
-  T pack_columns(const Side<Mul> &s, int t) const { // returns the largest norm, or a NaN
+  // W rows at a time, transposed in registers. Returns the largest norm, or a NaN.
+  T pack_columns(const Side<Mul> &s, int t) const {
     const Range mine = share(s.padded, threads, t, NR);
     T most = 0;
-    for (int64_t i = mine.from; i < mine.to; i++) {
-      T a = 0;
-      if (i < s.size) {
-        read_row(s.rows, s.order[i], d, row_buffer(t));
-        // in double: an error of the norm would be one of all the row's logits
-        const double norm = __builtin_sqrt(dot<double>(row_buffer(t), row_buffer(t), d));
-        a = !s.normalize ? T(1) : norm == 0 || norm * norm > LARGEST ? T(0) : T(1 / larger(norm, NORM_FLOOR));
-        if (!(T(norm) * a <= most)) most = T(norm) * a;
-      }
-      s.inverse_norms[i] = a;
+    for (int64_t i = mine.from; i < mine.to; i += W) {
+      const Unit *rows[W];
+      for (int64_t l = 0; l < W; l++) rows[l] = i + l < s.size ? measured(s, i + l, row_buffer(t, l), most) : nothing(s, i + l, row_buffer(t, l));
       if (!s.columns) continue;
       Unit *out = s.columns + i / NR * NR * units + i % NR;
-      if (i < s.size) {
-        const Unit *x = read(s, i, row_buffer(t));
-        for (int64_t k = 0; k < units; k++) out[k * NR] = x[k];
-      } else
-        for (int64_t k = 0; k < units; k++) out[k * NR] = 0;
+      int64_t k = 0;
+      for (; k + W <= units; k += W, out += W * NR) {
+        V<T> tile[W];
+        EACH(l, W) tile[l] = loadu(rows[l] + k);
+        transpose<T>(tile);
+        EACH(l, W) store(out + l * NR, tile[l]);
+      }
+      for (; k < units; k++, out += NR)
+        for (int64_t l = 0; l < W; l++) out[l] = rows[l][k];
     }
     return most;
   }
+  const Unit *nothing(const Side<Mul> &s, int64_t i, T *buffer) const {
+    s.inverse_norms[i] = 0;
+    memset(buffer, 0, scratch_row() * sizeof(T));
+    return (const Unit *)buffer;
+  }
+
   void pack_depth(const Side<Mul> &s, int t) const {
     if (!s.depth) return;
     const Range mine = share(s.padded, threads, t, NR);

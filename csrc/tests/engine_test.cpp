@@ -188,7 +188,8 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   p.normalize_anchors = in.normalize_anchors;
   p.normalize_contrasts = in.normalize_contrasts;
   const int64_t kinds = 1 + random.below(1 + c.n / 2);
-  if (random.below(4)) {
+  const bool lean = !in.self() && random.below(4) == 0; // all negatives, one direction: a queue
+  if (!lean && random.below(4)) {
     in.anchor_clusters = random_ids(random, c.n, kinds);
     if (!in.self()) in.contrast_clusters = random_ids(random, c.m, kinds);
     if (in.anchor_clusters.front() > 0 && !in.self()) in.contrast_clusters.back() = in.anchor_clusters.front();
@@ -200,12 +201,12 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
       in.anchor_ids = random_ids(random, c.n, c.n);
       in.contrast_ids = random_ids(random, c.m, c.n);
     }
-    if (random.coin()) {
+    if (!lean && random.coin()) {
       T *bias = pool.array<T>(c.m);
       for (int64_t j = 0; j < c.m; j++) in.bias.push_back(bias[j] = T(random.real() * (wide ? 200 : 3)));
       p.contrast_bias = bias;
     }
-    p.columns = random.coin();
+    p.columns = !lean && random.coin();
   }
   p.anchor_ids = pool.copy(in.anchor_ids);
   p.contrast_ids = pool.copy(in.contrast_ids);
@@ -216,6 +217,9 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   for (bool &want : wanted) want = random.below(4) > 0;
   forward.anchors = Outputs<T>(pool, c.n, in.normalize_anchors, wanted).addresses;
   if (p.columns) forward.contrasts = Outputs<T>(pool, c.m, in.normalize_contrasts, wanted).addresses;
+  // For a backward of the anchors alone.
+  const bool weighted = !in.self() && !p.columns && in.bias.empty() && random.below(4) > 0;
+  if (weighted) forward.weighted = {pool.array<T>(c.n * c.d), pool.array<T>(1)};
 
   const Formula truth(in);
   // Roundings of a logit are ones of its exponential.
@@ -234,7 +238,8 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   Reals row_weights[FIELDS], column_weights[FIELDS];
   incoming<T>(random, pool, backward.anchors, truth.rows, row_weights);
   if (p.columns) incoming<T>(random, pool, backward.contrasts, truth.columns, column_weights);
-  const int64_t needs = random.below(4) ? 15 : random.below(16);
+  backward.weighted = forward.weighted;
+  const int64_t needs = weighted ? 1 : random.below(4) ? 15 : random.below(16);
   if (needs & 1) backward.anchor_gradient = pool.array<T>(c.n * c.d);
   if (needs & 2 && !in.self()) backward.contrast_gradient = pool.array<T>(c.m * c.d);
   if (needs & 4) backward.scale_gradient = pool.array<T>(1);

@@ -12,7 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, inverse_norms, through_normalization
+from .problem import (
+    Gradients,
+    Needs,
+    Problem,
+    Side,
+    Statistics,
+    empty_side,
+    inverse_norms,
+    over_sets,
+    through_normalization,
+)
 
 # Logits in a block. On a CPU it should stay in the caches while several passes go over it; a GPU wants large launches.
 CPU_BLOCK = 1 << 20
@@ -48,6 +58,9 @@ def forward(p: Problem) -> Statistics:
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
     """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    grad = over_sets(p, grad, saved.anchors.counts)
+    if p.both:
+        grad_contrasts = over_sets(p, grad_contrasts, saved.contrasts.counts)
     x, y, _, _ = _rows(p, saved)
     self_contrast = p.contrasts is None
     dx = torch.zeros_like(x) if needs.anchors else None

@@ -74,9 +74,17 @@ def native_module() -> Any:
 
 
 def saved_size(p: Problem) -> int:
-    """How many numbers the forward keeps: of each row, the negatives' share of the sum over all."""
+    """How many numbers the forward keeps for the backward.
+
+    Of each row, the negatives' share of the sum over all: [S, N], with `both` also [S, M]. Then, for a backward of the
+    anchors alone, the softmax-weighted sums of contrasts [N, D] and whether they are valid [1].
+    """
     s, n, m = p.sizes
-    return s * (n + m) if p.both else s * n
+    return s * (n + m if p.both else n) + (n * p.anchors.shape[1] + 1 if _weighted(p) else 0)
+
+
+def _weighted(p: Problem) -> bool:
+    return p.anchors_only and p.sizes[0] == 1
 
 
 def forward(p: Problem) -> Statistics:
@@ -93,7 +101,8 @@ def forward(p: Problem) -> Statistics:
     swept = _two_sets_if_biased(p)
     for k in range(s):
         own, other = _sides(p, anchors, contrasts, saved, k)
-        _run(_native.forward(engine()[0], _describe(swept, k), (*own, _address(a)), other and (*other, _address(c))))
+        sides = (*own, _address(a)), other and (*other, _address(c))
+        _run(_native.forward(engine()[0], _describe(swept, k), *sides, _weighted_sums(p, saved)))
     return Statistics(anchors, contrasts, a, c, saved)
 
 
@@ -117,7 +126,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
             columns = new(swept.contrasts.shape)
         bias = new(m) if needs.contrast_bias else None
         own, other = _sides(p, anchors, contrasts, saved.saved, k)
-        outputs = (p.paired is None, _address(rows), _address(columns), _address(scale, k), _address(bias))
+        weighted = _weighted_sums(p, saved.saved)
+        outputs = (*weighted, p.paired is None, _address(rows), _address(columns), _address(scale, k), _address(bias))
         _run(_native.backward(engine()[0], _describe(swept, k), (*own, 0), other and (*other, 0), outputs))
         if folded:
             rows, columns = _sum(rows, columns), None
@@ -197,7 +207,7 @@ def _describe(p: Problem, scale: int) -> tuple[int, ...]:
         p.normalize_contrasts,
         p.dtype == torch.float64,
         p.both,
-        torch.get_num_threads(),
+        _threads(p),
     )
 
 
@@ -221,6 +231,20 @@ def _side(p: Problem, side: Side, size: int, shares: int, scale: int) -> tuple[i
     return *fields, *parts, _address(side.counts), _address(side.counts, size), shares
 
 
+def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:
+    """Where they are, and where it says whether they are valid."""
+    if not _weighted(p):
+        return 0, 0
+    n, d = p.anchors.shape
+    return _address(saved, n), _address(saved, n + n * d)
+
+
 def _run(call: Any) -> None:
     workspace = torch.empty(call.workspace, dtype=torch.uint8)  # a name, so that it outlives the call
     call.run(workspace.data_ptr())
+
+
+def _threads(p: Problem) -> int:
+    """As many as torch has, but so that each has work for longer than it takes to wake it."""
+    _, n, m = p.sizes
+    return max(1, min(torch.get_num_threads(), n * m * p.anchors.shape[1] >> 20))

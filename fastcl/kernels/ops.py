@@ -108,7 +108,7 @@ _library = torch.library.Library("fastcl", "DEF")
 _PROBLEM = (
     "Tensor anchors, Tensor? contrasts, Tensor? paired, Tensor? anchor_clusters, Tensor? contrast_clusters, "
     "Tensor logit_scale, Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
-    "bool normalize_contrasts, str[] want, bool both, str backend"
+    "bool normalize_contrasts, str[] want, bool both, bool anchors_only, str backend"
 )
 _TENSORS = 9  # leading tensor arguments
 _DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
@@ -151,8 +151,6 @@ def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
     counts, parts, contrast_counts, contrast_parts, *others, grad, grad_contrasts, flags = args[_PROBLEM_LENGTH:]
     needs = Needs(*flags)
     saved = Statistics(Side(grad, counts, parts), Side(grad_contrasts, contrast_counts, contrast_parts), *others)
-    grad = _over_sets(problem, grad, counts)
-    grad_contrasts = _over_sets(problem, grad_contrasts, contrast_counts)
     with _without_autocast(problem.device):
         swept = backend.backward(problem, saved, grad, grad_contrasts, needs)
         gradients: tuple[Any, ...] = paired.add_gradients(problem, saved, grad, needs, swept)
@@ -161,19 +159,6 @@ def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
         gradient.to(source.dtype).contiguous() if need and source is not None else grad.new_empty(0)
         for need, gradient, source in zip(needs, gradients, sources, strict=True)
     )
-
-
-def _over_sets(problem: Problem, grad: Tensor, counts: Tensor) -> Tensor:
-    """Gradients [W, S, N] of fields whose set is empty do not count: the fields are constants there.
-
-    A user's formula may well divide by a count of zero in a row that it masks out, and send NaN back.
-    """
-    positives, negatives = counts
-    sizes = {"lse_all": positives + negatives, "lse_pos": positives, "lse_neg": negatives, "sum_pos": positives}
-    if grad.numel() == 0:
-        return grad
-    present = torch.stack([sizes[field] > 0 for field in problem.want])
-    return torch.where(present[:, None], grad, 0)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -326,11 +311,16 @@ def sweep(
         normalize_contrasts,
         order,
         both,
+        # Contrasts without a gradient, as in a queue, spare the backward its sweep where the forward knows of it.
+        contrasts is not None
+        and torch.is_grad_enabled()
+        and anchors.requires_grad
+        and not (both or contrasts.requires_grad or scales.requires_grad or (bias is not None)),
         choose_backend(anchors.device, dtype),
     )
 
     def named(values: Tensor, numbers: Tensor, reverse: ContrastiveStats | None) -> ContrastiveStats:
-        by_name = dict(zip(order, (values if logit_scale.dim() else values[:, 0]).unbind(0), strict=True))
+        by_name = dict(zip(order, (values if logit_scale.dim() else values.flatten(0, 1)).unbind(0), strict=True))
         num_pos, num_neg = numbers.unbind(0)
         lse_all, lse_pos, lse_neg, sum_pos = (by_name.get(field) for field in FIELDS)
         return ContrastiveStats(lse_all, lse_pos, lse_neg, sum_pos, num_pos, num_neg, reverse)

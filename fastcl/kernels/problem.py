@@ -36,6 +36,8 @@ class Problem:
     normalize_contrasts: bool
     want: Sequence[str]  # of FIELDS, in that order
     both: bool  # also the statistics of each contrast over the anchors
+    # The backward will ask for the anchors' gradient only: the forward may leave what makes a second sweep unnecessary.
+    anchors_only: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,3 +125,16 @@ def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> 
     linear = (inverse_norms == 0) | (inverse_norms >= _LARGEST_INVERSE[inverse_norms.dtype])
     along = ((unit * grad).sum(1) / (unit * unit).sum(1)).masked_fill_(linear, 0)
     return torch.addcmul(grad, unit, along[:, None], value=-1).mul_(inverse_norms[:, None])
+
+
+def over_sets(p: Problem, grad: Tensor, counts: Tensor) -> Tensor:
+    """Gradients [W, S, N] of fields whose set is empty do not count: the fields are constants there.
+
+    A user's formula may well divide by a count of zero in a row that it masks out, and send NaN back.
+    """
+    positives, negatives = counts
+    sizes = {"lse_all": positives + negatives, "lse_pos": positives, "lse_neg": negatives, "sum_pos": positives}
+    if grad.numel() == 0:
+        return grad
+    present = torch.stack([sizes[field] > 0 for field in p.want])
+    return torch.where(present[:, None], grad, 0)

@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, inverse_norms, through_normalization
+from .problem import (
+    Gradients,
+    Needs,
+    Problem,
+    Side,
+    Statistics,
+    empty_side,
+    inverse_norms,
+    over_sets,
+    through_normalization,
+)
 
 
 def saved_size(p: Problem) -> int:
@@ -27,6 +37,9 @@ def forward(p: Problem) -> Statistics:
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
     """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    grad = over_sets(p, grad, saved.anchors.counts)
+    if p.both:
+        grad_contrasts = over_sets(p, grad_contrasts, saved.contrasts.counts)
     x, y, a, c = _rows(p)
     similarity = x @ y.T  # [N, M]
     logits = _logits(p, similarity)

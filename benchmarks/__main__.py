@@ -1,0 +1,119 @@
+"""``python -m benchmarks``: measures, writes rows, and draws the report from them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.cases import Case
+    from benchmarks.run import Row
+
+NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    from benchmarks.cases import SUITES
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Speed, memory and error of fastcl and of its peers, side by side."
+    )
+    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=list(SUITES), help="default: all of them")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="few and small cases, below two minutes on two cores")
+    parser.add_argument("--json", action="store_true", help="print the rows, and nothing else, as JSON lines")
+    parser.add_argument("--only", metavar="TEXT", default="", help="of these, the cases whose name has TEXT in it")
+    parser.add_argument(
+        "--out", type=Path, help="folder for rows, report and plots (default: runs/benchmarks/MACHINE, not tracked by "
+        "git); rows of other suites, with --only of other cases, that it holds already stay"
+    )  # fmt: skip
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="measure nothing: write the report of the rows in DIR again"
+    )
+    parser.add_argument(
+        "--readme", action="store_true", help="also put the plot and the table of these rows into README.md"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    absent = [package for name, package in NEEDED.items() if importlib.util.find_spec(name) is None]
+    if absent:
+        print(f'benchmarks need {", ".join(absent)}: pip install ".[bench]"', file=sys.stderr)
+        return 2
+    parser = _parser()
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    from benchmarks import machine, report
+    from benchmarks.cases import cases
+
+    folder: Path | None = options.report
+    if folder is not None:
+        if not (folder / report.ROWS).is_file():
+            parser.error(f"--report: {folder} holds no {report.ROWS}")
+    else:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device: cuda is not available: this torch finds no CUDA device")
+        device = torch.device(options.device)
+        folder = options.out or machine.ROOT / "runs" / "benchmarks" / machine.slug(
+            machine.processor(device), torch.get_num_threads(), device
+        )
+        chosen = [case for case in cases(options.suite, options.quick) if options.only in case.name]
+        if not chosen:
+            parser.error(f"--only: no case of these suites has {options.only!r} in its name")
+        rows = _measure(chosen, device, options.quick, options.json)
+        report.write_rows(folder, rows, () if options.only else options.suite)
+    report.write(folder)
+    if options.readme:
+        try:
+            report.write_readme(folder, machine.ROOT / "README.md")
+        except ValueError as error:
+            parser.error(f"--readme: {error}")
+    if not options.json:
+        print((folder / report.PAGE).read_text())
+        print(f"written to {os.path.relpath(folder)}", file=sys.stderr)
+    return 0
+
+
+def _measure(chosen: Sequence[Case], device: torch.device, quick: bool, as_json: bool) -> list[Row]:
+    from tqdm import tqdm
+
+    from benchmarks.providers import providers
+    from benchmarks.run import Setting, missing_rows, run
+
+    found, missing = providers(device)
+    rows: list[Row] = []
+    effort = {"rounds": (5, 15), "seconds": 0.5} if quick else {}
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        if as_json:
+            print(json.dumps(row), flush=True)
+
+    with tqdm(chosen, unit="case", file=sys.stderr, dynamic_ncols=True) as progress:
+
+        def say(what: str) -> None:
+            progress.set_postfix_str(what, refresh=sys.stderr.isatty())
+
+        say("peak of the machine")
+        setting = Setting.here(device)
+        for row in missing_rows(setting, missing):
+            add(row)
+        for case in progress:
+            for row in run(case, found, setting, say, **effort):
+                add(row)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Peak memory beyond the inputs, measured in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import re
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import BOTH, Case
+from benchmarks.measure import training_step
+from benchmarks.providers import Provider
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LEFT_TO_OTHERS = 2**29  # bytes of the machine's free memory that a measurement may not take
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes above what the process held before forward and backward. The gradients are among them."""
+
+    extra: int
+    source: str
+
+
+class TooLargeError(Exception):
+    """The call needs more memory than the machine has."""
+
+
+def measure(case: Case, provider: Provider, device: torch.device, threads: int) -> Peak:
+    """Runs the provider in a fresh process that may not take more memory than the machine has free.
+
+    Raises:
+        TooLargeError: it wanted more.
+        RuntimeError: it raised something else; the message says what.
+    """
+    context = _processes()
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(there, case, provider, device, threads, available()))
+    child.start()
+    there.close()
+    try:
+        with here:
+            kind, value = here.recv()
+    except EOFError:
+        child.join()
+        # The kernel kills a process that takes memory nobody has, without asking it.
+        if child.exitcode == -9:
+            raise TooLargeError("the process was killed, as a rule for want of memory") from None
+        raise RuntimeError(f"the measuring process ended with status {child.exitcode}") from None
+    child.join()
+    if kind == "peak":
+        peak: Peak = value
+        return peak
+    raise {"too large": TooLargeError, "error": RuntimeError}[kind](value)
+
+
+def _processes() -> Any:
+    """New processes come from one that has imported torch and run nothing; from scratch where there is no such way."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.memory"])
+    return context
+
+
+def available() -> int | None:
+    """Bytes that a new process can have, None where the system does not say."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return max(int(found[1]) * 1024 - LEFT_TO_OTHERS, 0) if found else None
+
+
+def _child(
+    answer: Connection, case: Case, provider: Provider, device: torch.device, threads: int, limit: int | None
+) -> None:
+    try:
+        torch.set_num_threads(threads)
+        if limit is not None:
+            _limit(limit)
+        answer.send(("peak", _run(case, provider, device)))
+    except Exception as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error)
+        answer.send(("too large" if out_of_memory else "error", f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+def _limit(extra: int) -> None:
+    import resource
+
+    held = _bytes("VmData")
+    with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
+        resource.setrlimit(resource.RLIMIT_DATA, (held + extra, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _bytes(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    if not found:
+        raise OSError(f"{_STATUS} has no {field}")
+    return int(found[1]) * 1024
+
+
+def _run(case: Case, provider: Provider, device: torch.device) -> Peak:
+    loss = provider.pose(case)
+    inputs = case.inputs("random", device)
+    step = training_step(loss, [inputs], BOTH)
+    if device.type == "cuda":
+        return Peak(_cuda(step, inputs.leaves), "torch.cuda.max_memory_allocated")
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        # The mark does not go down here: the first call counts, compilation and buffers that stay included.
+        return Peak(_first_call(step), "ru_maxrss of the first call")
+    return Peak(_high_water(step, inputs.leaves), "VmHWM - VmRSS")
+
+
+def _settle(leaves: tuple[torch.Tensor, ...]) -> None:
+    """Gives back what the process holds and does not need."""
+    for leaf in leaves:
+        leaf.grad = None
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _high_water(step: Any, leaves: tuple[torch.Tensor, ...]) -> int:
+    step()  # compilation, thread pools, buffers that stay
+    _settle(leaves)
+    _CLEAR.write_text("5")  # the high-water mark falls to what is held now
+    before = _bytes("VmRSS")
+    step()
+    return _bytes("VmHWM") - before
+
+
+def _first_call(step: Any) -> int:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def _cuda(step: Any, leaves: tuple[torch.Tensor, ...]) -> int:
+    step()
+    _settle(leaves)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,190 @@
+"""Who is measured: fastcl's backends, plain PyTorch, and other libraries; and why somebody is missing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastcl
+from benchmarks import formulas
+from benchmarks.cases import TEMPERATURE, Case, Inputs
+from fastcl.kernels.ops import BACKENDS, MISSING
+
+Loss = Callable[[Inputs], Tensor]
+
+
+class CannotPoseError(Exception):
+    """The provider has no form of the case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`pose` gives the loss of a case, or raises CannotPoseError. It must be picklable: memory is measured elsewhere.
+
+    package: whose version belongs into the rows.
+    """
+
+    name: str
+    pose: Callable[[Case], Loss]
+    package: str = "torch"
+
+    @property
+    def is_fastcl(self) -> bool:
+        return self.package == "fastcl"
+
+
+EAGER, COMPILED, CHUNKED = "eager", "torch.compile", "checkpointed"
+LINEAR_CROSS_ENTROPY = "linear_cross_entropy"
+# Of backends that do not compute everywhere.
+_DEVICE_OF_BACKEND = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def providers(device: torch.device) -> tuple[list[Provider], dict[str, str]]:
+    """Who can be measured on `device`, and why others cannot."""
+    found = []
+    missing = {f"fastcl {name}": reason for name, reason in MISSING.items()}
+    for backend in BACKENDS:
+        needed = _DEVICE_OF_BACKEND.get(backend, device.type)
+        if backend == "reference":
+            continue  # the specification: eager under another name
+        if needed == device.type:
+            found.append(Provider(f"fastcl {backend}", partial(_fastcl, backend), "fastcl"))
+        else:
+            missing[f"fastcl {backend}"] = f"computes on {needed}"
+    found += [
+        Provider(EAGER, _eager),
+        Provider(COMPILED, _compiled),
+        Provider(CHUNKED, _checkpointed),
+    ]
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        found.append(Provider(LINEAR_CROSS_ENTROPY, _linear_cross_entropy))
+    else:
+        missing[LINEAR_CROSS_ENTROPY] = f"torch {torch.__version__} has none in chunks"
+    for name, module, pose in (
+        ("pytorch-metric-learning", "pytorch_metric_learning.losses", _metric_learning),
+        ("lightly", "lightly.loss.ntx_ent_loss", _lightly),
+    ):
+        reason = _why_not(module)
+        if reason is None:
+            found.append(Provider(name, pose, name))
+        else:
+            missing[name] = reason
+    for name in ("Inf-CL", "cut-cross-entropy", "Liger-Kernel"):
+        missing[name] = "needs a GPU" if device.type == "cpu" else "not among the providers of this version"
+    return found, missing
+
+
+def _why_not(module: str) -> str | None:
+    """The reason why a module does not import, None if it does."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a package can fail in any way it likes
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def version(package: str) -> str:
+    return torch.__version__ if package == "torch" else metadata.version(package)
+
+
+def _call(formula: Callable[..., Tensor], case: Case, **options: Any) -> Loss:
+    """Hands a formula the tensors of its case."""
+    if case.loss == "self":
+        return lambda i: formula(i.anchors, i.clusters, TEMPERATURE, **options)
+    if case.loss == "two sets":
+        return lambda i: formula(i.anchors, i.contrasts, TEMPERATURE, **options)
+    return lambda i: formula(i.anchors, i.keys, i.queue, TEMPERATURE, **options)
+
+
+def _fastcl(backend: str, case: Case) -> Loss:
+    if case.loss == "self":
+        clustered = fastcl.ClusterInfoNCE(TEMPERATURE)
+        call: Loss = lambda i: clustered(i.anchors, i.clusters)  # noqa: E731
+    elif case.loss == "two sets":
+        symmetric = fastcl.ClusterInfoNCE(TEMPERATURE, symmetric=True)
+        call = lambda i: symmetric(i.anchors, contrasts=i.contrasts)  # noqa: E731
+    else:
+        moco = fastcl.MoCoLoss(TEMPERATURE)
+        call = lambda i: moco(i.anchors, i.keys, i.queue)  # noqa: E731
+
+    def loss(inputs: Inputs) -> Tensor:
+        with fastcl.use_backend(backend):
+            return call(inputs)
+
+    return loss
+
+
+_PLAIN: dict[str, Callable[..., Tensor]] = {
+    "self": formulas.self_contrast,
+    "two sets": formulas.two_sets,
+    "queue": formulas.queue,
+}
+_CHUNKED: dict[str, Callable[..., Tensor]] = {
+    "self": formulas.chunked_self_contrast,
+    "two sets": formulas.chunked_two_sets,
+    "queue": formulas.chunked_queue,
+}
+
+
+def _eager(case: Case) -> Loss:
+    return _call(_PLAIN[case.loss], case)
+
+
+def _compiled(case: Case) -> Loss:
+    return _call(torch.compile(_PLAIN[case.loss], dynamic=False), case, product=case.dtype)
+
+
+def _checkpointed(case: Case) -> Loss:
+    if case.n <= formulas.block_rows(case.m):
+        raise CannotPoseError("the whole case is one block")
+    return _call(_CHUNKED[case.loss], case)
+
+
+def _linear_cross_entropy(case: Case) -> Loss:
+    if case.loss == "self":
+        raise CannotPoseError("a row's own logit cannot be left out of its classes, nor can it have several positives")
+    if case.loss == "queue":
+        raise CannotPoseError("each anchor has a class of its own, its key")
+    return _call(formulas.linear_cross_entropy_two_sets, case)
+
+
+def _metric_learning(case: Case) -> Loss:
+    if case.loss == "queue":
+        raise CannotPoseError("keys would be negatives of the other anchors")
+    from pytorch_metric_learning.losses import SupConLoss
+
+    supcon = SupConLoss(temperature=TEMPERATURE)
+    if case.loss == "self":
+        return lambda i: supcon(i.anchors.float(), i.clusters)
+
+    def two_sets(inputs: Inputs) -> Any:
+        assert inputs.contrasts is not None
+        x, y = inputs.anchors.float(), inputs.contrasts.float()
+        ids = torch.arange(len(x), device=x.device)
+        same = ids.clone()  # handed the same tensor twice, it takes the two sets for one and drops the diagonal
+        return (supcon(x, ids, ref_emb=y, ref_labels=same) + supcon(y, ids, ref_emb=x, ref_labels=same)) / 2
+
+    return two_sets
+
+
+def _lightly(case: Case) -> Loss:
+    if case.loss == "queue":
+        raise CannotPoseError("its memory bank takes in the keys in the forward, so that every call has another queue")
+    if case.loss == "two sets" or case.cluster_size != 2:
+        raise CannotPoseError("NTXentLoss knows two views of a batch only")
+    from lightly.loss.ntx_ent_loss import NTXentLoss
+
+    ntxent = NTXentLoss(temperature=TEMPERATURE)
+
+    def pairs(inputs: Inputs) -> Any:
+        x = inputs.anchors.float()
+        return ntxent(x[0::2], x[1::2])
+
+    return pairs

@@ -50,7 +50,7 @@ def _native() -> list[str]:
     module = native.native_module()
     name, reason = native.engine()
     if module is None:
-        return ["Native module", f"  none: {reason}"]
+        return ["Native module", f"  none: {reason}", *(f"    {line}" for line in native.build_log().splitlines())]
     return [
         "Native module",
         f"  built with {module.compiler}, for fastcl {module.version}",

@@ -1,11 +1,16 @@
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+# Before torch loads OpenMP: threads that spin while they wait take minutes where more of them run than there are cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 from hypothesis import settings
 
 import fastcl
-from fastcl.kernels import ops
+from fastcl.kernels import native, ops
 
 # The same examples on every run; HYPOTHESIS_PROFILE=explore draws new ones.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, print_blob=False)
@@ -13,10 +18,28 @@ settings.register_profile("explore", deadline=None, database=None, max_examples=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 BACKENDS = tuple(ops.BACKENDS)
+ENGINES = tuple(native.native_module().supported_engines()) if "cpu" in BACKENDS else ()
+# Backends, and the engines of `cpu` that it does not use by itself on this machine, as cpu-<instruction set>.
+VARIANTS = BACKENDS + tuple(f"cpu-{name}" for name in ENGINES if name != native.engine()[0])
 
 
-@pytest.fixture(params=BACKENDS)
+@contextmanager
+def using_engine(name: str | None) -> Iterator[None]:
+    """Backend `cpu` runs on the engine of this instruction set, in all threads."""
+    with mock.patch.object(native, "engine", return_value=(name, "chosen by a test")):
+        yield
+
+
+@contextmanager
+def running(variant: str) -> Iterator[str]:
+    """Fixes backend and engine; yields the backend's name."""
+    backend, _, engine = variant.partition("-")
+    with using_engine(engine or native.engine()[0]), fastcl.use_backend(backend):
+        yield backend
+
+
+@pytest.fixture(params=VARIANTS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on each backend."""
-    with fastcl.use_backend(request.param):
-        yield request.param
+    """Runs the test once on each backend, and on `cpu` once with each engine that this machine has."""
+    with running(request.param) as name:
+        yield name

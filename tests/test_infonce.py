@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import VARIANTS, running
 from hypothesis import given, settings
 from oracle import CANCELLING, TRUTH, cluster_infonce, differentiate, eager_evaluations
 from strategies import DTYPES, INTEGERS, LossProblem, generator, loss_problem, loss_problems, rows
 from tolerances import accumulation_dtype, check
 from torch import Tensor, nn
 
-import fastcl
 from fastcl.functional import cluster_infonce as library_loss
 from fastcl.kernels import chunked
 
@@ -23,7 +22,7 @@ def objective(loss: Tensor) -> Tensor:
     return (loss * torch.rand(loss.shape, generator=generator(5), dtype=torch.float64).to(loss.dtype)).sum()
 
 
-def check_loss(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tuple[str, ...] = BACKENDS) -> None:
+def check_loss(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tuple[str, ...] = VARIANTS) -> None:
     """Value and gradients of every backend against the float64 formula, by the error rule."""
     embeddings, contrasts = arguments["embeddings"], arguments.get("contrasts")
     dtypes = [embeddings.dtype]
@@ -44,7 +43,7 @@ def check_loss(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tup
     evaluated_in = expected_dtype if accumulation == torch.float64 else accumulation
     draws = [evaluate(how) for how in eager_evaluations(evaluated_in)]
     for backend in backends:
-        with fastcl.use_backend(backend):
+        with running(backend):
             got, gradients = differentiate(library_loss, arguments, leaves, objective)
         assert got.dtype == expected_dtype
         check(

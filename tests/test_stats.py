@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import VARIANTS, running
 from hypothesis import given, settings
 from oracle import CONSTANT_NORMS, TRUTH, contrastive_stats, differentiate, eager_evaluations
 from strategies import DTYPES, FIELDS, INTEGERS, PATTERNS, StatsProblem, cluster_ids, generator, rows, stats_problems
@@ -40,7 +40,7 @@ def objective(fields: dict[str, Tensor]) -> Tensor:
     return total
 
 
-def check_stats(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tuple[str, ...] = BACKENDS) -> None:
+def check_stats(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tuple[str, ...] = VARIANTS) -> None:
     """Values and gradients of every backend against the float64 formula, by the error rule."""
     dtypes = [arguments[name].dtype for name in ("anchors", "contrasts") if arguments.get(name) is not None]
     accumulation = accumulation_dtype(*dtypes)
@@ -53,7 +53,7 @@ def check_stats(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tu
     _, cancelling = evaluate(CONSTANT_NORMS)
     draws = [evaluate(how) for how in eager_evaluations(accumulation)]
     for backend in backends:
-        with fastcl.use_backend(backend):
+        with running(backend):
             got, gradients = differentiate(library_stats, arguments, leaves, objective)
         assert set(got) == set(truth)
         for name, value in truth.items():
@@ -548,10 +548,11 @@ def test_nan_gradients_of_counting_rows_are_passed_on(backend) -> None:
 def test_backends_agree_in_float64() -> None:
     problem = simple_problem(n=70, m=50, dtype=torch.float64, contrast_dtype=torch.float64, scales=(1.0, 20.0))
     results = []
-    for name in BACKENDS:
-        with fastcl.use_backend(name):
+    for name in VARIANTS:
+        with running(name):
             results.append(differentiate(library_stats, problem.arguments(), problem.leaves, objective))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

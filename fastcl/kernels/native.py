@@ -25,7 +25,15 @@ def _load() -> tuple[Any, str]:
         return None, str(error)
 
 
+def _load_failure() -> Any:
+    try:
+        return import_module("fastcl._build_failure")  # written by setup.py
+    except ImportError:
+        return None
+
+
 _native, _failure = _load()
+_failed_build = _load_failure()
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
 
 
@@ -39,16 +47,25 @@ def engine() -> tuple[str | None, str]:
     if _native is None:
         return None, build_failure() or f"the native module does not load ({_failure})"
     name, reason = _native.choose_engine(os.environ.get("FASTCL_CPU_ISA", ""))
-    return name, f"FASTCL_CPU_ISA: {reason}" if name is None else reason
+    wrong = name is None and _native.built_engines()
+    return name, f"FASTCL_CPU_ISA: {reason}" if wrong else reason
 
 
 def build_failure() -> str:
     """Why the package was built without the native module; empty if it was built with it, or nobody tried."""
-    try:
-        reason: str = import_module("fastcl._build_failure").REASON
-    except ImportError:
-        return ""
-    return f"not built ({reason})"
+    return f"not built ({_failed_build.REASON})" if _failed_build else ""
+
+
+def build_log() -> str:
+    """The end of what the compiler or CMake said when the native module failed to build."""
+    log: str = _failed_build.LOG if _failed_build else ""
+    return log
+
+
+def wrong_cap() -> str:
+    """What is wrong with FASTCL_CPU_ISA; empty if nothing is, or there is no engine for it to choose from."""
+    name, reason = engine()
+    return reason if name is None and _native is not None and _native.built_engines() else ""
 
 
 def native_module() -> Any:

@@ -83,6 +83,8 @@ def _available(name: str, source: str) -> str:
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for rows on `device` whose products have `dtype`: the one asked for, else the fastest there is."""
+    if device.type == "cpu" and (wrong := native.wrong_cap()):
+        raise ValueError(wrong)
     chosen, source = _chosen.get(), "use_backend"
     if chosen is None and os.environ.get("FASTCL_BACKEND"):
         source = "FASTCL_BACKEND"

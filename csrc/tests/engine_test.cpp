@@ -1,0 +1,300 @@
+// Runs every engine that this machine has, forward and backward, over sizes around the register tiles, all dtypes and
+// options, and compares with double loops. Exits with 0 if all agree; else it names the first case that does not.
+//   engine_test PLACE CASES [ENGINE]      PLACE: heap or pages, see memory.h; CASES: how many for each engine
+#include "../cpu/arrange.h"
+#include "../cpu/dispatch.h"
+#include "formula.h"
+#include "memory.h"
+#include <csignal>
+#include <random>
+
+extern "C" void __sanitizer_set_death_callback(void (*)()) __attribute__((weak));
+
+namespace {
+
+using namespace fastcl;
+using formula::Input, formula::Reals, formula::Formula, formula::Gradient;
+using memory::Place, memory::Pool;
+
+char description[400];
+
+void describe() { [[maybe_unused]] const auto written = write(STDERR_FILENO, description, std::strlen(description)); }
+void crashed(int signal) {
+  describe();
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
+}
+[[noreturn]] void fail(const char *what, int64_t at, double got, double expected, double allowed) {
+  describe();
+  std::fprintf(stderr, "%s[%lld]: %.9g, expected %.9g within %.3g\n", what, (long long)at, got, expected, allowed);
+  std::exit(1);
+}
+
+class Random {
+public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+  int64_t below(int64_t bound) { return int64_t(engine_() % uint64_t(bound)); }
+  bool coin() { return below(2); }
+  double real() { return double(int64_t(engine_() >> 11)) * 0x1p-52 - 1; } // in [-1, 1)
+private:
+  std::mt19937_64 engine_;
+};
+
+// Numbers that the dtype holds exactly, as they are stored and as double.
+
+size_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+const char *name_of(Dtype dtype) {
+  static const char *const names[] = {"float64", "float32", "bfloat16", "float16"};
+  return names[int(dtype)];
+}
+double stored(Dtype dtype, double x, void *to) {
+  const float single = float(x);
+  uint32_t word;
+  std::memcpy(&word, &single, 4);
+  switch (dtype) {
+  case Dtype::float64: std::memcpy(to, &x, 8); return x;
+  case Dtype::float32: std::memcpy(to, &single, 4); return single;
+  case Dtype::bfloat16: {
+    const uint16_t half = uint16_t(word >> 16);
+    word = uint32_t(half) << 16;
+    float back;
+    std::memcpy(&back, &word, 4);
+    std::memcpy(to, &half, 2);
+    return back;
+  }
+  case Dtype::float16: {
+    int exponent = std::fabs(x) < 0x1p-14 ? -13 : std::ilogb(x) + 1; // subnormal numbers share the least exponent
+    const double digits = std::trunc(std::fabs(x) * std::ldexp(1, 11 - exponent));
+    const uint16_t magnitude = uint16_t(digits < 1024 ? digits : (exponent + 14) * 1024 + digits - 1024);
+    const uint16_t half = uint16_t((x < 0 ? 0x8000 : 0) | magnitude);
+    std::memcpy(to, &half, 2);
+    return std::copysign(digits * std::ldexp(1, exponent - 11), x);
+  }
+  }
+  return 0;
+}
+
+// [size, d] at the strides told, in memory that ends with its last number.
+Rows random_rows(Random &random, Pool &pool, int64_t size, int64_t d, Dtype dtype, bool by_columns, int64_t gap, Reals &values) {
+  const int64_t row_stride = by_columns ? 1 : d + gap, column_stride = by_columns ? size + gap : 1;
+  char *data = (char *)pool.bytes(((size - 1) * row_stride + (d - 1) * column_stride + 1) * int64_t(size_of(dtype)));
+  values.resize(size * d);
+  const bool some_zero = random.below(8) == 0;
+  for (int64_t i = 0; i < size; i++)
+    for (int64_t k = 0; k < d; k++) {
+      const double x = some_zero && i % 5 == 3 ? 0 : random.real() * 1.7 / std::sqrt(double(d));
+      values[i * d + k] = stored(dtype, x, data + (i * row_stride + k * column_stride) * int64_t(size_of(dtype)));
+    }
+  return {data, size, row_stride, column_stride, dtype};
+}
+std::vector<int64_t> random_ids(Random &random, int64_t size, int64_t kinds) {
+  const int64_t names = random.coin() ? 1 : int64_t(1) << 40; // small numbers, or ones that no table holds
+  std::vector<int64_t> result(size);
+  for (int64_t &id : result) {
+    id = (random.below(kinds + 1) - 1) * names;
+    if (id < 0) id = random.coin() ? -1 : -7; // -1 equals nothing, -7 itself
+  }
+  return result;
+}
+
+struct Case {
+  int64_t n, m, d; // m = 0: self-contrast
+  Dtype anchors, contrasts;
+  int threads;
+};
+
+template <class T> struct Outputs { // of one side
+  Statistics addresses{};
+  Outputs(Pool &pool, int64_t size, bool normalize, const bool (&wanted)[FIELDS]) {
+    for (int f = 0; f < FIELDS; f++) {
+      if (!wanted[f]) continue;
+      addresses.fields[f] = pool.array<T>(size);
+      if (f != SUM_POS) addresses.shifts[f] = pool.array<T>(size), addresses.sums[f] = pool.array<T>(size);
+    }
+    addresses.positives = pool.array<T>(size);
+    addresses.negatives = pool.array<T>(size);
+    addresses.negative_share = pool.array<T>(size);
+    if (normalize) addresses.inverse_norms = pool.array<T>(size);
+  }
+};
+
+template <class T> void compare(const char *what, const void *got, const Reals &expected, const Reals *sizes, double tolerance) {
+  for (size_t k = 0; got && k < expected.size(); k++) {
+    const double x = double(((const T *)got)[k]), truth = expected[k];
+    // Exponentials in float end at 2^-126, and are taken around a base that a log-sum may be 2^96 away from.
+    const double allowed = tolerance * (sizes ? (*sizes)[k] : 1 + std::fabs(truth)) + (sizeof(T) == 8 ? 1e-30 : 1e-9);
+    if (!(x == truth || std::fabs(x - truth) <= allowed)) fail(what, int64_t(k), x, truth, allowed);
+  }
+}
+// Rows of gradients are judged by the largest term of the row: their norm is what a user sees.
+void level(Gradient &g, int64_t d) {
+  for (size_t i = 0; i < g.size.size(); i += d) {
+    double most = 0;
+    for (int64_t k = 0; k < d; k++) most = std::fmax(most, g.size[i + k]);
+    for (int64_t k = 0; k < d; k++) g.size[i + k] = most;
+  }
+}
+
+template <class T> void check_side(const char *name, const Statistics &got, const formula::Side &expected, double tolerance) {
+  static const char *const names[] = {"lse_all", "lse_pos", "lse_neg", "sum_pos"};
+  char what[80];
+  for (int f = 0; f < FIELDS; f++) {
+    std::snprintf(what, sizeof what, "%s %s", name, names[f]);
+    Reals sizes(expected.positives.size());
+    for (size_t i = 0; i < sizes.size(); i++) {
+      const double value = expected.fields[f][i];
+      sizes[i] = 1 + (std::isfinite(value) ? std::fabs(value) : 0) + (f == SUM_POS ? expected.positives[i] : 0);
+    }
+    compare<T>(what, got.fields[f], expected.fields[f], &sizes, tolerance);
+  }
+  std::snprintf(what, sizeof what, "%s counts", name);
+  compare<T>(what, got.positives, expected.positives, nullptr, 0);
+  compare<T>(what, got.negatives, expected.negatives, nullptr, 0);
+  std::snprintf(what, sizeof what, "%s inverse norms", name);
+  compare<T>(what, got.inverse_norms, expected.inverse_norms, nullptr, tolerance);
+}
+
+// Random gradients of a side's fields, those of empty sets zero, as they come from Python.
+template <class T> void incoming(Random &random, Pool &pool, Statistics &side, const formula::Side &expected, Reals (&weights)[FIELDS]) {
+  for (int f = 0; f < FIELDS; f++) {
+    if (!side.fields[f]) continue;
+    weights[f].resize(expected.positives.size());
+    T *to = pool.array<T>(weights[f].size());
+    for (size_t i = 0; i < weights[f].size(); i++) {
+      const bool empty = f == SUM_POS ? expected.positives[i] == 0 : std::isinf(expected.fields[f][i]);
+      weights[f][i] = to[i] = empty ? T(0) : T(random.real());
+    }
+    side.fields[f] = to;
+  }
+}
+
+template <class T> void run(const Engine &engine, const Case &c, Place place, uint64_t seed) {
+  Random random(seed);
+  Pool pool(place);
+  Input in{};
+  in.n = c.n, in.m = c.m, in.d = c.d;
+  in.normalize_anchors = random.coin();
+  in.normalize_contrasts = in.self() ? in.normalize_anchors : random.coin();
+  const bool wide = random.below(3) == 0; // logits beyond the range of one exponential
+  in.scale = double(T((random.coin() ? 1 : -1) * (wide ? 150 + 100 * random.real() : 6 + 5 * random.real())));
+
+  Forward forward{};
+  Problem &p = forward.problem;
+  p.dimension = c.d;
+  p.threads = c.threads;
+  p.wide_reals = sizeof(T) == 8;
+  p.anchors = random_rows(random, pool, c.n, c.d, c.anchors, random.below(6) == 0, random.below(4), in.anchors);
+  if (!in.self()) p.contrasts = random_rows(random, pool, c.m, c.d, c.contrasts, random.below(6) == 0, random.below(4), in.contrasts);
+  p.normalize_anchors = in.normalize_anchors;
+  p.normalize_contrasts = in.normalize_contrasts;
+  const int64_t kinds = 1 + random.below(1 + c.n / 2);
+  const bool lean = !in.self() && random.below(4) == 0; // all negatives, one direction: a queue
+  if (!lean && random.below(4)) {
+    in.anchor_clusters = random_ids(random, c.n, kinds);
+    if (!in.self()) in.contrast_clusters = random_ids(random, c.m, kinds);
+    if (in.anchor_clusters.front() > 0 && !in.self()) in.contrast_clusters.back() = in.anchor_clusters.front();
+  }
+  p.anchor_clusters = pool.copy(in.anchor_clusters);
+  p.contrast_clusters = pool.copy(in.contrast_clusters);
+  if (!in.self()) {
+    if (random.coin()) {
+      in.anchor_ids = random_ids(random, c.n, c.n);
+      in.contrast_ids = random_ids(random, c.m, c.n);
+    }
+    if (!lean && random.coin()) {
+      T *bias = pool.array<T>(c.m);
+      for (int64_t j = 0; j < c.m; j++) in.bias.push_back(bias[j] = T(random.real() * (wide ? 200 : 3)));
+      p.contrast_bias = bias;
+    }
+    p.columns = !lean && random.coin();
+  }
+  p.anchor_ids = pool.copy(in.anchor_ids);
+  p.contrast_ids = pool.copy(in.contrast_ids);
+  T *const scale = pool.array<T>(1);
+  *scale = T(in.scale);
+  p.logit_scale = scale;
+  bool wanted[FIELDS];
+  for (bool &want : wanted) want = random.below(4) > 0;
+  forward.anchors = Outputs<T>(pool, c.n, in.normalize_anchors, wanted).addresses;
+  if (p.columns) forward.contrasts = Outputs<T>(pool, c.m, in.normalize_contrasts, wanted).addresses;
+  // For a backward of the anchors alone.
+  const bool weighted = !in.self() && !p.columns && in.bias.empty() && random.below(4) > 0;
+  if (weighted) forward.weighted = {pool.array<T>(c.n * c.d), pool.array<T>(1)};
+
+  const Formula truth(in);
+  // Roundings of a logit are ones of its exponential.
+  const double tolerance = sizeof(T) == 8 ? 1e-13 * (10 + truth.largest) : 4e-7 * (10 + truth.largest);
+  const Arrangements arrangements = arrange(p);
+  const Arranged arranged = arrangements.arranged();
+  engine.forward(forward, arranged, pool.workspace(engine.forward(forward, arranged, nullptr)));
+  check_side<T>("anchors'", forward.anchors, truth.rows, tolerance);
+  if (p.columns) check_side<T>("contrasts'", forward.contrasts, truth.columns, tolerance);
+
+  Backward backward{};
+  backward.problem = p;
+  backward.anchors = forward.anchors;
+  backward.contrasts = forward.contrasts;
+  backward.single_positives = random.coin();
+  Reals row_weights[FIELDS], column_weights[FIELDS];
+  incoming<T>(random, pool, backward.anchors, truth.rows, row_weights);
+  if (p.columns) incoming<T>(random, pool, backward.contrasts, truth.columns, column_weights);
+  backward.weighted = forward.weighted;
+  const int64_t needs = weighted ? 1 : random.below(4) ? 15 : random.below(16);
+  if (needs & 1) backward.anchor_gradient = pool.array<T>(c.n * c.d);
+  if (needs & 2 && !in.self()) backward.contrast_gradient = pool.array<T>(c.m * c.d);
+  if (needs & 4) backward.scale_gradient = pool.array<T>(1);
+  if (needs & 8 && p.contrast_bias) backward.bias_gradient = pool.array<T>(c.m);
+  engine.backward(backward, arranged, pool.workspace(engine.backward(backward, arranged, nullptr)));
+
+  auto expected = truth.gradients(row_weights, column_weights);
+  level(expected.anchors, c.d);
+  level(expected.contrasts, c.d);
+  const bool both_bfloat = c.anchors == Dtype::bfloat16 && (in.self() || c.contrasts == Dtype::bfloat16);
+  // bfloat16's products take the logits' gradients rounded to bfloat16.
+  const double rounded = both_bfloat && std::string(engine.name) == "avx512_bf16" ? tolerance + 0x1p-8 : tolerance;
+  compare<T>("gradient of anchors", backward.anchor_gradient, expected.anchors.value, &expected.anchors.size, rounded);
+  compare<T>("gradient of contrasts", backward.contrast_gradient, expected.contrasts.value, &expected.contrasts.size, rounded);
+  compare<T>("gradient of scale", backward.scale_gradient, expected.scale.value, &expected.scale.size, tolerance);
+  compare<T>("gradient of bias", backward.bias_gradient, expected.bias.value, &expected.bias.size, tolerance);
+}
+
+// Every dimension from 1 to 70 in turn (tails of all vectors), sizes up to 40 and around the largest tile's 192 rows.
+Case case_number(int64_t k, Random &random) {
+  const auto size = [&] { return random.below(6) ? 1 + random.below(40) : 185 + random.below(16); };
+  Case c{};
+  c.d = random.below(12) ? 1 + k % 70 : 120 + random.below(30); // the longer ones: around a chunk of 128
+  c.n = size();
+  c.m = random.coin() ? 0 : size();
+  c.anchors = Dtype(k / 70 % 4);
+  c.contrasts = c.m && random.below(3) == 0 ? Dtype(random.below(4)) : c.anchors;
+  c.threads = 1 + int(random.below(3));
+  return c;
+}
+
+} // namespace
+
+int main(int count, char **arguments) {
+  if (count < 3) {
+    std::fprintf(stderr, "usage: engine_test heap|pages CASES [ENGINE]\n");
+    return 2;
+  }
+  const bool pages = std::string(arguments[1]) == "pages";
+  const int64_t cases = std::atoll(arguments[2]);
+  const std::string only = count > 3 ? arguments[3] : "";
+  for (const int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) std::signal(signal, crashed);
+  if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(describe);
+  for (const Engine *engine : supported_engines()) {
+    if (!only.empty() && only != engine->name) continue;
+    for (int64_t k = 0; k < cases; k++) {
+      Random random(k);
+      const Case c = case_number(k, random);
+      const Place place = !pages ? Place::HEAP : k % 2 ? Place::AFTER_A_PAGE : Place::BEFORE_A_PAGE;
+      std::snprintf(description, sizeof description, "engine %s, case %lld: N %lld, M %lld, D %lld, %s and %s, %d threads: ", engine->name,
+                    (long long)k, (long long)c.n, (long long)c.m, (long long)c.d, name_of(c.anchors), name_of(c.contrasts), c.threads);
+      const bool wide = c.anchors == Dtype::float64 || (c.m && c.contrasts == Dtype::float64);
+      (wide ? run<double> : run<float>)(*engine, c, place, uint64_t(k) + 1000003);
+    }
+    std::printf("%s: %lld cases agree\n", engine->name, (long long)cases);
+  }
+  return 0;
+}

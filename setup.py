@@ -1,0 +1,152 @@
+"""Builds the native module with CMake and Ninja; all else stands in pyproject.toml. Imports no torch.
+
+Without a compiler the package installs all the same, and remembers why it lacks the module (``python -m fastcl.info``).
+
+Environment:
+    FASTCL_NATIVE=0: do not build the module.
+    FASTCL_REQUIRE_NATIVE=1: a module that cannot be built is an error.
+    CXX, CXXFLAGS, LDFLAGS, CMAKE_ARGS: as CMake takes them.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib import import_module
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "fastcl"
+FAILURE = "_build_failure.py"  # read by fastcl/kernels/native.py
+LAST_LINES = 20  # of the failed tool's output, which are kept
+
+
+class BuildError(Exception):
+    """The module was not built. reason: in one line; log: the end of what the tool said."""
+
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.log = log
+
+
+def flag(name: str, default: bool) -> bool:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise BaseError(f"{name}: expected 0 or 1, got {value!r}")
+    return value == "1" if value else default
+
+
+def tool(name: str) -> str:
+    """Path of a tool: from the package of that name, else from PATH."""
+    try:
+        package = import_module(name)
+    except ImportError:
+        found = shutil.which(name)
+    else:
+        folder = getattr(package, "CMAKE_BIN_DIR", None) or getattr(package, "BIN_DIR", None)
+        found = shutil.which(name, path=folder) or shutil.which(name)
+    if found is None:
+        raise BuildError(f"{name} was not found")
+    return found
+
+
+def run(step: str, *command: str) -> None:
+    print("+", shlex.join(command), flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    print(done.stdout, flush=True)
+    if done.returncode != 0:
+        lines = [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
+        raise BuildError(_told(step, lines), "\n".join(lines[-LAST_LINES:]))
+
+
+def _told(step: str, lines: list[str]) -> str:
+    """The first error among a tool's lines, in one line."""
+    for k, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # the message itself is indented, and may be wrapped
+            message = []
+            for following in lines[k + 1 :]:
+                if not following.startswith("  "):
+                    break
+                message.append(following.strip())
+            return f"{step}: {' '.join(message) or line}"
+        if "error:" in line:
+            return f"{step}: {line.strip()}"
+    return f"{step}: {lines[-1].strip() if lines else 'failed without a word'}"
+
+
+class BuildNative(build_ext):
+    """Leaves either the module or the reason for its absence, in the build or, for an editable install, in the tree."""
+
+    def run(self) -> None:
+        package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / PACKAGE
+        module = package / Path(self.get_ext_filename("_native")).name
+        package.mkdir(parents=True, exist_ok=True)
+        for stale in (module, package / FAILURE):
+            stale.unlink(missing_ok=True)
+        required = flag("FASTCL_REQUIRE_NATIVE", False)
+        try:
+            if not flag("FASTCL_NATIVE", True):
+                raise BuildError("FASTCL_NATIVE=0 was set when fastcl was installed")
+            self.build_module(module)
+        except BuildError as failure:
+            if required:
+                raise BaseError(f"FASTCL_REQUIRE_NATIVE=1, but {failure.reason}\n{failure.log}") from failure
+            text = f'"""Written by setup.py."""\n\nREASON = {failure.reason!r}\nLOG = {failure.log!r}\n'
+            (package / FAILURE).write_text(text, encoding="utf-8")
+            print(
+                f"WARNING: fastcl is installed WITHOUT its native module: the CPU computes in plain PyTorch, slower.\n"
+                f"  {failure.reason}\n  python -m fastcl.info tells this too.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def build_module(self, module: Path) -> None:
+        # One folder for each Python: the module's name and headers are Python's, and CMake remembers them.
+        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        inputs = "\n".join(
+            [str(ROOT), sys.executable, *(os.environ.get(v, "") for v in ("CXX", "CXXFLAGS", "LDFLAGS"))]
+        )
+        remembered = folder / "inputs.txt"
+        if remembered.is_file() and remembered.read_text(encoding="utf-8") != inputs:
+            shutil.rmtree(folder)
+        known = folder.exists()
+        try:
+            self.compile(folder, module)
+        except BuildError:
+            if not known:
+                raise
+            shutil.rmtree(folder)  # what an older build left may be what is in the way
+            self.compile(folder, module)
+        remembered.write_text(inputs, encoding="utf-8")
+
+    def compile(self, folder: Path, module: Path) -> None:
+        cmake = tool("cmake")
+        try:
+            pybind11 = import_module("pybind11").get_cmake_dir()
+        except ImportError:
+            raise BuildError("pybind11 was not found") from None
+        run(
+            "configuring",
+            *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+            # All that may lie in an isolated environment that is gone by the next build is named each time.
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-Dpybind11_DIR={pybind11}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFASTCL_VERSION={self.distribution.get_version()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        )
+        run("compiling", cmake, "--build", str(folder))
+        built = folder / module.name
+        if not built.is_file():
+            raise BuildError(f"CMake built no {module.name}")
+        shutil.copy2(built, module)
+
+
+setup(ext_modules=[Extension("fastcl._native", sources=[])], cmdclass={"build_ext": BuildNative})

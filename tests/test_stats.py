@@ -140,6 +140,22 @@ def test_low_temperature(temperature, kind, m) -> None:
     check_stats(problem.arguments(), problem.leaves)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positives", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 150.0])
+def test_contrasts_without_gradient(dtype, positives, ids, scale) -> None:
+    """As in a queue: the anchors' gradient may then come out of the forward. 150: exponents leave float32's range."""
+    problem = simple_problem(n=71, m=333, d=37, dtype=dtype, contrast_dtype=dtype, bias=False, both=False, ids=ids)
+    arguments = problem.arguments() | {"logit_scale": scale}
+    if not positives:  # though there are clusters
+        arguments |= {
+            "anchor_clusters": torch.zeros(71, dtype=torch.int64),
+            "contrast_clusters": torch.ones(333).long(),
+        }
+    check_stats(arguments, ("anchors",))
+
+
 # What is computed
 
 

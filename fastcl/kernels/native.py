@@ -124,7 +124,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         columns = None
         if swept.contrasts is not None and (needs.anchors if folded else needs.contrasts):
             columns = new(swept.contrasts.shape)
-        bias = new(m) if needs.contrast_bias else None
+        bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
         own, other = _sides(p, anchors, contrasts, saved.saved, k)
         anchors_alone = rows is not None and columns is None and scale is None and bias is None
         weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)

@@ -6,6 +6,7 @@ The native module knows nothing of torch; it comes with the package where a comp
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -34,6 +35,8 @@ def _load_failure() -> Any:
 
 _native, _failure = _load()
 _failed_build = _load_failure()
+_VECTORS = ("anchor_clusters", "contrast_clusters", "logit_scale", "contrast_bias", "anchor_ids", "contrast_ids")
+_PLACES = {name: k for k, name in enumerate(FIELDS)}
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
 
 
@@ -144,24 +147,16 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 
 def _addressable(p: Problem) -> Problem:
     """Rows may have any strides; what is small lies contiguous, and nothing is negated lazily."""
-    vectors = {
-        name: value.resolve_neg().contiguous()
-        for name in (
-            "anchor_clusters",
-            "contrast_clusters",
-            "logit_scale",
-            "contrast_bias",
-            "anchor_ids",
-            "contrast_ids",
-        )
-        if (value := getattr(p, name)) is not None and (value.is_neg() or not value.is_contiguous())
-    }
-    rows = {
-        name: value.resolve_neg()
-        for name in ("anchors", "contrasts")
-        if (value := getattr(p, name)) is not None and value.is_neg()
-    }
-    return replace(p, **vectors, **rows) if vectors or rows else p
+    changed = {}
+    for name in _VECTORS:
+        value = getattr(p, name)
+        if value is not None and not (value.is_contiguous() and not value.is_neg()):
+            changed[name] = value.resolve_neg().contiguous()
+    for name in ("anchors", "contrasts"):
+        value = getattr(p, name)
+        if value is not None and value.is_neg():
+            changed[name] = value.resolve_neg()
+    return replace(p, **changed) if changed else p
 
 
 def _two_sets_if_biased(p: Problem) -> Problem:
@@ -196,19 +191,24 @@ def _rows(rows: Tensor | None) -> tuple[int, ...]:
 
 
 def _describe(p: Problem, scale: int) -> tuple[int, ...]:
-    ids = (p.anchor_clusters, p.contrast_clusters, p.anchor_ids, p.contrast_ids)
+    anchors, (n, d) = p.anchors, p.anchors.shape
+    m = n if p.contrasts is None else p.contrasts.shape[0]
     return (
-        *_rows(p.anchors),
+        *_rows(anchors),
         *_rows(p.contrasts),
-        p.anchors.shape[1],
-        *(_address(i) for i in ids),
+        d,
+        _address(p.anchor_clusters),
+        _address(p.contrast_clusters),
+        _address(p.anchor_ids),
+        _address(p.contrast_ids),
         _address(p.logit_scale, scale),
         _address(p.contrast_bias),
         p.normalize_anchors,
         p.normalize_contrasts,
-        p.dtype == torch.float64,
+        p.logit_scale.dtype == torch.float64,
         p.both,
-        _threads(p),
+        # So many threads that each has work for longer than it takes to wake it.
+        max(1, min(torch.get_num_threads(), n * m * d >> 20)),
     )
 
 
@@ -217,19 +217,27 @@ def _sides(
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """Where the statistics of both sides are, for one of the scales."""
     s, n, m = p.sizes
-    own = _side(p, anchors, n, _address(saved, scale * n), scale)
-    return own, _side(p, contrasts, m, _address(saved, s * n + scale * m), scale) if p.both else None
+    own = _side(p.want, anchors, s, n, scale, _address(saved, scale * n))
+    if not p.both:
+        return own, None
+    return own, _side(p.want, contrasts, s, m, scale, _address(saved, s * n + scale * m))
 
 
-def _side(p: Problem, side: Side, size: int, shares: int, scale: int) -> tuple[int, ...]:
-    s, logs = p.sizes[0], p.log_sums
-    fields = [_address(side.fields, (p.want.index(f) * s + scale) * size) if f in p.want else 0 for f in FIELDS]
-    parts = [
-        _address(side.parts, ((part * len(logs) + logs.index(f)) * s + scale) * size) if f in logs else 0
-        for part in range(2)
-        for f in FIELDS[:-1]
-    ]
-    return *fields, *parts, _address(side.counts), _address(side.counts, size), shares
+def _side(want: Sequence[str], side: Side, s: int, size: int, scale: int, shares: int) -> tuple[int, ...]:
+    bytes_each = side.counts.element_size()
+    row, block = size * bytes_each, s * size * bytes_each
+    field, counts = side.fields.data_ptr() + scale * row, side.counts.data_ptr()
+    shift = side.parts.data_ptr() + scale * row
+    sums = shift + block * (len(want) - ("sum_pos" in want))
+    fields, shifts, totals = [0, 0, 0, 0], [0, 0, 0], [0, 0, 0]
+    for name in want:  # in the order of FIELDS, of which sum_pos, the last, has no parts
+        k = _PLACES[name]
+        fields[k] = field
+        field += block
+        if name != "sum_pos":
+            shifts[k], totals[k] = shift, sums
+            shift, sums = shift + block, sums + block
+    return *fields, *shifts, *totals, counts, counts + row, shares
 
 
 def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:
@@ -243,9 +251,3 @@ def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:
 def _run(call: Any) -> None:
     workspace = torch.empty(call.workspace, dtype=torch.uint8)  # a name, so that it outlives the call
     call.run(workspace.data_ptr())
-
-
-def _threads(p: Problem) -> int:
-    """As many as torch has, but so that each has work for longer than it takes to wake it."""
-    _, n, m = p.sizes
-    return max(1, min(torch.get_num_threads(), n * m * p.anchors.shape[1] >> 20))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import chunked, native, paired, reference
 from .checks import (
@@ -110,7 +111,7 @@ _PROBLEM = (
     "Tensor logit_scale, Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
     "bool normalize_contrasts, str[] want, bool both, bool anchors_only, str backend"
 )
-_TENSORS = 9  # leading tensor arguments
+_TENSORS, _WANT = 9, 11  # leading tensor arguments; the place of `want`
 _DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
 _PROBLEM_LENGTH = _PROBLEM.count(",") + 1
 _library.define(
@@ -190,27 +191,62 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 # Derivatives.
 
 
+def _intercepted(args: Sequence[Any]) -> bool:
+    """Whether somebody may want to see the operator: a tracer, a mode, a transform, a subclass of tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(a, Tensor) and type(a) not in (Tensor, Parameter) for a in args)
+    )
+
+
+def _below_autograd(
+    op: Any, implementation: Callable[..., tuple[Tensor, ...]], args: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """The operator's result. A small batch takes less time than the dispatcher: it is passed by where nobody looks."""
+    with torch._C._AutoDispatchBelowAutograd():
+        outputs: tuple[Tensor, ...] = (op if _intercepted(args) else implementation)(*args)
+    return outputs
+
+
 class _ContrastiveStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = _forward(*args)
+        outputs = _below_autograd(_forward, _forward_impl, args)
         _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
         saved = (counts, parts, contrast_counts, contrast_parts, *others)
         ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # zeros for every output, saved ones too, cost more than small kernels
         ctx.save_for_backward(*args[:_TENSORS], *saved)
         ctx.options = args[_TENSORS:]
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE.values()]
-        results = _backward(*saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], grads[0], grads[3], needs)
+        counts, parts, contrast_counts, contrast_parts = saved[_TENSORS : _TENSORS + 4]
+        grad_fields = _given(grads[0], counts, parts, ctx.options)
+        grad_contrast_fields = _given(grads[3], contrast_counts, contrast_parts, ctx.options)
+        arguments = (*saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], grad_fields, grad_contrast_fields, needs)
+        if torch.is_grad_enabled():  # somebody wants to differentiate this, and has to be told
+            results = _backward(*arguments)
+        else:
+            results = _below_autograd(_backward, _backward_impl, arguments)
         by_argument: list[Tensor | None] = [None] * _PROBLEM_LENGTH
         for i, need, gradient in zip(_DIFFERENTIABLE.values(), needs, results, strict=True):
             by_argument[i] = gradient if need else None
         return tuple(by_argument)
+
+
+def _given(grad: Tensor | None, counts: Tensor, parts: Tensor, options: Sequence[Any]) -> Tensor:
+    """The gradient of a side's fields [W, S, N], 0 where none came."""
+    if grad is not None:
+        return grad
+    want = options[_WANT - _TENSORS]
+    return counts.new_zeros(len(want), parts.shape[2], counts.shape[1])
 
 
 class _ContrastiveStatsBackward(torch.autograd.Function):
@@ -309,7 +345,7 @@ def sweep(
     order = [field for field in FIELDS if field in want]
     scales = logit_scale.to(dtype).reshape(-1)
     bias = None if contrast_bias is None else contrast_bias.to(dtype)
-    fields, counts, _, contrast_fields, contrast_counts, *_ = _forward(
+    arguments = (
         anchors,
         contrasts,
         positives,
@@ -330,6 +366,8 @@ def sweep(
         and not (both or contrasts.requires_grad or scales.requires_grad or (bias is not None)),
         choose_backend(anchors.device, dtype),
     )
+    run = _forward if _intercepted(arguments) else _ContrastiveStats.apply
+    fields, counts, _, contrast_fields, contrast_counts, *_ = run(*arguments)
 
     def named(values: Tensor, numbers: Tensor, reverse: ContrastiveStats | None) -> ContrastiveStats:
         by_name = dict(zip(order, (values if logit_scale.dim() else values.flatten(0, 1)).unbind(0), strict=True))

@@ -472,6 +472,8 @@ def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
 
 
 def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed) -> Tensor:
+    if reduction == "mean" and weights is None and values_visible(counted) and len(counted) > 0 and bool(counted.all()):
+        return terms.mean().to(posed.dtype)  # the common case in the fewest operators
     terms = torch.where(counted, terms, 0).to(posed.dtype)
     if weights is not None:
         terms = terms * weights

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -14,7 +15,7 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 
 def values_visible(tensor: Tensor) -> bool:
     """Whether looking at values is free: not while tracing, and never a synchronisation with a device."""
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter) and not torch.compiler.is_compiling()
 
 
 def check_tensor(name: str, value: Any) -> None:

@@ -111,7 +111,7 @@ _PROBLEM = (
     "Tensor logit_scale, Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
     "bool normalize_contrasts, str[] want, bool both, bool anchors_only, str backend"
 )
-_TENSORS, _WANT = 9, 11  # leading tensor arguments; the place of `want`
+_TENSORS, _WANT, _BOTH = 9, 11, 12  # leading tensor arguments; the places of `want` and `both`
 _DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
 _PROBLEM_LENGTH = _PROBLEM.count(",") + 1
 _library.define(
@@ -202,51 +202,93 @@ def _intercepted(args: Sequence[Any]) -> bool:
     )
 
 
-def _below_autograd(
-    op: Any, implementation: Callable[..., tuple[Tensor, ...]], args: Sequence[Any]
-) -> tuple[Tensor, ...]:
-    """The operator's result. A small batch takes less time than the dispatcher: it is passed by where nobody looks."""
-    with torch._C._AutoDispatchBelowAutograd():
-        outputs: tuple[Tensor, ...] = (op if _intercepted(args) else implementation)(*args)
-    return outputs
-
-
 class _ContrastiveStats(torch.autograd.Function):
+    """The operator's derivative."""
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = _below_autograd(_forward, _forward_impl, args)
-        _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
-        saved = (counts, parts, contrast_counts, contrast_parts, *others)
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # zeros for every output, saved ones too, cost more than small kernels
-        ctx.save_for_backward(*args[:_TENSORS], *saved)
-        ctx.options = args[_TENSORS:]
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = _forward(*args)
+        ctx.mark_non_differentiable(*_save(ctx, args, outputs))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE.values()]
-        counts, parts, contrast_counts, contrast_parts = saved[_TENSORS : _TENSORS + 4]
-        grad_fields = _given(grads[0], counts, parts, ctx.options)
-        grad_contrast_fields = _given(grads[3], contrast_counts, contrast_parts, ctx.options)
-        arguments = (*saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], grad_fields, grad_contrast_fields, needs)
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, and has to be told
-            results = _backward(*arguments)
-        else:
-            results = _below_autograd(_backward, _backward_impl, arguments)
-        by_argument: list[Tensor | None] = [None] * _PROBLEM_LENGTH
-        for i, need, gradient in zip(_DIFFERENTIABLE.values(), needs, results, strict=True):
-            by_argument[i] = gradient if need else None
-        return tuple(by_argument)
+        return _differentiate(ctx, grads[0], grads[3])
 
 
-def _given(grad: Tensor | None, counts: Tensor, parts: Tensor, options: Sequence[Any]) -> Tensor:
-    """The gradient of a side's fields [W, S, N], 0 where none came."""
-    if grad is not None:
-        return grad
-    want = options[_WANT - _TENSORS]
-    return counts.new_zeros(len(want), parts.shape[2], counts.shape[1])
+class _DirectStats(torch.autograd.Function):
+    """The same past the dispatcher, for where nobody looks on: each statistic is an output of its own.
+
+    A small batch takes less time than the operator's way through torch, and than taking its stacked outputs apart.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args_and_scales: Any) -> tuple[Tensor, ...]:
+        *args, one_scale = args_and_scales
+        outputs = _forward_impl(*args)
+        _save(ctx, args, outputs)
+        values = _taken_apart(outputs, one_scale, args[_BOTH])
+        ctx.mark_non_differentiable(*_counts_among(values, len(args[_WANT])))
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = len(ctx.options[_WANT - _TENSORS])
+        both_sides = _stacked(grads[:wanted]), _stacked(grads[wanted + 2 : 2 * wanted + 2])
+        return *_differentiate(ctx, *both_sides), None
+
+
+def _taken_apart(outputs: Sequence[Tensor], one_scale: bool, both: bool) -> tuple[Tensor, ...]:
+    """Of each side the wanted fields, [N] with one scale, else [S, N], then num_pos and num_neg."""
+    fields, counts, _, contrast_fields, contrast_counts, *_ = outputs
+    values = (*(fields.flatten(0, 1) if one_scale else fields).unbind(0), *counts.unbind(0))
+    if not both:
+        return values
+    other = contrast_fields.flatten(0, 1) if one_scale else contrast_fields
+    return *values, *other.unbind(0), *contrast_counts.unbind(0)
+
+
+def _counts_among(values: Sequence[Tensor], wanted: int) -> tuple[Tensor, ...]:
+    return tuple(value for k, value in enumerate(values) if k % (wanted + 2) >= wanted)
+
+
+def _save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Keeps what the backward needs; returns what of the outputs that is."""
+    _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
+    saved = (counts, parts, contrast_counts, contrast_parts, *others)
+    ctx.set_materialize_grads(False)  # zeros for every output, saved ones too, cost more than small kernels
+    ctx.save_for_backward(*args[:_TENSORS], *saved)
+    ctx.options = args[_TENSORS:]
+    return saved
+
+
+def _stacked(grads: Sequence[Tensor | None]) -> Tensor | None:
+    some = next((grad for grad in grads if grad is not None), None)
+    if some is None:
+        return None
+    stacked = torch.stack([torch.zeros_like(some) if grad is None else grad for grad in grads])
+    return stacked if stacked.dim() == 3 else stacked[:, None]
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments from those of the fields [W, S, N] of both sides; None: zeros."""
+    saved = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE.values()]
+    counts, parts, contrast_counts = saved[_TENSORS : _TENSORS + 3]
+    shape = len(ctx.options[_WANT - _TENSORS]), parts.shape[2]
+    if grad is None:
+        grad = counts.new_zeros(*shape, counts.shape[1])
+    if grad_contrasts is None:
+        grad_contrasts = counts.new_zeros(*shape, contrast_counts.shape[1])
+    arguments = (*saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], grad, grad_contrasts, needs)
+    # With gradients on, somebody wants to differentiate this: the operator will tell that it cannot be done.
+    plain = not torch.is_grad_enabled() and not _intercepted(arguments)
+    results = (_backward_impl if plain else _backward)(*arguments)
+    by_argument: list[Tensor | None] = [None] * _PROBLEM_LENGTH
+    for i, need, gradient in zip(_DIFFERENTIABLE.values(), needs, results, strict=True):
+        by_argument[i] = gradient if need else None
+    return tuple(by_argument)
 
 
 class _ContrastiveStatsBackward(torch.autograd.Function):
@@ -366,16 +408,20 @@ def sweep(
         and not (both or contrasts.requires_grad or scales.requires_grad or (bias is not None)),
         choose_backend(anchors.device, dtype),
     )
-    run = _forward if _intercepted(arguments) else _ContrastiveStats.apply
-    fields, counts, _, contrast_fields, contrast_counts, *_ = run(*arguments)
+    one_scale = logit_scale.dim() == 0
+    if _intercepted(arguments):
+        values = _taken_apart(_forward(*arguments), one_scale, both)
+    else:
+        values = _DirectStats.apply(*arguments, one_scale)
 
-    def named(values: Tensor, numbers: Tensor, reverse: ContrastiveStats | None) -> ContrastiveStats:
-        by_name = dict(zip(order, (values if logit_scale.dim() else values.flatten(0, 1)).unbind(0), strict=True))
-        num_pos, num_neg = numbers.unbind(0)
+    def named(values: Sequence[Tensor], reverse: ContrastiveStats | None) -> ContrastiveStats:
+        *fields, num_pos, num_neg = values
+        by_name = dict(zip(order, fields, strict=True))
         lse_all, lse_pos, lse_neg, sum_pos = (by_name.get(field) for field in FIELDS)
         return ContrastiveStats(lse_all, lse_pos, lse_neg, sum_pos, num_pos, num_neg, reverse)
 
-    return named(fields, counts, named(contrast_fields, contrast_counts, None) if both else None)
+    side = len(order) + 2
+    return named(values[:side], named(values[side:], None) if both else None)
 
 
 def contrastive_stats(

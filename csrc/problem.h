@@ -41,6 +41,8 @@ struct Statistics {
   void *positives;         // [N]: how many
   void *negatives;         // [N]
   void *negative_share;    // [N]: sum over the negatives / sum over all
+  void *negative_base;     // [N]: the largest logit to base 2 among the negatives,
+  void *positive_base;     // [N]: and among the positives, where the forward kept it, else 0
   void *inverse_norms;     // [N]: a, where rows are normalised
 };
 

@@ -599,3 +599,28 @@ def test_importing_and_using_fastcl_does_not_import_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_gradients_in_a_batch(backend) -> None:
+    """Tensors that vmap wraps look plain: the operator has to see them."""
+    q = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    lse = fastcl.contrastive_stats(q, want=("lse_all",)).lse_all
+    one_by_one = [torch.autograd.grad(lse, q, row, retain_graph=True)[0] for row in torch.eye(8)[:3]]
+    (batched,) = torch.autograd.grad(lse, q, torch.eye(8)[:3], is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+def test_tensors_without_data() -> None:
+    stats = fastcl.contrastive_stats(torch.randn(4, 8, device="meta"), want=("lse_all",))
+    assert stats.lse_all.device.type == "meta"
+    assert stats.lse_all.shape == (4,)
+
+
+def test_default_device_does_not_matter(backend) -> None:
+    rows = torch.randn(6, 4)
+    clusters, bias = torch.arange(6) // 2, torch.randn(6)
+    with torch.device("meta"):
+        stats = fastcl.contrastive_stats(rows, anchor_clusters=clusters, contrast_bias=bias)
+    assert torch.equal(
+        stats.lse_all, fastcl.contrastive_stats(rows, anchor_clusters=clusters, contrast_bias=bias).lse_all
+    )

@@ -156,6 +156,59 @@ def test_contrasts_without_gradient(dtype, positives, ids, scale) -> None:
     check_stats(arguments, ("anchors",))
 
 
+@pytest.mark.parametrize("magnitude", [1e6, 1e9, 1e12, 1e18])
+def test_logits_of_any_size(magnitude, backend) -> None:
+    """Float32 can no longer tell such logits apart by less than an exponent's range: the largest takes all."""
+    g = generator(0)
+    x, y = torch.randn(64, 16, generator=g) / 4, torch.randn(30, 16, generator=g) / 4 * magnitude
+    logits = x.double() @ y.double().T
+    z = x.clone().requires_grad_()
+    lse = fastcl.contrastive_stats(z, y, want=("lse_all",)).lse_all
+    torch.testing.assert_close(lse.detach().double(), logits.amax(1), rtol=1e-5, atol=20.0)
+    lse.sum().backward()
+    margins = logits.topk(2, dim=1).values
+    clear = margins[:, 0] - margins[:, 1] > 1e-4 * magnitude
+    assert clear.sum() > 50
+    torch.testing.assert_close(z.grad[clear], y[logits.argmax(1)][clear], rtol=1e-4, atol=1e-4 * magnitude)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0xFFC12345, 0x7F800000])
+@pytest.mark.parametrize("side", ["anchors", "contrasts"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_is_not_hidden(bits, side, dtype, backend) -> None:
+    """A NaN of any bits, and an infinity, in one normalised row: as a contrast it reaches every anchor."""
+    bad = torch.tensor([bits - 2**32 if bits >= 2**31 else bits], dtype=torch.int32).view(torch.float32)
+    rows = {
+        "anchors": torch.randn(20, 33, generator=generator(0)),
+        "contrasts": torch.randn(41, 33, generator=generator(1)),
+    }
+    rows = {name: value.to(dtype) for name, value in rows.items()}
+    rows[side][7, 3] = bad[0]
+    lse = fastcl.contrastive_stats(**rows, normalize_anchors=True, normalize_contrasts=True, want=("lse_all",)).lse_all
+    expected = torch.arange(20) == 7 if side == "anchors" else torch.ones(20, dtype=torch.bool)
+    assert torch.equal(lse.isnan(), expected)
+
+
+def test_extra_positive_without_contrasts(backend) -> None:
+    """An anchor all of whose contrasts are inadmissible, and whose own positive lies far away."""
+    x = torch.randn(4, 8, generator=generator(0), requires_grad=True)
+    y = torch.randn(1, 8, generator=generator(1))
+    loss = fastcl.functional.cluster_infonce(
+        x,
+        torch.arange(4),
+        positives=-100 * x.detach(),
+        contrasts=y,
+        contrast_clusters=torch.tensor([-1]),
+        ids=torch.tensor([5, 1, 2, 3]),
+        contrast_ids=torch.tensor([5]),
+        normalize=False,
+        temperature=1.0,
+    )
+    loss.backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad[0] == 0).all()
+
+
 # What is computed
 
 

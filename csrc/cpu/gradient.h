@@ -22,7 +22,7 @@ template <class Mul> struct GradientPass {
   static constexpr int64_t NR = NV * W;
   static constexpr bool DOT = Mul::PAIR == 2;
   static constexpr int64_t G_ROW = Sweep<Mul>::G_ROW, T_ROW = BLOCK + 16; // strides of the tile's gradient, and of its transpose
-  static constexpr double LEAST_SPREAD = 120; // of log-sums, to base 2, around one base for all
+  static constexpr double SHARED_SPREAD = 120, SHARED_LARGEST = 1e6; // of log-sums, to base 2, around one base for all
 
   struct Local {
     Unit *a;             // a packed block
@@ -74,7 +74,7 @@ template <class Mul> struct GradientPass {
         least = smaller(least, locals[t].spread[0]);
         most = larger(most, locals[t].spread[1]);
       }
-      const bool wide = most - least > LEAST_SPREAD;
+      const bool wide = most - least > SHARED_SPREAD || most > SHARED_LARGEST || least < -SHARED_LARGEST;
       const bool central = !s.wide() && least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32;
       // whole, so that subtracting it from a logit does not round
       const T base = central || least > most ? T(0) : T(__builtin_rint((least + most) / 2));
@@ -124,7 +124,8 @@ private:
         T *const g = (T *)out.anchor_gradient + row * s.d;
         T unused = 0;
         s.measured(s.anchors, i, s.row_buffer(t), unused);
-        const T weight = T(rebased(out.anchors, LSE_ALL, row, 0) + rebased(out.anchors, LSE_NEG, row, 0)) * s.anchors.inverse_norms[i];
+        const bool empty = ((const T *)out.anchors.negatives)[row] == 0; // whatever base an extra positive has brought
+        const T weight = empty ? T(0) : T(rebased(out.anchors, LSE_ALL, row, 0) + rebased(out.anchors, LSE_NEG, row, 0)) * s.anchors.inverse_norms[i];
         for (int64_t k = 0; k < s.d; k++) g[k] = weight * sums[k];
       }
       project(s.anchors, out.anchor_gradient, t);
@@ -141,6 +142,7 @@ private:
       for (int64_t i = mine.from; i < mine.to; i++) {
         if (sums[i] == 0) continue;
         const double log_sum = LOG2E * (double(shifts[i]) + double(log_of(sums[i])));
+        if (log_sum != log_sum) continue; // the row's gradients will be NaN, with any base
         locals[t].spread[0] = smaller(locals[t].spread[0], log_sum);
         locals[t].spread[1] = larger(locals[t].spread[1], log_sum);
       }
@@ -152,14 +154,9 @@ private:
     if (!saved.fields[f]) return 0;
     const double sum = ((const T *)saved.sums[f])[i], shift = ((const T *)saved.shifts[f])[i];
     if (sum == 0) return 0;
-    const double exponent = LN2 * base - shift, weight = double(((const T *)saved.fields[f])[i]) / sum;
+    const double exponent = natural(T(base)) - shift, weight = double(((const T *)saved.fields[f])[i]) / sum;
     return exponent == 0 ? weight : weight * __builtin_exp(exponent);
   }
-  static double base_of(const Statistics &saved, int f, int64_t i) {
-    const int from = saved.fields[f] && ((const T *)saved.sums[f])[i] != 0 ? f : int(LSE_ALL); // the set's own, or the whole's
-    return saved.fields[from] ? double(T(LOG2E * double(((const T *)saved.shifts[from])[i]))) : 0;
-  }
-
   void weigh(const Side<Mul> &side, const Statistics &saved, const Weights<T> &to, T shared_base, bool wide, int t) const {
     const Range mine = share(side.padded, s.threads, t);
     const auto gradient = [&](int f, int64_t i) { return saved.fields[f] ? double(((const T *)saved.fields[f])[i]) : 0.; };
@@ -169,8 +166,8 @@ private:
         continue;
       }
       const int64_t i = side.order[place];
-      const double negative = wide ? base_of(saved, LSE_NEG, i) : double(shared_base);
-      const double positive = wide ? base_of(saved, LSE_POS, i) : double(shared_base);
+      const double negative = wide ? ((const T *)saved.negative_base)[i] : shared_base;
+      const double positive = wide ? ((const T *)saved.positive_base)[i] : shared_base;
       to.negative_base[place] = T(negative);
       to.positive_base[place] = T(positive);
       to.negative[place] = T(rebased(saved, LSE_ALL, i, negative) + rebased(saved, LSE_NEG, i, negative));

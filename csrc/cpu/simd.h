@@ -125,7 +125,8 @@ template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2(V<T> t) {
 }
 template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2_clamped(V<T> t) {
   using E = Exponential<T>;
-  return exp2<T, CAREFUL>(at_most<T>(at_least<T>(t, all<T>(E::LEAST)), all<T>(E::MOST)));
+  const V<T> power = exp2<T, CAREFUL>(at_most<T>(at_least<T>(t, all<T>(E::LEAST)), all<T>(E::MOST)));
+  return where<T>(t == t, power, t); // the bits of a NaN are no exponent
 }
 
 // How rows are multiplied. Unit: what a lane of the product takes of a row, one number or a pair of bfloat16.

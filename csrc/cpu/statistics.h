@@ -9,13 +9,14 @@ namespace {
 // where the logits are wide, else 0.
 enum Sum : int { NEGATIVE, NEGATIVE_MAXIMUM, POSITIVE, POSITIVE_MAXIMUM, LOGITS, POSITIVES, INADMISSIBLE, SUMS };
 constexpr int64_t LEAN_SUMS = POSITIVE; // where there are neither clusters nor ids
-constexpr double NO_MAXIMUM = -1e30;    // of an empty set: finite, so that differences are
+
+template <class T> constexpr T NO_MAXIMUM = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__); // of an empty set
 
 template <class T> FASTCL_INLINE bool is_maximum(int f) { return f == NEGATIVE_MAXIMUM || f == POSITIVE_MAXIMUM; }
 
 template <class T> void reset(T *sums, int64_t fields, int64_t stride, int64_t from, int64_t to, bool wide) {
   for (int64_t f = 0; f < fields; f++)
-    for (int64_t i = from; i < to; i++) sums[f * stride + i] = wide && is_maximum<T>(f) ? T(NO_MAXIMUM) : T(0);
+    for (int64_t i = from; i < to; i++) sums[f * stride + i] = wide && is_maximum<T>(f) ? NO_MAXIMUM<T> : T(0);
 }
 
 // to += from, field by field, `stride` apart.
@@ -66,7 +67,7 @@ template <class Mul> struct StatisticsPass {
     with_team(s.threads, [&](const Team &team) {
       s.pack(team);
       const bool wide = s.wide();
-      if (out.weighted.sums && team.index == 0) *(T *)out.weighted.valid = T(weighting && !wide);
+      if (out.weighted.sums && team.index == 0) *(T *)out.weighted.valid = T(weighting && !wide && s.largest_norm(1) < 1e15);
       team.run([&](int t) {
         if (wide) sweep<true>(t);
         else sweep<false>(t);
@@ -151,7 +152,7 @@ private:
     V<T> most = before;
     EACH(k, COUNT) {
       V<T> x = t(k);
-      if (MIXED) x = where<T>(mask(k), x, all<T>(NO_MAXIMUM));
+      if (MIXED) x = where<T>(mask(k), x, all<T>(NO_MAXIMUM<T>));
       most = larger_of(most, x);
     }
     V<T> total = load(sum) * exp2_clamped<T, MIXED>(before - most);
@@ -255,7 +256,7 @@ private:
     const Range mine = share(side.size, s.threads, t);
     for (int64_t i = mine.from; i < mine.to; i++) {
       T x[SUMS] = {};
-      if (wide) x[NEGATIVE_MAXIMUM] = x[POSITIVE_MAXIMUM] = T(NO_MAXIMUM);
+      if (wide) x[NEGATIVE_MAXIMUM] = x[POSITIVE_MAXIMUM] = NO_MAXIMUM<T>;
       for (int part = 0; part < parts; part++) merge(x, 1, sums + part * fields * side.padded + i, side.padded, fields, wide);
       const int64_t row = side.order[i];
       const T most = larger(x[NEGATIVE_MAXIMUM], x[POSITIVE_MAXIMUM]);
@@ -268,20 +269,18 @@ private:
       ((T *)out.positives)[row] = x[POSITIVES];
       ((T *)out.negatives)[row] = T(others) - x[POSITIVES] - x[INADMISSIBLE];
       ((T *)out.negative_share)[row] = negative / (negative + positive);
+      ((T *)out.negative_base)[row] = x[NEGATIVE_MAXIMUM];
+      ((T *)out.positive_base)[row] = x[POSITIVE_MAXIMUM];
       if (out.inverse_norms) ((T *)out.inverse_norms)[row] = side.inverse_norms[i];
     }
   }
   static void put(const Statistics &out, Field field, int64_t row, T sum, T maximum) {
     if (!out.fields[field]) return;
-    T shift = 0;
-    if (sum != 0 && maximum != 0) { // the shift rounds; the sum takes that up
-      const double exact = LN2 * double(maximum);
-      shift = T(exact);
-      sum = T(double(sum) * __builtin_exp(exact - double(shift)));
-    }
+    const double exact = sum == 0 ? 0. : natural(maximum);
+    const T shift = T(exact); // rounds; the sum takes up the difference
+    ((T *)out.fields[field])[row] = exact == 0 ? log_of(sum) : T(exact + double(log_of(sum)));
     ((T *)out.shifts[field])[row] = shift;
-    ((T *)out.sums[field])[row] = sum;
-    ((T *)out.fields[field])[row] = shift == 0 ? log_of(sum) : T(double(shift) + double(log_of(sum)));
+    ((T *)out.sums[field])[row] = exact == double(shift) ? sum : T(double(sum) * __builtin_exp(exact - double(shift)));
   }
 };
 

@@ -43,6 +43,13 @@ template <class F> void with_team(int threads, F body) {
 struct Range {
   int64_t from, to;
 };
+template <class T> FASTCL_INLINE T larger_or_nan(T most, T x) { return x > most || x != x ? x : most; }
+// Natural units of a logarithm to base 2. Beyond 2^23 it is rounded to T, so that shifts and bases which are kept in T
+// compare equal where they were equal: what the rounding leaves would be an exponent of its own.
+template <class T> FASTCL_INLINE double natural(T base2) {
+  const double exact = 0.69314718055994530942 * double(base2);
+  return __builtin_fabs(exact) > 8388608. ? double(T(exact)) : exact;
+}
 template <class T> FASTCL_INLINE T exp2_of(T x) {
   if constexpr (sizeof(T) == 8) return __builtin_exp2(x);
   else return __builtin_exp2f(x);
@@ -144,7 +151,7 @@ template <class Mul> struct Sweep {
     if (!arena.base) return;
     const double exact = LOG2E * double(*(const T *)p.logit_scale);
     scale = T(exact);
-    scale_rest = T(exact - double(scale));
+    scale_rest = __builtin_isfinite(scale) ? T(exact - double(scale)) : T(0);
     for (int64_t j = 0; bias && j < contrasts.padded; j++)
       bias[j] = j < contrasts.size ? T(LOG2E * double(((const T *)p.contrast_bias)[contrasts.order[j]])) : T(0);
   }
@@ -165,12 +172,16 @@ template <class Mul> struct Sweep {
 
   // Whether some |logit|, to base 2, may exceed SHARED_LIMIT; after `pack`.
   bool wide() const {
-    double norms[2] = {0, 0}, most_bias = 0;
-    for (int k = 0; k < 2 * threads; k++)
-      if (!(largest[k] <= norms[k / threads])) norms[k / threads] = largest[k];
+    double most_bias = 0;
     for (int64_t j = 0; bias && j < contrasts.size; j++)
-      if (!(__builtin_fabs(double(bias[j])) <= most_bias)) most_bias = __builtin_fabs(double(bias[j]));
-    return !(__builtin_fabs(double(scale)) * norms[0] * norms[1] + most_bias <= SHARED_LIMIT);
+      most_bias = larger_or_nan(most_bias, __builtin_fabs(double(bias[j])));
+    return !(__builtin_fabs(double(scale)) * largest_norm(0) * largest_norm(1) + most_bias <= SHARED_LIMIT);
+  }
+  double largest_norm(int side) const { // of anchors (0) or contrasts (1), as they enter the logits; or a NaN
+    double most = 0;
+    for (int t = 0; t < threads; t++)
+      most = larger_or_nan(most, double(largest[side * threads + t]));
+    return most;
   }
 
   // The rows of a block, row-major by chunks: a[chunk][row][A_ROW]. Rows from `to` on are zero.
@@ -276,7 +287,7 @@ template <class Mul> struct Sweep {
     // in double: an error of the norm would be one of all the row's logits
     const double norm = __builtin_sqrt(dot<double>(x, x, d));
     const T a = !s.normalize ? T(1) : norm == 0 || norm * norm > LARGEST ? T(0) : T(1 / larger(norm, NORM_FLOOR));
-    if (!(T(norm) * a <= most)) most = T(norm) * a;
+    most = larger_or_nan(most, T(norm) * a);
     s.inverse_norms[i] = a;
     return read(s, i, buffer);
   }
@@ -313,13 +324,12 @@ private:
     if constexpr (Mul::PAIR == 2) {
       const uint16_t *in = (const uint16_t *)rows.data + row * rows.row_stride;
       uint16_t *out = (uint16_t *)buffer;
-      if (vanishes(s, i)) memset(out, 0, units * sizeof(Unit));
-      else {
-        if (rows.column_stride == 1) memcpy(out, in, d * 2);
-        else
-          for (int64_t k = 0; k < d; k++) out[k] = in[k * rows.column_stride];
-        if (d & 1) out[d] = 0;
-      }
+      if (rows.column_stride == 1) memcpy(out, in, d * 2);
+      else
+        for (int64_t k = 0; k < d; k++) out[k] = in[k * rows.column_stride];
+      if (d & 1) out[d] = 0;
+      if (vanishes(s, i)) // finite numbers become 0, others a NaN
+        for (int64_t k = 0; k < d; k++) out[k] = (out[k] & 0x7f80) == 0x7f80 ? 0x7fc0 : 0;
       return buffer;
     } else {
       if (lies_so(s) && !vanishes(s, i)) return (const T *)rows.data + row * rows.row_stride;

@@ -114,6 +114,8 @@ template <class T> struct Outputs { // of one side
     addresses.positives = pool.array<T>(size);
     addresses.negatives = pool.array<T>(size);
     addresses.negative_share = pool.array<T>(size);
+    addresses.negative_base = pool.array<T>(size);
+    addresses.positive_base = pool.array<T>(size);
     if (normalize) addresses.inverse_norms = pool.array<T>(size);
   }
 };

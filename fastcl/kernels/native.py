@@ -79,11 +79,12 @@ def native_module() -> Any:
 def saved_size(p: Problem) -> int:
     """How many numbers the forward keeps for the backward.
 
-    Of each row, the negatives' share of the sum over all: [S, N], with `both` also [S, M]. Then, for a backward of the
-    anchors alone, the softmax-weighted sums of contrasts [N, D] and whether they are valid [1].
+    Of each row the negatives' share of the sum over all, and the largest logits to base 2 among negatives and among
+    positives: [3, S, N], with `both` then [3, S, M]. For a backward of the anchors alone also the softmax-weighted sums
+    of contrasts [N, D] and whether they are valid [1].
     """
     s, n, m = p.sizes
-    return s * (n + m if p.both else n) + (n * p.anchors.shape[1] + 1 if _weighted(p) else 0)
+    return 3 * s * (n + m if p.both else n) + (n * p.anchors.shape[1] + 1 if _weighted(p) else 0)
 
 
 def _weighted(p: Problem) -> bool:
@@ -163,7 +164,7 @@ def _two_sets_if_biased(p: Problem) -> Problem:
     """A bias breaks the symmetry of self-contrast: the rows then meet themselves as a second set."""
     if p.contrasts is not None or p.contrast_bias is None:
         return p
-    own = torch.arange(p.anchors.shape[0])
+    own = torch.arange(p.anchors.shape[0], device="cpu")
     return replace(
         p,
         contrasts=p.anchors,
@@ -217,13 +218,13 @@ def _sides(
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """Where the statistics of both sides are, for one of the scales."""
     s, n, m = p.sizes
-    own = _side(p.want, anchors, s, n, scale, _address(saved, scale * n))
+    own = _side(p.want, anchors, s, n, scale, _address(saved))
     if not p.both:
         return own, None
-    return own, _side(p.want, contrasts, s, m, scale, _address(saved, s * n + scale * m))
+    return own, _side(p.want, contrasts, s, m, scale, _address(saved, 3 * s * n))
 
 
-def _side(want: Sequence[str], side: Side, s: int, size: int, scale: int, shares: int) -> tuple[int, ...]:
+def _side(want: Sequence[str], side: Side, s: int, size: int, scale: int, saved: int) -> tuple[int, ...]:
     bytes_each = side.counts.element_size()
     row, block = size * bytes_each, s * size * bytes_each
     field, counts = side.fields.data_ptr() + scale * row, side.counts.data_ptr()
@@ -237,7 +238,8 @@ def _side(want: Sequence[str], side: Side, s: int, size: int, scale: int, shares
         if name != "sum_pos":
             shifts[k], totals[k] = shift, sums
             shift, sums = shift + block, sums + block
-    return *fields, *shifts, *totals, counts, counts + row, shares
+    kept = (saved + scale * row + k * block for k in range(3))
+    return *fields, *shifts, *totals, counts, counts + row, *kept
 
 
 def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:
@@ -245,9 +247,9 @@ def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:
     if not _weighted(p):
         return 0, 0
     n, d = p.anchors.shape
-    return _address(saved, n), _address(saved, n + n * d)
+    return _address(saved, 3 * n), _address(saved, 3 * n + n * d)
 
 
 def _run(call: Any) -> None:
-    workspace = torch.empty(call.workspace, dtype=torch.uint8)  # a name, so that it outlives the call
+    workspace = torch.empty(call.workspace, dtype=torch.uint8, device="cpu")  # a name, so that it outlives the call
     call.run(workspace.data_ptr())

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from . import chunked, native, paired, reference
 from .checks import (
@@ -191,14 +190,18 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 # Derivatives.
 
 
-def _intercepted(args: Sequence[Any]) -> bool:
-    """Whether somebody may want to see the operator: a tracer, a mode, a transform, a subclass of tensors."""
+_PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+
+
+def _intercepted(*tensors: Tensor | None) -> bool:
+    """Whether somebody wants to see the operator (a tracer, a mode, a transform), or a tensor is not a plain one."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(a, Tensor) and type(a) not in (Tensor, Parameter) for a in args)
+        or any(t is not None and torch._C._dispatch_keys(t).raw_repr() != _PLAIN_KEYS for t in tensors)
     )
 
 
@@ -283,7 +286,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None)
         grad_contrasts = counts.new_zeros(*shape, contrast_counts.shape[1])
     arguments = (*saved[:_TENSORS], *ctx.options, *saved[_TENSORS:], grad, grad_contrasts, needs)
     # With gradients on, somebody wants to differentiate this: the operator will tell that it cannot be done.
-    plain = not torch.is_grad_enabled() and not _intercepted(arguments)
+    plain = not torch.is_grad_enabled() and not _intercepted(saved[0], grad, grad_contrasts)
     results = (_backward_impl if plain else _backward)(*arguments)
     by_argument: list[Tensor | None] = [None] * _PROBLEM_LENGTH
     for i, need, gradient in zip(_DIFFERENTIABLE.values(), needs, results, strict=True):
@@ -409,7 +412,7 @@ def sweep(
         choose_backend(anchors.device, dtype),
     )
     one_scale = logit_scale.dim() == 0
-    if _intercepted(arguments):
+    if _intercepted(anchors, contrasts, positives, scales, bias):
         values = _taken_apart(_forward(*arguments), one_scale, both)
     else:
         values = _DirectStats.apply(*arguments, one_scale)

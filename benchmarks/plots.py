@@ -38,6 +38,11 @@ _COLOURS = {
 PROBLEM = ("self-contrast, pairs", 128, "float32")  # of the plots over N
 
 
+def rounded(number: float) -> str:
+    """Two digits, or all that stand before the point."""
+    return f"{number:.0f}" if number >= 9.95 else f"{number:.2g}"
+
+
 def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     """Writes those plots that the rows have something for, and returns their names."""
     done = [row for row in rows if row["status"] in TIMED and row["direction"] == BOTH]
@@ -174,7 +179,7 @@ def _bars(
             colour = _COLOURS.get(name.removeprefix("over "), "black")
             places, widths = [y for y, _ in known], [v - start for _, v in known]
             bars = axes.barh(places, widths, height * 0.92, left=start, label=name, color=colour)
-            axes.bar_label(bars, [form.format(v) for _, v in known], fontsize=7, padding=2)
+            axes.bar_label(bars, [form.format(rounded(v)) for _, v in known], fontsize=7, padding=2)
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.set_ylim(len(cases) - 0.4, -0.6)
     axes.set_xlabel(xlabel)
@@ -194,9 +199,7 @@ def _ratio(rows: Sequence[Row]) -> Figure | None:
     }
     names = [f"{case}  [{best['provider'].removeprefix('fastcl ')}]" for case, best in found.items()]
     title = "How many times faster fastcl's fastest backend is, forward + backward"
-    figure, axes = _bars(
-        title, "ratio of times, pair by pair (left of 1x the peer is faster)", names, series, 1, "{:.2g}x"
-    )
+    figure, axes = _bars(title, "ratio of times, pair by pair (left of 1x the peer is faster)", names, series, 1, "{}x")
     axes.set_xscale("log")
     values = [v for column in series.values() for v in column if v is not None]
     axes.set_xlim(min([0.5, *values]) * 0.75, max([2, *values]) * 1.4)
@@ -217,6 +220,6 @@ def _share(rows: Sequence[Row]) -> Figure | None:
         for name in (*names, EAGER, COMPILED)
     }
     title = "Arithmetic that the case takes at least, as a share of the machine's peak, forward + backward"
-    figure, axes = _bars(title, "share of peak (%)", list(cases), series, 0, "{:.2g}")
+    figure, axes = _bars(title, "share of peak (%)", list(cases), series, 0, "{}")
     axes.set_xlim(0, 100)
     return figure

@@ -199,7 +199,7 @@ def summary(rows: Sequence[Row], cases: Sequence[Key]) -> list[str]:
             f"| {case} | {best['provider'].removeprefix('fastcl ')} | {milliseconds(best['p50_ms'])} "
             f"| {_ratio(best, EAGER)} | {_ratio(best, COMPILED)} "
             f"| {megabytes(best['peak_extra_bytes'])} ({megabytes(eager['peak_extra_bytes'] if eager else None)}) "
-            f"| {100 * best['share_of_peak']:.2g} % | {verdict(best, chosen)} |"
+            f"| {plots.rounded(100 * best['share_of_peak'])} % | {verdict(best, chosen)} |"
         )
     return lines
 
@@ -216,8 +216,8 @@ def verdict(best: Row, chosen: Sequence[Row]) -> str:
     if ratio["p20"] <= 1 <= ratio["p80"]:
         return f"fastcl and {name} are even"
     if ratio["p50"] < 1:
-        return f"**{name} wins**, {1 / ratio['p50']:.2g}x faster than fastcl"
-    return f"fastcl, {ratio['p50']:.2g}x faster than {name}"
+        return f"**{name} wins**, {plots.rounded(1 / ratio['p50'])}x faster than fastcl"
+    return f"fastcl, {plots.rounded(ratio['p50'])}x faster than {name}"
 
 
 def _case(rows: Sequence[Row], case: str) -> list[str]:
@@ -241,7 +241,7 @@ def _case(rows: Sequence[Row], case: str) -> list[str]:
             f"| {name}{' †' if row['status'] == IMPRECISE else ''} "
             f"| {_spread(forward)} | {_spread(row)} | {_ratio(row, EAGER)} | {_ratio(row, COMPILED)} "
             f"| {megabytes(row['peak_extra_bytes'])} "
-            f"| {row['flops_per_second'] / 1e9:.3g} | {100 * row['share_of_peak']:.2g} % "
+            f"| {row['flops_per_second'] / 1e9:.3g} | {plots.rounded(100 * row['share_of_peak'])} % "
             + "".join(f"| {row['error'][k]['loss']:.0e}, {row['error'][k]['gradient']:.0e} " for k in KINDS)
             + "|"
         )

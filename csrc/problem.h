@@ -8,7 +8,7 @@ namespace fastcl {
 enum class Dtype : int { float64, float32, bfloat16, float16 };
 
 struct Rows {
-  const void *data;                    // [size, D]
+  const void *data;                        // [size, D]
   int64_t size, row_stride, column_stride; // strides in elements
   Dtype dtype;
 };
@@ -35,15 +35,15 @@ enum Field : int { LSE_ALL, LSE_POS, LSE_NEG, SUM_POS, FIELDS };
 
 // Statistics of one side, or the gradients that come back for them, for one scale. Null: not wanted.
 struct Statistics {
-  void *fields[FIELDS];    // [N]
-  void *shifts[SUM_POS];   // [N]: of each log-sum-exp, the shift and
-  void *sums[SUM_POS];     // [N]: the sum of exp(s_ij - shift)
-  void *positives;         // [N]: how many
-  void *negatives;         // [N]
-  void *negative_share;    // [N]: sum over the negatives / sum over all
-  void *negative_base;     // [N]: the largest logit to base 2 among the negatives,
-  void *positive_base;     // [N]: and among the positives, where the forward kept it, else 0
-  void *inverse_norms;     // [N]: a, where rows are normalised
+  void *fields[FIELDS];  // [N]
+  void *shifts[SUM_POS]; // [N]: of each log-sum-exp, the shift and
+  void *sums[SUM_POS];   // [N]: the sum of exp(s_ij - shift)
+  void *positives;       // [N]: how many
+  void *negatives;       // [N]
+  void *negative_share;  // [N]: sum over the negatives / sum over all
+  void *negative_base;   // [N]: the largest logit to base 2 among the negatives,
+  void *positive_base;   // [N]: and among the positives, where the forward kept it, else 0
+  void *inverse_norms;   // [N]: a, where rows are normalised
 };
 
 // What the forward of two sets may leave for the backward of the anchors, so that it needs no second sweep. The sums are

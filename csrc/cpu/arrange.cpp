@@ -88,8 +88,8 @@ std::vector<int32_t> gather(const std::vector<int32_t> &values, const std::vecto
   return result;
 }
 
-void arrange_side(Arrangement &side, int64_t size, const std::vector<int32_t> *clusters, size_t cluster_count,
-                  const std::vector<int32_t> *ids, size_t id_count, int32_t alone) {
+void arrange_side(Arrangement &side, int64_t size, const std::vector<int32_t> *clusters, size_t cluster_count, const std::vector<int32_t> *ids,
+                  size_t id_count, int32_t alone) {
   if (clusters) sort_by(*clusters, alone, cluster_count, side.order);
   else if (ids) sort_by(*ids, alone, id_count, side.order);
   else {

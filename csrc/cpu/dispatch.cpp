@@ -33,7 +33,10 @@ bool slow_pairs() {
 std::vector<const Engine *> built_engines() {
   return {
 #if defined(FASTCL_ENGINES)
-      &baseline::engine, &avx2::engine, &avx512::engine, &avx512_bf16::engine,
+      &baseline::engine,
+      &avx2::engine,
+      &avx512::engine,
+      &avx512_bf16::engine,
 #endif
   };
 }

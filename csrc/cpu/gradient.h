@@ -22,16 +22,16 @@ template <class Mul> struct GradientPass {
   static constexpr int64_t NR = NV * W;
   static constexpr bool DOT = Mul::PAIR == 2;
   static constexpr int64_t G_ROW = Sweep<Mul>::G_ROW, T_ROW = BLOCK + 16; // strides of the tile's gradient, and of its transpose
-  static constexpr double SHARED_SPREAD = 120, SHARED_LARGEST = 1e6; // of log-sums, to base 2, around one base for all
+  static constexpr double SHARED_SPREAD = 120, SHARED_LARGEST = 1e6;      // of log-sums, to base 2, around one base for all
 
   struct Local {
-    Unit *a;             // a packed block
-    Unit *g;             // [BLOCK + MR][G_ROW]
-    Unit *transposed;    // [BLOCK / 2 + MR][T_ROW] pairs along the rows; numbers that are no pairs are read across g
-    double *scale;       // [W] lanes of the scale's gradient in the tile
+    Unit *a;          // a packed block
+    Unit *g;          // [BLOCK + MR][G_ROW]
+    Unit *transposed; // [BLOCK / 2 + MR][T_ROW] pairs along the rows; numbers that are no pairs are read across g
+    double *scale;    // [W] lanes of the scale's gradient in the tile
     double scale_total;
-    double spread[2];    // least and largest log-sum
-    char apart[64];      // from the next thread's cache line
+    double spread[2]; // least and largest log-sum
+    char apart[64];   // from the next thread's cache line
   };
   const Problem &p;
   const Backward &out;
@@ -184,8 +184,7 @@ private:
   }
   void clear(const Side<Mul> &side, const Weights<T> &to, int t) const {
     const Range mine = share(side.padded, s.threads, t);
-    for (int64_t i = mine.from; i < mine.to; i++)
-      to.negative[i] = to.positive[i] = to.constant[i] = to.negative_base[i] = to.positive_base[i] = 0;
+    for (int64_t i = mine.from; i < mine.to; i++) to.negative[i] = to.positive[i] = to.constant[i] = to.negative_base[i] = to.positive_base[i] = 0;
   }
   void erase(const Side<Mul> &side, void *gradient, int t) const {
     const Range mine = share(side.size, s.threads, t);
@@ -213,8 +212,7 @@ private:
       return;
     }
     const Range rows{0, s.anchors.size}, cols{0, s.contrasts.size};
-    if (!columns_needed && !bias_gradient)
-      return team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), cols, base); });
+    if (!columns_needed && !bias_gradient) return team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), cols, base); });
     if (!rows_needed) return team.run([&](int t) { rectangle<BASE>(t, rows, share(cols.to, threads, t, NR), base); });
     for (int round = 0; round < threads; round++)
       team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), share(cols.to, threads, (t + round) % threads, NR), base); });
@@ -250,7 +248,8 @@ private:
         const Unit *a = local.a + (i - rows.from) * A_ROW;
         const char *ahead = (const char *)next + (i - rows.from) / MR * 8 * s.units;
         const bool mixed = s.mixed(i, j, rows.to);
-        (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, base, ahead);
+        (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, base,
+                                                                             ahead);
       }
     }
     double total = 0;
@@ -267,9 +266,9 @@ private:
     }
   }
 
-  template <Base BASE, bool MIXED>
-  static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, const Local &local, const Unit *a, int64_t i0, int64_t j0, int64_t r0,
-                                              int64_t c0, int64_t to, T base, const void *next) {
+  template <Base BASE, bool MIXED> static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, const Local &local, const Unit *a,
+                                                                               int64_t i0, int64_t j0, int64_t r0, int64_t c0, int64_t to, T base,
+                                                                               const void *next) {
     const Sweep<Mul> &s = pass.s;
     typename Sweep<Mul>::Tile u __attribute__((aligned(64)));
     s.products(a, j0, u, next);
@@ -309,8 +308,7 @@ private:
     };
     if constexpr (MIXED)
       for (int r = 0; r < MR; r++) row(r);
-    else
-      _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) row(r);
+    else _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) row(r);
     add_wide(local.scale, scale);
     if constexpr (DOT) store_transposed(local, u, r0, c0);
   }

@@ -21,8 +21,12 @@ namespace {
 constexpr int MR = FASTCL_ROWS, NV = 2; // a register tile: MR rows, NV vectors
 
 template <class T> struct IntOf;
-template <> struct IntOf<float> { using type = int32_t; };
-template <> struct IntOf<double> { using type = int64_t; };
+template <> struct IntOf<float> {
+  using type = int32_t;
+};
+template <> struct IntOf<double> {
+  using type = int64_t;
+};
 
 template <class T> struct Simd {
   using Int = typename IntOf<T>::type;
@@ -60,11 +64,9 @@ template <class T> FASTCL_INLINE I<T> lanes_from(int64_t first) {
   EACH(l, Simd<T>::W) v[l] = typename Simd<T>::Int(l);
   return v + all_int<T>(first);
 }
-template <class T> FASTCL_INLINE I<T> load_ids(const int32_t *p) {
-  return __builtin_convertvector(*(const typename Simd<T>::Ids *)p, I<T>);
-}
+template <class T> FASTCL_INLINE I<T> load_ids(const int32_t *p) { return __builtin_convertvector(*(const typename Simd<T>::Ids *)p, I<T>); }
 template <class T> FASTCL_INLINE V<T> where(I<T> mask, V<T> yes, V<T> no) { return mask ? yes : no; }
-template <class T> FASTCL_INLINE V<T> keep(I<T> mask, V<T> v) { return (V<T>)((I<T>)v & mask); } // 0 elsewhere
+template <class T> FASTCL_INLINE V<T> keep(I<T> mask, V<T> v) { return (V<T>)((I<T>)v & mask); }     // 0 elsewhere
 template <class T> FASTCL_INLINE V<T> at_least(V<T> v, V<T> floor) { return v < floor ? floor : v; } // a NaN stays
 template <class T> FASTCL_INLINE V<T> at_most(V<T> v, V<T> ceiling) { return v > ceiling ? ceiling : v; }
 template <class T> FASTCL_INLINE T sum(V<T> v) { // by halves
@@ -87,10 +89,10 @@ template <class T, int HALF = 1> FASTCL_INLINE void transpose(V<T> (&rows)[Simd<
   if constexpr (HALF < W) {
     using B = Butterfly<T, HALF, std::make_index_sequence<W>>;
     EACH(r, W) if (!(r & HALF)) {
-        const V<T> a = rows[r], b = rows[r + HALF];
-        rows[r] = B::low(a, b);
-        rows[r + HALF] = B::high(a, b);
-      }
+      const V<T> a = rows[r], b = rows[r + HALF];
+      rows[r] = B::low(a, b);
+      rows[r + HALF] = B::high(a, b);
+    }
     transpose<T, 2 * HALF>(rows);
   }
 }
@@ -103,22 +105,28 @@ template <> struct Exponential<float> {
   // Relative error 3e-7; minimax on [-1/2, 1/2].
   static constexpr float FAST[] = {1.3398874402e-3f, 9.6184373577e-3f, 5.5503287769e-2f, 2.4022650719e-1f, 6.9314718056e-1f, 1.f};
   // Where positives are, in both passes: relative error 1e-7, one rounding more than exact.
-  static constexpr float CAREFUL[] = {1.5252734e-5f, 1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f,
-                                      5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
+  static constexpr float CAREFUL[] = {1.5252734e-5f, 1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
 };
 template <> struct Exponential<double> {
   static constexpr double LEAST = -1022, MOST = 1022, ROUND = 6755399441055744.;
   static constexpr int MANTISSA = 52;
-  static constexpr double CAREFUL[] = { // ln(2)^k / k!
-      1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.054911620801123e-09,  1.01780860092397e-07,
-      1.321548679014431e-06,  1.5252733804059841e-05, 1.540353039338161e-04,  1.3333558146428443e-03, 9.618129107628477e-03,
-      5.550410866482158e-02,  2.402265069591007e-01,  6.931471805599453e-01,  1.};
+  static constexpr double CAREFUL[] = {// ln(2)^k / k!
+                                       1.3691488853904128e-12, 2.5678435993488206e-11,
+                                       4.4455382718708116e-10, 7.054911620801123e-09,
+                                       1.01780860092397e-07,   1.321548679014431e-06,
+                                       1.5252733804059841e-05, 1.540353039338161e-04,
+                                       1.3333558146428443e-03, 9.618129107628477e-03,
+                                       5.550410866482158e-02,  2.402265069591007e-01,
+                                       6.931471805599453e-01,  1.};
   static constexpr const double (&FAST)[14] = CAREFUL;
 };
 template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2(V<T> t) {
   using E = Exponential<T>;
   const V<T> shifted = t + E::ROUND, f = t - (shifted - E::ROUND);
-  constexpr auto &c = [] () -> auto & { if constexpr (CAREFUL) return E::CAREFUL; else return E::FAST; }();
+  constexpr auto &c = []() -> auto & {
+    if constexpr (CAREFUL) return E::CAREFUL;
+    else return E::FAST;
+  }();
   V<T> p = all<T>(c[0]);
   EACH(k, int(sizeof(c) / sizeof(T)) - 1) p = p * f + c[k + 1];
   return (V<T>)((I<T>)p + ((I<T>)shifted << E::MANTISSA));
@@ -148,9 +156,8 @@ struct Dot {
 #endif
 
 // acc[r][lane] += sum over k of a[r * ROW + k * STEP] * b[k * NR + lane], units; `next` is read soon afterwards.
-template <class Mul, long ROW, long STEP>
-FASTCL_INLINE void multiply(const typename Mul::Unit *a, const typename Mul::Unit *b, long depth, V<typename Mul::Real> (&acc)[MR][NV],
-                            const void *next) {
+template <class Mul, long ROW, long STEP> FASTCL_INLINE void multiply(const typename Mul::Unit *a, const typename Mul::Unit *b, long depth,
+                                                                      V<typename Mul::Real> (&acc)[MR][NV], const void *next) {
   using T = typename Mul::Real;
   constexpr int W = Simd<T>::W;
   const char *ahead = (const char *)next;

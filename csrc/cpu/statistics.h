@@ -48,13 +48,14 @@ template <class Mul> struct StatisticsPass {
   const int64_t fields;
   const bool weighting; // if the logits turn out not to be wide, exponentials times contrasts are summed on the way
   const bool columns;   // each contrast's sums too
-  T *const row_sums;   // [SUMS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
+  T *const row_sums;    // [SUMS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
   T *const column_sums; // [threads][SUMS][contrasts.padded]
   Local *const locals;
 
   StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
-      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums && !at.anchors.cluster), fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS),
-        weighting(call.weighted.sums && !at.anchors.cluster), columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(fields * s.anchors.padded)),
+      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums && !at.anchors.cluster),
+        fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS), weighting(call.weighted.sums && !at.anchors.cluster),
+        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(fields * s.anchors.padded)),
         column_sums(columns ? arena.take<T>(s.threads * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
     for (int t = 0; t < s.threads; t++) {
       Local local{arena.take<Unit>(s.block_units()), arena.take<T>(fields * ROWS * W), arena.take<T>(fields * NR), nullptr};
@@ -191,13 +192,12 @@ private:
       if (columns) EACH(v, NV) add_to(cols + v * W, sums[v]);
       return;
     }
-    for (int r = 0; r < MR; r++)
-      EACH(v, NV) store(t[r][v], s.biased(s.logits(load(t[r][v]) * (row_norms[r] * norms[v])), j0 + v * W));
+    for (int r = 0; r < MR; r++) EACH(v, NV) store(t[r][v], s.biased(s.logits(load(t[r][v]) * (row_norms[r] * norms[v])), j0 + v * W));
     if constexpr (!MIXED) {
       const auto none = [](int) { return I<T>{}; };
       for (int r = 0; r < MR; r++) add_wide<false, NV>(rows + r * W, rows + NEGATIVE_MAXIMUM * R + r * W, [&](int v) { return load(t[r][v]); }, none);
       if (columns) EACH(v, NV)
-          add_wide<false, MR>(cols + v * W, cols + NEGATIVE_MAXIMUM * NR + v * W, [&](int r) { return load(t[r][v]); }, none);
+      add_wide<false, MR>(cols + v * W, cols + NEGATIVE_MAXIMUM * NR + v * W, [&](int r) { return load(t[r][v]); }, none);
       return;
     }
     I<T> negative[MR][NV], positive[MR][NV];
@@ -233,14 +233,14 @@ private:
         if (e) s.store_row(e + r * G_ROW, weighted);
       }
     } else {
-      const auto both = [&](int f, const I<T> (&mask)[MR][NV]) {
+      const auto both = [&](int f, const I<T>(&mask)[MR][NV]) {
         for (int r = 0; r < MR; r++)
-          add_wide<true, NV>(rows + f * R + r * W, rows + (f + 1) * R + r * W, [&](int v) { return load(t[r][v]); },
-                             [&](int v) { return mask[r][v]; });
+          add_wide<true, NV>(
+              rows + f * R + r * W, rows + (f + 1) * R + r * W, [&](int v) { return load(t[r][v]); }, [&](int v) { return mask[r][v]; });
         if (columns)
           for (int v = 0; v < NV; v++)
-            add_wide<true, MR>(cols + f * NR + v * W, cols + (f + 1) * NR + v * W, [&](int r) { return load(t[r][v]); },
-                               [&](int r) { return mask[r][v]; });
+            add_wide<true, MR>(
+                cols + f * NR + v * W, cols + (f + 1) * NR + v * W, [&](int r) { return load(t[r][v]); }, [&](int r) { return mask[r][v]; });
       };
       both(NEGATIVE, negative);
       if (fields > LEAN_SUMS) both(POSITIVE, positive);

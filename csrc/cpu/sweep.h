@@ -8,8 +8,8 @@
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 192;    // rows of a tile, at most: its gradient stays in the second-level cache
-constexpr int64_t CHUNK = 128;    // units multiplied into one partial sum: bounds the rounding error of long rows
+constexpr int64_t BLOCK = 192;        // rows of a tile, at most: its gradient stays in the second-level cache
+constexpr int64_t CHUNK = 128;        // units multiplied into one partial sum: bounds the rounding error of long rows
 constexpr int64_t A_ROW = CHUNK + 16; // stride of a chunk's rows, so that rows read together lie in different cache sets
 constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
 constexpr double NORM_FLOOR = 1e-12;
@@ -27,7 +27,7 @@ struct Arena {
 };
 
 struct Team {
-  int threads, index, members; // the plan's threads; this member of how many that came
+  int threads, index, members;                // the plan's threads; this member of how many that came
   template <class F> void run(F work) const { // every member reaches the end before any goes on
     for (int t = index; t < threads; t += members) work(t);
     if (members > 1) {
@@ -133,7 +133,7 @@ template <class Mul> struct Sweep {
   int64_t d, units, chunks; // of a row
   int threads;
   bool self;
-  T scale, scale_rest; // log2(e) * logit_scale in two parts: logits are kept to base 2, rounded once
+  T scale, scale_rest;          // log2(e) * logit_scale in two parts: logits are kept to base 2, rounded once
   Side<Mul> anchors, contrasts; // for self-contrast one and the same
   T *bias;                      // [contrasts.padded], to base 2; null: none
   T *largest;                   // [2][threads]: norm of each thread's anchors and contrasts as they enter the logits
@@ -141,8 +141,7 @@ template <class Mul> struct Sweep {
 
   // With an arena that only counts, pointers are null and nothing is read or written.
   Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts)
-      : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads),
-        self(p.self_contrast()) {
+      : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads), self(p.self_contrast()) {
     anchors = side(p.anchors, at.anchors, p.normalize_anchors, -3, arena, self, sum_over_anchors || (self && sum_over_contrasts));
     contrasts = self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, arena, true, sum_over_contrasts);
     bias = p.contrast_bias ? arena.template take<T>(contrasts.padded) : nullptr;
@@ -173,14 +172,12 @@ template <class Mul> struct Sweep {
   // Whether some |logit|, to base 2, may exceed SHARED_LIMIT; after `pack`.
   bool wide() const {
     double most_bias = 0;
-    for (int64_t j = 0; bias && j < contrasts.size; j++)
-      most_bias = larger_or_nan(most_bias, __builtin_fabs(double(bias[j])));
+    for (int64_t j = 0; bias && j < contrasts.size; j++) most_bias = larger_or_nan(most_bias, __builtin_fabs(double(bias[j])));
     return !(__builtin_fabs(double(scale)) * largest_norm(0) * largest_norm(1) + most_bias <= SHARED_LIMIT);
   }
   double largest_norm(int side) const { // of anchors (0) or contrasts (1), as they enter the logits; or a NaN
     double most = 0;
-    for (int t = 0; t < threads; t++)
-      most = larger_or_nan(most, double(largest[side * threads + t]));
+    for (int t = 0; t < threads; t++) most = larger_or_nan(most, double(largest[side * threads + t]));
     return most;
   }
 
@@ -264,8 +261,7 @@ template <class Mul> struct Sweep {
         EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
         const char *ahead = (const char *)(z + stride) + (i - to.from) / MR * 8 * depth;
         multiply<Mul, ROW, STEP>(g + (i - to.from) * ROW, z, depth, x, ahead);
-        if (count == MR && width == NR)
-          EACH(r, MR) {
+        if (count == MR && width == NR) EACH(r, MR) {
             T *const y = first + side.order[i + r] * d;
             EACH(v, NV) storeu(y + v * W, loadu(y + v * W) + x[r][v]);
           }

@@ -140,28 +140,29 @@ WeightedSums read_weighted(Reader &in, const Problem &p) {
   return w;
 }
 
-std::unique_ptr<Call> forward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
-                              const py::tuple &outputs) {
-  Forward call{};
+// What forward and backward are told alike.
+template <class Description> Description described(const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts, Reader &outputs) {
+  Description call{};
   call.problem = read_problem(problem);
   call.anchors = read_statistics(anchors);
   require(call.problem.columns == !contrasts.is_none(), "columns: statistics of the contrasts wanted but not given, or the reverse");
   if (!contrasts.is_none()) call.contrasts = read_statistics(contrasts.cast<py::tuple>());
+  call.weighted = read_weighted(outputs, call.problem);
+  return call;
+}
+
+std::unique_ptr<Call> forward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
+                              const py::tuple &outputs) {
   Reader in(outputs);
-  call.weighted = read_weighted(in, call.problem);
+  const auto call = described<Forward>(problem, anchors, contrasts, in);
   in.end();
   return std::make_unique<Call>(engine_named(engine), call);
 }
 
 std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
                                const py::tuple &outputs) {
-  Backward call{};
-  call.problem = read_problem(problem);
-  call.anchors = read_statistics(anchors);
-  require(call.problem.columns == !contrasts.is_none(), "columns: statistics of the contrasts wanted but not given, or the reverse");
-  if (!contrasts.is_none()) call.contrasts = read_statistics(contrasts.cast<py::tuple>());
   Reader in(outputs);
-  call.weighted = read_weighted(in, call.problem);
+  auto call = described<Backward>(problem, anchors, contrasts, in);
   call.single_positives = in.integer();
   call.anchor_gradient = in.address();
   call.contrast_gradient = in.address();

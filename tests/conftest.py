@@ -1,10 +1,18 @@
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 # Before torch loads OpenMP: threads that spin while they wait take minutes where more of them run than there are cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# What the compiler keeps between processes knows nothing of a change in an operator's shapes.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastcl-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 from hypothesis import settings

@@ -47,7 +47,7 @@ template <class T> FASTCL_INLINE T larger_or_nan(T most, T x) { return x > most 
 // Natural units of a logarithm to base 2. Beyond 2^23 it is rounded to T, so that shifts and bases which are kept in T
 // compare equal where they were equal: what the rounding leaves would be an exponent of its own.
 template <class T> FASTCL_INLINE double natural(T base2) {
-  const double exact = 0.69314718055994530942 * double(base2);
+  const double exact = LN2 * double(base2);
   return __builtin_fabs(exact) > 8388608. ? double(T(exact)) : exact;
 }
 template <class T> FASTCL_INLINE T exp2_of(T x) {

@@ -130,20 +130,36 @@ private:
     for (int64_t j = cols.from; j < cols.to; j += NR) {
       const Unit *next = s.contrasts.columns + (j + NR) * s.units;
       if (columns) reset(local.columns, fields, NR, 0, NR, WIDE);
+      bool positives = false; // or inadmissible pairs may have been met
       for (int64_t i = from; i < to && !(s.self && j + NR <= i); i += MR) {
         const Unit *a = local.a + (i - from) * A_ROW;
         T *rows = local.rows + (i - from) * W;
         Unit *e = weighted ? local.e + (i - from) * Sweep<Mul>::G_ROW + (j - cols.from) / Mul::PAIR : nullptr;
         const char *ahead = (const char *)next + (i - from) / MR * 8 * s.units;
-        if (s.mixed(i, j, to)) tile<WIDE, true>(a, i, j, to, rows, local.columns, e, ahead);
-        else tile<WIDE, false>(a, i, j, to, rows, local.columns, e, ahead);
+        if (s.mixed(i, j, to)) {
+          tile<WIDE, true>(a, i, j, to, rows, local.columns, e, ahead);
+          positives = fields > LEAN_SUMS;
+        } else tile<WIDE, false>(a, i, j, to, rows, local.columns, e, ahead);
       }
-      if (!columns) continue;
-      T *sums = columns_of(t) + j;
-      if (WIDE || fields > LEAN_SUMS)
-        for (int64_t k = 0; k < NR; k++) merge(sums + k, s.contrasts.padded, local.columns + k, NR, fields, WIDE);
-      else
-        for (int64_t k = 0; k < NR; k += W) add_to(sums + k, load(local.columns + k));
+      if (columns) merge_panel<WIDE>(columns_of(t) + j, local.columns, positives);
+    }
+  }
+
+  // `merge` of a panel's columns, vectors at a time.
+  template <bool WIDE> void merge_panel(T *to, const T *from, bool positives) const {
+    const int64_t stride = s.contrasts.padded;
+    for (int f = 0; f < (positives ? int(SUMS) : int(NEGATIVE_MAXIMUM)); f++) {
+      if (is_maximum<T>(f)) continue;
+      T *const sum = to + f * stride;
+      const T *const part = from + f * NR;
+      EACH(v, NV) {
+        if (WIDE && is_maximum<T>(f + 1)) {
+          T *const maximum = sum + stride + v * W;
+          const V<T> mine = load(maximum), other = load(part + NR + v * W), most = larger_of(mine, other);
+          store(sum + v * W, load(sum + v * W) * exp2_clamped<T, true>(mine - most) + load(part + v * W) * exp2_clamped<T, true>(other - most));
+          store(maximum, most);
+        } else add_to(sum + v * W, load(part + v * W));
+      }
     }
   }
 

@@ -4,7 +4,8 @@ __version__ = "0.1.0"
 
 from . import functional
 from .infonce import ClipLoss, ClusterInfoNCE, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
-from .kernels.ops import ContrastiveStats, contrastive_stats, use_backend
+from .kernels.ops import use_backend
+from .kernels.stats import ContrastiveStats, contrastive_stats
 
 __all__ = [
     "ClipLoss",

@@ -1,6 +1,6 @@
 """The stateless forms of the losses, and the statistics that they are made of."""
 
 from .infonce import cluster_infonce
-from .kernels.ops import contrastive_stats
+from .kernels.stats import contrastive_stats
 
 __all__ = ["cluster_infonce", "contrastive_stats"]

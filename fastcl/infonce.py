@@ -1,6 +1,6 @@
 """InfoNCE over clusters: the formulas, `ClusterInfoNCE`, and the losses of other libraries as presets of it.
 
-Nothing here visits a logit: every loss is a formula of `kernels.ops.sweep`'s statistics, O(N) numbers.
+Nothing here visits a logit: every loss is a formula of a `kernels.stats.Sweep`'s statistics, O(N) numbers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .kernels.checks import (
     scalar_tensor,
     values_visible,
 )
-from .kernels.ops import ContrastiveStats, sweep
 from .kernels.problem import accumulation_dtype
+from .kernels.stats import ContrastiveStats, Sweep
 from .posing import Contrasts, Posed, per_row, pose
 
 FORMS = ("outside", "inside")
@@ -408,21 +408,26 @@ def _loss(
             if not bool(good.all()):
                 raise ValueError(f"weights: expected finite numbers of at least 0, got {weights[~good][0].item()}")
         weights = per_row(weights, posed.views)
-    stats = sweep(
+    sweep = Sweep(
         posed.anchors,
         posed.contrasts,
         posed.anchor_clusters,
         posed.contrast_clusters,
         scale,
-        normalize_anchors=options.normalize,
-        normalize_contrasts=options.normalize and posed.contrasts is not None,
-        positives=posed.positives,
-        contrast_bias=contrast_bias,
-        anchor_ids=posed.anchor_ids,
-        contrast_ids=posed.contrast_ids,
-        want=_wanted(options),
+        options.normalize,
+        options.normalize and posed.contrasts is not None,
+        _wanted(options),
+        posed.positives,
+        contrast_bias,
+        posed.anchor_ids,
+        posed.contrast_ids,
         both=options.symmetric,
     )
+    if options.form == "outside" and options.margin == 0 and options.reduction == "mean" and weights is None:
+        loss = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
+        if loss is not None:
+            return loss.to(posed.dtype)
+    stats = sweep.statistics()
     terms, counted = _terms(stats, scale, options)
     if stats.reverse is None:
         return _reduce(terms, counted, weights, options.reduction, posed)
@@ -472,8 +477,6 @@ def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
 
 
 def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed) -> Tensor:
-    if reduction == "mean" and weights is None and values_visible(counted) and len(counted) > 0 and bool(counted.all()):
-        return terms.mean().to(posed.dtype)  # the common case in the fewest operators
     terms = torch.where(counted, terms, 0).to(posed.dtype)
     if weights is not None:
         terms = terms * weights

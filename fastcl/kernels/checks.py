@@ -71,6 +71,8 @@ def check_vector(name: str, value: Any, length: int, device: torch.device) -> No
 
 
 def check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:
+    if type(value) is str and value in options:
+        return
     if not any(value is option or (isinstance(value, str) and value == option) for option in options):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 

@@ -1,0 +1,134 @@
+"""The mean loss in one node of autograd's graph, with its gradient at once or when asked: the formula's results."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcl
+from fastcl.functional import cluster_infonce
+from fastcl.kernels import direct
+
+WHEN = {"at once": 1 << 60, "when asked": 0}
+KINDS = ("self", "views", "two sets", "symmetric", "momentum key", "bias", "ids")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DENOMINATORS = ("all", "negatives")
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def case(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, object]]:
+    """Leaves, the embeddings first, and keywords. Some rows have no positive."""
+    torch.manual_seed(3)
+    n, m, d = 13, 17, 5
+    z, temperature = leaf(n, d, dtype=dtype), torch.tensor(0.3, requires_grad=True)
+    clusters = torch.tensor([0, 0, 1, 1, 1, 2, 2, -1, 3, 4, 4, 5, -7])
+    if kind == "self":
+        return [z, temperature], {"clusters": clusters, "temperature": temperature}
+    if kind == "views":
+        z = leaf(n, 2, d, dtype=dtype)
+        return [z, temperature], {"temperature": temperature}
+    y = leaf(m, d, dtype=dtype)
+    options: dict[str, object] = {"contrasts": y, "temperature": temperature}
+    if kind == "two sets":
+        options |= {"clusters": clusters, "contrast_clusters": torch.arange(m) // 2}
+    if kind == "symmetric":
+        options |= {"clusters": clusters, "contrast_clusters": torch.arange(m) // 2, "symmetric": True}
+    if kind == "momentum key":
+        key = leaf(n, d, dtype=dtype)
+        options |= {"positives": key, "contrast_clusters": torch.full((m,), -1)}
+        return [z, y, key, temperature], options
+    if kind == "bias":
+        bias = leaf(m)
+        return [z, y, bias, temperature], options | {"contrast_bias": bias}
+    if kind == "ids":
+        options |= {"ids": torch.arange(n), "contrast_ids": torch.arange(m) - 3}
+    return [z, y, temperature], options
+
+
+def results(leaves: list[Tensor], options: dict[str, object], factor: float = 1.0) -> list[Tensor]:
+    loss = cluster_infonce(leaves[0], **options)
+    return [loss.detach(), *torch.autograd.grad(loss * factor, leaves)]
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_node_is_the_formula(kind: str, dtype, denominator: str, when: str, backend: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    leaves, options = case(kind, dtype)
+    options["denominator"] = denominator
+    got = results(leaves, options, factor=-3.5)
+    monkeypatch.setattr(direct.DirectMean, "apply", None)  # not to be called
+    weights = torch.ones(len(leaves[0]), dtype=torch.float64)  # of one each: the formula step by step
+    expected = results(leaves, options | {"weights": weights}, factor=-3.5)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.isfinite().all()
+        slack = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7}[a.dtype]
+        torch.testing.assert_close(a, b, rtol=0, atol=slack * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_it_is_one_node(when: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    loss = cluster_infonce(leaf(6, 2, 3))
+    assert loss.grad_fn is not None
+    assert loss.grad_fn.name() == "DirectMeanBackward"
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_backward_twice_and_without_gradients(when: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    z = leaf(6, 2, 3)
+    loss = cluster_infonce(z)
+    (first,) = torch.autograd.grad(loss, z, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, z)
+    assert torch.equal(first, second)
+    with torch.no_grad():
+        assert not cluster_infonce(z).requires_grad
+    assert not cluster_infonce(z.detach()).requires_grad
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_second_derivatives_raise(when: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    z = leaf(6, 2, 3)
+    (gradient,) = torch.autograd.grad(cluster_infonce(z), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_nobody_counts(when: str, backend: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    z = leaf(4, 3)
+    loss = cluster_infonce(z, torch.arange(4))
+    loss.backward()
+    assert loss.item() == 0
+    assert z.grad is not None
+    assert torch.equal(z.grad, torch.zeros(4, 3))
+
+
+def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a backward in the forward")
+
+    monkeypatch.setattr(direct, "gradients", refuse)
+    z = leaf(4, 2, 3)
+    with torch.no_grad():
+        cluster_infonce(z)
+    cluster_infonce(z.detach())
+    monkeypatch.setattr(direct, "AT_ONCE", 0)
+    cluster_infonce(z)
+
+
+def test_large_batches_wait_for_the_backward() -> None:
+    n, d = 512, 128
+    assert 64 * 64 * d <= direct.AT_ONCE < n * n * d
+    with fastcl.use_backend("chunked"):
+        loss = cluster_infonce(leaf(n, d), torch.arange(n) // 2)
+    assert loss.grad_fn is not None
+    assert loss.grad_fn.at_once is None

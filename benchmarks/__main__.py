@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [case for case in cases(options.suite, options.quick) if options.only in case.name]
         if not chosen:
             parser.error(f"--only: no case of these suites has {options.only!r} in its name")
-        rows = _measure(chosen, device, options.quick, options.json)
+        folder_of_rows = folder
+
+        def keep(rows: list[Row]) -> None:  # after every case: a run that is stopped has not been for nothing
+            report.write_rows(folder_of_rows, rows, ())
+
+        rows = _measure(chosen, device, options.quick, options.json, keep)
         report.write_rows(folder, rows, () if options.only else options.suite)
     report.write(folder)
     if options.readme:
@@ -85,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(chosen: Sequence[Case], device: torch.device, quick: bool, as_json: bool) -> list[Row]:
+def _measure(
+    chosen: Sequence[Case], device: torch.device, quick: bool, as_json: bool, keep: Callable[[list[Row]], None]
+) -> list[Row]:
     from tqdm import tqdm
 
     from benchmarks.providers import providers
@@ -112,6 +119,7 @@ def _measure(chosen: Sequence[Case], device: torch.device, quick: bool, as_json:
         for case in progress:
             for row in run(case, found, setting, say, **effort):
                 add(row)
+            keep(rows)
     return rows
 
 

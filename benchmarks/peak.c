@@ -1,14 +1,10 @@
 /* The machine's peak of fused multiply-adds, single precision, and of bfloat16 dot products where it has them.
  *
- * peak THREADS WINDOWS SECONDS prints one line per instruction: its name and the best FLOP/s of all threads together over
- * the windows. Every thread runs chains of independent accumulators, enough to hide the latency of the
- * instruction, on registers alone. Compiled with -march=native and -ffp-contract=fast.
+ * A shared library: so much work on so many threads, on registers alone, in chains of independent accumulators, enough
+ * to hide the latency of the instruction. Compiled with -march=native and -ffp-contract=fast.
  */
-#define _POSIX_C_SOURCE 200809L
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -28,18 +24,7 @@
 
 typedef float lanes __attribute__((vector_size(BYTES)));
 
-static pthread_barrier_t barrier;
 static volatile float sink; /* what is computed must be used */
-static int bf16;            /* which instruction the threads run */
-static int windows;
-static double window_seconds;
-
-/* Of this thread alone: another program that takes the core away for a while does not lower the machine's peak. */
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 /* Each returns the floating-point operations it did. */
 static double run_fma(void) {
@@ -73,55 +58,54 @@ static double run_bf16(void) {
     sink = _mm512_cvtss_f32(sum);
     return 4.0 * CHAINS * STEPS * 16;
 }
-#else
-static double run_bf16(void) { return 0; }
 #endif
 
-/* Fills speeds[windows]: between two barriers every thread measures its own speed. */
+typedef double (*kernel)(void);
+struct task {
+    kernel run;
+    long repeats;
+    double done;
+};
+
 static void *work(void *argument) {
-    double *speeds = argument;
-    for (int w = -1; w < windows; w++) { /* the first window warms up */
-        double done = 0, start, passed;
-        pthread_barrier_wait(&barrier);
-        start = now();
-        do {
-            done += bf16 ? run_bf16() : run_fma();
-            passed = now() - start;
-        } while (passed < window_seconds);
-        if (w >= 0) speeds[w] = done / passed;
-    }
+    struct task *task = argument;
+    task->done = 0;
+    for (long r = 0; r < task->repeats; r++) task->done += task->run();
     return NULL;
 }
 
-static double best(int threads) {
-    pthread_t *ids = malloc((size_t)threads * sizeof *ids);
-    double *speeds = calloc((size_t)threads * (size_t)windows, sizeof *speeds), top = 0;
-    pthread_barrier_init(&barrier, NULL, (unsigned)threads);
-    for (int t = 0; t < threads; t++) {
-        if (pthread_create(&ids[t], NULL, work, speeds + (size_t)t * (size_t)windows)) exit(1);
-    }
-    for (int t = 0; t < threads; t++) pthread_join(ids[t], NULL);
-    pthread_barrier_destroy(&barrier);
-    for (int w = 0; w < windows; w++) {
-        double sum = 0;
-        for (int t = 0; t < threads; t++) sum += speeds[t * windows + w];
-        if (sum > top) top = sum;
-    }
-    free(ids);
-    free(speeds);
-    return top;
+const char *peak_name(int bf16) {
+#if defined(__AVX512BF16__)
+    if (bf16) return "bfloat16 dot product (AVX-512)";
+#endif
+    return bf16 ? "" : NAME; /* empty: there is no such instruction */
 }
 
-int main(int argc, char **argv) {
-    if (argc != 4) return 2;
-    int threads = atoi(argv[1]);
-    windows = atoi(argv[2]);
-    window_seconds = atof(argv[3]);
-    if (threads < 1 || windows < 1 || !(window_seconds > 0)) return 2;
-    printf("float32\t%.6e\t%s\n", best(threads), NAME);
+/* Floating-point operations done; 0 if a thread could not be had. */
+double peak_work(int threads, int bf16, long repeats) {
+    kernel run = run_fma;
+    struct task *tasks = calloc((size_t)threads, sizeof *tasks);
+    pthread_t *ids = calloc((size_t)threads, sizeof *ids);
+    double done = 0;
+    int started = 1;
 #if defined(__AVX512BF16__)
-    bf16 = 1;
-    printf("bfloat16\t%.6e\tbfloat16 dot product (AVX-512)\n", best(threads));
+    if (bf16) run = run_bf16;
+#else
+    (void)bf16;
 #endif
-    return 0;
+    if (!tasks || !ids) started = 0;
+    for (int t = 0; t < threads && started; t++) tasks[t] = (struct task){run, repeats, 0};
+    if (started) {
+        for (; started < threads; started++) {
+            if (pthread_create(&ids[started], NULL, work, &tasks[started])) break;
+        }
+        work(&tasks[0]);
+        for (int t = 1; t < started; t++) pthread_join(ids[t], NULL);
+        if (started == threads) {
+            for (int t = 0; t < threads; t++) done += tasks[t].done;
+        }
+    }
+    free(ids);
+    free(tasks);
+    return done;
 }

@@ -21,6 +21,7 @@ from benchmarks.truth import Errors, truth
 OK, IMPRECISE, WRONG = "ok", "imprecise", "wrong"
 FAILED, TOO_LARGE, TOO_SLOW, CANNOT_POSE, MISSING = "error", "too large", "too slow", "cannot pose", "missing"
 TIMED = (OK, IMPRECISE)
+PEAK = "peak"  # takes turns with the providers
 PATIENCE = 8.0  # seconds of one call, above which nobody waits for its repetitions
 SETS_ON_A_GPU = 4  # of inputs, taking turns
 
@@ -181,6 +182,9 @@ def _time(candidates: list[Candidate], case: Case, direction: str, setting: Sett
                 candidate.mark(FAILED, error)
             else:
                 steps[candidate.provider.name] = step
+    peak_step = _peak(setting, case).step
+    if peak_step is not None and steps:
+        steps[PEAK] = peak_step  # type: ignore[assignment]
     return alternate(steps, timer_for(setting.device), **effort)
 
 
@@ -189,9 +193,13 @@ def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
+def _peak(setting: Setting, case: Case) -> peak.Peak:
+    return setting.peaks.get(case.dtype_name, setting.peaks["float32"])
+
+
 def _row(candidate: Candidate, case: Case, direction: str, samples: Samples, setting: Setting) -> Row:
     name = candidate.provider.name
-    known = setting.peaks.get(case.dtype_name, setting.peaks["float32"])
+    known = _peak(setting, case)
     row: Row = {
         "suite": case.suite,
         "case": case.name,
@@ -222,18 +230,24 @@ def _row(candidate: Candidate, case: Case, direction: str, samples: Samples, set
     if not candidate.timed or name not in samples.seconds:
         return row
     p20, p50, p80 = samples.percentiles(name)
+    speed = case.flops(direction) / p50
+    share, peak_speed = speed / known.flops_per_second, known.flops_per_second
+    if PEAK in samples.seconds:  # round by round, as ratios are
+        peak_speed = known.flops / samples.percentiles(PEAK)[1]
+        share = case.flops(direction) / known.flops * samples.ratio(name, PEAK)[1]
     row |= {
         "calls_per_sample": samples.calls[name],
         "samples": len(samples.seconds[name]),
         "p20_ms": p20 * 1e3,
         "p50_ms": p50 * 1e3,
         "p80_ms": p80 * 1e3,
-        "flops_per_second": case.flops(direction) / p50,
-        "share_of_peak": case.flops(direction) / p50 / known.flops_per_second,
+        "flops_per_second": speed,
+        "share_of_peak": share,
+        "peak_flops_per_second": peak_speed,
         "ratio": {
             other: dict(zip((f"p{p}" for p in PERCENTILES), samples.ratio(name, other), strict=True))
             for other in samples.seconds
-            if other != name and not other.startswith("fastcl ")
+            if other not in (name, PEAK) and not other.startswith("fastcl ")
         },
     }
     if candidate.memory is not None and direction == BOTH:

@@ -331,6 +331,32 @@ def test_a_planted_slow_provider_has_the_ratio_that_it_was_given(
         assert row["peak_extra_bytes"] == (None if direction == FORWARD else 2000)
 
 
+def test_the_peak_takes_turns_and_is_nobodys_rival(
+    measured_without_processes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(run, "timer_for", lambda device: clock_timer(clock))
+
+    def pose(case: Case) -> Callable[[Inputs], Tensor]:
+        step = clock.takes(0.010)
+
+        def loss(inputs: Inputs) -> Tensor:
+            step()
+            return eager_loss(inputs)
+
+        return loss
+
+    # Half as fast as it was at the start of the run.
+    slower = peak.Peak(1e9, "made up", clock.takes(0.004), 2e6)
+    setting = Setting(CPU, 1, {"float32": slower}, "a processor", "a commit")
+    rows = list(run.run(TINY, [Provider("planted", pose, "torch")], setting, **EFFORT))
+    assert [row["provider"] for row in rows] == ["planted"] * 2
+    for row in rows:
+        assert row["ratio"] == {}
+        assert row["peak_flops_per_second"] == pytest.approx(0.5e9)
+        assert row["share_of_peak"] == pytest.approx(TINY.flops(row["direction"]) / 0.010 / 0.5e9)
+
+
 @pytest.mark.parametrize("how", ["loss", "gradient", "gradient of converged rows", "nan", "no gradient"])
 @pytest.mark.parametrize("package", ["fastcl", "torch"])
 def test_a_planted_wrong_provider_gets_no_time(how: str, package: str, measured_without_processes: None) -> None:
@@ -445,10 +471,16 @@ def test_backends_appear_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
 def test_peak_is_measured_by_the_c_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peak, "WINDOWS", 2)
-    monkeypatch.setattr(peak, "WINDOW_SECONDS", 0.02)
+    monkeypatch.setattr(peak, "STEP_SECONDS", 0.005)
     peaks = peak.measure(CPU, 1)
-    assert peaks["float32"].source.endswith("in C, 1 threads")
-    assert peaks["float32"].flops_per_second > 1e8
+    found = peaks["float32"]
+    assert found.source.endswith("in C, 1 threads")
+    assert found.flops_per_second > 1e8
+    assert found.step is not None
+    assert found.step() == found.flops > 0
+    on_two = peak.measure(CPU, 2)["float32"]
+    assert on_two.step is not None
+    assert on_two.step() == on_two.flops
     assert all(p.flops_per_second >= peaks["float32"].flops_per_second for p in peaks.values())
 
 

@@ -6,6 +6,7 @@ from . import functional
 from .infonce import ClipLoss, ClusterInfoNCE, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .kernels.ops import use_backend
 from .kernels.stats import ContrastiveStats, contrastive_stats
+from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
 
 __all__ = [
     "ClipLoss",
@@ -14,8 +15,13 @@ __all__ = [
     "DCLLoss",
     "MoCoLoss",
     "NTXentLoss",
+    "SinkhornResult",
     "SupConLoss",
     "contrastive_stats",
     "functional",
+    "power_law_prior",
+    "prior_from_counts",
+    "sinkhorn",
+    "uniform_prior",
     "use_backend",
 ]

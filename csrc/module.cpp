@@ -7,6 +7,9 @@
 #include <pybind11/stl.h>
 #include <stdexcept>
 #include <variant>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace py = pybind11;
 using namespace fastcl;
@@ -176,6 +179,97 @@ std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &probl
   return std::make_unique<Call>(engine_named(engine), call);
 }
 
+Sinkhorn read_sinkhorn(const py::tuple &numbers) {
+  Reader in(numbers);
+  Sinkhorn s{};
+  s.pass = SinkhornPass(in.integer());
+  s.scores = in.rows();
+  s.columns = in.integer();
+  s.inverse_epsilon = in.address<const void>();
+  s.wide_reals = in.integer();
+  s.threads = int(in.integer());
+  s.potential = in.address<const double>();
+  s.row_shift = in.address();
+  s.row_sum = in.address();
+  s.column_shift = in.address();
+  s.column_sum = in.address();
+  s.above = in.address<const void>();
+  s.mass = in.address<const void>();
+  s.weights = in.address<const void>();
+  s.less = in.address<const void>();
+  s.by_row = in.address();
+  s.by_column = in.address();
+  s.gradient = in.rows();
+  s.matrix = in.address();
+  in.end();
+  using P = SinkhornPass;
+  const P pass = s.pass;
+  require(pass >= P::column_sums && pass <= P::score_gradient, "an unknown pass");
+  require(s.scores.data && s.inverse_epsilon && s.potential, "scores, inverse_epsilon or potential: a null pointer");
+  require(s.scores.size >= 1 && s.columns >= 1 && s.threads >= 1, "sizes and threads must be positive");
+  const bool columns = pass == P::column_sums || pass == P::column_products, weighted = pass == P::products || pass == P::column_products;
+  require(columns ? s.column_shift && s.column_sum : s.row_shift && s.row_sum, "a normalizer: a null pointer");
+  require(!weighted || s.weights, "weights: a null pointer");
+  require((pass == P::row_pass) || columns || s.less || pass == P::products, "less: a null pointer");
+  require(pass != P::products || s.mass, "mass: a null pointer");
+  require(pass == P::column_sums || pass == P::row_pass || s.by_row, "by_row: a null pointer");
+  require((pass == P::row_pass ? !s.mass : columns || pass == P::score_gradient) == !s.by_column, "by_column: a null pointer, or one too many");
+  require(pass != P::score_gradient || s.matrix, "matrix: a null pointer");
+  require(!s.gradient.data || s.gradient.size == s.scores.size, "gradient: not of the scores' size");
+  return s;
+}
+
+// Fresh memory of a matrix costs a fault for each page when it is first written: with pages of 4 kB that takes longer than what
+// is written takes to compute. Only advice, where the system lets programs ask (transparent_hugepage: madvise).
+void prefer_huge_pages(void *data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t HUGE = 1 << 21;
+  const uintptr_t from = (uintptr_t(data) + HUGE - 1) / HUGE * HUGE, to = (uintptr_t(data) + uintptr_t(bytes)) / HUGE * HUGE;
+  if (data && to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+class SinkhornCall {
+public:
+  SinkhornCall(const Engine *engine, const py::tuple &call, const py::tuple &terms) : engine_(engine), call_(read_sinkhorn(call)) {
+    for (const py::handle &numbers : terms) {
+      const auto tuple = numbers.cast<py::tuple>();
+      Reader in(tuple);
+      SinkhornTerm term;
+      term.potential = in.address<const double>();
+      term.shift = in.address<const void>();
+      term.p = in.address<const void>();
+      term.q = in.address<const void>();
+      term.w = in.address<const void>();
+      in.end();
+      require(term.potential && term.shift && term.w && !term.p == !term.q, "a term: a null pointer");
+      terms_.push_back(term);
+    }
+    call_.terms = terms_.data();
+    call_.term_count = int64_t(terms_.size());
+  }
+  SinkhornCall(const SinkhornCall &) = delete;
+  int64_t workspace() const { return engine_->sinkhorn(call_, nullptr) + 64; }
+  void run(int64_t address) const {
+    require(address, "workspace: a null pointer");
+    py::gil_scoped_release release;
+    prefer_huge_pages(call_.matrix, call_.scores.size * call_.columns * size_of(call_.scores.dtype));
+    engine_->sinkhorn(call_, reinterpret_cast<void *>((address + 63) / 64 * 64));
+  }
+
+private:
+  const Engine *engine_;
+  Sinkhorn call_;
+  std::vector<SinkhornTerm> terms_;
+};
+
+std::unique_ptr<SinkhornCall> sinkhorn(const std::string &engine, const py::tuple &call, const py::tuple &terms) {
+  return std::make_unique<SinkhornCall>(engine_named(engine), call, terms);
+}
+
 std::vector<std::string> names(const std::vector<const Engine *> &engines) {
   std::vector<std::string> result;
   for (const Engine *engine : engines) result.push_back(engine->name);
@@ -191,6 +285,10 @@ PYBIND11_MODULE(_native, m) {
       .def("run", &Call::run, py::arg("workspace"));
   m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
   m.def("backward", &backward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
+  py::class_<SinkhornCall>(m, "SinkhornCall")
+      .def_property_readonly("workspace", &SinkhornCall::workspace, "bytes of workspace that `run` needs")
+      .def("run", &SinkhornCall::run, py::arg("workspace"));
+  m.def("sinkhorn", &sinkhorn, py::arg("engine"), py::arg("call"), py::arg("terms"));
   m.def("built_engines", [] { return names(built_engines()); }, "instruction sets that this build has an engine for");
   m.def("supported_engines", [] { return names(supported_engines()); }, "those that this machine runs, slowest first");
   m.def(

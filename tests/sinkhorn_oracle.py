@@ -27,14 +27,17 @@ def log_domain(
     n_iters: int,
     init: Tensor | None = None,
     scaled: bool = False,
+    offset: float = 0.0,
 ) -> Plan:
     """Scores [N, K], both marginals unnormalised, all of one dtype, in which everything is computed.
 
-    scaled: divide the scores by epsilon first, and the potentials by 1 / epsilon last: the same up to rounding.
+    scaled: divide the scores by epsilon first, and the potentials by 1 / epsilon last. offset: keep f too large by it,
+    and g too small. Both are the same up to rounding.
     """
     if scaled:
         start = None if init is None else init / epsilon
-        plan = log_domain(scores / epsilon, 1.0, prior, row_marginal, n_iters, start)
+        moved = offset / float(torch.as_tensor(epsilon).detach())
+        plan = log_domain(scores / epsilon, 1.0, prior, row_marginal, n_iters, start, offset=moved)
         empty = plan.row_potential.isinf(), plan.col_potential.isinf()  # -inf times epsilon has no derivative
         f, g = (part.masked_fill(at, 0) * epsilon for part, at in zip(plan[1:], empty, strict=True))
         return Plan(plan.assignments, f.masked_fill(empty[0], -torch.inf), g.masked_fill(empty[1], -torch.inf))
@@ -42,20 +45,19 @@ def log_domain(
     # Autograd of a logsumexp over nothing but -inf is NaN: what has no mass is left out, and comes back at the end.
     part = scores[rows][:, columns]
     a, b = log_masses(row_marginal)[rows], log_masses(prior)[columns]
-    f = torch.zeros_like(a)
+    f = torch.full_like(a, offset)
     if init is not None:
-        f = epsilon * (a - ((part + init[columns]) / epsilon).logsumexp(1))
+        f = epsilon * (a - ((part + (init[columns] - offset)) / epsilon).logsumexp(1))
     g = torch.zeros_like(b)
     for _ in range(n_iters):
         g = epsilon * (b - ((part + f[:, None]) / epsilon).logsumexp(0))
         f = epsilon * (a - ((part + g) / epsilon).logsumexp(1))
-    everywhere = scores.new_full(prior.shape, -torch.inf).masked_scatter(columns, g)
     return Plan(
         torch.zeros_like(scores).masked_scatter(
             columns.expand_as(scores), ((scores[:, columns] + g) / epsilon).softmax(1)
         ),
-        scores.new_full(row_marginal.shape, -torch.inf).masked_scatter(rows, f),
-        everywhere,
+        scores.new_full(row_marginal.shape, -torch.inf).masked_scatter(rows, f - offset),
+        scores.new_full(prior.shape, -torch.inf).masked_scatter(columns, g + offset),
     )
 
 
@@ -88,13 +90,14 @@ def differentiated(
     cotangents: Sequence[Tensor],
     dtype: torch.dtype,
     scaled: bool = False,
+    offset: float = 0.0,
 ) -> Gradients:
     """Values and gradients of <cotangents, plan> (what is infinite counts for nothing), computed in `dtype`."""
     leaves = [
         value.detach().to(dtype).requires_grad_()
         for value in (scores, torch.tensor(epsilon, dtype=torch.float64), prior, row_marginal)
     ]
-    plan = log_domain(*leaves, n_iters, None if init is None else init.to(dtype), scaled)
+    plan = log_domain(*leaves, n_iters, None if init is None else init.to(dtype), scaled, offset)
     total = sum(
         (torch.where(part.isinf(), 0, part) * weight.to(dtype)).sum()
         for part, weight in zip(plan, cotangents, strict=True)

@@ -105,6 +105,7 @@ def eager_forms(case: Case) -> list[tuple[Tensor, ...]]:
     """Values and gradients in eager PyTorch of the accumulation dtype, in a few orders, epsilon early or late."""
     n, k = case.scores.shape
     forms = []
+    size = case.scores.double().abs().mean().item()
     for seed in range(6):
         rows = torch.randperm(n, generator=generator(seed)) if seed else torch.arange(n)
         columns = torch.randperm(k, generator=generator(seed + 9)) if seed else torch.arange(k)
@@ -119,6 +120,7 @@ def eager_forms(case: Case) -> list[tuple[Tensor, ...]]:
             p.cotangents,
             case.accumulation,
             seed % 2 == 1,
+            size * (seed // 2),
         )
         back, across = rows.argsort(), columns.argsort()
         forms.append(

@@ -1,6 +1,7 @@
 // What the engine of one instruction set offers, as plain pointers: the table that dispatch.cpp chooses from.
 #pragma once
 #include "../problem.h"
+#include "../sinkhorn.h"
 
 namespace fastcl {
 
@@ -20,6 +21,7 @@ struct Engine {
   // With a null workspace they only return its size in bytes.
   int64_t (*forward)(const Forward &, const Arranged &, void *workspace);
   int64_t (*backward)(const Backward &, const Arranged &, void *workspace);
+  int64_t (*sinkhorn)(const Sinkhorn &, void *workspace);
 };
 
 namespace baseline {

@@ -1,5 +1,6 @@
 // The entries of one instruction set; the last thing that its translation unit includes.
 #include "gradient.h"
+#include "sinkhorn.h"
 #include "statistics.h"
 
 #define FASTCL_STRING_(name) #name
@@ -41,5 +42,5 @@ int64_t backward(const Backward &call, const Arranged &at, void *workspace) {
 }
 
 } // namespace
-const Engine engine{FASTCL_STRING(FASTCL_ISA), forward, backward};
+const Engine engine{FASTCL_STRING(FASTCL_ISA), forward, backward, sinkhorn};
 } // namespace fastcl::FASTCL_ISA

@@ -26,7 +26,7 @@ def column_sums(x: Scores, f: Tensor) -> Normalizer:
 
 
 def row_pass(
-    x: Scores, g: Tensor, mass: Tensor | None, assignments: bool
+    x: Scores, g: Tensor, above: Tensor | None, mass: Tensor | None, assignments: bool
 ) -> tuple[Normalizer, Tensor | None, Tensor | None]:
     batch, n, _ = x.values.shape
     new = x.inverse_epsilon.new_empty
@@ -35,7 +35,7 @@ def row_pass(
     result = torch.empty_like(x.values, memory_format=torch.contiguous_format) if assignments else None
     for at in _blocks(x):
         part, part_columns, part_result = dense.row_pass(
-            x.block(at), g, None if mass is None else mass[:, at], assignments
+            x.block(at), g, None, None if mass is None else mass[:, at], assignments
         )
         rows.shift[:, at], rows.sum[:, at] = part
         if columns is not None and part_columns is not None:

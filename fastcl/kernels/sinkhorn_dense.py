@@ -87,12 +87,13 @@ def column_sums(x: Scores, f: Tensor) -> Normalizer:
 
 
 def row_pass(
-    x: Scores, g: Tensor, mass: Tensor | None, assignments: bool
+    x: Scores, g: Tensor, above: Tensor | None, mass: Tensor | None, assignments: bool
 ) -> tuple[Normalizer, Tensor | None, Tensor | None]:
     """The softmax R over j of (S + g) / epsilon, g [B, K].
 
     Returns its normalizer [B, N]; the columns' masses sum_i mass_i R_ij [B, K], where the rows' mass [B, N] is given;
-    and R in the scores' dtype, where asked for.
+    and R in the scores' dtype, where asked for. above [B, N], where known, is no smaller than the row's largest S + g:
+    a backend may take it for the shift where that is near enough.
     """
     rows, e = _exponentials(x, g)
     columns = None if mass is None else _times(mass / rows.sum, e)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sinkhorn_blocks, sinkhorn_dense
-from .ops import _differentiable, _library, _without_autocast, choose_backend
+from . import sinkhorn_blocks, sinkhorn_dense, sinkhorn_native
+from .ops import BACKENDS, _differentiable, _library, _without_autocast, choose_backend
 from .sinkhorn_solver import Incoming, Kept, Needs, Passes, Problem, differentiate, solve
 
 PASSES: dict[str, Passes] = {"reference": sinkhorn_dense, "chunked": sinkhorn_blocks}
+if "cpu" in BACKENDS:
+    PASSES["cpu"] = sinkhorn_native
 
 _ARGUMENTS = (
     "Tensor scores, Tensor epsilon, Tensor log_prior, Tensor log_row_marginal, Tensor? init, int n_iters, float? tol, "

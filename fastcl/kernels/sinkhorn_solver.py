@@ -30,7 +30,7 @@ class Passes(Protocol):
 
     def column_sums(self, x: Scores, f: Tensor) -> Normalizer: ...
     def row_pass(
-        self, x: Scores, g: Tensor, mass: Tensor | None, assignments: bool
+        self, x: Scores, g: Tensor, above: Tensor | None, mass: Tensor | None, assignments: bool
     ) -> tuple[Normalizer, Tensor | None, Tensor | None]: ...
     def products(self, x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]: ...
     def column_products(self, x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Tensor: ...
@@ -147,7 +147,7 @@ def solve(passes: Passes, p: Problem) -> Solution:
     kept = Kept.like(p)
     f, g = p.start(), p.start_columns()
     if g is not None:
-        rows, _, _ = passes.row_pass(x, g, None, False)
+        rows, _, _ = passes.row_pass(x, g, None, None, False)
         kept.rows[0, 0], kept.rows[0, 1] = rows
         f = p.row_update(rows, log_mass)
     columns = _column_sums(passes, p, f)
@@ -157,7 +157,9 @@ def solve(passes: Passes, p: Problem) -> Solution:
     done, assignments = 0, None
     for t in range(p.n_iters):
         last = t + 1 == p.n_iters and p.tol is None
-        rows, part, assignments = passes.row_pass(x, g, None if last else mass, last)
+        # After a column update no entry exceeds its column's mass, so none exceeds 1: S + g <= -f.
+        rows, part, assignments = passes.row_pass(x, g, -f, None if last else mass, last)
+        f = p.row_update(rows, log_mass)
         done += 1
         place = t if p.tol is None else 0
         kept.rows[place + 1, 0], kept.rows[place + 1, 1] = rows
@@ -173,11 +175,11 @@ def solve(passes: Passes, p: Problem) -> Solution:
         floor = torch.finfo(masses.dtype).tiny
         g = p.without_mass(g + p.exact * (p.log_prior - masses.clamp(min=floor).to(g.dtype).log()))
     if assignments is None:
-        _, _, assignments = passes.row_pass(x, g, None, True)
+        _, _, assignments = passes.row_pass(x, g, rows.shift, None, True)
         assert assignments is not None
     return Solution(
         assignments,
-        p.row_update(rows, log_mass).to(p.epsilon.dtype),
+        f.to(p.epsilon.dtype),
         g.to(p.epsilon.dtype),
         error,
         torch.tensor(done, device=p.scores.device),

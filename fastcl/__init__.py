@@ -6,6 +6,7 @@ from . import functional
 from .infonce import ClipLoss, ClusterInfoNCE, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .kernels.ops import use_backend
 from .kernels.stats import ContrastiveStats, contrastive_stats
+from .prototypes import MSNLoss, PMSNLoss, SwAVLoss
 from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "ClusterInfoNCE",
     "ContrastiveStats",
     "DCLLoss",
+    "MSNLoss",
     "MoCoLoss",
     "NTXentLoss",
+    "PMSNLoss",
     "SinkhornResult",
     "SupConLoss",
+    "SwAVLoss",
     "contrastive_stats",
     "functional",
     "power_law_prior",

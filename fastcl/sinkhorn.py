@@ -155,7 +155,7 @@ def prior_from_counts(counts: Tensor) -> Tensor:
     if counts.dim() != 1 or counts.numel() == 0:
         raise ValueError(f"counts: expected shape [K], K >= 1, got {list(counts.shape)}")
     masses = counts.double()
-    _check_mass_values("counts", masses, alone=True)
+    check_mass_values("counts", masses, alone=True)
     return (masses / masses.sum()).to(torch.float64 if counts.dtype == torch.float64 else torch.float32)
 
 
@@ -196,7 +196,7 @@ def _check_masses(name: str, value: Any, size: int, batch: int | None, device: t
     check_device(name, value, device)
 
 
-def _check_mass_values(name: str, value: Tensor, alone: bool) -> None:
+def check_mass_values(name: str, value: Tensor, alone: bool) -> None:
     if not values_visible(value):
         return
     if not bool((value >= 0).all()) or not bool(value.isfinite().all()):
@@ -217,7 +217,7 @@ def _log_masses(
     """Logarithms [B, size]; -inf, without a gradient, where there is no mass. alone: no other process has any."""
     if value is None:
         return torch.zeros(shape, dtype=dtype, device=device)
-    _check_mass_values(name, value, alone)
+    check_mass_values(name, value, alone)
     masses = value.to(dtype)
     present = masses > 0
     return torch.where(present, torch.where(present, masses, 1).log(), -torch.inf).expand(shape)

@@ -1,0 +1,306 @@
+"""Losses on assignments to prototypes: SwAV, MSN and PMSN, their targets from `sinkhorn` with any prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from .kernels.checks import check_device, check_flag, check_option, check_rows, finite_number, positive_number
+from .kernels.problem import accumulation_dtype
+from .sinkhorn import check_count, check_mass_values, power_law_prior, sinkhorn, uniform_prior
+
+Prior = Tensor | Callable[[int], Tensor]
+KL = ("mean_prior", "prior_mean")
+
+
+class SwAVLoss(nn.Module):
+    r"""Swapped prediction: each crop predicts the assignments of the other high-resolution crops.
+
+    With scores S^c ``[B, K]`` of crop c and the prototypes, and Q^h the Sinkhorn assignments of high-resolution crop h
+    (no gradient),
+
+    .. math:: \frac{1}{H (C - 1)} \sum_{h \le H} \sum_{c \ne h} \frac{1}{B} \sum_i
+              - \sum_k Q^h_{ik} \log \mathrm{softmax}_k (S^c_i / \text{temperature})
+
+    for H high-resolution crops among C.
+
+    Args:
+        temperature: of the predictions.
+        epsilon, n_iters: of `sinkhorn`.
+        prior: of the prototypes: None (uniform), ``[K]``, or a function that is called with K.
+        gather: assignments over the rows of all processes of the default group; without one a no-op. Each process
+            returns its share, so that after DDP's averaging the gradient is that of the whole batch.
+
+    Shapes of ``forward(high_resolution, low_resolution=(), queue_scores=None)``:
+
+    - high_resolution: list of H >= 1 scores ``[B, K]`` (cosine similarities with the prototypes); at least two crops
+      in all.
+    - low_resolution: list of scores ``[B, K]`` that only predict.
+    - queue_scores: None, or for each high-resolution crop scores ``[M, K]`` of stored features: rows that join its
+      assignment problem and are then dropped.
+
+    Returns a scalar: float32, float64 for float64 scores.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments" (2020).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        epsilon: float = 0.05,
+        n_iters: int = 3,
+        prior: Prior | None = None,
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = _number("temperature", temperature)
+        self.epsilon = _number("epsilon", epsilon)
+        self.n_iters = check_count("n_iters", n_iters)
+        self.prior = _Prior(prior)
+        check_flag("gather", gather)
+        self.gather = gather
+
+    def forward(
+        self,
+        high_resolution: Sequence[Tensor],
+        low_resolution: Sequence[Tensor] = (),
+        queue_scores: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        high, low = _scores("high_resolution", high_resolution), _scores("low_resolution", low_resolution)
+        crops = [*high, *low]
+        if not high or len(crops) < 2:
+            raise ValueError(
+                "high_resolution: expected at least one crop, and with low_resolution at least two, "
+                f"got {len(high)} and {len(low)}"
+            )
+        for name, group in (("high_resolution", high), ("low_resolution", low)):
+            for i, crop in enumerate(group):
+                if crop.shape != high[0].shape:
+                    expected = list(high[0].shape)
+                    raise ValueError(f"{name}[{i}]: expected shape {expected}, got {list(crop.shape)}")
+                check_device(f"{name}[{i}]", crop, high[0].device)
+        stored: list[Tensor] | list[None] = [None] * len(high)
+        if queue_scores is not None:
+            stored = _scores("queue_scores", queue_scores)
+            if len(stored) != len(high):
+                raise ValueError(f"queue_scores: expected scores for each of {len(high)} crops, got {len(stored)}")
+        predictions = [F.log_softmax(_wide(crop) / self.temperature, dim=1) for crop in crops]
+        loss = predictions[0].new_zeros(())
+        for h, (crop, rest) in enumerate(zip(high, stored, strict=True)):
+            target = self.assignments(crop, rest)
+            for c, prediction in enumerate(predictions):
+                if c != h:
+                    loss = loss - torch.linalg.vecdot(target.to(prediction.dtype), prediction).mean()
+        share = _share(len(high[0]), _group(self.gather), high[0].device)
+        return loss * share / (len(high) * (len(crops) - 1))
+
+    def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
+        """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient."""
+        rows = scores.detach()
+        if queue_scores is not None:
+            check_rows("queue_scores", queue_scores, like=scores)
+            wider = torch.promote_types(scores.dtype, queue_scores.dtype)
+            rows = torch.cat([rows.to(wider), queue_scores.detach().to(wider)])
+        prior = self.prior(rows.shape[1], rows.device)
+        result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self.gather))
+        return result.assignments[: len(scores)]
+
+
+class MSNLoss(nn.Module):
+    r"""Masked siamese networks: anchors predict sharpened assignments of their targets, and match a prior on average.
+
+    With p = softmax(cosine similarity with the prototypes / temperature), targets
+    :math:`q \propto p^{1 / \text{sharpening}}` without gradient, after ``n_iters`` of Sinkhorn on log q at epsilon 1
+    with the same prior,
+
+    .. math:: \frac{1}{BV} \sum_i - \sum_k q_{ik} \log p_{ik} + \text{prior\_weight} \cdot
+              \mathrm{KL}(\bar p \,\|\, \text{prior}), \qquad \bar p = \frac{1}{BV} \sum_i p_i
+
+    With the uniform prior the second term is log K minus the entropy of the mean: MSN's mean entropy maximisation. With
+    another it is PMSN's prior matching.
+
+    Args:
+        temperature: of anchors and targets.
+        sharpening: T of the targets; smaller is sharper, 1 leaves them.
+        n_iters: of Sinkhorn on the targets; 0: none.
+        prior: of targets and regulariser: None (uniform), ``[K]``, or a function that is called with K.
+        prior_weight: of the KL term, >= 0.
+        kl: ``"mean_prior"`` as above, or ``"prior_mean"``: KL(prior || mean), which is infinite at a prototype that has
+            mass but no prediction.
+        gather: targets and mean over the rows of all processes of the default group; without one a no-op. Each
+            process returns its share, so that after DDP's averaging the gradient is that of the whole batch.
+
+    Shapes of ``forward(anchors, targets, prototypes)``:
+
+    - anchors: ``[B * V, D]``, V views of the targets one after the other: row v * B + b belongs to target b.
+    - targets: ``[B, D]``, without gradient.
+    - prototypes: ``[K, D]``.
+
+    Returns a scalar: float32, float64 for float64 anchors. A prototype without prior mass is no target; its share of
+    the mean prediction counts in the KL as if its mass were 1e-12.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Assran et al., "Masked siamese networks for label-efficient learning" (2022), and "The hidden uniform
+    cluster prior in self-supervised learning" (2023).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        sharpening: float = 0.25,
+        n_iters: int = 3,
+        prior: Prior | None = None,
+        prior_weight: float = 1.0,
+        kl: str = "mean_prior",
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = _number("temperature", temperature)
+        self.sharpening = _number("sharpening", sharpening)
+        self.n_iters = 0 if n_iters == 0 and not isinstance(n_iters, bool) else check_count("n_iters", n_iters)
+        self.prior = _Prior(prior)
+        self.prior_weight = finite_number("prior_weight", prior_weight)
+        if self.prior_weight < 0:
+            raise ValueError(f"prior_weight: expected a number >= 0, got {prior_weight}")
+        check_option("kl", kl, KL)
+        self.kl = kl
+        check_flag("gather", gather)
+        self.gather = gather
+
+    def forward(self, anchors: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
+        check_rows("anchors", anchors)
+        check_rows("targets", targets, like=anchors)
+        check_rows("prototypes", prototypes, like=anchors)
+        b, rows = len(targets), len(anchors)
+        if b == 0 or rows == 0 or rows % b:
+            raise ValueError(f"anchors: expected a multiple of the {b} targets' rows, got shape {list(anchors.shape)}")
+        if len(prototypes) == 0:
+            raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
+        group = _group(self.gather)
+        predictions = F.log_softmax(_cosines(anchors, prototypes) / self.temperature, dim=1)
+        goals = self.assignments(targets, prototypes).to(predictions.dtype)
+        entropies = torch.linalg.vecdot(goals, predictions.unflatten(0, (rows // b, b)))
+        share = _share(rows, group, anchors.device)
+        loss: Tensor = -entropies.mean() * share
+        if self.prior_weight:
+            loss = loss + self.prior_weight * self._divergence(_mean(predictions.exp(), share, group))
+        return loss
+
+    @torch.no_grad()
+    def assignments(self, targets: Tensor, prototypes: Tensor) -> Tensor:
+        """What the anchors are to predict: ``[B, K]`` for targets ``[B, D]`` and prototypes ``[K, D]``; no gradient."""
+        logits = _cosines(targets, prototypes) / (self.temperature * self.sharpening)
+        if self.n_iters == 0:
+            return logits.softmax(1)
+        # In rows Sinkhorn starts from what the softmax would have divided by: log q, not the logits.
+        prior = self.prior(len(prototypes), logits.device)
+        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self.gather)}
+        return sinkhorn(logits.log_softmax(1), prior=prior, **options).assignments
+
+    def _divergence(self, mean: Tensor) -> Tensor:
+        prior = self.prior(len(mean), mean.device)
+        prior = (uniform_prior(len(mean)).to(mean.device) if prior is None else prior).to(mean.dtype)
+        prior = prior / prior.sum()
+        if self.kl == "mean_prior":
+            terms: Tensor = torch.special.xlogy(mean, mean) - mean * prior.clamp(min=1e-12).log()
+            return terms.sum()
+        present = prior > 0
+        safe = torch.where(present, mean, 1)
+        return torch.where(present, torch.special.xlogy(prior, prior) - prior * safe.log(), 0).sum()
+
+
+class PMSNLoss(MSNLoss):
+    """`MSNLoss` with a power-law prior of exponent 0.25 over the prototypes, or another that is given.
+
+    Source: Assran et al., "The hidden uniform cluster prior in self-supervised learning" (2023).
+    """
+
+    def __init__(self, temperature: float = 0.1, *, prior: Prior = power_law_prior, **options: Any) -> None:
+        super().__init__(temperature, prior=prior, **options)
+
+
+class _Prior(nn.Module):
+    """A prior that moves with its loss, or the function that makes it."""
+
+    masses: Tensor | None
+
+    def __init__(self, prior: Prior | None) -> None:
+        super().__init__()
+        if prior is not None and not isinstance(prior, Tensor) and not callable(prior):
+            raise TypeError(f"prior: expected a tensor, a function or None, got {type(prior).__name__}")
+        self.make = None if isinstance(prior, Tensor) else prior
+        self.register_buffer("masses", prior.detach() if isinstance(prior, Tensor) else None, persistent=False)
+
+    def forward(self, k: int, device: torch.device) -> Tensor | None:
+        masses = self.masses if self.make is None else self.make(k)
+        if masses is None:
+            return None
+        if not isinstance(masses, Tensor) or tuple(masses.shape) != (k,):
+            got = list(masses.shape) if isinstance(masses, Tensor) else type(masses).__name__
+            raise ValueError(f"prior: expected a tensor of shape [{k}], one mass for each prototype, got {got}")
+        check_mass_values("prior", masses, alone=True)
+        return masses.to(device)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a number, got a tensor")
+    return float(positive_number(name, value))
+
+
+def _scores(name: str, value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+    for i, scores in enumerate(value):
+        check_rows(f"{name}[{i}]", scores)
+    return list(value)
+
+
+def _wide(scores: Tensor) -> Tensor:
+    return scores.to(accumulation_dtype(scores))
+
+
+def _cosines(rows: Tensor, prototypes: Tensor) -> Tensor:
+    dtype = accumulation_dtype(rows, prototypes)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.normalize(rows.to(dtype), dim=1) @ F.normalize(prototypes.to(dtype), dim=1).T
+
+
+def _group(gather: bool) -> dist.ProcessGroup | None:
+    return dist.group.WORLD if gather and dist.is_available() and dist.is_initialized() else None
+
+
+def _share(rows: int, group: dist.ProcessGroup | None, device: torch.device) -> float | Tensor:
+    """W times this process's share of all rows: the mean over processes of such losses is that over all rows."""
+    if group is None:
+        return 1.0
+    count = torch.tensor(float(rows), device=device)
+    dist.all_reduce(count, group=group)
+    return dist.get_world_size(group) * rows / count
+
+
+def _mean(predictions: Tensor, share: float | Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean prediction [K] of all processes' rows. Backward, each process gets its own rows' part of the gradient.
+
+    With W processes, each of which returns the whole divergence, the mean over processes of the gradients is that of
+    the divergence if each process's part counts W times: as the sum over processes of equal incoming gradients does.
+    """
+    own = predictions.mean(0) * share
+    if group is None:
+        return own
+    whole = own.detach().clone()
+    dist.all_reduce(whole, group=group)
+    # The value of the mean over processes with the gradient of this process's part of their sum.
+    return (whole / dist.get_world_size(group)) + (own - own.detach())

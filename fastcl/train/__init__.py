@@ -18,8 +18,10 @@ class Config:
     clusters: str | None = None
     n_clusters: int = 20
     renew: int = 10
+    prior: str | None = None
     data: str = "digits"
     root: str | None = None
+    long_tail: float | None = None
     epochs: int = 120
     batch_size: int = 1024
     temperature: float = 0.1

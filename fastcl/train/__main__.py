@@ -39,7 +39,7 @@ def _at_least(kind: type[Any], low: float, exclusive: bool = False, below: float
 
 
 def _parser() -> _Parser:
-    from fastcl.train.methods import METHODS
+    from fastcl.train.methods import METHODS, PRIORS
 
     default = Config()
     parser = _Parser(prog="python -m fastcl.train", description=fastcl.train.__doc__)
@@ -53,12 +53,20 @@ def _parser() -> _Parser:
     add("--method", "what to train with", choices=list(METHODS))
     add("--clusters", "kmeans (default where the method needs clusters), attributes, labels or FILE.csv:COLUMN: one "
         "row per image in the order of the data, before any split; blank: no cluster")  # fmt: skip
-    add("--n-clusters", "clusters of k-means, in training and in the final probes", type=_at_least(int, 2))
+    add("--n-clusters", "clusters of k-means, in training and in the final probes; prototypes", type=_at_least(int, 2))
     add(
         "--renew", "epochs between two k-means; before the first, each image is its own cluster", type=_at_least(int, 1)
     )
+    add(
+        "--prior",
+        "masses of the prototypes: equal, falling as rank ** -0.25, or as large as the classes (default: uniform for "
+        "swav, power_law for pmsn)",
+        choices=PRIORS,
+    )
     add("--data", "digits, cifar10, cifar100, imagefolder or FILE.npz with images [n, h, w(, c)] and labels [n]")
     add("--root", "folder of the CIFAR files (never downloaded), or the image folder", metavar="DIR")
+    add("--long-tail", "thin the training classes to a power law, the largest so many times the smallest; the held-out "
+        "images stay as they are", type=_at_least(float, 1, exclusive=True), metavar="RATIO")  # fmt: skip
     add("--epochs", "passes over the training images", type=_at_least(int, 1))
     add("--batch-size", "images a step, two views each; at most all", type=_at_least(int, 2))
     add("--temperature", "of the loss", type=_at_least(float, 1e-30, exclusive=True, below=1e30))
@@ -70,7 +78,16 @@ def _parser() -> _Parser:
     )
     add("--device", "where to train, for instance cuda")
     add("--precision", "of the forward and backward pass", choices=["float32", "bfloat16"])
-    add("--out", "run folder; new or empty (default: runs/DATA-METHOD[-CLUSTERS]-seedSEED)", metavar="DIR")
+    add(
+        "--out",
+        "run folder; new or empty (default: runs/DATA[-long_tail]-METHOD[-PRIOR][-CLUSTERS]-seedSEED)",
+        metavar="DIR",
+    )
+    add(
+        "--beside",
+        "a finished swav or pmsn run, whose prototypes' sizes are drawn beside this one's",
+        metavar="RUN_FOLDER",
+    )
     add("--resume", "go on with this run, with the options it was started with; only --device may differ (another "
         "--epochs would be another schedule of the learning rate)", metavar="RUN_FOLDER")  # fmt: skip
     return parser
@@ -95,9 +112,14 @@ def _configure(given: dict[str, Any]) -> tuple[Config, Path, bool]:
                 option = "--" + name.replace("_", "-")
                 raise OptionError(f"{option} {value} contradicts the resumed run's {getattr(stored, name)}")
         return dataclasses.replace(stored, device=given.get("device", stored.device)), folder, True
-    from fastcl.train.methods import METHODS
+    from fastcl.train.methods import METHODS, PrototypeMethod
 
     config = Config(**given)
+    kind = METHODS[config.method]
+    if issubclass(kind, PrototypeMethod):
+        config = dataclasses.replace(config, prior=config.prior or kind.prior)
+    elif config.prior is not None:
+        raise OptionError(f"--prior needs a method with prototypes, swav or pmsn; got --method {config.method}")
     if not METHODS[config.method].needs_clusters:
         if config.clusters is not None:
             raise OptionError(f"--clusters needs a method that uses them; got --method {config.method}")
@@ -114,7 +136,14 @@ def _configure(given: dict[str, Any]) -> tuple[Config, Path, bool]:
                 f"--out must be a new or an empty folder; {out} is not (to go on with it: --resume {out})"
             )
         return config, folder, False
-    parts = (Path(config.data).stem, config.method, config.clusters and config.clusters.rpartition(":")[2])
+    tail = config.long_tail and f"long_tail{config.long_tail:g}"
+    parts = (
+        Path(config.data).stem,
+        tail,
+        config.method,
+        config.prior,
+        config.clusters and config.clusters.rpartition(":")[2],
+    )
     name = re.sub(r"[^\w.-]+", "_", "-".join(part for part in parts if part)) + f"-seed{config.seed}"
     folder, number = Path("runs", name), 1
     while folder.exists():
@@ -129,18 +158,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         sys.exit(f'fastcl.train needs {", ".join(missing)}: pip install "fastcl[train]"')
     from fastcl.train import report
-    from fastcl.train.loop import Run
+    from fastcl.train.loop import Run, other_prototypes
 
     parser = _parser()
     given = vars(parser.parse_args(argv))
-    run = None
+    run, beside = None, given.pop("beside", None)
     try:
+        if beside is not None:
+            other_prototypes(Path(beside))  # before training, not after it
         config, folder, resumed = _configure(given)
         run = Run(config, folder, resumed)
         print(run.summary(), flush=True)
         run.train()
-        print(report.table(run.finish()))
-        print(f"wrote {folder}/results.json, accuracy.png, embedding.png and neighbours.png")
+        print(report.table(run.finish(beside and Path(beside))))
+        pictures = ["accuracy.png", "embedding.png", *(["prototypes.png"] if config.prior else []), "neighbours.png"]
+        print(f"wrote {folder}/results.json, {', '.join(pictures[:-1])} and {pictures[-1]}")
     except OptionError as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
@@ -100,6 +101,27 @@ def _read_folder(reader: Any, folder: Path, transform: Any) -> tuple[NDArray[Any
         raise OptionError(f"--root {folder} holds no image folder: {error}") from error
     images = np.stack([image.permute(1, 2, 0).numpy() for image, _ in source])
     return images, np.array(source.classes)[source.targets]
+
+
+def long_tailed(images: ImageData, ratio: float, seed: int) -> ImageData:
+    """Fewer training images: classes as large as a power law of their rank, the first `ratio` times the last.
+
+    The ranks are drawn by `seed`, which images stay as well; at least one of each class. Held-out images all stay.
+    """
+    generator = np.random.default_rng([seed, 1])
+    ranks = generator.permutation(len(images.classes)) + 1
+    exponent = np.log(ratio) / np.log(max(len(images.classes), 2))
+    present = np.bincount(images.train_labels, minlength=len(images.classes))
+    wanted = np.maximum(1, np.rint(present[present > 0].min() * ranks**-exponent)).astype(np.int64)
+    order = generator.permutation(len(images.train_labels))
+    kept = np.concatenate([order[images.train_labels[order] == label][:count] for label, count in enumerate(wanted)])
+    kept.sort()
+    return dataclasses.replace(
+        images,
+        train_images=images.train_images[torch.from_numpy(kept)],
+        train_labels=images.train_labels[kept],
+        source_index=images.source_index[kept],
+    )
 
 
 def _load_npz(path: Path, seed: int) -> ImageData:

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from fastcl.train.data import ImageData, as_float
-from fastcl.train.methods import kmeans
+from fastcl.train.methods import PrototypeMethod, kmeans
 
 NEIGHBOURS = 10
 DRAWS = 10  # of the few labelled images, for the probes with 1 and 5 labels a class
@@ -40,6 +40,15 @@ def embed(encoder: nn.Module, images: Tensor, device: torch.device, batch: int =
 def represent(encoder: nn.Module, images: ImageData, device: torch.device) -> Representation:
     """Both sets of images through the encoder."""
     return Representation(*(embed(encoder, part, device) for part in (images.train_images, images.test_images)))
+
+
+def assigned(method: PrototypeMethod, images: Tensor, device: torch.device) -> Labels:
+    """The nearest prototype ``[n]`` of un-augmented images ``[n, C, H, W]``."""
+    rows = torch.from_numpy(embed(method.encoder, images, device)).to(device)
+    method.eval()
+    with torch.no_grad():
+        nearest: Labels = method.scores(method.projector(rows)).argmax(1).cpu().numpy()
+    return nearest
 
 
 def knn_accuracy(rows: Representation, images: ImageData) -> float:

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastcl.train import Config, OptionError, report
-from fastcl.train.data import VIEWS, augment, fingerprint, load
-from fastcl.train.evaluate import cluster_information, embed, knn_accuracy, probe, raw_pixels, represent
-from fastcl.train.methods import METHODS, Method, fixed_clusters, kmeans
+from fastcl.train.data import VIEWS, augment, fingerprint, load, long_tailed
+from fastcl.train.evaluate import assigned, cluster_information, embed, knn_accuracy, probe, raw_pixels, represent
+from fastcl.train.methods import METHODS, Method, PrototypeMethod, fixed_clusters, kmeans, prototype_masses
 
 WARM_UP = 0.1  # the share of all steps over which the learning rate rises
 WEIGHT_DECAY = 1e-4
@@ -28,6 +28,15 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+def other_prototypes(folder: Path) -> dict[str, Any]:
+    """What another run's results.json says of its prototypes."""
+    try:
+        prototypes: dict[str, Any] = json.loads((folder / "results.json").read_text())["prototypes"]
+        return {name: prototypes[name] for name in ("name", "prior", "sizes")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"--beside must name the folder of a finished swav or pmsn run; got {folder}") from error
 
 
 class Run:
@@ -43,6 +52,8 @@ class Run:
         # Without this a resumed run on a GPU could choose other convolution kernels, and other roundings.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.images = load(config.data, config.root, config.seed)
+        if config.long_tail is not None:
+            self.images = long_tailed(self.images, config.long_tail, config.seed)
         count = len(self.images.train_labels)
         if config.n_clusters > count:
             raise OptionError(
@@ -71,7 +82,11 @@ class Run:
         """The method as it is before training; drawn on the CPU, so that every device starts with the same weights."""
         torch.manual_seed(self.config.seed)
         shape = self.images.train_images.shape[1:]
-        return METHODS[self.config.method](shape, self.config.temperature).to(self.device)
+        kind = METHODS[self.config.method]
+        options: dict[str, Any] = {}
+        if self.config.prior is not None:
+            options["masses"] = prototype_masses(self.config.prior, self.config.n_clusters, self.images.train_labels)
+        return kind(shape, self.config.temperature, **options).to(self.device)
 
     def _save(self, history: list[dict[str, Any]]) -> None:
         state = {
@@ -183,8 +198,11 @@ class Run:
         self.optimiser.step()
         return float(loss.detach())
 
-    def finish(self) -> dict[str, Any]:
-        """Probe the raw pixels, the untrained and the trained encoder; write results.json and the pictures."""
+    def finish(self, beside: Path | None = None) -> dict[str, Any]:
+        """Probe the raw pixels, the untrained and the trained encoder; write results.json and the pictures.
+
+        beside: the folder of another finished run, whose prototypes' sizes are drawn next to this one's.
+        """
         config, images = self.config, self.images
         rows = {"raw": raw_pixels(images)}
         for name, method in (("untrained", self._initial()), ("trained", self.method)):
@@ -200,6 +218,19 @@ class Run:
             results["training_clusters"] = {
                 "count": count, "mutual_information": information, "conditional_entropy": entropy
             }  # fmt: skip
+        results["prototypes"] = None
+        if isinstance(self.method, PrototypeMethod):
+            nearest = assigned(self.method, images.train_images, self.device)
+            information, entropy = cluster_information(images.train_labels, nearest)
+            sizes = np.bincount(nearest, minlength=len(self.method.prototypes)) / len(nearest)
+            results["prototypes"] = {
+                "name": config.prior, "prior": sorted(self.method.masses.tolist(), reverse=True),
+                "sizes": sorted(sizes.tolist(), reverse=True),
+                "mutual_information": information, "conditional_entropy": entropy,
+            }  # fmt: skip
+            panels = [results["prototypes"]] + ([other_prototypes(beside)] if beside else [])
+            labels = np.bincount(images.train_labels) / len(images.train_labels)
+            report.draw_prototypes(self.folder, f"{Path(config.data).stem} {config.method}", panels, labels)
         _write(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
         title = " ".join(part for part in (Path(config.data).stem, config.method, config.clusters) if part)
         report.draw(self.folder, title, self.history, results, images, rows["trained"], probes["trained"][1])

@@ -4,12 +4,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from fastcl import ClusterInfoNCE
+from fastcl import ClusterInfoNCE, PMSNLoss, SwAVLoss, power_law_prior, prior_from_counts, uniform_prior
+from fastcl.train import OptionError
 from fastcl.train.data import ImageData, attributes, read_csv_clusters
 
 
@@ -49,7 +51,7 @@ class Method(nn.Module):
         self.encoder = Encoder(*image_shape)
         features = self.encoder.features
         self.projector = nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, projection))
-        self.loss = ClusterInfoNCE(temperature=temperature)
+        self.loss: nn.Module = ClusterInfoNCE(temperature=temperature)
 
     def project(self, views: Tensor) -> Tensor:
         """Views ``[B, V, C, H, W]`` -> projections ``[B, V, D]``."""
@@ -79,7 +81,77 @@ class ClInfoNCE(Method):
         return loss
 
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "clinfonce": ClInfoNCE}
+class PrototypeMethod(Method):
+    """Views are assigned to learned prototypes, whose sizes follow a prior."""
+
+    prior = "uniform"  # unless the option says otherwise
+
+    def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor, projection: int = 128) -> None:
+        super().__init__(image_shape, temperature, projection)
+        first, middle, last = self.projector
+        # Projections of untrained weights nearly coincide. All scores are then alike, their assignments are the prior in
+        # every row, and predicting that is a fixed point. The batch's statistics pull the projections apart.
+        self.projector = nn.Sequential(
+            first, nn.BatchNorm1d(256), middle, last, nn.BatchNorm1d(projection, affine=False)
+        )
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(len(masses), projection), dim=1))
+        self.register_buffer("masses", masses)
+
+    def scores(self, projections: Tensor) -> Tensor:
+        """Cosine similarities ``[..., K]`` of projections ``[..., D]`` with the prototypes."""
+        return F.normalize(projections.float(), dim=-1) @ F.normalize(self.prototypes, dim=1).T
+
+
+class SwAV(PrototypeMethod):
+    """Each view predicts the assignment of the other."""
+
+    def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor) -> None:
+        super().__init__(image_shape, temperature, masses)
+        self.loss = SwAVLoss(temperature, prior=masses)
+
+    def forward(self, views: Tensor, clusters: Tensor | None) -> Tensor:
+        scores = self.scores(self.project(views))
+        loss: Tensor = self.loss(list(scores.unbind(1)))
+        return loss
+
+
+class PMSN(PrototypeMethod):
+    """Each view predicts the sharpened assignment of the other, and the mean prediction follows the prior.
+
+    The targets come from the encoder itself, without gradient: at this size it needs no momentum copy.
+    """
+
+    prior = "power_law"
+
+    def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor) -> None:
+        super().__init__(image_shape, temperature, masses)
+        self.loss = PMSNLoss(temperature, prior=masses)
+
+    def forward(self, views: Tensor, clusters: Tensor | None) -> Tensor:
+        projections = self.project(views)
+        anchors, targets = projections.transpose(0, 1), projections.flip(1).transpose(0, 1)
+        loss: Tensor = self.loss(anchors.flatten(0, 1), targets.flatten(0, 1), self.prototypes)
+        return loss
+
+
+METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "clinfonce": ClInfoNCE, "swav": SwAV, "pmsn": PMSN}
+PRIORS = ("uniform", "power_law", "counts")
+
+
+def prototype_masses(prior: str, count: int, labels: NDArray[np.int64]) -> Tensor:
+    """The prior ``[count]`` that --prior names, the largest mass first.
+
+    ``counts`` knows the labels' frequencies: prototypes are dealt out to the classes in turn, and share their mass.
+    """
+    if prior == "uniform":
+        return uniform_prior(count)
+    if prior == "power_law":
+        return power_law_prior(count)
+    sizes = torch.from_numpy(np.bincount(labels)).sort(descending=True).values
+    if count < len(sizes):
+        raise OptionError(f"--prior counts needs --n-clusters of at least the number of classes, {len(sizes)}")
+    owner = torch.arange(count) % len(sizes)
+    return prior_from_counts((sizes / torch.bincount(owner))[owner]).sort(descending=True).values
 
 
 def fixed_clusters(option: str, images: ImageData) -> NDArray[np.int64]:

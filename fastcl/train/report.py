@@ -42,6 +42,12 @@ def table(results: dict[str, Any]) -> str:
             f"clusters trained with: {used['count']}, I(label; cluster) {used['mutual_information']:.2f} nats, "
             f"H(cluster | label) {used['conditional_entropy']:.2f} nats"
         )
+    prototypes = results["prototypes"]
+    if prototypes is not None:
+        lines.append(
+            f"prototypes, prior {prototypes['name']}: {sum(size > 0 for size in prototypes['sizes'])} of "
+            f"{len(prototypes['sizes'])} in use, I(label; prototype) {prototypes['mutual_information']:.2f} nats"
+        )
     return "\n".join(lines)
 
 
@@ -58,6 +64,30 @@ def draw(
     _accuracy(title, history, results["knn"]).savefig(folder / "accuracy.png")
     _embedding(title, images, rows.test, clusters).savefig(folder / "embedding.png")
     _neighbours(title, images, rows).savefig(folder / "neighbours.png")
+
+
+def draw_prototypes(folder: Path, title: str, panels: list[dict[str, Any]], labels: NDArray[np.float64]) -> None:
+    """Write prototypes.png: a panel a run, shares of training images by prototype, sorted, and the prior sorted alike.
+
+    labels: shares of the classes, which a thin line shows, each spread over as many prototypes as fall to it.
+    """
+    figure = _figure(5.2 * len(panels) + 0.6, 4.2, f"{title}: shares of training images by prototype")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, panel in zip(grid, panels, strict=True):
+        sizes, prior = np.array(panel["sizes"]), np.array(panel["prior"])
+        places = np.arange(1, len(sizes) + 1)
+        spread = np.interp(
+            (places - 0.5) / len(places), (np.arange(len(labels)) + 0.5) / len(labels), np.sort(labels)[::-1]
+        )
+        axes.bar(places, 100 * sizes, color="C0", width=0.8, label="assigned")
+        axes.plot(places, 100 * prior, color="C3", marker="o", markersize=3.5, label=f"prior ({panel['name']})")
+        axes.plot(places, 100 * spread / spread.sum(), color="C7", linestyle="--", label="classes, spread alike")
+        distance = 0.5 * np.abs(sizes - prior).sum()
+        axes.set_title(f"prior {panel['name']}: total variation from it {distance:.2f}", fontsize=10)
+        axes.set(xlabel="prototypes, largest first", ylabel="share of training images (%)")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25, axis="y")
+    figure.savefig(folder / "prototypes.png")
 
 
 def _figure(width: float, height: float, title: str) -> Figure:

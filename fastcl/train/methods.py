@@ -89,8 +89,8 @@ class PrototypeMethod(Method):
     def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor, projection: int = 128) -> None:
         super().__init__(image_shape, temperature, projection)
         first, middle, last = self.projector
-        # Projections of untrained weights nearly coincide. All scores are then alike, their assignments are the prior in
-        # every row, and predicting that is a fixed point. The batch's statistics pull the projections apart.
+        # Projections of untrained weights nearly coincide. All rows of scores are then alike, each is assigned the
+        # prior, and predicting that is a fixed point. The batch's statistics pull the projections apart.
         self.projector = nn.Sequential(
             first, nn.BatchNorm1d(256), middle, last, nn.BatchNorm1d(projection, affine=False)
         )

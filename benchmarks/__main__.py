@@ -21,12 +21,14 @@ NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 
 def _parser() -> argparse.ArgumentParser:
+    from benchmarks import transport
     from benchmarks.cases import SUITES
 
+    suites = [*SUITES, transport.SUITE]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Speed, memory and error of fastcl and of its peers, side by side."
     )
-    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=list(SUITES), help="default: all of them")
+    parser.add_argument("--suite", nargs="+", choices=suites, default=suites, help="default: all of them")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="few and small cases, below two minutes on two cores")
     parser.add_argument("--json", action="store_true", help="print the rows, and nothing else, as JSON lines")
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from benchmarks import machine, report
+    from benchmarks import machine, report, transport
     from benchmarks.cases import cases
 
     folder: Path | None = options.report
@@ -68,7 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.out or machine.ROOT / "runs" / "benchmarks" / machine.slug(
             machine.processor(device), torch.get_num_threads(), device
         )
+        solvers = [
+            case.name
+            for case in (transport.QUICK if options.quick else transport.CASES)
+            if transport.SUITE in options.suite and options.only in case.name
+        ]
+        if solvers:
+            here = f"{machine.processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+            for row in transport.run(folder, device, options.quick, f"{here}, {machine.commit()}.", options.only):
+                if options.json:
+                    print(json.dumps(row), flush=True)
+            if not options.json:
+                print((folder / transport.PAGE).read_text())
+        options.suite = [name for name in options.suite if name != transport.SUITE]
         chosen = [case for case in cases(options.suite, options.quick) if options.only in case.name]
+        if solvers and not chosen:
+            return 0
         if not chosen:
             parser.error(f"--only: no case of these suites has {options.only!r} in its name")
         folder_of_rows = folder

@@ -1,0 +1,252 @@
+"""Suite ``sinkhorn``: assignments of rows to columns, ours and other solvers', with the error of each beside its time.
+
+Solvers do not all stop at the same place: what is compared is time at a number of iterations, so the distance of the
+column sums from the prior, and of the assignments from the float64 ones, stand next to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastcl
+from benchmarks.measure import Step, alternate, timer_for
+from benchmarks.providers import _why_not, version
+from fastcl.kernels.sinkhorn_ops import PASSES
+
+SUITE, ROWS, PAGE = "sinkhorn", "sinkhorn.jsonl", "sinkhorn.md"
+EAGER = "eager, log domain"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """N unit rows and K unit prototypes of dimension 64; scores are their cosines."""
+
+    n: int
+    k: int
+    epsilon: float = 0.05
+    n_iters: int = 3
+    gradient: bool = False
+
+    @property
+    def name(self) -> str:
+        what = "forward + backward" if self.gradient else "forward"
+        return f"{self.n} x {self.k}, epsilon {self.epsilon:g}, {self.n_iters} iterations, {what}"
+
+    def points(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        x, y = (F.normalize(torch.randn(size, 64, generator=g), dim=1).to(device) for size in (self.n, self.k))
+        return x, y
+
+
+CASES = (Case(4096, 4096), Case(4096, 4096, gradient=True), Case(4096, 3000), Case(512, 300), Case(4096, 4096, 0.01))
+QUICK = (Case(1024, 1024), Case(1024, 1024, gradient=True))
+
+Solve = Callable[[Case, Tensor, Tensor, Tensor], Tensor]  # scores, points, prototypes -> assignments [N, K]
+
+
+def _fastcl(backend: str, case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    with fastcl.use_backend(backend):
+        return fastcl.sinkhorn(scores, epsilon=case.epsilon, n_iters=case.n_iters).assignments
+
+
+def log_domain(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """As a competent user writes it: scores divided once, two log-sum-exps an iteration."""
+    m = scores / case.epsilon
+    n, k = scores.shape
+    u = m.new_zeros(n)
+    for _ in range(case.n_iters):
+        v = -math.log(k) - torch.logsumexp(m + u[:, None], 0)
+        u = -math.log(n) - torch.logsumexp(m + v, 1)
+    return torch.softmax(m + v, 1)
+
+
+def kernel_domain(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """SwAV's loop, in place as in its code where no gradient is wanted."""
+    n, k = scores.shape
+    q = torch.exp(scores / case.epsilon).T
+    if case.gradient:
+        q = q / q.sum()
+        for _ in range(case.n_iters):
+            q = q / q.sum(1, keepdim=True) / k
+            q = q / q.sum(0, keepdim=True) / n
+        return (q * n).T
+    q /= q.sum()
+    for _ in range(case.n_iters):
+        q /= q.sum(1, keepdim=True)
+        q /= k
+        q /= q.sum(0, keepdim=True)
+        q /= n
+    q *= n
+    return q.T
+
+
+def _pot(method: str, case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    import ot  # type: ignore[import-not-found]
+
+    n, k = scores.shape
+    a, b = scores.new_full((n,), 1 / n), scores.new_full((k,), 1 / k)
+    solver = ot.bregman.sinkhorn_log if method == "sinkhorn_log" else ot.sinkhorn
+    plan: Tensor = solver(a, b, -scores, case.epsilon, numItermax=case.n_iters, stopThr=0, warn=False)
+    return plan * n
+
+
+def _geomloss(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Its own schedule of epsilons and iterations; |x - y|^2 / 2 = 1 - <x, y> on unit rows."""
+    if case.gradient:
+        raise NotImplementedError("its potentials are functions of points, not of scores")
+    from geomloss import SamplesLoss  # type: ignore[import-not-found]
+
+    solver = SamplesLoss("sinkhorn", p=2, blur=case.epsilon**0.5, debias=False, potentials=True, backend="tensorized")
+    _, g = solver(x, y)
+    return torch.softmax((scores + g.reshape(-1)) / case.epsilon, 1)
+
+
+def _ott(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if case.gradient:
+        raise NotImplementedError("its gradient is implicit, of another function than three iterations")
+    import jax  # type: ignore[import-not-found]
+
+    plan = _ott_solver(case.epsilon, case.n_iters)(scores.numpy())
+    return torch.from_numpy(jax.device_get(plan).copy()) * len(scores)
+
+
+_OTT: dict[tuple[float, int], Any] = {}
+
+
+def _ott_solver(epsilon: float, n_iters: int) -> Any:
+    """Compiled once for each epsilon and count."""
+    if (epsilon, n_iters) not in _OTT:
+        import jax
+        from ott.geometry import geometry  # type: ignore[import-not-found]
+        from ott.problems.linear import linear_problem  # type: ignore[import-not-found]
+        from ott.solvers.linear import sinkhorn  # type: ignore[import-not-found]
+
+        solver = sinkhorn.Sinkhorn(min_iterations=n_iters, max_iterations=n_iters, inner_iterations=1, threshold=0.0)
+
+        def solve(scores: Any) -> Any:
+            problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=-scores, epsilon=epsilon))
+            return solver(problem).matrix
+
+        _OTT[epsilon, n_iters] = jax.jit(solve)
+    return _OTT[epsilon, n_iters]
+
+
+def providers(device: torch.device) -> tuple[dict[str, tuple[Solve, str]], dict[str, str]]:
+    """Solvers and the package whose version counts; and who is missing, and why."""
+    found: dict[str, tuple[Solve, str]] = {
+        f"fastcl {backend}": (partial(_fastcl, backend), "fastcl")
+        for backend in PASSES
+        if backend != "reference" and (backend != "cpu" or device.type == "cpu")
+    }
+    found |= {EAGER: (log_domain, "torch"), "SwAV's loop": (kernel_domain, "torch")}
+    missing = {}
+    for name, module, package, solve in (
+        ("POT sinkhorn_log", "ot", "POT", partial(_pot, "sinkhorn_log")),
+        ("POT sinkhorn", "ot", "POT", partial(_pot, "sinkhorn")),
+        ("GeomLoss", "geomloss", "geomloss", _geomloss),
+        ("OTT-JAX", "ott.solvers.linear.sinkhorn", "ott-jax", _ott),
+    ):
+        reason = _why_not(module)
+        if reason is None:
+            found[name] = solve, package
+        else:
+            missing[name] = reason
+    return found, missing
+
+
+def _step(solve: Solve, case: Case, scores: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Step:
+    if not case.gradient:
+        return lambda: solve(case, scores, x, y)
+    leaf = scores.clone().requires_grad_()
+    return lambda: torch.autograd.grad(solve(case, leaf, x, y), leaf, weight)
+
+
+def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
+    """A row for each solver. `effort`: `measure.alternate`'s."""
+    found, missing = providers(device)
+    x, y = case.points(device)
+    scores = x @ y.T
+    weight = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    truth = log_domain(case, scores.double(), x, y)
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for name, (solve, package) in found.items():
+        row: Row = {"suite": SUITE, "case": case.name, "provider": name, "version": version(package)}
+        rows[name] = row
+        step = _step(solve, case, scores, x, y, weight)
+        try:
+            got = solve(case, scores, x, y).double()
+            step()
+        except Exception as error:  # whatever a solver raises, the others are measured
+            row |= {"status": "error", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            continue
+        row |= {
+            "status": "ok",
+            "marginal_error": (got.mean(0) - 1 / case.k).abs().sum().item(),
+            "row_error": (got.sum(1) - 1).abs().mean().item(),
+            "error": ((got - truth).norm() / truth.norm()).item(),
+        }
+        steps[name] = step
+    samples = alternate(steps, timer_for(device), **effort)
+    for name in steps:
+        low, middle, high = samples.percentiles(name)
+        ratio = {other: samples.ratio(name, other)[1] for other in steps if other != name}
+        rows[name] |= {"p20_ms": low * 1e3, "p50_ms": middle * 1e3, "p80_ms": high * 1e3, "ratio": ratio}
+    absent = [
+        {"suite": SUITE, "case": case.name, "provider": name, "status": "missing", "reason": reason}
+        for name, reason in missing.items()
+    ]
+    return [*rows.values(), *absent]
+
+
+def page(rows: Sequence[Row], circumstances: str) -> str:
+    lines = ["# Sinkhorn", "", circumstances, ""]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        lines += [
+            f"## {case}",
+            "",
+            "| solver | time (20 to 80 %) | fastcl cpu is faster by | column error (L1) | row error | error |",
+            "|---|---|---|---|---|---|",
+        ]
+        chosen = [row for row in rows if row["case"] == case]
+        for row in chosen:
+            if row["status"] != "ok":
+                continue
+            faster = row["ratio"].get("fastcl cpu")
+            lines.append(
+                f"| {row['provider']} | {row['p50_ms']:.3g} ms ({row['p20_ms']:.3g} to {row['p80_ms']:.3g}) "
+                f"| {f'{1 / faster:.2g}x' if faster else ''} | {row['marginal_error']:.1e} | {row['row_error']:.0e} "
+                f"| {row['error']:.0e} |"
+            )
+        left_out = [f"- {r['provider']}: {r['status']} ({r['reason']})" for r in chosen if r["status"] != "ok"]
+        lines += ["", *left_out, ""] if left_out else [""]
+    lines.append(
+        "Column error: L1 distance of the column sums from the prior. Row error: mean distance of the assignments' row "
+        "sums from 1. Error: of the assignments, relative, from those of the same number of iterations in float64."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def run(folder: Path, device: torch.device, quick: bool, circumstances: str, only: str = "") -> list[Row]:
+    """Measures the suite, and writes its rows and page into `folder`."""
+    rows = [
+        row
+        for case in (QUICK if quick else CASES)
+        if only in case.name
+        for row in measure(case, device, rounds=(3, 15), seconds=0.5 if quick else 1.0)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / PAGE).write_text(page(rows, circumstances))
+    return rows

@@ -13,6 +13,7 @@ from .kernels import native
 from .kernels.checks import ROW_DTYPES
 from .kernels.ops import BACKENDS, MISSING, choose_backend
 from .kernels.problem import accumulation_dtype
+from .kernels.sinkhorn_ops import choose as choose_for_sinkhorn
 
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
@@ -63,8 +64,8 @@ def _native() -> list[str]:
 def _choices() -> list[str]:
     devices = ("cpu", "cuda") if _cuda_devices() else ("cpu",)
     return [
-        f"  contrastive_stats  {device:<5} {str(rows.dtype)[6:]:<9} "
-        f"{choose_backend(torch.device(device), accumulation_dtype(rows))}"
+        f"  {what:<18} {device:<5} {str(rows.dtype)[6:]:<9} {choose(torch.device(device), accumulation_dtype(rows))}"
+        for what, choose in (("contrastive_stats", choose_backend), ("sinkhorn", choose_for_sinkhorn))
         for device in devices
         for rows in (torch.empty(0, dtype=dtype) for dtype in ROW_DTYPES)
     ]

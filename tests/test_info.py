@@ -21,10 +21,11 @@ def test_says_what_will_be_used(variable: str | None, expected: str, monkeypatch
     monkeypatch.delenv("FASTCL_BACKEND", raising=False)
     if variable:
         monkeypatch.setenv("FASTCL_BACKEND", variable)
-    used = [line.split() for line in report().splitlines() if "contrastive_stats" in line]
-    assert {(words[1], words[2], words[3]) for words in used if words[1] == "cpu"} == {
-        ("cpu", rows, expected) for rows in ("float64", "float32", "bfloat16", "float16")
-    }
+    for what in ("contrastive_stats", "sinkhorn"):
+        used = [line.split() for line in report().splitlines() if what in line]
+        assert {(words[1], words[2], words[3]) for words in used if words[1] == "cpu"} == {
+            ("cpu", rows, expected) for rows in ("float64", "float32", "bfloat16", "float16")
+        }
 
 
 def test_says_why_nothing_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

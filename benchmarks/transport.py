@@ -92,7 +92,7 @@ def kernel_domain(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _pot(method: str, case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    import ot  # type: ignore[import-not-found]
+    import ot
 
     n, k = scores.shape
     a, b = scores.new_full((n,), 1 / n), scores.new_full((k,), 1 / k)
@@ -105,7 +105,7 @@ def _geomloss(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Its own schedule of epsilons and iterations; |x - y|^2 / 2 = 1 - <x, y> on unit rows."""
     if case.gradient:
         raise NotImplementedError("its potentials are functions of points, not of scores")
-    from geomloss import SamplesLoss  # type: ignore[import-not-found]
+    from geomloss import SamplesLoss
 
     solver = SamplesLoss("sinkhorn", p=2, blur=case.epsilon**0.5, debias=False, potentials=True, backend="tensorized")
     _, g = solver(x, y)
@@ -115,7 +115,7 @@ def _geomloss(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _ott(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if case.gradient:
         raise NotImplementedError("its gradient is implicit, of another function than three iterations")
-    import jax  # type: ignore[import-not-found]
+    import jax
 
     plan = _ott_solver(case.epsilon, case.n_iters)(scores.numpy())
     return torch.from_numpy(jax.device_get(plan).copy()) * len(scores)
@@ -128,9 +128,9 @@ def _ott_solver(epsilon: float, n_iters: int) -> Any:
     """Compiled once for each epsilon and count."""
     if (epsilon, n_iters) not in _OTT:
         import jax
-        from ott.geometry import geometry  # type: ignore[import-not-found]
-        from ott.problems.linear import linear_problem  # type: ignore[import-not-found]
-        from ott.solvers.linear import sinkhorn  # type: ignore[import-not-found]
+        from ott.geometry import geometry
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn
 
         solver = sinkhorn.Sinkhorn(min_iterations=n_iters, max_iterations=n_iters, inner_iterations=1, threshold=0.0)
 

@@ -97,7 +97,7 @@ def row_pass(
     """
     rows, e = _exponentials(x, g)
     columns = None if mass is None else _times(mass / rows.sum, e)
-    return rows, columns, (e / rows.sum[..., None]).to(x.values.dtype) if assignments else None
+    return rows, columns, (e / rows.sum[..., None]).to(x.values.dtype).contiguous() if assignments else None
 
 
 def products(x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

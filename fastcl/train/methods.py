@@ -85,6 +85,7 @@ class PrototypeMethod(Method):
     """Views are assigned to learned prototypes, whose sizes follow a prior."""
 
     prior = "uniform"  # unless the option says otherwise
+    masses: Tensor
 
     def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor, projection: int = 128) -> None:
         super().__init__(image_shape, temperature, projection)

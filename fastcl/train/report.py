@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
@@ -85,6 +86,7 @@ def draw_prototypes(folder: Path, title: str, panels: list[dict[str, Any]], labe
         distance = 0.5 * np.abs(sizes - prior).sum()
         axes.set_title(f"prior {panel['name']}: total variation from it {distance:.2f}", fontsize=10)
         axes.set(xlabel="prototypes, largest first", ylabel="share of training images (%)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
         axes.grid(alpha=0.25, axis="y")
     figure.savefig(folder / "prototypes.png")

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from . import __version__
-from .kernels import native
+from .kernels import native, triton_engine
 from .kernels.checks import ROW_DTYPES
 from .kernels.ops import BACKENDS, MISSING, choose_backend
 from .kernels.problem import accumulation_dtype
@@ -19,6 +19,7 @@ _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
     "chunked": "plain PyTorch in blocks of rows; any device",
     "cpu": "C++ SIMD, on x86-64",
+    "triton": "Triton kernels, on GPUs; float64 rows go through chunked; not yet measured on a GPU",
 }
 
 
@@ -36,6 +37,9 @@ def report() -> str:
         *(f"  {name:<10} missing      {reason}" for name, reason in MISSING.items()),
         "",
         *_native(),
+        "",
+        "Triton",
+        f"  {triton_engine.availability()[1]}",
         "",
         f"Will be used ({_reason()})",
     ]

@@ -15,17 +15,23 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 import pytest
+import torch
 from hypothesis import settings
 
+# Without a GPU the Triton kernels run in Triton's interpreter. It has to know before it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import fastcl
-from fastcl.kernels import native, ops
+from fastcl.kernels import native, ops, triton_engine
 
 # The same examples on every run; HYPOTHESIS_PROFILE=explore draws new ones.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, print_blob=False)
 settings.register_profile("explore", deadline=None, database=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
-BACKENDS = tuple(ops.BACKENDS)
+# What takes tensors on the CPU; with a GPU, Triton's kernels are not interpreted, and `test_gpu.py` is theirs.
+BACKENDS = tuple(name for name in ops.BACKENDS if name != "triton" or triton_engine.INTERPRETED)
 ENGINES = tuple(native.native_module().supported_engines()) if "cpu" in BACKENDS else ()
 # Backends, and the engines of `cpu` that it does not use by itself on this machine, as cpu-<instruction set>.
 VARIANTS = BACKENDS + tuple(f"cpu-{name}" for name in ENGINES if name != native.engine()[0])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, native, paired, reference
+from . import chunked, native, paired, reference, triton_engine
 from .problem import Gradients, Needs, Problem, Side, Statistics
 
 # Backends.
@@ -25,7 +25,6 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 
 # Backends that are not here, and why.
 MISSING = {
-    "triton": "not part of this version (Triton kernels for GPUs)",
     "cuda": "not part of this version (CUDA C++ kernels for NVIDIA GPUs)",
 }
 
@@ -35,6 +34,12 @@ if _engine is None:
 else:
     BACKENDS["cpu"] = native
 
+_there, _reason = triton_engine.availability()
+if _there:
+    BACKENDS["triton"] = triton_engine
+else:
+    MISSING["triton"] = _reason
+
 _chosen: ContextVar[str | None] = ContextVar("fastcl_backend", default=None)
 
 
@@ -43,8 +48,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Fixes the backend inside a ``with`` block, for the current thread or task.
 
     Args:
-        name: ``"reference"`` (everything materialised: the specification in code) or ``"chunked"`` (plain PyTorch in
-            blocks of rows). The environment variable ``FASTCL_BACKEND`` does the same for a process; this wins over it.
+        name: ``"reference"`` (everything materialised: the specification in code), ``"chunked"`` (plain PyTorch in
+            blocks of rows), ``"cpu"`` (C++ on x86-64) or ``"triton"`` (GPUs; float64 rows go through ``"chunked"``).
+            The environment variable ``FASTCL_BACKEND`` does the same for a process; this wins over it.
 
     A backward runs on the backend of its forward. A function under ``torch.compile`` keeps the backend that it was
     traced with.
@@ -78,9 +84,14 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
         source = "FASTCL_BACKEND"
         chosen = _available(os.environ[source], source)
     if chosen is None:
-        return "cpu" if device.type == "cpu" and "cpu" in BACKENDS else "chunked"
+        if device.type == "cpu":
+            return "cpu" if "cpu" in BACKENDS else "chunked"
+        here = device.type == "cuda" and "triton" in BACKENDS and dtype != torch.float64
+        return "triton" if here and not triton_engine.refusal(device) else "chunked"
     if chosen == "cpu" and device.type != "cpu":
         raise ValueError(f"{source}: 'cpu' takes tensors on the CPU, got tensors on {device}")
+    if chosen == "triton" and (reason := triton_engine.refusal(device)):
+        raise ValueError(f"{source}: 'triton' {reason}")
     return chosen
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
 NORM_FLOOR = 1e-12
-_LARGEST_INVERSE = {  # rounded as in `inverse_norms`
+LARGEST_INVERSE = {  # rounded as in `inverse_norms`
     dtype: torch.tensor(NORM_FLOOR, dtype=dtype).reciprocal().item() for dtype in (torch.float32, torch.float64)
 }
 
@@ -109,9 +109,12 @@ def accumulation_dtype(*rows: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def inverse_norms(rows: Tensor) -> Tensor:
-    """1 / max(|x|, 1e-12) of rows [N, D], as [N]; 0 for a row of zeros, which so gets similarity 0 and gradient 0."""
-    norms = torch.linalg.vector_norm(rows, dim=1)
+def inverse_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """1 / max(|x|, 1e-12) of rows [N, D], as [N]; 0 for a row of zeros, which so gets similarity 0 and gradient 0.
+
+    dtype: of the norms, which are summed in it; None: that of the rows.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
     inverse: Tensor = norms.clamp(min=NORM_FLOOR).reciprocal_()
     return inverse.masked_fill_(norms == 0, 0)
 
@@ -122,7 +125,7 @@ def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> 
     u as rounded is not quite of length 1, hence the division by <u, u>. Below the floor of the norm, u = x / 1e-12 is
     linear and there is nothing to project.
     """
-    linear = (inverse_norms == 0) | (inverse_norms >= _LARGEST_INVERSE[inverse_norms.dtype])
+    linear = (inverse_norms == 0) | (inverse_norms >= LARGEST_INVERSE[inverse_norms.dtype])
     along = ((unit * grad).sum(1) / (unit * unit).sum(1)).masked_fill_(linear, 0)
     return torch.addcmul(grad, unit, along[:, None], value=-1).mul_(inverse_norms[:, None])
 

@@ -48,14 +48,12 @@ def column_walk(
     high = 0
     if IDS:
         high = M
-    else:
-        if CLUSTERS:
-            low = tl.load(START + i0)
-            high = tl.load(END + tl.minimum(i0 + BLOCK_M, N) - 1)
-        if SELF:
-            # Rows without a cluster have an empty range, but a diagonal.
-            low = tl.minimum(low, i0) if CLUSTERS else i0
-            high = tl.maximum(high, tl.minimum(i0 + BLOCK_M, N))
+    elif CLUSTERS:  # in self-contrast a row lies in its own range, and so does the diagonal
+        low = tl.load(START + i0)
+        high = tl.load(END + tl.minimum(i0 + BLOCK_M, N) - 1)
+    elif SELF:
+        low = i0
+        high = tl.minimum(i0 + BLOCK_M, N)
     first = low // BLOCK_N
     last = tl.where(high > low, tl.cdiv(high, BLOCK_N), first)
     hole = tl.minimum(last, full) - tl.minimum(first, full)

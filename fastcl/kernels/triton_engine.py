@@ -112,7 +112,7 @@ class _Rows:
 
     rows: Tensor  # [n, padded D], contiguous
     order: Tensor | None  # [n] int64: the caller's place of each; None: the caller's order
-    clusters: Tensor | None  # [n], sorted
+    clusters: Tensor | None  # [n] by number of `_clusters`, in ascending order
     names: Tensor | None  # [n] int32, of sample ids: equal for equal ids, -1 for none
     inverse_norms: Tensor | None  # [n]
     bias: Tensor | None  # [n], times log2(e)
@@ -136,9 +136,10 @@ class _Arranged:
         """Of each of `own` rows the range of `other` rows in its cluster, [start, end) int32. Both grow."""
         if own.clusters is None or other.clusters is None:
             return None, None
-        start = torch.searchsorted(other.clusters, own.clusters, out_int32=True)
-        end = torch.searchsorted(other.clusters, own.clusters, out_int32=True, right=True)
-        return start, torch.where(own.clusters == -1, start, end)
+        start, end = (
+            torch.searchsorted(other.clusters, own.clusters, out_int32=True, right=right) for right in (False, True)
+        )
+        return start, end
 
 
 def _arrange(p: Problem, known: Statistics | None = None) -> tuple[_Arranged, Tensor, Tensor]:
@@ -164,13 +165,14 @@ def _arrange(p: Problem, known: Statistics | None = None) -> tuple[_Arranged, Te
         c = norms(p.contrasts, p.normalize_contrasts, known and known.contrast_inverse_norms)
         dtype = torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
         contrasts, contrast_clusters, contrast_norms = p.contrasts, p.contrast_clusters, c
+    anchor_order, contrast_order = _clusters(p.anchor_clusters, None if self_contrast else contrast_clusters)
     anchor_names, contrast_names = _names(p.anchor_ids, p.contrast_ids)
     normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
     bias = None if p.contrast_bias is None else p.contrast_bias * LOG2E
-    anchors = _rows(p.anchors, dtype, p.anchor_clusters, anchor_names, a, normed, None)
+    anchors = _rows(p.anchors, dtype, anchor_order, anchor_names, a, normed, None)
     others = anchors
     if not self_contrast:
-        others = _rows(contrasts, dtype, contrast_clusters, contrast_names, contrast_norms, normed, bias)
+        others = _rows(contrasts, dtype, contrast_order, contrast_names, contrast_norms, normed, bias)
     arranged = _Arranged(anchors, others, self_contrast, normed, biased, p.logit_scale * LOG2E, _precision(dtype))
     return arranged, a, c
 
@@ -178,7 +180,7 @@ def _arrange(p: Problem, known: Statistics | None = None) -> tuple[_Arranged, Te
 def _rows(
     rows: Tensor,
     dtype: torch.dtype,
-    clusters: Tensor | None,
+    clusters_and_order: tuple[Tensor, Tensor] | None,
     names: Tensor | None,
     inverse: Tensor,
     normed: bool,
@@ -186,9 +188,7 @@ def _rows(
 ) -> _Rows:
     n, d = rows.shape
     width = padded(d, INTERPRETED)
-    order = None
-    if clusters is not None:
-        clusters, order = torch.sort(clusters, stable=True)
+    clusters, order = clusters_and_order or (None, None)
     rows = rows.detach().resolve_neg().to(dtype)
     if width != d:
         packed = rows.new_zeros(n, width)
@@ -204,6 +204,36 @@ def _rows(
     if normed and inverse.numel() == 0:
         inverse = torch.ones(n, dtype=torch.float32, device=rows.device)
     return _Rows(packed, order, clusters, arranged(names), arranged(inverse) if normed else None, arranged(bias))
+
+
+def _clusters(
+    anchors: Tensor | None, contrasts: Tensor | None
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """For either set the clusters' numbers, sorted, and the order of rows that sorts them. None without clusters.
+
+    A cluster's number is the place of its first anchor, so that results do not depend on the names of clusters. An anchor
+    without one is a cluster of its own. Contrasts that are nobody's positive come last.
+    """
+    if anchors is None:
+        return None, None
+    n = anchors.shape[0]
+    ids, order = torch.sort(anchors, stable=True)
+    start, end = (torch.searchsorted(ids, ids, right=right) for right in (False, True))
+    alone = ids == -1
+    number = torch.where(alone, order, order[start])
+    size = torch.where(alone, 1, end - start)
+    rank = torch.where(alone, 0, torch.arange(n, device=ids.device) - start)
+    sizes = torch.zeros_like(number).scatter_(0, number, size)
+    place = (sizes.cumsum(0) - sizes)[number] + rank
+    sorted_anchors = (
+        torch.empty_like(number).scatter_(0, place, number),
+        torch.empty_like(order).scatter_(0, place, order),
+    )
+    if contrasts is None:
+        return sorted_anchors, None
+    place = torch.searchsorted(ids, contrasts.contiguous()).clamp_(max=n - 1)
+    known = (ids[place] == contrasts) & (contrasts != -1)
+    return sorted_anchors, tuple(torch.sort(torch.where(known, number[place], n), stable=True))
 
 
 def _names(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -132,7 +132,8 @@ def sweep_rows(
         if CLUSTERS:
             pairs = members & in_cluster(j, start, end)
             members = members & ~pairs
-            num_positive += tl.sum(pairs.to(tl.int32), 1)
+            if IDS:
+                num_positive += tl.sum(pairs.to(tl.int32), 1)
             sum_positive += tl.sum(tl.where(pairs, t, 0.0), 1)
             if RUNNING:
                 positive, positive_base = raised(positive, positive_base, tl.where(pairs, t, -INF))
@@ -145,6 +146,10 @@ def sweep_rows(
             before = tl.load(COLUMN_SUMS + j, mask=is_column, other=0.0)
             tl.store(COLUMN_SUMS + j, before + tl.sum(e, 0), mask=is_column)
 
+    if CLUSTERS and not IDS:
+        num_positive = end - start
+        if SELF:
+            num_positive -= 1  # a row lies in its own range
     if RUNNING:
         base = tl.where(base > LOWEST, base, 0.0)
         positive_base = tl.where(positive_base > LOWEST, positive_base, 0.0)

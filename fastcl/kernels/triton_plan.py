@@ -39,7 +39,7 @@ def tile(kind: str, architecture: int, dtype: torch.dtype, d: int, interpreted: 
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`."""
     if interpreted:
         part = d if d <= 128 else 64
-        return Tile(64, 32, part, part if kind == "backward" else 0, 4, 1)
+        return Tile(64, 64, part, part if kind == "backward" else 0, 4, 1)
     return _HALF[kind](d) if dtype.itemsize == 2 else _SINGLE[kind](d)
 
 

@@ -8,8 +8,9 @@ graph can replay the calls with other ones.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module, metadata, util
@@ -144,18 +145,17 @@ class _Arranged:
 
 def _arrange(p: Problem, known: Statistics | None = None) -> tuple[_Arranged, Tensor, Tensor]:
     """The problem's rows, and the inverse norms in the caller's order, [0] where rows are taken as they are."""
-    none = p.logit_scale.new_empty(0)
 
     def norms(rows: Tensor, normalize: bool, before: Tensor | None) -> Tensor:
         if not normalize:
-            return none
+            return p.logit_scale.new_empty(0)
         return inverse_norms(rows, p.dtype) if before is None else before
 
     a = norms(p.anchors, p.normalize_anchors, known and known.anchor_inverse_norms)
     biased = p.contrast_bias is not None
     self_contrast = p.contrasts is None and not biased
     if p.contrasts is None:
-        c = none
+        c = p.logit_scale.new_empty(0)
         dtype = p.anchors.dtype
         contrasts, contrast_clusters, contrast_norms = p.anchors, p.anchor_clusters, a
         if biased:  # breaks the symmetry: the rows meet themselves as another set, each but itself
@@ -328,13 +328,22 @@ def _launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) 
     kernel = _kernel(name)
     arguments = {name: given[name] for name in kernel.arg_names}
     # Fused multiply-adds would round a logit in one place and not in another.
-    with _silent():
+    with _interpreting():
         kernel[tuple(grid)](**arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False)
 
 
-def _silent() -> AbstractContextManager[object]:
-    """Masked places may hold anything. A device does not tell of an overflow there; the interpreter's numpy would."""
-    return np.errstate(all="ignore") if INTERPRETED else nullcontext()
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """The interpreter replaces parts of Triton while it runs a kernel, so there can be one at a time. Its numpy would
+    tell of overflows, which a device passes over in silence: masked places may hold anything."""
+    if not INTERPRETED:
+        yield
+        return
+    with _interpreter, np.errstate(all="ignore"):
+        yield
+
+
+_interpreter = threading.Lock()
 
 
 @cache
@@ -527,22 +536,29 @@ class _Side:
             weights[name] = weight * (before - shifts[k]).exp()
             log_sums.append(torch.where(sums[k] == 0, torch.nan, shifts[k] * LOG2E + sums[k].log2()))
         none = torch.zeros_like(base)
-        everything = weights.get("lse_all", none)
-        negative = everything * (base - both_base).clamp(max=0).exp2() + weights.get("lse_neg", none)
-        positive = everything * (positive_base - both_base).clamp(max=0).exp2() + weights.get("lse_pos", none)
+        everything, negative, positive = (weights.get(name, none) for name in ("lse_all", "lse_neg", "lse_pos"))
         extra = grad[p.want.index("sum_pos")] if "sum_pos" in p.want else none
-        self.values = rows.sorted(torch.stack([base, negative, positive_base, positive, extra]))  # [5, S, n]
+        values = torch.stack([both_base, base, positive_base, everything, negative, positive, extra])
+        self.values = rows.sorted(values)  # [7, S, n]
         self.log_sums = torch.stack(log_sums) if log_sums else none.new_empty(0, *none.shape)  # NaN: of an empty set
 
     def lifted(self, k: int, lift: Tensor, middle: Tensor | None) -> Tensor:
         """[5, n]; with `middle` the weights are those of one base for all."""
-        base, negative, positive_base, positive, extra = self.values[:, k]
-        if middle is not None:
-            # By halves: neither factor nor product leaves float32's range where one exponential is safe.
-            half, positive_half = (middle - base) / 2, (middle - positive_base) / 2
-            negative = negative * half.exp2() * half.exp2()
-            positive = positive * positive_half.exp2() * positive_half.exp2()
+        both_base, base, positive_base, everything, negative, positive, extra = self.values[:, k]
+        if middle is None:
+            negative = everything * (base - both_base).clamp(max=0).exp2() + negative
+            positive = everything * (positive_base - both_base).clamp(max=0).exp2() + positive
+        else:
+            everything = _shifted(everything, middle - both_base)
+            negative = everything + _shifted(negative, middle - base)
+            positive = everything + _shifted(positive, middle - positive_base)
         return torch.stack([base, negative * lift, positive_base, positive * lift, extra * lift])
+
+
+def _shifted(weight: Tensor, exponent: Tensor) -> Tensor:
+    """weight * 2^exponent, by halves: the result may be in float32's range where the power is not."""
+    half = (exponent / 2).exp2()
+    return torch.where(weight == 0, weight, weight * half * half)
 
 
 def _middle(own: _Side, other: _Side, k: int) -> tuple[Tensor, Tensor]:

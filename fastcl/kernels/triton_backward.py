@@ -219,7 +219,7 @@ def sweep_gradient(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def gradient_kernel(
-    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, SCALE, SIDE, OTHER, MIDDLE, ONE,
+    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, SCALE, SIDE, OTHER, MIDDLE, ONE, DONE,
     GRADIENT, SIMILARITY_SUMS, SUMS, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
@@ -230,8 +230,12 @@ def gradient_kernel(
 
     GRADIENT [N, D] float32. SIMILARITY_SUMS, SUMS [N], where there are any: sum_j of G_ij times similarity, and of G_ij.
     ONE [1]: 1 where one exponential serves both sides. Of the two kernels launched, the other one then does nothing.
+    DONE, where there is any: 1 for each row block whose gradient is there already.
     """
-    if tl.load(ONE) == ONE_EXPONENTIAL:
+    needed = tl.load(ONE) == ONE_EXPONENTIAL
+    if DONE is not None:
+        needed = needed & (tl.load(DONE + tl.program_id(0)) == 0)
+    if needed:
         sweep_gradient(
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, SCALE, SIDE, OTHER, MIDDLE,
             GRADIENT, SIMILARITY_SUMS, SUMS, N, M,

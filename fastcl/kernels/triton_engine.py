@@ -75,11 +75,19 @@ def refusal(device: torch.device) -> str:
 
 
 def saved_size(p: Problem) -> int:
-    """Of each row the bases, to base 2, of the sums over all, negatives and positives: [3, S, N], then [3, S, M]."""
+    """How many numbers the forward keeps for the backward.
+
+    Of each row the bases, to base 2, of the sums over all, negatives and positives: [3, S, N], then [3, S, M]. For a
+    backward of the anchors alone also the softmax-weighted sums of contrasts [N, D].
+    """
     if p.dtype == torch.float64:
         return 0
     s, n, m = p.sizes
-    return 3 * s * (n + m if p.both else n)
+    return 3 * s * (n + m if p.both else n) + (n * p.anchors.shape[1] if _weighted(p) else 0)
+
+
+def _weighted(p: Problem) -> bool:
+    return p.anchors_only and p.contrasts is not None and p.contrast_bias is None and p.sizes[0] == 1 and not p.both
 
 
 def forward(p: Problem) -> Statistics:
@@ -379,6 +387,10 @@ def _forward(p: Problem) -> Statistics:
     new = p.logit_scale.new_empty
     statistics = new(s, 7, n)
     others = new(s, 7, m if p.both else 0)
+    if _weighted(p):
+        weighted = _weighted_forward(p, rows, arranged.scales, statistics[0])
+        anchors, bases = _side(p, statistics, m)
+        return Statistics(anchors, empty_side(p), a, c, torch.cat([bases.flatten(), weighted.flatten()]))
     for k in range(s):
         scalars = {"SCALE": arranged.scales[k : k + 1], "SHIFT": shifts[k : k + 1], "WIDE": wide[k : k + 1]}
         if columns is None:
@@ -397,6 +409,29 @@ def _forward(p: Problem) -> Statistics:
     if p.both:
         contrasts, other_bases = _side(p, others, n)
     return Statistics(anchors, contrasts, a, c, torch.cat([bases.flatten(), other_bases.flatten()]))
+
+
+def _weighted_forward(p: Problem, rows: _Launch, scales: Tensor, statistics: Tensor) -> Tensor:
+    """Of each anchor, in the sorted order, its negatives weighted by their exponentials: [N, D]."""
+    shape = rows.tile("weighted")
+    n, d = p.anchors.shape
+    weighted = statistics.new_empty(n, d)
+    largest = statistics.new_ones(1)
+    if rows.columns.inverse_norms is not None:
+        largest = rows.columns.inverse_norms.amax().clamp(min=1.0).reshape(1)
+    rows.run(
+        "weighted_kernel",
+        shape,
+        (_blocks(n, shape.block_m), _blocks(rows.rows.rows.shape[1], shape.block_d)),
+        {
+            "SCALE": scales,
+            "LIFT": (14 - largest.log2().ceil()).exp2(),
+            "STATISTICS": statistics,
+            "WEIGHTED": weighted,
+            "WIDTH": d,
+        },
+    )
+    return weighted
 
 
 def _two_ways(rows: _Launch, columns: _Launch, scalars: dict[str, Any], statistics: Tensor, others: Tensor) -> None:
@@ -487,9 +522,12 @@ def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tenso
     if by_columns or (needs.contrast_bias and arranged.biased):
         launch = _Launch.of(arranged, arranged.contrasts, arranged.anchors)
         sweeps.append(_Sweep(launch, other, own, False, needs.contrast_bias))
+    weighted = None
+    if _weighted(p) and not (needs.contrasts or needs.logit_scale):
+        weighted = saved.saved[3 * n :].view(p.anchors.shape)
     for k in range(s):
         for sweep in sweeps:
-            sweep.run(arranged, k, lift)
+            sweep.run(arranged, k, lift, weighted)
 
     rows = columns = scale = bias = None
     if needs.logit_scale:
@@ -603,11 +641,18 @@ class _Sweep:
         """[S, n]"""
         return torch.stack(self._sums)
 
-    def run(self, arranged: _Arranged, k: int, lift: Tensor) -> None:
+    def run(self, arranged: _Arranged, k: int, lift: Tensor, weighted: Tensor | None) -> None:
+        """`weighted`: what the forward has left of it, for rows without a positive."""
         launch, rows = self.launch, self.launch.rows.rows
         shape = launch.tile("backward")
         new = lift.new_empty
         gradient = new(rows.shape)
+        done = None
+        if weighted is not None and self.own is not None:
+            done = self._from_weighted(weighted, k, lift, gradient, shape.block_m)
+            if launch.start is None:
+                self._gradients, self.factor = gradient, (arranged.scales / LOG2E) / lift
+                return
         similarity_sums = new(launch.size) if self.scaled else None
         sums = new(launch.size) if self.summed else None
         one = torch.zeros(1, dtype=torch.int32, device=rows.device)
@@ -618,6 +663,7 @@ class _Sweep:
             "SCALE": arranged.scales[k : k + 1],
             "MIDDLE": middle,
             "ONE": one,
+            "DONE": done,
             "GRADIENT": gradient,
             "SIMILARITY_SUMS": similarity_sums,
             "SUMS": sums,
@@ -644,6 +690,18 @@ class _Sweep:
             self._similarity_sums.append(similarity_sums)
         if sums is not None:
             self._sums.append(sums)
+
+    def _from_weighted(self, weighted: Tensor, k: int, lift: Tensor, gradient: Tensor, block: int) -> Tensor:
+        """Fills in the gradient of all rows as if none had positives; int32 for each row block: whether that is so."""
+        assert self.own is not None
+        d = weighted.shape[1]
+        gradient[:, d:].zero_()
+        torch.mul(weighted, self.own.lifted(k, lift, None)[1][:, None], out=gradient[:, :d])
+        start, end = self.launch.start, self.launch.end
+        done = torch.ones(_blocks(self.launch.size, block) * block, dtype=torch.int32, device=gradient.device)
+        if start is not None and end is not None:
+            done[: self.launch.size] = (start == end).to(torch.int32)
+        return done.view(-1, block).amin(1)
 
 
 def _finish(

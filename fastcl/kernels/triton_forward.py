@@ -8,7 +8,7 @@ A program owns rows. Negatives and positives are summed apart, so that every fie
 with t = s log2(e). Two ways to keep the sums in range:
 
 - `statistics_kernel` and `two_way_kernel` subtract one fixed shift from all logits. It follows from a bound on them.
-- `running_kernel` keeps running maxima. It does row blocks again that have a sum so small that terms below 2^-126,
+- `running_kernel`, and `weighted_kernel` for columns that need no gradient, keep running maxima. The former does row blocks again that have a sum so small that terms below 2^-126,
   which are flushed to zero, could matter; and all of them where the bound is so wide that this would be the rule.
 """
 
@@ -31,6 +31,8 @@ from .triton_common import (
     load_or,
     load_rows,
     mixed_tile,
+    product,
+    rounded,
     similarities,
 )
 
@@ -39,10 +41,10 @@ TINY = tl.constexpr(2.0**-102)
 
 
 @triton.jit
-def raised(total, base, t):
-    """A running sum and its base, the base no smaller than the largest of t [BLOCK_M, BLOCK_N]."""
+def raised(base, t):
+    """A base no smaller than the largest of t [BLOCK_M, BLOCK_N], and what sums to the old one are multiplied by."""
     new = tl.maximum(base, tl.max(t, 1))
-    return total * tl.exp2(base - new), new
+    return new, tl.exp2(base - new)
 
 
 @triton.jit
@@ -58,12 +60,16 @@ def row_places(ORDER, i, N):
 def sweep_rows(
     block,
     X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, scale, shift,
-    STATISTICS, COLUMN_SUMS, N, M,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STATISTICS, COLUMN_SUMS, WEIGHTED, lift, d0, WIDTH, N, M,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     RUNNING: tl.constexpr, MIXED_ONLY: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of one row block. COLUMN_SUMS [M], where there are any, gain the negatives' sums by column."""
+    """The statistics of one row block, where d0 = 0.
+
+    COLUMN_SUMS [M], where there are any, gain the negatives' sums by column. WEIGHTED [N, WIDTH], which takes running
+    maxima: the numbers [d0, d0 + BLOCK_D) of sum_j 2^(t_ij - base_i) c_j y_j over the negatives.
+    """
     i0 = block * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
     is_row = i < N
@@ -84,6 +90,8 @@ def sweep_rows(
     sum_positive = tl.zeros([BLOCK_M], tl.float32)
     num_positive = tl.zeros([BLOCK_M], tl.int32)
     num_inadmissible = tl.zeros([BLOCK_M], tl.int32)
+    if WEIGHTED is not None:
+        weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if not MIXED_ONLY:
         for step in range(0, interior):
@@ -103,9 +111,16 @@ def sweep_rows(
             dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, False, PRECISION, INTERPRETED)
             t = base2_logits(similarities(dots, a, c, NORMED), scale, row_bias, column_bias, BIAS)
             if RUNNING:
-                negative, base = raised(negative, base, t)
+                base, fading = raised(base, t)
+                negative = negative * fading
             e = tl.exp2(t - base[:, None])
             negative += tl.sum(e, 1)
+            if WEIGHTED is not None:
+                weighted = weighted * fading[:, None]
+                weighted = add_weighted(
+                    weighted, e, c, lift, Y, y, j0, d0, M, D, BLOCK_N, BLOCK_K, BLOCK_D, False, NORMED,
+                    PRECISION, INTERPRETED,
+                )  # fmt: skip
             if COLUMN_SUMS is not None:
                 tl.store(COLUMN_SUMS + j, before + tl.sum(e, 0))
 
@@ -136,12 +151,20 @@ def sweep_rows(
                 num_positive += tl.sum(pairs.to(tl.int32), 1)
             sum_positive += tl.sum(tl.where(pairs, t, 0.0), 1)
             if RUNNING:
-                positive, positive_base = raised(positive, positive_base, tl.where(pairs, t, -INF))
+                positive_base, fading = raised(positive_base, tl.where(pairs, t, -INF))
+                positive = positive * fading
             positive += tl.sum(tl.where(pairs, tl.exp2(t - positive_base[:, None]), 0.0), 1)
         if RUNNING:
-            negative, base = raised(negative, base, tl.where(members, t, -INF))
+            base, fading = raised(base, tl.where(members, t, -INF))
+            negative = negative * fading
         e = tl.where(members, tl.exp2(t - base[:, None]), 0.0)
         negative += tl.sum(e, 1)
+        if WEIGHTED is not None:
+            weighted = weighted * fading[:, None]
+            weighted = add_weighted(
+                weighted, e, c, lift, Y, y, j0, d0, M, D, BLOCK_N, BLOCK_K, BLOCK_D, True, NORMED,
+                PRECISION, INTERPRETED,
+            )  # fmt: skip
         if COLUMN_SUMS is not None:
             before = tl.load(COLUMN_SUMS + j, mask=is_column, other=0.0)
             tl.store(COLUMN_SUMS + j, before + tl.sum(e, 0), mask=is_column)
@@ -153,17 +176,41 @@ def sweep_rows(
     if RUNNING:
         base = tl.where(base > LOWEST, base, 0.0)
         positive_base = tl.where(positive_base > LOWEST, positive_base, 0.0)
-    places = STATISTICS + row_places(ORDER, i, N)
-    size = tl.cast(N, tl.int64)
-    tl.store(places, base, mask=is_row)
-    tl.store(places + size, negative, mask=is_row)
-    tl.store(places + 2 * size, positive_base, mask=is_row)
-    tl.store(places + 3 * size, positive, mask=is_row)
-    tl.store(places + 4 * size, sum_positive * LN2, mask=is_row)
-    tl.store(places + 5 * size, num_positive.to(tl.float32), mask=is_row)
-    if SELF:
-        num_inadmissible += 1
-    tl.store(places + 6 * size, num_inadmissible.to(tl.float32), mask=is_row)
+    if d0 == 0:
+        places = STATISTICS + row_places(ORDER, i, N)
+        size = tl.cast(N, tl.int64)
+        tl.store(places, base, mask=is_row)
+        tl.store(places + size, negative, mask=is_row)
+        tl.store(places + 2 * size, positive_base, mask=is_row)
+        tl.store(places + 3 * size, positive, mask=is_row)
+        tl.store(places + 4 * size, sum_positive * LN2, mask=is_row)
+        tl.store(places + 5 * size, num_positive.to(tl.float32), mask=is_row)
+        if SELF:
+            num_inadmissible += 1
+        tl.store(places + 6 * size, num_inadmissible.to(tl.float32), mask=is_row)
+    if WEIGHTED is not None:
+        d = d0 + tl.arange(0, BLOCK_D)
+        weights = WEIGHTED + i.to(tl.int64)[:, None] * WIDTH + d[None, :]
+        tl.store(weights, weighted / lift, mask=is_row[:, None] & (d < WIDTH)[None, :])
+
+
+@triton.jit
+def add_weighted(
+    weighted, e, c, lift, Y, y, j0, d0, M,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, NORMED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """weighted + sum_j e_ij c_j y_j. The lift keeps small exponentials in the range of float16."""
+    dtype: tl.constexpr = Y.dtype.element_ty
+    if NORMED:
+        e = e * (c * lift)[None, :]
+    else:
+        e = e * lift
+    if BLOCK_D == D and BLOCK_K == D:
+        columns = y
+    else:
+        columns = load_rows(Y, j0, d0, M, D, BLOCK_N, BLOCK_D, MASKED, PRECISION, INTERPRETED)
+    return product(rounded(e, dtype, PRECISION, INTERPRETED), columns, weighted, PRECISION, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -178,8 +225,8 @@ def statistics_kernel(
         sweep_rows(
             tl.program_id(0),
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
-            tl.load(SCALE), tl.load(SHIFT), STATISTICS, None, N, M,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, SELF, CLUSTERS, IDS, NORMED, BIAS, False, MIXED_ONLY, PRECISION, INTERPRETED,
+            tl.load(SCALE), tl.load(SHIFT), STATISTICS, None, None, 1.0, 0, 0, N, M,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS, False, MIXED_ONLY, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -204,8 +251,8 @@ def two_way_kernel(
             sweep_rows(
                 block,
                 X, Y, A, C, None, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
-                scale, shift, STATISTICS, own, N, M,
-                D, BLOCK_M, BLOCK_N, BLOCK_K, False, CLUSTERS, IDS, NORMED, BIAS, False, False, PRECISION, INTERPRETED,
+                scale, shift, STATISTICS, own, None, 1.0, 0, 0, N, M,
+                D, BLOCK_M, BLOCK_N, BLOCK_K, D, False, CLUSTERS, IDS, NORMED, BIAS, False, False, PRECISION, INTERPRETED,
             )  # fmt: skip
             tl.debug_barrier()  # what one thread has stored, another may load in the next block
 
@@ -241,6 +288,26 @@ def running_kernel(
         sweep_rows(
             tl.program_id(0),
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
-            tl.load(SCALE), 0.0, STATISTICS, None, N, M,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, SELF, CLUSTERS, IDS, NORMED, BIAS, True, False, PRECISION, INTERPRETED,
+            tl.load(SCALE), 0.0, STATISTICS, None, None, 1.0, 0, 0, N, M,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS, True, False, PRECISION, INTERPRETED,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def weighted_kernel(
+    X, Y, A, C, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE, LIFT, STATISTICS, WEIGHTED, WIDTH, N, M,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Statistics, with running maxima, and the softmax-weighted sums of columns, of which the rows' gradient is made.
+
+    A program: a row block, and BLOCK_D numbers of the sums.
+    """
+    sweep_rows(
+        tl.program_id(0),
+        X, Y, A, C, None, None, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, tl.load(SCALE), 0.0,
+        STATISTICS, None, WEIGHTED, tl.load(LIFT), tl.program_id(1) * BLOCK_D, WIDTH, N, M,
+        D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D,
+        False, CLUSTERS, IDS, NORMED, 0, True, False, PRECISION, INTERPRETED,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 WHOLE = 256  # rows of at most so many numbers are held whole by a tile; longer ones are streamed and split
-KINDS = ("forward", "two_way", "backward")
+KINDS = ("forward", "two_way", "weighted", "backward")
 # 16-bit rows; any float32 products. Below sm_90 an entry of sm_80 is used, above sm_100 that of sm_100.
 ARCHITECTURES = (80, 90, 100)
 
@@ -39,7 +39,7 @@ def tile(kind: str, architecture: int, dtype: torch.dtype, d: int, interpreted: 
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`."""
     if interpreted:
         part = d if d <= 128 else 64
-        return Tile(64, 64, part, part if kind == "backward" else 0, 4, 1)
+        return Tile(64, 64, part, part if kind in ("weighted", "backward") else 0, 4, 1)
     return _HALF[kind](d) if dtype.itemsize == 2 else _SINGLE[kind](d)
 
 
@@ -66,5 +66,10 @@ def _single_backward(d: int) -> Tile:
     return Tile(64, 32, d, d, 8, 1) if d <= 64 else Tile(64, 32, 32, 64, 8, 1)
 
 
-_HALF = {"forward": _half_forward, "two_way": _half_forward, "backward": _half_backward}
-_SINGLE = {"forward": _single_forward, "two_way": _single_forward, "backward": _single_backward}
+_HALF = {"forward": _half_forward, "two_way": _half_forward, "weighted": _half_backward, "backward": _half_backward}
+_SINGLE = {
+    "forward": _single_forward,
+    "two_way": _single_forward,
+    "weighted": _single_backward,
+    "backward": _single_backward,
+}

@@ -302,7 +302,8 @@ class _Launch:
 
     def tile(self, kind: str) -> Tile:
         rows = self.rows.rows
-        return tile(kind, _architecture(rows.device), rows.dtype, rows.shape[1], INTERPRETED)
+        careful = self.flags["IDS"] or self.flags["BIAS"] != 0
+        return tile(kind, _architecture(rows.device), rows.dtype, rows.shape[1], careful, INTERPRETED)
 
     def run(self, kernel: str, shape: Tile, grid: Sequence[int], arguments: dict[str, Any]) -> None:
         """`arguments` and those that each of these kernels takes, by name."""
@@ -401,7 +402,7 @@ def _forward(p: Problem) -> Statistics:
             _two_ways(rows, columns, scalars, statistics[k], others[k])
         for launch, result in ((rows, statistics[k]), (columns, others[k])):
             if launch is not None:
-                shape = launch.tile("forward")
+                shape = launch.tile("running")
                 arguments = scalars | {"STATISTICS": result, "APART": apart}
                 launch.run("running_kernel", shape, (_blocks(launch.size, shape.block_m),), arguments)
     anchors, bases = _side(p, statistics, m)

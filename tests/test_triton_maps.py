@@ -14,15 +14,15 @@ from strategies import FIELDS, cluster_ids, generator
 from torch import Tensor
 
 import fastcl
-from fastcl.kernels import triton_engine, triton_plan
+from fastcl.kernels import triton_engine, triton_gradient, triton_launch, triton_plan, triton_rows
 
 triton = pytest.importorskip("triton")
 if not triton_engine.INTERPRETED:
     pytest.skip("Triton is not interpreted here", allow_module_level=True)
 
-import triton.language as tl
+import triton.language as tl  # noqa: E402
 
-from fastcl.kernels.triton_common import (
+from fastcl.kernels.triton_common import (  # noqa: E402
     admissible_pairs,
     column_walk,
     in_cluster,
@@ -91,13 +91,13 @@ def test_each_pair_is_visited_once_and_masked_as_it_is(a: dict[str, Any]) -> Non
         clusters = cluster_ids(a["pattern"], n if a["self_contrast"] else n + m, g).clamp(min=-1)
         x, y = clusters[:n], clusters if a["self_contrast"] else clusters[n:]
     ids = (torch.randint(-1, 20, (n,), generator=g), torch.randint(-1, 20, (m,), generator=g)) if a["ids"] else None
-    numbers = triton_engine._clusters(x, None if a["self_contrast"] else y)
+    numbers = triton_rows.clusters_in_order(x, None if a["self_contrast"] else y)
     (own, row_order), (other, column_order) = (
         side or (None, torch.arange(k)) for side, k in zip(numbers, (n, m), strict=True)
     )
     if a["self_contrast"]:
         other, column_order = own, row_order
-    names = triton_engine._names(*ids) if ids else (None, None)
+    names = triton_rows.names_of(*ids) if ids else (None, None)
     if ids:
         names = names[0][row_order], names[1][column_order]
     bounds = (None, None)
@@ -139,7 +139,7 @@ def test_each_pair_is_visited_once_and_masked_as_it_is(a: dict[str, Any]) -> Non
 def test_most_tiles_of_many_pairs_are_interior() -> None:
     """Else the walk would be right and slow."""
     n, block = 512, 16
-    own, _ = triton_engine._clusters(torch.arange(n) // 2, None)[0]
+    own, _ = triton_rows.clusters_in_order(torch.arange(n) // 2, None)[0]
     bounds = [torch.searchsorted(own, own, out_int32=True, right=right) for right in (False, True)]
     interior, mixed = (torch.zeros(n // block, n // block, dtype=torch.int32) for _ in range(2))
     walk_kernel[(n // block,)](*bounds, interior, mixed, n, n, n // block, block, block, True, True, False)
@@ -161,7 +161,7 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         builder = triton.runtime.interpreter.InterpreterBuilder
-        load, store, launch = builder.create_masked_load, builder.create_masked_store, triton_engine._launch
+        load, store, launch = builder.create_masked_load, builder.create_masked_store, triton_launch.launch
 
         def watched_load(this, ptrs, mask, *rest):
             self._loads(this.grid_idx, ptrs, mask)
@@ -172,7 +172,7 @@ class Watch:
             return store(this, ptrs, value, mask, *rest)
 
         def watched_launch(name, shape, grid, given):
-            kernel = triton_engine._kernel(name)
+            kernel = triton_launch.kernel_named(name)
             tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and k in kernel.arg_names}
             self.tensors = list(tensors.values())
             self._writers, self._readers = {}, {}
@@ -183,7 +183,7 @@ class Watch:
         with (
             mock.patch.object(builder, "create_masked_load", watched_load),
             mock.patch.object(builder, "create_masked_store", watched_store),
-            mock.patch.object(triton_engine, "_launch", watched_launch),
+            mock.patch.object(triton_launch, "launch", watched_launch),
         ):
             yield
 
@@ -283,7 +283,7 @@ def test_each_output_has_one_writer_and_nobody_else_reads_it(call, dtype) -> Non
 
 
 def test_the_watch_sees_what_it_is_for() -> None:
-    """A column block too many writes where the next row's first one does."""
+    """A column block too many reads beyond the rows, and writes where the next row begins."""
     x = torch.randn(40, 8, generator=generator(0), requires_grad=True)
 
     def run() -> None:
@@ -292,11 +292,13 @@ def test_the_watch_sees_what_it_is_for() -> None:
 
     run()
     narrow = triton_plan.Tile(16, 32, 16, 16, 4, 1)
-    with mock.patch.object(triton_engine, "tile", return_value=narrow):
+    with mock.patch.object(triton_rows, "tile", return_value=narrow):
         run()
         with (
-            mock.patch.object(triton_engine, "_blocks", lambda size, block: -(-size // block) + (block == 16)),
-            pytest.raises(triton.runtime.errors.InterpreterError, match="two programs write to a place"),
+            mock.patch.object(triton_gradient, "blocks", lambda size, block: -(-size // block) + (block == 16)),
+            pytest.raises(
+                triton.runtime.errors.InterpreterError, match="two programs write to a place|beyond its tensors"
+            ),
         ):
             run()
 

@@ -1,6 +1,6 @@
 """Triton kernels of the backward: the gradient of the rows that a program owns, over all columns; and its finish.
 
-`gradient_kernel` forms the logits again, with the forward's roundings, and from them G, the gradient of a logit as far as
+`gradient_kernel` forms the logits again, with the forward's roundings, and from them G, a logit's gradient as far as
 it concerns rows and columns: the owner's share (its softmax over the columns), the others' share (each column's softmax
 over the rows), or both, as in self-contrast. G meets its positive term in float32, and is rounded once, norms
 included, for the product with the columns. No two programs write to the same place.
@@ -228,7 +228,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """A program: rows [i0, i0 + BLOCK_M) and columns [d0, d0 + BLOCK_D) of the gradient, sum_j G_ij c_j y_j.
 
-    GRADIENT [N, D] float32. SIMILARITY_SUMS, SUMS [N], where there are any: sum_j of G_ij times similarity, and of G_ij.
+    GRADIENT [N, D] float32. SIMILARITY_SUMS, SUMS [N], where there are any: sum_j of G_ij times similarity, and of G.
     ONE [1]: 1 where one exponential serves both sides. Of the two kernels launched, the other one then does nothing.
     DONE, where there is any: 1 for each row block whose gradient is there already.
     """

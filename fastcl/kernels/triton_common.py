@@ -36,9 +36,9 @@ def column_walk(
 ):
     """The tiles of columns that the rows [i0, i0 + BLOCK_M) meet: (interior, mixed, first, hole, last, full).
 
-    `mixed` of them (`mixed_tile` says which) hold a positive, the diagonal, or the ragged end. The other `interior` ones
-    (`interior_tile`) hold none: whole tiles of admissible negatives. With ids every tile is mixed, as equal ids lie
-    anywhere.
+    `mixed` of them (`mixed_tile` says which) hold a positive, the diagonal, or the ragged end. The other `interior`
+    ones (`interior_tile`) hold none: whole tiles of admissible negatives. With ids every tile is mixed, as equal ids
+    lie anywhere.
 
     Mixed are the tiles [first, last), and the ragged last one if it is not among them; `hole` of the `full` whole tiles
     are in that run.
@@ -78,7 +78,7 @@ def mixed_tile(t, first, last, full):
 
 @triton.jit
 def admissible_pairs(i, j, N, M, names_i, names_j, SELF: tl.constexpr, IDS: tl.constexpr):
-    """Bool [BLOCK_M, BLOCK_N]: there are an i and a j, and j is a contrast of i. Names are of sample ids, -1 for none."""
+    """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. Names are those of sample ids, -1 for none."""
     pairs = (j < M)[None, :] & (i < N)[:, None]
     if SELF:
         pairs = pairs & (i[:, None] != j[None, :])

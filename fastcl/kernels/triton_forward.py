@@ -8,8 +8,9 @@ A program owns rows. Negatives and positives are summed apart, so that every fie
 with t = s log2(e). Two ways to keep the sums in range:
 
 - `statistics_kernel` and `two_way_kernel` subtract one fixed shift from all logits. It follows from a bound on them.
-- `running_kernel`, and `weighted_kernel` for columns that need no gradient, keep running maxima. The former does row blocks again that have a sum so small that terms below 2^-126,
-  which are flushed to zero, could matter; and all of them where the bound is so wide that this would be the rule.
+- `running_kernel`, and `weighted_kernel` for columns that need no gradient, keep running maxima. The former does row
+  blocks again that have a sum so small that terms below 2^-126, which are flushed to zero, could matter; and all of
+  them where the bound is so wide that this would be the rule.
 """
 
 from __future__ import annotations
@@ -226,7 +227,8 @@ def statistics_kernel(
             tl.program_id(0),
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
             tl.load(SCALE), tl.load(SHIFT), STATISTICS, None, None, 1.0, 0, 0, N, M,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS, False, MIXED_ONLY, PRECISION, INTERPRETED,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS,
+            False, MIXED_ONLY, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -252,7 +254,8 @@ def two_way_kernel(
                 block,
                 X, Y, A, C, None, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
                 scale, shift, STATISTICS, own, None, 1.0, 0, 0, N, M,
-                D, BLOCK_M, BLOCK_N, BLOCK_K, D, False, CLUSTERS, IDS, NORMED, BIAS, False, False, PRECISION, INTERPRETED,
+                D, BLOCK_M, BLOCK_N, BLOCK_K, D, False, CLUSTERS, IDS, NORMED, BIAS,
+                False, False, PRECISION, INTERPRETED,
             )  # fmt: skip
             tl.debug_barrier()  # what one thread has stored, another may load in the next block
 

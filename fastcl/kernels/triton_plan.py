@@ -59,17 +59,18 @@ def finish_tile(d: int, interpreted: bool = False) -> Tile:
 
 
 def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
-    if careful:
+    if careful or (architecture == 80 and kind == "two_way" and d > WHOLE):
         return Tile(64, 32, min(d, 64), d, 4, 2)
-    if kind == "two_way" and architecture == 80 and d > WHOLE:
-        return Tile(64, 64, 64, d, 4, 3)
-    columns = 128 if kind == "forward" and architecture == 90 else 64
-    return Tile(128, columns, d, d, 8, 2) if d <= WHOLE else Tile(128, columns, 64, d, 8, 3)
+    if d > WHOLE:
+        return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, 64, d, 8, 3)
+    if architecture == 80 and kind != "two_way":
+        return Tile(64, 64, d, d, 4, 2)
+    return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, d, d, 8, 2)
 
 
 def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
     if careful:
-        return Tile(32, 64, min(d, 64), min(d, 128), 4, 1)
+        return Tile(64, 32, min(d, 64), min(d, 128), 8, 1)
     if d > WHOLE:
         return Tile(128, 32, 64, 128, 8, 2)
     if architecture == 90:
@@ -78,8 +79,8 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
 
 
 def _single(d: int) -> Tile:
-    return Tile(64, 64, min(d, 32), d, 8, 2)
+    return Tile(64, 64, min(d, 32), d, 4, 2)
 
 
 def _single_sums(d: int) -> Tile:
-    return Tile(64, 32, min(d, 32), min(d, 64), 8, 1)
+    return Tile(64, 32, min(d, 32), min(d, 64), 4, 1)

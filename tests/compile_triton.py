@@ -1,0 +1,95 @@
+"""Compiles Triton kernels ahead of time for a GPU that need not be there: ``python compile_triton.py JOBS``, as JSON.
+
+A process of its own: Triton is told by the environment whether it interprets, before it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastcl.kernels import triton_launch, triton_plan
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    "START": "*i32", "END": "*i32", "ROW_NAMES": "*i32", "COLUMN_NAMES": "*i32", "ORDER": "*i64", "WIDE": "*i32",
+    "ONE": "*i32", "DONE": "*i32", "N": "i32", "M": "i32", "WIDTH": "i32",
+}  # fmt: skip
+ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+KERNELS = {
+    "forward": "statistics_kernel",
+    "running": "running_kernel",
+    "two_way": "two_way_kernel",
+    "weighted": "weighted_kernel",
+    "backward": "gradient_kernel",
+    "finish": "finish_kernel",
+}
+PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
+
+
+def compiled(job: dict[str, Any]) -> dict[str, Any]:
+    """kind, architecture, dtype, d, precision; `flags`: constants of the kernel; `absent`: arguments that are None."""
+    dtype, d, careful = getattr(torch, job["dtype"]), job["d"], job.get("careful", False)
+    if job["kind"] == "finish":
+        shape = triton_plan.finish_tile(d)
+    else:
+        shape = triton_plan.tile(job["kind"], job["architecture"], dtype, d, careful)
+    constants = {
+        "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
+        "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,
+        "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "LARGEST_INVERSE": 1e12,
+        "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False,
+    } | job.get("flags", {})  # fmt: skip
+    absent = set(job.get("absent", ()))
+    if not careful:
+        absent |= {"ROW_BIAS", "COLUMN_BIAS", "ROW_NAMES", "COLUMN_NAMES"}
+    kernel = triton_launch.kernel_named(KERNELS[job["kind"]])
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants or name in absent:
+            signature[name], constexprs[name] = "constexpr", constants.get(name)
+            continue
+        signature[name] = ROWS[job["dtype"]] if name in ("X", "Y", "OUT") else POINTERS.get(name, "*fp32")
+        if name not in ("N", "M"):  # as at run time: memory of torch's begins at multiples of 16 bytes
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    result = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", job["architecture"], 32),
+        options={"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(result.asm["cubin"])
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return job | {
+        "tile": tuple(shape),
+        "registers": found["reg"],
+        "stack": found["stack"],
+        "local": found["local"],
+        "shared": result.metadata.shared,
+        "products": [name for name in PRODUCTS if name in result.asm["ptx"]],
+        "fused": "fma.rn.f32" in result.asm["ptx"],
+    }
+
+
+if __name__ == "__main__":
+    for line in json.loads(sys.argv[1]):
+        print(json.dumps(compiled(line)), flush=True)

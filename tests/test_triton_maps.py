@@ -297,7 +297,7 @@ def test_the_watch_sees_what_it_is_for() -> None:
         with (
             mock.patch.object(triton_gradient, "blocks", lambda size, block: -(-size // block) + (block == 16)),
             pytest.raises(
-                triton.runtime.errors.InterpreterError, match="two programs write to a place|beyond its tensors"
+                triton.runtime.errors.InterpreterError, match=r"two programs write to a place|beyond its tensors"
             ),
         ):
             run()

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.json:
                 print((folder / transport.PAGE).read_text())
         options.suite = [name for name in options.suite if name != transport.SUITE]
-        chosen = [case for case in cases(options.suite, options.quick) if options.only in case.name]
+        chosen = [case for case in cases(options.suite, options.quick, options.device) if options.only in case.name]
         if solvers and not chosen:
             return 0
         if not chosen:
@@ -117,7 +117,7 @@ def _measure(
 
     found, missing = providers(device)
     rows: list[Row] = []
-    effort = {"rounds": (5, 15), "seconds": 0.5} if quick else {}
+    effort = {"rounds": (5, 15), "seconds": 0.5} if quick or device.type == "cuda" else {}
 
     def add(row: Row) -> None:
         rows.append(row)

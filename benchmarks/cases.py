@@ -126,6 +126,17 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "small": tuple(_self_contrast("small", n, 128) for n in (64, 128, 256, 512)),
     "memory": tuple(Case("memory", "queue", n, 65536, 128) for n in (256, 4096)),
 }
+# On a GPU: sizes at which it has something to do, and so few that all of them take minutes.
+GPU_SUITES: dict[str, tuple[Case, ...]] = {
+    "infonce": (
+        _self_contrast("infonce", 16384, 256, BF16),
+        _self_contrast("infonce", 65536, 256, BF16),
+        _self_contrast("infonce", 16384, 128),
+    ),
+    "two_set": (Case("two_set", "two sets", 16384, 16384, 512, BF16),),
+    "small": (_self_contrast("small", 1024, 128, BF16),),
+    "memory": (Case("memory", "queue", 4096, 2**20, 256, BF16),),
+}
 QUICK: dict[str, tuple[Case, ...]] = {
     "infonce": (_self_contrast("infonce", 2048, 128),),
     "two_set": (Case("two_set", "two sets", 1024, 1024, 128),),
@@ -134,9 +145,10 @@ QUICK: dict[str, tuple[Case, ...]] = {
 }
 
 
-def cases(suites: Sequence[str], quick: bool) -> list[Case]:
-    """The cases of the named suites, in order. Raises ValueError for a suite that there is not."""
+def cases(suites: Sequence[str], quick: bool, device: str = "cpu") -> list[Case]:
+    """The cases of the named suites for a device, in order. Raises ValueError for a suite that there is not."""
     unknown = [name for name in suites if name not in SUITES]
     if unknown:
         raise ValueError(f"suite: expected some of {', '.join(SUITES)}, got {', '.join(unknown)}")
-    return [case for name in suites for case in (QUICK if quick else SUITES)[name]]
+    chosen = QUICK if quick else GPU_SUITES if device == "cuda" else SUITES
+    return [case for name in suites for case in chosen[name]]

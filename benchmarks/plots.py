@@ -34,6 +34,9 @@ _COLOURS = {
     LINEAR_CROSS_ENTROPY: "#17becf",
     "pytorch-metric-learning": "#9467bd",
     "lightly": "#e377c2",
+    "Inf-CL": "#bcbd22",
+    "cut-cross-entropy": "#8c564b",
+    "Liger-Kernel": "#000000",
 }
 PROBLEM = ("self-contrast, pairs", 128, "float32")  # of the plots over N
 

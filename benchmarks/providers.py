@@ -76,8 +76,16 @@ def providers(device: torch.device) -> tuple[list[Provider], dict[str, str]]:
             found.append(Provider(name, pose, name))
         else:
             missing[name] = reason
-    for name in ("Inf-CL", "cut-cross-entropy", "Liger-Kernel"):
-        missing[name] = "needs a GPU" if device.type == "cpu" else "not among the providers of this version"
+    for name, package, module, pose in (
+        ("Inf-CL", "inf_cl", "inf_cl", _inf_cl),
+        ("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy", _cut_cross_entropy),
+        ("Liger-Kernel", "liger-kernel", "liger_kernel.transformers", _liger),
+    ):
+        reason = "needs a GPU" if device.type == "cpu" else _why_not(module)
+        if reason is None:
+            found.append(Provider(name, pose, package))
+        else:
+            missing[name] = reason
     return found, missing
 
 
@@ -91,7 +99,12 @@ def _why_not(module: str) -> str | None:
 
 
 def version(package: str) -> str:
-    return torch.__version__ if package == "torch" else metadata.version(package)
+    if package == "torch":
+        return torch.__version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _call(formula: Callable[..., Tensor], case: Case, **options: Any) -> Loss:
@@ -188,3 +201,52 @@ def _lightly(case: Case) -> Loss:
         return ntxent(x[0::2], x[1::2])
 
     return pairs
+
+
+# Peers for GPUs. Each is a classifier's loss whose classes are the other set's rows: two sets, one direction at a time.
+
+
+def _both_directions(case: Case, one_way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """`one_way` takes unit rows in the rows' dtype, those of the classes, and each row's class."""
+    if case.loss == "self":
+        raise CannotPoseError("a row's own logit cannot be left out of its classes, nor can it have several positives")
+    if case.loss == "queue":
+        raise CannotPoseError("each anchor has a class of its own, its key")
+
+    def loss(inputs: Inputs) -> Tensor:
+        assert inputs.contrasts is not None
+        x, y = (torch.nn.functional.normalize(rows, dim=1) for rows in (inputs.anchors, inputs.contrasts))
+        target = torch.arange(len(x), device=x.device)
+        return (one_way(x, y, target) + one_way(y, x, target)) / 2
+
+    return loss
+
+
+def _inf_cl(case: Case) -> Loss:
+    from inf_cl import cal_flash_loss
+
+    def one_way(x: Tensor, y: Tensor, target: Tensor) -> Any:
+        return cal_flash_loss(x, y, labels=target, scale=1 / TEMPERATURE, head_dim=min(case.d, 256)).mean()
+
+    return _both_directions(case, one_way)
+
+
+def _cut_cross_entropy(case: Case) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def one_way(x: Tensor, y: Tensor, target: Tensor) -> Any:
+        # Its filter drops gradients below a threshold, and with many classes all of them are.
+        return linear_cross_entropy(x / TEMPERATURE, y, target, filter_eps=None)
+
+    return _both_directions(case, one_way)
+
+
+def _liger(case: Case) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    criterion = LigerFusedLinearCrossEntropyLoss()
+
+    def one_way(x: Tensor, y: Tensor, target: Tensor) -> Any:
+        return criterion(y, x / TEMPERATURE, target)
+
+    return _both_directions(case, one_way)

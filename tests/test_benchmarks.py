@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import formulas, machine, measure, memory, peak, providers, run, truth
-from benchmarks.cases import BOTH, FORWARD, KINDS, QUICK, SUITES, TEMPERATURE, Case, Inputs
+from benchmarks.cases import BOTH, FORWARD, GPU_SUITES, KINDS, QUICK, SUITES, TEMPERATURE, Case, Inputs
 from benchmarks.measure import alternate, clock_timer, percentiles, training_step
 from benchmarks.providers import CannotPoseError, Provider
 from benchmarks.run import TIMED, Row, Setting
@@ -218,7 +220,7 @@ def test_converged_rows_are_converged_and_random_rows_are_not() -> None:
 def tiny_cases() -> list[Case]:
     """One of each problem and dtype of the suites, clusters included."""
     found = {}
-    for case in [case for suite in (*SUITES.values(), *QUICK.values()) for case in suite]:
+    for case in [case for suite in (*SUITES.values(), *QUICK.values(), *GPU_SUITES.values()) for case in suite]:
         n, m = (24, 24) if case.n == case.m else (14, 40)
         size = 2 if case.cluster_size == 2 else 6
         found[case.problem, case.dtype] = replace(case, n=n, m=m, d=16, cluster_size=size)
@@ -453,6 +455,43 @@ def test_peers_that_do_not_import_are_missing_with_their_reason(monkeypatch: pyt
     assert [(row["provider"], row["status"], row["reason"]) for row in rows] == [
         (name, "missing", reason) for name, reason in missing.items()
     ]
+
+
+@pytest.mark.parametrize("name", ["Inf-CL", "cut-cross-entropy", "Liger-Kernel"])
+def test_peers_for_a_gpu_are_posed_the_two_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the calls that these libraries have: what they are handed makes up the loss of the case."""
+
+    def entropy(x: Tensor, classes: Tensor, target: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x @ classes.T, target, reduction="none")
+
+    def flash(q: Tensor, k: Tensor, labels: Tensor, scale: float, head_dim: int) -> Tensor:
+        return entropy(q.view(len(q), -1, head_dim).flatten(1) * scale, k, labels)
+
+    def cut(e: Tensor, c: Tensor, targets: Tensor, filter_eps: None) -> Tensor:
+        return entropy(e, c, targets).mean()
+
+    def liger() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda weight, x, target: entropy(x, weight, target).mean()
+
+    for module, function in (
+        ("inf_cl", {"cal_flash_loss": flash}),
+        ("cut_cross_entropy", {"linear_cross_entropy": cut}),
+        ("liger_kernel", {}),
+        ("liger_kernel.transformers", {"LigerFusedLinearCrossEntropyLoss": liger}),
+    ):
+        stand_in = ModuleType(module)
+        stand_in.__dict__.update(function)
+        monkeypatch.setitem(sys.modules, module, stand_in)
+    found, missing = providers.providers(torch.device("cuda"))
+    [peer] = [provider for provider in found if provider.name == name]
+    assert name not in missing
+    case = Case("two_set", "two sets", 24, 24, 8)
+    inputs = case.inputs("random")
+    expected = formulas.two_sets(inputs.anchors, inputs.contrasts, TEMPERATURE)
+    torch.testing.assert_close(peer.pose(case)(inputs), expected)
+    for other in (TINY, Case("memory", "queue", 4, 9, 8)):
+        with pytest.raises(CannotPoseError):
+            peer.pose(other)
 
 
 def test_backends_appear_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
 
 
 def _single(d: int) -> Tile:
-    return Tile(32, 32, min(d, 32), d, 4, 2)
+    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 4, 2)
 
 
 def _single_sums(d: int) -> Tile:

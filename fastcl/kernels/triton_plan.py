@@ -43,7 +43,7 @@ def tile(
     """
     sums = kind in ("weighted", "backward")
     if interpreted:
-        part = d if d <= WHOLE // 2 else WHOLE // 4
+        part = d if d <= WHOLE // 2 else min(d & -d, 512)
         return Tile(64, 64, part, part if sums else d, 4, 1)
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
     if dtype.itemsize > 2:

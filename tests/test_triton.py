@@ -1,0 +1,259 @@
+"""Backend `triton`: whether it is there, whom it serves, what its results may depend on. Numbers: `test_stats.py`."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from strategies import FIELDS, cluster_ids, generator, rows
+from test_stats import check_stats, simple_problem
+from torch import Tensor
+
+import fastcl
+from fastcl.kernels import ops, triton_engine, triton_gradient, triton_launch
+
+interpreted = pytest.mark.skipif(
+    "triton" not in ops.BACKENDS or not triton_engine.INTERPRETED, reason="Triton is not interpreted here"
+)
+
+
+# Whether it is there
+
+
+@pytest.mark.parametrize(
+    ("version", "there"), [("3.1.0", False), ("3.2.0", True), ("3.10.0+git1", True), ("4.0", True)]
+)
+def test_the_floor_of_the_version(version, there, monkeypatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", True)
+    monkeypatch.setattr(triton_launch.util, "find_spec", lambda name: object())
+    found, reason = triton_launch.availability.__wrapped__()
+    assert found == there
+    assert reason.startswith(f"Triton {version} (at least 3.2)" if there else f"Triton {version} is older than 3.2")
+
+
+def test_without_triton(monkeypatch) -> None:
+    monkeypatch.setattr(triton_launch.util, "find_spec", lambda name: None)
+    assert triton_launch.availability.__wrapped__() == (False, "Triton is not installed")
+
+
+def run_python(code: str, **environment: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTCL_BACKEND")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_fastcl_does_not_import_triton() -> None:
+    code = "import sys, torch, fastcl; fastcl.contrastive_stats(torch.ones(2, 2)); print('triton' in sys.modules)"
+    for environment in ({}, {"TRITON_INTERPRET": "1"}):
+        assert run_python(code, **environment).strip() == "False"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_without_cuda_and_interpreter_it_is_missing() -> None:
+    code = """
+import torch, fastcl
+from fastcl.info import report
+print(report())
+try:
+    with fastcl.use_backend("triton"):
+        fastcl.contrastive_stats(torch.ones(2, 2))
+except ValueError as error:
+    print(error)
+"""
+    said = run_python(code)
+    reason = triton_launch.availability.__wrapped__()[1] if "triton" not in ops.BACKENDS else "built without CUDA"
+    assert said.count(reason) >= 2
+    assert "got 'triton', which is" in said
+
+
+@interpreted
+def test_tensors_on_the_cpu_only_when_asked() -> None:
+    assert ops.choose_backend(torch.device("cpu"), torch.float32) != "triton"
+    with fastcl.use_backend("triton"):
+        assert ops.choose_backend(torch.device("cpu"), torch.float32) == "triton"
+
+
+def test_whom_it_serves(monkeypatch) -> None:
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    monkeypatch.setitem(ops.BACKENDS, "triton", triton_engine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda", 0)
+    assert ops.choose_backend(gpu, torch.float32) == "triton"
+    assert ops.choose_backend(gpu, torch.float64) == "chunked"
+    with fastcl.use_backend("triton"), pytest.raises(ValueError, match="'triton' takes tensors on a CUDA device, got"):
+        ops.choose_backend(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert ops.choose_backend(gpu, torch.float32) == "chunked"
+    with fastcl.use_backend("triton"), pytest.raises(ValueError, match=r"needs a device of compute capability 8.0"):
+        ops.choose_backend(gpu, torch.float32)
+
+
+# What results depend on
+
+
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What is launched from now on."""
+    seen: list[tuple[str, dict[str, Any]]] = []
+    launch = triton_launch.launch
+
+    def watched(name: str, shape: Any, grid: Any, given: dict[str, Any]) -> None:
+        seen.append((name, given))
+        launch(name, shape, grid, given)
+
+    monkeypatch.setattr(triton_launch, "launch", watched)
+    return seen
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("scale", "redone", "exponentials"),
+    [(20.0, False, 1), (100.0, False, 1), (300.0, True, 2)],
+)
+def test_which_kernels_do_the_work(scale, redone, exponentials, monkeypatch) -> None:
+    """One shift and one exponential at usual temperatures, at 0.01 too; running maxima and two beyond."""
+    seen = launched(monkeypatch)
+    g = generator(0)
+    clusters = torch.arange(130) // 2
+    z = rows("converged", clusters, 16, g, unit=True).float().requires_grad_()
+    if exponentials == 2:
+        with torch.no_grad():
+            z[:65] *= -1  # some far from everything, some close to their like
+            z[7] = 0
+    with fastcl.use_backend("triton"):
+        s = fastcl.contrastive_stats(
+            z, anchor_clusters=clusters, logit_scale=scale, normalize_anchors=True, want=("lse_all", "sum_pos")
+        )
+        s.lse_all.sum().backward()
+    wide = [int(given["WIDE"]) for name, given in seen if name == "running_kernel"]
+    assert wide == [int(redone)]
+    one = {int(given["ONE"]) for name, given in seen if name == "gradient_kernel"}
+    assert one == {2 - exponentials}
+
+
+@interpreted
+def test_rows_whose_sums_are_tiny_are_done_again(monkeypatch) -> None:
+    """At temperature 0.01, rows that point away from all others: the shift for all leaves them next to nothing."""
+    problem = simple_problem(n=70, m=80, d=8, bias=False, ids=False, both=True, scales=(100.0,))
+    arguments = problem.arguments()
+    arguments["contrasts"][:, 0] = arguments["contrasts"][:, 0].abs() + 5
+    arguments["anchors"][3] = 0
+    arguments["anchors"][3, 0] = -1
+    seen = launched(monkeypatch)
+    check_stats(arguments, problem.leaves, backends=("triton",))
+    again = [given for name, given in seen if name == "running_kernel"]
+    assert all(int(given["WIDE"]) == 0 for given in again)
+    bases = again[0]["STATISTICS"][0]
+    assert len(bases.unique()) > 1  # its row block has maxima of its own
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [5.0, 40.0])
+def test_one_exponential_and_two_agree(scale, monkeypatch) -> None:
+    def gradient() -> Tensor:
+        g = generator(0)
+        z = torch.randn(100, 24, generator=g).requires_grad_()
+        with fastcl.use_backend("triton"):
+            s = fastcl.contrastive_stats(
+                z, anchor_clusters=cluster_ids("random", 100, g), logit_scale=scale, normalize_anchors=True, want=FIELDS
+            )
+            fields = [torch.where(f.isfinite(), f, 0) for f in (s.lse_all, s.lse_neg, s.sum_pos)]
+            sum((f * torch.linspace(-1, 1, 100)).sum() for f in fields).backward()
+        return z.grad
+
+    one = gradient()
+    monkeypatch.setattr(triton_gradient, "ONE_EXPONENTIAL", -1e9)
+    two = gradient()
+    assert not torch.equal(one, two)
+    assert (one - two).norm() < 1e-5 * two.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_products_obey_torchs_precision(precision) -> None:
+    def value() -> Tensor:
+        z = torch.randn(40, 64, generator=generator(0))
+        with fastcl.use_backend("triton"):
+            return fastcl.contrastive_stats(z, want=("lse_all",), logit_scale=0.1).lse_all
+
+    before = torch.get_float32_matmul_precision()
+    exact = value()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        rough = value()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not torch.equal(exact, rough)
+    torch.testing.assert_close(rough, exact, rtol=0, atol=2e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [1, 2, 17, 128, 129, 300])
+def test_any_dimension(d, dtype) -> None:
+    """Whole and streamed rows, padded and not."""
+    problem = simple_problem(n=37, m=70, d=d, dtype=dtype, contrast_dtype=dtype, bias=False, ids=False)
+    check_stats(problem.arguments(), problem.leaves, backends=("triton",))
+
+
+@interpreted
+def test_rows_of_4096_numbers() -> None:
+    problem = simple_problem(n=5, m=6, d=4096, dtype=torch.bfloat16, contrast_dtype=torch.bfloat16)
+    check_stats(problem.arguments(), problem.leaves, backends=("triton",))
+
+
+@interpreted
+def test_no_values_are_looked_at_on_the_host(monkeypatch) -> None:
+    """Each look would make the host wait for a device, and break the capture of a CUDA graph."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("looked at a value")
+
+    launch = triton_launch.launch
+
+    def allowed(*args: Any) -> None:  # the interpreter itself may look
+        with monkeypatch.context() as inside:
+            for name, method in originals.items():
+                inside.setattr(Tensor, name, method)
+            launch(*args)
+
+    problem = simple_problem(n=70, m=40)
+    arguments = {k: v.requires_grad_() if k in problem.leaves else v for k, v in problem.arguments().items()}
+    names = ("item", "__bool__", "__int__", "__float__", "tolist", "nonzero", "unique", "cpu")
+    originals = {name: getattr(Tensor, name) for name in names}
+    monkeypatch.setattr(triton_launch, "launch", allowed)
+    with fastcl.use_backend("triton"):
+        p = ops.Problem(
+            arguments["anchors"].detach(),
+            arguments["contrasts"].detach(),
+            None,
+            arguments["anchor_clusters"],
+            arguments["contrast_clusters"],
+            arguments["logit_scale"].detach().reshape(1),
+            arguments["contrast_bias"].detach(),
+            arguments["anchor_ids"],
+            arguments["contrast_ids"],
+            True,
+            True,
+            FIELDS,
+            True,
+        )
+        for name in names:
+            monkeypatch.setattr(Tensor, name, refuse)
+        statistics = triton_engine.forward(p)
+        grad, other = (torch.ones_like(side.fields) for side in (statistics.anchors, statistics.contrasts))
+        gradients = triton_engine.backward(p, statistics, grad, other, ops.Needs(True, True, True, True, False))
+    monkeypatch.undo()
+    assert all(gradient.isfinite().all() for gradient in gradients[:4])

@@ -88,7 +88,8 @@ class _Side:
             weight = torch.where(sums[k] == 0, 0.0, grad[p.want.index(name)] / sums[k])
             # The sum may since have been joined by another term, and its base have been raised.
             before = {"lse_all": both_base, "lse_neg": base, "lse_pos": positive_base}[name] * LN2
-            weights[name] = weight * (before - shifts[k]).exp()
+            # That of an empty sum may have fallen: there is nothing to weight then, and nothing to overflow.
+            weights[name] = weight * (before - shifts[k]).clamp(max=0).exp()
             log_sums.append(torch.where(sums[k] == 0, torch.nan, shifts[k] * LOG2E + sums[k].log2()))
         none = torch.zeros_like(base)
         everything, negative, positive = (weights.get(name, none) for name in ("lse_all", "lse_neg", "lse_pos"))

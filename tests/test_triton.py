@@ -257,3 +257,14 @@ def test_no_values_are_looked_at_on_the_host(monkeypatch) -> None:
         gradients = triton_engine.backward(p, statistics, grad, other, ops.Needs(True, True, True, True, False))
     monkeypatch.undo()
     assert all(gradient.isfinite().all() for gradient in gradients[:4])
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", ["negatives", "random", None])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_self_contrast_with_a_bias(pattern, normalize) -> None:
+    """The rows meet themselves as a second set, and the gradients of both are added row by row."""
+    problem = simple_problem(
+        n=20, m=None, pattern=pattern, bias=True, normalize_anchors=normalize, normalize_contrasts=normalize
+    )
+    check_stats(problem.arguments(), problem.leaves, backends=("triton",))

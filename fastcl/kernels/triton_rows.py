@@ -75,7 +75,11 @@ def arrange(p: Problem, known: Statistics | None = None) -> tuple[Arranged, Tens
         c = norms(p.contrasts, p.normalize_contrasts, known and known.contrast_inverse_norms)
         dtype = torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
         contrasts, contrast_clusters, contrast_norms = p.contrasts, p.contrast_clusters, c
-    anchor_order, contrast_order = clusters_in_order(p.anchor_clusters, None if self_contrast else contrast_clusters)
+    anchor_order, contrast_order = clusters_in_order(
+        p.anchor_clusters, None if p.contrasts is None else contrast_clusters
+    )
+    if p.contrasts is None:
+        contrast_order = anchor_order
     anchor_names, contrast_names = names_of(p.anchor_ids, p.contrast_ids)
     normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
     bias = None if p.contrast_bias is None else p.contrast_bias * LOG2E

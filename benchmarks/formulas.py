@@ -53,10 +53,10 @@ def two_sets(anchors: Tensor, contrasts: Tensor, temperature: float, product: to
 def queue(
     anchors: Tensor, keys: Tensor, stored: Tensor, temperature: float, product: torch.dtype = torch.float32
 ) -> Tensor:
-    """anchors, keys [N, D]; stored [M, D], unit rows."""
+    """anchors, keys [N, D]; stored [M, D], unit rows, which half precision has rounded: none is quite of length 1."""
     z = _unit(anchors)
     positive = (z * _unit(keys)).sum(1) / temperature
-    negatives = _logits(z, stored.float(), temperature, product).logsumexp(1)
+    negatives = _logits(z, _unit(stored), temperature, product).logsumexp(1)
     return (torch.logaddexp(negatives, positive) - positive).mean()
 
 
@@ -98,12 +98,12 @@ def chunked_two_sets(anchors: Tensor, contrasts: Tensor, temperature: float) -> 
 
 def chunked_queue(anchors: Tensor, keys: Tensor, stored: Tensor, temperature: float) -> Tensor:
     """As `queue`, a block of rows at a time."""
-    z = _unit(anchors)
+    z, stored = _unit(anchors), _unit(stored)
     positive = (z * _unit(keys)).sum(1) / temperature
     block = block_rows(len(stored))
 
     def log_sums(rows: Tensor) -> Tensor:
-        return ((rows / temperature) @ stored.float().T).logsumexp(1)
+        return ((rows / temperature) @ stored.T).logsumexp(1)
 
     negatives = torch.cat([_checkpointed(log_sums, z[i : i + block]) for i in range(0, len(z), block)])
     return (torch.logaddexp(negatives, positive) - positive).mean()

@@ -129,7 +129,7 @@ def _evaluate(inputs: Inputs, dtype: torch.dtype, order: int = 0) -> Evaluation:
     n = len(rows[0])
     if inputs.queue is not None and inputs.keys is not None:
         key = F.normalize(inputs.keys[:, features].to(dtype), dim=1)
-        losses = [_sweep(unit[0], inputs.queue[:, features].to(dtype), key=key)]
+        losses = [_sweep(unit[0], F.normalize(inputs.queue[:, features].to(dtype), dim=1), key=key)]
     elif inputs.contrasts is not None:
         losses = [_sweep(unit[0], unit[1], weight=0.5), _sweep(unit[1], unit[0], weight=0.5)]
     else:

@@ -99,7 +99,7 @@ class SwAVLoss(nn.Module):
             target = self.assignments(crop, rest)
             for c, prediction in enumerate(predictions):
                 if c != h:
-                    loss = loss - torch.linalg.vecdot(target.to(prediction.dtype), prediction).mean()
+                    loss = loss - torch.linalg.vecdot(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
         share = _share(len(high[0]), _group(self.gather), high[0].device)
         return loss * share / (len(high) * (len(crops) - 1))
 
@@ -214,7 +214,9 @@ class MSNLoss(nn.Module):
         prior = (uniform_prior(len(mean)).to(mean.device) if prior is None else prior).to(mean.dtype)
         prior = prior / prior.sum()
         if self.kl == "mean_prior":
-            terms: Tensor = torch.special.xlogy(mean, mean) - mean * prior.clamp(min=1e-12).log()
+            # Predictions may underflow to a mean of 0, where the derivative of x log x is infinite.
+            log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+            terms: Tensor = mean * log_mean - mean * prior.clamp(min=1e-12).log()
             return terms.sum()
         present = prior > 0
         safe = torch.where(present, mean, 1)
@@ -242,6 +244,13 @@ class _Prior(nn.Module):
             raise TypeError(f"prior: expected a tensor, a function or None, got {type(prior).__name__}")
         self.make = None if isinstance(prior, Tensor) else prior
         self.register_buffer("masses", prior.detach() if isinstance(prior, Tensor) else None, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Prior:
+        masses = self.masses
+        super()._apply(fn, recurse)
+        if masses is not None and self.masses is not None:  # moved, but not rounded: half precision knows no small mass
+            self.masses = masses.to(self.masses.device)
+        return self
 
     def forward(self, k: int, device: torch.device) -> Tensor | None:
         masses = self.masses if self.make is None else self.make(k)

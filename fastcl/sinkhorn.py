@@ -68,7 +68,8 @@ def sinkhorn(
         prior: ``[K]`` (or ``[B, K]``) non-negative masses of the columns; normalised. None: uniform. A column without
             mass is assigned nothing, exactly.
         row_marginal: ``[N]`` (or ``[B, N]``) non-negative masses of the rows; normalised. None: uniform. A row without
-            mass (padding) has no influence on the others; its own assignments are still formed.
+            mass (padding) has no influence on the others, as long as its scores are finite; its own assignments are
+            still formed.
         n_iters: iterations; with ``tol`` at most so many.
         tol: iterate until the L1 distance of the column sums from the prior is below it.
         init: ``[K]`` (or ``[B, K]``): a column potential from an earlier call. One row update from it comes first,
@@ -218,6 +219,8 @@ def _log_masses(
     if value is None:
         return torch.zeros(shape, dtype=dtype, device=device)
     check_mass_values(name, value, alone)
+    if alone:  # only ratios count, and those of any dtype's masses fit
+        value = value / value.detach().amax(-1, keepdim=True)
     masses = value.to(dtype)
     present = masses > 0
     return torch.where(present, torch.where(present, masses, 1).log(), -torch.inf).expand(shape)

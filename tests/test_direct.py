@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastcl
 from fastcl.functional import cluster_infonce
@@ -131,4 +132,29 @@ def test_large_batches_wait_for_the_backward() -> None:
     with fastcl.use_backend("chunked"):
         loss = cluster_infonce(leaf(n, d), torch.arange(n) // 2)
     assert loss.grad_fn is not None
-    assert loss.grad_fn.at_once is None
+    assert not loss.grad_fn.at_once
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_torchs_conventions_do_not_depend_on_the_batch(when: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    z = leaf(6, 2, 3)
+    loss = cluster_infonce(z)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    rows = leaf(6, 2, 3) * 1
+    loss = cluster_infonce(rows)
+    rows.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # what functorch loads on first use
+@pytest.mark.parametrize("function", [cluster_infonce, lambda z: fastcl.contrastive_stats(z[:, 0]).lse_all])
+def test_forward_mode_raises(function) -> None:
+    z = torch.randn(6, 2, 3)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(function, (z,), (z,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        function(forward_ad.make_dual(z, z))

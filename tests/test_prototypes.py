@@ -133,7 +133,7 @@ def test_a_prototype_without_mass_is_no_target(backend: str) -> None:
 def test_a_prior_moves_with_its_loss_and_is_no_state() -> None:
     loss = fastcl.MSNLoss(prior=fastcl.power_law_prior(5))
     assert not loss.state_dict()
-    assert loss.double().prior.masses.dtype == torch.float64
+    assert loss.to("meta").prior.masses.is_meta
 
 
 def test_under_torch_compile() -> None:
@@ -205,3 +205,25 @@ SCORES, ROWS = torch.zeros(4, 3), torch.ones(4, 2)
 def test_bad_input_is_named(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_predictions_that_underflow_leave_a_gradient() -> None:
+    torch.manual_seed(1)
+    anchors = (torch.randn(64, 8) * 0.3 + 1).requires_grad_()
+    prototypes = torch.randn(256, 8).requires_grad_()
+    loss = fastcl.MSNLoss(0.01)(anchors, torch.randn(32, 8) * 0.3 + 1, prototypes)
+    for gradient in torch.autograd.grad(loss, (anchors, prototypes)):
+        assert gradient.isfinite().all()
+
+
+def test_a_prior_is_moved_but_not_rounded() -> None:
+    masses = torch.rand(1000) ** 8 * 1e-4
+    loss = fastcl.MSNLoss(prior=masses).half()
+    assert torch.equal(loss.prior.masses, masses)
+
+
+def test_no_rows_beside_a_queue() -> None:
+    scores = torch.randn(0, 5, requires_grad=True)
+    loss = fastcl.SwAVLoss()([scores, scores], queue_scores=[torch.randn(4, 5)] * 2)
+    loss.backward()
+    assert loss.item() == 0

@@ -462,3 +462,34 @@ def test_priors() -> None:
     torch.testing.assert_close(fastcl.power_law_prior(5, exponent=0), fastcl.uniform_prior(5))
     torch.testing.assert_close(fastcl.prior_from_counts(torch.tensor([3, 0, 1])), torch.tensor([0.75, 0, 0.25]))
     assert fastcl.prior_from_counts(torch.ones(3, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [1e300, 1e-300])
+def test_masses_of_any_size(size: float, backend: str) -> None:
+    scores = torch.randn(9, 5)
+    expected = fastcl.sinkhorn(scores).assignments
+    prior = torch.full((5,), size, dtype=torch.float64)
+    torch.testing.assert_close(fastcl.sinkhorn(scores, prior=prior).assignments, expected)
+    rows = torch.full((9,), 3e38)
+    torch.testing.assert_close(fastcl.sinkhorn(scores, row_marginal=rows).assignments, expected)
+
+
+def test_a_problem_of_nan_leaves_the_gradient_of_its_batch_alone(backend: str) -> None:
+    scores = torch.rand(2, 6, 4) * 3
+    scores[0] = torch.nan
+    weights = torch.randn(6, 4)
+
+    def gradient(s: torch.Tensor) -> torch.Tensor:
+        s = s.clone().requires_grad_()
+        result = fastcl.sinkhorn(s, tol=1e-2, n_iters=200, epsilon=0.05).assignments
+        (found,) = torch.autograd.grad((result[-1] * weights).sum(), s)
+        return found[-1]
+
+    torch.testing.assert_close(gradient(scores), gradient(scores[1:]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # what functorch loads on first use
+def test_forward_mode_raises() -> None:
+    s = torch.randn(4, 3)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(lambda s: fastcl.sinkhorn(s).assignments, (s,), (s,))

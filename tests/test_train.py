@@ -87,7 +87,12 @@ def test_a_real_interrupt_keeps_what_was_done(npz, tmp_path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fastcl.train", *options(npz, out, epochs=100_000)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    # A shell's background jobs ignore interrupts, and so would their children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     try:
         while process.poll() is None and time.monotonic() < deadline:
@@ -114,7 +119,7 @@ def test_the_run_folder_holds_everything(npz, tmp_path, capsys) -> None:
     assert [line["epoch"] for line in metrics(out)] == [1, 2]
     assert all(math.isfinite(line["loss"]) for line in metrics(out))
     results = json.loads((out / "results.json").read_text())
-    assert set(results) == PROBES | {"training_clusters"}
+    assert set(results) == PROBES | {"training_clusters", "prototypes"}
     for name in PROBES:
         assert set(results[name]) == {"raw", "untrained", "trained"}
         assert all(math.isfinite(value) for value in results[name].values())
@@ -154,7 +159,7 @@ def test_every_kind_of_fixed_clusters_trains(npz, tmp_path, kind) -> None:
 def test_default_folders_do_not_collide(npz, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Run, "train", lambda self: None)
-    monkeypatch.setattr(Run, "finish", lambda self: pytest.fail("not reached"))
+    monkeypatch.setattr(Run, "finish", lambda *_: pytest.fail("not reached"))
     names = []
     for _ in range(2):
         with pytest.raises(pytest.fail.Exception):
@@ -468,7 +473,7 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
 def test_kmeans_is_renewed_as_often_as_told(npz, tmp_path, monkeypatch) -> None:
     fitted = []
     monkeypatch.setattr(loop, "kmeans", lambda rows, count, seed: fitted.append(len(rows)) or kmeans(rows, count, seed))
-    monkeypatch.setattr(Run, "finish", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(Run, "finish", lambda *_: pytest.fail("trained"))
     with pytest.raises(pytest.fail.Exception, match="trained"):
         main([*options(npz, tmp_path / "run", epochs=7), "--method", "clinfonce", "--renew", "3"])
     assert fitted == [105, 105]  # before the fourth and the seventh epoch, on the training images

@@ -14,7 +14,7 @@ from test_stats import check_stats, simple_problem
 from torch import Tensor
 
 import fastcl
-from fastcl.kernels import ops, triton_engine, triton_gradient, triton_launch
+from fastcl.kernels import ops, triton_engine, triton_gradient, triton_launch, triton_rows
 
 interpreted = pytest.mark.skipif(
     "triton" not in ops.BACKENDS or not triton_engine.INTERPRETED, reason="Triton is not interpreted here"
@@ -268,3 +268,33 @@ def test_self_contrast_with_a_bias(pattern, normalize) -> None:
         n=20, m=None, pattern=pattern, bias=True, normalize_anchors=normalize, normalize_contrasts=normalize
     )
     check_stats(problem.arguments(), problem.leaves, backends=("triton",))
+
+
+@interpreted
+def test_float16_beside_a_row_of_tiny_norm() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(80, 32)
+    rows[3] *= 1e-5
+    gradients = []
+    for backend in ("triton", "reference"):
+        x = rows.half().requires_grad_()
+        with fastcl.use_backend(backend):
+            fastcl.functional.cluster_infonce(x, torch.arange(80) // 2).backward()
+        assert x.grad is not None
+        gradients.append(x.grad.double()[torch.arange(80) != 3])
+    got, expected = gradients
+    assert (got - expected).norm() <= 2**-10 * expected.norm()
+
+
+@interpreted
+def test_either_setting_of_precision() -> None:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has one setting only")
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting, precision in (("tf32", "tf32"), ("ieee", "ieee")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert triton_rows._precision(torch.float32) == precision
+            assert triton_rows._precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

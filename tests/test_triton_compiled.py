@@ -79,7 +79,8 @@ def test_compiles_without_spills(architecture, dtype, precision, d, careful, tmp
     for result in results:
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
-        assert not result["fused"], result  # of what rounds a logit
+        if not (dtype == "float32" and precision == "ieee"):  # whose products are multiply-adds, always in one order
+            assert not result["fused"], result  # else it is what rounds a logit
         if result["kind"] != "finish" and (dtype != "float32" or precision == "tf32"):
             small = dtype == "float32"  # few rows in a tile: half of what wgmma takes
             assert any(

@@ -63,17 +63,19 @@ class DirectMean(torch.autograd.Function):
         *args, grad_mode = args_and_grad_mode
         problem, backend = posed(args)
         found = statistics(problem, backend)
-        save(ctx, args, (*found.anchors, *found.contrasts, *found[2:]))
+        outputs = (*found.anchors, *found.contrasts, *found[2:])
         sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
         counted = [_counted(side.counts, problem.want[0] == "lse_neg") for side in sides]
-        ctx.counted, ctx.at_once = counted, None
+        ctx.counted, ctx.at_once = counted, False
+        at_once: tuple[Tensor | None, ...] = ()
         work = problem.anchors.numel() * problem.sizes[2]
         if grad_mode and any(ctx.needs_input_grad) and work <= AT_ONCE:
             needs = Needs(*[ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
             of_fields = [_derivative(side.counts, rows, len(sides)) for side, rows in zip(sides, counted, strict=True)]
             of_contrasts = of_fields[1] if problem.both else found.contrasts.fields  # empty
-            ctx.at_once = gradients(problem, backend, found, of_fields[0], of_contrasts, needs)
+            ctx.at_once, at_once = True, gradients(problem, backend, found, of_fields[0], of_contrasts, needs)
             ctx.dtypes = [None if args[i] is None else args[i].dtype for i in DIFFERENTIABLE.values()]
+        save(ctx, args, outputs, *at_once)
         means = [_mean(side, rows) for side, rows in zip(sides, counted, strict=True)]
         return means[0] if len(means) == 1 else (means[0] + means[1]) / 2
 
@@ -81,10 +83,11 @@ class DirectMean(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        if ctx.at_once is not None and not torch.is_grad_enabled():
+        if ctx.at_once and not torch.is_grad_enabled():
+            at_once = ctx.saved_tensors[-len(ctx.dtypes) :]
             scaled = [
                 None if gradient is None else (gradient * grad).to(dtype)
-                for gradient, dtype in zip(ctx.at_once, ctx.dtypes, strict=True)
+                for gradient, dtype in zip(at_once, ctx.dtypes, strict=True)
             ]
             return *by_argument(scaled), None
         counts, _, contrast_counts = ctx.saved_tensors[TENSORS : TENSORS + 3]

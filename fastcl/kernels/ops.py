@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import chunked, native, paired, reference, triton_engine
 from .problem import Gradients, Needs, Problem, Side, Statistics
@@ -110,6 +111,7 @@ _PROBLEM = (
     "bool normalize_contrasts, str[] want, bool both, bool anchors_only, str backend"
 )
 TENSORS, WANT, BOTH = 9, 11, 12  # leading tensor arguments; the places of `want` and `both`
+SAVED = 7  # tensors of the forward that the backward is handed
 DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
 _PROBLEM_LENGTH = _PROBLEM.count(",") + 1
 _library.define(
@@ -238,19 +240,19 @@ class _ContrastiveStats(torch.autograd.Function):
         return differentiate(ctx, grads[0], grads[3])
 
 
-def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Keeps what the backward needs; returns what of the outputs that is."""
+def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor], *more: Tensor | None) -> Sequence[Tensor]:
+    """Keeps what the backward needs, and `more`; returns what of the outputs that is."""
     _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
     saved = (counts, parts, contrast_counts, contrast_parts, *others)
     ctx.set_materialize_grads(False)  # zeros for every output, saved ones too, cost more than small kernels
-    ctx.save_for_backward(*args[:TENSORS], *saved)
+    ctx.save_for_backward(*args[:TENSORS], *saved, *more)
     ctx.options = args[TENSORS:]
     return saved
 
 
 def differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments from those of the fields [W, S, N] of both sides; None: zeros."""
-    saved = ctx.saved_tensors
+    saved = ctx.saved_tensors[: TENSORS + SAVED]
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
     counts, parts, contrast_counts = saved[TENSORS : TENSORS + 3]
     shape = len(ctx.options[WANT - TENSORS]), parts.shape[2]
@@ -290,8 +292,11 @@ def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callabl
     """The Autograd kernel: `function` where there is something to differentiate, else straight on to the backend."""
 
     def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return function.apply(*args)
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"{op}: forward-mode derivatives are not supported")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

@@ -234,7 +234,7 @@ class _Adjoint(NamedTuple):
 def differentiate(passes: Passes, p: Problem, kept: Kept, error: Tensor, grad: Incoming, needs: Needs) -> Gradients:
     """Gradients: implicit where a tolerance was met, else exact for the iterations that were done."""
     log_mass = p.log_row_mass()
-    if p.tol is not None and bool((error < p.tol).all()):
+    if p.tol is not None and not bool((error >= p.tol).any()):  # as the iterations ended: NaN counts as met
         adjoint = _implicit(passes, p, kept, grad, log_mass)
     else:
         if p.tol is not None:

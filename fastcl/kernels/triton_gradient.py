@@ -69,9 +69,11 @@ def _lift(peak: Tensor, arranged: Arranged) -> Tensor:
 
     G is rounded to the rows' dtype before it is multiplied with them, and float16 would flush a share of 1 / N^2.
     """
-    for rows in (arranged.anchors, arranged.contrasts):
-        if rows.inverse_norms is not None:
-            peak = peak * rows.inverse_norms.amax().clamp(min=1.0)
+    norms = [
+        rows.inverse_norms.amax() for rows in (arranged.anchors, arranged.contrasts) if rows.inverse_norms is not None
+    ]
+    if norms:  # G is rounded with those of one side, the columns'
+        peak = peak * torch.stack(norms).amax().clamp(min=1.0)
     lift = torch.exp2((11 - peak.clamp(min=1e-30).log2()).floor().clamp(-100, 100))
     return torch.where(peak.isfinite(), lift, 1.0)
 

@@ -165,8 +165,14 @@ def names_of(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, 
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32 rows, as torch's own follow `torch.set_float32_matmul_precision`."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    """Of products of float32 rows, as torch's own follow `torch.set_float32_matmul_precision`.
+
+    Newer versions of torch keep it by device, and the old question raises where the new setting was used.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

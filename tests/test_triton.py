@@ -120,15 +120,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
 @interpreted
 @pytest.mark.parametrize(
     ("scale", "redone", "exponentials"),
-    [(20.0, False, 1), (100.0, False, 1), (300.0, True, 2)],
+    [(10.0, False, 1), (100.0, False, 2), (300.0, True, 2)],
 )
 def test_which_kernels_do_the_work(scale, redone, exponentials, monkeypatch) -> None:
-    """One shift and one exponential at usual temperatures, at 0.01 too; running maxima and two beyond."""
+    """One shift, at 0.01 too, else running maxima; one exponential where log-sums lie close together, else two."""
     seen = launched(monkeypatch)
     g = generator(0)
     clusters = torch.arange(130) // 2
     z = rows("converged", clusters, 16, g, unit=True).float().requires_grad_()
-    if exponentials == 2:
+    if redone:
         with torch.no_grad():
             z[:65] *= -1  # some far from everything, some close to their like
             z[7] = 0
@@ -160,7 +160,7 @@ def test_rows_whose_sums_are_tiny_are_done_again(monkeypatch) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("scale", [5.0, 40.0])
+@pytest.mark.parametrize("scale", [5.0, 10.0])
 def test_one_exponential_and_two_agree(scale, monkeypatch) -> None:
     def gradient() -> Tensor:
         g = generator(0)

@@ -13,7 +13,9 @@ from .triton_launch import INTERPRETED, blocks
 from .triton_plan import finish_tile
 from .triton_rows import LN2, LOG2E, Arranged, Launch, Rows, arrange, sums_are_kept
 
-ONE_EXPONENTIAL = 120.0  # log-sums (to base 2) that spread over no more share one exponential
+# Log-sums (to base 2) that spread over no more share one exponential. Range would allow 120, but an exponent of 60 has
+# been rounded to 2^-19: a relative error of 1e-6 where terms cancel.
+ONE_EXPONENTIAL = 16.0
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:

@@ -294,7 +294,7 @@ def _reduce(rows: Tensor, counts: Tensor, w: Tensor, reduction: str, part: str |
     total = (rows * w).sum()
     if reduction == "sum":
         return total
-    weight = w[counts].abs().sum()  # signed ones measure what cancels between rows
+    weight = w[counts].sum()
     if part is not None:
         weight = weight.detach()
     return total / weight if weight > 0 else total * 0

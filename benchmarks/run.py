@@ -172,7 +172,7 @@ def _time(candidates: list[Candidate], case: Case, direction: str, setting: Sett
         case.inputs("random", setting.device, seed)
         for seed in range(SETS_ON_A_GPU if setting.device.type == "cuda" else 1)
     ]
-    steps = {}
+    steps: dict[str, Callable[[], object]] = {}
     for candidate in candidates:
         if candidate.timed and candidate.loss is not None:
             step = training_step(candidate.loss, sets, direction)
@@ -184,7 +184,7 @@ def _time(candidates: list[Candidate], case: Case, direction: str, setting: Sett
                 steps[candidate.provider.name] = step
     peak_step = _peak(setting, case).step
     if peak_step is not None and steps:
-        steps[PEAK] = peak_step  # type: ignore[assignment]
+        steps[PEAK] = peak_step
     return alternate(steps, timer_for(setting.device), **effort)
 
 

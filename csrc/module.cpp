@@ -2,6 +2,7 @@
 // workspace it wants, and runs on that with the interpreter's lock released.
 #include "cpu/arrange.h"
 #include "cpu/dispatch.h"
+#include "cpu/mean.h"
 #include <memory>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -103,7 +104,7 @@ Statistics read_statistics(const py::tuple &numbers) {
 // A described call: arranged once, and run on a workspace of the size that it names.
 class Call {
 public:
-  Call(const Engine *engine, std::variant<Forward, Backward> call) : engine_(engine), call_(std::move(call)) {
+  Call(const Engine *engine, std::variant<Forward, Backward, MeanLoss> call) : engine_(engine), call_(std::move(call)) {
     const Problem &problem = std::visit([](const auto &c) -> const Problem & { return c.problem; }, call_);
     py::gil_scoped_release release;
     arrangements_ = arrange(problem);
@@ -120,10 +121,11 @@ private:
   int64_t start(void *workspace) const {
     const Arranged arranged = arrangements_.arranged();
     if (const Forward *forward = std::get_if<Forward>(&call_)) return engine_->forward(*forward, arranged, workspace);
-    return engine_->backward(std::get<Backward>(call_), arranged, workspace);
+    if (const Backward *backward = std::get_if<Backward>(&call_)) return engine_->backward(*backward, arranged, workspace);
+    return mean_loss(*engine_, std::get<MeanLoss>(call_), arranged, workspace);
   }
   const Engine *engine_;
-  std::variant<Forward, Backward> call_;
+  std::variant<Forward, Backward, MeanLoss> call_;
   Arrangements arrangements_;
   int64_t workspace_;
 };
@@ -154,6 +156,15 @@ template <class Description> Description described(const py::tuple &problem, con
   return call;
 }
 
+template <class Description> void read_gradients(Reader &outputs, Description &call) {
+  call.anchor_gradient = outputs.address();
+  call.contrast_gradient = outputs.address();
+  call.scale_gradient = outputs.address();
+  call.bias_gradient = outputs.address();
+  require(!call.contrast_gradient || !call.problem.self_contrast(), "contrast_gradient: self-contrast has none");
+  require(!call.bias_gradient || call.problem.contrast_bias, "bias_gradient: there is no bias");
+}
+
 std::unique_ptr<Call> forward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
                               const py::tuple &outputs) {
   Reader in(outputs);
@@ -167,15 +178,22 @@ std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &probl
   Reader in(outputs);
   auto call = described<Backward>(problem, anchors, contrasts, in);
   call.single_positives = in.integer();
-  call.anchor_gradient = in.address();
-  call.contrast_gradient = in.address();
-  call.scale_gradient = in.address();
-  call.bias_gradient = in.address();
+  read_gradients(in, call);
   in.end();
   require(!call.weighted.sums || (call.anchor_gradient && !call.contrast_gradient && !call.scale_gradient && !call.bias_gradient),
           "weighted sums give the anchors' gradient only");
-  require(!call.contrast_gradient || !call.problem.self_contrast(), "contrast_gradient: self-contrast has none");
-  require(!call.bias_gradient || call.problem.contrast_bias, "bias_gradient: there is no bias");
+  return std::make_unique<Call>(engine_named(engine), call);
+}
+
+std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, const py::tuple &outputs) {
+  Reader in(outputs);
+  MeanLoss call{};
+  call.problem = read_problem(problem);
+  call.negatives_only = in.integer();
+  call.loss = in.address();
+  read_gradients(in, call);
+  in.end();
+  require(call.loss, "loss: a null pointer");
   return std::make_unique<Call>(engine_named(engine), call);
 }
 
@@ -285,6 +303,7 @@ PYBIND11_MODULE(_native, m) {
       .def("run", &Call::run, py::arg("workspace"));
   m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
   m.def("backward", &backward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
+  m.def("mean", &mean, py::arg("engine"), py::arg("problem"), py::arg("outputs"));
   py::class_<SinkhornCall>(m, "SinkhornCall")
       .def_property_readonly("workspace", &SinkhornCall::workspace, "bytes of workspace that `run` needs")
       .def("run", &SinkhornCall::run, py::arg("workspace"));

@@ -22,7 +22,9 @@ template <class Mul> struct GradientPass {
   static constexpr int64_t NR = NV * W;
   static constexpr bool DOT = Mul::PAIR == 2;
   static constexpr int64_t G_ROW = Sweep<Mul>::G_ROW, T_ROW = BLOCK + 16; // strides of the tile's gradient, and of its transpose
-  static constexpr double SHARED_SPREAD = 120, SHARED_LARGEST = 1e6;      // of log-sums, to base 2, around one base for all
+  // Of log-sums, to base 2, around one base for all. A logit less the base rounds at the size of the row's log-sum less the
+  // base: of a spread that is no more than four times the smallest log-sum, at most twice as much as the logit itself has.
+  static constexpr double SHARED_SPREAD = 120, SHARED_ROUNDING = 16, SHARED_LARGEST = 1e6;
 
   struct Local {
     Unit *a;          // a packed block
@@ -74,8 +76,10 @@ template <class Mul> struct GradientPass {
         least = smaller(least, locals[t].spread[0]);
         most = larger(most, locals[t].spread[1]);
       }
-      const bool wide = most - least > SHARED_SPREAD || most > SHARED_LARGEST || least < -SHARED_LARGEST;
+      const double nearest = least > 0 ? least : most < 0 ? -most : 0;
       const bool central = !s.wide() && least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32;
+      const bool rounds = !central && most - least > larger(SHARED_ROUNDING, 4 * nearest);
+      const bool wide = rounds || most - least > SHARED_SPREAD || most > SHARED_LARGEST || least < -SHARED_LARGEST;
       // whole, so that subtracting it from a logit does not round
       const T base = central || least > most ? T(0) : T(__builtin_rint((least + most) / 2));
       team.run([&](int t) {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
 from .ops import (
     BOTH,
     DIFFERENTIABLE,
@@ -19,7 +20,7 @@ from .ops import (
     WANT,
     by_argument,
     differentiate,
-    gradients,
+    no_second_derivatives,
     posed,
     run_forward,
     save,
@@ -54,47 +55,66 @@ class DirectMean(torch.autograd.Function):
     """Mean over the rows that count of lse_i - sum_pos_i / num_pos_i, of fields that are wanted as (lse, sum_pos).
 
     With `both`, the mean of that over the anchors and that over the contrasts. A row counts if it has a positive and,
-    for lse_neg, a negative. The derivatives in the fields are functions of the counts alone, so that the gradient can
-    be had at once, to be scaled when the backward comes: for a small batch that spares another way through Python.
+    for lse_neg, a negative. The derivatives in the fields are functions of the counts alone, so that loss and gradient
+    of a small batch can be had in one call of the native engine; the backward then only scales.
     """
 
     @staticmethod
     def forward(ctx: Any, *args_and_grad_mode: Any) -> Tensor:
         *args, grad_mode = args_and_grad_mode
         problem, backend = posed(args)
-        found = statistics(problem, backend)
-        outputs = (*found.anchors, *found.contrasts, *found[2:])
-        sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
-        counted = [_counted(side.counts, problem.want[0] == "lse_neg") for side in sides]
-        ctx.counted, ctx.at_once = counted, False
-        at_once: tuple[Tensor | None, ...] = ()
-        work = problem.anchors.numel() * problem.sizes[2]
-        if grad_mode and any(ctx.needs_input_grad) and work <= AT_ONCE:
-            needs = Needs(*[ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
-            of_fields = [_derivative(side.counts, rows, len(sides)) for side, rows in zip(sides, counted, strict=True)]
-            of_contrasts = of_fields[1] if problem.both else found.contrasts.fields  # empty
-            ctx.at_once, at_once = True, gradients(problem, backend, found, of_fields[0], of_contrasts, needs)
+        ctx.at_once = (
+            grad_mode
+            and backend is native
+            and problem.anchors.numel() * problem.sizes[2] <= AT_ONCE
+            and any(ctx.needs_input_grad)
+            and native.takes_mean_loss(problem)
+        )
+        if ctx.at_once:
+            ctx.set_materialize_grads(False)
             ctx.dtypes = [None if args[i] is None else args[i].dtype for i in DIFFERENTIABLE.values()]
-        save(ctx, args, outputs, *at_once)
-        means = [_mean(side, rows) for side, rows in zip(sides, counted, strict=True)]
+            needs = Needs(*[ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
+            loss, gradients = native.mean_loss(problem, needs)
+            ctx.save_for_backward(*args[:TENSORS], *gradients)  # the arguments: torch looks whether they were changed
+            return loss
+        found = statistics(problem, backend)
+        save(ctx, args, (*found.anchors, *found.contrasts, *found[2:]))
+        sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
+        ctx.counted = [_counted(side.counts, problem.want[0] == "lse_neg") for side in sides]
+        means = [_mean(side, rows) for side, rows in zip(sides, ctx.counted, strict=True)]
         return means[0] if len(means) == 1 else (means[0] + means[1]) / 2
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        if ctx.at_once and not torch.is_grad_enabled():
-            at_once = ctx.saved_tensors[-len(ctx.dtypes) :]
-            scaled = [
-                None if gradient is None else (gradient * grad).to(dtype)
-                for gradient, dtype in zip(at_once, ctx.dtypes, strict=True)
-            ]
-            return *by_argument(scaled), None
+        if ctx.at_once:
+            scaled = _Scaled.apply if torch.is_grad_enabled() else _scaled
+            return *by_argument(scaled(ctx.dtypes, grad, *ctx.saved_tensors)), None
         counts, _, contrast_counts = ctx.saved_tensors[TENSORS : TENSORS + 3]
         of_fields: list[Tensor | None] = [None, None]
         for k, (side, rows) in enumerate(zip((counts, contrast_counts), ctx.counted, strict=False)):
             of_fields[k] = _derivative(side, rows, len(ctx.counted)) * grad
         return *differentiate(ctx, *of_fields), None
+
+
+def _scaled(dtypes: Sequence[torch.dtype | None], grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(
+        None if gradient is None else (gradient * grad).to(dtype)
+        for gradient, dtype in zip(saved[TENSORS:], dtypes, strict=True)
+    )
+
+
+class _Scaled(torch.autograd.Function):
+    """`_scaled` in a graph that is kept in order to be differentiated again, which cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        return _scaled(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        no_second_derivatives()
 
 
 def _counted(counts: Tensor, need_negatives: bool) -> Tensor | None:

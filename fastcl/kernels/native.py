@@ -142,6 +142,26 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     return Gradients(rows, columns, scale, bias)
 
 
+def takes_mean_loss(p: Problem) -> bool:
+    """Whether `mean_loss` is the whole of it: one scale, and nothing that is folded or joined in Python."""
+    biased = p.contrasts is None and p.contrast_bias is not None
+    return p.paired is None and not biased and len(p.logit_scale) == 1
+
+
+def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+    """The mean of lse_i - sum_pos_i / num_pos_i that is `direct.DirectMean`'s, and its gradients."""
+    p = _addressable(p)
+    new = p.logit_scale.new_empty
+    loss = new(())
+    rows = new(p.anchors.shape) if needs.anchors else None
+    columns = new(p.contrasts.shape) if needs.contrasts and p.contrasts is not None else None
+    scale = new(1) if needs.logit_scale else None
+    bias = new(len(p.contrast_bias)) if needs.contrast_bias and p.contrast_bias is not None else None
+    outputs = (p.want[0] == "lse_neg", loss.data_ptr(), *map(_address, (rows, columns, scale, bias)))
+    _run(_native.mean(engine()[0], _describe(p, 0), outputs))
+    return loss, Gradients(rows, columns, scale, bias)
+
+
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left if right is None else right if left is None else left.add_(right)
 

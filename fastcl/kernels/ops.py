@@ -111,7 +111,6 @@ _PROBLEM = (
     "bool normalize_contrasts, str[] want, bool both, bool anchors_only, str backend"
 )
 TENSORS, WANT, BOTH = 9, 11, 12  # leading tensor arguments; the places of `want` and `both`
-SAVED = 7  # tensors of the forward that the backward is handed
 DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
 _PROBLEM_LENGTH = _PROBLEM.count(",") + 1
 _library.define(
@@ -240,19 +239,19 @@ class _ContrastiveStats(torch.autograd.Function):
         return differentiate(ctx, grads[0], grads[3])
 
 
-def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor], *more: Tensor | None) -> Sequence[Tensor]:
-    """Keeps what the backward needs, and `more`; returns what of the outputs that is."""
+def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Keeps what the backward needs, and returns what of the outputs that is."""
     _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
     saved = (counts, parts, contrast_counts, contrast_parts, *others)
     ctx.set_materialize_grads(False)  # zeros for every output, saved ones too, cost more than small kernels
-    ctx.save_for_backward(*args[:TENSORS], *saved, *more)
+    ctx.save_for_backward(*args[:TENSORS], *saved)
     ctx.options = args[TENSORS:]
     return saved
 
 
 def differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments from those of the fields [W, S, N] of both sides; None: zeros."""
-    saved = ctx.saved_tensors[: TENSORS + SAVED]
+    saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
     counts, parts, contrast_counts = saved[TENSORS : TENSORS + 3]
     shape = len(ctx.options[WANT - TENSORS]), parts.shape[2]
@@ -285,7 +284,11 @@ class _ContrastiveStatsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError("fastcl.contrastive_stats: second derivatives are not supported")
+        no_second_derivatives()
+
+
+def no_second_derivatives() -> None:
+    raise RuntimeError("fastcl.contrastive_stats: second derivatives are not supported")
 
 
 def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:

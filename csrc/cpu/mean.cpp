@@ -1,0 +1,79 @@
+#include "mean.h"
+
+namespace fastcl {
+namespace {
+
+struct Memory {
+  char *base; // null: only counted
+  int64_t used = 0;
+  void *take(int64_t bytes) {
+    void *const p = base ? base + used : nullptr;
+    used += (bytes + 63) / 64 * 64;
+    return p;
+  }
+};
+
+Statistics taken(Memory &memory, Field log_sum, int64_t bytes) {
+  Statistics s{};
+  void **const wanted[] = {&s.fields[log_sum], &s.shifts[log_sum], &s.sums[log_sum], &s.fields[SUM_POS], &s.positives,
+                           &s.negatives,       &s.negative_share,  &s.negative_base, &s.positive_base};
+  for (void **p : wanted) *p = memory.take(bytes);
+  return s;
+}
+
+// The mean over one side's rows; its derivatives, times `share`, take the place of the fields.
+template <class Real> double mean(const Statistics &s, Field log_sum, bool need_negatives, int64_t size, double share) {
+  Real *const lse = static_cast<Real *>(s.fields[log_sum]), *const sum = static_cast<Real *>(s.fields[SUM_POS]);
+  const Real *const positives = static_cast<const Real *>(s.positives), *const negatives = static_cast<const Real *>(s.negatives);
+  const auto counts = [&](int64_t i) { return positives[i] > 0 && (!need_negatives || negatives[i] > 0); };
+  double total = 0, count = 0;
+  for (int64_t i = 0; i < size; i++) {
+    if (!counts(i)) continue;
+    total += double(lse[i]) - double(sum[i]) / double(positives[i]);
+    count += 1;
+  }
+  const double weight = count > 0 ? share / count : 0;
+  for (int64_t i = 0; i < size; i++) {
+    lse[i] = counts(i) ? Real(weight) : Real(0);
+    sum[i] = counts(i) ? Real(-weight / double(positives[i])) : Real(0);
+  }
+  return count > 0 ? total / count : 0;
+}
+
+// The loss into `call.loss`; the fields become what the backward is given.
+template <class Real> void reduce(const MeanLoss &call, Field log_sum, const Statistics &anchors, const Statistics &contrasts) {
+  const Problem &p = call.problem;
+  const double share = p.columns ? 0.5 : 1;
+  double loss = share * mean<Real>(anchors, log_sum, call.negatives_only, p.anchors.size, share);
+  if (p.columns) loss += share * mean<Real>(contrasts, log_sum, call.negatives_only, p.contrasts.size, share);
+  *static_cast<Real *>(call.loss) = Real(loss);
+}
+
+} // namespace
+
+int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &arranged, void *workspace) {
+  const Problem &p = call.problem;
+  const int64_t real = p.wide_reals ? sizeof(double) : sizeof(float);
+  const Field log_sum = call.negatives_only ? LSE_NEG : LSE_ALL;
+  Memory memory{static_cast<char *>(workspace)};
+  Forward forward{p, taken(memory, log_sum, p.anchors.size * real), {}, {}};
+  if (p.columns) forward.contrasts = taken(memory, log_sum, p.contrasts.size * real);
+  const bool single_positives = true; // there are none but those of the sweep
+  const Backward backward{p,
+                          forward.anchors,
+                          forward.contrasts,
+                          {},
+                          single_positives,
+                          call.anchor_gradient,
+                          call.contrast_gradient,
+                          call.scale_gradient,
+                          call.bias_gradient};
+  const bool differentiated = call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.bias_gradient;
+  void *const rest = workspace ? memory.base + memory.used : nullptr; // of the one, then of the other
+  const int64_t first = engine.forward(forward, arranged, rest);
+  if (workspace) (p.wide_reals ? reduce<double> : reduce<float>)(call, log_sum, forward.anchors, forward.contrasts);
+  const int64_t second = differentiated ? engine.backward(backward, arranged, rest) : 0;
+  return memory.used + (first > second ? first : second);
+}
+
+} // namespace fastcl

@@ -172,6 +172,18 @@ def test_logits_of_any_size(magnitude, backend) -> None:
     torch.testing.assert_close(z.grad[clear], y[logits.argmax(1)][clear], rtol=1e-4, atol=1e-4 * magnitude)
 
 
+@pytest.mark.parametrize("size", [20.0, 80.0])
+def test_small_logits_beside_large_ones(size, backend) -> None:
+    """What serves rows of large log-sums must not round the exponents of a row whose log-sum is near zero."""
+    anchors = torch.tensor([[0.7], [size]])
+    contrasts = 0.5 + torch.rand(37, 1, generator=generator(5)) / 2
+    probabilities = torch.softmax((0.7 * contrasts.double()).squeeze(1), 0)
+    contrasts.requires_grad_()
+    (got,) = torch.autograd.grad(fastcl.contrastive_stats(anchors, contrasts).lse_all[0], contrasts)
+    error = got.squeeze(1).double() / (anchors[0].double() * probabilities) - 1
+    assert error.abs().max() < 5e-7
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0xFFC12345, 0x7F800000])
 @pytest.mark.parametrize("side", ["anchors", "contrasts"])
 @pytest.mark.parametrize("dtype", DTYPES)

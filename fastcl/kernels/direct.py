@@ -63,17 +63,16 @@ class DirectMean(torch.autograd.Function):
     def forward(ctx: Any, *args_and_grad_mode: Any) -> Tensor:
         *args, grad_mode = args_and_grad_mode
         problem, backend = posed(args)
+        differentiated = grad_mode and any(ctx.needs_input_grad)
         ctx.at_once = (
-            grad_mode
-            and backend is native
-            and problem.anchors.numel() * problem.sizes[2] <= AT_ONCE
-            and any(ctx.needs_input_grad)
+            backend is native
+            and not (differentiated and problem.anchors.numel() * problem.sizes[2] > AT_ONCE)
             and native.takes_mean_loss(problem)
         )
         if ctx.at_once:
             ctx.set_materialize_grads(False)
             ctx.dtypes = [None if args[i] is None else args[i].dtype for i in DIFFERENTIABLE.values()]
-            needs = Needs(*[ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
+            needs = Needs(*[differentiated and ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
             loss, gradients = native.mean_loss(problem, needs)
             ctx.save_for_backward(*args[:TENSORS], *gradients)  # the arguments: torch looks whether they were changed
             return loss

@@ -3,6 +3,7 @@
 //   engine_test PLACE CASES [ENGINE]      PLACE: heap or pages, see memory.h; CASES: how many for each engine
 #include "../cpu/arrange.h"
 #include "../cpu/dispatch.h"
+#include "../cpu/mean.h"
 #include "formula.h"
 #include "memory.h"
 #include <csignal>
@@ -170,6 +171,55 @@ template <class T> void incoming(Random &random, Pool &pool, Statistics &side, c
   }
 }
 
+// What of the gradients was asked for.
+template <class T, class Call>
+void check_gradients(const Engine &engine, const Case &c, const Call &got, Formula::Gradients expected, double tolerance) {
+  level(expected.anchors, c.d);
+  level(expected.contrasts, c.d);
+  const bool both_bfloat = c.anchors == Dtype::bfloat16 && (!c.m || c.contrasts == Dtype::bfloat16);
+  // bfloat16's products take the logits' gradients rounded to bfloat16.
+  const double rounded = both_bfloat && std::string(engine.name) == "avx512_bf16" ? tolerance + 0x1p-8 : tolerance;
+  compare<T>("gradient of anchors", got.anchor_gradient, expected.anchors.value, &expected.anchors.size, rounded);
+  compare<T>("gradient of contrasts", got.contrast_gradient, expected.contrasts.value, &expected.contrasts.size, rounded);
+  compare<T>("gradient of scale", got.scale_gradient, expected.scale.value, &expected.scale.size, tolerance);
+  compare<T>("gradient of bias", got.bias_gradient, expected.bias.value, &expected.bias.size, tolerance);
+}
+
+// The mean loss and its gradient in one call; `like` says of what.
+template <class T> void check_mean(const Engine &engine, const Case &c, Pool &pool, const Backward &like, const Arranged &arranged,
+                                   const Formula &truth, double tolerance) {
+  const Field log_sum = c.n % 2 ? LSE_NEG : LSE_ALL;
+  MeanLoss call{like.problem, log_sum == LSE_NEG, pool.array<T>(1), nullptr, nullptr, nullptr, nullptr};
+  if (like.anchor_gradient) call.anchor_gradient = pool.array<T>(c.n * c.d);
+  if (like.contrast_gradient) call.contrast_gradient = pool.array<T>(c.m * c.d);
+  if (like.scale_gradient) call.scale_gradient = pool.array<T>(1);
+  if (like.bias_gradient) call.bias_gradient = pool.array<T>(c.m);
+  mean_loss(engine, call, arranged, pool.workspace(mean_loss(engine, call, arranged, nullptr)));
+
+  const int sides = call.problem.columns ? 2 : 1;
+  double loss = 0, size = 0;
+  const auto mean = [&](const formula::Side &side, Reals(&weights)[FIELDS]) {
+    const auto counts = [&](size_t i) { return side.positives[i] > 0 && (log_sum == LSE_ALL || side.negatives[i] > 0); };
+    double rows = 0;
+    for (size_t i = 0; i < side.positives.size(); i++) rows += counts(i);
+    weights[log_sum].resize(side.positives.size());
+    weights[SUM_POS].resize(side.positives.size());
+    for (size_t i = 0; i < side.positives.size(); i++) {
+      if (!counts(i)) continue;
+      weights[log_sum][i] = 1 / (rows * sides);
+      weights[SUM_POS][i] = -weights[log_sum][i] / side.positives[i];
+      loss += weights[log_sum][i] * side.fields[log_sum][i] + weights[SUM_POS][i] * side.fields[SUM_POS][i];
+      size += weights[log_sum][i] * (1 + std::fabs(side.fields[log_sum][i])) - weights[SUM_POS][i] * std::fabs(side.fields[SUM_POS][i]);
+    }
+  };
+  Reals row_weights[FIELDS], column_weights[FIELDS];
+  mean(truth.rows, row_weights);
+  if (sides == 2) mean(truth.columns, column_weights);
+  const Reals expected{loss}, sizes{size};
+  compare<T>("mean loss", call.loss, expected, &sizes, tolerance);
+  check_gradients<T>(engine, c, call, truth.gradients(row_weights, column_weights), tolerance);
+}
+
 template <class T> void run(const Engine &engine, const Case &c, Place place, uint64_t seed) {
   Random random(seed);
   Pool pool(place);
@@ -248,16 +298,8 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   if (needs & 8 && p.contrast_bias) backward.bias_gradient = pool.array<T>(c.m);
   engine.backward(backward, arranged, pool.workspace(engine.backward(backward, arranged, nullptr)));
 
-  auto expected = truth.gradients(row_weights, column_weights);
-  level(expected.anchors, c.d);
-  level(expected.contrasts, c.d);
-  const bool both_bfloat = c.anchors == Dtype::bfloat16 && (in.self() || c.contrasts == Dtype::bfloat16);
-  // bfloat16's products take the logits' gradients rounded to bfloat16.
-  const double rounded = both_bfloat && std::string(engine.name) == "avx512_bf16" ? tolerance + 0x1p-8 : tolerance;
-  compare<T>("gradient of anchors", backward.anchor_gradient, expected.anchors.value, &expected.anchors.size, rounded);
-  compare<T>("gradient of contrasts", backward.contrast_gradient, expected.contrasts.value, &expected.contrasts.size, rounded);
-  compare<T>("gradient of scale", backward.scale_gradient, expected.scale.value, &expected.scale.size, tolerance);
-  compare<T>("gradient of bias", backward.bias_gradient, expected.bias.value, &expected.bias.size, tolerance);
+  check_gradients<T>(engine, c, backward, truth.gradients(row_weights, column_weights), tolerance);
+  if (!weighted) check_mean<T>(engine, c, pool, backward, arranged, truth, tolerance);
 }
 
 // Every dimension from 1 to 70 in turn (tails of all vectors), sizes up to 40 and around the largest tile's 192 rows.

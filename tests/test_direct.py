@@ -168,3 +168,20 @@ def test_forward_mode_raises(function) -> None:
         torch.func.jvp(function, (z,), (z,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):
         function(forward_ad.make_dual(z, z))
+
+
+@pytest.mark.skipif("cpu" not in ops.BACKENDS, reason="no native engine")
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_the_value_does_not_cancel_as_pairs_converge(temperature: float) -> None:
+    """Where a pair takes all of the sum, lse - s_pos in float32 keeps two digits of the loss, or none."""
+    torch.manual_seed(7)
+    z = torch.eye(31).repeat_interleave(2, 0) + 1e-3 * torch.randn(62, 31)
+    clusters = torch.arange(62) // 2
+    unit = torch.nn.functional.normalize(z.double(), dim=1)
+    logits = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)
+    positive = logits[torch.arange(62), torch.arange(62) ^ 1]
+    others = logits.scatter(1, (torch.arange(62) ^ 1)[:, None], -torch.inf)
+    expected = (others.logsumexp(1) - positive).exp().log1p().mean()
+    for rows in (z, z.clone().requires_grad_()):
+        got = cluster_infonce(rows, clusters, temperature=temperature)
+        assert abs(got.double() / expected - 1) < 1e-4, (got, expected)

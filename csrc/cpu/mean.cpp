@@ -1,4 +1,5 @@
 #include "mean.h"
+#include <cmath>
 
 namespace fastcl {
 namespace {
@@ -25,11 +26,14 @@ Statistics taken(Memory &memory, Field log_sum, int64_t bytes) {
 template <class Real> double mean(const Statistics &s, Field log_sum, bool need_negatives, int64_t size, double share) {
   Real *const lse = static_cast<Real *>(s.fields[log_sum]), *const sum = static_cast<Real *>(s.fields[SUM_POS]);
   const Real *const positives = static_cast<const Real *>(s.positives), *const negatives = static_cast<const Real *>(s.negatives);
+  const Real *const negative_share = static_cast<const Real *>(s.negative_share);
   const auto counts = [&](int64_t i) { return positives[i] > 0 && (!need_negatives || negatives[i] > 0); };
   double total = 0, count = 0;
   for (int64_t i = 0; i < size; i++) {
     if (!counts(i)) continue;
-    total += double(lse[i]) - double(sum[i]) / double(positives[i]);
+    // exp(s_pos - lse) of a single positive is what the negatives leave of the sum, which does not cancel as they vanish.
+    if (log_sum == LSE_ALL && positives[i] == 1 && negative_share[i] < Real(0.5)) total -= std::log1p(-double(negative_share[i]));
+    else total += double(lse[i]) - double(sum[i]) / double(positives[i]);
     count += 1;
   }
   const double weight = count > 0 ? share / count : 0;

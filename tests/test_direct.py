@@ -137,10 +137,9 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
 
 
 def test_large_batches_wait_for_the_backward() -> None:
-    n, d = 512, 128
-    assert 64 * 64 * d <= direct.AT_ONCE < n * n * d
-    with fastcl.use_backend("chunked"):
-        loss = cluster_infonce(leaf(n, d), torch.arange(n) // 2)
+    assert 512 * 512 * 128 <= direct.AT_ONCE < 1024 * 1024 * 128
+    n = 1024
+    loss = cluster_infonce(leaf(n, 128), torch.arange(n) // 2)
     assert loss.grad_fn is not None
     assert not loss.grad_fn.at_once
 

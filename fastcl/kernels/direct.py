@@ -29,7 +29,7 @@ from .ops import (
 from .problem import Needs, Side
 
 # Rows times contrasts times dimension, up to which a gradient costs less than the way to it.
-AT_ONCE = 1 << 23
+AT_ONCE = 1 << 25
 
 
 class DirectStats(torch.autograd.Function):

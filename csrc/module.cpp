@@ -61,6 +61,7 @@ Problem read_problem(const py::tuple &numbers) {
   p.anchor_ids = in.address<const int64_t>();
   p.contrast_ids = in.address<const int64_t>();
   p.logit_scale = in.address<const void>();
+  p.scales = int(in.integer());
   p.contrast_bias = in.address<const void>();
   p.normalize_anchors = in.integer();
   p.normalize_contrasts = in.integer();
@@ -70,7 +71,7 @@ Problem read_problem(const py::tuple &numbers) {
   in.end();
   require(p.anchors.data, "anchors: a null pointer");
   require(p.logit_scale, "logit_scale: a null pointer");
-  require(p.anchors.size >= 1 && p.dimension >= 1 && p.threads >= 1, "sizes and threads must be positive");
+  require(p.anchors.size >= 1 && p.dimension >= 1 && p.threads >= 1 && p.scales >= 1, "sizes, scales and threads must be positive");
   require(p.self_contrast() || p.contrasts.size >= 1, "sizes and threads must be positive");
   require(p.anchors.size < INT32_MAX / 2 && p.contrasts.size < INT32_MAX / 2, "more than 2^30 rows");
   if (p.self_contrast()) {
@@ -142,6 +143,7 @@ WeightedSums read_weighted(Reader &in, const Problem &p) {
   w.valid = in.address();
   require(!w.sums == !w.valid, "weighted sums without their validity, or the reverse");
   require(!w.sums || !(p.self_contrast() || p.columns || p.contrast_bias), "weighted sums: two sets without bias, one direction only");
+  require(!w.sums || p.scales == 1, "weighted sums: of one scale only");
   return w;
 }
 
@@ -194,6 +196,7 @@ std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, 
   read_gradients(in, call);
   in.end();
   require(call.loss, "loss: a null pointer");
+  require(call.problem.scales == 1, "a mean loss: of one scale only");
   return std::make_unique<Call>(engine_named(engine), call);
 }
 

@@ -20,12 +20,12 @@ struct Problem {
   int64_t dimension;
   const int64_t *anchor_clusters, *contrast_clusters; // null: there are no positives; -1 equals nothing
   const int64_t *anchor_ids, *contrast_ids;           // equal ids make a pair inadmissible; null: none
-  const void *logit_scale;                            // one real
+  const void *logit_scale;                            // [scales] reals: so many problems at once, of the same products
   const void *contrast_bias;                          // [M] reals, or null
   bool normalize_anchors, normalize_contrasts;
   bool wide_reals;
   bool columns; // also the statistics of each contrast over the anchors
-  int threads;
+  int scales, threads;
 
   bool self_contrast() const { return contrasts.data == nullptr; }
   const Rows &column_rows() const { return self_contrast() ? anchors : contrasts; }
@@ -33,21 +33,35 @@ struct Problem {
 
 enum Field : int { LSE_ALL, LSE_POS, LSE_NEG, SUM_POS, FIELDS };
 
-// Statistics of one side, or the gradients that come back for them, for one scale. Null: not wanted.
+// Statistics of one side, or the gradients that come back for them. Null: not wanted.
 struct Statistics {
-  void *fields[FIELDS];  // [N]
-  void *shifts[SUM_POS]; // [N]: of each log-sum-exp, the shift and
-  void *sums[SUM_POS];   // [N]: the sum of exp(s_ij - shift)
+  void *fields[FIELDS];  // [scales, N]
+  void *shifts[SUM_POS]; // [scales, N]: of each log-sum-exp, the shift and
+  void *sums[SUM_POS];   // [scales, N]: the sum of exp(s_ij - shift)
   void *positives;       // [N]: how many
   void *negatives;       // [N]
-  void *negative_share;  // [N]: sum over the negatives / sum over all
-  void *negative_base;   // [N]: the largest logit to base 2 among the negatives,
-  void *positive_base;   // [N]: and among the positives, where the forward kept it, else 0
+  void *negative_share;  // [scales, N]: sum over the negatives / sum over all
+  void *negative_base;   // [scales, N]: the largest logit to base 2 among the negatives,
+  void *positive_base;   // [scales, N]: and among the positives, where the forward kept it, else 0
   void *inverse_norms;   // [N]: a, where rows are normalised
+
+  Statistics of_scale(int64_t scale, int64_t rows, bool wide_reals) const { // as if there were no other
+    Statistics s = *this;
+    const auto advance = [&](void *&p) {
+      if (p) p = (char *)p + scale * rows * (wide_reals ? 8 : 4);
+    };
+    for (void *&p : s.fields) advance(p);
+    for (void *&p : s.shifts) advance(p);
+    for (void *&p : s.sums) advance(p);
+    advance(s.negative_share);
+    advance(s.negative_base);
+    advance(s.positive_base);
+    return s;
+  }
 };
 
 // What the forward of two sets may leave for the backward of the anchors, so that it needs no second sweep. The sums are
-// valid only where `valid` says 1: where there are no positives and one base serves all rows.
+// valid only where `valid` says 1: where there are no positives and one base serves all rows. Of one scale only.
 struct WeightedSums {
   void *sums;  // [N, D] reals: sum_j exp(s_ij) c_j y_j; null: not wanted
   void *valid; // [1] real
@@ -66,7 +80,7 @@ struct Backward {
   bool single_positives;         // the counts are those of the sweep: rows with one positive may be told by them
   void *anchor_gradient;         // [N, D]; null: not needed, as below
   void *contrast_gradient;       // [M, D]
-  void *scale_gradient;          // [1]
+  void *scale_gradient;          // [scales]
   void *bias_gradient;           // [M]
 };
 

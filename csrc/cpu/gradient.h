@@ -26,34 +26,40 @@ template <class Mul> struct GradientPass {
   // base: of a spread that is no more than four times the smallest log-sum, at most twice as much as the logit itself has.
   static constexpr double SHARED_SPREAD = 120, SHARED_ROUNDING = 16, SHARED_LARGEST = 1e6;
 
+  struct Spread {
+    double least, most;
+  };
   struct Local {
-    Unit *a;          // a packed block
-    Unit *g;          // [BLOCK + MR][G_ROW]
-    Unit *transposed; // [BLOCK / 2 + MR][T_ROW] pairs along the rows; numbers that are no pairs are read across g
-    double *scale;    // [W] lanes of the scale's gradient in the tile
-    double scale_total;
-    double spread[2]; // least and largest log-sum
-    char apart[64];   // from the next thread's cache line
+    Unit *a;             // a packed block
+    Unit *g;             // [BLOCK + MR][G_ROW]
+    Unit *transposed;    // [BLOCK / 2 + MR][T_ROW] pairs along the rows; numbers that are no pairs are read across g
+    double *scale;       // [scales][W] lanes of the scales' gradients in the tile
+    double *scale_total; // [scales]
+    Spread *spread;      // [scales]: least and largest log-sum
+    char apart[64];      // from the next thread's cache line
   };
   const Problem &p;
   const Backward &out;
   const Sweep<Mul> s;
   const bool rows_needed, columns_needed;
-  const Weights<T> row, column;
-  T *const bias_gradient; // [contrasts.padded]
+  Weights<T> *const row, *const column; // [scales]
+  T *const bases;                       // [scales]: what all exponents of a scale are less, unless each row has its own
+  T *const bias_gradient;               // [contrasts.padded]
   Local *const locals;
 
   GradientPass(const Backward &call, const Arranged &at, Arena &arena)
       : p(call.problem), out(call), s(p, at, arena, call.contrast_gradient != nullptr, call.anchor_gradient != nullptr),
         rows_needed(call.anchor_gradient), columns_needed(s.self ? rows_needed : call.contrast_gradient != nullptr),
-        row(weights(arena, s.anchors.padded)), column(s.self ? row : weights(arena, s.contrasts.padded)),
+        row(weights(arena, s.anchors.padded)), column(s.self ? row : weights(arena, s.contrasts.padded)), bases(arena.take<T>(s.scales)),
         bias_gradient(call.bias_gradient ? arena.take<T>(s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
     for (int t = 0; t < s.threads; t++) {
       Local local{};
       local.a = arena.take<Unit>(s.block_units());
       local.g = arena.take<Unit>((BLOCK + MR) * G_ROW);
       local.transposed = DOT ? arena.take<Unit>((BLOCK / 2 + MR) * T_ROW) : nullptr;
-      local.scale = arena.take<double>(W);
+      local.scale = arena.take<double>(s.scales * W);
+      local.scale_total = arena.take<double>(s.scales);
+      local.spread = arena.take<Spread>(s.scales);
       if (arena.base) locals[t] = local;
     }
   }
@@ -62,31 +68,28 @@ template <class Mul> struct GradientPass {
     if (out.weighted.sums && *(const T *)out.weighted.valid == 1) return with_team(s.threads, [&](const Team &team) { finish_weighted(team); });
     with_team(s.threads, [&](const Team &team) {
       team.run([&](int t) {
-        Local &local = locals[t];
-        local.spread[0] = 1e300;
-        local.spread[1] = -1e300;
-        widen(s.anchors, out.anchors, t);
-        if (p.columns) widen(s.contrasts, out.contrasts, t);
-        for (int64_t l = 0; l < W; l++) local.scale[l] = 0;
-        local.scale_total = 0;
+        const Local &local = locals[t];
+        for (int k = 0; k < s.scales; k++) {
+          local.spread[k] = {1e300, -1e300};
+          widen(k, s.anchors, out.anchors, t);
+          if (p.columns) widen(k, s.contrasts, out.contrasts, t);
+          local.scale_total[k] = 0;
+        }
+        for (int64_t l = 0; l < s.scales * W; l++) local.scale[l] = 0;
       });
       s.pack(team);
-      double least = 1e300, most = -1e300;
-      for (int t = 0; t < s.threads; t++) {
-        least = smaller(least, locals[t].spread[0]);
-        most = larger(most, locals[t].spread[1]);
+      Base kind = CENTRAL; // that suffices for all scales
+      for (int k = 0; k < s.scales; k++) {
+        const Base own = base_of(k, team.index == 0);
+        if (own > kind) kind = own;
       }
-      const double nearest = least > 0 ? least : most < 0 ? -most : 0;
-      const bool central = !s.wide() && least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32;
-      const bool rounds = !central && most - least > larger(SHARED_ROUNDING, 4 * nearest);
-      const bool wide = rounds || most - least > SHARED_SPREAD || most > SHARED_LARGEST || least < -SHARED_LARGEST;
-      // whole, so that subtracting it from a logit does not round
-      const T base = central || least > most ? T(0) : T(__builtin_rint((least + most) / 2));
+      team.run([](int) {}); // the bases are written
       team.run([&](int t) {
-        weigh(s.anchors, out.anchors, row, base, wide, t);
-        if (!s.self) {
-          if (p.columns) weigh(s.contrasts, out.contrasts, column, base, wide, t);
-          else clear(s.contrasts, column, t);
+        for (int k = 0; k < s.scales; k++) {
+          weigh(k, s.anchors, out.anchors, row[k], kind == OWN, t);
+          if (s.self) continue;
+          if (p.columns) weigh(k, s.contrasts, out.contrasts, column[k], kind == OWN, t);
+          else clear(s.contrasts, column[k], t);
         }
         if (rows_needed) erase(s.anchors, out.anchor_gradient, t);
         if (columns_needed && !s.self) erase(s.contrasts, out.contrast_gradient, t);
@@ -95,9 +98,9 @@ template <class Mul> struct GradientPass {
           for (int64_t j = mine.from; j < mine.to; j++) bias_gradient[j] = 0;
         }
       });
-      if (wide) walk<OWN>(team, base);
-      else if (central) walk<CENTRAL>(team, base);
-      else walk<SHARED>(team, base);
+      if (kind == OWN) walk<OWN>(team);
+      else if (kind == CENTRAL) walk<CENTRAL>(team);
+      else walk<SHARED>(team);
       team.run([&](int t) {
         if (rows_needed) project(s.anchors, out.anchor_gradient, t);
         if (columns_needed && !s.self) project(s.contrasts, out.contrast_gradient, t);
@@ -108,14 +111,37 @@ template <class Mul> struct GradientPass {
       });
     });
     if (!out.scale_gradient) return;
-    double total = 0;
-    for (int t = 0; t < s.threads; t++) total += locals[t].scale_total;
-    *(T *)out.scale_gradient = T(total);
+    for (int k = 0; k < s.scales; k++) {
+      double total = 0;
+      for (int t = 0; t < s.threads; t++) total += locals[t].scale_total[k];
+      ((T *)out.scale_gradient)[k] = T(total);
+    }
   }
 
 private:
-  static Weights<T> weights(Arena &arena, int64_t padded) {
-    return {arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded)};
+  Weights<T> *weights(Arena &arena, int64_t padded) const {
+    Weights<T> *const result = arena.take<Weights<T>>(s.scales);
+    for (int k = 0; k < s.scales; k++) {
+      const Weights<T> w{arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(padded)};
+      if (arena.base) result[k] = w;
+    }
+    return result;
+  }
+
+  // Of one scale, by all log-sums; with `write` also the base itself.
+  Base base_of(int k, bool write) const {
+    double least = 1e300, most = -1e300;
+    for (int t = 0; t < s.threads; t++) {
+      least = smaller(least, locals[t].spread[k].least);
+      most = larger(most, locals[t].spread[k].most);
+    }
+    const double nearest = least > 0 ? least : most < 0 ? -most : 0;
+    const bool central = !s.wide() && least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32;
+    const bool rounds = !central && most - least > larger(SHARED_ROUNDING, 4 * nearest);
+    // whole, so that subtracting it from a logit does not round
+    if (write) bases[k] = central || least > most ? T(0) : T(__builtin_rint((least + most) / 2));
+    if (rounds || most - least > SHARED_SPREAD || most > SHARED_LARGEST || least < -SHARED_LARGEST) return OWN;
+    return central ? CENTRAL : SHARED;
   }
 
   // The forward has already summed: what is left is a factor for each row.
@@ -138,7 +164,8 @@ private:
 
   // Weights.
 
-  void widen(const Side<Mul> &side, const Statistics &saved, int t) const {
+  void widen(int k, const Side<Mul> &side, const Statistics &of_all, int t) const {
+    const Statistics saved = of_all.of_scale(k, side.size, sizeof(T) == 8);
     const Range mine = share(side.size, s.threads, t);
     for (int f = 0; f < SUM_POS; f++) {
       if (!saved.fields[f]) continue;
@@ -147,8 +174,8 @@ private:
         if (sums[i] == 0) continue;
         const double log_sum = LOG2E * (double(shifts[i]) + double(log_of(sums[i])));
         if (log_sum != log_sum) continue; // the row's gradients will be NaN, with any base
-        locals[t].spread[0] = smaller(locals[t].spread[0], log_sum);
-        locals[t].spread[1] = larger(locals[t].spread[1], log_sum);
+        Spread &spread = locals[t].spread[k];
+        spread = {smaller(spread.least, log_sum), larger(spread.most, log_sum)};
       }
     }
   }
@@ -161,7 +188,9 @@ private:
     const double exponent = natural(T(base)) - shift, weight = double(((const T *)saved.fields[f])[i]) / sum;
     return exponent == 0 ? weight : weight * __builtin_exp(exponent);
   }
-  void weigh(const Side<Mul> &side, const Statistics &saved, const Weights<T> &to, T shared_base, bool wide, int t) const {
+  void weigh(int k, const Side<Mul> &side, const Statistics &of_all, const Weights<T> &to, bool wide, int t) const {
+    const Statistics saved = of_all.of_scale(k, side.size, sizeof(T) == 8);
+    const T shared_base = bases[k];
     const Range mine = share(side.padded, s.threads, t);
     const auto gradient = [&](int f, int64_t i) { return saved.fields[f] ? double(((const T *)saved.fields[f])[i]) : 0.; };
     for (int64_t place = mine.from; place < mine.to; place++) {
@@ -198,9 +227,9 @@ private:
   // The walk. Members of the team never write to the same rows at the same time, and the order of additions to a row
   // depends on the plan's number of threads alone.
 
-  template <Base BASE> void walk(const Team &team, T base) const {
+  template <Base BASE> void walk(const Team &team) const {
     const int threads = s.threads;
-    if (s.self && threads == 1) return team.run([&](int t) { triangle<BASE>(t, {0, s.anchors.size}, base); });
+    if (s.self && threads == 1) return team.run([&](int t) { triangle<BASE>(t, {0, s.anchors.size}); });
     if (s.self) { // a tournament of 2 * threads groups of rows: in each round every group meets another one
       const int last = 2 * threads - 1;
       const auto group = [&](int k) { return share(s.anchors.size, 2 * threads, k, NR); };
@@ -208,42 +237,42 @@ private:
         team.run([&](int t) {
           const int left = t == 0 ? last : (round + t) % last, right = t == 0 ? round : (round - t + last) % last;
           if (round == 0) {
-            triangle<BASE>(t, group(left), base);
-            triangle<BASE>(t, group(right), base);
+            triangle<BASE>(t, group(left));
+            triangle<BASE>(t, group(right));
           }
-          rectangle<BASE>(t, group(smaller(left, right)), group(larger(left, right)), base);
+          rectangle<BASE>(t, group(smaller(left, right)), group(larger(left, right)));
         });
       return;
     }
     const Range rows{0, s.anchors.size}, cols{0, s.contrasts.size};
-    if (!columns_needed && !bias_gradient) return team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), cols, base); });
-    if (!rows_needed) return team.run([&](int t) { rectangle<BASE>(t, rows, share(cols.to, threads, t, NR), base); });
+    if (!columns_needed && !bias_gradient) return team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), cols); });
+    if (!rows_needed) return team.run([&](int t) { rectangle<BASE>(t, rows, share(cols.to, threads, t, NR)); });
     for (int round = 0; round < threads; round++)
-      team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), share(cols.to, threads, (t + round) % threads, NR), base); });
+      team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), share(cols.to, threads, (t + round) % threads, NR)); });
   }
   static int64_t block_size(Range r) { // equal blocks
     const int64_t size = r.to - r.from, blocks = (size + BLOCK - 1) / BLOCK;
     return blocks ? round_up((size + blocks - 1) / blocks, NR) : NR;
   }
-  template <Base BASE> void triangle(int t, Range r, T base) const {
+  template <Base BASE> void triangle(int t, Range r) const {
     const int64_t step = block_size(r);
     for (int64_t i = r.from; i < r.to; i += step) {
       const Range rows{i, smaller(r.to, i + step)};
       s.pack_block(locals[t].a, rows.from, rows.to, t);
-      for (int64_t j = i; j < r.to; j += step) tile<BASE>(t, rows, {j, smaller(r.to, j + step)}, base);
+      for (int64_t j = i; j < r.to; j += step) tile<BASE>(t, rows, {j, smaller(r.to, j + step)});
     }
   }
-  template <Base BASE> void rectangle(int t, Range r, Range c, T base) const {
+  template <Base BASE> void rectangle(int t, Range r, Range c) const {
     const int64_t step = block_size(r), across = block_size(c);
     for (int64_t i = r.from; i < r.to; i += step) {
       const Range rows{i, smaller(r.to, i + step)};
       s.pack_block(locals[t].a, rows.from, rows.to, t);
-      for (int64_t j = c.from; j < c.to; j += across) tile<BASE>(t, rows, {j, smaller(c.to, j + across)}, base);
+      for (int64_t j = c.from; j < c.to; j += across) tile<BASE>(t, rows, {j, smaller(c.to, j + across)});
     }
   }
 
   // One tile: its gradient, then the products. On the diagonal of self-contrast the whole square, used once.
-  template <Base BASE> void tile(int t, Range rows, Range cols, T base) const {
+  template <Base BASE> void tile(int t, Range rows, Range cols) const {
     const Local &local = locals[t];
     const bool diagonal = s.self && rows.from == cols.from;
     for (int64_t j = cols.from; j < cols.to; j += NR) {
@@ -252,16 +281,17 @@ private:
         const Unit *a = local.a + (i - rows.from) * A_ROW;
         const char *ahead = (const char *)next + (i - rows.from) / MR * 8 * s.units;
         const bool mixed = s.mixed(i, j, rows.to);
-        (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, base,
-                                                                             ahead);
+        (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, ahead);
       }
     }
-    double total = 0;
-    for (int64_t l = 0; l < W; l++) {
-      total += local.scale[l];
-      local.scale[l] = 0;
+    for (int k = 0; k < s.scales; k++) {
+      double total = 0;
+      for (int64_t l = k * W; l < (k + 1) * W; l++) {
+        total += local.scale[l];
+        local.scale[l] = 0;
+      }
+      local.scale_total[k] += diagonal ? total / 2 : total; // the square holds every pair twice
     }
-    locals[t].scale_total += diagonal ? total / 2 : total; // the square holds every pair twice
     if (rows_needed) s.template product<G_ROW, 1>(local.g, s.contrasts, cols, s.anchors, rows, out.anchor_gradient);
     if (columns_needed && !diagonal) {
       void *gradient = s.self ? out.anchor_gradient : out.contrast_gradient;
@@ -270,51 +300,60 @@ private:
     }
   }
 
+  // The gradient of a register tile's products, summed over the scales.
   template <Base BASE, bool MIXED> static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, const Local &local, const Unit *a,
-                                                                               int64_t i0, int64_t j0, int64_t r0, int64_t c0, int64_t to, T base,
+                                                                               int64_t i0, int64_t j0, int64_t r0, int64_t c0, int64_t to,
                                                                                const void *next) {
     const Sweep<Mul> &s = pass.s;
-    typename Sweep<Mul>::Tile u __attribute__((aligned(64)));
+    typename Sweep<Mul>::Tile u __attribute__((aligned(64))), sum __attribute__((aligned(64)));
     s.products(a, j0, u, next);
     const T *const row_norms = s.anchors.inverse_norms + i0;
-    const auto own = [&](const T *weights, int r) { return weights[i0 + r]; };
-    const auto other = [&](const T *weights, int v) { return load(weights + j0 + v * W); };
-    const auto power = [&](V<T> t, auto own_base, auto other_base, auto own_weight, auto other_weight) {
-      if constexpr (BASE == CENTRAL) return exp2<T, MIXED>(t) * (own_weight + other_weight);
-      else if constexpr (BASE == SHARED) return exp2_clamped<T, MIXED>(t - base) * (own_weight + other_weight);
-      else return exp2_clamped<T, MIXED>(t - own_base) * own_weight + exp2_clamped<T, MIXED>(t - other_base) * other_weight;
-    };
-    V<T> norms[NV], column_negative[NV], scale = all<T>(0);
-    EACH(v, NV) {
-      norms[v] = load(s.contrasts.inverse_norms + j0 + v * W);
-      column_negative[v] = other(pass.column.negative, v);
-    }
-    const auto row = [&](int r) {
-      V<T> g[NV];
-      EACH(v, NV) {
-        const V<T> norm = row_norms[r] * norms[v], similarity = load(u[r][v]) * norm;
-        V<T> t = s.logits(similarity);
-        if constexpr (MIXED) t = s.biased(t, j0 + v * W);
-        g[v] = power(t, own(pass.row.negative_base, r), other(pass.column.negative_base, v), own(pass.row.negative, r), column_negative[v]);
-        if constexpr (MIXED) {
-          const auto masks = s.masks(i0 + r, j0 + v * W, to, false);
-          const V<T> positive = power(t, own(pass.row.positive_base, r), other(pass.column.positive_base, v), own(pass.row.positive, r),
-                                      other(pass.column.positive, v)) +
-                                (own(pass.row.constant, r) + other(pass.column.constant, v));
-          g[v] = keep<T>(masks.admissible, where<T>(masks.positive, positive, g[v]));
-          if (pass.bias_gradient) add_to(pass.bias_gradient + j0 + v * W, g[v]);
+    V<T> norms[NV];
+    EACH(v, NV) norms[v] = load(s.contrasts.inverse_norms + j0 + v * W);
+    for (int k = 0; k < s.scales; k++) {
+      const Weights<T> &row_weights = pass.row[k], &column_weights = pass.column[k];
+      const auto by = s.scale[k];
+      const T base = pass.bases[k], factor = s.scales == 1 ? T(1) : ((const T *)pass.p.logit_scale)[k];
+      const bool last = k + 1 == s.scales;
+      const auto own = [&](const T *weights, int r) { return weights[i0 + r]; };
+      const auto other = [&](const T *weights, int v) { return load(weights + j0 + v * W); };
+      const auto power = [&](V<T> t, auto own_base, auto other_base, auto own_weight, auto other_weight) {
+        if constexpr (BASE == CENTRAL) return exp2<T, MIXED>(t) * (own_weight + other_weight);
+        else if constexpr (BASE == SHARED) return exp2_clamped<T, MIXED>(t - base) * (own_weight + other_weight);
+        else return exp2_clamped<T, MIXED>(t - own_base) * own_weight + exp2_clamped<T, MIXED>(t - other_base) * other_weight;
+      };
+      V<T> column_negative[NV], scale = all<T>(0);
+      EACH(v, NV) column_negative[v] = other(column_weights.negative, v);
+      const auto row = [&](int r) {
+        V<T> g[NV];
+        EACH(v, NV) {
+          const V<T> norm = row_norms[r] * norms[v], similarity = load(u[r][v]) * norm;
+          V<T> t = s.logits(similarity, by);
+          if constexpr (MIXED) t = s.biased(t, j0 + v * W);
+          g[v] =
+              power(t, own(row_weights.negative_base, r), other(column_weights.negative_base, v), own(row_weights.negative, r), column_negative[v]);
+          if constexpr (MIXED) {
+            const auto masks = s.masks(i0 + r, j0 + v * W, to, false);
+            const V<T> positive = power(t, own(row_weights.positive_base, r), other(column_weights.positive_base, v), own(row_weights.positive, r),
+                                        other(column_weights.positive, v)) +
+                                  (own(row_weights.constant, r) + other(column_weights.constant, v));
+            g[v] = keep<T>(masks.admissible, where<T>(masks.positive, positive, g[v]));
+            if (pass.bias_gradient) add_to(pass.bias_gradient + j0 + v * W, g[v]);
+          }
+          scale += g[v] * similarity;
+          g[v] *= factor;
+          if (k > 0) g[v] += load(sum[r][v]);
+          if (last) g[v] *= norm;
+          if (DOT || !last) store(sum[r][v], g[v]);
         }
-        scale += g[v] * similarity;
-        g[v] *= norm;
-        if constexpr (DOT) store(u[r][v], g[v]);
-      }
-      s.store_row(local.g + (r0 + r) * G_ROW + c0 / Mul::PAIR, g);
-    };
-    if constexpr (MIXED)
-      for (int r = 0; r < MR; r++) row(r);
-    else _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) row(r);
-    add_wide(local.scale, scale);
-    if constexpr (DOT) store_transposed(local, u, r0, c0);
+        if (last) s.store_row(local.g + (r0 + r) * G_ROW + c0 / Mul::PAIR, g);
+      };
+      if constexpr (MIXED)
+        for (int r = 0; r < MR; r++) row(r);
+      else _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) row(r);
+      add_wide(local.scale + k * W, scale);
+    }
+    if constexpr (DOT) store_transposed(local, sum, r0, c0);
   }
   // Positive and negative terms cancel in the sum over all pairs: in double, once a register tile.
   static FASTCL_INLINE void add_wide(double *sums, V<T> x) {
@@ -335,7 +374,7 @@ private:
   // From the gradient of a_i x_i to that of x_i, once, after all has been added: g - x <x, g> / <x, x>.
   void project(const Side<Mul> &side, void *gradient, int t) const {
     const Range mine = share(side.size, s.threads, t);
-    const T logit_scale = *(const T *)p.logit_scale;
+    const T logit_scale = s.scales == 1 ? *(const T *)p.logit_scale : T(1); // else it is in the tiles' gradients
     T *const x = s.row_buffer(t);
     for (int64_t i = mine.from; i < mine.to; i++) {
       const int64_t row = side.order[i];

@@ -1,4 +1,4 @@
-// A mean loss and its gradient in one call, for batches so small that the way between calls is what takes the time.
+// A mean loss, at one scale, and its gradient in one call, for batches so small that the way between calls is what takes the time.
 #pragma once
 #include "engine.h"
 

@@ -7,7 +7,7 @@
 // linkage would be merged across translation units, and an older machine could then run a newer one's instructions.
 #include "../problem.h"
 #include <utility> // index_sequence: a type, no code
-#if FASTCL_DOT
+#if defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -69,6 +69,19 @@ template <class T> FASTCL_INLINE V<T> where(I<T> mask, V<T> yes, V<T> no) { retu
 template <class T> FASTCL_INLINE V<T> keep(I<T> mask, V<T> v) { return (V<T>)((I<T>)v & mask); }     // 0 elsewhere
 template <class T> FASTCL_INLINE V<T> at_least(V<T> v, V<T> floor) { return v < floor ? floor : v; } // a NaN stays
 template <class T> FASTCL_INLINE V<T> at_most(V<T> v, V<T> ceiling) { return v > ceiling ? ceiling : v; }
+// a * b + c, fused where there is such an instruction. Of a * b + c * d the compiler may fuse either product, and not the same
+// one in two places.
+template <class T> FASTCL_INLINE V<T> fused(V<T> a, V<T> b, V<T> c) {
+#if FASTCL_BYTES == 64
+  if constexpr (sizeof(T) == 8) return (V<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  else return (V<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  if constexpr (sizeof(T) == 8) return (V<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  else return (V<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 template <class T> FASTCL_INLINE T sum(V<T> v) { // by halves
   T part[Simd<T>::W] __attribute__((aligned(FASTCL_BYTES)));
   store(part, v);

@@ -38,8 +38,8 @@ template <class Mul> struct StatisticsPass {
 
   struct Local { // of a thread
     Unit *a;     // a packed block
-    T *rows;     // [SUMS][ROWS][W]: lanes of the block's sums
-    T *columns;  // [SUMS][NR]: a panel's sums over the block
+    T *rows;     // [scales][SUMS][ROWS][W]: lanes of the block's sums
+    T *columns;  // [scales][SUMS][NR]: a panel's sums over the block
     Unit *e;     // [BLOCK + MR][G_ROW]: exponentials of a tile, times the contrasts' inverse norms
   };
   const Problem &p;
@@ -48,17 +48,17 @@ template <class Mul> struct StatisticsPass {
   const int64_t fields;
   const bool weighting; // if the logits turn out not to be wide, exponentials times contrasts are summed on the way
   const bool columns;   // each contrast's sums too
-  T *const row_sums;    // [SUMS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
-  T *const column_sums; // [threads][SUMS][contrasts.padded]
+  T *const row_sums;    // [scales][SUMS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
+  T *const column_sums; // [threads][scales][SUMS][contrasts.padded]
   Local *const locals;
 
   StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
       : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums && !at.anchors.cluster),
         fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS), weighting(call.weighted.sums && !at.anchors.cluster),
-        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(fields * s.anchors.padded)),
-        column_sums(columns ? arena.take<T>(s.threads * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
+        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
+        column_sums(columns ? arena.take<T>(s.threads * s.scales * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
     for (int t = 0; t < s.threads; t++) {
-      Local local{arena.take<Unit>(s.block_units()), arena.take<T>(fields * ROWS * W), arena.take<T>(fields * NR), nullptr};
+      Local local{arena.take<Unit>(s.block_units()), arena.take<T>(s.scales * fields * ROWS * W), arena.take<T>(s.scales * fields * NR), nullptr};
       if (weighting) local.e = arena.take<Unit>(ROWS * Sweep<Mul>::G_ROW);
       if (arena.base) locals[t] = local;
     }
@@ -74,18 +74,22 @@ template <class Mul> struct StatisticsPass {
         else sweep<false>(t);
       });
       team.run([&](int t) {
-        if (s.self) finish(s.anchors, out.anchors, column_sums, s.threads, s.anchors.size - 1, t, wide);
-        else finish(s.anchors, out.anchors, row_sums, 1, s.contrasts.size, t, wide);
-        if (p.columns) finish(s.contrasts, out.contrasts, column_sums, s.threads, s.anchors.size, t, wide);
+        for (int k = 0; k < s.scales; k++) {
+          if (s.self) finish(k, s.anchors, out.anchors, column_sums, s.threads, s.anchors.size - 1, t, wide);
+          else finish(k, s.anchors, out.anchors, row_sums, 1, s.contrasts.size, t, wide);
+          if (p.columns) finish(k, s.contrasts, out.contrasts, column_sums, s.threads, s.anchors.size, t, wide);
+        }
       });
     });
   }
 
 private:
-  T *columns_of(int t) const { return column_sums + t * fields * s.contrasts.padded; }
+  T *columns_of(int t, int k) const { return column_sums + (t * s.scales + k) * fields * s.contrasts.padded; }
+  T *totals_of(int t, int k) const { return s.self ? columns_of(t, k) : row_sums + k * fields * s.anchors.padded; }
+  T *rows_of(const Local &local, int k) const { return local.rows + k * fields * ROWS * W; }
 
   template <bool WIDE> void sweep(int t) const {
-    if (columns) reset(columns_of(t), fields, s.contrasts.padded, 0, s.contrasts.padded, WIDE);
+    for (int k = 0; columns && k < s.scales; k++) reset(columns_of(t, k), fields, s.contrasts.padded, 0, s.contrasts.padded, WIDE);
     const int64_t n = s.anchors.size;
     if (s.self) { // the first rows meet the most columns: hand them out to and fro
       const int64_t size = n < 1024 ? BLOCK / 2 : BLOCK, blocks = (n + size - 1) / size;
@@ -102,7 +106,7 @@ private:
   template <bool WIDE> void block(int t, int64_t from, int64_t to) const {
     const Local &local = locals[t];
     s.pack_block(local.a, from, to, t);
-    reset(local.rows, fields, ROWS * W, 0, round_up(to - from, MR) * W, WIDE);
+    for (int k = 0; k < s.scales; k++) reset(rows_of(local, k), fields, ROWS * W, 0, round_up(to - from, MR) * W, WIDE);
     const bool weighted = !WIDE && weighting;
     if (weighted)
       for (int64_t i = from; i < to; i++) memset((T *)out.weighted.sums + s.anchors.order[i] * s.d, 0, s.d * sizeof(T));
@@ -112,16 +116,18 @@ private:
       panels<WIDE>(t, from, to, cols, weighted);
       if (weighted) s.template product<Sweep<Mul>::G_ROW, 1>(local.e, s.contrasts, cols, s.anchors, {from, to}, out.weighted.sums);
     }
-    T *totals = s.self ? columns_of(t) : row_sums;
-    const int64_t stride = s.anchors.padded;
-    for (int64_t i = from; i < to; i++) {
-      if (!s.self) reset(totals + i, fields, stride, 0, 1, WIDE);
-      const T *lanes = local.rows + (i - from) * W;
-      if constexpr (WIDE)
-        for (int64_t l = 0; l < W; l++) merge(totals + i, stride, lanes + l, ROWS * W, fields, WIDE);
-      else
-        for (int64_t f = 0; f < fields; f++)
-          if (!is_maximum<T>(int(f))) totals[f * stride + i] += sum<T>(load(lanes + f * ROWS * W));
+    for (int k = 0; k < s.scales; k++) {
+      T *totals = totals_of(t, k);
+      const int64_t stride = s.anchors.padded;
+      for (int64_t i = from; i < to; i++) {
+        if (!s.self) reset(totals + i, fields, stride, 0, 1, WIDE);
+        const T *lanes = rows_of(local, k) + (i - from) * W;
+        if constexpr (WIDE)
+          for (int64_t l = 0; l < W; l++) merge(totals + i, stride, lanes + l, ROWS * W, fields, WIDE);
+        else
+          for (int64_t f = 0; f < fields; f++)
+            if (!is_maximum<T>(int(f))) totals[f * stride + i] += sum<T>(load(lanes + f * ROWS * W));
+      }
     }
   }
 
@@ -129,7 +135,7 @@ private:
     const Local &local = locals[t];
     for (int64_t j = cols.from; j < cols.to; j += NR) {
       const Unit *next = s.contrasts.columns + (j + NR) * s.units;
-      if (columns) reset(local.columns, fields, NR, 0, NR, WIDE);
+      for (int k = 0; columns && k < s.scales; k++) reset(local.columns + k * fields * NR, fields, NR, 0, NR, WIDE);
       bool positives = false; // or inadmissible pairs may have been met
       for (int64_t i = from; i < to && !(s.self && j + NR <= i); i += MR) {
         const Unit *a = local.a + (i - from) * A_ROW;
@@ -141,7 +147,7 @@ private:
           positives = fields > LEAN_SUMS;
         } else tile<WIDE, false>(a, i, j, to, rows, local.columns, e, ahead);
       }
-      if (columns) merge_panel<WIDE>(columns_of(t) + j, local.columns, positives);
+      for (int k = 0; columns && k < s.scales; k++) merge_panel<WIDE>(columns_of(t, k) + j, local.columns + k * fields * NR, positives);
     }
   }
 
@@ -182,12 +188,21 @@ private:
   }
   static FASTCL_INLINE V<T> larger_of(V<T> a, V<T> b) { return b > a ? b : a; }
 
-  // One register tile. Not wide: one exponential serves row and column. Wide: each has its own running maxima.
+  using Tile = typename Sweep<Mul>::Tile;
+  using Scale = typename Sweep<Mul>::Scale;
+
+  // One register tile: the products are formed once for all scales.
   template <bool WIDE, bool MIXED>
   FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e, const void *next) const {
+    Tile products __attribute__((aligned(64)));
+    s.products(a, j0, products, next);
+    for (int k = 0; k < s.scales; k++)
+      add_tile<WIDE, MIXED>(products, s.scale[k], i0, j0, to, rows + k * fields * ROWS * W, cols + k * fields * NR, e);
+  }
+  // At one scale. Not wide: one exponential serves row and column. Wide: each has its own running maxima.
+  template <bool WIDE, bool MIXED>
+  FASTCL_INLINE void add_tile(const Tile &products, Scale scale, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e) const {
     constexpr int64_t R = ROWS * W, G_ROW = Sweep<Mul>::G_ROW;
-    typename Sweep<Mul>::Tile t __attribute__((aligned(64)));
-    s.products(a, j0, t, next);
     V<T> norms[NV];
     EACH(v, NV) norms[v] = load(s.contrasts.inverse_norms + j0 + v * W);
     const T *const row_norms = s.anchors.inverse_norms + i0;
@@ -197,7 +212,7 @@ private:
       _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) {
         V<T> x[NV];
         EACH(v, NV) {
-          x[v] = exp2<T, false>(s.logits(load(t[r][v]) * (row_norms[r] * norms[v])));
+          x[v] = exp2<T, false>(s.logits(load(products[r][v]) * (row_norms[r] * norms[v]), scale));
           sums[v] += x[v];
         }
         add_to(rows + r * W, x[0] + x[1]);
@@ -208,7 +223,8 @@ private:
       if (columns) EACH(v, NV) add_to(cols + v * W, sums[v]);
       return;
     }
-    for (int r = 0; r < MR; r++) EACH(v, NV) store(t[r][v], s.biased(s.logits(load(t[r][v]) * (row_norms[r] * norms[v])), j0 + v * W));
+    Tile t __attribute__((aligned(64)));
+    for (int r = 0; r < MR; r++) EACH(v, NV) store(t[r][v], s.biased(s.logits(load(products[r][v]) * (row_norms[r] * norms[v]), scale), j0 + v * W));
     if constexpr (!MIXED) {
       const auto none = [](int) { return I<T>{}; };
       for (int r = 0; r < MR; r++) add_wide<false, NV>(rows + r * W, rows + NEGATIVE_MAXIMUM * R + r * W, [&](int v) { return load(t[r][v]); }, none);
@@ -268,12 +284,14 @@ private:
     return (lanes_from<T>(j) < all_int<T>(i < to ? s.contrasts.size : 0)) & ~admissible;
   }
 
-  void finish(const Side<Mul> &side, const Statistics &out, const T *sums, int parts, int64_t others, int t, bool wide) const {
+  // `sums`: of so many parts, each of all scales.
+  void finish(int k, const Side<Mul> &side, const Statistics &of_all, const T *sums, int parts, int64_t others, int t, bool wide) const {
     const Range mine = share(side.size, s.threads, t);
+    const Statistics out = of_all.of_scale(k, side.size, sizeof(T) == 8);
     for (int64_t i = mine.from; i < mine.to; i++) {
       T x[SUMS] = {};
       if (wide) x[NEGATIVE_MAXIMUM] = x[POSITIVE_MAXIMUM] = NO_MAXIMUM<T>;
-      for (int part = 0; part < parts; part++) merge(x, 1, sums + part * fields * side.padded + i, side.padded, fields, wide);
+      for (int part = 0; part < parts; part++) merge(x, 1, sums + (part * s.scales + k) * fields * side.padded + i, side.padded, fields, wide);
       const int64_t row = side.order[i];
       const T most = larger(x[NEGATIVE_MAXIMUM], x[POSITIVE_MAXIMUM]);
       const T negative = wide ? x[NEGATIVE] * exp2_of(x[NEGATIVE_MAXIMUM] - most) : x[NEGATIVE];

@@ -131,9 +131,12 @@ template <class Mul> struct Sweep {
   static constexpr double LARGEST = sizeof(T) == 8 ? __DBL_MAX__ : double(__FLT_MAX__); // beyond it a squared norm is infinite
 
   int64_t d, units, chunks; // of a row
-  int threads;
+  int threads, scales;
   bool self;
-  T scale, scale_rest;          // log2(e) * logit_scale in two parts: logits are kept to base 2, rounded once
+  struct Scale {
+    T whole, rest; // log2(e) * logit_scale in two parts: logits are kept to base 2, rounded once
+  };
+  Scale *scale;                 // [scales]
   Side<Mul> anchors, contrasts; // for self-contrast one and the same
   T *bias;                      // [contrasts.padded], to base 2; null: none
   T *largest;                   // [2][threads]: norm of each thread's anchors and contrasts as they enter the logits
@@ -141,16 +144,20 @@ template <class Mul> struct Sweep {
 
   // With an arena that only counts, pointers are null and nothing is read or written.
   Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts)
-      : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads), self(p.self_contrast()) {
+      : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads), scales(p.scales),
+        self(p.self_contrast()) {
     anchors = side(p.anchors, at.anchors, p.normalize_anchors, -3, arena, self, sum_over_anchors || (self && sum_over_contrasts));
     contrasts = self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, arena, true, sum_over_contrasts);
     bias = p.contrast_bias ? arena.template take<T>(contrasts.padded) : nullptr;
     largest = arena.template take<T>(2 * threads);
     scratch = arena.template take<T>(threads * W * scratch_row());
+    scale = arena.template take<Scale>(scales);
     if (!arena.base) return;
-    const double exact = LOG2E * double(*(const T *)p.logit_scale);
-    scale = T(exact);
-    scale_rest = __builtin_isfinite(scale) ? T(exact - double(scale)) : T(0);
+    for (int k = 0; k < scales; k++) {
+      const double exact = LOG2E * double(((const T *)p.logit_scale)[k]);
+      const T whole = T(exact);
+      scale[k] = {whole, __builtin_isfinite(whole) ? T(exact - double(whole)) : T(0)};
+    }
     for (int64_t j = 0; bias && j < contrasts.padded; j++)
       bias[j] = j < contrasts.size ? T(LOG2E * double(((const T *)p.contrast_bias)[contrasts.order[j]])) : T(0);
   }
@@ -173,7 +180,9 @@ template <class Mul> struct Sweep {
   bool wide() const {
     double most_bias = 0;
     for (int64_t j = 0; bias && j < contrasts.size; j++) most_bias = larger_or_nan(most_bias, __builtin_fabs(double(bias[j])));
-    return !(__builtin_fabs(double(scale)) * largest_norm(0) * largest_norm(1) + most_bias <= SHARED_LIMIT);
+    double most_scale = 0;
+    for (int k = 0; k < scales; k++) most_scale = larger_or_nan(most_scale, __builtin_fabs(double(scale[k].whole)));
+    return !(most_scale * largest_norm(0) * largest_norm(1) + most_bias <= SHARED_LIMIT);
   }
   double largest_norm(int side) const { // of anchors (0) or contrasts (1), as they enter the logits; or a NaN
     double most = 0;
@@ -211,7 +220,9 @@ template <class Mul> struct Sweep {
       else EACH(r, MR) EACH(v, NV) add_to(u[r][v], part[r][v]);
     }
   }
-  FASTCL_INLINE V<T> logits(V<T> similarity) const { return similarity * scale + similarity * scale_rest; }
+  static FASTCL_INLINE V<T> logits(V<T> similarity, Scale by) {
+    return fused<T>(similarity, all<T>(by.whole), similarity * by.rest); // both passes round alike
+  }
   FASTCL_INLINE V<T> biased(V<T> logits, int64_t j) const { return bias ? logits + load(bias + j) : logits; }
 
   // Whether the register tile needs care: positives, inadmissible pairs, an edge, or a bias.

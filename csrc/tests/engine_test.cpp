@@ -7,6 +7,7 @@
 #include "formula.h"
 #include "memory.h"
 #include <csignal>
+#include <memory>
 #include <random>
 
 extern "C" void __sanitizer_set_death_callback(void (*)()) __attribute__((weak));
@@ -14,7 +15,7 @@ extern "C" void __sanitizer_set_death_callback(void (*)()) __attribute__((weak))
 namespace {
 
 using namespace fastcl;
-using formula::Input, formula::Reals, formula::Formula, formula::Gradient;
+using formula::Input, formula::Reals, formula::Weights, formula::Formula, formula::Gradient;
 using memory::Place, memory::Pool;
 
 char description[400];
@@ -106,17 +107,18 @@ struct Case {
 
 template <class T> struct Outputs { // of one side
   Statistics addresses{};
-  Outputs(Pool &pool, int64_t size, bool normalize, const bool (&wanted)[FIELDS]) {
+  Outputs(Pool &pool, int64_t scales, int64_t size, bool normalize, const bool (&wanted)[FIELDS]) {
+    const int64_t all = scales * size;
     for (int f = 0; f < FIELDS; f++) {
       if (!wanted[f]) continue;
-      addresses.fields[f] = pool.array<T>(size);
-      if (f != SUM_POS) addresses.shifts[f] = pool.array<T>(size), addresses.sums[f] = pool.array<T>(size);
+      addresses.fields[f] = pool.array<T>(all);
+      if (f != SUM_POS) addresses.shifts[f] = pool.array<T>(all), addresses.sums[f] = pool.array<T>(all);
     }
     addresses.positives = pool.array<T>(size);
     addresses.negatives = pool.array<T>(size);
-    addresses.negative_share = pool.array<T>(size);
-    addresses.negative_base = pool.array<T>(size);
-    addresses.positive_base = pool.array<T>(size);
+    addresses.negative_share = pool.array<T>(all);
+    addresses.negative_base = pool.array<T>(all);
+    addresses.positive_base = pool.array<T>(all);
     if (normalize) addresses.inverse_norms = pool.array<T>(size);
   }
 };
@@ -157,17 +159,22 @@ template <class T> void check_side(const char *name, const Statistics &got, cons
   compare<T>(what, got.inverse_norms, expected.inverse_norms, nullptr, tolerance);
 }
 
-// Random gradients of a side's fields, those of empty sets zero, as they come from Python.
-template <class T> void incoming(Random &random, Pool &pool, Statistics &side, const formula::Side &expected, Reals (&weights)[FIELDS]) {
+// Random gradients of a side's fields, those of empty sets zero, as they come from Python. Of each scale.
+
+template <class T>
+void incoming(Random &random, Pool &pool, Statistics &side, const std::vector<const formula::Side *> &expected, std::vector<Weights> &weights) {
+  const size_t rows = expected[0]->positives.size();
   for (int f = 0; f < FIELDS; f++) {
     if (!side.fields[f]) continue;
-    weights[f].resize(expected.positives.size());
-    T *to = pool.array<T>(weights[f].size());
-    for (size_t i = 0; i < weights[f].size(); i++) {
-      const bool empty = f == SUM_POS ? expected.positives[i] == 0 : std::isinf(expected.fields[f][i]);
-      weights[f][i] = to[i] = empty ? T(0) : T(random.real());
-    }
+    T *to = pool.array<T>(expected.size() * rows);
     side.fields[f] = to;
+    for (size_t k = 0; k < expected.size(); k++) {
+      weights[k][f].resize(rows);
+      for (size_t i = 0; i < rows; i++, to++) {
+        const bool empty = f == SUM_POS ? expected[k]->positives[i] == 0 : std::isinf(expected[k]->fields[f][i]);
+        weights[k][f][i] = *to = empty ? T(0) : T(random.real());
+      }
+    }
   }
 }
 
@@ -198,7 +205,7 @@ template <class T> void check_mean(const Engine &engine, const Case &c, Pool &po
 
   const int sides = call.problem.columns ? 2 : 1;
   double loss = 0, size = 0;
-  const auto mean = [&](const formula::Side &side, Reals(&weights)[FIELDS]) {
+  const auto mean = [&](const formula::Side &side, Weights &weights) {
     const auto counts = [&](size_t i) { return side.positives[i] > 0 && (log_sum == LSE_ALL || side.negatives[i] > 0); };
     double rows = 0;
     for (size_t i = 0; i < side.positives.size(); i++) rows += counts(i);
@@ -212,7 +219,7 @@ template <class T> void check_mean(const Engine &engine, const Case &c, Pool &po
       size += weights[log_sum][i] * (1 + std::fabs(side.fields[log_sum][i])) - weights[SUM_POS][i] * std::fabs(side.fields[SUM_POS][i]);
     }
   };
-  Reals row_weights[FIELDS], column_weights[FIELDS];
+  Weights row_weights, column_weights;
   mean(truth.rows, row_weights);
   if (sides == 2) mean(truth.columns, column_weights);
   const Reals expected{loss}, sizes{size};
@@ -262,44 +269,58 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   }
   p.anchor_ids = pool.copy(in.anchor_ids);
   p.contrast_ids = pool.copy(in.contrast_ids);
-  T *const scale = pool.array<T>(1);
-  *scale = T(in.scale);
-  p.logit_scale = scale;
+  p.scales = random.below(3) ? 1 : 2 + int(random.coin());
+  std::vector<Input> inputs(p.scales, in); // one for each scale
+  T *const scales = pool.array<T>(p.scales);
+  for (int k = 0; k < p.scales; k++) inputs[k].scale = scales[k] = T(k == 0 ? in.scale : in.scale * random.real());
+  p.logit_scale = scales;
   bool wanted[FIELDS];
   for (bool &want : wanted) want = random.below(4) > 0;
-  forward.anchors = Outputs<T>(pool, c.n, in.normalize_anchors, wanted).addresses;
-  if (p.columns) forward.contrasts = Outputs<T>(pool, c.m, in.normalize_contrasts, wanted).addresses;
+  forward.anchors = Outputs<T>(pool, p.scales, c.n, in.normalize_anchors, wanted).addresses;
+  if (p.columns) forward.contrasts = Outputs<T>(pool, p.scales, c.m, in.normalize_contrasts, wanted).addresses;
   // For a backward of the anchors alone.
-  const bool weighted = !in.self() && !p.columns && in.bias.empty() && random.below(4) > 0;
+  const bool weighted = !in.self() && !p.columns && in.bias.empty() && p.scales == 1 && random.below(4) > 0;
   if (weighted) forward.weighted = {pool.array<T>(c.n * c.d), pool.array<T>(1)};
 
-  const Formula truth(in);
+  std::vector<std::unique_ptr<Formula>> truths;
+  std::vector<const formula::Side *> rows, columns;
+  double largest = 0;
+  for (const Input &input : inputs) {
+    truths.push_back(std::make_unique<Formula>(input));
+    rows.push_back(&truths.back()->rows);
+    columns.push_back(&truths.back()->columns);
+    largest = std::fmax(largest, truths.back()->largest);
+  }
   // Roundings of a logit are ones of its exponential.
-  const double tolerance = sizeof(T) == 8 ? 1e-13 * (10 + truth.largest) : 4e-7 * (10 + truth.largest);
+  const double tolerance = sizeof(T) == 8 ? 1e-13 * (10 + largest) : 4e-7 * (10 + largest);
   const Arrangements arrangements = arrange(p);
   const Arranged arranged = arrangements.arranged();
   engine.forward(forward, arranged, pool.workspace(engine.forward(forward, arranged, nullptr)));
-  check_side<T>("anchors'", forward.anchors, truth.rows, tolerance);
-  if (p.columns) check_side<T>("contrasts'", forward.contrasts, truth.columns, tolerance);
+  for (int k = 0; k < p.scales; k++) {
+    check_side<T>("anchors'", forward.anchors.of_scale(k, c.n, p.wide_reals), *rows[k], tolerance);
+    if (p.columns) check_side<T>("contrasts'", forward.contrasts.of_scale(k, c.m, p.wide_reals), *columns[k], tolerance);
+  }
 
   Backward backward{};
   backward.problem = p;
   backward.anchors = forward.anchors;
   backward.contrasts = forward.contrasts;
   backward.single_positives = random.coin();
-  Reals row_weights[FIELDS], column_weights[FIELDS];
-  incoming<T>(random, pool, backward.anchors, truth.rows, row_weights);
-  if (p.columns) incoming<T>(random, pool, backward.contrasts, truth.columns, column_weights);
+  std::vector<Weights> row_weights(p.scales), column_weights(p.scales);
+  incoming<T>(random, pool, backward.anchors, rows, row_weights);
+  if (p.columns) incoming<T>(random, pool, backward.contrasts, columns, column_weights);
   backward.weighted = forward.weighted;
   const int64_t needs = weighted ? 1 : random.below(4) ? 15 : random.below(16);
   if (needs & 1) backward.anchor_gradient = pool.array<T>(c.n * c.d);
   if (needs & 2 && !in.self()) backward.contrast_gradient = pool.array<T>(c.m * c.d);
-  if (needs & 4) backward.scale_gradient = pool.array<T>(1);
+  if (needs & 4) backward.scale_gradient = pool.array<T>(p.scales);
   if (needs & 8 && p.contrast_bias) backward.bias_gradient = pool.array<T>(c.m);
   engine.backward(backward, arranged, pool.workspace(engine.backward(backward, arranged, nullptr)));
 
-  check_gradients<T>(engine, c, backward, truth.gradients(row_weights, column_weights), tolerance);
-  if (!weighted) check_mean<T>(engine, c, pool, backward, arranged, truth, tolerance);
+  auto expected = truths[0]->gradients(row_weights[0], column_weights[0]);
+  for (int k = 1; k < p.scales; k++) expected.add(truths[k]->gradients(row_weights[k], column_weights[k]));
+  check_gradients<T>(engine, c, backward, expected, tolerance);
+  if (!weighted && p.scales == 1) check_mean<T>(engine, c, pool, backward, arranged, *truths[0], tolerance);
 }
 
 // Every dimension from 1 to 70 in turn (tails of all vectors), sizes up to 40 and around the largest tile's 192 rows.

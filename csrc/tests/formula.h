@@ -2,14 +2,17 @@
 // gradient comes with the size of the terms that it is a sum of, against which roundings are judged.
 #pragma once
 #include "../problem.h"
+#include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace formula {
 
 using fastcl::FIELDS, fastcl::LSE_ALL, fastcl::LSE_NEG, fastcl::LSE_POS, fastcl::SUM_POS;
 using Reals = std::vector<double>;
+using Weights = std::array<Reals, FIELDS>; // of each field's rows; empty where a field is not used
 
 struct Input {
   int64_t n, m, d; // m = 0: self-contrast
@@ -66,15 +69,21 @@ public:
   // empty where a field is not used.
   struct Gradients {
     Gradient anchors, contrasts, scale, bias;
+    void add(const Gradients &other) { // of another scale of the same logits
+      for (const auto &[mine, more] : {std::pair{&anchors, &other.anchors}, std::pair{&contrasts, &other.contrasts}, std::pair{&bias, &other.bias}})
+        for (size_t i = 0; i < mine->value.size(); i++) mine->add(int64_t(i), more->value[i], more->size[i]);
+      scale.value.push_back(other.scale.value[0]);
+      scale.size.push_back(other.scale.size[0]);
+    }
   };
-  Gradients gradients(const Reals (&row_weights)[FIELDS], const Reals (&column_weights)[FIELDS]) const {
+  Gradients gradients(const Weights &row_weights, const Weights &column_weights) const {
     Gradients g{Gradient(in.n * in.d), Gradient(in.m * in.d), Gradient(1), Gradient(in.columns())};
     Gradient &other = in.self() ? g.anchors : g.contrasts;
     for (int64_t i = 0; i < in.n; i++)
       for (int64_t j = 0; j < in.columns(); j++) {
         if (!admissible(i, j)) continue;
         double x = 0, absolute = 0;
-        const auto add = [&](const Side &side, const Reals(&weights)[FIELDS], int64_t at) {
+        const auto add = [&](const Side &side, const Weights &weights, int64_t at) {
           for (int f = 0; f < FIELDS; f++) {
             const bool in_set = f == LSE_ALL || (f == LSE_NEG) != positive(i, j);
             if (weights[f].empty() || !in_set) continue;

@@ -102,11 +102,10 @@ def forward(p: Problem) -> Statistics:
     c = new(m if p.normalize_contrasts and p.contrasts is not None else 0)
     anchors = _new_side(p, n)
     contrasts = _new_side(p, m) if p.both else empty_side(p)
-    swept = _two_sets_if_biased(p)
-    for k in range(s):
-        own, other = _sides(p, anchors, contrasts, saved, k)
-        sides = (*own, _address(a)), other and (*other, _address(c))
-        _run(_native.forward(engine()[0], _describe(swept, k), *sides, _weighted_sums(p, saved)))
+    swept = _two_sets_if_biased(p)  # a name, so that its ids outlive the call
+    own, other = _sides(p, anchors, contrasts, saved)
+    sides = (*own, _address(a)), other and (*other, _address(c))
+    _run(_native.forward(engine()[0], _describe(swept), *sides, _weighted_sums(p, saved)))
     return Statistics(anchors, contrasts, a, c, saved)
 
 
@@ -121,24 +120,20 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     swept = _two_sets_if_biased(p)
     folded = swept is not p  # two sets that are one: both gradients are the anchors'
     new = p.logit_scale.new_empty
+    rows = new(p.anchors.shape) if needs.anchors else None
+    columns = None
+    if swept.contrasts is not None and (needs.anchors if folded else needs.contrasts):
+        columns = new(swept.contrasts.shape)
     scale = new(s) if needs.logit_scale else None
-    total: list[Tensor | None] = []
-    for k in range(s):
-        rows = new(p.anchors.shape) if needs.anchors else None
+    bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
+    own, other = _sides(p, anchors, contrasts, saved.saved)
+    anchors_alone = rows is not None and columns is None and scale is None and bias is None
+    weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)
+    outputs = (*weighted, p.paired is None, *map(_address, (rows, columns, scale, bias)))
+    _run(_native.backward(engine()[0], _describe(swept), (*own, 0), other and (*other, 0), outputs))
+    if folded:
+        rows = columns if rows is None else rows.add_(columns)
         columns = None
-        if swept.contrasts is not None and (needs.anchors if folded else needs.contrasts):
-            columns = new(swept.contrasts.shape)
-        bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
-        own, other = _sides(p, anchors, contrasts, saved.saved, k)
-        anchors_alone = rows is not None and columns is None and scale is None and bias is None
-        weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)
-        outputs = (*weighted, p.paired is None, _address(rows), _address(columns), _address(scale, k), _address(bias))
-        _run(_native.backward(engine()[0], _describe(swept, k), (*own, 0), other and (*other, 0), outputs))
-        if folded:
-            rows, columns = _sum(rows, columns), None
-        results = [rows, columns, bias]
-        total = [_sum(t, u) for t, u in zip(total, results, strict=True)] if total else results
-    rows, columns, bias = total
     return Gradients(rows, columns, scale, bias)
 
 
@@ -158,12 +153,8 @@ def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     scale = new(1) if needs.logit_scale else None
     bias = new(len(p.contrast_bias)) if needs.contrast_bias and p.contrast_bias is not None else None
     outputs = (p.want[0] == "lse_neg", loss.data_ptr(), *map(_address, (rows, columns, scale, bias)))
-    _run(_native.mean(engine()[0], _describe(p, 0), outputs))
+    _run(_native.mean(engine()[0], _describe(p), outputs))
     return loss, Gradients(rows, columns, scale, bias)
-
-
-def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    return left if right is None else right if left is None else left.add_(right)
 
 
 def _addressable(p: Problem) -> Problem:
@@ -211,7 +202,7 @@ def _rows(rows: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0, 0) if rows is None else (_DTYPES[rows.dtype], rows.data_ptr(), rows.shape[0], *rows.stride())
 
 
-def _describe(p: Problem, scale: int) -> tuple[int, ...]:
+def _describe(p: Problem) -> tuple[int, ...]:
     anchors, (n, d) = p.anchors, p.anchors.shape
     m = n if p.contrasts is None else p.contrasts.shape[0]
     return (
@@ -222,7 +213,8 @@ def _describe(p: Problem, scale: int) -> tuple[int, ...]:
         _address(p.contrast_clusters),
         _address(p.anchor_ids),
         _address(p.contrast_ids),
-        _address(p.logit_scale, scale),
+        _address(p.logit_scale),
+        len(p.logit_scale),
         _address(p.contrast_bias),
         p.normalize_anchors,
         p.normalize_contrasts,
@@ -234,21 +226,20 @@ def _describe(p: Problem, scale: int) -> tuple[int, ...]:
 
 
 def _sides(
-    p: Problem, anchors: Side, contrasts: Side, saved: Tensor, scale: int
+    p: Problem, anchors: Side, contrasts: Side, saved: Tensor
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Where the statistics of both sides are, for one of the scales."""
+    """Where the statistics of both sides are."""
     s, n, m = p.sizes
-    own = _side(p.want, anchors, s, n, scale, _address(saved))
+    own = _side(p.want, anchors, s, n, _address(saved))
     if not p.both:
         return own, None
-    return own, _side(p.want, contrasts, s, m, scale, _address(saved, 3 * s * n))
+    return own, _side(p.want, contrasts, s, m, _address(saved, 3 * s * n))
 
 
-def _side(want: Sequence[str], side: Side, s: int, size: int, scale: int, saved: int) -> tuple[int, ...]:
-    bytes_each = side.counts.element_size()
-    row, block = size * bytes_each, s * size * bytes_each
-    field, counts = side.fields.data_ptr() + scale * row, side.counts.data_ptr()
-    shift = side.parts.data_ptr() + scale * row
+def _side(want: Sequence[str], side: Side, s: int, size: int, saved: int) -> tuple[int, ...]:
+    counts, row = side.counts.data_ptr(), size * side.counts.element_size()
+    block = s * row
+    field, shift = side.fields.data_ptr(), side.parts.data_ptr()
     sums = shift + block * (len(want) - ("sum_pos" in want))
     fields, shifts, totals = [0, 0, 0, 0], [0, 0, 0], [0, 0, 0]
     for name in want:  # in the order of FIELDS, of which sum_pos, the last, has no parts
@@ -258,8 +249,7 @@ def _side(want: Sequence[str], side: Side, s: int, size: int, scale: int, saved:
         if name != "sum_pos":
             shifts[k], totals[k] = shift, sums
             shift, sums = shift + block, sums + block
-    kept = (saved + scale * row + k * block for k in range(3))
-    return *fields, *shifts, *totals, counts, counts + row, *kept
+    return *fields, *shifts, *totals, counts, counts + row, saved, saved + block, saved + 2 * block
 
 
 def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:

@@ -25,8 +25,10 @@ from fastcl.kernels import triton_launch, triton_plan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
-    "START": "*i32", "END": "*i32", "ROW_NAMES": "*i32", "COLUMN_NAMES": "*i32", "ORDER": "*i64", "WIDE": "*i32",
-    "ONE": "*i32", "DONE": "*i32", "N": "i32", "M": "i32", "WIDTH": "i32",
+    "START": "*i32", "END": "*i32", "ROW_NAMES": "*i32", "COLUMN_NAMES": "*i32", "ORDER": "*i64", "ONE": "*i32",
+    "N": "i32", "M": "i32", "WIDTH": "i32",
+    "IDS": "*i64", "SORTED": "*i64", "LABELS": "*i32", "CLUSTERS": "*i32", "OTHER_CLUSTERS": "*i32", "NAMES": "*i32",
+    "STEPS": "i32", "ROW_STRIDE": "i32", "COLUMN_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
@@ -35,27 +37,39 @@ KERNELS = {
     "two_way": "two_way_kernel",
     "weighted": "weighted_kernel",
     "backward": "gradient_kernel",
+    "labels": "labels_kernel",
+    "rows": "rows_kernel",
+    "fields": "fields_kernel",
+    "weights": "weights_kernel",
+    "side": "side_kernel",
     "finish": "finish_kernel",
 }
+WHOLE_ROWS = ("rows", "finish")
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
 def compiled(job: dict[str, Any]) -> dict[str, Any]:
     """kind, architecture, dtype, d, precision; `flags`: constants of the kernel; `absent`: arguments that are None."""
     dtype, d, careful = getattr(torch, job["dtype"]), job["d"], job.get("careful", False)
-    if job["kind"] == "finish":
-        shape = triton_plan.finish_tile(d)
+    if job["kind"] in WHOLE_ROWS:
+        shape = triton_plan.row_tile(d)
+    elif job["kind"] not in triton_plan.KINDS:
+        shape = triton_plan.ROWS_AT_ONCE
+    elif "tile" in job:
+        shape = triton_plan.Tile(*job["tile"])
     else:
         shape = triton_plan.tile(job["kind"], job["architecture"], dtype, d, careful)
     constants = {
         "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
         "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,
-        "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "LARGEST_INVERSE": 1e12,
-        "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False,
+        "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "SOME": False,
+        "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
+        "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
+        "TWO_SIDES": True, "CLOSE": 16.0,
     } | job.get("flags", {})  # fmt: skip
     absent = set(job.get("absent", ()))
     if not careful:
-        absent |= {"ROW_BIAS", "COLUMN_BIAS", "ROW_NAMES", "COLUMN_NAMES"}
+        absent |= {"ROW_BIAS", "COLUMN_BIAS", "ROW_NAMES", "COLUMN_NAMES", "BIAS", "NAMES", "LONGEST", "LARGEST_BIAS"}
     kernel = triton_launch.kernel_named(KERNELS[job["kind"]])
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
@@ -64,7 +78,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         if name in constants or name in absent:
             signature[name], constexprs[name] = "constexpr", constants.get(name)
             continue
-        signature[name] = ROWS[job["dtype"]] if name in ("X", "Y", "OUT") else POINTERS.get(name, "*fp32")
+        of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS")
+        signature[name] = ROWS[job["dtype"]] if of_rows else POINTERS.get(name, "*fp32")
         if name not in ("N", "M"):  # as at run time: memory of torch's begins at multiples of 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
     result = triton.compile(

@@ -44,9 +44,9 @@ def jobs(architecture: int, dtype: str, precision: str, d: int, careful: bool) -
     common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d, "careful": careful}
     own_set = {"SELF": not careful}
     both = [
-        {"absent": ["SIMILARITY_SUMS", "SUMS", "DONE"], "flags": own_set},
-        {"absent": ["DONE"], "flags": own_set | {"ONE_EXPONENTIAL": 0}},
-        {"absent": ["DONE"], "flags": {"ONE_EXPONENTIAL": 1, "BIAS": 2 * careful}},
+        {"absent": ["SIMILARITY_SUMS", "SUMS"], "flags": own_set},
+        {"flags": own_set | {"ONE_EXPONENTIAL": 0}},
+        {"flags": {"BIAS": 2 * careful}},
     ]
     variants = {
         "forward": [{"flags": own_set}],

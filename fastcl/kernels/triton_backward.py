@@ -1,4 +1,4 @@
-"""Triton kernels of the backward: the gradient of the rows that a program owns, over all columns; and its finish.
+"""Triton kernel of the backward: the gradient of the rows that a program owns, over all columns.
 
 `gradient_kernel` forms the logits again, with the forward's roundings, and from them G, a logit's gradient as far as
 it concerns rows and columns: the owner's share (its softmax over the columns), the others' share (each column's softmax
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .triton_common import (
+    LOG2E,
     admissible_pairs,
     base2_logits,
     column_walk,
@@ -113,7 +114,7 @@ def sweep_gradient(
     d0 = tl.program_id(1) * BLOCK_D
     i = i0 + tl.arange(0, BLOCK_M)
     is_row = i < N
-    scale = tl.load(SCALE)
+    scale = tl.load(SCALE) * LOG2E
     a = load_or(A, i, is_row, 0.0)
     row_bias = load_or(ROW_BIAS, i, is_row, 0.0)
     row_names = load_names(ROW_NAMES, i, is_row, IDS)
@@ -219,22 +220,24 @@ def sweep_gradient(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def gradient_kernel(
-    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, SCALE, SIDE, OTHER, MIDDLE, ONE, DONE,
+    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, SCALE, SIDE, OTHER, MIDDLE, ONE,
     GRADIENT, SIMILARITY_SUMS, SUMS, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr,
+    OWN: tl.constexpr, OTHERS: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr, SOME: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A program: rows [i0, i0 + BLOCK_M) and columns [d0, d0 + BLOCK_D) of the gradient, sum_j G_ij c_j y_j.
 
     GRADIENT [N, D] float32. SIMILARITY_SUMS, SUMS [N], where there are any: sum_j of G_ij times similarity, and of G.
     ONE [1]: 1 where one exponential serves both sides. Of the two kernels launched, the other one then does nothing.
-    DONE, where there is any: 1 for each row block whose gradient is there already.
+    SOME: the gradient of row blocks without a positive is there already.
     """
     needed = tl.load(ONE) == ONE_EXPONENTIAL
-    if DONE is not None:
-        needed = needed & (tl.load(DONE + tl.program_id(0)) == 0)
+    if SOME:
+        i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        range_ = tl.load(END + i, mask=i < N, other=0) - tl.load(START + i, mask=i < N, other=0)
+        needed = needed & (tl.max(range_, 0) > 0)
     if needed:
         sweep_gradient(
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, SCALE, SIDE, OTHER, MIDDLE,
@@ -242,44 +245,3 @@ def gradient_kernel(
             D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D, SELF, CLUSTERS, IDS, NORMED, BIAS,
             OWN, OTHERS, ONE_EXPONENTIAL, PRECISION, INTERPRETED,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["N"])
-def finish_kernel(
-    GRADIENT, X, INVERSE_NORMS, ORDER, FACTOR, OUT, N, WIDTH,
-    LARGEST_INVERSE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """OUT [N, WIDTH]: the gradient [N, D] times FACTOR [1], off the rows where they were normalised, in the caller's
-    order and dtype. Below the floor of the norm a row was divided by a constant, and there is nothing to project.
-
-    A kernel of its own, because in the one before it the rows would take the registers of the accumulators.
-    """
-    i0 = tl.program_id(0) * BLOCK_M
-    i = i0 + tl.arange(0, BLOCK_M)
-    is_row = i < N
-    factor = tl.load(FACTOR) + tl.zeros([BLOCK_M], tl.float32)
-    along = tl.zeros([BLOCK_M], tl.float32)
-    if INVERSE_NORMS is not None:
-        squares = tl.zeros([BLOCK_M], tl.float32)
-        for d0 in range(0, D, BLOCK_D):
-            x = load_rows(X, i0, d0, N, D, BLOCK_M, BLOCK_D, True, "ieee", INTERPRETED).to(tl.float32)
-            g = load_rows(GRADIENT, i0, d0, N, D, BLOCK_M, BLOCK_D, True, "ieee", INTERPRETED)
-            along += tl.sum(x * g, 1)
-            squares += tl.sum(x * x, 1)
-        inverse = tl.load(INVERSE_NORMS + i, mask=is_row, other=0.0)
-        linear = (inverse == 0.0) | (inverse >= LARGEST_INVERSE)
-        along = tl.where(linear, 0.0, along / tl.where(linear, 1.0, squares))
-        factor = factor * inverse
-    row = i.to(tl.int64)
-    if ORDER is not None:
-        row = tl.load(ORDER + i, mask=is_row, other=0)
-    for d0 in range(0, D, BLOCK_D):
-        g = load_rows(GRADIENT, i0, d0, N, D, BLOCK_M, BLOCK_D, True, "ieee", INTERPRETED)
-        if INVERSE_NORMS is not None:
-            x = load_rows(X, i0, d0, N, D, BLOCK_M, BLOCK_D, True, "ieee", INTERPRETED).to(tl.float32)
-            g = g - along[:, None] * x
-        d = d0 + tl.arange(0, BLOCK_D)
-        g = rounded(g * factor[:, None], OUT.dtype.element_ty, "ieee", INTERPRETED)
-        places = OUT + row[:, None] * WIDTH + d[None, :]
-        tl.store(places, g, mask=is_row[:, None] & (d < WIDTH)[None, :])

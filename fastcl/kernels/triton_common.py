@@ -15,6 +15,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+# Exponents that a sum may reach, and the bound on logits (to base 2) above which running maxima are taken at once.
+HEADROOM, WIDE = tl.constexpr(64.0), tl.constexpr(150.0)
 LOWEST = tl.constexpr(-1e38)  # of running maxima, before there is any: finite, so that a difference is never NaN
 
 
@@ -78,12 +80,12 @@ def mixed_tile(t, first, last, full):
 
 @triton.jit
 def admissible_pairs(i, j, N, M, names_i, names_j, SELF: tl.constexpr, IDS: tl.constexpr):
-    """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. Names are those of sample ids, -1 for none."""
+    """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. Names are those of sample ids, 0 for none."""
     pairs = (j < M)[None, :] & (i < N)[:, None]
     if SELF:
         pairs = pairs & (i[:, None] != j[None, :])
     if IDS:
-        pairs = pairs & ((names_i[:, None] != names_j[None, :]) | (names_i < 0)[:, None])
+        pairs = pairs & ((names_i[:, None] != names_j[None, :]) | (names_i == 0)[:, None])
     return pairs
 
 
@@ -190,6 +192,21 @@ def inner_products(
 
 
 @triton.jit
+def fixed_shift(scale, LONGEST, LARGEST_BIAS):
+    """What to take off all logits (to base 2), and whether that keeps their sums in range; of a scale with log2(e).
+
+    No logit is larger than the bound. LONGEST [1]: the product of both sides' longest rows, if not all are normalised.
+    A bound that is not a number is too wide.
+    """
+    bound = tl.abs(scale) * 1.002
+    if LONGEST is not None:
+        bound = bound * tl.load(LONGEST)
+    if LARGEST_BIAS is not None:
+        bound += tl.load(LARGEST_BIAS) * LOG2E
+    return tl.maximum(bound - HEADROOM, 0.0), bound <= WIDE
+
+
+@triton.jit
 def similarities(dots, a, c, NORMED: tl.constexpr):
     """a_i c_j <x_i, y_j>, from inner products; a_i and c_j are multiplied first, so that i and j may change places."""
     if NORMED:
@@ -221,7 +238,7 @@ def load_or(P, places, mask, default: tl.constexpr):
 @triton.jit
 def load_names(P, places, mask, IDS: tl.constexpr):
     if IDS:
-        values = tl.load(P + places, mask=mask, other=-1)
+        values = tl.load(P + places, mask=mask, other=0)
     else:
-        values = tl.full(places.shape, -1, tl.int32)
+        values = tl.zeros(places.shape, tl.int32)
     return values

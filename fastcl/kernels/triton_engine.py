@@ -12,27 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, triton_gradient
+from . import chunked, triton_gradient, triton_launch
 from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side
 from .triton_launch import INTERPRETED, availability, blocks, on_device, programs, refusal
-from .triton_rows import LN2, LOG2E, Arranged, Launch, Rows, arrange, sums_are_kept
+from .triton_plan import ROWS_AT_ONCE
+from .triton_rows import Launch, arrange, fields_wanted, kept_in, kept_size
 
 __all__ = ["INTERPRETED", "availability", "backward", "forward", "refusal", "saved_size"]
 
-# Exponents that a sum may reach, and the bound on logits (to base 2) above which running maxima are taken at once.
-HEADROOM, WIDE = 64.0, 150.0
-
 
 def saved_size(p: Problem) -> int:
-    """How many numbers the forward keeps for the backward.
-
-    Of each row the bases, to base 2, of the sums over all, negatives and positives: [3, S, N], then [3, S, M]. For a
-    backward of the anchors alone also the softmax-weighted sums of contrasts [N, D].
-    """
-    if p.dtype == torch.float64:
-        return 0
-    s, n, m = p.sizes
-    return 3 * s * (n + m if p.both else n) + (n * p.anchors.shape[1] if sums_are_kept(p) else 0)
+    """How many numbers the forward keeps for the backward (`triton_rows.kept`)."""
+    return 0 if p.dtype == torch.float64 else kept_size(p)
 
 
 def forward(p: Problem) -> Statistics:
@@ -56,21 +47,24 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 
 
 def _forward(p: Problem) -> Statistics:
-    arranged, a, c = arrange(p)
+    saved = p.logit_scale.new_zeros(saved_size(p))
+    parts = kept_in(p, saved)
+    arranged, a, c = arrange(p, parts)
     s, n, m = p.sizes
-    shifts, wide = _shifts(p, arranged)
-    apart = "lse_pos" in p.want or "lse_neg" in p.want
-    rows = Launch.of(arranged, arranged.anchors, arranged.contrasts)
-    columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None
     new = p.logit_scale.new_empty
     statistics = new(s, 7, n)
+    rows = Launch.of(arranged, arranged.anchors, arranged.contrasts)
+    if "weighted" in parts:
+        shape = rows.tile("weighted")
+        grid = blocks(n, shape.block_m), blocks(rows.rows.rows.shape[1], shape.block_d)
+        arguments: dict[str, Any] = {"SCALE": p.logit_scale, "STATISTICS": statistics, "WEIGHTED": parts["weighted"]}
+        rows.run("weighted_kernel", shape, grid, arguments | {"WIDTH": p.anchors.shape[1]})
+        return Statistics(_side(p, statistics, m, parts["bases"]), empty_side(p), a, c, saved)
     others = new(s, 7, m if p.both else 0)
-    if sums_are_kept(p):
-        weighted = _weighted_forward(p, rows, arranged.scales, statistics[0])
-        anchors, bases = _side(p, statistics, m)
-        return Statistics(anchors, empty_side(p), a, c, torch.cat([bases.flatten(), weighted.flatten()]))
+    columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None
+    bounds = _bounds(p)
     for k in range(s):
-        scalars = {"SCALE": arranged.scales[k : k + 1], "SHIFT": shifts[k : k + 1], "WIDE": wide[k : k + 1]}
+        scalars: dict[str, Any] = bounds | {"SCALE": p.logit_scale[k : k + 1]}
         if columns is None:
             shape = rows.tile("forward")
             arguments = scalars | {"STATISTICS": statistics[k], "MIXED_ONLY": False}
@@ -80,36 +74,11 @@ def _forward(p: Problem) -> Statistics:
         for launch, result in ((rows, statistics[k]), (columns, others[k])):
             if launch is not None:
                 shape = launch.tile("running")
+                apart = "lse_pos" in p.want or "lse_neg" in p.want
                 arguments = scalars | {"STATISTICS": result, "APART": apart}
                 launch.run("running_kernel", shape, (blocks(launch.size, shape.block_m),), arguments)
-    anchors, bases = _side(p, statistics, m)
-    contrasts, other_bases = empty_side(p), new(0)
-    if p.both:
-        contrasts, other_bases = _side(p, others, n)
-    return Statistics(anchors, contrasts, a, c, torch.cat([bases.flatten(), other_bases.flatten()]))
-
-
-def _weighted_forward(p: Problem, rows: Launch, scales: Tensor, statistics: Tensor) -> Tensor:
-    """Of each anchor, in the sorted order, its negatives weighted by their exponentials: [N, D]."""
-    shape = rows.tile("weighted")
-    n, d = p.anchors.shape
-    weighted = statistics.new_empty(n, d)
-    largest = statistics.new_ones(1)
-    if rows.columns.inverse_norms is not None:
-        largest = rows.columns.inverse_norms.amax().clamp(min=1.0).reshape(1)
-    rows.run(
-        "weighted_kernel",
-        shape,
-        (blocks(n, shape.block_m), blocks(rows.rows.rows.shape[1], shape.block_d)),
-        {
-            "SCALE": scales,
-            "LIFT": (14 - largest.log2().ceil()).exp2(),
-            "STATISTICS": statistics,
-            "WEIGHTED": weighted,
-            "WIDTH": d,
-        },
-    )
-    return weighted
+    contrasts = _side(p, others, n, parts["contrast_bases"]) if p.both else empty_side(p)
+    return Statistics(_side(p, statistics, m, parts["bases"]), contrasts, a, c, saved)
 
 
 def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics: Tensor, others: Tensor) -> None:
@@ -129,46 +98,41 @@ def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics
         others[1].index_copy_(0, order, total)
 
 
-def _shifts(p: Problem, arranged: Arranged) -> tuple[Tensor, Tensor]:
-    """[S] what to take off the logits (to base 2) of each scale, and int32 [S] whether that is too wide a range.
+def _bounds(p: Problem) -> dict[str, Tensor | None]:
+    """What bounds the logits, besides the scale: the product of both sides' longest rows, and the largest bias."""
 
-    No logit is larger than the bound. A bound that is not a number counts as wide.
-    """
+    def longest(rows: Tensor, normalized: bool) -> Tensor | None:
+        return None if normalized else torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).amax().reshape(1)
 
-    def longest(rows: Rows, normalized: bool) -> Tensor | float:
-        return 1.001 if normalized else torch.linalg.vector_norm(rows.rows, dim=1, dtype=torch.float32).amax()
-
-    product = longest(arranged.anchors, p.normalize_anchors)
-    if arranged.self_contrast or p.contrasts is None:
+    product = longest(p.anchors, p.normalize_anchors)
+    if p.contrasts is not None:
+        other = longest(p.contrasts, p.normalize_contrasts)
+        product = other if product is None else product if other is None else product * other
+    elif product is not None:
         product = product * product
-    else:
-        product = product * longest(arranged.contrasts, p.normalize_contrasts)
-    bounds = arranged.scales.abs() * product
-    if p.contrast_bias is not None:
-        bounds = bounds + p.contrast_bias.abs().amax() * LOG2E
-    return (bounds - HEADROOM).clamp(min=0), (~(bounds <= WIDE)).to(torch.int32)
+    bias = None if p.contrast_bias is None else p.contrast_bias.abs().amax().reshape(1)
+    return {"LONGEST": product, "LARGEST_BIAS": bias}
 
 
-def _side(p: Problem, statistics: Tensor, pairs: int) -> tuple[Side, Tensor]:
-    """One side's fields, from the kernels' statistics [S, 7, n]; and the bases [3, S, n] of its sums, to base 2."""
-    base, negative, positive_base, positive, sum_pos, num_pos, inadmissible = statistics.unbind(1)
-    # An empty sum says nothing about the base. (A sum that is NaN does.)
-    both_base = torch.maximum(base, positive_base)
-    both_base = torch.where(negative == 0, positive_base, torch.where(positive == 0, base, both_base))
-    everything = negative * (base - both_base).clamp(max=0).exp2()
-    everything = everything + positive * (positive_base - both_base).clamp(max=0).exp2()
-    sums = {
-        "lse_all": (both_base, everything),
-        "lse_pos": (positive_base, positive),
-        "lse_neg": (base, negative),
-    }
-    shifts = {name: sums[name][0] * LN2 for name in p.log_sums}
-    fields = [sum_pos if name == "sum_pos" else shifts[name] + sums[name][1].log() for name in p.want]
-    empty = sum_pos.new_empty(0, *sum_pos.shape)
-    parts = empty.new_empty(2, 0, *sum_pos.shape)
-    if p.log_sums:
-        parts = torch.stack(
-            [torch.stack([shifts[name] for name in p.log_sums]), torch.stack([sums[name][1] for name in p.log_sums])]
-        )
-    counts = torch.stack([num_pos[0], pairs - inadmissible[0] - num_pos[0]])
-    return Side(torch.stack(fields) if fields else empty, counts, parts), torch.stack([both_base, base, positive_base])
+def _side(p: Problem, statistics: Tensor, pairs: int, bases: Tensor) -> Side:
+    """One side's fields, from the kernels' statistics [S, 7, n], and the bases [3, S, n] of its sums."""
+    s, _, n = statistics.shape
+    new = statistics.new_empty
+    side = Side(new(len(p.want), s, n), new(2, n), new(2, len(p.log_sums), s, n))
+    triton_launch.launch(
+        "fields_kernel",
+        ROWS_AT_ONCE,
+        (blocks(n, ROWS_AT_ONCE.block_m), s),
+        {
+            "STATISTICS": statistics,
+            "FIELDS": side.fields,
+            "COUNTS": side.counts,
+            "PARTS": side.parts,
+            "BASES": bases,
+            "N": n,
+            "PAIRS": pairs,
+            "BLOCK": ROWS_AT_ONCE.block_m,
+            **fields_wanted(p),
+        },
+    )
+    return side

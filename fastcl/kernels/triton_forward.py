@@ -21,10 +21,12 @@ import triton.language as tl
 from .triton_common import (
     INF,
     LN2,
+    LOG2E,
     LOWEST,
     admissible_pairs,
     base2_logits,
     column_walk,
+    fixed_shift,
     in_cluster,
     inner_products,
     interior_tile,
@@ -39,6 +41,8 @@ from .triton_common import (
 
 # Terms below 2^-126 are lost: together they must stay below 2^-24 of a sum of so many terms.
 TINY = tl.constexpr(2.0**-102)
+# Of exponentials, at most 1, times inverse norms, below 2 in float16, which ends at 2^16 and flushes below 2^-24.
+LIFT = tl.constexpr(2.0**14)
 
 
 @triton.jit
@@ -61,7 +65,7 @@ def row_places(ORDER, i, N):
 def sweep_rows(
     block,
     X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, scale, shift,
-    STATISTICS, COLUMN_SUMS, WEIGHTED, lift, d0, WIDTH, N, M,
+    STATISTICS, COLUMN_SUMS, WEIGHTED, d0, WIDTH, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     RUNNING: tl.constexpr, MIXED_ONLY: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -119,7 +123,7 @@ def sweep_rows(
             if WEIGHTED is not None:
                 weighted = weighted * fading[:, None]
                 weighted = add_weighted(
-                    weighted, e, c, lift, Y, y, j0, d0, M, D, BLOCK_N, BLOCK_K, BLOCK_D, False, NORMED,
+                    weighted, e, c, Y, y, j0, d0, M, D, BLOCK_N, BLOCK_K, BLOCK_D, False, NORMED,
                     PRECISION, INTERPRETED,
                 )  # fmt: skip
             if COLUMN_SUMS is not None:
@@ -163,7 +167,7 @@ def sweep_rows(
         if WEIGHTED is not None:
             weighted = weighted * fading[:, None]
             weighted = add_weighted(
-                weighted, e, c, lift, Y, y, j0, d0, M, D, BLOCK_N, BLOCK_K, BLOCK_D, True, NORMED,
+                weighted, e, c, Y, y, j0, d0, M, D, BLOCK_N, BLOCK_K, BLOCK_D, True, NORMED,
                 PRECISION, INTERPRETED,
             )  # fmt: skip
         if COLUMN_SUMS is not None:
@@ -192,21 +196,21 @@ def sweep_rows(
     if WEIGHTED is not None:
         d = d0 + tl.arange(0, BLOCK_D)
         weights = WEIGHTED + i.to(tl.int64)[:, None] * WIDTH + d[None, :]
-        tl.store(weights, weighted / lift, mask=is_row[:, None] & (d < WIDTH)[None, :])
+        tl.store(weights, weighted / LIFT, mask=is_row[:, None] & (d < WIDTH)[None, :])
 
 
 @triton.jit
 def add_weighted(
-    weighted, e, c, lift, Y, y, j0, d0, M,
+    weighted, e, c, Y, y, j0, d0, M,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, NORMED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """weighted + sum_j e_ij c_j y_j. The lift keeps small exponentials in the range of float16."""
+    """weighted + sum_j e_ij c_j y_j, times LIFT."""
     dtype: tl.constexpr = Y.dtype.element_ty
     if NORMED:
-        e = e * (c * lift)[None, :]
+        e = e * (c * LIFT)[None, :]
     else:
-        e = e * lift
+        e = e * LIFT
     if BLOCK_D == D and BLOCK_K == D:
         columns = y
     else:
@@ -216,17 +220,20 @@ def add_weighted(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def statistics_kernel(
-    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE, SHIFT, WIDE, STATISTICS, N, M,
+    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE,
+    LONGEST, LARGEST_BIAS, STATISTICS, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     MIXED_ONLY: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A row block a program. MIXED_ONLY: of the negatives only those in mixed tiles, for who has their sums already."""
-    if tl.load(WIDE) == 0:
+    scale = tl.load(SCALE) * LOG2E
+    shift, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
+    if narrow:
         sweep_rows(
             tl.program_id(0),
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
-            tl.load(SCALE), tl.load(SHIFT), STATISTICS, None, None, 1.0, 0, 0, N, M,
+            scale, shift, STATISTICS, None, None, 0, 0, N, M,
             D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS,
             False, MIXED_ONLY, PRECISION, INTERPRETED,
         )  # fmt: skip
@@ -234,8 +241,8 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def two_way_kernel(
-    X, Y, A, C, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE, SHIFT, WIDE,
-    STATISTICS, PARTIAL_SUMS, N, M,
+    X, Y, A, C, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE,
+    LONGEST, LARGEST_BIAS, STATISTICS, PARTIAL_SUMS, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -245,15 +252,15 @@ def two_way_kernel(
     A program takes every so many-th row block, one after the other, and nobody else writes to its row: no atomics, and
     always the same order of additions.
     """
-    if tl.load(WIDE) == 0:
-        scale = tl.load(SCALE)
-        shift = tl.load(SHIFT)
+    scale = tl.load(SCALE) * LOG2E
+    shift, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
+    if narrow:
         own = PARTIAL_SUMS + tl.program_id(0).to(tl.int64) * M
         for block in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
             sweep_rows(
                 block,
                 X, Y, A, C, None, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
-                scale, shift, STATISTICS, own, None, 1.0, 0, 0, N, M,
+                scale, shift, STATISTICS, own, None, 0, 0, N, M,
                 D, BLOCK_M, BLOCK_N, BLOCK_K, D, False, CLUSTERS, IDS, NORMED, BIAS,
                 False, False, PRECISION, INTERPRETED,
             )  # fmt: skip
@@ -262,7 +269,8 @@ def two_way_kernel(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def running_kernel(
-    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE, WIDE, STATISTICS, N, M,
+    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE,
+    LONGEST, LARGEST_BIAS, STATISTICS, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     APART: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -271,8 +279,10 @@ def running_kernel(
 
     APART: the sums over negatives and over positives are wanted each, not only that over both.
     """
-    needed = tl.load(WIDE)
-    if needed == 0:
+    scale = tl.load(SCALE) * LOG2E
+    _, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
+    needed = 1 - narrow.to(tl.int32)
+    if narrow:
         i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         is_row = i < N
         places = STATISTICS + row_places(ORDER, i, N)
@@ -291,14 +301,14 @@ def running_kernel(
         sweep_rows(
             tl.program_id(0),
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
-            tl.load(SCALE), 0.0, STATISTICS, None, None, 1.0, 0, 0, N, M,
+            scale, 0.0, STATISTICS, None, None, 0, 0, N, M,
             D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS, True, False, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def weighted_kernel(
-    X, Y, A, C, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE, LIFT, STATISTICS, WEIGHTED, WIDTH, N, M,
+    X, Y, A, C, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE, STATISTICS, WEIGHTED, WIDTH, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -309,8 +319,8 @@ def weighted_kernel(
     """
     sweep_rows(
         tl.program_id(0),
-        X, Y, A, C, None, None, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, tl.load(SCALE), 0.0,
-        STATISTICS, None, WEIGHTED, tl.load(LIFT), tl.program_id(1) * BLOCK_D, WIDTH, N, M,
+        X, Y, A, C, None, None, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, tl.load(SCALE) * LOG2E, 0.0,
+        STATISTICS, None, WEIGHTED, tl.program_id(1) * BLOCK_D, WIDTH, N, M,
         D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D,
         False, CLUSTERS, IDS, NORMED, 0, True, False, PRECISION, INTERPRETED,
     )  # fmt: skip

@@ -65,10 +65,18 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+_MODULES = {
+    "statistics_kernel": "forward",
+    "two_way_kernel": "forward",
+    "running_kernel": "forward",
+    "weighted_kernel": "forward",
+    "gradient_kernel": "backward",
+}
+
+
 @cache
 def kernel_named(name: str) -> Any:
-    module = "triton_backward" if name in ("gradient_kernel", "finish_kernel") else "triton_forward"
-    return getattr(import_module(f"fastcl.kernels.{module}"), name)
+    return getattr(import_module(f"fastcl.kernels.triton_{_MODULES.get(name, 'per_row')}"), name)
 
 
 def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -> None:

@@ -47,15 +47,19 @@ def tile(
         return Tile(64, 64, part, part if sums else d, 4, 1)
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
     if dtype.itemsize > 2:
-        return _single_sums(d) if sums else _single(d)
+        return _single_sums(d) if sums else _single(d, careful)
     if sums:
         return _half_sums(known, d, careful)
     return _half(kind, known, d, careful)
 
 
-def finish_tile(d: int, interpreted: bool = False) -> Tile:
-    """Of the kernel that reads and writes each row once: `block_m` rows, `block_d` numbers at a time."""
-    return Tile(16, 0, 0, min(d & -d, 64 if interpreted else 128), 4, 1)
+def row_tile(d: int, interpreted: bool = False) -> Tile:
+    """Of the kernels that visit each row once: `block_m` rows, `block_d` of their numbers at a time."""
+    return Tile(64 if interpreted else 16, 0, 0, min(d & -d, 512 if interpreted else 128), 4, 1)
+
+
+# Of the kernels that visit each row once, and have a few numbers of each.
+ROWS_AT_ONCE = Tile(1024, 0, 0, 0, 4, 1)
 
 
 def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
@@ -78,9 +82,9 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
     return Tile(64, 64, d, d, 8, 2)
 
 
-def _single(d: int) -> Tile:
-    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 4, 2)
+def _single(d: int, careful: bool) -> Tile:
+    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 8 if careful else 4, 2)
 
 
 def _single_sums(d: int) -> Tile:
-    return Tile(32, 32, min(d, 32), min(d, 64), 4, 1)
+    return Tile(32, 32, min(d, 32), min(d, 64), 8, 1)

@@ -10,11 +10,66 @@ import torch
 from torch import Tensor
 
 from . import triton_launch
-from .problem import Problem, Statistics, inverse_norms
-from .triton_launch import INTERPRETED, architecture
-from .triton_plan import Tile, padded, tile
+from .problem import NORM_FLOOR, Problem
+from .triton_launch import INTERPRETED, architecture, blocks
+from .triton_plan import ROWS_AT_ONCE, Tile, padded, row_tile, tile
 
-LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
+# What the backward finds again.
+
+
+def sums_are_kept(p: Problem) -> bool:
+    """Whether the forward leaves the anchors' weighted sums of contrasts, of which their gradient is made."""
+    return p.anchors_only and p.contrasts is not None and p.contrast_bias is None and p.sizes[0] == 1 and not p.both
+
+
+def kept(p: Problem) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What the forward keeps, by name: the order of rows, their clusters and names, and of either side the bases, to
+    base 2, of the sums over all, negatives and positives; or what `sums_are_kept` is about, in the order of rows."""
+    s, n, m = p.sizes
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if p.anchor_clusters is not None:
+        found |= {"order": (torch.int64, (n,)), "clusters": (torch.int32, (n,))}
+        if p.contrasts is not None:
+            found |= {"contrast_order": (torch.int64, (m,)), "contrast_clusters": (torch.int32, (m,))}
+    if p.anchor_ids is not None:
+        found |= {"names": (torch.int32, (n,)), "contrast_names": (torch.int32, (m,))}
+    found["bases"] = (torch.float32, (3, s, n))
+    if p.both:
+        found["contrast_bases"] = (torch.float32, (3, s, m))
+    if sums_are_kept(p):
+        found["weighted"] = (torch.float32, (n, p.anchors.shape[1]))
+    return found
+
+
+def kept_size(p: Problem) -> int:
+    """In numbers of float32."""
+    return sum(_places(*entry) for entry in kept(p).values())
+
+
+def kept_in(p: Problem, saved: Tensor) -> dict[str, Tensor]:
+    """`saved` [kept_size], float32, taken apart."""
+    parts, start = {}, 0
+    for name, (dtype, shape) in kept(p).items():
+        size = _places(dtype, shape)
+        part = saved[start : start + size].view(dtype)
+        parts[name] = part[: _product(shape)].view(shape)
+        start += size
+    return parts
+
+
+def _product(shape: Sequence[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _places(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Rounded up to 16 bytes: a kernel is compiled apart for memory that begins elsewhere."""
+    return -(-_product(shape) * (dtype.itemsize // 4) // 4) * 4
+
+
+# Rows.
 
 
 @dataclass(frozen=True)
@@ -23,14 +78,11 @@ class Rows:
 
     rows: Tensor  # [n, padded D], contiguous
     order: Tensor | None  # [n] int64: the caller's place of each; None: the caller's order
-    clusters: Tensor | None  # [n] by number of `clusters_in_order`, in ascending order
-    names: Tensor | None  # [n] int32, of sample ids: equal for equal ids, -1 for none
-    inverse_norms: Tensor | None  # [n]
+    inverse_norms: Tensor | None  # [n], of the rows as they are here
+    start: Tensor | None  # [n] int32: the other set's rows of the row's cluster, [start, end). Both grow.
+    end: Tensor | None
+    names: Tensor | None  # [n] int32, of sample ids: equal for equal ids, 0 for none
     bias: Tensor | None  # [n], times log2(e)
-
-    def sorted(self, values: Tensor) -> Tensor:
-        """[..., n] of the caller's order."""
-        return values if self.order is None else values.index_select(-1, self.order)
 
 
 @dataclass(frozen=True)
@@ -40,128 +92,169 @@ class Arranged:
     self_contrast: bool
     normed: bool
     biased: bool
-    scales: Tensor  # [S], times log2(e)
     precision: str
 
-    def bounds(self, own: Rows, other: Rows) -> tuple[Tensor | None, Tensor | None]:
-        """Of each of `own` rows the range of `other` rows in its cluster, [start, end) int32. Both grow."""
-        if own.clusters is None or other.clusters is None:
-            return None, None
-        start, end = (
-            torch.searchsorted(other.clusters, own.clusters, out_int32=True, right=right) for right in (False, True)
-        )
-        return start, end
 
+def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[Arranged, Tensor, Tensor]:
+    """The problem's rows, and the inverse norms in the caller's order, [0] where rows are taken as they are.
 
-def arrange(p: Problem, known: Statistics | None = None) -> tuple[Arranged, Tensor, Tensor]:
-    """The problem's rows, and the inverse norms in the caller's order, [0] where rows are taken as they are."""
-
-    def norms(rows: Tensor, normalize: bool, before: Tensor | None) -> Tensor:
-        if not normalize:
-            return p.logit_scale.new_empty(0)
-        return inverse_norms(rows, p.dtype) if before is None else before
-
-    a = norms(p.anchors, p.normalize_anchors, known and known.anchor_inverse_norms)
-    biased = p.contrast_bias is not None
-    self_contrast = p.contrasts is None and not biased
-    if p.contrasts is None:
-        c = p.logit_scale.new_empty(0)
-        dtype = p.anchors.dtype
-        contrasts, contrast_clusters, contrast_norms = p.anchors, p.anchor_clusters, a
-        if biased:  # breaks the symmetry: the rows meet themselves as another set, each but itself
-            own = torch.arange(p.anchors.shape[0], device=p.device)
-            p = replace(p, anchor_ids=own, contrast_ids=own)
-    else:
-        c = norms(p.contrasts, p.normalize_contrasts, known and known.contrast_inverse_norms)
-        dtype = torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
-        contrasts, contrast_clusters, contrast_norms = p.contrasts, p.contrast_clusters, c
-    anchor_order, contrast_order = clusters_in_order(
-        p.anchor_clusters, None if p.contrasts is None else contrast_clusters
-    )
-    if p.contrasts is None:
-        contrast_order = anchor_order
-    anchor_names, contrast_names = names_of(p.anchor_ids, p.contrast_ids)
+    parts: `kept_in`, filled in unless this is done `again`, in the backward, where the norms are not returned either.
+    """
+    if not again:
+        number_clusters(p.anchor_clusters, p.contrast_clusters, parts)
+        name_ids(p.anchor_ids, p.contrast_ids, parts)
+    dtype = p.anchors.dtype if p.contrasts is None else torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
+    self_contrast = p.contrasts is None and p.contrast_bias is None
     normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
-    bias = None if p.contrast_bias is None else p.contrast_bias * LOG2E
-    anchors = _rows(p.anchors, dtype, anchor_order, anchor_names, a, normed, None)
+    nothing = p.logit_scale.new_empty(0)
+
+    def inverse_norms(rows: Tensor, normalize: bool) -> Tensor:
+        return rows.new_empty(len(rows), dtype=torch.float32) if normalize and not again else nothing
+
+    a, c = inverse_norms(p.anchors, p.normalize_anchors), nothing
+    other = "clusters" if p.contrasts is None else "contrast_clusters"
+    order, names = parts.get("order"), parts.get("names")
+    if p.contrasts is None and not self_contrast:  # a bias breaks the symmetry: the rows meet themselves as another set
+        names = torch.arange(1, len(p.anchors) + 1, dtype=torch.int32, device=p.device)  # each but itself
+    clusters = parts.get("clusters"), parts.get(other)
+    bias = p.contrast_bias if p.contrasts is None else None
+    anchors = _rows(p.anchors, dtype, order, clusters, names, bias, p.normalize_anchors, normed, a)
     others = anchors
-    if not self_contrast:
-        others = _rows(contrasts, dtype, contrast_order, contrast_names, contrast_norms, normed, bias)
-    arranged = Arranged(anchors, others, self_contrast, normed, biased, p.logit_scale * LOG2E, _precision(dtype))
-    return arranged, a, c
+    if p.contrasts is not None:
+        c = inverse_norms(p.contrasts, p.normalize_contrasts)
+        others = _rows(
+            p.contrasts,
+            dtype,
+            parts.get("contrast_order"),
+            clusters[::-1],
+            parts.get("contrast_names"),
+            p.contrast_bias,
+            p.normalize_contrasts,
+            normed,
+            c,
+        )
+    elif not self_contrast:
+        anchors = replace(anchors, bias=None)
+    biased = p.contrast_bias is not None
+    return Arranged(anchors, others, self_contrast, normed, biased, _precision(dtype)), a, c
 
 
 def _rows(
-    rows: Tensor,
+    source: Tensor,
     dtype: torch.dtype,
-    clusters_and_order: tuple[Tensor, Tensor] | None,
+    order: Tensor | None,
+    clusters: tuple[Tensor | None, Tensor | None],
     names: Tensor | None,
-    inverse: Tensor,
-    normed: bool,
     bias: Tensor | None,
+    normalize: bool,
+    normed: bool,
+    norms: Tensor,
 ) -> Rows:
-    n, d = rows.shape
+    """clusters: of these rows and of the other set's. norms: [n], filled in, or [0]."""
+    n, d = source.shape
     width = padded(d, INTERPRETED)
-    clusters, order = clusters_and_order or (None, None)
-    rows = rows.detach().resolve_neg().to(dtype)
-    if width != d:
-        packed = rows.new_zeros(n, width)
-        packed[:, :d] = rows if order is None else rows.index_select(0, order)
-    else:
-        packed = rows.contiguous() if order is None else rows.index_select(0, order)
+    source = source.detach().resolve_neg()
+    scaled = normalize and dtype == torch.float16
+    as_it_is = order is None and width == d and source.dtype == dtype and source.is_contiguous() and not scaled
+    own, other = clusters
 
-    def arranged(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        return values.resolve_neg().contiguous() if order is None else values.index_select(0, order)
+    def new(dtype: torch.dtype, there: bool) -> Tensor | None:
+        return torch.empty(n, dtype=dtype, device=source.device) if there else None
 
-    if normed and inverse.numel() == 0:
-        inverse = torch.ones(n, dtype=torch.float32, device=rows.device)
-    return Rows(packed, order, clusters, arranged(names), arranged(inverse) if normed else None, arranged(bias))
+    start, end = (new(torch.int32, own is not None) for _ in range(2))
+    rows = Rows(
+        source if as_it_is else torch.empty(n, width, dtype=dtype, device=source.device),
+        order,
+        new(torch.float32, normed),
+        start,
+        end,
+        new(torch.int32, names is not None),
+        new(torch.float32, bias is not None),
+    )
+    if as_it_is and not normed and own is None and names is None and bias is None:
+        return rows
+    shape = row_tile(width, INTERPRETED)
+    triton_launch.launch(
+        "rows_kernel",
+        shape,
+        (blocks(n, shape.block_m),),
+        {
+            "SOURCE": source,
+            "ORDER": order,
+            "CLUSTERS": own,
+            "OTHER_CLUSTERS": other,
+            "NAMES": names,
+            "BIAS": None if bias is None else bias.resolve_neg().contiguous(),
+            "ROWS": None if as_it_is else rows.rows,
+            "NORMS": norms if norms.numel() else None,
+            "ROW_NORMS": rows.inverse_norms,
+            "START": start,
+            "END": end,
+            "ROW_NAMES": rows.names,
+            "ROW_BIAS": rows.bias,
+            "N": n,
+            "M": 0 if other is None else len(other),
+            "WIDTH": d,
+            "ROW_STRIDE": source.stride(0),
+            "COLUMN_STRIDE": source.stride(1),
+            "STEPS": 0 if other is None else len(other).bit_length(),
+            "NORMALIZE": normalize,
+            "SCALED": scaled,
+            "FLOOR": NORM_FLOOR,
+            "D": width,
+            "BLOCK_M": shape.block_m,
+            "BLOCK_D": shape.block_d,
+            "INTERPRETED": INTERPRETED,
+        },
+    )
+    return rows
 
 
-def clusters_in_order(
-    anchors: Tensor | None, contrasts: Tensor | None
-) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-    """For either set the clusters' numbers, sorted, and the order of rows that sorts them. None without clusters.
+# Clusters and ids.
+
+
+def number_clusters(anchors: Tensor | None, contrasts: Tensor | None, parts: dict[str, Tensor]) -> None:
+    """Fills in the order of rows and their clusters, as numbers in ascending order, where there are any.
 
     A cluster's number is the place of its first anchor, so that results do not depend on the names of clusters. An
     anchor without one is a cluster of its own. Contrasts that are nobody's positive come last.
     """
     if anchors is None:
-        return None, None
-    n = anchors.shape[0]
-    ids, order = torch.sort(anchors, stable=True)
-    start, end = (torch.searchsorted(ids, ids, right=right) for right in (False, True))
-    alone = ids == -1
-    number = torch.where(alone, order, order[start])
-    size = torch.where(alone, 1, end - start)
-    rank = torch.where(alone, 0, torch.arange(n, device=ids.device) - start)
-    sizes = torch.zeros_like(number).scatter_(0, number, size)
-    place = (sizes.cumsum(0) - sizes)[number] + rank
-    sorted_anchors = (
-        torch.empty_like(number).scatter_(0, place, number),
-        torch.empty_like(order).scatter_(0, place, order),
-    )
-    if contrasts is None:
-        return sorted_anchors, None
-    place = torch.searchsorted(ids, contrasts.contiguous()).clamp_(max=n - 1)
-    known = (ids[place] == contrasts) & (contrasts != -1)
-    sorted_contrasts = torch.sort(torch.where(known, number[place], n), stable=True)
-    return sorted_anchors, (sorted_contrasts.values, sorted_contrasts.indices)
+        return
+    known, order = torch.sort(anchors, stable=True)
+    for ids, prefix in ((anchors, ""), (contrasts, "contrast_")):
+        if ids is not None:
+            labels = torch.empty(len(ids), dtype=torch.int32, device=ids.device)
+            _label(ids, known, order, labels, ids is anchors)
+            torch.sort(labels, stable=True, out=(parts[prefix + "clusters"], parts[prefix + "order"]))
 
 
-def names_of(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """int32 names of ids: places among the right ones, found without asking the device how many there are."""
+def name_ids(left: Tensor | None, right: Tensor | None, parts: dict[str, Tensor]) -> None:
+    """Fills in int32 names of ids, places among the right ones."""
     if left is None or right is None:
-        return None, None
+        return
     known = right.sort().values
-    names = []
-    for ids in (left, right):
-        place = torch.searchsorted(known, ids.contiguous(), out_int32=True)
-        there = known[place.clamp(max=len(known) - 1)] == ids
-        names.append(torch.where(there & (ids != -1), place, -1))
-    return names[0], names[1]
+    for ids, name in ((left, "names"), (right, "contrast_names")):
+        _label(ids, known, None, parts[name], False)
+
+
+def _label(ids: Tensor, known: Tensor, order: Tensor | None, labels: Tensor, own: bool) -> None:
+    triton_launch.launch(
+        "labels_kernel",
+        ROWS_AT_ONCE,
+        (blocks(len(ids), ROWS_AT_ONCE.block_m),),
+        {
+            "IDS": ids.contiguous(),
+            "SORTED": known,
+            "ORDER": order,
+            "LABELS": labels,
+            "N": len(ids),
+            "M": len(known),
+            "STEPS": len(known).bit_length(),
+            "OWN": own,
+            "BLOCK": ROWS_AT_ONCE.block_m,
+        },
+    )
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -182,15 +275,12 @@ class Launch:
 
     rows: Rows
     columns: Rows
-    start: Tensor | None
-    end: Tensor | None
     flags: dict[str, Any]
 
     @classmethod
     def of(cls, arranged: Arranged, rows: Rows, columns: Rows) -> Launch:
-        start, end = arranged.bounds(rows, columns)
         flags = {
-            "CLUSTERS": start is not None,
+            "CLUSTERS": rows.start is not None,
             "IDS": rows.names is not None,
             "NORMED": arranged.normed,
             "BIAS": 0 if not arranged.biased else 1 if columns.bias is not None else 2,
@@ -198,7 +288,7 @@ class Launch:
             "INTERPRETED": INTERPRETED,
             "SELF": arranged.self_contrast,
         }
-        return cls(rows, columns, start, end, flags)
+        return cls(rows, columns, flags)
 
     @property
     def size(self) -> int:
@@ -219,8 +309,8 @@ class Launch:
             "C": columns.inverse_norms,
             "ROW_BIAS": rows.bias,
             "COLUMN_BIAS": columns.bias,
-            "START": self.start,
-            "END": self.end,
+            "START": rows.start,
+            "END": rows.end,
             "ROW_NAMES": rows.names,
             "COLUMN_NAMES": columns.names,
             "ORDER": rows.order,
@@ -237,6 +327,8 @@ class Launch:
         triton_launch.launch(kernel, shape, grid, given)
 
 
-def sums_are_kept(p: Problem) -> bool:
-    """Whether the forward leaves the anchors' weighted sums of contrasts, of which their gradient is made."""
-    return p.anchors_only and p.contrasts is not None and p.contrast_bias is None and p.sizes[0] == 1 and not p.both
+def fields_wanted(p: Problem) -> dict[str, int]:
+    """The place of each field among those wanted, -1 for others, as the kernels take it."""
+    names = {"ALL": "lse_all", "POS": "lse_pos", "NEG": "lse_neg", "SUM": "sum_pos"}
+    places = {key: p.want.index(name) if name in p.want else -1 for key, name in names.items()}
+    return places | {"LOG_SUMS": len(p.log_sums)}

@@ -27,8 +27,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "START": "*i32", "END": "*i32", "ROW_NAMES": "*i32", "COLUMN_NAMES": "*i32", "ORDER": "*i64", "ONE": "*i32",
     "N": "i32", "M": "i32", "WIDTH": "i32",
-    "IDS": "*i64", "SORTED": "*i64", "LABELS": "*i32", "CLUSTERS": "*i32", "OTHER_CLUSTERS": "*i32", "NAMES": "*i32",
-    "STEPS": "i32", "ROW_STRIDE": "i32", "COLUMN_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
+    "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
+    "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
+    "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
@@ -58,18 +59,18 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     elif "tile" in job:
         shape = triton_plan.Tile(*job["tile"])
     else:
-        shape = triton_plan.tile(job["kind"], job["architecture"], dtype, d, careful)
+        shape = triton_plan.tile(job["kind"], job["architecture"], dtype, d, careful, job["precision"] == "tf32")
     constants = {
         "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
         "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,
         "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "SOME": False,
         "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
         "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
-        "TWO_SIDES": True, "CLOSE": 16.0,
+        "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
     } | job.get("flags", {})  # fmt: skip
     absent = set(job.get("absent", ()))
     if not careful:
-        absent |= {"ROW_BIAS", "COLUMN_BIAS", "ROW_NAMES", "COLUMN_NAMES", "BIAS", "NAMES", "LONGEST", "LARGEST_BIAS"}
+        absent |= {"ROW_BIAS", "COLUMN_BIAS", "ROW_NAMES", "COLUMN_NAMES", "LONGEST", "LARGEST_BIAS"}
     kernel = triton_launch.kernel_named(KERNELS[job["kind"]])
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
@@ -101,7 +102,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "local": found["local"],
         "shared": result.metadata.shared,
         "products": [name for name in PRODUCTS if name in result.asm["ptx"]],
-        "fused": "fma.rn.f32" in result.asm["ptx"],
+        "multiply_adds": result.asm["ptx"].count("fma.rn.f32"),
+        "fusible": len(re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32", result.asm["ptx"])),
     }
 
 

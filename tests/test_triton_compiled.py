@@ -1,5 +1,5 @@
 """Every entry of the Triton kernels' table of tiles compiles for its architecture: no spills, within shared memory,
-with the tensor cores' instructions. No GPU is needed.
+with the tensor cores' instructions, and with logits that are rounded alike in all kernels. No GPU is needed.
 
 By default a few entries; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about half an hour on two cores).
 """
@@ -8,12 +8,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastcl.kernels.triton_plan import ARCHITECTURES, KINDS, WHOLE, padded
+from fastcl.kernels.triton_plan import ARCHITECTURES, KINDS, WHOLE, padded, tile
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -30,16 +33,22 @@ ALL = [
     for d in DIMENSIONS
     for careful in (False, True)
 ]
-SOME = [
-    (90, "bfloat16", "ieee", 256, False),
-    (90, "bfloat16", "ieee", 128, True),
-    (90, "float32", "ieee", 128, False),
-    (100, "bfloat16", "ieee", 128, False),
-    (80, "float16", "ieee", 512, False),
-]
+# Each kernel in each variant once, with and without ids; and the products of each architecture and dtype.
+SOME = {
+    (90, "bfloat16", "ieee", 256, False): KINDS,
+    (90, "bfloat16", "ieee", 128, True): KINDS,
+    (90, "float32", "ieee", 128, False): ("forward", "backward"),
+    (90, "float32", "tf32", 128, False): ("forward", "backward"),
+    (100, "bfloat16", "ieee", 128, False): ("forward", "backward"),
+    (80, "float16", "ieee", 512, False): ("forward", "weighted"),
+}
+ENTRIES = dict.fromkeys(ALL, KINDS) if os.environ.get("FASTCL_COMPILE_ALL") else SOME
+PER_ROW = ("labels", "rows", "fields", "weights", "side", "finish")
 
 
-def jobs(architecture: int, dtype: str, precision: str, d: int, careful: bool) -> list[dict[str, Any]]:
+def jobs(
+    architecture: int, dtype: str, precision: str, d: int, careful: bool, kinds: tuple[str, ...] = KINDS
+) -> list[dict[str, Any]]:
     """The kernels of the table's entries, in the variants that take the most registers and in the commonest."""
     common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d, "careful": careful}
     own_set = {"SELF": not careful}
@@ -55,37 +64,72 @@ def jobs(architecture: int, dtype: str, precision: str, d: int, careful: bool) -
         "weighted": [{}],
         "backward": both,
     }
-    listed = [common | {"kind": kind} | variant for kind in KINDS for variant in variants[kind]]
-    return [*listed, common | {"kind": "finish"}]
+    return [common | {"kind": kind} | variant for kind in kinds for variant in variants[kind]]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "precision", "d", "careful"),
-    ALL if os.environ.get("FASTCL_COMPILE_ALL") else SOME,
-    ids=lambda value: str(value),
-)
-def test_compiles_without_spills(architecture, dtype, precision, d, careful, tmp_path) -> None:
-    asked = jobs(architecture, dtype, precision, d, careful)
+def compiled(asked: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, root / "tests" / "compile_triton.py", json.dumps(asked)],
-        env=os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == len(asked)
-    for result in results:
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[list[dict[str, Any]]]]]:
+    """Of each entry; a compiler on each core."""
+    cache = tmp_path_factory.mktemp("compiled")
+    asked = {entry: jobs(*entry, kinds) for entry, kinds in ENTRIES.items()}
+    common = {"architecture": 90, "dtype": "float16", "d": 128, "careful": True}
+    asked["per row"] = [common | {"kind": kind} for kind in PER_ROW]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {entry: pool.submit(compiled, these, cache) for entry, these in asked.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: "-".join(map(str, entry)))
+def test_compiles_without_spills(entry, results) -> None:
+    architecture, dtype, precision, d, _ = entry
+    products = set()
+    for result in results[entry].result():
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
-        if not (dtype == "float32" and precision == "ieee"):  # whose products are multiply-adds, always in one order
-            assert not result["fused"], result  # else it is what rounds a logit
-        if result["kind"] != "finish" and (dtype != "float32" or precision == "tf32"):
-            small = dtype == "float32"  # few rows in a tile: half of what wgmma takes
-            assert any(
-                name in result["products"] for name in (PRODUCT[architecture], *(["mma.sync"] if small else []))
-            ), result
+        block_m, block_n, block_k, block_d, warps, _ = result["tile"]
+        # What rounds a logit must not be fused in one kernel and not in another: no multiply-add but those of products
+        # without tensor cores, in the loops over interior and mixed tiles.
+        numbers = block_k + (block_d if result["kind"] in ("weighted", "backward") else 0)
+        expected = 2 * block_m * block_n * numbers // (32 * warps) if (dtype, precision) == ("float32", "ieee") else 0
+        assert result["multiply_adds"] == expected, result
+        assert result["fusible"] == 0, result
+        products.add((*result["products"], block_k))
+    # The backward repeats the forward's logits to the bit: the same instructions, with sums in the same order.
+    assert len(products) == 1, products
+    if dtype != "float32" or (precision == "tf32" and d > 64):  # else in few rows, half of what wgmma takes
+        assert PRODUCT[architecture] in products.pop()
+
+
+def test_kernels_of_single_rows_compile_without_spills(results) -> None:
+    for result in results["per row"].result():
+        assert result["stack"] == result["local"] == 0, result
+        assert result["fusible"] == 0, result
+
+
+def test_all_kernels_form_logits_in_one_way() -> None:
+    """By the same functions, of products in the same order along D."""
+    from fastcl.kernels import triton_backward, triton_forward
+
+    for name in ("inner_products", "similarities", "base2_logits"):
+        assert getattr(triton_forward, name) is getattr(triton_backward, name)
+    for architecture, dtype, precision, d, careful in ALL:
+        tf32 = precision == "tf32"
+        tiles = [tile(kind, architecture, getattr(torch, dtype), d, careful, tf32) for kind in KINDS]
+        assert len({t.block_k for t in tiles}) == 1, (architecture, dtype, precision, d, careful)
 
 
 def test_rows_are_padded_to_what_tiles_take() -> None:

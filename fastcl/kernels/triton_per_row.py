@@ -44,16 +44,16 @@ def places_in(SORTED, size, values, mask, steps, RIGHT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "STEPS"])
 def labels_kernel(
-    IDS, SORTED, ORDER, LABELS, N, M, STEPS, OWN: tl.constexpr, BLOCK: tl.constexpr
+    VALUES, SORTED, ORDER, LABELS, N, M, STEPS, OWN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """LABELS [N] int32: where each id is first met, by the order of which SORTED [M] are the ids. -1 equals nothing.
+    """LABELS [N] int32 of ids VALUES [N]: where each is found among SORTED [M]. -1 equals nothing.
 
     With ORDER [M], the number of the row that has the id first; OWN: those without an id then get their own row's, else
     M. Without it, 1 + the place in SORTED, or 0.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = i < N
-    ids = tl.load(IDS + i, mask=is_row, other=-1)
+    ids = tl.load(VALUES + i, mask=is_row, other=-1)
     place = places_in(SORTED, M, ids, is_row, STEPS, False)
     there = is_row & (place < M)
     there = there & (tl.load(SORTED + place, mask=there, other=-1) == ids) & (ids != -1)
@@ -70,11 +70,11 @@ def labels_kernel(
 
 @triton.jit(
     do_not_specialize=["N", "M", "STEPS"],
-    do_not_specialize_on_alignment=["ORDER", "CLUSTERS", "OTHER_CLUSTERS", "NAMES"],
+    do_not_specialize_on_alignment=["ORDER", "NUMBERS", "OTHER_NUMBERS", "SOURCE_NAMES"],
 )
 def rows_kernel(
-    SOURCE, ORDER, CLUSTERS, OTHER_CLUSTERS, NAMES, BIAS, ROWS, NORMS, ROW_NORMS, START, END, ROW_NAMES, ROW_BIAS,
-    N, M, WIDTH, ROW_STRIDE, COLUMN_STRIDE, STEPS,
+    SOURCE, ORDER, NUMBERS, OTHER_NUMBERS, SOURCE_NAMES, SOURCE_BIAS,
+    ROWS, NORMS, ROW_NORMS, START, END, ROW_NAMES, ROW_BIAS, N, M, WIDTH, ROW_STRIDE, COLUMN_STRIDE, STEPS,
     NORMALIZE: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -82,12 +82,12 @@ def rows_kernel(
 
     NORMS      1 / max(|x|, FLOOR), in the caller's order; 0 for a row of zeros
     ROW_NORMS  the same for the row as it is stored in ROWS; 1 for rows that are taken as they are
-    START, END the range of OTHER_CLUSTERS [M] that equals CLUSTERS [N]
-    ROW_NAMES, ROW_BIAS  NAMES and BIAS log2(e)
+    START, END the range of OTHER_NUMBERS [M] that equals NUMBERS [N]
+    ROW_NAMES, ROW_BIAS  SOURCE_NAMES and SOURCE_BIAS log2(e)
 
-    SCALED: rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size: that
-    of a tiny row would take the numbers that others' products are made of below the range of float16. The power is
-    exact but for numbers that it takes below 2^-14, which lose less than 2^-24 of the row's norm.
+    SCALED: rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size:
+    that of a tiny row would take the numbers that others' products are made of below the range of float16. The power
+    is exact but for numbers that it takes below 2^-14, which lose less than 2^-24 of the row's norm.
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = i < N
@@ -125,13 +125,13 @@ def rows_kernel(
             places = ROWS + i.to(tl.int64)[:, None] * D + d[None, :]
             tl.store(places, rounded(x, dtype, "ieee", INTERPRETED), mask=is_row[:, None])
     if START is not None:
-        own = tl.load(CLUSTERS + i, mask=is_row, other=0)
-        tl.store(START + i, places_in(OTHER_CLUSTERS, M, own, is_row, STEPS, False), mask=is_row)
-        tl.store(END + i, places_in(OTHER_CLUSTERS, M, own, is_row, STEPS, True), mask=is_row)
+        own = tl.load(NUMBERS + i, mask=is_row, other=0)
+        tl.store(START + i, places_in(OTHER_NUMBERS, M, own, is_row, STEPS, False), mask=is_row)
+        tl.store(END + i, places_in(OTHER_NUMBERS, M, own, is_row, STEPS, True), mask=is_row)
     if ROW_NAMES is not None:
-        tl.store(ROW_NAMES + i, tl.load(NAMES + row, mask=is_row, other=0), mask=is_row)
+        tl.store(ROW_NAMES + i, tl.load(SOURCE_NAMES + row, mask=is_row, other=0), mask=is_row)
     if ROW_BIAS is not None:
-        tl.store(ROW_BIAS + i, tl.load(BIAS + row, mask=is_row, other=0.0) * LOG2E, mask=is_row)
+        tl.store(ROW_BIAS + i, tl.load(SOURCE_BIAS + row, mask=is_row, other=0.0) * LOG2E, mask=is_row)
 
 
 # The forward's end.

@@ -35,11 +35,17 @@ def padded(d: int, interpreted: bool = False) -> int:
 
 
 def tile(
-    kind: str, architecture: int, dtype: torch.dtype, d: int, careful: bool = False, interpreted: bool = False
+    kind: str,
+    architecture: int,
+    dtype: torch.dtype,
+    d: int,
+    careful: bool = False,
+    tf32: bool = False,
+    interpreted: bool = False,
 ) -> Tile:
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`.
 
-    careful: there are sample ids or a bias, whose masks and loads take registers.
+    careful: there are sample ids or a bias, whose masks and loads take registers. tf32: how float32 is multiplied.
     """
     sums = kind in ("weighted", "backward")
     if interpreted:
@@ -47,7 +53,7 @@ def tile(
         return Tile(64, 64, part, part if sums else d, 4, 1)
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
     if dtype.itemsize > 2:
-        return _single_sums(d) if sums else _single(d, careful)
+        return _single_sums(d, tf32) if sums else _single(d, careful)
     if sums:
         return _half_sums(known, d, careful)
     return _half(kind, known, d, careful)
@@ -83,8 +89,9 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
 
 
 def _single(d: int, careful: bool) -> Tile:
-    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 8 if careful else 4, 2)
+    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 8 if careful and d > 32 else 4, 2)
 
 
-def _single_sums(d: int) -> Tile:
-    return Tile(32, 32, min(d, 32), min(d, 64), 8, 1)
+def _single_sums(d: int, tf32: bool) -> Tile:
+    # Which of the tensor cores' instructions multiplies depends on the rows, and logits must round as in `_single`.
+    return Tile(64 if tf32 and d > 64 else 32, 32, min(d, 32), min(d, 64), 8 if d > 32 else 4, 1)

@@ -106,12 +106,11 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     dtype = p.anchors.dtype if p.contrasts is None else torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
     self_contrast = p.contrasts is None and p.contrast_bias is None
     normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
-    nothing = p.logit_scale.new_empty(0)
 
     def inverse_norms(rows: Tensor, normalize: bool) -> Tensor:
-        return rows.new_empty(len(rows), dtype=torch.float32) if normalize and not again else nothing
+        return rows.new_empty(len(rows) if normalize and not again else 0, dtype=torch.float32)
 
-    a, c = inverse_norms(p.anchors, p.normalize_anchors), nothing
+    a, c = inverse_norms(p.anchors, p.normalize_anchors), inverse_norms(p.anchors, False)
     other = "clusters" if p.contrasts is None else "contrast_clusters"
     order, names = parts.get("order"), parts.get("names")
     if p.contrasts is None and not self_contrast:  # a bias breaks the symmetry: the rows meet themselves as another set
@@ -181,10 +180,10 @@ def _rows(
         {
             "SOURCE": source,
             "ORDER": order,
-            "CLUSTERS": own,
-            "OTHER_CLUSTERS": other,
-            "NAMES": names,
-            "BIAS": None if bias is None else bias.resolve_neg().contiguous(),
+            "NUMBERS": own,
+            "OTHER_NUMBERS": other,
+            "SOURCE_NAMES": names,
+            "SOURCE_BIAS": None if bias is None else bias.resolve_neg().contiguous(),
             "ROWS": None if as_it_is else rows.rows,
             "NORMS": norms if norms.numel() else None,
             "ROW_NORMS": rows.inverse_norms,
@@ -244,7 +243,7 @@ def _label(ids: Tensor, known: Tensor, order: Tensor | None, labels: Tensor, own
         ROWS_AT_ONCE,
         (blocks(len(ids), ROWS_AT_ONCE.block_m),),
         {
-            "IDS": ids.contiguous(),
+            "VALUES": ids.contiguous(),
             "SORTED": known,
             "ORDER": order,
             "LABELS": labels,
@@ -297,7 +296,8 @@ class Launch:
     def tile(self, kind: str) -> Tile:
         rows = self.rows.rows
         careful = self.flags["IDS"] or self.flags["BIAS"] != 0
-        return tile(kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, INTERPRETED)
+        tf32 = self.flags["PRECISION"] == "tf32"
+        return tile(kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, tf32, INTERPRETED)
 
     def run(self, kernel: str, shape: Tile, grid: Sequence[int], arguments: dict[str, Any]) -> None:
         """`arguments` and those that each of these kernels takes, by name."""

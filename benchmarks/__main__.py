@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", nargs="+", choices=suites, default=suites, help="default: all of them")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="few and small cases, below two minutes on two cores")
+    parser.add_argument("--autotune", action="store_true", help="let the Triton kernels choose their tiles by time")
     parser.add_argument("--json", action="store_true", help="print the rows, and nothing else, as JSON lines")
     parser.add_argument("--only", metavar="TEXT", default="", help="of these, the cases whose name has TEXT in it")
     parser.add_argument(
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.autotune:
+        os.environ.setdefault("FASTCL_TRITON_AUTOTUNE", "1")
 
     import torch
 

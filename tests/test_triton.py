@@ -14,7 +14,15 @@ from test_stats import check_stats, simple_problem
 from torch import Tensor
 
 import fastcl
-from fastcl.kernels import ops, triton_engine, triton_gradient, triton_launch, triton_rows
+from fastcl.kernels import (
+    ops,
+    triton_engine,
+    triton_gradient,
+    triton_launch,
+    triton_plan,
+    triton_rows,
+    triton_tuning,
+)
 
 interpreted = pytest.mark.skipif(
     "triton" not in ops.BACKENDS or not triton_engine.INTERPRETED, reason="Triton is not interpreted here"
@@ -306,3 +314,102 @@ def test_either_setting_of_precision() -> None:
             assert triton_rows._precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+# Tiles by time
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path) -> tuple[Path, list[tuple[str, triton_plan.Tile]]]:
+    """Tuning into a file, by a clock that likes tiles of few columns and cannot compile stages; what is launched."""
+    from triton.runtime.errors import OutOfResources
+
+    launched: list[tuple[str, triton_plan.Tile]] = []
+    launch = triton_launch.launch
+
+    def watched(name: str, shape: triton_plan.Tile, grid: Any, given: dict[str, Any]) -> None:
+        launched.append((name, shape))
+        launch(name, shape, grid, given)
+
+    def seconds(trial: Any) -> float:
+        trial()
+        if launched[-1][1].stages > 1:
+            raise OutOfResources(2, 1, "shared memory")
+        return float(launched[-1][1].block_n)
+
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv(triton_tuning.VARIABLE, str(path))
+    monkeypatch.setattr(triton_tuning, "FEWEST", 60 * 60)
+    monkeypatch.setattr(triton_tuning, "_found", {})
+    monkeypatch.setattr(triton_tuning, "seconds", seconds)
+    monkeypatch.setattr(triton_launch, "launch", watched)
+    return path, launched
+
+
+@interpreted
+@pytest.mark.parametrize("both", [False, True])
+def test_tiles_by_time(both, timed, monkeypatch) -> None:
+    """What is timed leaves right results, is taken from then on, by smaller calls too, and is found in the file."""
+    path, launched = timed
+    sweeps = {"two_way_kernel" if both else "weighted_kernel", "gradient_kernel"}
+
+    def tiles(n: int) -> dict[str, set[triton_plan.Tile]]:
+        launched.clear()
+        problem = simple_problem(n=n, m=60, d=8, ids=False, bias=False, both=both, scale_tensor=False)
+        leaves = ("anchors", "contrasts") if both else ("anchors",)
+        check_stats(problem.arguments(), leaves, backends=("triton",))
+        return {kernel: {shape for name, shape in launched if name == kernel} for kernel in sweeps}
+
+    before = tiles(50)
+    assert all(len(shapes) == 1 for shapes in before.values())
+    assert not path.exists()
+    assert all(len(shapes) > 3 for shapes in tiles(70).values())
+    written = path.read_text()
+    for _ in range(2):
+        after = tiles(50)
+        for kernel, (shape,) in before.items():
+            assert after[kernel] == {shape._replace(block_n=shape.block_n // 2)}
+        monkeypatch.setattr(triton_tuning, "_found", {})  # as in another process
+    assert path.read_text() == written
+
+
+@interpreted
+def test_errors_that_are_not_about_tiles_are_not_hidden(timed, monkeypatch) -> None:
+    def broken(trial: Any) -> float:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(triton_tuning, "seconds", broken)
+    with fastcl.use_backend("triton"), pytest.raises(RuntimeError, match="no such device"):
+        fastcl.contrastive_stats(torch.randn(70, 8))
+
+
+@pytest.mark.parametrize("setting", ["yes", "tiles.txt"])
+def test_settings_of_tuning(setting, monkeypatch) -> None:
+    monkeypatch.setenv(triton_tuning.VARIABLE, setting)
+    with pytest.raises(ValueError, match=f"FASTCL_TRITON_AUTOTUNE: expected 0, 1 or the name of a file .* '{setting}'"):
+        triton_tuning.mode()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"backward": [1, 2]}', '{"backward": 3}'])
+def test_a_file_that_holds_no_tiles(content, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text(content)
+    monkeypatch.setenv(triton_tuning.VARIABLE, str(path))
+    with pytest.raises(ValueError, match="FASTCL_TRITON_AUTOTUNE: expected tiles that fastcl has written"):
+        triton_tuning.choose("backward", triton_plan.Tile(64, 64, 32, 32, 4, 1), 1)
+
+
+def test_without_being_asked_nothing_is_timed(monkeypatch) -> None:
+    table = triton_plan.Tile(64, 64, 32, 32, 4, 1)
+    for setting in ("", "0"):
+        monkeypatch.setenv(triton_tuning.VARIABLE, setting)
+        assert triton_tuning.choose("backward", table, 1 << 40, lambda tile: pytest.fail("launched")) == table
+
+
+def test_neighbours_round_logits_as_the_table_does() -> None:
+    for shape in (triton_plan.Tile(128, 64, 64, 128, 8, 2), triton_plan.Tile(64, 32, 32, 32, 4, 1)):
+        tried = triton_plan.neighbours(shape)
+        assert len(tried) == len(set(tried)) >= 4
+        assert shape not in tried
+        assert all((tile.block_k, tile.block_d) == (shape.block_k, shape.block_d) for tile in tried)
+        assert all(tile.block_m >= 64 and tile.stages >= 1 for tile in tried)

@@ -55,10 +55,8 @@ def _forward(p: Problem) -> Statistics:
     statistics = new(s, 7, n)
     rows = Launch.of(arranged, arranged.anchors, arranged.contrasts)
     if "weighted" in parts:
-        shape = rows.tile("weighted")
-        grid = blocks(n, shape.block_m), blocks(rows.rows.rows.shape[1], shape.block_d)
         arguments: dict[str, Any] = {"SCALE": p.logit_scale, "STATISTICS": statistics, "WEIGHTED": parts["weighted"]}
-        rows.run("weighted_kernel", shape, grid, arguments | {"WIDTH": p.anchors.shape[1]})
+        rows.sweep("weighted", "weighted_kernel", rows.grid, arguments | {"WIDTH": p.anchors.shape[1]})
         return Statistics(_side(p, statistics, m, parts["bases"]), empty_side(p), a, c, saved)
     others = new(s, 7, m if p.both else 0)
     columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None
@@ -66,30 +64,29 @@ def _forward(p: Problem) -> Statistics:
     for k in range(s):
         scalars: dict[str, Any] = bounds | {"SCALE": p.logit_scale[k : k + 1]}
         if columns is None:
-            shape = rows.tile("forward")
             arguments = scalars | {"STATISTICS": statistics[k], "MIXED_ONLY": False}
-            rows.run("statistics_kernel", shape, (blocks(n, shape.block_m),), arguments)
+            rows.sweep("forward", "statistics_kernel", rows.row_blocks, arguments)
         else:
             _two_ways(rows, columns, scalars, statistics[k], others[k])
         for launch, result in ((rows, statistics[k]), (columns, others[k])):
             if launch is not None:
-                shape = launch.tile("running")
+                shape = launch.tile("running")  # seldom does anything that could be timed
                 apart = "lse_pos" in p.want or "lse_neg" in p.want
                 arguments = scalars | {"STATISTICS": result, "APART": apart}
-                launch.run("running_kernel", shape, (blocks(launch.size, shape.block_m),), arguments)
+                launch.run("running_kernel", shape, launch.row_blocks(shape), arguments)
     contrasts = _side(p, others, n, parts["contrast_bases"]) if p.both else empty_side(p)
     return Statistics(_side(p, statistics, m, parts["bases"]), contrasts, a, c, saved)
 
 
 def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics: Tensor, others: Tensor) -> None:
     """Both sides from one sweep. The few tiles that hold positives are visited once more for the columns."""
-    shape = rows.tile("two_way")
-    number = min(blocks(rows.size, shape.block_m), programs(statistics.device))
-    sums = statistics.new_zeros(number, columns.size)
-    rows.run("two_way_kernel", shape, (number,), scalars | {"STATISTICS": statistics, "PARTIAL_SUMS": sums})
+    number = min(*rows.row_blocks(rows.tile("two_way")), programs(statistics.device))
+    sums = statistics.new_empty(number, columns.size)
+    arguments = scalars | {"STATISTICS": statistics, "PARTIAL_SUMS": sums}
+    rows.sweep("two_way", "two_way_kernel", lambda shape: (number,), arguments, cleared=sums)
     shape = columns.tile("forward")
     arguments = scalars | {"STATISTICS": others, "MIXED_ONLY": True}
-    columns.run("statistics_kernel", shape, (blocks(columns.size, shape.block_m),), arguments)
+    columns.run("statistics_kernel", shape, columns.row_blocks(shape), arguments)
     total = sums.sum(0)
     order = columns.rows.order
     if order is None:

@@ -163,7 +163,6 @@ class _Sweep:
     def run(self, p: Problem, k: int, lifts: _Lifts, weighted: Tensor | None) -> None:
         """`weighted`: what the forward has left of it, for rows without a positive."""
         launch, rows = self.launch, self.launch.rows.rows
-        shape = launch.tile("backward")
         new = lifts.lift.new_empty
         gradient, factor = new(rows.shape), lifts.factor[k : k + 1]
         if weighted is not None and self.own is not None:
@@ -189,9 +188,8 @@ class _Sweep:
             "OTHERS": self.other is not None,
             "SOME": weighted is not None,
         }
-        grid = blocks(launch.size, shape.block_m), blocks(rows.shape[1], shape.block_d)
-        for one_exponential in (1, 0) if lifts.two_sides else (0,):
-            launch.run("gradient_kernel", shape, grid, arguments | {"ONE_EXPONENTIAL": one_exponential})
+        both = [arguments | {"ONE_EXPONENTIAL": one} for one in ((1, 0) if lifts.two_sides else (0,))]
+        launch.sweep("backward", "gradient_kernel", launch.grid, *both)
         if p.logit_scale.shape[0] == 1:
             self._gradients, self.factor = gradient, factor
         elif self._gradients is None:

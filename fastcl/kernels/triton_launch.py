@@ -110,6 +110,11 @@ def architecture(device: torch.device) -> int:
 
 
 @cache
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@cache
 def programs(device: torch.device) -> int:
     """Of a kernel whose programs go on from row block to row block."""
     if device.type != "cuda":

@@ -59,6 +59,23 @@ def tile(
     return _half(kind, known, d, careful)
 
 
+def neighbours(shape: Tile) -> list[Tile]:
+    """Shapes to time against one of the table's. Logits round as with it: D is cut alike, and rows do not become so few
+    that another instruction multiplies them."""
+    wide, narrow = shape.block_n * 2, shape.block_n // 2
+    tried = [
+        shape._replace(block_n=wide),
+        shape._replace(block_n=narrow),
+        shape._replace(warps=12 - shape.warps),  # 4 or 8
+        shape._replace(stages=shape.stages + 1),
+        shape._replace(stages=max(shape.stages - 1, 1)),
+    ]
+    if shape.block_m >= 128:
+        half = shape._replace(block_m=shape.block_m // 2)
+        tried += [half, half._replace(warps=4), half._replace(block_n=wide)]
+    return [tile for tile in dict.fromkeys(tried) if tile != shape and 16 <= tile.block_n <= 256]
+
+
 def row_tile(d: int, interpreted: bool = False) -> Tile:
     """Of the kernels that visit each row once: `block_m` rows, `block_d` of their numbers at a time."""
     return Tile(64 if interpreted else 16, 0, 0, min(d & -d, 512 if interpreted else 128), 4, 1)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import triton_launch
+from . import triton_launch, triton_tuning
 from .problem import NORM_FLOOR, Problem
-from .triton_launch import INTERPRETED, architecture, blocks
+from .triton_launch import INTERPRETED, architecture, blocks, device_name
 from .triton_plan import ROWS_AT_ONCE, Tile, padded, row_tile, tile
 
 # What the backward finds again.
@@ -293,11 +293,41 @@ class Launch:
     def size(self) -> int:
         return self.rows.rows.shape[0]
 
-    def tile(self, kind: str) -> Tile:
+    def row_blocks(self, shape: Tile) -> tuple[int]:
+        """The grid of a program for each row block."""
+        return (blocks(self.size, shape.block_m),)
+
+    def grid(self, shape: Tile) -> tuple[int, int]:
+        """The grid of a program for each row block and part of D."""
+        return blocks(self.size, shape.block_m), blocks(self.rows.rows.shape[1], shape.block_d)
+
+    def tile(self, kind: str, trial: triton_tuning.Trial | None = None) -> Tile:
+        """The table's, or what was found to be faster where that is asked for."""
         rows = self.rows.rows
         careful = self.flags["IDS"] or self.flags["BIAS"] != 0
         tf32 = self.flags["PRECISION"] == "tf32"
-        return tile(kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, tf32, INTERPRETED)
+        found = tile(kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, tf32, INTERPRETED)
+        of_rows = f"{str(rows.dtype)[6:]}{' TF32' if tf32 else ''}, D = {rows.shape[1]}"
+        key = f"{kind}, {device_name(rows.device)}, {of_rows}{', careful' if careful else ''}"
+        return triton_tuning.choose(key, found, self.size * len(self.columns.rows), trial)
+
+    def sweep(
+        self,
+        kind: str,
+        kernel: str,
+        grid: Callable[[Tile], Sequence[int]],
+        *arguments: dict[str, Any],
+        cleared: Tensor | None = None,
+    ) -> None:
+        """A launch with each of the arguments, after clearing what it adds to."""
+
+        def launch(shape: Tile) -> None:
+            if cleared is not None:
+                cleared.zero_()
+            for given in arguments:
+                self.run(kernel, shape, grid(shape), given)
+
+        launch(self.tile(kind, launch))
 
     def run(self, kernel: str, shape: Tile, grid: Sequence[int], arguments: dict[str, Any]) -> None:
         """`arguments` and those that each of these kernels takes, by name."""

@@ -9,8 +9,8 @@ with t = s log2(e). Two ways to keep the sums in range:
 
 - `statistics_kernel` and `two_way_kernel` subtract one fixed shift from all logits. It follows from a bound on them.
 - `running_kernel`, and `weighted_kernel` for columns that need no gradient, keep running maxima. The former does row
-  blocks again that have a sum so small that terms below 2^-126, which are flushed to zero, could matter; and all of
-  them where the bound is so wide that this would be the rule.
+  blocks again that have a sum so small that terms below 2^-126, which are flushed to zero, could matter, or that the
+  shift has rounded their exponents; and all of them where the bound is so wide that this would be the rule.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from .triton_common import (
 
 # Terms below 2^-126 are lost: together they must stay below 2^-24 of a sum of so many terms.
 TINY = tl.constexpr(2.0**-102)
+# A difference of so many bits is no rougher than 2^-20.
+ROUGH = tl.constexpr(16.0)
 # Of exponentials, at most 1, times inverse norms, below 2 in float16, which ends at 2^16 and flushes below 2^-24.
 LIFT = tl.constexpr(2.0**14)
 
@@ -280,7 +282,7 @@ def running_kernel(
     APART: the sums over negatives and over positives are wanted each, not only that over both.
     """
     scale = tl.load(SCALE) * LOG2E
-    _, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
+    shift, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
     needed = 1 - narrow.to(tl.int32)
     if narrow:
         i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -291,7 +293,8 @@ def running_kernel(
         positive = tl.load(places + 3 * size, mask=is_row, other=0.0)
         num_positive = tl.load(places + 5 * size, mask=is_row, other=0.0)
         num_negative = M - tl.load(places + 6 * size, mask=is_row, other=0.0) - num_positive
-        enough = M * TINY
+        # A shift far above a row's log-sum rounds its exponents more coarsely than its logits are.
+        enough = tl.maximum(M * TINY, tl.where(shift > ROUGH, tl.exp2((shift + ROUGH) * -0.5), 0.0))
         if APART:
             poor = ((num_negative > 0) & (negative < enough)) | ((num_positive > 0) & (positive < enough))
         else:

@@ -102,7 +102,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "local": found["local"],
         "shared": result.metadata.shared,
         "products": [name for name in PRODUCTS if name in result.asm["ptx"]],
-        "multiply_adds": result.asm["ptx"].count("fma.rn.f32"),
+        "multiply_adds": result.asm["ptx"].count("fma.rn.f32") + result.asm["ptx"].count("fma.rn.f32x2"),  # of two
         "fusible": len(re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32", result.asm["ptx"])),
     }
 

@@ -14,7 +14,7 @@ from strategies import FIELDS, cluster_ids, generator
 from torch import Tensor
 
 import fastcl
-from fastcl.kernels import triton_engine, triton_gradient, triton_launch, triton_plan, triton_rows
+from fastcl.kernels import triton_engine, triton_launch, triton_plan, triton_rows
 
 triton = pytest.importorskip("triton")
 if not triton_engine.INTERPRETED:
@@ -306,7 +306,7 @@ def test_the_watch_sees_what_it_is_for() -> None:
     with mock.patch.object(triton_rows, "tile", return_value=narrow):
         run()
         with (
-            mock.patch.object(triton_gradient, "blocks", lambda size, block: -(-size // block) + (block == 16)),
+            mock.patch.object(triton_rows, "blocks", lambda size, block: -(-size // block) + (block == 16)),
             pytest.raises(
                 triton.runtime.errors.InterpreterError, match=r"two programs write to a place|beyond its tensors"
             ),

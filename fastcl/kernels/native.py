@@ -93,7 +93,7 @@ def _weighted(p: Problem) -> bool:
 
 def forward(p: Problem) -> Statistics:
     p = _addressable(p)
-    s, n, m = p.sizes
+    _, n, m = p.sizes
     new = p.logit_scale.new_empty
     saved = new(saved_size(p))
     if n == 0 or m == 0:
@@ -131,9 +131,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)
     outputs = (*weighted, p.paired is None, *map(_address, (rows, columns, scale, bias)))
     _run(_native.backward(engine()[0], _describe(swept), (*own, 0), other and (*other, 0), outputs))
-    if folded:
-        rows = columns if rows is None else rows.add_(columns)
-        columns = None
+    if folded and rows is not None and columns is not None:
+        rows, columns = rows.add_(columns), None
     return Gradients(rows, columns, scale, bias)
 
 
@@ -225,9 +224,7 @@ def _describe(p: Problem) -> tuple[int, ...]:
     )
 
 
-def _sides(
-    p: Problem, anchors: Side, contrasts: Side, saved: Tensor
-) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+def _sides(p: Problem, anchors: Side, contrasts: Side, saved: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """Where the statistics of both sides are."""
     s, n, m = p.sizes
     own = _side(p.want, anchors, s, n, _address(saved))

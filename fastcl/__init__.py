@@ -6,6 +6,7 @@ from . import functional
 from .infonce import ClipLoss, ClusterInfoNCE, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .kernels.ops import use_backend
 from .kernels.stats import ContrastiveStats, contrastive_stats
+from .memory import MemoryBank, MemoryQueue
 from .prototypes import MSNLoss, PMSNLoss, SwAVLoss
 from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
 
@@ -15,6 +16,8 @@ __all__ = [
     "ContrastiveStats",
     "DCLLoss",
     "MSNLoss",
+    "MemoryBank",
+    "MemoryQueue",
     "MoCoLoss",
     "NTXentLoss",
     "PMSNLoss",

@@ -23,6 +23,7 @@ from .kernels.checks import (
 )
 from .kernels.problem import accumulation_dtype
 from .kernels.stats import ContrastiveStats, Sweep
+from .memory import MemoryQueue
 from .posing import Contrasts, Posed, per_row, pose
 
 FORMS = ("outside", "inside")
@@ -58,7 +59,9 @@ def cluster_infonce(
     """
     temperature = positive_number("temperature", temperature)
     margin = _check_options(form, denominator, margin, symmetric, normalize, reduction, gather)
-    posed = pose(embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias)
+    posed = pose(
+        embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, normalize
+    )
     if isinstance(temperature, Tensor):
         scale = 1 / _scalar("temperature", temperature, posed)
     else:
@@ -104,11 +107,15 @@ class ClusterInfoNCE(nn.Module):
       cluster of its own (self-contrast then needs two views).
     - positives: as embeddings, or ``[N, D]`` for all views of a sample; one more positive of each anchor that is nobody
       else's contrast (MoCo's momentum key).
-    - contrasts: None for self-contrast; or ``[M, D]``, or a list of such, concatenated. Gradients flow where required.
-    - contrast_clusters: ``[M]`` integers; with ``clusters=None``, the index of the sample that a contrast belongs to,
-      negative: none. None: contrast i belongs with anchor row i (M >= rows) and shares its cluster, further contrasts
-      are negatives.
-    - ids, contrast_ids: ``[N]`` and ``[M]`` integers; equal ones make a pair inadmissible (a stale copy of oneself).
+    - contrasts: None for self-contrast; or ``[M, D]``, a :class:`MemoryQueue`, a :class:`MemoryBank`, or a list of
+      such, concatenated. Gradients flow into tensors that require them. Stored rows are taken as they are, whatever
+      ``normalize`` says, and bring clusters and ids of their own: a queue that stores clusters requires ``clusters``;
+      one that does not holds negatives only and requires ``positives``, if no tensor is beside it.
+    - contrast_clusters: ``[M]`` integers, M without stored rows; with ``clusters=None``, the index of the sample that
+      a contrast belongs to, negative: none. None: contrast i of the tensors belongs with anchor row i (M >= rows) and
+      shares its cluster, further contrasts are negatives.
+    - ids, contrast_ids: ``[N]`` and ``[M]`` integers, M without stored rows; equal ones make a pair inadmissible (a
+      stale copy of oneself).
     - contrast_bias: ``[M]`` floating, finite, added to the logits (``[N * V]`` in self-contrast).
     - weights: ``[N]`` floating >= 0 on the anchors' terms; the mean becomes the weighted mean. The reverse direction
       of ``symmetric`` is not weighted.
@@ -328,8 +335,9 @@ class MoCoLoss(ClusterInfoNCE):
     """MoCo's loss (He et al. 2020): ``MoCoLoss(temperature=0.07)(query, key, queue)``.
 
     The mean of ``log(exp(s_i) + sum_k exp(s_ik)) - s_i``, s_i the logit of query i with its key and s_ik with row k of
-    the queue. Queries and keys are ``[N, D]``, the queue ``[K, D]`` (rows are keys, all negatives; K may be 0). Dtypes,
-    result and errors are those of :class:`ClusterInfoNCE`.
+    the queue. Queries and keys are ``[N, D]``; the queue is a :class:`MemoryQueue` without clusters, its rows taken as
+    stored, or a tensor ``[K, D]`` (all negatives; K may be 0). Dtypes, result and errors are those of
+    :class:`ClusterInfoNCE`.
     """
 
     def __init__(
@@ -343,12 +351,17 @@ class MoCoLoss(ClusterInfoNCE):
     ) -> None:
         super().__init__(temperature, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
 
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, query: Tensor, key: Tensor, queue: Tensor | MemoryQueue) -> Tensor:  # type: ignore[override]
         check_rows("query", query)
         check_rows("key", key, like=query)
-        check_rows("queue", queue, like=query)
         if key.shape != query.shape:
             raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
+        if isinstance(queue, MemoryQueue):
+            if queue.cluster_ids is not None:
+                raise ValueError("queue: expected one without clusters, as all of its rows are negatives")
+            check_rows("queue", queue.rows, like=query)
+            return super().forward(query, positives=key, contrasts=queue)
+        check_rows("queue", queue, like=query)
         nobody = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
         return super().forward(query, positives=key, contrasts=queue, contrast_clusters=nobody)
 
@@ -415,7 +428,7 @@ def _loss(
         posed.contrast_clusters,
         scale,
         options.normalize,
-        options.normalize and posed.contrasts is not None,
+        options.normalize and posed.contrasts is not None and not posed.as_stored,
         _wanted(options),
         posed.positives,
         contrast_bias,

@@ -9,23 +9,29 @@ import torch
 from torch import Tensor
 
 from .kernels.checks import check_ids, check_rows, check_vector
+from .kernels.problem import NORM_FLOOR, inverse_norms
+from .memory import Memory, Stored
 
-Contrasts = Tensor | Sequence[Tensor]
+Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
 
 
 class Posed(NamedTuple):
-    """The rows of a loss, flattened, and who is whose positive. Ids are int64, of which -1 alone equals nothing."""
+    """The rows of a loss, flattened, and who is whose positive. Ids are int64, of which -1 alone equals nothing.
+
+    No clusters: nothing is positive but `positives`.
+    """
 
     anchors: Tensor  # [R, D], R = N or N * V
     contrasts: Tensor | None  # [M, D]
     positives: Tensor | None  # [R, D]
-    anchor_clusters: Tensor  # [R]
+    anchor_clusters: Tensor | None  # [R]
     contrast_clusters: Tensor | None  # [M]
     anchor_ids: Tensor | None  # [R]
     contrast_ids: Tensor | None  # [M]
     shape: tuple[int, ...]  # [N] or [N, V]
     views: int  # V, 1 without views
     dtype: torch.dtype  # of the loss
+    as_stored: bool  # contrasts are taken as they are, whatever the loss does with its anchors
 
 
 def pose(
@@ -37,8 +43,12 @@ def pose(
     ids: Tensor | None,
     contrast_ids: Tensor | None,
     contrast_bias: Tensor | None,
+    normalize: bool = True,
 ) -> Posed:
-    """Checks the tensors of `cluster_infonce`, flattens views and settles the cluster of every row."""
+    """Checks the tensors of `cluster_infonce`, flattens views and settles the cluster of every row.
+
+    normalize: where stored rows and tensors meet in one set, the tensors are normalised here.
+    """
     check_rows("embeddings", embeddings, dims=(2, 3))
     shape, device = tuple(embeddings.shape[:-1]), embeddings.device
     n, views = shape[0], shape[1] if len(shape) == 2 else 1
@@ -57,11 +67,10 @@ def pose(
         if len(shape) == 2:
             positives = positives if positives.dim() == 3 else positives[:, None].expand(-1, views, -1)
             positives = positives.flatten(0, 1)
-    others = _concatenate(contrasts, embeddings)
-    m = rows if others is None else others.shape[0]
-    if contrast_bias is not None:
-        check_vector("contrast_bias", contrast_bias, m, device)
-    if others is None:
+    parts = None if contrasts is None else _parts(contrasts, embeddings)
+    if parts is None:
+        if contrast_bias is not None:
+            check_vector("contrast_bias", contrast_bias, rows, device)
         for name, value in (("contrast_clusters", contrast_clusters), ("ids", ids), ("contrast_ids", contrast_ids)):
             if value is not None:
                 raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
@@ -70,60 +79,144 @@ def pose(
                 "clusters: expected cluster ids, embeddings of at least two views [N, V, D], or contrasts: "
                 f"a single view {list(embeddings.shape)} has no positives"
             )
-    elif contrast_clusters is not None:
-        check_ids("contrast_clusters", contrast_clusters, m, device)
-    elif m < rows:
-        raise ValueError(
-            f"contrasts: expected at least {rows} rows, one for each anchor row, or contrast_clusters; got {m} rows"
-        )
-    if (ids is None) != (contrast_ids is None):
-        given, absent = ("ids", "contrast_ids") if contrast_ids is None else ("contrast_ids", "ids")
-        raise ValueError(f"{absent}: expected a tensor, as {given} is given, got None")
-    if ids is not None and contrast_ids is not None:
-        check_ids("ids", ids, n, device)
-        check_ids("contrast_ids", contrast_ids, m, device)
+    else:
+        if contrast_bias is not None:
+            check_vector("contrast_bias", contrast_bias, sum(part.length for part in parts), device)
+        _check_others(parts, rows, clusters, positives, contrast_clusters, ids, contrast_ids)
+        if ids is not None:
+            check_ids("ids", ids, n, device)
 
     if clusters is None:
         anchor_clusters = per_row(torch.arange(n, device=device), views)
-    elif views == 1 and others is None:  # nobody else belongs with a row in no cluster
+    elif views == 1 and parts is None:  # nobody else belongs with a row in no cluster
         anchor_clusters = clusters.to(torch.int64).clamp(min=-1)
     else:  # private clusters -2, -3, ... are unlike any of the user's, who says "no cluster" by a negative number
         wide = clusters.to(torch.int64)
         private = torch.arange(-2, -2 - n, -1, device=device)
         anchor_clusters = per_row(torch.where(wide < 0, private, wide), views)
-    other_clusters = None
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    if parts is None:
+        return Posed(anchors, None, positives, anchor_clusters, None, None, None, shape, views, dtype, False)
     if contrast_clusters is not None:
-        other_clusters = contrast_clusters.to(torch.int64).clamp(min=-1)
-    elif others is not None:
-        other_clusters = torch.cat((anchor_clusters, anchor_clusters.new_full((m - rows,), -1)))
+        own = contrast_clusters.to(torch.int64).clamp(min=-1)
+    else:
+        count = sum(part.length for part in parts if part.stored is None)
+        own = torch.cat((anchor_clusters, anchor_clusters.new_full((max(count - rows, 0),), -1)))[:count]
+    own_ids = None if contrast_ids is None else contrast_ids.to(torch.int64).clamp(min=-1)
+    clustered = clusters is not None or any(part.stored is None for part in parts)
     return Posed(
         anchors,
-        others,
+        _rows(parts, normalize),
         positives,
-        anchor_clusters,
-        other_clusters,
+        anchor_clusters if clustered else None,
+        _joined(parts, "clusters" if clusters is not None else None, own) if clustered else None,
         None if ids is None else per_row(ids.to(torch.int64).clamp(min=-1), views),
-        None if contrast_ids is None else contrast_ids.to(torch.int64).clamp(min=-1),
+        None if ids is None else _joined(parts, "ids", own_ids),
         shape,
         views,
-        torch.float64 if embeddings.dtype == torch.float64 else torch.float32,
+        dtype,
+        any(part.stored is not None for part in parts),
     )
 
 
-def _concatenate(contrasts: Contrasts | None, embeddings: Tensor) -> Tensor | None:
-    if contrasts is None:
-        return None
-    if isinstance(contrasts, Tensor):
-        check_rows("contrasts", contrasts, like=embeddings)
-        return contrasts
-    if not isinstance(contrasts, (list, tuple)) or not contrasts:
-        raise TypeError(f"contrasts: expected a tensor or a non-empty list of tensors, got {type(contrasts).__name__}")
-    for i, part in enumerate(contrasts):
-        check_rows(f"contrasts[{i}]", part, like=embeddings)
-    dtype = contrasts[0].dtype
-    for part in contrasts:
+class _Part(NamedTuple):
+    """One of a list of contrasts: a tensor's rows, or what a memory holds."""
+
+    rows: Tensor
+    stored: Stored | None
+
+    @property
+    def length(self) -> int:
+        return self.rows.shape[0]
+
+
+def _parts(contrasts: Contrasts, embeddings: Tensor) -> list[_Part]:
+    alone = isinstance(contrasts, (Tensor, Memory))
+    listed: Sequence[Tensor | Memory] = [contrasts] if alone else contrasts  # type: ignore[list-item, assignment]
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise TypeError(
+            "contrasts: expected a tensor, a MemoryQueue, a MemoryBank or a non-empty list of these, "
+            f"got {type(contrasts).__name__}"
+        )
+    parts = []
+    for i, part in enumerate(listed):
+        name = "contrasts" if alone else f"contrasts[{i}]"
+        # One memory alone is read in place, unless a backward may look at its rows again.
+        stored = part.stored(len(listed) == 1 and torch.is_grad_enabled()) if isinstance(part, Memory) else None
+        rows = part if stored is None else stored.rows
+        check_rows(name, rows, like=embeddings)
+        parts.append(_Part(rows, stored))
+    return parts
+
+
+def _check_others(
+    parts: list[_Part],
+    rows: int,
+    clusters: Tensor | None,
+    positives: Tensor | None,
+    contrast_clusters: Tensor | None,
+    ids: Tensor | None,
+    contrast_ids: Tensor | None,
+) -> None:
+    """That contrasts have the clusters and ids that the call needs, and no more."""
+    device = parts[0].rows.device
+    memories = [part.stored for part in parts if part.stored is not None]
+    lengths = [part.length for part in parts if part.stored is None]
+    count = sum(lengths)
+    for name, value in (("contrast_clusters", contrast_clusters), ("contrast_ids", contrast_ids)):
+        if value is not None and not lengths:
+            raise ValueError(f"{name}: expected None, as queues and banks bring their own, got a value")
+    if contrast_clusters is not None:
+        check_ids("contrast_clusters", contrast_clusters, count, device)
+    elif lengths and count < rows:
+        raise ValueError(
+            f"contrasts: expected at least {rows} rows, one for each anchor row, or contrast_clusters; got {count} rows"
+        )
+    if clusters is None and any(memory.clustered for memory in memories):
+        raise ValueError("clusters: expected a tensor, as a queue or bank of the contrasts stores clusters, got None")
+    if not lengths and positives is None and (clusters is None or all(m.clusters is None for m in memories)):
+        raise ValueError("positives: expected a tensor, as the stored contrasts are negatives only, got None")
+    known = contrast_ids is not None or any(memory.ids is not None for memory in memories)
+    if ids is not None and not known:
+        raise ValueError("contrast_ids: expected a tensor, as ids is given, got None")
+    if ids is None and contrast_ids is not None:
+        raise ValueError("ids: expected a tensor, as contrast_ids is given, got None")
+    if contrast_ids is not None:
+        check_ids("contrast_ids", contrast_ids, count, device)
+
+
+def _rows(parts: list[_Part], normalize: bool) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].rows
+    mixed = normalize and any(part.stored is not None for part in parts)
+    rows = [unit(part.rows) if mixed and part.stored is None else part.rows for part in parts]
+    dtype = rows[0].dtype
+    for part in rows:
         dtype = torch.promote_types(dtype, part.dtype)
-    return torch.cat([part.to(dtype) for part in contrasts])
+    return torch.cat([part.to(dtype) for part in rows])
+
+
+def _joined(parts: list[_Part], name: str | None, own: Tensor | None) -> Tensor:
+    """Clusters or ids of all contrasts: those that memories store under `name`, and `own` for the rows of tensors."""
+    found, taken = [], 0
+    for part in parts:
+        values = None if part.stored is None or name is None else getattr(part.stored, name)
+        if part.stored is None and own is not None:
+            values = own[taken : taken + part.length]
+            taken += part.length
+        if values is None:
+            values = torch.full((part.length,), -1, dtype=torch.int64, device=part.rows.device)
+        found.append(values)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows over their norms, differentiable, in the accumulation dtype; zeros stay zeros and get no gradient."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    inverse = inverse_norms(rows.detach())[:, None]
+    empty = inverse == 0  # or of squares beyond the dtype's range
+    norms = torch.linalg.vector_norm(torch.where(empty, 1, rows), dim=1, keepdim=True)
+    return torch.where(empty, rows.detach() * 0, rows / norms.clamp(min=NORM_FLOOR))
 
 
 def per_row(values: Tensor, views: int) -> Tensor:

@@ -1,0 +1,391 @@
+"""Rows kept from one step to the next: a queue of the latest ones, and a bank with a row for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.checks import ROW_DTYPES, check_device, check_flag, check_ids, check_rows, finite_number, values_visible
+from .kernels.problem import inverse_norms
+
+
+class Stored(NamedTuple):
+    """Rows of a memory as a loss takes them: without gradient, normalised already."""
+
+    rows: Tensor  # [M, D]
+    clusters: Tensor | None  # [M] int64, -1: none; None: the memory keeps none
+    ids: Tensor | None  # [M] int64, -1: none
+    clustered: bool  # clusters came from the user, who has to name the anchors' too
+
+
+class Memory(nn.Module):
+    """What queue and bank share: rows that are state, and a loss's view of them.
+
+    Counters are Python's numbers, so that nobody waits for a device to tell how many rows there are.
+    """
+
+    rows: Tensor
+
+    def stored(self, kept: bool) -> Stored:
+        """The valid rows. kept: a backward will want them again, so that they must outlive changes of the memory."""
+        raise NotImplementedError
+
+    @property
+    def dim(self) -> int:
+        return self.rows.shape[1]
+
+    def _unit(self, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+        """Unit rows in `dtype` of those that came; zeros stay zeros."""
+        rows = embeddings.detach().to(dtype)
+        return rows * inverse_norms(rows)[:, None]
+
+    @property
+    def _accumulation(self) -> torch.dtype:
+        return torch.float64 if self.rows.dtype == torch.float64 else torch.float32
+
+    def _check_embeddings(self, embeddings: Any) -> None:
+        check_rows("embeddings", embeddings)
+        if embeddings.shape[1] != self.dim:
+            raise ValueError(f"embeddings: expected rows of dimension {self.dim}, got shape {list(embeddings.shape)}")
+        check_device("embeddings", embeddings, self.rows.device)
+
+    # Loading a state is all or nothing: where a tensor does not fit, none is copied and no counter changes.
+
+    def get_extra_state(self) -> Any:
+        return torch.tensor(self._counters())
+
+    def set_extra_state(self, state: Any) -> None:
+        self._set_counters([int(number) for number in state])
+
+    def _counters(self) -> list[int]:
+        raise NotImplementedError
+
+    def _set_counters(self, counters: list[int]) -> None:
+        raise NotImplementedError
+
+    def _fit(self, counters: list[int]) -> bool:
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {prefix + name: buffer.shape for name, buffer in self.named_buffers()}
+        extra = prefix + "_extra_state"
+        absent = [key for key in (*own, extra) if key not in state_dict]
+        unknown = [key for key in state_dict if key.startswith(prefix) and key not in own and key != extra]
+        wrong = [
+            f"{key}: expected shape {list(shape)}, got {list(state_dict[key].shape)}"
+            for key, shape in own.items()
+            if key in state_dict and state_dict[key].shape != shape
+        ]
+        if not absent and not wrong:
+            counters = state_dict[extra]
+            if not (isinstance(counters, Tensor) and counters.shape == (len(self._counters()),)):
+                wrong.append(f"{extra}: expected {len(self._counters())} numbers, got {counters!r}")
+            elif not self._fit([int(number) for number in counters]):
+                wrong.append(f"{extra}: expected counters of this memory, got {counters.tolist()}")
+        if absent or wrong or (strict and unknown):
+            missing_keys += absent
+            error_msgs += wrong
+            unexpected_keys += unknown if strict else []
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class MemoryQueue(Memory):
+    """The latest ``size`` rows, first in, first out (MoCo's and SwAV's queue, cross-batch memory, NNCLR's support set).
+
+    ``ClusterInfoNCE()(query, positives=key, contrasts=queue)`` is MoCo; with ``clusters=True`` the queue's rows of an
+    anchor's cluster are its positives, and ``ClusterInfoNCE()(z, labels, contrasts=queue)`` is a cross-batch memory.
+    With ``ids=True`` an anchor is kept from stale copies of itself (``ids=`` of the loss).
+
+    Rows are detached, normalised in float32 and then rounded to ``dtype``. A batch that is larger than the queue leaves
+    its last ``size`` rows. What a loss was computed from does not change under its backward: enqueueing may come before
+    it. Content, place and number of rows are in ``state_dict``. Every process keeps a queue of its own: inside a
+    ``DistributedDataParallel`` module, pass ``broadcast_buffers=False`` there.
+
+    Args:
+        size: rows that it holds at most, >= 1.
+        dim: D of a row.
+        dtype: of the stored rows: float64, float32, bfloat16 or float16.
+        clusters: whether every row comes with a cluster id.
+        ids: whether every row comes with a sample id.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Sources: He et al. 2020 (MoCo), Wang et al. 2020 (cross-batch memory), Dwibedi et al. 2021 (NNCLR).
+    """
+
+    cluster_ids: Tensor
+    sample_ids: Tensor
+
+    def __init__(
+        self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, clusters: bool = False, ids: bool = False
+    ) -> None:
+        super().__init__()
+        check_size("size", size)
+        check_size("dim", dim)
+        _check_dtype(dtype)
+        check_flag("clusters", clusters)
+        check_flag("ids", ids)
+        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
+        for name, wanted in (("cluster_ids", clusters), ("sample_ids", ids)):
+            self.register_buffer(name, torch.full((size,), -1, dtype=torch.int64) if wanted else None)
+        self._next, self._count = 0, 0  # where the next row goes, and how many there are
+
+    @property
+    def size(self) -> int:
+        return self.rows.shape[0]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __bool__(self) -> bool:  # an empty queue is a queue
+        return True
+
+    @property
+    def embeddings(self) -> Tensor:
+        """``[len, dim]``, oldest first; a copy."""
+        return self._in_order(self.rows)
+
+    @property
+    def clusters(self) -> Tensor | None:
+        """int64 ``[len]``, oldest first; negative: none. None if the queue stores none."""
+        return None if self.cluster_ids is None else self._in_order(self.cluster_ids)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """int64 ``[len]``, oldest first; negative: none. None if the queue stores none."""
+        return None if self.sample_ids is None else self._in_order(self.sample_ids)
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        if self._count < self.size:  # nothing has been overwritten yet, and the oldest row is the first
+            return values[: self._count].clone()
+        return values.roll(-self._next, 0)
+
+    def stored(self, kept: bool) -> Stored:
+        def valid(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[: self._count].clone()
+
+        rows = self.rows[: self._count]
+        clusters, ids = valid(self.cluster_ids), valid(self.sample_ids)
+        return Stored(rows.clone() if kept else rows, clusters, ids, clusters is not None)
+
+    @torch.no_grad()
+    def enqueue(self, embeddings: Tensor, clusters: Tensor | None = None, ids: Tensor | None = None) -> None:
+        """Appends rows ``[N, dim]``; the oldest ones make room.
+
+        clusters, ids: ``[N]`` integers, negative: none; given where the queue stores them, and only there.
+        """
+        self._check_embeddings(embeddings)
+        for name, value, place in (("clusters", clusters, self.cluster_ids), ("ids", ids, self.sample_ids)):
+            if (value is None) != (place is None):
+                wanted = f"None, as the queue was made without {name}" if place is None else "a tensor of integers"
+                raise ValueError(f"{name}: expected {wanted}, got {'None' if value is None else 'a value'}")
+            if value is not None:
+                check_ids(name, value, len(embeddings), self.rows.device)
+        count = min(len(embeddings), self.size)
+        new = self._unit(embeddings[len(embeddings) - count :], self._accumulation)
+        parts = [(self.rows, new.to(self.rows.dtype))]
+        for value, place in ((clusters, self.cluster_ids), (ids, self.sample_ids)):
+            if value is not None:
+                parts.append((place, value[len(value) - count :].to(torch.int64).clamp(min=-1)))
+        before_end = min(count, self.size - self._next)
+        for place, values in parts:
+            place[self._next : self._next + before_end] = values[:before_end]
+            place[: count - before_end] = values[before_end:]
+        self._next = (self._next + count) % self.size
+        self._count = min(self._count + count, self.size)
+
+    def _counters(self) -> list[int]:
+        return [self._next, self._count]
+
+    def _set_counters(self, counters: list[int]) -> None:
+        self._next, self._count = counters
+
+    def _fit(self, counters: list[int]) -> bool:
+        place, count = counters
+        return 0 <= place < self.size and (count == self.size or place == count) and count >= 0
+
+    def extra_repr(self) -> str:
+        stored = "".join(
+            f", {name}=True"
+            for name, place in (("clusters", self.cluster_ids), ("ids", self.sample_ids))
+            if place is not None
+        )
+        return f"{self.size}, {self.dim}, dtype={self.rows.dtype}{stored}, len={self._count}"
+
+
+class MemoryBank(Memory):
+    """One row for each sample of a data set, a running mean of its embeddings (instance discrimination, PIRL).
+
+    ``update`` sets row i to ``normalize(momentum * row_i + (1 - momentum) * normalize(embedding))``; the first update
+    of a row stores the embedding itself, normalised. ``bank[indices]`` are rows, zeros where there is none yet.
+
+    As ``contrasts=`` of a loss, a bank gives the rows that were ever updated. Their sample ids are their indices:
+    ``ids=indices`` leaves an anchor's own stale row out. Their clusters are those that came with updates, or, in a
+    bank that never got any, the indices: ``ClusterInfoNCE(0.07)(z, indices, contrasts=bank)`` is instance
+    discrimination, an anchor's own row its positive.
+
+    Rows are kept in ``dtype``, and meet in float32. All state is in ``state_dict``.
+
+    Args:
+        num_samples: rows, >= 1.
+        dim: D of a row.
+        momentum: in [0, 1): the share of the old row.
+        dtype: of the stored rows: float64, float32, bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Sources: Wu et al. 2018 (instance discrimination), Misra and van der Maaten 2020 (PIRL).
+    """
+
+    cluster_ids: Tensor
+    filled: Tensor
+
+    def __init__(
+        self, num_samples: int, dim: int, *, momentum: float = 0.5, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        check_size("num_samples", num_samples)
+        check_size("dim", dim)
+        _check_dtype(dtype)
+        self.momentum = finite_number("momentum", momentum)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: expected a number of at least 0 and below 1, got {momentum}")
+        self.register_buffer("rows", torch.zeros(num_samples, dim, dtype=dtype))
+        self.register_buffer("cluster_ids", torch.full((num_samples,), -1, dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros(num_samples, dtype=torch.bool))
+        self._clustered = False  # whether a cluster ever came
+        self._full = False  # whether every row is known to be filled
+
+    @property
+    def num_samples(self) -> int:
+        return self.rows.shape[0]
+
+    def __len__(self) -> int:
+        """How many rows were ever updated."""
+        return self.num_samples if self._full else int(self.filled.sum())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Rows ``[..., dim]`` of integers ``[...]``; a copy."""
+        self._check_indices(indices)
+        return self.rows[indices.to(torch.int64)]
+
+    @property
+    def embeddings(self) -> Tensor:
+        """``[len, dim]``, the rows that were ever updated, by index; a copy."""
+        return self.stored(kept=True).rows
+
+    @property
+    def clusters(self) -> Tensor:
+        """int64 ``[len]``: of those rows; the indices, if no update ever brought clusters."""
+        clusters = self.stored(kept=False).clusters
+        assert clusters is not None
+        return clusters
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 ``[len]``: the indices of those rows."""
+        ids = self.stored(kept=False).ids
+        assert ids is not None
+        return ids
+
+    def stored(self, kept: bool) -> Stored:
+        indices = self._filled_rows()
+        if len(indices) < self.num_samples:
+            clusters = self.cluster_ids[indices] if self._clustered else indices
+            return Stored(self.rows[indices], clusters, indices, self._clustered)
+        clusters = self.cluster_ids.clone() if self._clustered else indices
+        return Stored(self.rows.clone() if kept else self.rows, clusters, indices, self._clustered)
+
+    def _filled_rows(self) -> Tensor:
+        if self._full:
+            return torch.arange(self.num_samples, device=self.rows.device)
+        indices = self.filled.nonzero()[:, 0]
+        self._full = len(indices) == self.num_samples
+        return indices
+
+    @torch.no_grad()
+    def update(self, indices: Tensor, embeddings: Tensor, clusters: Tensor | None = None) -> None:
+        """Moves the rows ``indices`` ``[N]`` towards embeddings ``[N, dim]``, in the order of the batch.
+
+        An index that comes twice takes both updates, one after the other. clusters: ``[N]`` integers, negative: none;
+        without them rows keep the cluster that they have.
+        """
+        self._check_embeddings(embeddings)
+        self._check_indices(indices, len(embeddings))
+        if clusters is not None:
+            check_ids("clusters", clusters, len(embeddings), self.rows.device)
+        if len(embeddings) == 0:
+            return
+        indices = indices.to(torch.int64)
+        new = self._unit(embeddings, self._accumulation)
+        indices, order = torch.sort(indices, stable=True)
+        # of rows that take several updates: which one this is
+        turn = torch.arange(len(indices), device=indices.device) - torch.searchsorted(indices, indices)
+        for k in range(int(turn.max()) + 1):
+            chosen = turn == k
+            place, update = indices[chosen], new[order[chosen]]
+            mixed = self.momentum * self.rows[place].to(update.dtype) + (1 - self.momentum) * update
+            mixed = torch.where(self.filled[place][:, None], mixed * inverse_norms(mixed)[:, None], update)
+            self.rows[place] = mixed.to(self.rows.dtype)
+            self.filled[place] = True
+            if clusters is not None:
+                self.cluster_ids[place] = clusters[order[chosen]].to(torch.int64).clamp(min=-1)
+        self._clustered = self._clustered or clusters is not None
+
+    def _check_indices(self, indices: Any, length: int | None = None) -> None:
+        if isinstance(indices, Tensor) and length is None:
+            check_ids("indices", indices.reshape(-1), indices.numel(), self.rows.device)
+        else:
+            check_ids("indices", indices, 0 if length is None else length, self.rows.device)
+        if values_visible(indices) and indices.numel():
+            least, most = int(indices.min()), int(indices.max())
+            if least < 0 or most >= self.num_samples:
+                wrong = least if least < 0 else most
+                raise ValueError(f"indices: expected numbers from 0 to {self.num_samples - 1}, got {wrong}")
+
+    def _counters(self) -> list[int]:
+        return [int(self._clustered)]
+
+    def _set_counters(self, counters: list[int]) -> None:
+        self._clustered, self._full = bool(counters[0]), False
+
+    def _fit(self, counters: list[int]) -> bool:
+        return counters[0] in (0, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_samples}, {self.dim}, momentum={self.momentum:g}, dtype={self.rows.dtype}"
+
+
+def check_size(name: str, value: Any) -> None:
+    """A positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
+    if dtype not in ROW_DTYPES:
+        raise ValueError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")

@@ -291,6 +291,42 @@ std::unique_ptr<SinkhornCall> sinkhorn(const std::string &engine, const py::tupl
   return std::make_unique<SinkhornCall>(engine_named(engine), call, terms);
 }
 
+class TopKCall {
+public:
+  TopKCall(const Engine *engine, const TopK &call) : engine_(engine), call_(call) {}
+  int64_t workspace() const { return engine_->topk(call_, nullptr) + 64; }
+  void run(int64_t address) const {
+    require(address, "workspace: a null pointer");
+    py::gil_scoped_release release;
+    engine_->topk(call_, reinterpret_cast<void *>((address + 63) / 64 * 64));
+  }
+
+private:
+  const Engine *engine_;
+  const TopK call_;
+};
+
+std::unique_ptr<TopKCall> topk(const std::string &engine, const py::tuple &numbers) {
+  Reader in(numbers);
+  TopK call{};
+  call.queries = in.rows();
+  call.keys = in.rows();
+  call.dimension = in.integer();
+  call.k = in.integer();
+  call.query_ids = in.address<const int32_t>();
+  call.key_ids = in.address<const int32_t>();
+  call.wide_reals = in.integer();
+  call.threads = int(in.integer());
+  call.values = in.address();
+  call.indices = in.address<int64_t>();
+  in.end();
+  require(call.queries.data && call.keys.data && call.values && call.indices, "queries, keys, values or indices: a null pointer");
+  require(!call.query_ids == !call.key_ids, "ids of one side only");
+  require(call.queries.size >= 1 && call.keys.size >= 1 && call.dimension >= 1 && call.k >= 1 && call.threads >= 1, "sizes and threads must be positive");
+  require(call.keys.size < INT32_MAX / 2, "more than 2^30 rows");
+  return std::make_unique<TopKCall>(engine_named(engine), call);
+}
+
 std::vector<std::string> names(const std::vector<const Engine *> &engines) {
   std::vector<std::string> result;
   for (const Engine *engine : engines) result.push_back(engine->name);
@@ -311,6 +347,10 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("workspace", &SinkhornCall::workspace, "bytes of workspace that `run` needs")
       .def("run", &SinkhornCall::run, py::arg("workspace"));
   m.def("sinkhorn", &sinkhorn, py::arg("engine"), py::arg("call"), py::arg("terms"));
+  py::class_<TopKCall>(m, "TopKCall")
+      .def_property_readonly("workspace", &TopKCall::workspace, "bytes of workspace that `run` needs")
+      .def("run", &TopKCall::run, py::arg("workspace"));
+  m.def("topk", &topk, py::arg("engine"), py::arg("call"));
   m.def("built_engines", [] { return names(built_engines()); }, "instruction sets that this build has an engine for");
   m.def("supported_engines", [] { return names(supported_engines()); }, "those that this machine runs, slowest first");
   m.def(

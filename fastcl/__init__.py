@@ -6,7 +6,7 @@ from . import functional
 from .infonce import ClipLoss, ClusterInfoNCE, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .kernels.ops import use_backend
 from .kernels.stats import ContrastiveStats, contrastive_stats
-from .memory import MemoryBank, MemoryQueue
+from .memory import MemoryBank, MemoryQueue, knn_predict, topk_similarity
 from .prototypes import MSNLoss, PMSNLoss, SwAVLoss
 from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
 
@@ -26,9 +26,11 @@ __all__ = [
     "SwAVLoss",
     "contrastive_stats",
     "functional",
+    "knn_predict",
     "power_law_prior",
     "prior_from_counts",
     "sinkhorn",
+    "topk_similarity",
     "uniform_prior",
     "use_backend",
 ]

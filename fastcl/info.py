@@ -14,6 +14,7 @@ from .kernels.checks import ROW_DTYPES
 from .kernels.ops import BACKENDS, MISSING, choose_backend
 from .kernels.problem import accumulation_dtype
 from .kernels.sinkhorn_ops import choose as choose_for_sinkhorn
+from .kernels.topk_ops import choose as choose_for_topk
 
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
@@ -67,9 +68,14 @@ def _native() -> list[str]:
 
 def _choices() -> list[str]:
     devices = ("cpu", "cuda") if _cuda_devices() else ("cpu",)
+    choices = (
+        ("contrastive_stats", choose_backend),
+        ("sinkhorn", choose_for_sinkhorn),
+        ("topk_similarity", choose_for_topk),
+    )
     return [
         f"  {what:<18} {device:<5} {str(rows.dtype)[6:]:<9} {choose(torch.device(device), accumulation_dtype(rows))}"
-        for what, choose in (("contrastive_stats", choose_backend), ("sinkhorn", choose_for_sinkhorn))
+        for what, choose in choices
         for device in devices
         for rows in (torch.empty(0, dtype=dtype) for dtype in ROW_DTYPES)
     ]

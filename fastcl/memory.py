@@ -1,4 +1,4 @@
-"""Rows kept from one step to the next: a queue of the latest ones, and a bank with a row for each sample."""
+"""Rows kept from one step to the next, a queue of the latest ones or a bank with one for each sample; the nearest."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .kernels.checks import ROW_DTYPES, check_device, check_flag, check_ids, check_rows, finite_number, values_visible
+from .kernels.checks import (
+    ROW_DTYPES,
+    check_device,
+    check_flag,
+    check_ids,
+    check_rows,
+    finite_number,
+    positive_number,
+    values_visible,
+)
 from .kernels.problem import inverse_norms
+from .kernels.topk_ops import topk
 
 
 class Stored(NamedTuple):
@@ -36,15 +46,6 @@ class Memory(nn.Module):
     @property
     def dim(self) -> int:
         return self.rows.shape[1]
-
-    def _unit(self, embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-        """Unit rows in `dtype` of those that came; zeros stay zeros."""
-        rows = embeddings.detach().to(dtype)
-        return rows * inverse_norms(rows)[:, None]
-
-    @property
-    def _accumulation(self) -> torch.dtype:
-        return torch.float64 if self.rows.dtype == torch.float64 else torch.float32
 
     def _check_embeddings(self, embeddings: Any) -> None:
         check_rows("embeddings", embeddings)
@@ -198,7 +199,7 @@ class MemoryQueue(Memory):
             if value is not None:
                 check_ids(name, value, len(embeddings), self.rows.device)
         count = min(len(embeddings), self.size)
-        new = self._unit(embeddings[len(embeddings) - count :], self._accumulation)
+        new = unit_rows(embeddings[len(embeddings) - count :])
         parts = [(self.rows, new.to(self.rows.dtype))]
         for value, place in ((clusters, self.cluster_ids), (ids, self.sample_ids)):
             if value is not None:
@@ -209,6 +210,18 @@ class MemoryQueue(Memory):
             place[: count - before_end] = values[before_end:]
         self._next = (self._next + count) % self.size
         self._count = min(self._count + count, self.size)
+
+    def nearest(self, embeddings: Tensor) -> Tensor:
+        """The stored row ``[N, dim]`` that is nearest to each of the embeddings ``[N, dim]`` (NNCLR); a copy.
+
+        In cosine similarity, the first stored of equals. ValueError while the queue is empty.
+        """
+        self._check_embeddings(embeddings)
+        if self._count == 0:
+            raise ValueError("nearest: expected at least one row in the queue, got none")
+        rows = self.rows[: self._count]
+        _, indices = topk_similarity(embeddings, rows, 1)  # a query's length does not change who is nearest
+        return rows[indices[:, 0]]
 
     def _counters(self) -> list[int]:
         return [self._next, self._count]
@@ -337,7 +350,7 @@ class MemoryBank(Memory):
         if len(embeddings) == 0:
             return
         indices = indices.to(torch.int64)
-        new = self._unit(embeddings, self._accumulation)
+        new = unit_rows(embeddings)
         indices, order = torch.sort(indices, stable=True)
         # of rows that take several updates: which one this is
         turn = torch.arange(len(indices), device=indices.device) - torch.searchsorted(indices, indices)
@@ -389,3 +402,97 @@ def _check_dtype(dtype: Any) -> None:
         raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     if dtype not in ROW_DTYPES:
         raise ValueError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
+
+
+# The nearest of what is kept.
+
+
+def topk_similarity(
+    queries: Tensor, keys: Tensor, k: int, *, query_ids: Tensor | None = None, key_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest inner products of each query with keys, exact, best first, without storing the N x M of them.
+
+    Args:
+        queries: ``[N, D]``; float64, float32, bfloat16 or float16, taken as they come.
+        keys: ``[M, D]``.
+        k: from 1 to M.
+        query_ids, key_ids: ``[N]`` and ``[M]`` integers; a key of the query's id is left out (itself, or all of its
+            cluster); negative: no id.
+
+    Returns:
+        (values ``[N, k]``, indices ``[N, k]``): float32, float64 where a set of rows is float64; int64. Of equal
+        values the lower index comes first, a NaN before all numbers. Where fewer than k keys are admissible the rest
+        is (-inf, -1). No gradient flows through the values; take them again by index where one is wanted.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_rows("queries", queries)
+    check_rows("keys", keys, like=queries)
+    check_size("k", k)
+    n, m = queries.shape[0], keys.shape[0]
+    if k > m:
+        raise ValueError(f"k: expected at most the number of keys, {m}, got {k}")
+    if (query_ids is None) != (key_ids is None):
+        absent, given = ("key_ids", "query_ids") if key_ids is None else ("query_ids", "key_ids")
+        raise ValueError(f"{absent}: expected a tensor, as {given} is given, got None")
+    ids = []
+    for name, value, length in (("query_ids", query_ids, n), ("key_ids", key_ids, m)):
+        if value is not None:
+            check_ids(name, value, length, queries.device)
+        ids.append(None if value is None else value.to(torch.int64).clamp(min=-1))
+    return topk(queries, keys, k, *ids)
+
+
+def knn_predict(
+    queries: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    k: int = 200,
+    temperature: float = 0.07,
+    num_classes: int | None = None,
+) -> Tensor:
+    """Class scores of queries by their k nearest keys in cosine similarity, weighted (Wu et al. 2018).
+
+    The score of class c is the sum of ``exp(s / temperature)`` over those of the k neighbours that have label c, over
+    the sum of all k: a row adds up to 1, and ``.argmax(1)`` is the prediction.
+
+    Args:
+        queries: ``[N, D]``; normalised here, as are the keys. Any floating dtype.
+        keys: ``[M, D]``.
+        labels: ``[M]`` integers from 0 to num_classes - 1.
+        k: from 1 to M.
+        temperature: > 0.
+        num_classes: C; None: one more than the largest label.
+
+    Returns:
+        ``[N, C]``, float32; float64 where a set of rows is float64. No gradient flows.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_rows("queries", queries)
+    check_rows("keys", keys, like=queries)
+    check_ids("labels", labels, len(keys), queries.device)
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature: expected a number, got a tensor")
+    temperature = positive_number("temperature", temperature)
+    if num_classes is None:
+        num_classes = int(labels.max()) + 1 if len(labels) else 1
+    check_size("num_classes", num_classes)
+    if values_visible(labels) and len(labels):
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= num_classes:
+            wrong = least if least < 0 else most
+            raise ValueError(f"labels: expected numbers from 0 to {num_classes - 1}, got {wrong}")
+    values, indices = topk_similarity(unit_rows(queries), unit_rows(keys), k)
+    weights = torch.softmax(values / temperature, dim=1)
+    scores = weights.new_zeros(len(queries), num_classes)
+    return scores.scatter_add_(1, labels.to(torch.int64)[indices], weights)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows over their norms, detached, in float32 or float64; zeros stay zeros."""
+    rows = rows.detach()
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows * inverse_norms(rows)[:, None]

@@ -2,6 +2,7 @@
 #pragma once
 #include "../problem.h"
 #include "../sinkhorn.h"
+#include "../topk.h"
 
 namespace fastcl {
 
@@ -22,6 +23,7 @@ struct Engine {
   int64_t (*forward)(const Forward &, const Arranged &, void *workspace);
   int64_t (*backward)(const Backward &, const Arranged &, void *workspace);
   int64_t (*sinkhorn)(const Sinkhorn &, void *workspace);
+  int64_t (*topk)(const TopK &, void *workspace);
 };
 
 namespace baseline {

@@ -2,6 +2,7 @@
 #include "gradient.h"
 #include "sinkhorn.h"
 #include "statistics.h"
+#include "topk.h"
 
 #define FASTCL_STRING_(name) #name
 #define FASTCL_STRING(name) FASTCL_STRING_(name)
@@ -42,5 +43,5 @@ int64_t backward(const Backward &call, const Arranged &at, void *workspace) {
 }
 
 } // namespace
-const Engine engine{FASTCL_STRING(FASTCL_ISA), forward, backward, sinkhorn};
+const Engine engine{FASTCL_STRING(FASTCL_ISA), forward, backward, sinkhorn, topk};
 } // namespace fastcl::FASTCL_ISA

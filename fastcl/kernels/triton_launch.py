@@ -65,18 +65,20 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-_MODULES = {
-    "statistics_kernel": "forward",
-    "two_way_kernel": "forward",
-    "running_kernel": "forward",
-    "weighted_kernel": "forward",
-    "gradient_kernel": "backward",
+MODULES = {
+    "statistics_kernel": "triton_forward",
+    "two_way_kernel": "triton_forward",
+    "running_kernel": "triton_forward",
+    "weighted_kernel": "triton_forward",
+    "gradient_kernel": "triton_backward",
+    "topk_kernel": "triton_search",
 }
 
 
 @cache
 def kernel_named(name: str) -> Any:
-    return getattr(import_module(f"fastcl.kernels.triton_{_MODULES.get(name, 'per_row')}"), name)
+    module = "sinkhorn_kernels" if name.startswith("sinkhorn_") else MODULES.get(name, "triton_per_row")
+    return getattr(import_module(f"fastcl.kernels.{module}"), name)
 
 
 def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -> None:

@@ -1,0 +1,76 @@
+"""The largest inner products on backend ``triton``: a kernel over row blocks and parts of the columns, and a merge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import topk_blocks, triton_launch
+from .problem import accumulation_dtype
+from .triton_launch import INTERPRETED, architecture, blocks, on_device, programs
+from .triton_plan import Tile, padded
+from .triton_rows import _precision, names_of
+
+MOST = 256  # slots that a program's registers hold; a larger k goes through blocks
+WAVES = 4  # programs for each multiprocessor
+
+
+def shape(architecture: int, dtype: torch.dtype, d: int, slots: int, interpreted: bool = False) -> Tile:
+    """Compiler-chosen, unmeasured, as in `triton_plan`: no spills on any architecture of its table."""
+    if interpreted:
+        return Tile(16, 32, d if d <= 128 else d & -d, d, 4, 1)
+    rows = 32 if slots <= 64 else 16
+    if dtype.itemsize > 2:
+        return Tile(rows, 32, min(d, 32), d, 4, 2)
+    return Tile(rows, 64, d if d <= 128 else 64, d, 4, 2)
+
+
+def topk(
+    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (n, d), m = queries.shape, keys.shape[0]
+    if k > MOST or accumulation_dtype(queries, keys) == torch.float64:
+        return topk_blocks.topk(queries, keys, k, query_ids, key_ids)
+    device, dtype = queries.device, torch.promote_types(queries.dtype, keys.dtype)
+    width = padded(d, INTERPRETED)
+    slots = max(16, 1 << (k - 1).bit_length())
+    tile = shape(architecture(device), dtype, width, slots, INTERPRETED)
+    rows = blocks(n, tile.block_m)
+    parts = max(1, min(WAVES * programs(device) // max(rows, 1), blocks(m, 16 * tile.block_n)))
+    span = blocks(blocks(m, parts), tile.block_n) * tile.block_n
+    parts = blocks(m, span)
+    best = torch.empty((n, parts, slots), dtype=torch.int64, device=device)
+    row_names, column_names = names_of(query_ids, key_ids)
+    arguments = {
+        "X": _packed(queries, dtype, width),
+        "Y": _packed(keys, dtype, width),
+        "ROW_NAMES": row_names,
+        "COLUMN_NAMES": column_names,
+        "BEST": best,
+        "N": n,
+        "M": m,
+        "SPAN": span,
+        "K": k,
+        "D": width,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "SLOTS": slots,
+        "IDS": row_names is not None,
+        "PRECISION": _precision(dtype),
+        "INTERPRETED": INTERPRETED,
+    }
+    if n:
+        with on_device(device):
+            triton_launch.launch("topk_kernel", tile, (rows, parts), arguments)
+    return topk_blocks.unpacked(torch.topk(best.flatten(1), k).values)
+
+
+def _packed(rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """[n, width] contiguous, zeros behind the row."""
+    rows = rows.resolve_neg().to(dtype)
+    if width == rows.shape[1]:
+        return rows.contiguous()
+    result = rows.new_zeros(rows.shape[0], width)
+    result[:, : rows.shape[1]] = rows
+    return result

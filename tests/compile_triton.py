@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcl.kernels import triton_launch, triton_plan
+from fastcl.kernels import topk_triton, triton_launch, triton_plan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
@@ -30,6 +30,7 @@ POINTERS = {
     "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
     "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
     "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
+    "BEST": "*i64", "SPAN": "i32", "K": "i32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
@@ -44,6 +45,7 @@ KERNELS = {
     "weights": "weights_kernel",
     "side": "side_kernel",
     "finish": "finish_kernel",
+    "topk": "topk_kernel",
 }
 WHOLE_ROWS = ("rows", "finish")
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -54,6 +56,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     dtype, d, careful = getattr(torch, job["dtype"]), job["d"], job.get("careful", False)
     if job["kind"] in WHOLE_ROWS:
         shape = triton_plan.row_tile(d)
+    elif job["kind"] == "topk":
+        shape = topk_triton.shape(job["architecture"], dtype, d, job["flags"]["SLOTS"])
     elif job["kind"] not in triton_plan.KINDS:
         shape = triton_plan.ROWS_AT_ONCE
     elif "tile" in job:
@@ -81,7 +85,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
             continue
         of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS")
         signature[name] = ROWS[job["dtype"]] if of_rows else POINTERS.get(name, "*fp32")
-        if name not in ("N", "M"):  # as at run time: memory of torch's begins at multiples of 16 bytes
+        if name not in ("N", "M", "SPAN", "K"):  # as at run time: memory of torch's begins at multiples of 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
     result = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),

@@ -132,6 +132,26 @@ def test_all_kernels_form_logits_in_one_way() -> None:
         assert len({t.block_k for t in tiles}) == 1, (architecture, dtype, precision, d, careful)
 
 
+SEARCHES = [
+    (architecture, dtype, d, slots)
+    for architecture in ARCHITECTURES
+    for dtype in ("bfloat16", "float32")
+    for d in DIMENSIONS
+    for slots in (32, 64, 256)
+]
+SOME_SEARCHES = [(90, "bfloat16", 128, 64), (80, "float32", 256, 256), (100, "bfloat16", 512, 256)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "d", "slots"), SEARCHES if os.environ.get("FASTCL_COMPILE_ALL") else SOME_SEARCHES
+)
+def test_topk_compiles_without_spills(architecture, dtype, d, slots, tmp_path) -> None:
+    job = {"kind": "topk", "architecture": architecture, "dtype": dtype, "d": d, "flags": {"SLOTS": slots}}
+    for result in compiled([job | {"careful": True}, job], tmp_path):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+
+
 def test_rows_are_padded_to_what_tiles_take() -> None:
     for d in range(1, 4097):
         width = padded(d)

@@ -13,16 +13,17 @@ from .triton_rows import _precision, names_of
 
 MOST = 256  # slots that a program's registers hold; a larger k goes through blocks
 WAVES = 4  # programs for each multiprocessor
+TILES = 16  # of columns that a program sees, at least
 
 
 def shape(architecture: int, dtype: torch.dtype, d: int, slots: int, interpreted: bool = False) -> Tile:
     """Compiler-chosen, unmeasured, as in `triton_plan`: no spills on any architecture of its table."""
     if interpreted:
-        return Tile(16, 32, d if d <= 128 else d & -d, d, 4, 1)
-    rows = 32 if slots <= 64 else 16
+        return Tile(32, 64, d if d <= 128 else d & -d, d, 4, 1)
+    few = slots <= 64
     if dtype.itemsize > 2:
-        return Tile(rows, 32, min(d, 32), d, 4, 2)
-    return Tile(rows, 64, d if d <= 128 else 64, d, 4, 2)
+        return Tile(32 if few else 16, 32, min(d, 32), d, 4, 2)
+    return Tile(64 if few else 16, 128 if few else 64, d if d <= 128 else 64, d, 8, 2)
 
 
 def topk(
@@ -36,7 +37,7 @@ def topk(
     slots = max(16, 1 << (k - 1).bit_length())
     tile = shape(architecture(device), dtype, width, slots, INTERPRETED)
     rows = blocks(n, tile.block_m)
-    parts = max(1, min(WAVES * programs(device) // max(rows, 1), blocks(m, 16 * tile.block_n)))
+    parts = max(1, min(WAVES * programs(device) // max(rows, 1), blocks(m, TILES * tile.block_n)))
     span = blocks(blocks(m, parts), tile.block_n) * tile.block_n
     parts = blocks(m, span)
     best = torch.empty((n, parts, slots), dtype=torch.int64, device=device)

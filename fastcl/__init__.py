@@ -8,6 +8,7 @@ from .kernels.ops import use_backend
 from .kernels.stats import ContrastiveStats, contrastive_stats
 from .memory import MemoryBank, MemoryQueue, knn_predict, topk_similarity
 from .prototypes import MSNLoss, PMSNLoss, SwAVLoss
+from .sampled import SampledNCELoss, sampled_similarity
 from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MoCoLoss",
     "NTXentLoss",
     "PMSNLoss",
+    "SampledNCELoss",
     "SinkhornResult",
     "SupConLoss",
     "SwAVLoss",
@@ -29,6 +31,7 @@ __all__ = [
     "knn_predict",
     "power_law_prior",
     "prior_from_counts",
+    "sampled_similarity",
     "sinkhorn",
     "topk_similarity",
     "uniform_prior",

@@ -1,0 +1,244 @@
+"""Losses against a few rows of a bank, drawn for each anchor: instance discrimination, PIRL."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .kernels.checks import (
+    check_device,
+    check_flag,
+    check_ids,
+    check_option,
+    check_rows,
+    check_tensor,
+    finite_number,
+    positive_number,
+    scalar_tensor,
+    values_visible,
+)
+from .kernels.problem import accumulation_dtype
+from .kernels.sampled_ops import backward_op, forward_op
+from .memory import MemoryBank, check_size
+from .posing import unit
+
+FORMS = ("nce", "infonce")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def sampled_similarity(queries: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
+    """Inner products of each query with keys of its own: ``result[i, s] = <queries[i], keys[indices[i, s]]>``.
+
+    Gathered and multiplied in blocks: the ``[N, S, D]`` of gathered rows is never stored, neither here nor for the
+    backward.
+
+    Args:
+        queries: ``[N, D]``; float64, float32, bfloat16 or float16, taken as they come.
+        keys: ``[M, D]``.
+        indices: ``[N, S]`` integers from 0 to M - 1.
+
+    Returns:
+        ``[N, S]``, float32; float64 where a set of rows is float64. Differentiable once in queries and keys.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: on a second derivative.
+    """
+    check_rows("queries", queries)
+    check_rows("keys", keys, like=queries)
+    check_samples("indices", indices, len(queries), len(keys), queries.device)
+    result: Tensor = forward_op(queries, keys, indices.to(torch.int64))
+    return result
+
+
+class SampledNCELoss(nn.Module):
+    r"""Noise-contrastive estimation against negatives drawn from a bank, anew for each anchor and call.
+
+    With logits :math:`s = \langle \hat x_i, y \rangle / \text{temperature}`, s_i that of the positive, S negatives and
+    a bank of M samples, the loss of an anchor is
+
+    ============= ============================================================================================
+    form          loss of anchor i
+    ============= ============================================================================================
+    ``"nce"``     :math:`-\log h(s_i) - \sum_n \log(1 - h(s_n))`, :math:`h(s) = \frac{e^s / Z}{e^s / Z + S / (M - 1)}`
+    ``"infonce"`` :math:`-s_i + \log(e^{s_i} + \sum_n e^{s_n})`
+    ============= ============================================================================================
+
+    ``SampledNCELoss(0.07)(z, indices, bank)`` is instance discrimination: the positive is the anchor's own row of the
+    bank. PIRL, for an image's embedding f and its pretext version's g, is ``w * loss(g, indices, bank) + (1 - w) *
+    loss(f, indices, bank)`` with ``form="infonce"``. Update the bank afterwards: ``bank.update(indices, z)``.
+
+    Args:
+        temperature: number, tensor or ``nn.Parameter``.
+        num_negatives: S, drawn evenly from the bank's rows but the anchor's own, with replacement.
+        form: above.
+        log_normalizer: log Z of ``"nce"``. None: estimated by the first call, from its negatives, and kept (a buffer).
+        normalize: whether embeddings and ``positives`` are normalised; stored rows are taken as they are.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, over anchors that count: those whose positive there is.
+
+    Shapes of ``forward(embeddings, indices, bank, *, positives=None, negatives=None, generator=None)``:
+
+    - embeddings: ``[N, D]``. float64, float32, bfloat16, float16.
+    - indices: ``[N]`` integers: which samples the anchors are.
+    - bank: :class:`MemoryBank`. An anchor whose row was never updated does not count, unless ``positives`` are given.
+    - positives: ``[N, D]``, in place of the bank's rows.
+    - negatives: ``[N, S]`` indices into the bank, in place of a draw.
+    - generator: of the draw, on the bank's device.
+
+    Returns:
+        A scalar, or ``[N]`` with ``reduction="none"`` (0 where an anchor does not count). float32; float64 for float64
+        embeddings.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Sources: Wu et al. 2018 (instance discrimination), Misra and van der Maaten 2020 (PIRL).
+    """
+
+    log_normalizer: Tensor
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        num_negatives: int = 4096,
+        form: str = "nce",
+        log_normalizer: float | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature = positive_number("temperature", temperature)
+        check_size("num_negatives", num_negatives)
+        check_option("form", form, FORMS)
+        check_flag("normalize", normalize)
+        check_option("reduction", reduction, REDUCTIONS)
+        known = math.nan if log_normalizer is None else finite_number("log_normalizer", log_normalizer)
+        self.register_buffer("log_normalizer", torch.tensor(known))
+        self.num_negatives, self.form, self.normalize, self.reduction = num_negatives, form, normalize, reduction
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        indices: Tensor,
+        bank: MemoryBank,
+        *,
+        positives: Tensor | None = None,
+        negatives: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss; shapes and errors are in the class's description."""
+        check_rows("embeddings", embeddings)
+        if not isinstance(bank, MemoryBank):
+            raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}")
+        check_rows("bank", bank.rows, like=embeddings)
+        check_ids("indices", indices, len(embeddings), embeddings.device)
+        check_samples("indices", indices[:, None], len(embeddings), bank.num_samples, embeddings.device)
+        if positives is not None:
+            check_rows("positives", positives, like=embeddings)
+            if positives.shape != embeddings.shape:
+                raise ValueError(
+                    f"positives: expected shape {list(embeddings.shape)}, as embeddings, got {list(positives.shape)}"
+                )
+        if negatives is None:
+            negatives = draw(bank, indices, self.num_negatives, generator)
+        else:
+            check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
+        indices = indices.to(torch.int64)
+        x = unit(embeddings) if self.normalize else embeddings.to(accumulation_dtype(embeddings, bank.rows))
+        places = torch.cat((indices[:, None], negatives.to(torch.int64)), 1)
+        with torch.no_grad():
+            similarity: Tensor = forward_op(x, bank.rows, places)
+        temperature = scalar_tensor("temperature", self.temperature, x.device, similarity.dtype)
+        logits = similarity / temperature
+        positive, negative = logits[:, 0], logits[:, 1:]
+        if positives is not None:
+            others = unit(positives) if self.normalize else positives
+            positive = (x * others).sum(1) / temperature
+            counted = torch.ones_like(positive, dtype=torch.bool)
+        else:
+            counted = bank.filled[indices]
+        if self.form == "infonce":
+            both = torch.cat((positive[:, None], negative), 1)
+            terms = both.logsumexp(1) - positive
+            slopes = torch.softmax(both.detach(), 1)
+            slopes[:, 0] -= 1
+        else:
+            log_odds = self._normalizer(negative, bank.num_samples - 1)
+            log_odds = log_odds + math.log(negative.shape[1] / (bank.num_samples - 1))
+            softplus = nn.functional.softplus
+            terms = softplus(log_odds - positive) + softplus(negative - log_odds).sum(1)
+            slopes = torch.sigmoid(logits.detach() - log_odds)
+            slopes[:, 0] -= 1
+        if torch.is_grad_enabled() and x.requires_grad:
+            if positives is not None:
+                slopes[:, 0] = 0  # that one has come by autograd
+            slopes /= temperature.detach()
+            with torch.no_grad():
+                slope, _ = backward_op(x, bank.rows, places, slopes, [True, False])
+            terms = _WithSlope.apply(terms, x, slope)
+        dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        terms = torch.where(counted, terms, 0).to(dtype)
+        if self.reduction == "none":
+            return terms
+        return terms.sum() / counted.sum().clamp(min=1) if self.reduction == "mean" else terms.sum()
+
+    @torch.no_grad()
+    def _normalizer(self, negative: Tensor, others: int) -> Tensor:
+        """log Z: as known, else others * mean(exp(s)) of these negatives, from now on."""
+        estimate = negative.detach().flatten().logsumexp(0) + math.log(others / negative.numel())
+        known = self.log_normalizer.to(estimate)
+        self.log_normalizer = torch.where(known.isnan(), estimate, known).to(self.log_normalizer.dtype)
+        return self.log_normalizer.to(negative)
+
+    def extra_repr(self) -> str:
+        return f"num_negatives={self.num_negatives}, form={self.form!r}, reduction={self.reduction!r}"
+
+
+class _WithSlope(torch.autograd.Function):
+    """Terms [N], of which term i has this derivative [N, D] in row i of x, besides what autograd knows of them.
+
+    Taken in the forward, as the bank's rows may have changed by the time of the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return terms.view_as(terms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return grad, grad[:, None] * slope, None
+
+
+def draw(bank: MemoryBank, indices: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """int64 ``[N, count]``: evenly from the bank's rows but the anchor's own, of those that were ever updated."""
+    known = bank.ids
+    if len(known) < 2:
+        raise ValueError(f"bank: expected at least 2 rows that were updated, to draw negatives from, got {len(known)}")
+    indices = indices.to(torch.int64)
+    place = torch.searchsorted(known, indices.contiguous()).clamp(max=len(known) - 1)
+    own = known[place] == indices
+    drawn = torch.randint(0, 2**62, (len(indices), count), generator=generator, device=known.device)
+    drawn %= (len(known) - own.long())[:, None]
+    drawn += (own[:, None] & (drawn >= place[:, None])).long()
+    return known[drawn]
+
+
+def check_samples(name: str, value: Any, n: int, m: int, device: torch.device) -> None:
+    """A tensor [n, S] of integers from 0 to m - 1."""
+    check_tensor(name, value)
+    if value.dim() != 2 or value.shape[0] != n:
+        raise ValueError(f"{name}: expected shape [{n}, S], got {list(value.shape)}")
+    check_ids(name, value.reshape(-1), value.numel(), device)
+    check_device(name, value, device)
+    if values_visible(value) and value.numel():
+        least, most = int(value.min()), int(value.max())
+        if least < 0 or most >= m:
+            raise ValueError(f"{name}: expected numbers from 0 to {m - 1}, got {least if least < 0 else most}")

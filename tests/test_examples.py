@@ -23,7 +23,7 @@ def test_python_blocks_of_the_documentation_run(code: str) -> None:
     exec(compile(code, "<documentation>", "exec"), {})
 
 
-@pytest.mark.parametrize("name", ["supcon.py", "own_loss.py", "pmsn.py"])
+@pytest.mark.parametrize("name", ["supcon.py", "own_loss.py", "pmsn.py", "moco.py"])
 def test_examples_run_as_scripts(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / name],
@@ -70,6 +70,11 @@ def test_pmsn_example_follows_its_priors(example) -> None:
     shares = example.main(steps=60)
     assert shares["uniform"].max() < 0.2
     assert shares["power law"].max() > 0.25
+
+
+@pytest.mark.parametrize("example", ["moco"], indirect=True)
+def test_moco_example_learns(example) -> None:
+    assert example.main(steps=40) > 0.95
 
 
 def test_local_links_of_the_documentation_lead_somewhere() -> None:

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from fastcl import knn_predict
 from fastcl.train.data import ImageData, as_float
 from fastcl.train.methods import PrototypeMethod, kmeans
 
@@ -52,9 +52,11 @@ def assigned(method: PrototypeMethod, images: Tensor, device: torch.device) -> L
 
 
 def knn_accuracy(rows: Representation, images: ImageData) -> float:
-    """Share of held-out images whose ten nearest training images (cosine) vote for their label."""
-    classifier = KNeighborsClassifier(min(NEIGHBOURS, len(rows.train)), metric="cosine")
-    return float(classifier.fit(rows.train, images.train_labels).score(rows.test, images.test_labels))
+    """Share of held-out images whose ten nearest training images (cosine), the nearer the weightier, vote for their
+    label."""
+    train, test = torch.from_numpy(rows.train), torch.from_numpy(rows.test)
+    votes = knn_predict(test, train, torch.from_numpy(images.train_labels), min(NEIGHBOURS, len(train)))
+    return float((votes.argmax(1).numpy() == images.test_labels).mean())
 
 
 def linear_accuracy(rows: Representation, images: ImageData, labels_per_class: int | None, seed: int) -> float:

@@ -192,7 +192,7 @@ class Run:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            loss = self.method(torch.stack(views, dim=1), clusters)
+            loss = self.method(torch.stack(views, dim=1), clusters, torch.from_numpy(index).to(self.device))
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()

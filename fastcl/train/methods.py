@@ -1,5 +1,6 @@
 """Encoder, projector, and the methods that train them. A method is a subclass of `Method` and a line in `METHODS`."""
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from fastcl import ClusterInfoNCE, PMSNLoss, SwAVLoss, power_law_prior, prior_from_counts, uniform_prior
+from fastcl import ClusterInfoNCE, MemoryQueue, PMSNLoss, SwAVLoss, power_law_prior, prior_from_counts, uniform_prior
 from fastcl.train import OptionError
 from fastcl.train.data import ImageData, attributes, read_csv_clusters
 
@@ -58,15 +59,18 @@ class Method(nn.Module):
         projections: Tensor = self.projector(self.encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
         return projections
 
-    def forward(self, views: Tensor, clusters: Tensor | None) -> Tensor:
-        """Loss (scalar) of views ``[B, V, C, H, W]`` and clusters int64 ``[B]`` (negative: none; None: not yet)."""
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        """Loss (scalar) of views ``[B, V, C, H, W]``.
+
+        clusters: int64 ``[B]`` (negative: none; None: not yet). index: int64 ``[B]``, which images these are.
+        """
         raise NotImplementedError
 
 
 class SimCLR(Method):
     """The positives of a view are the other views of its image."""
 
-    def forward(self, views: Tensor, clusters: Tensor | None) -> Tensor:
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         loss: Tensor = self.loss(self.project(views))
         return loss
 
@@ -76,9 +80,60 @@ class ClInfoNCE(Method):
 
     needs_clusters = True
 
-    def forward(self, views: Tensor, clusters: Tensor | None) -> Tensor:
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         loss: Tensor = self.loss(self.project(views), clusters)
         return loss
+
+
+class QueueMethod(Method):
+    """Keys come from a slowly moving copy of encoder and projector, and stay in a queue for later batches."""
+
+    def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
+        super().__init__(image_shape, temperature, projection)
+        self.slow = deepcopy(nn.ModuleList([self.encoder, self.projector])).requires_grad_(False)
+        self.queue = MemoryQueue(QUEUE, projection, ids=True)
+
+    @torch.no_grad()
+    def keys(self, views: Tensor) -> Tensor:
+        """Projections ``[B, V, D]`` of the copy, which follows by one step first."""
+        if self.training:
+            quick = [*self.encoder.parameters(), *self.projector.parameters()]
+            for own, other in zip(self.slow.parameters(), quick, strict=True):
+                own.lerp_(other, 1 - MOMENTUM)
+        encoder, projector = self.slow
+        keys: Tensor = projector(encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+        return keys
+
+    def enqueue(self, keys: Tensor, index: Tensor) -> None:
+        self.queue.enqueue(keys.flatten(0, 1), ids=index.repeat_interleave(keys.shape[1]))
+
+
+class MoCo(QueueMethod):
+    """The positive of a view is the key of the other view; the queue holds negatives, the image's own left out."""
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        queries, keys = self.project(views), self.keys(views)
+        loss: Tensor = self.loss(queries, positives=keys.flip(1), contrasts=self.queue, ids=index)
+        self.enqueue(keys, index)
+        return loss
+
+
+class NNCLR(QueueMethod):
+    """A head predicts from a view the neighbour in the queue of the other view's key, against the other predictions."""
+
+    def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
+        super().__init__(image_shape, temperature, projection)
+        self.head = nn.Sequential(nn.Linear(projection, 256), nn.ReLU(), nn.Linear(256, projection))
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        predictions, keys = self.head(self.project(views)), self.keys(views).flip(1)
+        neighbours = keys
+        if len(self.queue):
+            neighbours = self.queue.nearest(keys.flatten(0, 1)).unflatten(0, keys.shape[:2])
+        pairs = zip(predictions.unbind(1), neighbours.unbind(1), strict=True)
+        losses = [self.loss(neighbour.contiguous(), contrasts=prediction) for prediction, neighbour in pairs]
+        self.enqueue(keys, index)
+        return torch.stack(losses).mean()
 
 
 class PrototypeMethod(Method):
@@ -110,7 +165,7 @@ class SwAV(PrototypeMethod):
         super().__init__(image_shape, temperature, masses)
         self.loss = SwAVLoss(temperature, prior=masses)
 
-    def forward(self, views: Tensor, clusters: Tensor | None) -> Tensor:
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         scores = self.scores(self.project(views))
         loss: Tensor = self.loss(list(scores.unbind(1)))
         return loss
@@ -128,14 +183,17 @@ class PMSN(PrototypeMethod):
         super().__init__(image_shape, temperature, masses)
         self.loss = PMSNLoss(temperature, prior=masses)
 
-    def forward(self, views: Tensor, clusters: Tensor | None) -> Tensor:
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         projections = self.project(views)
         anchors, targets = projections.transpose(0, 1), projections.flip(1).transpose(0, 1)
         loss: Tensor = self.loss(anchors.flatten(0, 1), targets.flatten(0, 1), self.prototypes)
         return loss
 
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "clinfonce": ClInfoNCE, "swav": SwAV, "pmsn": PMSN}
+METHODS: dict[str, type[Method]] = {
+    "simclr": SimCLR, "clinfonce": ClInfoNCE, "moco": MoCo, "nnclr": NNCLR, "swav": SwAV, "pmsn": PMSN
+}  # fmt: skip
+QUEUE, MOMENTUM = 2048, 0.95  # rows, and what of the copy is kept at a step; both small, as the data is
 PRIORS = ("uniform", "power_law", "counts")
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 
+def _apart() -> dict[str, Any]:
+    """Suites whose peers, rows and pages are their own, by name."""
+    from benchmarks import nearest, queue_step, transport
+
+    return {module.SUITE: module for module in (transport, queue_step, nearest)}
+
+
 def _parser() -> argparse.ArgumentParser:
-    from benchmarks import transport
     from benchmarks.cases import SUITES
 
-    suites = [*SUITES, transport.SUITE]
+    suites = [*SUITES, *_apart()]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Speed, memory and error of fastcl and of its peers, side by side."
     )
@@ -59,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from benchmarks import machine, report, transport
+    from benchmarks import machine, report
     from benchmarks.cases import cases
 
     folder: Path | None = options.report
@@ -73,21 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.out or machine.ROOT / "runs" / "benchmarks" / machine.slug(
             machine.processor(device), torch.get_num_threads(), device
         )
-        solvers = [
-            case.name
-            for case in (transport.QUICK if options.quick else transport.CASES)
-            if transport.SUITE in options.suite and options.only in case.name
-        ]
-        if solvers:
-            here = f"{machine.processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-            for row in transport.run(folder, device, options.quick, f"{here}, {machine.commit()}.", options.only):
+        apart, measured = _apart(), False
+        here = f"{machine.processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        for name in [name for name in apart if name in options.suite]:
+            suite = apart[name]
+            if not any(options.only in case.name for case in (suite.QUICK if options.quick else suite.CASES)):
+                continue
+            measured = True
+            for row in suite.run(folder, device, options.quick, f"{here}, {machine.commit()}.", options.only):
                 if options.json:
                     print(json.dumps(row), flush=True)
             if not options.json:
-                print((folder / transport.PAGE).read_text())
-        options.suite = [name for name in options.suite if name != transport.SUITE]
+                print((folder / suite.PAGE).read_text())
+        options.suite = [name for name in options.suite if name not in apart]
         chosen = [case for case in cases(options.suite, options.quick, options.device) if options.only in case.name]
-        if solvers and not chosen:
+        if measured and not chosen:
             return 0
         if not chosen:
             parser.error(f"--only: no case of these suites has {options.only!r} in its name")

@@ -85,11 +85,19 @@ class ClInfoNCE(Method):
         return loss
 
 
+def apart(projector: nn.Sequential, projection: int) -> nn.Sequential:
+    """With batch normalisation: projections of untrained weights nearly coincide, the batch's statistics part them."""
+    first, middle, last = projector
+    return nn.Sequential(first, nn.BatchNorm1d(256), middle, last, nn.BatchNorm1d(projection, affine=False))
+
+
 class QueueMethod(Method):
     """Keys come from a slowly moving copy of encoder and projector, and stay in a queue for later batches."""
 
     def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
         super().__init__(image_shape, temperature, projection)
+        # Else keys of one time coincide, and being of now or of then is all that tells a positive from the queue.
+        self.projector = apart(self.projector, projection)
         self.slow = deepcopy(nn.ModuleList([self.encoder, self.projector])).requires_grad_(False)
         self.queue = MemoryQueue(QUEUE, projection, ids=True)
 
@@ -144,12 +152,8 @@ class PrototypeMethod(Method):
 
     def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor, projection: int = 128) -> None:
         super().__init__(image_shape, temperature, projection)
-        first, middle, last = self.projector
-        # Projections of untrained weights nearly coincide. All rows of scores are then alike, each is assigned the
-        # prior, and predicting that is a fixed point. The batch's statistics pull the projections apart.
-        self.projector = nn.Sequential(
-            first, nn.BatchNorm1d(256), middle, last, nn.BatchNorm1d(projection, affine=False)
-        )
+        # All rows of scores would be alike at first, each assigned the prior, and predicting that is a fixed point.
+        self.projector = apart(self.projector, projection)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(len(masses), projection), dim=1))
         self.register_buffer("masses", masses)
 

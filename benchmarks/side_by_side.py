@@ -1,0 +1,88 @@
+"""What suites with peers of their own share: rows of a case, each with its error, its times and ratios, and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.measure import Step, alternate, timer_for
+from benchmarks.providers import version
+
+Row = dict[str, Any]
+OURS = "fastcl cpu"
+
+
+class Contestant(NamedTuple):
+    """step: what is timed. error: relative, of what the step computes, from float64; called first, and raises if it
+    is not what the case asks for. package: whose version counts."""
+
+    step: Step
+    error: Callable[[], float]
+    package: str
+
+
+def measure(
+    suite: str,
+    case: str,
+    contestants: Mapping[str, Contestant],
+    missing: Mapping[str, str],
+    device: torch.device,
+    tolerance: float,
+    **effort: Any,
+) -> list[Row]:
+    """A row for each; who is off by more than `tolerance` is told, and not timed. `effort`: `measure.alternate`'s."""
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for name, contestant in contestants.items():
+        row: Row = {"suite": suite, "case": case, "provider": name, "version": version(contestant.package)}
+        rows[name] = row
+        try:
+            error = contestant.error()
+            contestant.step()
+        except Exception as problem:  # whatever a peer raises, the others are measured
+            row |= {"status": "error", "reason": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
+            continue
+        row["error"] = error
+        if not error <= tolerance:
+            row |= {"status": "wrong", "reason": f"error {error:.1e}, allowed {tolerance:.0e}"}
+            continue
+        row["status"] = "ok"
+        steps[name] = contestant.step
+    samples = alternate(steps, timer_for(device), **effort)
+    for name in steps:
+        low, middle, high = samples.percentiles(name)
+        ratio = {other: samples.ratio(name, other)[1] for other in steps if other != name}
+        rows[name] |= {"p20_ms": low * 1e3, "p50_ms": middle * 1e3, "p80_ms": high * 1e3, "ratio": ratio}
+    absent = [
+        {"suite": suite, "case": case, "provider": name, "status": "missing", "reason": reason}
+        for name, reason in missing.items()
+    ]
+    return [*rows.values(), *absent]
+
+
+def page(title: str, rows: Sequence[Row], circumstances: str, note: str) -> str:
+    lines = [f"# {title}", "", circumstances, ""]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        lines += [f"## {case}", "", f"| who | time (20 to 80 %) | {OURS} is faster by | error |", "|---|---|---|---|"]
+        chosen = [row for row in rows if row["case"] == case]
+        for row in chosen:
+            if row["status"] != "ok":
+                continue
+            faster = row["ratio"].get(OURS)
+            lines.append(
+                f"| {row['provider']} | {row['p50_ms']:.3g} ms ({row['p20_ms']:.3g} to {row['p80_ms']:.3g}) "
+                f"| {f'{1 / faster:.2g}x' if faster else ''} | {row['error']:.0e} |"
+            )
+        left_out = [f"- {r['provider']}: {r['status']} ({r['reason']})" for r in chosen if r["status"] != "ok"]
+        lines += ["", *left_out, ""] if left_out else [""]
+    return "\n".join([*lines, note]) + "\n"
+
+
+def write(folder: Path, suite: str, rows: Iterable[Row], text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{suite}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{suite}.md").write_text(text)

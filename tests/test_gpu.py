@@ -376,3 +376,34 @@ def test_ragged_batches_compile_nothing_new() -> None:
         training_step(*(t[:n] if t.dim() else t for t in problem(n=n)))
     assert variants() == compiled
     assert compiled < 150
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m", "d", "k"), [(70, 3001, 40, 20), (5, 20_000, 128, 200), (129, 900, 300, 1)])
+def test_topk_is_exact_with_ties(backend, dtype, n, m, d, k) -> None:
+    g = generator(0)
+    queries, keys = (torch.randint(-2, 3, (size, d), generator=g) for size in (n, m))
+    ids = torch.arange(n) % 7, torch.arange(m) % 7
+    exact = (queries.double() @ keys.double().T).masked_fill(ids[0][:, None] == ids[1], -torch.inf)
+    expected = exact.sort(dim=1, descending=True, stable=True)
+    values, indices = fastcl.topk_similarity(
+        queries.to("cuda", dtype), keys.to("cuda", dtype), k, query_ids=ids[0].cuda(), key_ids=ids[1].cuda()
+    )
+    assert torch.equal(values.double().cpu(), expected.values[:, :k])
+    assert torch.equal(indices.cpu(), expected.indices[:, :k])
+
+
+def test_queue_and_bank_on_the_device(backend) -> None:
+    queue, bank = fastcl.MemoryQueue(50, 8, ids=True).cuda(), fastcl.MemoryBank(40, 8).cuda()
+    z, index = torch.randn(30, 8, device="cuda", requires_grad=True), torch.arange(30, device="cuda")
+    for _ in range(2):
+        queue.enqueue(z, ids=index)
+        bank.update(index, z)
+    assert queue.ids.tolist() == [*range(10, 30), *range(30)]
+    assert len(bank) == 30
+    loss = fastcl.ClusterInfoNCE()(z, positives=z.flip(0), contrasts=[queue, bank], ids=index)
+    loss = loss + fastcl.SampledNCELoss(num_negatives=12)(z, index, bank)
+    loss.backward()
+    assert loss.isfinite()
+    assert z.grad.isfinite().all()
+    assert queue.nearest(z).shape == (30, 8)

@@ -198,12 +198,14 @@ private:
       else EACH(r, MR) EACH(v, NV) add_to(u[r][v], x[r][v]);
     }
     const T *const least = thresholds + part * padded + p * NR;
-    I<T> candidates = all_int<T>(0);
+    I<T> candidates[NV];
     EACH(v, NV) {
       const V<T> threshold = load(least + v * W);
-      for (int r = 0; r < MR; r++) candidates |= passes(load(u[r][v]), threshold, p * NR + v * W, first + r);
+      candidates[v] = all_int<T>(0);
+      for (int r = 0; r < MR; r++) candidates[v] |= passes(load(u[r][v]), threshold, p * NR + v * W, first + r);
     }
-    if (any<T>(candidates)) insert(u, p, first, to, part);
+    static_assert(NV == 2, "two vectors");
+    if (any<T>(candidates[0] | candidates[1])) insert(u, candidates, p, first, to, part);
   }
   FASTCL_INLINE I<T> passes(V<T> x, V<T> threshold, int64_t query, int64_t key) const {
     I<T> mask = ~(I<T>)(x <= threshold);
@@ -211,21 +213,26 @@ private:
     return mask;
   }
 
-  FASTCL_NOINLINE void insert(const T (&u)[MR][NV][W], int64_t p, int64_t first, int64_t to, int64_t part) const {
-    T *const least = thresholds + part * padded + p * NR;
-    for (int64_t r = 0; r < smaller(int64_t(MR), to - first); r++)
-      for (int64_t v = 0; v < NV; v++) {
-        const I<T> mask = passes(load(u[r][v]), load(least + v * W), p * NR + v * W, first + r);
-        if (!any<T>(mask)) continue;
-        for (int64_t l = 0; l < W; l++) {
-          const int64_t query = p * NR + v * W + l;
-          if (!mask[l] || query >= n) continue;
-          Heap<T> best = heap(part, query);
-          best.push(u[r][v][l], int32_t(first + r));
-          counts[part * n + query] = best.count;
-          least[v * W + l] = best.threshold();
+  // Of each query that has a candidate, all of the tile's keys, in ascending order.
+  FASTCL_NOINLINE void insert(const T (&u)[MR][NV][W], const I<T> (&candidates)[NV], int64_t p, int64_t first, int64_t to, int64_t part) const {
+    const int64_t rows = smaller(int64_t(MR), to - first);
+    for (int64_t v = 0; v < NV; v++) {
+      typename Simd<T>::Int mask[W] __attribute__((aligned(64)));
+      memcpy(mask, &candidates[v], sizeof(mask));
+      for (int64_t l = 0; l < W; l++) {
+        const int64_t query = p * NR + v * W + l;
+        if (!mask[l] || query >= n) continue;
+        T &threshold = thresholds[part * padded + query];
+        Heap<T> best = heap(part, query);
+        for (int64_t r = 0; r < rows; r++) {
+          const T x = u[r][v][l];
+          if (x <= threshold || (call.key_ids && call.key_ids[first + r] == ids[query])) continue; // a NaN goes in
+          best.push(x, int32_t(first + r));
+          threshold = best.threshold();
         }
+        counts[part * n + query] = best.count;
       }
+    }
   }
 
   void finish(int t) const {

@@ -6,6 +6,7 @@
 #include "../cpu/mean.h"
 #include "formula.h"
 #include "memory.h"
+#include <algorithm>
 #include <csignal>
 #include <memory>
 #include <random>
@@ -227,6 +228,40 @@ template <class T> void check_mean(const Engine &engine, const Case &c, Pool &po
   check_gradients<T>(engine, c, call, truth.gradients(row_weights, column_weights), tolerance);
 }
 
+// The largest inner products of the rows as they are, in order; ids as engines take them.
+template <class T> void check_topk(const Engine &engine, const Case &c, Random &random, Pool &pool, const Input &in, const Problem &p) {
+  const int64_t n = c.n, m = in.columns(), k = 1 + random.below(random.coin() ? std::min<int64_t>(m, 5) : m);
+  std::vector<int32_t> query_ids, key_ids;
+  if (random.coin()) {
+    for (int64_t i = 0; i < n; i++) query_ids.push_back(int32_t(random.below(4)) - 2); // -2: a name that no key has
+    for (int64_t j = 0; j < m; j++) key_ids.push_back(int32_t(random.below(3)) - 1);
+  }
+  const TopK call{p.anchors, p.column_rows(), c.d, k, pool.copy(query_ids), pool.copy(key_ids), sizeof(T) == 8, c.threads, pool.array<T>(n * k),
+                  pool.array<int64_t>(n * k)};
+  engine.topk(call, pool.workspace(engine.topk(call, nullptr)));
+  const double tolerance = sizeof(T) == 8 ? 1e-13 : 1e-5;
+  for (int64_t i = 0; i < n; i++) {
+    Reals products(m), best;
+    for (int64_t j = 0; j < m; j++) {
+      for (int64_t d = 0; d < c.d; d++) products[j] += in.anchors[i * c.d + d] * (in.self() ? in.anchors : in.contrasts)[j * c.d + d];
+      if (query_ids.empty() || query_ids[i] != key_ids[j]) best.push_back(products[j]);
+    }
+    std::sort(best.rbegin(), best.rend());
+    std::vector<bool> seen(m);
+    for (int64_t q = 0; q < k; q++) {
+      const double value = double(((const T *)call.values)[i * k + q]);
+      const int64_t j = call.indices[i * k + q];
+      if (q >= int64_t(best.size())) {
+        if (j != -1 || value != -std::numeric_limits<double>::infinity()) fail("top-k: a place that is none", q, value, double(j), 0);
+        continue;
+      }
+      if (j < 0 || j >= m || seen[j]) fail("top-k: indices", q, double(j), -1, 0);
+      seen[j] = true;
+      if (!(std::fabs(value - best[q]) <= tolerance && std::fabs(value - products[j]) <= tolerance)) fail("top-k", q, value, best[q], tolerance);
+    }
+  }
+}
+
 template <class T> void run(const Engine &engine, const Case &c, Place place, uint64_t seed) {
   Random random(seed);
   Pool pool(place);
@@ -321,6 +356,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   for (int k = 1; k < p.scales; k++) expected.add(truths[k]->gradients(row_weights[k], column_weights[k]));
   check_gradients<T>(engine, c, backward, expected, tolerance);
   if (!weighted && p.scales == 1) check_mean<T>(engine, c, pool, backward, arranged, *truths[0], tolerance);
+  check_topk<T>(engine, c, random, pool, in, p);
 }
 
 // Every dimension from 1 to 70 in turn (tails of all vectors), sizes up to 40 and around the largest tile's 192 rows.

@@ -322,7 +322,8 @@ std::unique_ptr<TopKCall> topk(const std::string &engine, const py::tuple &numbe
   in.end();
   require(call.queries.data && call.keys.data && call.values && call.indices, "queries, keys, values or indices: a null pointer");
   require(!call.query_ids == !call.key_ids, "ids of one side only");
-  require(call.queries.size >= 1 && call.keys.size >= 1 && call.dimension >= 1 && call.k >= 1 && call.threads >= 1, "sizes and threads must be positive");
+  require(call.queries.size >= 1 && call.keys.size >= 1 && call.dimension >= 1, "sizes and threads must be positive");
+  require(call.k >= 1 && call.threads >= 1, "sizes and threads must be positive");
   require(call.keys.size < INT32_MAX / 2, "more than 2^30 rows");
   return std::make_unique<TopKCall>(engine_named(engine), call);
 }

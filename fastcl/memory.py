@@ -56,7 +56,7 @@ class Memory(nn.Module):
     # Loading a state is all or nothing: where a tensor does not fit, none is copied and no counter changes.
 
     def get_extra_state(self) -> Any:
-        return torch.tensor(self._counters())
+        return torch.tensor(self._counters(), device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         self._set_counters([int(number) for number in state])
@@ -199,7 +199,7 @@ class MemoryQueue(Memory):
             if value is not None:
                 check_ids(name, value, len(embeddings), self.rows.device)
         count = min(len(embeddings), self.size)
-        new = unit_rows(embeddings[len(embeddings) - count :])
+        new = unit_rows(embeddings[len(embeddings) - count :], self.rows.dtype)
         parts = [(self.rows, new.to(self.rows.dtype))]
         for value, place in ((clusters, self.cluster_ids), (ids, self.sample_ids)):
             if value is not None:
@@ -350,7 +350,7 @@ class MemoryBank(Memory):
         if len(embeddings) == 0:
             return
         indices = indices.to(torch.int64)
-        new = unit_rows(embeddings)
+        new = unit_rows(embeddings, self.rows.dtype)
         indices, order = torch.sort(indices, stable=True)
         # of rows that take several updates: which one this is
         turn = torch.arange(len(indices), device=indices.device) - torch.searchsorted(indices, indices)
@@ -491,8 +491,8 @@ def knn_predict(
     return scores.scatter_add_(1, labels.to(torch.int64)[indices], weights)
 
 
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows over their norms, detached, in float32 or float64; zeros stay zeros."""
-    rows = rows.detach()
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+def unit_rows(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows over their norms, detached, in float32, or float64 if that is their or the given dtype; zeros stay zeros."""
+    wide = torch.float64 in (rows.dtype, dtype)
+    rows = rows.detach().to(torch.float64 if wide else torch.float32)
     return rows * inverse_norms(rows)[:, None]

@@ -3,6 +3,7 @@
 #pragma once
 #include "../topk.h"
 #include "sweep.h"
+#include <type_traits>
 
 namespace fastcl::FASTCL_ISA {
 namespace {
@@ -154,7 +155,10 @@ private:
     const int64_t bytes = d * (call.keys.dtype == Dtype::float64 ? 8 : call.keys.dtype == Dtype::float32 ? 4 : 2);
     for (int64_t from = keys.from; from < keys.to; from += BLOCK) {
       const int64_t to = smaller(from + BLOCK, keys.to), rows = round_up(to - from, MR);
-      block(a, from, to, rows, t);
+      // Few queries: the rows are multiplied where they lie, as copying them would take as long.
+      const bool in_place = readable() && mine.to - mine.from <= 4 && to - from == rows;
+      const T *const first = in_place ? (const T *)call.keys.data + from * call.keys.row_stride : a;
+      if (!in_place) block(a, from, to, rows, t);
       // The next block comes into the second-level cache meanwhile, a few lines with each tile.
       const char *ahead = (const char *)call.keys.data + to * bytes;
       const int64_t next = in_one_piece ? (smaller(to + BLOCK, keys.to) - to) * bytes : 0;
@@ -163,19 +167,23 @@ private:
       for (int64_t p = mine.from; p < mine.to; p++)
         for (int64_t i = 0; i < rows; i += MR) {
           for (const int64_t end = smaller(fetched + step, next); fetched < end; fetched += 64) __builtin_prefetch(ahead + fetched, 0, 2);
-          tile(a + i * A_ROW, p, from + i, to, part);
+          if (in_place) tile(first + i * call.keys.row_stride, call.keys.row_stride, CHUNK, p, from + i, to, part);
+          else tile(first + i * A_ROW, std::integral_constant<int64_t, A_ROW>(), A_CHUNK, p, from + i, to, part);
         }
     }
   }
 
+  bool readable() const { // keys are rows of T, each in one piece
+    return call.keys.column_stride == 1 && call.keys.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
+  }
+
   // Keys, row-major by chunks: a[chunk][row][A_ROW]; zeros from `to` on.
   void block(T *a, int64_t from, int64_t to, int64_t rows, int t) const {
-    const bool direct = call.keys.column_stride == 1 && call.keys.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
     T *const buffer = buffers + t * W * row();
     for (int64_t r = 0; r < rows; r++) {
       const T *x = nullptr;
       if (from + r < to) {
-        if (direct) x = (const T *)call.keys.data + (from + r) * call.keys.row_stride;
+        if (readable()) x = (const T *)call.keys.data + (from + r) * call.keys.row_stride;
         else read_row(call.keys, from + r, d, buffer), x = buffer;
       }
       for (int64_t c = 0; c < chunks; c++) {
@@ -187,13 +195,25 @@ private:
     }
   }
 
-  FASTCL_INLINE void tile(const T *a, int64_t p, int64_t first, int64_t to, int64_t part) const {
+  // Keys `row` apart, and what belongs to the next chunk of them `chunk` apart.
+  template <class Row> FASTCL_INLINE void tile(const T *a, Row row, int64_t chunk, int64_t p, int64_t first, int64_t to, int64_t part) const {
     T u[MR][NV][W] __attribute__((aligned(64)));
     const T *const b = columns + p * d * NR;
     for (int64_t c = 0; c < chunks; c++) {
       V<T> x[MR][NV];
       EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
-      multiply<Mul, A_ROW, 1>(a + c * A_CHUNK, b + c * CHUNK * NR, smaller(CHUNK, d - c * CHUNK), x, a + c * A_CHUNK + MR * A_ROW);
+      const T *rows = a + c * chunk, *query = b + c * CHUNK * NR;
+      const int64_t depth = smaller(CHUNK, d - c * CHUNK), stride = row;
+      if constexpr (std::is_same<Row, int64_t>::value) {
+        for (int64_t k = 0; k < depth; k++) {
+          V<T> y[NV];
+          EACH(v, NV) y[v] = load(query + k * NR + v * W);
+          EACH(r, MR) {
+            const T z = rows[r * stride + k];
+            EACH(v, NV) x[r][v] = Mul::multiply(x[r][v], z, y[v]);
+          }
+        }
+      } else multiply<Mul, A_ROW, 1>(rows, query, depth, x, rows + MR * A_ROW);
       if (c == 0) EACH(r, MR) EACH(v, NV) store(u[r][v], x[r][v]);
       else EACH(r, MR) EACH(v, NV) add_to(u[r][v], x[r][v]);
     }

@@ -15,8 +15,8 @@ def topk(
     queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (n, d), m, dtype = queries.shape, keys.shape[0], accumulation_dtype(queries, keys)
-    values = torch.empty((n, k), dtype=dtype)
-    indices = torch.empty((n, k), dtype=torch.int64)
+    values = torch.empty((n, k), dtype=dtype, device="cpu")
+    indices = torch.empty((n, k), dtype=torch.int64, device="cpu")
     if n == 0:
         return values, indices
     queries, keys = queries.resolve_neg(), keys.resolve_neg()

@@ -236,7 +236,15 @@ template <class T> void check_topk(const Engine &engine, const Case &c, Random &
     for (int64_t i = 0; i < n; i++) query_ids.push_back(int32_t(random.below(4)) - 2); // -2: a name that no key has
     for (int64_t j = 0; j < m; j++) key_ids.push_back(int32_t(random.below(3)) - 1);
   }
-  const TopK call{p.anchors, p.column_rows(), c.d, k, pool.copy(query_ids), pool.copy(key_ids), sizeof(T) == 8, c.threads, pool.array<T>(n * k),
+  const TopK call{p.anchors,
+                  p.column_rows(),
+                  c.d,
+                  k,
+                  pool.copy(query_ids),
+                  pool.copy(key_ids),
+                  sizeof(T) == 8,
+                  c.threads,
+                  pool.array<T>(n * k),
                   pool.array<int64_t>(n * k)};
   engine.topk(call, pool.workspace(engine.topk(call, nullptr)));
   const double tolerance = sizeof(T) == 8 ? 1e-13 : 1e-5;

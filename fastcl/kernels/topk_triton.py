@@ -9,7 +9,7 @@ from . import topk_blocks, triton_launch
 from .problem import accumulation_dtype
 from .triton_launch import INTERPRETED, architecture, blocks, on_device, programs
 from .triton_plan import Tile, padded
-from .triton_rows import _precision, names_of
+from .triton_rows import precision_of
 
 MOST = 256  # slots that a program's registers hold; a larger k goes through blocks
 WAVES = 4  # programs for each multiprocessor
@@ -41,7 +41,7 @@ def topk(
     span = blocks(blocks(m, parts), tile.block_n) * tile.block_n
     parts = blocks(m, span)
     best = torch.empty((n, parts, slots), dtype=torch.int64, device=device)
-    row_names, column_names = names_of(query_ids, key_ids)
+    row_names, column_names = _names(query_ids, key_ids)
     arguments = {
         "X": _packed(queries, dtype, width),
         "Y": _packed(keys, dtype, width),
@@ -58,13 +58,26 @@ def topk(
         "BLOCK_K": tile.block_k,
         "SLOTS": slots,
         "IDS": row_names is not None,
-        "PRECISION": _precision(dtype),
+        "PRECISION": precision_of(dtype),
         "INTERPRETED": INTERPRETED,
     }
     if n:
         with on_device(device):
             triton_launch.launch("topk_kernel", tile, (rows, parts), arguments)
     return topk_blocks.unpacked(torch.topk(best.flatten(1), k).values)
+
+
+def _names(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """int32 names of ids: places among the right ones, found without asking the device how many there are."""
+    if left is None or right is None:
+        return None, None
+    known = right.sort().values
+    names = []
+    for ids in (left, right):
+        place = torch.searchsorted(known, ids.contiguous(), out_int32=True)
+        there = known[place.clamp(max=len(known) - 1)] == ids
+        names.append(torch.where(there & (ids != -1), place, -1))
+    return names[0], names[1]
 
 
 def _packed(rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:

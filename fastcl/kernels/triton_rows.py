@@ -135,7 +135,7 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     elif not self_contrast:
         anchors = replace(anchors, bias=None)
     biased = p.contrast_bias is not None
-    return Arranged(anchors, others, self_contrast, normed, biased, _precision(dtype)), a, c
+    return Arranged(anchors, others, self_contrast, normed, biased, precision_of(dtype)), a, c
 
 
 def _rows(
@@ -256,7 +256,7 @@ def _label(ids: Tensor, known: Tensor, order: Tensor | None, labels: Tensor, own
     )
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """Of products of float32 rows, as torch's own follow `torch.set_float32_matmul_precision`.
 
     Newer versions of torch keep it by device, and the old question raises where the new setting was used.

@@ -310,8 +310,8 @@ def test_either_setting_of_precision() -> None:
     try:
         for setting, precision in (("tf32", "tf32"), ("ieee", "ieee")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert triton_rows._precision(torch.float32) == precision
-            assert triton_rows._precision(torch.bfloat16) == "ieee"
+            assert triton_rows.precision_of(torch.float32) == precision
+            assert triton_rows.precision_of(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -3,11 +3,13 @@
 __version__ = "0.1.0"
 
 from . import functional
+from .debiased import DebiasedLoss, HardNegativeLoss
 from .infonce import ClipLoss, ClusterInfoNCE, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .kernels.ops import use_backend
 from .kernels.stats import ContrastiveStats, contrastive_stats
 from .memory import MemoryBank, MemoryQueue, knn_predict, topk_similarity
 from .prototypes import MSNLoss, PMSNLoss, SwAVLoss
+from .quality import alignment, uniformity
 from .sampled import SampledNCELoss, sampled_similarity
 from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
 
@@ -16,6 +18,8 @@ __all__ = [
     "ClusterInfoNCE",
     "ContrastiveStats",
     "DCLLoss",
+    "DebiasedLoss",
+    "HardNegativeLoss",
     "MSNLoss",
     "MemoryBank",
     "MemoryQueue",
@@ -26,6 +30,7 @@ __all__ = [
     "SinkhornResult",
     "SupConLoss",
     "SwAVLoss",
+    "alignment",
     "contrastive_stats",
     "functional",
     "knn_predict",
@@ -35,5 +40,6 @@ __all__ = [
     "sinkhorn",
     "topk_similarity",
     "uniform_prior",
+    "uniformity",
     "use_backend",
 ]

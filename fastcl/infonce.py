@@ -5,30 +5,23 @@ Nothing here visits a logit: every loss is a formula of a `kernels.stats.Sweep`'
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
+from .formula import InfoNCE, Options, check_options, inverse_temperature, reduced_loss, scalar
 from .kernels.checks import (
     check_flag,
     check_ids,
     check_option,
     check_rows,
-    check_vector,
     finite_number,
     positive_number,
-    scalar_tensor,
-    values_visible,
 )
-from .kernels.problem import accumulation_dtype
-from .kernels.stats import ContrastiveStats, Sweep
 from .memory import MemoryQueue
-from .posing import Contrasts, Posed, per_row, pose
+from .posing import Contrasts, pose
 
 FORMS = ("outside", "inside")
 DENOMINATORS = ("all", "negatives")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def cluster_infonce(
@@ -58,16 +51,13 @@ def cluster_infonce(
     tensors as in ``forward`` there; a scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``.
     """
     temperature = positive_number("temperature", temperature)
-    margin = _check_options(form, denominator, margin, symmetric, normalize, reduction, gather)
+    formula = _check_formula(form, denominator, margin)
+    options = check_options(symmetric, normalize, reduction, gather)
     posed = pose(
         embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, normalize
     )
-    if isinstance(temperature, Tensor):
-        scale = 1 / _scalar("temperature", temperature, posed)
-    else:
-        scale = _scalar("temperature", 1 / temperature, posed)
-    options = _Options(form, denominator, margin, symmetric, normalize, reduction)
-    return _loss(posed, scale, options, contrast_bias, weights)
+    scale = inverse_temperature(temperature, posed)
+    return reduced_loss(posed, scale, formula, options, contrast_bias, weights)
 
 
 class ClusterInfoNCE(nn.Module):
@@ -145,13 +135,14 @@ class ClusterInfoNCE(nn.Module):
         gather: bool | str = False,
     ) -> None:
         super().__init__()
-        margin = _check_options(form, denominator, margin, symmetric, normalize, reduction, gather)
+        formula = _check_formula(form, denominator, margin)
+        check_options(symmetric, normalize, reduction, gather)
         self.temperature = positive_number(
             "temperature", temperature
         )  # nn.Module registers it where it is an nn.Parameter
         self.form = form
         self.denominator = denominator
-        self.margin = margin
+        self.margin = formula.margin
         self.symmetric = symmetric
         self.normalize = normalize
         self.reduction = reduction
@@ -326,8 +317,8 @@ class ClipLoss(nn.Module):
                 f"text_features: expected {len(image_features)} rows, as in image_features, got {len(text_features)}"
             )
         posed = pose(image_features, None, None, text_features, None, None, None, None)
-        options = _Options("outside", "all", 0.0, True, False, "mean")
-        loss = _loss(posed, _scalar("logit_scale", logit_scale, posed), options, None, None)
+        formula, options = InfoNCE("outside", "all", 0.0), Options(symmetric=True, normalize=False, reduction="mean")
+        loss = reduced_loss(posed, scalar("logit_scale", logit_scale, posed), formula, options)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -366,138 +357,13 @@ class MoCoLoss(ClusterInfoNCE):
         return super().forward(query, positives=key, contrasts=queue, contrast_clusters=nobody)
 
 
-# Options and formulas.
+# Options.
 
 
-class _Options(NamedTuple):
-    form: str
-    denominator: str
-    margin: float
-    symmetric: bool
-    normalize: bool
-    reduction: str
-
-
-def _check_options(
-    form: str, denominator: str, margin: float, symmetric: bool, normalize: bool, reduction: str, gather: bool | str
-) -> float:
-    """Returns the margin as a float."""
+def _check_formula(form: str, denominator: str, margin: float) -> InfoNCE:
     check_option("form", form, FORMS)
     check_option("denominator", denominator, DENOMINATORS)
     margin = finite_number("margin", margin)
     if margin < 0:
         raise ValueError(f"margin: expected a number of at least 0, got {margin}")
-    check_flag("symmetric", symmetric)
-    check_flag("normalize", normalize)
-    check_option("reduction", reduction, REDUCTIONS)
-    check_option("gather", gather, (False, True, "ring"))
-    if gather is not False:
-        raise ValueError(f"gather: expected False (gathering across processes is not in this version), got {gather!r}")
-    return margin
-
-
-def _scalar(name: str, value: float | Tensor, posed: Posed) -> Tensor:
-    """In the dtype of the logits."""
-    dtype = accumulation_dtype(posed.anchors, posed.contrasts, posed.positives)
-    return scalar_tensor(name, value, posed.anchors.device, dtype)
-
-
-def _loss(
-    posed: Posed, scale: Tensor, options: _Options, contrast_bias: Tensor | None, weights: Tensor | None
-) -> Tensor:
-    if options.symmetric and posed.contrasts is None:
-        raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
-    rows = posed.anchors.shape[0]
-    others = rows if posed.contrasts is None else posed.contrasts.shape[0]
-    if options.symmetric and options.reduction == "none" and others != rows:
-        raise ValueError(
-            f"reduction: expected 'mean' or 'sum' for symmetric with {rows} anchors and {others} contrasts, got 'none'"
-        )
-    if weights is not None:
-        check_vector("weights", weights, posed.shape[0], posed.anchors.device)
-        weights = weights.to(posed.dtype)
-        if values_visible(weights):
-            good = (weights >= 0) & weights.isfinite()
-            if not bool(good.all()):
-                raise ValueError(f"weights: expected finite numbers of at least 0, got {weights[~good][0].item()}")
-        weights = per_row(weights, posed.views)
-    sweep = Sweep(
-        posed.anchors,
-        posed.contrasts,
-        posed.anchor_clusters,
-        posed.contrast_clusters,
-        scale,
-        options.normalize,
-        options.normalize and posed.contrasts is not None and not posed.as_stored,
-        _wanted(options),
-        posed.positives,
-        contrast_bias,
-        posed.anchor_ids,
-        posed.contrast_ids,
-        both=options.symmetric,
-    )
-    if options.form == "outside" and options.margin == 0 and options.reduction == "mean" and weights is None:
-        loss = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
-        if loss is not None:
-            return loss.to(posed.dtype)
-    stats = sweep.statistics()
-    terms, counted = _terms(stats, scale, options)
-    if stats.reverse is None:
-        return _reduce(terms, counted, weights, options.reduction, posed)
-    reverse = _reduce(*_terms(stats.reverse, scale, options), None, options.reduction, posed)
-    return (_reduce(terms, counted, weights, options.reduction, posed) + reverse) / 2
-
-
-def _wanted(options: _Options) -> tuple[str, ...]:
-    """The statistics that `_terms` asks for."""
-    if options.form == "inside":
-        return "lse_pos", "lse_neg"
-    if options.denominator == "negatives":
-        return "lse_neg", "sum_pos"
-    return ("lse_all", "sum_pos") if options.margin == 0 else ("lse_pos", "lse_neg", "sum_pos")
-
-
-def _terms(stats: ContrastiveStats, scale: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """The loss of each row and whether it counts, both [R]. What one that does not holds is of no use."""
-    counted = stats.num_pos > 0
-    num_pos = stats.num_pos.clamp(min=1)
-    if options.form == "outside" and options.denominator == "all" and options.margin == 0:
-        assert stats.lse_all is not None
-        assert stats.sum_pos is not None
-        return stats.lse_all - stats.sum_pos / num_pos, counted
-    if options.denominator == "negatives":
-        counted = counted & (stats.num_neg > 0)
-    lse_pos, lse_neg, sum_pos = _harmless(stats, counted)
-    mean_pos = sum_pos / num_pos
-    shift = scale * options.margin
-    if options.form == "outside" and options.denominator == "negatives":
-        return lse_neg - mean_pos + shift, counted
-    log_ratio = lse_neg - lse_pos + shift
-    if options.denominator == "all":
-        # log(neg + pos) - log(pos) = log(1 + neg / pos) does not cancel as the positives come to dominate.
-        log_ratio = torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
-    return log_ratio + (num_pos.log() if options.form == "inside" else lse_pos - mean_pos), counted
-
-
-def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
-    """lse_pos, lse_neg, sum_pos [R], harmless numbers in rows that do not count or are not wanted.
-
-    Masking the result of a formula alone would let the NaN of its derivative through.
-    """
-    zero, ignored = stats.num_pos.new_zeros(()), ~counted
-    fields = (stats.lse_pos, stats.lse_neg, stats.sum_pos)
-    return [zero if field is None else field.masked_fill(ignored, 0) for field in fields]
-
-
-def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed) -> Tensor:
-    terms = torch.where(counted, terms, 0).to(posed.dtype)
-    if weights is not None:
-        terms = terms * weights
-    if reduction == "none":
-        return terms.reshape(posed.shape)
-    if reduction == "sum":
-        return terms.sum()
-    if weights is None:
-        return terms.sum() / counted.sum().clamp(min=1)
-    total = (counted * weights).sum()
-    return terms.sum() / torch.where(total > 0, total, 1)
+    return InfoNCE(form, denominator, margin)

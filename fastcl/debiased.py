@@ -1,0 +1,114 @@
+"""Losses that correct for negatives of the anchor's own class, and weigh the hard ones."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .formula import Debiased, check_options, inverse_temperature, reduced_loss
+from .kernels.checks import finite_number, positive_number
+from .posing import Contrasts, pose
+
+
+class HardNegativeLoss(nn.Module):
+    r"""Contrastive loss with debiased, hard negatives (Robinson et al. 2021), in the log domain.
+
+    With logits :math:`s_{ij} = \langle \hat x_i, \hat y_j \rangle / t` of the positives P_i and the N negatives N_i of
+    anchor i, each negative weighs in proportion to :math:`e^{\beta s_{ij}}`, and a part :math:`\tau^+` of the negatives
+    is taken to be of the anchor's class:
+
+    .. math::
+        N_g = \max\left( \frac{N}{1 - \tau^+} \left(
+            \frac{\sum_{j \in N_i} e^{(1 + \beta) s_{ij}}}{\sum_{j \in N_i} e^{\beta s_{ij}}}
+            - \tau^+ \operatorname{mean}_{j \in P_i} e^{s_{ij}} \right), N e^{-1/t} \right), \qquad
+        l_i = \log\Big( \sum_{j \in P_i} e^{s_{ij}} + N_g \Big) - \operatorname{mean}_{j \in P_i} s_{ij}
+
+    With one positive that is the paper's loss; :math:`\beta = 0` is :class:`DebiasedLoss`, and :math:`\tau^+ = 0` with
+    it :class:`ClusterInfoNCE`. Nothing overflows, whatever the temperature.
+
+    Args:
+        temperature: t > 0, number, tensor or ``nn.Parameter``, as in :class:`ClusterInfoNCE`.
+        tau_plus: :math:`\tau^+`, the probability of a class, in [0, 1).
+        beta: concentration on hard negatives, >= 0.
+        normalize: cosine similarity. Without it the floor :math:`N e^{-1/t}` remains that of unit rows.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that have a positive.
+        gather: only False: contrasting against the rows of other processes is not part of this version.
+
+    Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
+    contrast_ids=None, weights=None, temperature=None)``, dtypes, result and errors are those of
+    :class:`ClusterInfoNCE`. ``tau_plus`` or ``beta`` out of range: ``ValueError``.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        tau_plus: float = 0.1,
+        beta: float = 1.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__()
+        tau_plus, beta = finite_number("tau_plus", tau_plus), finite_number("beta", beta)
+        if not 0 <= tau_plus < 1:
+            raise ValueError(f"tau_plus: expected a number of at least 0 and below 1, got {tau_plus}")
+        if beta < 0:
+            raise ValueError(f"beta: expected a number of at least 0, got {beta}")
+        check_options(False, normalize, reduction, gather)
+        self.temperature = positive_number("temperature", temperature)  # registered where it is an nn.Parameter
+        self.tau_plus = tau_plus
+        self.beta = beta
+        self.normalize = normalize
+        self.reduction = reduction
+        self.gather = gather
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        clusters: Tensor | None = None,
+        *,
+        positives: Tensor | None = None,
+        contrasts: Contrasts | None = None,
+        contrast_clusters: Tensor | None = None,
+        ids: Tensor | None = None,
+        contrast_ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss; shapes and errors are in the class's description."""
+        options = check_options(False, self.normalize, self.reduction, self.gather)
+        temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
+        posed = pose(
+            embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
+        )
+        formula = Debiased(self.tau_plus, self.beta)
+        return reduced_loss(posed, inverse_temperature(temperature, posed), formula, options, weights=weights)
+
+    def extra_repr(self) -> str:
+        learned = isinstance(self.temperature, nn.Parameter)
+        shown = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
+        number = "meta" if isinstance(shown, Tensor) and shown.is_meta else f"{float(shown):g}"
+        options = f"tau_plus={self.tau_plus:g}, beta={self.beta:g}, normalize={self.normalize!r}"
+        return f"temperature={number}{' (learned)' if learned else ''}, {options}, reduction={self.reduction!r}"
+
+
+class DebiasedLoss(HardNegativeLoss):
+    r"""The debiased contrastive loss (Chuang et al. 2020): :class:`HardNegativeLoss` without hard negatives.
+
+    .. math::
+        N_g = \max\left( \frac{1}{1 - \tau^+} \Big( \sum_{j \in N_i} e^{s_{ij}}
+            - N \tau^+ \operatorname{mean}_{j \in P_i} e^{s_{ij}} \Big), N e^{-1/t} \right)
+
+    Arguments, shapes, dtypes and errors are those of :class:`HardNegativeLoss`, whose ``beta`` is 0 here.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        tau_plus: float = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__(temperature, tau_plus, 0.0, normalize=normalize, reduction=reduction, gather=gather)

@@ -1,0 +1,227 @@
+"""Losses as formulas of the statistics of logits: what each asks for, the loss of a row, and how rows are reduced."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .kernels.checks import check_flag, check_option, check_vector, scalar_tensor, values_visible
+from .kernels.problem import accumulation_dtype
+from .kernels.stats import ContrastiveStats, Sweep
+from .posing import Posed, per_row
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Formula(Protocol):
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The statistics that `terms` asks for."""
+
+    @property
+    def mean_of_differences(self) -> bool:
+        """Whether the loss of a row is lse - sum_pos / num_pos of what is wanted, and nothing else."""
+
+    def scales(self, scale: Tensor) -> Tensor:
+        """The logit scales at which they are wanted: [], or [S]."""
+
+    def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each row and whether it counts, both [R]. What one that does not holds is of no use."""
+
+
+class InfoNCE(NamedTuple):
+    """The table of `ClusterInfoNCE`."""
+
+    form: str
+    denominator: str
+    margin: float
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        if self.form == "inside":
+            return "lse_pos", "lse_neg"
+        if self.denominator == "negatives":
+            return "lse_neg", "sum_pos"
+        return ("lse_all", "sum_pos") if self.margin == 0 else ("lse_pos", "lse_neg", "sum_pos")
+
+    @property
+    def mean_of_differences(self) -> bool:
+        return self.form == "outside" and self.margin == 0
+
+    def scales(self, scale: Tensor) -> Tensor:
+        return scale
+
+    def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
+        counted = stats.num_pos > 0
+        num_pos = stats.num_pos.clamp(min=1)
+        if self.form == "outside" and self.denominator == "all" and self.margin == 0:
+            assert stats.lse_all is not None
+            assert stats.sum_pos is not None
+            return stats.lse_all - stats.sum_pos / num_pos, counted
+        if self.denominator == "negatives":
+            counted = counted & (stats.num_neg > 0)
+        lse_pos, lse_neg, sum_pos = _harmless(stats, counted)
+        mean_pos = sum_pos / num_pos
+        shift = scale * self.margin
+        if self.form == "outside" and self.denominator == "negatives":
+            return lse_neg - mean_pos + shift, counted
+        log_ratio = lse_neg - lse_pos + shift
+        if self.denominator == "all":
+            # log(neg + pos) - log(pos) = log(1 + neg / pos) does not cancel as the positives come to dominate.
+            log_ratio = torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
+        return log_ratio + (num_pos.log() if self.form == "inside" else lse_pos - mean_pos), counted
+
+
+class Debiased(NamedTuple):
+    """Those of `DebiasedLoss` (beta = 0) and `HardNegativeLoss`, in the log domain."""
+
+    tau_plus: float
+    beta: float
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return "lse_pos", "lse_neg", "sum_pos"
+
+    @property
+    def mean_of_differences(self) -> bool:
+        return False
+
+    def scales(self, scale: Tensor) -> Tensor:
+        return torch.stack((scale, self.beta * scale, (1 + self.beta) * scale)) if self.beta else scale
+
+    def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
+        counted, some = stats.num_pos > 0, stats.num_neg > 0
+        num_pos, log_n = stats.num_pos.clamp(min=1), stats.num_neg.clamp(min=1).log()
+        lse_pos, _, sum_pos = _harmless(stats, counted)
+        _, lse_neg, _ = _harmless(stats, some)
+        if self.beta:
+            lse_pos, sum_pos = lse_pos[0], sum_pos[0]
+            lse_neg = lse_neg[2] - lse_neg[1] + log_n
+        least = log_n - scale  # of N negatives, when all are opposite to the anchor
+        log_ng = lse_neg
+        if self.tau_plus:
+            log_false = math.log(self.tau_plus) + log_n + lse_pos - num_pos.log()
+            log_ng = _log_difference(lse_neg, log_false) - math.log1p(-self.tau_plus)
+        log_ng = torch.maximum(log_ng, least)
+        log_ratio = torch.where(some, log_ng - lse_pos, -torch.inf)
+        return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio)) + (lse_pos - sum_pos / num_pos), counted
+
+
+def _log_difference(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) - exp(b)), and -inf where b >= a."""
+    less = b < a
+    d = torch.where(less, b - a, -1)  # harmless, as the derivative of what is masked would be seen
+    close = d > -math.log(2)
+    nearly, hardly = torch.where(close, d, -0.5), torch.where(close, -1, d)
+    log_rest = torch.where(close, (-nearly.expm1()).log(), (-hardly.exp()).log1p())
+    return torch.where(less, a + log_rest, -torch.inf)
+
+
+def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
+    """lse_pos, lse_neg, sum_pos, harmless numbers in rows that do not count or are not wanted.
+
+    Masking the result of a formula alone would let the NaN of its derivative through.
+    """
+    zero, ignored = stats.num_pos.new_zeros(()), ~counted
+    fields = (stats.lse_pos, stats.lse_neg, stats.sum_pos)
+    return [zero if field is None else field.masked_fill(ignored, 0) for field in fields]
+
+
+# What all losses do with a formula.
+
+
+class Options(NamedTuple):
+    symmetric: bool
+    normalize: bool
+    reduction: str
+
+
+def check_options(symmetric: bool, normalize: bool, reduction: str, gather: bool | str) -> Options:
+    check_flag("symmetric", symmetric)
+    check_flag("normalize", normalize)
+    check_option("reduction", reduction, REDUCTIONS)
+    check_option("gather", gather, (False, True, "ring"))
+    if gather is not False:
+        raise ValueError(f"gather: expected False (gathering across processes is not in this version), got {gather!r}")
+    return Options(symmetric, normalize, reduction)
+
+
+def scalar(name: str, value: float | Tensor, posed: Posed) -> Tensor:
+    """In the dtype of the logits."""
+    dtype = accumulation_dtype(posed.anchors, posed.contrasts, posed.positives)
+    return scalar_tensor(name, value, posed.anchors.device, dtype)
+
+
+def inverse_temperature(temperature: float | Tensor, posed: Posed) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return 1 / scalar("temperature", temperature, posed)
+    return scalar("temperature", 1 / temperature, posed)
+
+
+def reduced_loss(
+    posed: Posed,
+    scale: Tensor,
+    formula: Formula,
+    options: Options,
+    contrast_bias: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The formula's terms out of one sweep, weighted and reduced over the rows that count."""
+    if options.symmetric and posed.contrasts is None:
+        raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
+    rows = posed.anchors.shape[0]
+    others = rows if posed.contrasts is None else posed.contrasts.shape[0]
+    if options.symmetric and options.reduction == "none" and others != rows:
+        raise ValueError(
+            f"reduction: expected 'mean' or 'sum' for symmetric with {rows} anchors and {others} contrasts, got 'none'"
+        )
+    if weights is not None:
+        check_vector("weights", weights, posed.shape[0], posed.anchors.device)
+        weights = weights.to(posed.dtype)
+        if values_visible(weights):
+            good = (weights >= 0) & weights.isfinite()
+            if not bool(good.all()):
+                raise ValueError(f"weights: expected finite numbers of at least 0, got {weights[~good][0].item()}")
+        weights = per_row(weights, posed.views)
+    sweep = Sweep(
+        posed.anchors,
+        posed.contrasts,
+        posed.anchor_clusters,
+        posed.contrast_clusters,
+        formula.scales(scale),
+        options.normalize,
+        options.normalize and posed.contrasts is not None and not posed.as_stored,
+        formula.wanted,
+        posed.positives,
+        contrast_bias,
+        posed.anchor_ids,
+        posed.contrast_ids,
+        both=options.symmetric,
+    )
+    if formula.mean_of_differences and options.reduction == "mean" and weights is None:
+        loss = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
+        if loss is not None:
+            return loss.to(posed.dtype)
+    stats = sweep.statistics()
+    terms, counted = formula.terms(stats, scale)
+    if stats.reverse is None:
+        return _reduce(terms, counted, weights, options.reduction, posed)
+    reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed)
+    return (_reduce(terms, counted, weights, options.reduction, posed) + reverse) / 2
+
+
+def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed) -> Tensor:
+    terms = torch.where(counted, terms, 0).to(posed.dtype)
+    if weights is not None:
+        terms = terms * weights
+    if reduction == "none":
+        return terms.reshape(posed.shape)
+    if reduction == "sum":
+        return terms.sum()
+    if weights is None:
+        return terms.sum() / counted.sum().clamp(min=1)
+    total = (counted * weights).sum()
+    return terms.sum() / torch.where(total > 0, total, 1)

@@ -1,0 +1,71 @@
+"""How good embeddings on the unit sphere are: alignment of positive pairs and uniformity of all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .kernels.checks import check_rows, positive_number
+from .kernels.stats import contrastive_stats
+from .posing import unit
+
+
+def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
+    r"""Mean distance of positive pairs (Wang and Isola 2020): :math:`\frac1N \sum_i |\hat x_i - \hat y_i|^\alpha`.
+
+    Args:
+        x, y: ``[N, D]``, row i of one and row i of the other a positive pair; any floating dtype, normalised here.
+        alpha: > 0.
+
+    Returns:
+        A scalar, differentiable; float32, float64 for float64 rows. 0 is best; random pairs have 2 at ``alpha=2``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; no rows, among others.
+    """
+    check_rows("x", x)
+    check_rows("y", y, like=x)
+    if x.shape != y.shape:
+        raise ValueError(f"y: expected shape {list(x.shape)}, as x, got {list(y.shape)}")
+    if len(x) == 0:
+        raise ValueError(f"x: expected at least one row, got shape {list(x.shape)}")
+    alpha = _number("alpha", alpha)
+    squared = (unit(x) - unit(y)).square().sum(1)
+    if alpha == 2:
+        return squared.mean()
+    apart = squared > 0  # where the power's derivative is finite
+    return torch.where(apart, torch.where(apart, squared, 1) ** (alpha / 2), 0).mean()
+
+
+def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
+    r"""Log of the mean Gaussian potential of all pairs (Wang and Isola 2020), without storing the distances.
+
+    .. math:: \log \frac{1}{N (N - 1)} \sum_{i \neq j} e^{-t |\hat x_i - \hat x_j|^2}
+
+    Args:
+        embeddings: ``[N, D]``, N >= 2; float64, float32, bfloat16 or float16, normalised here.
+        t: > 0.
+
+    Returns:
+        A scalar, differentiable once; float32, float64 for float64 rows. Lower is more uniform; 0: all rows are alike.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_rows("embeddings", embeddings)
+    n = len(embeddings)
+    if n < 2:
+        raise ValueError(f"embeddings: expected at least two rows, got shape {list(embeddings.shape)}")
+    t = _number("t", t)
+    # |x - y|^2 = 2 - 2 <x, y> on the sphere: the log-sum-exp of each row at logit_scale 2 t.
+    stats = contrastive_stats(embeddings, logit_scale=2 * t, normalize_anchors=True, want=("lse_all",))
+    assert stats.lse_all is not None
+    return (stats.lse_all - 2 * t).logsumexp(0) - math.log(n * (n - 1))
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a number, got a tensor")
+    return float(positive_number(name, value))

@@ -60,10 +60,10 @@ struct Statistics {
   }
 };
 
-// What the forward of two sets may leave for the backward of the anchors, so that it needs no second sweep. The sums are
-// valid only where `valid` says 1: where there are no positives and one base serves all rows. Of one scale only.
+// What the forward of two sets may leave for the backward of the anchors, so that it sweeps only where positives may be. The
+// sums are valid only where `valid` says 1: where one base serves all rows. Of one scale only.
 struct WeightedSums {
-  void *sums;  // [N, D] reals: sum_j exp(s_ij) c_j y_j; null: not wanted
+  void *sums;  // [N, D] reals: sum_j exp(s_ij) c_j y_j, without the register tiles that may hold positives; null: not wanted
   void *valid; // [1] real
 };
 

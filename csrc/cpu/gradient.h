@@ -42,6 +42,7 @@ template <class Mul> struct GradientPass {
   const Backward &out;
   const Sweep<Mul> s;
   const bool rows_needed, columns_needed;
+  const bool continued;                 // the forward has summed what lies outside the register tiles that may hold positives
   Weights<T> *const row, *const column; // [scales]
   T *const bases;                       // [scales]: what all exponents of a scale are less, unless each row has its own
   T *const bias_gradient;               // [contrasts.padded]
@@ -50,7 +51,8 @@ template <class Mul> struct GradientPass {
   GradientPass(const Backward &call, const Arranged &at, Arena &arena)
       : p(call.problem), out(call), s(p, at, arena, call.contrast_gradient != nullptr, call.anchor_gradient != nullptr),
         rows_needed(call.anchor_gradient), columns_needed(s.self ? rows_needed : call.contrast_gradient != nullptr),
-        row(weights(arena, s.anchors.padded)), column(s.self ? row : weights(arena, s.contrasts.padded)), bases(arena.take<T>(s.scales)),
+        continued(call.weighted.sums && arena.base && *(const T *)call.weighted.valid == 1), row(weights(arena, s.anchors.padded)),
+        column(s.self ? row : weights(arena, s.contrasts.padded)), bases(arena.take<T>(s.scales)),
         bias_gradient(call.bias_gradient ? arena.take<T>(s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
     for (int t = 0; t < s.threads; t++) {
       Local local{};
@@ -65,7 +67,7 @@ template <class Mul> struct GradientPass {
   }
 
   void run() const {
-    if (out.weighted.sums && *(const T *)out.weighted.valid == 1) return with_team(s.threads, [&](const Team &team) { finish_weighted(team); });
+    if (continued && !s.anchors.cluster) return with_team(s.threads, [&](const Team &team) { finish_weighted(team); });
     with_team(s.threads, [&](const Team &team) {
       team.run([&](int t) {
         const Local &local = locals[t];
@@ -91,7 +93,8 @@ template <class Mul> struct GradientPass {
           if (p.columns) weigh(k, s.contrasts, out.contrasts, column[k], kind == OWN, t);
           else clear(s.contrasts, column[k], t);
         }
-        if (rows_needed) erase(s.anchors, out.anchor_gradient, t);
+        if (continued) take_weighted(t);
+        else if (rows_needed) erase(s.anchors, out.anchor_gradient, t);
         if (columns_needed && !s.self) erase(s.contrasts, out.contrast_gradient, t);
         if (bias_gradient) {
           const Range mine = share(s.contrasts.padded, s.threads, t);
@@ -144,20 +147,24 @@ private:
     return central ? CENTRAL : SHARED;
   }
 
-  // The forward has already summed: what is left is a factor for each row.
+  // What the forward has summed, times a factor for each row, which is of base 0.
+  void take_weighted(int t) const {
+    const Range mine = share(s.anchors.size, s.threads, t);
+    for (int64_t i = mine.from; i < mine.to; i++) {
+      const int64_t row = s.anchors.order[i];
+      const T *sums = (const T *)out.weighted.sums + row * s.d;
+      T *const g = (T *)out.anchor_gradient + row * s.d;
+      const bool empty = ((const T *)out.anchors.negatives)[row] == 0; // whatever base an extra positive has brought
+      const T weight = empty ? T(0) : T(rebased(out.anchors, LSE_ALL, row, 0) + rebased(out.anchors, LSE_NEG, row, 0)) * s.anchors.inverse_norms[i];
+      for (int64_t k = 0; k < s.d; k++) g[k] = weight * sums[k];
+    }
+  }
   void finish_weighted(const Team &team) const {
     team.run([&](int t) {
       const Range mine = share(s.anchors.size, s.threads, t);
-      for (int64_t i = mine.from; i < mine.to; i++) {
-        const int64_t row = s.anchors.order[i];
-        const T *sums = (const T *)out.weighted.sums + row * s.d;
-        T *const g = (T *)out.anchor_gradient + row * s.d;
-        T unused = 0;
-        s.measured(s.anchors, i, s.row_buffer(t), unused);
-        const bool empty = ((const T *)out.anchors.negatives)[row] == 0; // whatever base an extra positive has brought
-        const T weight = empty ? T(0) : T(rebased(out.anchors, LSE_ALL, row, 0) + rebased(out.anchors, LSE_NEG, row, 0)) * s.anchors.inverse_norms[i];
-        for (int64_t k = 0; k < s.d; k++) g[k] = weight * sums[k];
-      }
+      T unused = 0;
+      for (int64_t i = mine.from; i < mine.to; i++) s.measured(s.anchors, i, s.row_buffer(t), unused);
+      take_weighted(t);
       project(s.anchors, out.anchor_gradient, t);
     });
   }
@@ -245,7 +252,7 @@ private:
       return;
     }
     const Range rows{0, s.anchors.size}, cols{0, s.contrasts.size};
-    if (!columns_needed && !bias_gradient) return team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), cols); });
+    if (!columns_needed && !bias_gradient) return team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, continued ? MR : NR), cols); });
     if (!rows_needed) return team.run([&](int t) { rectangle<BASE>(t, rows, share(cols.to, threads, t, NR)); });
     for (int round = 0; round < threads; round++)
       team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), share(cols.to, threads, (t + round) % threads, NR)); });
@@ -263,7 +270,8 @@ private:
     }
   }
   template <Base BASE> void rectangle(int t, Range r, Range c) const {
-    const int64_t step = block_size(r), across = block_size(c);
+    // Where the forward has left register tiles to this pass, those are its own, whatever the number of threads was.
+    const int64_t step = continued ? BLOCK : block_size(r), across = block_size(c);
     for (int64_t i = r.from; i < r.to; i += step) {
       const Range rows{i, smaller(r.to, i + step)};
       s.pack_block(locals[t].a, rows.from, rows.to, t);
@@ -273,6 +281,7 @@ private:
 
   // One tile: its gradient, then the products. On the diagonal of self-contrast the whole square, used once.
   template <Base BASE> void tile(int t, Range rows, Range cols) const {
+    if (continued && !s.clustered(rows.from, rows.to, cols.from, cols.to)) return;
     const Local &local = locals[t];
     const bool diagonal = s.self && rows.from == cols.from;
     for (int64_t j = cols.from; j < cols.to; j += NR) {
@@ -280,6 +289,10 @@ private:
       for (int64_t i = rows.from; i < rows.to; i += MR) {
         const Unit *a = local.a + (i - rows.from) * A_ROW;
         const char *ahead = (const char *)next + (i - rows.from) / MR * 8 * s.units;
+        if (continued && !s.clustered(i, smaller(i + MR, rows.to), j, smaller(j + NR, cols.to))) {
+          s.store_zeros(local.g + (i - rows.from) * G_ROW + (j - cols.from) / Mul::PAIR, MR);
+          continue;
+        }
         const bool mixed = s.mixed(i, j, rows.to);
         (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, ahead);
       }

@@ -53,9 +53,8 @@ template <class Mul> struct StatisticsPass {
   Local *const locals;
 
   StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
-      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums && !at.anchors.cluster),
-        fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS), weighting(call.weighted.sums && !at.anchors.cluster),
-        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
+      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums), fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS),
+        weighting(call.weighted.sums), columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
         column_sums(columns ? arena.take<T>(s.threads * s.scales * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
     for (int t = 0; t < s.threads; t++) {
       Local local{arena.take<Unit>(s.block_units()), arena.take<T>(s.scales * fields * ROWS * W), arena.take<T>(s.scales * fields * NR), nullptr};
@@ -142,6 +141,10 @@ private:
         T *rows = local.rows + (i - from) * W;
         Unit *e = weighted ? local.e + (i - from) * Sweep<Mul>::G_ROW + (j - cols.from) / Mul::PAIR : nullptr;
         const char *ahead = (const char *)next + (i - from) / MR * 8 * s.units;
+        if (e && s.clustered(i, smaller(i + MR, to), j, smaller(j + NR, cols.to))) { // left to the backward, which knows all of a positive's gradient
+          s.store_zeros(e, MR);
+          e = nullptr;
+        }
         if (s.mixed(i, j, to)) {
           tile<WIDE, true>(a, i, j, to, rows, local.columns, e, ahead);
           positives = fields > LEAN_SUMS;

@@ -225,12 +225,16 @@ template <class Mul> struct Sweep {
   }
   FASTCL_INLINE V<T> biased(V<T> logits, int64_t j) const { return bias ? logits + load(bias + j) : logits; }
 
+  // Whether anchors [i0, i1) may have positives among contrasts [j0, j1).
+  FASTCL_INLINE bool clustered(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
+    return anchors.cluster && anchors.cluster[i0] <= contrasts.cluster[j1 - 1] && contrasts.cluster[j0] <= anchors.cluster[i1 - 1];
+  }
   // Whether the register tile needs care: positives, inadmissible pairs, an edge, or a bias.
   FASTCL_INLINE bool mixed(int64_t i0, int64_t j0, int64_t to) const {
     const int64_t i1 = i0 + MR, j1 = j0 + NR;
     if (i1 > to || j1 > contrasts.size || bias) return true;
     if (self && i0 < j1 && j0 < i1) return true;
-    if (anchors.cluster && anchors.cluster[i0] <= contrasts.cluster[j1 - 1] && contrasts.cluster[j0] <= anchors.cluster[i1 - 1]) return true;
+    if (clustered(i0, i1, j0, j1)) return true;
     return anchors.matched && anchors.matched[i1] > anchors.matched[i0] && contrasts.matched[j1] > contrasts.matched[j0];
   }
   struct Masks {
@@ -254,6 +258,11 @@ template <class Mul> struct Sweep {
 #if FASTCL_DOT
     else _mm512_store_si512(g, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
 #endif
+  }
+
+  static FASTCL_INLINE void store_zeros(Unit *g, int rows) { // of a register tile
+    const V<T> zeros[NV] = {};
+    for (int r = 0; r < rows; r++) store_row(g + r * G_ROW, zeros);
   }
 
   // out[row] += sum over the places `over` of g * their rows, for the places `to`.

@@ -22,9 +22,9 @@ NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 def _apart() -> dict[str, Any]:
     """Suites whose peers, rows and pages are their own, by name."""
-    from benchmarks import nearest, queue_step, transport
+    from benchmarks import nearest, queue_step, transport_report
 
-    return {module.SUITE: module for module in (transport, queue_step, nearest)}
+    return {module.SUITE: module for module in (transport_report, queue_step, nearest)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from benchmarks import machine, report
+    from benchmarks import machine, report, transport_report
     from benchmarks.cases import cases
 
     folder: Path | None = options.report
     if folder is not None:
-        if not (folder / report.ROWS).is_file():
+        if not any((folder / name).is_file() for name in (report.ROWS, transport_report.ROWS)):
             parser.error(f"--report: {folder} holds no {report.ROWS}")
     else:
         if options.device == "cuda" and not torch.cuda.is_available():
@@ -85,11 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             suite = apart[name]
             if not any(options.only in case.name for case in (suite.QUICK if options.quick else suite.CASES)):
                 continue
-            measured = True
-            for row in suite.run(folder, device, options.quick, f"{here}, {machine.commit()}.", options.only):
+            found = suite.run(folder, device, options.quick, f"{here}, {machine.commit()}.", options.only)
+            measured = measured or bool(found)
+            for row in found:
                 if options.json:
                     print(json.dumps(row), flush=True)
-            if not options.json:
+            if found and not options.json:
                 print((folder / suite.PAGE).read_text())
         options.suite = [name for name in options.suite if name not in apart]
         chosen = [case for case in cases(options.suite, options.quick, options.device) if options.only in case.name]
@@ -104,14 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         rows = _measure(chosen, device, options.quick, options.json, keep)
         report.write_rows(folder, rows, () if options.only else options.suite)
-    report.write(folder)
+    written = [each for each in (report, transport_report) if (folder / each.ROWS).is_file()]
+    for each in written:
+        each.write(folder)
     if options.readme:
         try:
             report.write_readme(folder, machine.ROOT / "README.md")
         except ValueError as error:
             parser.error(f"--readme: {error}")
     if not options.json:
-        print((folder / report.PAGE).read_text())
+        print("\n".join((folder / each.PAGE).read_text() for each in written))
         print(f"written to {os.path.relpath(folder)}", file=sys.stderr)
     return 0
 

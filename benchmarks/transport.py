@@ -6,12 +6,10 @@ column sums from the prior, and of the assignments from the float64 ones, stand 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcl
+from benchmarks import machine
 from benchmarks.measure import Step, alternate, timer_for
 from benchmarks.providers import _why_not, version
 from fastcl.kernels.sinkhorn_ops import PASSES
 
-SUITE, ROWS, PAGE = "sinkhorn", "sinkhorn.jsonl", "sinkhorn.md"
-EAGER = "eager, log domain"
+SUITE = "sinkhorn"
+EAGER, LOOP, COPY = "eager, log domain", "SwAV's loop", "copy of the scores"
+TRUTH_BLOCK = 1 << 26  # scores widened at once, where a result is judged
 Row = dict[str, Any]
 
 
@@ -37,11 +37,13 @@ class Case:
     epsilon: float = 0.05
     n_iters: int = 3
     gradient: bool = False
+    dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
         what = "forward + backward" if self.gradient else "forward"
-        return f"{self.n} x {self.k}, epsilon {self.epsilon:g}, {self.n_iters} iterations, {what}"
+        rounded = "" if self.dtype == torch.float32 else f", {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.n} x {self.k}, epsilon {self.epsilon:g}, {self.n_iters} iterations, {what}{rounded}"
 
     def points(self, device: torch.device) -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(0)
@@ -51,6 +53,18 @@ class Case:
 
 CASES = (Case(4096, 4096), Case(4096, 4096, gradient=True), Case(4096, 3000), Case(512, 300), Case(4096, 4096, 0.01))
 QUICK = (Case(1024, 1024), Case(1024, 1024, gradient=True))
+ON_GPU = (
+    *CASES,
+    Case(32768, 16384),
+    Case(32768, 16384, gradient=True),
+    Case(32768, 16384, dtype=torch.bfloat16),
+    Case(32768, 131072, dtype=torch.bfloat16),
+)
+
+
+def cases(quick: bool, device: torch.device) -> tuple[Case, ...]:
+    return QUICK if quick else ON_GPU if device.type == "cuda" else CASES
+
 
 Solve = Callable[[Case, Tensor, Tensor, Tensor], Tensor]  # scores, points, prototypes -> assignments [N, K]
 
@@ -115,6 +129,8 @@ def _geomloss(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _ott(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if case.gradient:
         raise NotImplementedError("its gradient is implicit, of another function than three iterations")
+    if scores.is_cuda:
+        raise NotImplementedError("handed arrays of the host here")
     import jax
 
     plan = _ott_solver(case.epsilon, case.n_iters)(scores.numpy())
@@ -147,9 +163,9 @@ def providers(device: torch.device) -> tuple[dict[str, tuple[Solve, str]], dict[
     found: dict[str, tuple[Solve, str]] = {
         f"fastcl {backend}": (partial(_fastcl, backend), "fastcl")
         for backend in PASSES
-        if backend != "reference" and (backend != "cpu" or device.type == "cpu")
+        if backend == "chunked" or backend == {"cpu": "cpu", "cuda": "triton"}.get(device.type)
     }
-    found |= {EAGER: (log_domain, "torch"), "SwAV's loop": (kernel_domain, "torch")}
+    found |= {EAGER: (log_domain, "torch"), LOOP: (kernel_domain, "torch")}
     missing = {}
     for name, module, package, solve in (
         ("POT sinkhorn_log", "ot", "POT", partial(_pot, "sinkhorn_log")),
@@ -172,81 +188,80 @@ def _step(solve: Solve, case: Case, scores: Tensor, x: Tensor, y: Tensor, weight
     return lambda: torch.autograd.grad(solve(case, leaf, x, y), leaf, weight)
 
 
+def _true_potential(case: Case, scores: Tensor) -> Tensor:
+    """The columns' potential over epsilon, [K] in float64: `log_domain`, in blocks of rows."""
+    n, k = scores.shape
+    blocks = scores.split(max(TRUTH_BLOCK // k, 1))
+    u = scores.new_zeros(n, dtype=torch.float64)
+    v = scores.new_zeros(k, dtype=torch.float64)
+    for _ in range(case.n_iters):
+        columns = torch.full_like(v, -torch.inf)
+        for block, part in zip(blocks, u.split(len(blocks[0])), strict=True):
+            sums = torch.logsumexp(block.double() / case.epsilon + part[:, None], 0)
+            columns = torch.logaddexp(columns, sums)
+        v = -math.log(k) - columns
+        u = -math.log(n) - torch.cat([torch.logsumexp(block.double() / case.epsilon + v, 1) for block in blocks])
+    return v
+
+
+def errors(case: Case, scores: Tensor, v: Tensor, got: Tensor) -> Row:
+    """What `got` [N, K] is worth, beside the assignments that v of `_true_potential` gives."""
+    masses, off, size, rows = torch.zeros_like(v), 0.0, 0.0, 0.0
+    step = max(TRUTH_BLOCK // case.k, 1)
+    for block, part in zip(scores.split(step), got.split(step), strict=True):
+        expected, wide = torch.softmax(block.double() / case.epsilon + v, 1), part.double()
+        masses += wide.sum(0)
+        rows += (wide.sum(1) - 1).abs().sum().item()
+        off += (wide - expected).square().sum().item()
+        size += expected.square().sum().item()
+    return {
+        "marginal_error": (masses / case.n - 1 / case.k).abs().sum().item(),
+        "row_error": rows / case.n,
+        "error": math.sqrt(off / size),
+    }
+
+
 def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
     """A row for each solver. `effort`: `measure.alternate`'s."""
     found, missing = providers(device)
     x, y = case.points(device)
-    scores = x @ y.T
-    weight = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    truth = log_domain(case, scores.double(), x, y)
+    scores = (x @ y.T).to(case.dtype)
+    weight = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
+    v = _true_potential(case, scores)
+    common = {"suite": SUITE, "case": case.name, "n_iters": case.n_iters, "gradient": case.gradient, **_here(device)}
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
     for name, (solve, package) in found.items():
-        row: Row = {"suite": SUITE, "case": case.name, "provider": name, "version": version(package)}
+        row: Row = {**common, "provider": name, "version": version(package)}
         rows[name] = row
         step = _step(solve, case, scores, x, y, weight)
         try:
-            got = solve(case, scores, x, y).double()
+            row |= errors(case, scores, v, solve(case, scores, x, y))
             step()
         except Exception as error:  # whatever a solver raises, the others are measured
             row |= {"status": "error", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
-        row |= {
-            "status": "ok",
-            "marginal_error": (got.mean(0) - 1 / case.k).abs().sum().item(),
-            "row_error": (got.sum(1) - 1).abs().mean().item(),
-            "error": ((got - truth).norm() / truth.norm()).item(),
-        }
+        row["status"] = "ok"
         steps[name] = step
+    room = torch.empty_like(scores)
+    steps[COPY] = lambda: room.copy_(scores)
+    watch = machine.Others()
     samples = alternate(steps, timer_for(device), **effort)
+    taken = watch.share()
+    rows[COPY] = {**common, "provider": COPY, "version": version("torch"), "status": "yardstick"}
     for name in steps:
         low, middle, high = samples.percentiles(name)
         ratio = {other: samples.ratio(name, other)[1] for other in steps if other != name}
         rows[name] |= {"p20_ms": low * 1e3, "p50_ms": middle * 1e3, "p80_ms": high * 1e3, "ratio": ratio}
-    absent = [
-        {"suite": SUITE, "case": case.name, "provider": name, "status": "missing", "reason": reason}
-        for name, reason in missing.items()
-    ]
+        rows[name] |= {"samples": len(samples.seconds[name]), "taken_by_others": taken}
+    absent = [{**common, "provider": name, "status": "missing", "reason": reason} for name, reason in missing.items()]
     return [*rows.values(), *absent]
 
 
-def page(rows: Sequence[Row], circumstances: str) -> str:
-    lines = ["# Sinkhorn", "", circumstances, ""]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        lines += [
-            f"## {case}",
-            "",
-            "| solver | time (20 to 80 %) | fastcl cpu is faster by | column error (L1) | row error | error |",
-            "|---|---|---|---|---|---|",
-        ]
-        chosen = [row for row in rows if row["case"] == case]
-        for row in chosen:
-            if row["status"] != "ok":
-                continue
-            faster = row["ratio"].get("fastcl cpu")
-            lines.append(
-                f"| {row['provider']} | {row['p50_ms']:.3g} ms ({row['p20_ms']:.3g} to {row['p80_ms']:.3g}) "
-                f"| {f'{1 / faster:.2g}x' if faster else ''} | {row['marginal_error']:.1e} | {row['row_error']:.0e} "
-                f"| {row['error']:.0e} |"
-            )
-        left_out = [f"- {r['provider']}: {r['status']} ({r['reason']})" for r in chosen if r["status"] != "ok"]
-        lines += ["", *left_out, ""] if left_out else [""]
-    lines.append(
-        "Column error: L1 distance of the column sums from the prior. Row error: mean distance of the assignments' row "
-        "sums from 1. Error: of the assignments, relative, from those of the same number of iterations in float64."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def run(folder: Path, device: torch.device, quick: bool, circumstances: str, only: str = "") -> list[Row]:
-    """Measures the suite, and writes its rows and page into `folder`."""
-    rows = [
-        row
-        for case in (QUICK if quick else CASES)
-        if only in case.name
-        for row in measure(case, device, rounds=(3, 15), seconds=0.5 if quick else 1.0)
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / PAGE).write_text(page(rows, circumstances))
-    return rows
+def _here(device: torch.device) -> Row:
+    return {
+        "processor": machine.processor(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": machine.commit(),
+    }

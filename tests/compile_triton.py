@@ -87,6 +87,18 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         signature[name] = ROWS[job["dtype"]] if of_rows else POINTERS.get(name, "*fp32")
         if name not in ("N", "M", "SPAN", "K"):  # as at run time: memory of torch's begins at multiples of 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
+    return built(job, kernel, shape, signature, constexprs, attributes)
+
+
+def built(
+    job: dict[str, Any],
+    kernel: Any,
+    shape: triton_plan.Tile,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    attributes: dict[tuple[int, ...], Any],
+) -> dict[str, Any]:
+    """The job, and what became of it."""
     result = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", job["architecture"], 32),

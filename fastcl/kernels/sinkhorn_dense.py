@@ -109,7 +109,7 @@ def products(x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) ->
 
 def column_products(x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Tensor:
     """sum_j C_ij w_j [B, N], with C the softmax over i of (S + f) / epsilon and `columns` its normalizer."""
-    return torch.einsum("bnk,bk->bn", _column_exponentials(x, f, columns), _per_sum(w, columns))
+    return torch.einsum("bnk,bk->bn", _column_exponentials(x, f, columns), per_sum(w, columns))
 
 
 def assignment_gradient(
@@ -139,7 +139,7 @@ def score_gradient(
             per_row, per_pair = term.p / term.rows.sum, term.q / term.rows.sum
             total -= e * (per_row[..., None] + per_pair[..., None] * term.w[:, None])
         else:
-            total -= _column_exponentials(x, term.f, term.columns) * _per_sum(term.w, term.columns)[:, None]
+            total -= _column_exponentials(x, term.f, term.columns) * per_sum(term.w, term.columns)[:, None]
     moment = torch.where(total != 0, total * x.values.to(x.dtype), 0).sum(-1)  # a score of -inf has no weight
     return total.mul_(x.inverse_epsilon).to(x.values.dtype), moment
 
@@ -163,7 +163,7 @@ def _column_exponentials(x: Scores, f: Tensor, columns: Normalizer) -> Tensor:
     return _exp(x, x.plus(f[..., None]), finite(columns.shift)[:, None])
 
 
-def _per_sum(w: Tensor, columns: Normalizer) -> Tensor:
+def per_sum(w: Tensor, columns: Normalizer) -> Tensor:
     """A column that no row reaches has no sum, and no weight."""
     return torch.where(columns.sum > 0, w / columns.sum, 0)
 

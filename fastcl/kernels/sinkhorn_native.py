@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import native
 from .native import _DTYPES, _address, _run
-from .sinkhorn_dense import ColumnTerm, Normalizer, RowTerm, Scores, finite
+from .sinkhorn_dense import ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum
 
 WORK = 1 << 15  # scores for which another thread is worth waking
 
@@ -52,7 +52,7 @@ def products(x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) ->
 
 def column_products(x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Tensor:
     y = _new(x, _n(x))
-    _call(Pass.COLUMN_PRODUCTS, x, f, columns=columns, weights=_per_sum(w, columns), by_row=y)
+    _call(Pass.COLUMN_PRODUCTS, x, f, columns=columns, weights=per_sum(w, columns), by_row=y)
     return y
 
 
@@ -89,11 +89,7 @@ _Term = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # as Sinkho
 def _divided(term: RowTerm | ColumnTerm) -> _Term:
     if isinstance(term, RowTerm):
         return term.g, term.rows.shift, term.p / term.rows.sum, term.q / term.rows.sum, term.w
-    return term.f, finite(term.columns.shift), None, None, _per_sum(term.w, term.columns)
-
-
-def _per_sum(w: Tensor, columns: Normalizer) -> Tensor:
-    return torch.where(columns.sum > 0, w / columns.sum, 0)
+    return term.f, finite(term.columns.shift), None, None, per_sum(term.w, term.columns)
 
 
 def _n(x: Scores) -> int:

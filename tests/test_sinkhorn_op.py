@@ -131,14 +131,16 @@ def test_strides(backend, layout: Callable[[Tensor], Tensor], dtype) -> None:
             torch.testing.assert_close(one, same)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("variant", "threads"), [(variant, t) for variant in VARIANTS for t in (1, 2, 3) if variant != "triton" or t == 1]
+)
 def test_the_same_bits_from_run_to_run(variant, threads) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        scores = x(301, 257).requires_grad_()
-        weight = x(301, 257, seed=1)
+        size = (301, 257) if variant != "triton" else (140, 70)  # more than a tile, where it is interpreted
+        scores = x(*size).requires_grad_()
+        weight = x(*size, seed=1)
         runs = []
         for _ in range(3):
             with running(variant):

@@ -6,7 +6,8 @@ rows, or columns of a chunk of rows. Nothing is added up by two programs: sums o
 chunk, and are added in the order of chunks.
 
 Exponentials are exp2((S + potential - shift) * scale) with scale = log2(e) / epsilon: the sum comes first, as its terms
-nearly cancel where it matters. Columns beyond K have potential -inf, hence exponential 0; rows beyond N weigh nothing.
+nearly cancel where it matters. They are 0 outside: a row or column too many has potential -inf or shift inf, so that
+nothing overflows there and becomes NaN in a sum.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def sinkhorn_whole_rows_kernel(
             tl.store(SUM + at_i, total, mask=rows)
             reduced = total
         else:
-            e = tl.exp2((t - tl.load(SHIFT + at_i, mask=rows, other=0.0)[:, None]) * scale)
+            e = tl.exp2((t - tl.load(SHIFT + at_i, mask=rows, other=float("inf"))[:, None]) * scale)
             total = tl.load(SUM + at_i, mask=rows, other=1.0)
         grad = e
         less = total
@@ -232,7 +233,7 @@ def sinkhorn_rows_kernel(
         row_high = tl.load(HIGH + at_i, mask=rows, other=float("-inf"))
         row_low = tl.load(LOW + at_i, mask=rows, other=0.0)
     elif PASS != NORMALIZE:
-        most = tl.load(SHIFT + at_i, mask=rows, other=0.0)
+        most = tl.load(SHIFT + at_i, mask=rows, other=float("inf"))
     sums = tl.zeros([ROWS], tl.float32)
     for j0 in range(0, K, COLUMNS):
         j = j0 + tl.arange(0, COLUMNS)
@@ -241,7 +242,7 @@ def sinkhorn_rows_kernel(
         s = load_tile(S, b, i, j, N, K, PER_BATCH, PER_ROW, PER_COLUMN)
         if PASS == COLUMN_PRODUCTS:
             t = (s + row_high[:, None]) + row_low[:, None]
-            e = tl.exp2((t - tl.load(SHIFT + at_j, mask=columns, other=0.0)[None, :]) * scale)
+            e = tl.exp2((t - tl.load(SHIFT + at_j, mask=columns, other=float("inf"))[None, :]) * scale)
         else:
             high = tl.load(HIGH + at_j, mask=columns, other=float("-inf"))
             low = tl.load(LOW + at_j, mask=columns, other=0.0)
@@ -311,7 +312,7 @@ def sinkhorn_columns_kernel(
         rows = i < N
         at_i = tl.cast(b, tl.int64) * N + i
         t = (load_tile(S, b, i, j, N, K, PER_BATCH, PER_ROW, PER_COLUMN) + high[None, :]) + low[None, :]
-        e = tl.exp2((t - tl.load(SHIFT + at_i, mask=rows, other=0.0)[:, None]) * scale)
+        e = tl.exp2((t - tl.load(SHIFT + at_i, mask=rows, other=float("inf"))[:, None]) * scale)
         total = tl.load(SUM + at_i, mask=rows, other=1.0)
         if MATRIX is not None:
             store_tile(MATRIX, b, i, j, N, K, e / total[:, None], INTERPRETED)
@@ -384,7 +385,7 @@ def sinkhorn_score_gradient_kernel(
     at_i = tl.cast(b, tl.int64) * N + i
     inverse_epsilon = tl.load(INVERSE_EPSILON)
     scale = inverse_epsilon * LOG2E
-    shift = tl.load(SHIFT + at_i, mask=rows, other=0.0)
+    shift = tl.load(SHIFT + at_i, mask=rows, other=float("inf"))
     inverse = 1.0 / tl.load(SUM + at_i, mask=rows, other=1.0)
     less = tl.load(LESS + at_i, mask=rows, other=0.0)
     moment = tl.zeros([ROWS], tl.float32)
@@ -408,7 +409,7 @@ def sinkhorn_score_gradient_kernel(
             high = tl.load(TERM_HIGH + term_j, mask=columns, other=float("-inf"))
             low = tl.load(TERM_LOW + term_j, mask=columns, other=0.0)
             w = tl.load(TERM_W + term_j, mask=columns, other=0.0)
-            term_shift = tl.load(TERM_SHIFT + term_i, mask=rows, other=0.0)
+            term_shift = tl.load(TERM_SHIFT + term_i, mask=rows, other=float("inf"))
             p = tl.load(TERM_P + term_i, mask=rows, other=0.0)
             q = tl.load(TERM_Q + term_i, mask=rows, other=0.0)
             t = (s + high[None, :]) + low[None, :]
@@ -418,7 +419,7 @@ def sinkhorn_score_gradient_kernel(
             term_j = tl.cast(m * BATCH + b, tl.int64) * K + j
             high = tl.load(COLUMN_HIGH + term_i, mask=rows, other=float("-inf"))
             low = tl.load(COLUMN_LOW + term_i, mask=rows, other=0.0)
-            term_shift = tl.load(COLUMN_SHIFT + term_j, mask=columns, other=0.0)
+            term_shift = tl.load(COLUMN_SHIFT + term_j, mask=columns, other=float("inf"))
             w = tl.load(COLUMN_W + term_j, mask=columns, other=0.0)
             t = (s + high[:, None]) + low[:, None]
             total -= tl.exp2((t - term_shift[None, :]) * scale) * w[None, :]

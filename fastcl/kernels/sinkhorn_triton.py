@@ -228,8 +228,8 @@ def _launch(name: str, x: Scores, shape: Tile, programs: int, grad: Tensor | Non
 
 
 def _matrix(x: Scores) -> Tensor:
-    return torch.empty_like(x.values, memory_format=torch.contiguous_format)
+    return torch.empty(x.values.shape, dtype=x.values.dtype, device=x.values.device)
 
 
 def _new(x: Scores, *shape: int) -> Tensor:
-    return x.inverse_epsilon.new_empty(shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.values.device)

@@ -1,94 +1,26 @@
-// Runs every engine that this machine has, forward and backward, over sizes around the register tiles, all dtypes and
-// options, and compares with double loops. Exits with 0 if all agree; else it names the first case that does not.
+// Runs every engine that this machine has, forward and backward and Sinkhorn's passes, over sizes around the register tiles,
+// all dtypes and options, and compares with double loops. Exits with 0 if all agree; else it names the first case that does not.
 //   engine_test PLACE CASES [ENGINE]      PLACE: heap or pages, see memory.h; CASES: how many for each engine
 #include "../cpu/arrange.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/mean.h"
 #include "formula.h"
-#include "memory.h"
+#include "sinkhorn_cases.h"
 #include <algorithm>
 #include <csignal>
 #include <memory>
-#include <random>
 
 extern "C" void __sanitizer_set_death_callback(void (*)()) __attribute__((weak));
 
 namespace {
 
 using namespace fastcl;
-using formula::Input, formula::Reals, formula::Weights, formula::Formula, formula::Gradient;
-using memory::Place, memory::Pool;
+using formula::Input, formula::Weights, formula::Formula, formula::Gradient;
 
-char description[400];
-
-void describe() { [[maybe_unused]] const auto written = write(STDERR_FILENO, description, std::strlen(description)); }
 void crashed(int signal) {
   describe();
   std::signal(signal, SIG_DFL);
   std::raise(signal);
-}
-[[noreturn]] void fail(const char *what, int64_t at, double got, double expected, double allowed) {
-  describe();
-  std::fprintf(stderr, "%s[%lld]: %.9g, expected %.9g within %.3g\n", what, (long long)at, got, expected, allowed);
-  std::exit(1);
-}
-
-class Random {
-public:
-  explicit Random(uint64_t seed) : engine_(seed) {}
-  int64_t below(int64_t bound) { return int64_t(engine_() % uint64_t(bound)); }
-  bool coin() { return below(2); }
-  double real() { return double(int64_t(engine_() >> 11)) * 0x1p-52 - 1; } // in [-1, 1)
-private:
-  std::mt19937_64 engine_;
-};
-
-// Numbers that the dtype holds exactly, as they are stored and as double.
-
-size_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-const char *name_of(Dtype dtype) {
-  static const char *const names[] = {"float64", "float32", "bfloat16", "float16"};
-  return names[int(dtype)];
-}
-double stored(Dtype dtype, double x, void *to) {
-  const float single = float(x);
-  uint32_t word;
-  std::memcpy(&word, &single, 4);
-  switch (dtype) {
-  case Dtype::float64: std::memcpy(to, &x, 8); return x;
-  case Dtype::float32: std::memcpy(to, &single, 4); return single;
-  case Dtype::bfloat16: {
-    const uint16_t half = uint16_t(word >> 16);
-    word = uint32_t(half) << 16;
-    float back;
-    std::memcpy(&back, &word, 4);
-    std::memcpy(to, &half, 2);
-    return back;
-  }
-  case Dtype::float16: {
-    int exponent = std::fabs(x) < 0x1p-14 ? -13 : std::ilogb(x) + 1; // subnormal numbers share the least exponent
-    const double digits = std::trunc(std::fabs(x) * std::ldexp(1, 11 - exponent));
-    const uint16_t magnitude = uint16_t(digits < 1024 ? digits : (exponent + 14) * 1024 + digits - 1024);
-    const uint16_t half = uint16_t((x < 0 ? 0x8000 : 0) | magnitude);
-    std::memcpy(to, &half, 2);
-    return std::copysign(digits * std::ldexp(1, exponent - 11), x);
-  }
-  }
-  return 0;
-}
-
-// [size, d] at the strides told, in memory that ends with its last number.
-Rows random_rows(Random &random, Pool &pool, int64_t size, int64_t d, Dtype dtype, bool by_columns, int64_t gap, Reals &values) {
-  const int64_t row_stride = by_columns ? 1 : d + gap, column_stride = by_columns ? size + gap : 1;
-  char *data = (char *)pool.bytes(((size - 1) * row_stride + (d - 1) * column_stride + 1) * int64_t(size_of(dtype)));
-  values.resize(size * d);
-  const bool some_zero = random.below(8) == 0;
-  for (int64_t i = 0; i < size; i++)
-    for (int64_t k = 0; k < d; k++) {
-      const double x = some_zero && i % 5 == 3 ? 0 : random.real() * 1.7 / std::sqrt(double(d));
-      values[i * d + k] = stored(dtype, x, data + (i * row_stride + k * column_stride) * int64_t(size_of(dtype)));
-    }
-  return {data, size, row_stride, column_stride, dtype};
 }
 std::vector<int64_t> random_ids(Random &random, int64_t size, int64_t kinds) {
   const int64_t names = random.coin() ? 1 : int64_t(1) << 40; // small numbers, or ones that no table holds
@@ -124,14 +56,6 @@ template <class T> struct Outputs { // of one side
   }
 };
 
-template <class T> void compare(const char *what, const void *got, const Reals &expected, const Reals *sizes, double tolerance) {
-  for (size_t k = 0; got && k < expected.size(); k++) {
-    const double x = double(((const T *)got)[k]), truth = expected[k];
-    // Exponentials in float end at 2^-126, and are taken around a base that a log-sum may be 2^96 away from.
-    const double allowed = tolerance * (sizes ? (*sizes)[k] : 1 + std::fabs(truth)) + (sizeof(T) == 8 ? 1e-30 : 1e-9);
-    if (!(x == truth || std::fabs(x - truth) <= allowed)) fail(what, int64_t(k), x, truth, allowed);
-  }
-}
 // Rows of gradients are judged by the largest term of the row: their norm is what a user sees.
 void level(Gradient &g, int64_t d) {
   for (size_t i = 0; i < g.size.size(); i += d) {
@@ -402,6 +326,10 @@ int main(int count, char **arguments) {
                     (long long)k, (long long)c.n, (long long)c.m, (long long)c.d, name_of(c.anchors), name_of(c.contrasts), c.threads);
       const bool wide = c.anchors == Dtype::float64 || (c.m && c.contrasts == Dtype::float64);
       (wide ? run<double> : run<float>)(*engine, c, place, uint64_t(k) + 1000003);
+      std::snprintf(description, sizeof description, "engine %s, Sinkhorn, case %lld: N %lld, K %lld, %s, %d threads: ", engine->name, (long long)k,
+                    (long long)c.n, (long long)c.d, name_of(c.anchors), c.threads);
+      if (c.anchors == Dtype::float64) SinkhornCase<double>(*engine, c.n, c.d, c.anchors, c.threads, place, uint64_t(k)).run();
+      else SinkhornCase<float>(*engine, c.n, c.d, c.anchors, c.threads, place, uint64_t(k)).run();
     }
     std::printf("%s: %lld cases agree\n", engine->name, (long long)cases);
   }

@@ -69,14 +69,28 @@ def results(dtype: torch.dtype = torch.float32, m: int | None = None, scale: flo
 # Which engine
 
 
+CAPPED = """
+import torch, fastcl
+from fastcl.kernels import native
+from fastcl.info import report
+print(native.engine()[0])
+scores = torch.arange(60.0).reshape(6, 10).sin().requires_grad_()
+fastcl.sinkhorn(scores).assignments.square().sum().backward()
+print(*scores.grad.flatten().tolist())
+print(report())
+"""
+
+
 @pytest.mark.parametrize("cap", ENGINES)
 def test_environment_caps_the_instruction_set(cap: str) -> None:
-    code = (
-        "from fastcl.kernels import native; from fastcl.info import report; print(native.engine()[0]); print(report())"
-    )
-    done = run_python(code, FASTCL_CPU_ISA=cap)
-    assert done.stdout.splitlines()[0] == cap, done.stderr
-    assert f"used: {cap} (at most {cap})" in done.stdout
+    done = run_python(CAPPED, FASTCL_CPU_ISA=cap)
+    used, gradient, *text = done.stdout.splitlines()
+    assert used == cap, done.stderr
+    assert any(f"used: {cap} (at most {cap})" in line for line in text)
+    scores = torch.arange(60.0).reshape(6, 10).sin().requires_grad_()
+    with using_engine(cap), fastcl.use_backend("cpu"):  # what it computes on that engine, to the last bit
+        fastcl.sinkhorn(scores).assignments.square().sum().backward()
+    assert torch.equal(scores.grad.flatten(), torch.tensor([float(x) for x in gradient.split()]))
 
 
 WRONG_CAP = """

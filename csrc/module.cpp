@@ -8,9 +8,6 @@
 #include <pybind11/stl.h>
 #include <stdexcept>
 #include <variant>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace py = pybind11;
 using namespace fastcl;
@@ -240,19 +237,6 @@ Sinkhorn read_sinkhorn(const py::tuple &numbers) {
   return s;
 }
 
-// Fresh memory of a matrix costs a fault for each page when it is first written: with pages of 4 kB that takes longer than what
-// is written takes to compute. Only advice, where the system lets programs ask (transparent_hugepage: madvise).
-void prefer_huge_pages(void *data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t HUGE = 1 << 21;
-  const uintptr_t from = (uintptr_t(data) + HUGE - 1) / HUGE * HUGE, to = (uintptr_t(data) + uintptr_t(bytes)) / HUGE * HUGE;
-  if (data && to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
 class SinkhornCall {
 public:
   SinkhornCall(const Engine *engine, const py::tuple &call, const py::tuple &terms) : engine_(engine), call_(read_sinkhorn(call)) {
@@ -277,7 +261,6 @@ public:
   void run(int64_t address) const {
     require(address, "workspace: a null pointer");
     py::gil_scoped_release release;
-    prefer_huge_pages(call_.matrix, call_.scores.size * call_.columns * size_of(call_.scores.dtype));
     engine_->sinkhorn(call_, reinterpret_cast<void *>((address + 63) / 64 * 64));
   }
 

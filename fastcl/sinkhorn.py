@@ -22,6 +22,8 @@ from .kernels.checks import (
 from .kernels.problem import accumulation_dtype
 from .kernels.sinkhorn_ops import sinkhorn as _solve
 
+LARGEST_EPSILON = 1e36  # potentials are up to some hundred times as large, and have to fit float32
+
 
 @dataclass(frozen=True, eq=False)
 class SinkhornResult:
@@ -63,8 +65,10 @@ def sinkhorn(
     iteration, and no N x K matrix but the assignments is formed.
 
     Args:
-        scores: ``[N, K]`` or ``[B, N, K]``; float64, float32, bfloat16 or float16, any strides.
-        epsilon: regularisation > 0, in the scores' units: a number or a tensor of one element.
+        scores: ``[N, K]`` or ``[B, N, K]``; float64, float32, bfloat16 or float16, any strides. -inf: never assigned.
+            A row of nothing else, or a column that has mass, makes the problem one without a solution: an error on the
+            CPU, NaN elsewhere, under torch.compile and with ``group``.
+        epsilon: regularisation > 0, at most 1e36, in the scores' units: a number or a tensor of one element.
         prior: ``[K]`` (or ``[B, K]``) non-negative masses of the columns; normalised. None: uniform. A column without
             mass is assigned nothing, exactly.
         row_marginal: ``[N]`` (or ``[B, N]``) non-negative masses of the rows; normalised. None: uniform. A row without
@@ -102,7 +106,7 @@ def sinkhorn(
         raise ValueError(f"scores: expected at least one row, got shape {list(scores.shape)}")
     count = check_count("n_iters", n_iters)
     tolerance = None if tol is None else _tolerance(tol)
-    scale = scalar_tensor("epsilon", positive_number("epsilon", epsilon), scores.device, dtype)
+    scale = scalar_tensor("epsilon", _epsilon(epsilon), scores.device, dtype)
     sizes = {"prior": k, "row_marginal": n, "init": k}
     values = {"prior": prior, "row_marginal": row_marginal, "init": init}
     for name, value in values.items():
@@ -113,6 +117,8 @@ def sinkhorn(
     start = None if init is None else _start(init, dtype).expand(batch, k)
     log_prior = log_prior - log_prior.logsumexp(-1, keepdim=True)
     outputs = _solve(s, scale, log_prior, log_rows, start, count, tolerance, _group_name(group))
+    if group is None:
+        _check_finite(s, log_prior, log_rows, outputs[2])
     assignments, rows, columns, error = outputs[:4] if batched else (output[0] for output in outputs[:4])
     if tol is None:
         return SinkhornResult(assignments, rows, columns, None, count)
@@ -176,6 +182,15 @@ def _tolerance(tol: Any) -> float:
     return number
 
 
+def _epsilon(epsilon: Any) -> Any:
+    value = positive_number("epsilon", epsilon)
+    visible = values_visible(value) if isinstance(value, Tensor) else True
+    number = float(value.detach() if isinstance(value, Tensor) else value) if visible else 0.0
+    if number > LARGEST_EPSILON:
+        raise ValueError(f"epsilon: expected at most {LARGEST_EPSILON:g}, got {number:g}")
+    return value
+
+
 def _check_scores(scores: Any) -> None:
     check_tensor("scores", scores)
     if scores.dtype not in ROW_DTYPES:
@@ -184,6 +199,23 @@ def _check_scores(scores: Any) -> None:
         raise ValueError(f"scores: expected shape [N, K] or [B, N, K], got {list(scores.shape)}")
     if scores.shape[-1] == 0:
         raise ValueError(f"scores: expected at least one column, got shape {list(scores.shape)}")
+
+
+def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, potential: Tensor) -> None:
+    """Tells a problem without a solution from one with NaN in it, once its result has shown that it is either."""
+    if not values_visible(scores) or not bool((potential.isnan() | (potential == torch.inf)).any()):
+        return
+    nothing = scores.detach() == -torch.inf
+    without_mass = (log_rows == -torch.inf)[..., None]
+    for kind, hopeless in (
+        ("row", nothing.all(-1)),
+        ("column", (nothing | without_mass).all(-2) & (log_prior > -torch.inf)),
+    ):
+        if bool(hopeless.any()):
+            raise ValueError(
+                "scores: expected one above -inf in every row, and for every column with mass in a row with mass; "
+                f"{kind} {hopeless.nonzero()[0, -1].item()} has none"
+            )
 
 
 def _check_masses(name: str, value: Any, size: int, batch: int | None, device: torch.device) -> None:

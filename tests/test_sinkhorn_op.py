@@ -231,6 +231,26 @@ def test_unused_outputs_and_inputs(backend) -> None:
 S = torch.zeros(4, 3)
 
 
+def hopeless(scores: Tensor, where: Any) -> Tensor:
+    result = scores.clone()
+    result[where] = -torch.inf
+    return result
+
+
+def test_a_column_of_minus_infinity_without_mass_is_no_error(backend) -> None:
+    scores = hopeless(x(6, 4), (..., 1))
+    result = fastcl.sinkhorn(scores, prior=torch.tensor([1.0, 0, 1, 2]))
+    torch.testing.assert_close(result.assignments.sum(1), torch.ones(6))
+    assert (result.assignments[:, 1] == 0).all()
+
+
+def test_the_largest_epsilon(backend) -> None:
+    result = fastcl.sinkhorn(x(6, 4), epsilon=1e36, prior=torch.tensor([1.0, 1e-30, 1, 1]))
+    assert result.col_potential.isfinite().all()
+    assert result.row_potential.isfinite().all()
+    torch.testing.assert_close(result.assignments.sum(1), torch.ones(6))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -240,6 +260,15 @@ S = torch.zeros(4, 3)
         (lambda: fastcl.sinkhorn(S[:, :0]), ValueError, "scores: expected at least one column"),
         (lambda: fastcl.sinkhorn(S[:0]), ValueError, "scores: expected at least one row"),
         (lambda: fastcl.sinkhorn(S, epsilon=0), ValueError, "epsilon: expected a positive number"),
+        (lambda: fastcl.sinkhorn(S, epsilon=2e36), ValueError, "epsilon: expected at most 1e\\+36, got 2e\\+36"),
+        (lambda: fastcl.sinkhorn(S, epsilon=torch.tensor(2e36)), ValueError, "epsilon: expected at most 1e"),
+        (lambda: fastcl.sinkhorn(hopeless(S, (..., 1))), ValueError, "scores: expected one .* column 1 has none"),
+        (lambda: fastcl.sinkhorn(hopeless(S, (2,))), ValueError, "scores: expected one above -inf .* row 2 has none"),
+        (
+            lambda: fastcl.sinkhorn(hopeless(S, (slice(1, None), 2)), row_marginal=torch.tensor([0.0, 1, 1, 1])),
+            ValueError,
+            "scores: expected one .* column 2 has none",
+        ),
         (lambda: fastcl.sinkhorn(S, epsilon="1"), TypeError, "epsilon: expected a number, got str"),
         (lambda: fastcl.sinkhorn(S, n_iters=0), ValueError, "n_iters: expected an integer >= 1, got 0"),
         (lambda: fastcl.sinkhorn(S, n_iters=2.0), TypeError, "n_iters: expected an integer, got float"),

@@ -23,9 +23,11 @@ constexpr int MR = FASTCL_ROWS, NV = 2; // a register tile: MR rows, NV vectors
 template <class T> struct IntOf;
 template <> struct IntOf<float> {
   using type = int32_t;
+  using wrapping = uint32_t;
 };
 template <> struct IntOf<double> {
   using type = int64_t;
+  using wrapping = uint64_t;
 };
 
 template <class T> struct Simd {
@@ -33,6 +35,7 @@ template <class T> struct Simd {
   static constexpr int W = FASTCL_BYTES / sizeof(T);
   typedef T V __attribute__((vector_size(FASTCL_BYTES)));
   typedef Int I __attribute__((vector_size(FASTCL_BYTES)));
+  typedef typename IntOf<T>::wrapping U __attribute__((vector_size(FASTCL_BYTES))); // whose sums may wrap
   typedef T Unaligned __attribute__((vector_size(FASTCL_BYTES), aligned(sizeof(T)), may_alias));
   typedef T Aligned __attribute__((vector_size(FASTCL_BYTES), may_alias));
   typedef int32_t Ids __attribute__((vector_size(W * sizeof(int32_t)), aligned(4), may_alias));
@@ -142,7 +145,8 @@ template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2(V<T> t) {
   }();
   V<T> p = all<T>(c[0]);
   EACH(k, int(sizeof(c) / sizeof(T)) - 1) p = p * f + c[k + 1];
-  return (V<T>)((I<T>)p + ((I<T>)shifted << E::MANTISSA));
+  using U = typename Simd<T>::U; // beyond the range of exponents the caller takes another number
+  return (V<T>)((U)p + ((U)shifted << E::MANTISSA));
 }
 template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2_clamped(V<T> t) {
   using E = Exponential<T>;

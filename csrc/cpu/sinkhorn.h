@@ -5,9 +5,6 @@
 #pragma once
 #include "../sinkhorn.h"
 #include "sweep.h"
-#if FASTCL_BYTES > 16
-#include <immintrin.h>
-#endif
 
 namespace fastcl::FASTCL_ISA {
 namespace {
@@ -425,27 +422,13 @@ private:
   }
   template <class To, class Convert> void write_as(int64_t i, const T *x, T factor, Convert convert) const {
     To *const to = (To *)c.matrix + i * k;
+    // Not past the caches: memory that is new to the process lies in them, as the system has just cleared it.
     if constexpr (sizeof(To) == sizeof(T)) {
       int64_t j = 0;
-      if (uintptr_t(to) % FASTCL_BYTES == 0) { // past the caches, which have the scores to hold
-        for (; j < whole; j += W) stream((T *)to + j, load(x + j) * factor);
-#if FASTCL_BYTES > 16
-        _mm_sfence();
-#endif
-      } else
-        for (; j < whole; j += W) storeu((T *)to + j, load(x + j) * factor);
+      for (; j < whole; j += W) storeu((T *)to + j, load(x + j) * factor);
       for (; j < k; j++) to[j] = To(x[j] * factor);
     } else
       for (int64_t j = 0; j < k; j++) to[j] = convert(x[j] * factor);
-  }
-  static FASTCL_INLINE void stream(T *to, V<T> v) {
-#if FASTCL_BYTES == 64
-    _mm512_stream_si512((__m512i *)to, (__m512i)v);
-#elif FASTCL_BYTES == 32
-    _mm256_stream_si256((__m256i *)to, (__m256i)v);
-#else
-    store(to, v);
-#endif
   }
 };
 

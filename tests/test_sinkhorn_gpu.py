@@ -1,0 +1,84 @@
+"""`sinkhorn` on a CUDA device, against float64 on the CPU; ``pytest -m gpu`` runs these among others."""
+
+from typing import Any
+
+import pytest
+import torch
+from strategies import generator
+from torch import Tensor
+
+import fastcl
+from fastcl.kernels import ops, sinkhorn_triton, triton_engine
+from fastcl.kernels.sinkhorn_ops import choose
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+HERE = "triton" if "triton" in ops.BACKENDS and not triton_engine.INTERPRETED else "chunked"
+ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+# One column; several rows a step; the tiles' sizes and one more; rows that are held whole, and longer ones.
+SIZES = [(7, 1), (300, 20), (513, 1024), (131, 1025), (70, 3000), (40, sinkhorn_triton.WHOLE), (40, 10_001)]
+
+
+def test_the_fastest_is_the_default() -> None:
+    assert choose(torch.device("cuda", 0), torch.float32) == HERE
+    assert choose(torch.device("cuda", 0), torch.float64) == "chunked"
+
+
+def solved(scores: Tensor, device: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Assignments, potentials, and the gradients of a weighted sum of them."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    n, k = scores.shape[-2:]
+    g = generator(1)
+    prior, marginal = (torch.rand(size, generator=g) + 0.1 for size in (k, n))
+    prior[k // 2] *= k == 1
+    weights = [torch.randn(shape, generator=g) for shape in (scores.shape, (n,), (k,))]
+    leaf = scores.to(device, dtype).requires_grad_()
+    leaves = [leaf, *(value.to(device, wide).requires_grad_() for value in (torch.tensor(0.1), prior, marginal))]
+    result = fastcl.sinkhorn(leaf, epsilon=leaves[1], prior=leaves[2], row_marginal=leaves[3], **options)
+    outputs = [result.assignments, result.row_potential, result.col_potential]
+    total = sum(
+        torch.where(output.isfinite(), output * weight.to(output), 0).sum()
+        for output, weight in zip(outputs, weights, strict=True)
+    )
+    gradients = torch.autograd.grad(total, leaves)
+    return [value.detach().double().cpu() for value in (*outputs, *gradients)]
+
+
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("tol", [None, 1e-5])
+def test_values_and_gradients_are_those_of_float64_on_the_cpu(n, k, tol, dtype) -> None:
+    scores = torch.randn(n, k, generator=generator(0)).mul(0.3).to(dtype)
+    options = {"n_iters": 500 if tol else 3, "tol": tol}
+    with fastcl.use_backend("reference"):
+        expected = solved(scores, "cpu", torch.float64, **options)
+    for got, truth in zip(solved(scores, "cuda", dtype, **options), expected, strict=True):
+        known = truth.isfinite()
+        assert torch.equal(got[~known], truth[~known])
+        assert (got - truth)[known].norm() <= (ALLOWED[dtype] + 10 * (tol or 0)) * truth[known].norm() + 1e-6
+
+
+@pytest.mark.parametrize("k", [100, 10_001])
+def test_the_same_bits_from_run_to_run(k) -> None:
+    scores = torch.randn(2000, k, generator=generator(0))
+    runs = [solved(scores, "cuda", torch.float32, n_iters=4) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("k", [100, 5000])
+def test_strides_and_batches(k) -> None:
+    """Columns far apart take another tile; more than 2**31 bytes lie between batches."""
+    scores = torch.randn(2, 90, k, generator=generator(0)).cuda()
+    far = torch.empty(2, 1 << 31, dtype=torch.uint8, device="cuda").view(torch.float32)
+    spread = far[:, : k * 90].view(2, k, 90).transpose(1, 2).copy_(scores)
+    one, other = (fastcl.sinkhorn(values, epsilon=0.3).assignments for values in (scores, spread))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_small_epsilon_and_large_scores() -> None:
+    scores = 1e4 * torch.rand(200, 150, generator=generator(0))
+    got = fastcl.sinkhorn(scores.cuda(), epsilon=0.001, n_iters=5).assignments
+    with fastcl.use_backend("reference"):
+        expected = fastcl.sinkhorn(scores.double(), epsilon=0.001, n_iters=5).assignments
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-3, atol=1e-5)

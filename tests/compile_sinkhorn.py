@@ -29,7 +29,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "sinkhorn_split_kernel": Tile(1, 1024, 0, 0, 4, 1),
         "sinkhorn_whole_rows_kernel": host.whole_rows_tile(k, job.get("spread", False), False),
         "sinkhorn_rows_kernel": host.part_rows_tile(False),
-        "sinkhorn_score_gradient_kernel": host.part_rows_tile(False),
+        "sinkhorn_score_gradient_kernel": host.score_gradient_tile(False),
     }
     shape = shapes.get(name) or host.columns_tile(False)
     if name == "sinkhorn_score_gradient_kernel":

@@ -417,12 +417,12 @@ def sinkhorn_score_gradient_kernel(
         for m in range(0, COLUMN_TERMS):
             term_i = tl.cast(m * BATCH + b, tl.int64) * N + i
             term_j = tl.cast(m * BATCH + b, tl.int64) * K + j
-            high = tl.load(COLUMN_HIGH + term_i, mask=rows, other=float("-inf"))
-            low = tl.load(COLUMN_LOW + term_i, mask=rows, other=0.0)
-            term_shift = tl.load(COLUMN_SHIFT + term_j, mask=columns, other=float("inf"))
+            f_high = tl.load(COLUMN_HIGH + term_i, mask=rows, other=float("-inf"))
+            f_low = tl.load(COLUMN_LOW + term_i, mask=rows, other=0.0)
+            column_shift = tl.load(COLUMN_SHIFT + term_j, mask=columns, other=float("inf"))
             w = tl.load(COLUMN_W + term_j, mask=columns, other=0.0)
-            t = (s + high[:, None]) + low[:, None]
-            total -= tl.exp2((t - term_shift[None, :]) * scale) * w[None, :]
+            t = (s + f_high[:, None]) + f_low[:, None]
+            total -= tl.exp2((t - column_shift[None, :]) * scale) * w[None, :]
         moment += tl.sum(tl.where(total != 0.0, total * s, 0.0), 1)  # a score of -inf has no weight
         store_tile(MATRIX, b, i, j, N, K, total * inverse_epsilon, INTERPRETED)
     tl.store(MOMENT + at_i, moment, mask=rows)

@@ -43,6 +43,11 @@ def part_rows_tile(interpreted: bool) -> Tile:
     return Tile(128, 128, 0, 0, 4, 1) if interpreted else Tile(4, 1024, 0, 0, 8, 1)
 
 
+def score_gradient_tile(interpreted: bool) -> Tile:
+    """Of the pass that has the most at hand."""
+    return Tile(128, 128, 0, 0, 4, 1) if interpreted else Tile(4, 512, 0, 0, 8, 1)
+
+
 def columns_tile(interpreted: bool) -> Tile:
     """Of programs that own columns, and go through rows."""
     return Tile(128, 128, 0, 0, 4, 1) if interpreted else Tile(16, 256, 0, 0, 8, 1)
@@ -114,7 +119,7 @@ def score_gradient(
     def stacked(values: list[Tensor], size: int) -> Tensor:
         return torch.stack(values) if values else _new(x, 0, batch, size)
 
-    shape = part_rows_tile(triton_launch.INTERPRETED)
+    shape = score_gradient_tile(triton_launch.INTERPRETED)
     _launch(
         "sinkhorn_score_gradient_kernel",
         x,

@@ -45,7 +45,7 @@ def part_rows_tile(interpreted: bool) -> Tile:
 
 def score_gradient_tile(interpreted: bool) -> Tile:
     """Of the pass that has the most at hand."""
-    return Tile(128, 128, 0, 0, 4, 1) if interpreted else Tile(4, 512, 0, 0, 8, 1)
+    return Tile(128, 128, 0, 0, 4, 1) if interpreted else Tile(4, 512, 0, 0, 4, 1)
 
 
 def columns_tile(interpreted: bool) -> Tile:

@@ -35,7 +35,7 @@ def whole_rows_tile(k: int, spread: bool, interpreted: bool) -> Tile | None:
         return Tile(128, columns, 0, 0, 4, 1) if k <= 64 else None
     if k > (WHOLE_SPREAD if spread else WHOLE):
         return None
-    return Tile(max(1, min(16, 4096 // columns)), columns, 0, 0, 4 if columns <= 2048 else columns // 512, 1)
+    return Tile(max(1, min(16, 1024 // columns)), columns, 0, 0, max(4, columns // 256), 1)
 
 
 def part_rows_tile(interpreted: bool) -> Tile:

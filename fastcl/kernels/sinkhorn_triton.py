@@ -21,7 +21,7 @@ from .sinkhorn_dense import ColumnTerm, Normalizer, RowTerm, Scores, finite, per
 from .triton_launch import blocks, launch, on_device
 from .triton_plan import Tile
 
-WHOLE, WHOLE_SPREAD = 8192, 4096  # where the columns lie side by side, and where not: addresses take registers then
+WHOLE, WHOLE_SPREAD = 8192, 2048  # where the columns lie side by side, and where not: addresses take registers then
 CHUNK = 512  # rows of which a sum is formed at once, at most: bounds its rounding error
 LEAST_CHUNK = 16  # rows at least, where there are as many: what a chunk leaves behind is written and read again
 WARPS = 32  # that a multiprocessor should have to choose from
@@ -35,7 +35,8 @@ def whole_rows_tile(k: int, spread: bool, interpreted: bool) -> Tile | None:
         return Tile(128, columns, 0, 0, 4, 1) if k <= 64 else None
     if k > (WHOLE_SPREAD if spread else WHOLE):
         return None
-    return Tile(max(1, min(16, 1024 // columns)), columns, 0, 0, max(4, columns // 256), 1)
+    warps = max(4, columns // (128 if spread else 256))  # four or eight numbers a thread
+    return Tile(max(1, min(16, (512 if spread else 1024) // columns)), columns, 0, 0, warps, 1)
 
 
 def part_rows_tile(interpreted: bool) -> Tile:

@@ -25,6 +25,10 @@ class Formula(Protocol):
     def mean_of_differences(self) -> bool:
         """Whether the loss of a row is lse - sum_pos / num_pos of what is wanted, and nothing else."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether log-sum-exps are wanted in float64, as `terms` takes the difference of their exponentials."""
+
     def scales(self, scale: Tensor) -> Tensor:
         """The logit scales at which they are wanted: [], or [S]."""
 
@@ -50,6 +54,10 @@ class InfoNCE(NamedTuple):
     @property
     def mean_of_differences(self) -> bool:
         return self.form == "outside" and self.margin == 0
+
+    @property
+    def exact(self) -> bool:
+        return False
 
     def scales(self, scale: Tensor) -> Tensor:
         return scale
@@ -88,6 +96,10 @@ class Debiased(NamedTuple):
     @property
     def mean_of_differences(self) -> bool:
         return False
+
+    @property
+    def exact(self) -> bool:
+        return True
 
     def scales(self, scale: Tensor) -> Tensor:
         return torch.stack((scale, self.beta * scale, (1 + self.beta) * scale)) if self.beta else scale
@@ -205,7 +217,7 @@ def reduced_loss(
         loss = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
         if loss is not None:
             return loss.to(posed.dtype)
-    stats = sweep.statistics()
+    stats = sweep.statistics(formula.exact)
     terms, counted = formula.terms(stats, scale)
     if stats.reverse is None:
         return _reduce(terms, counted, weights, options.reduction, posed)

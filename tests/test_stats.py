@@ -1,5 +1,6 @@
 """contrastive_stats against its formula: values and gradients, on every backend."""
 
+import math
 from typing import Any
 
 import pytest
@@ -184,6 +185,14 @@ def test_logits_of_any_size(magnitude, backend) -> None:
     clear = margins[:, 0] - margins[:, 1] > 1e-4 * magnitude
     assert clear.sum() > 50
     torch.testing.assert_close(z.grad[clear], y[logits.argmax(1)][clear], rtol=1e-4, atol=1e-4 * magnitude)
+
+
+def test_exponentials(backend) -> None:
+    """Equal logits of every fraction: what is left of the log-sum is the exponential's own error."""
+    anchors = torch.linspace(-0.7, 0.7, 389)[:, None]
+    lse = fastcl.contrastive_stats(anchors, torch.ones(96, 1), want=("lse_all",)).lse_all
+    expected = anchors.double().squeeze(1) + math.log(96)
+    assert (lse.double() - expected).abs().max() < 7e-7
 
 
 @pytest.mark.parametrize("size", [20.0, 80.0])

@@ -36,11 +36,11 @@ class DirectStats(torch.autograd.Function):
     """Each statistic is an output of its own, as `taken_apart` lists them."""
 
     @staticmethod
-    def forward(ctx: Any, *args_and_scales: Any) -> tuple[Tensor, ...]:
-        *args, one_scale = args_and_scales
+    def forward(ctx: Any, *args_and_options: Any) -> tuple[Tensor, ...]:
+        *args, one_scale, exact = args_and_options
         outputs = run_forward(*args)
         save(ctx, args, outputs)
-        values = taken_apart(outputs, one_scale, args[BOTH])
+        values = taken_apart(outputs, one_scale, args[WANT], args[BOTH], exact)
         ctx.mark_non_differentiable(*_counts_among(values, len(args[WANT])))
         return values
 
@@ -48,7 +48,7 @@ class DirectStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = len(ctx.options[WANT - TENSORS])
         both_sides = _stacked(grads[:wanted]), _stacked(grads[wanted + 2 : 2 * wanted + 2])
-        return *differentiate(ctx, *both_sides), None
+        return *differentiate(ctx, *both_sides), None, None
 
 
 class DirectMean(torch.autograd.Function):
@@ -142,14 +142,32 @@ def _derivative(counts: Tensor, counted: Tensor | None, means: int) -> Tensor:
     return torch.stack((weights, weights / -counts[0].clamp(min=1)))[:, None]
 
 
-def taken_apart(outputs: Sequence[Tensor], one_scale: bool, both: bool) -> tuple[Tensor, ...]:
-    """Of each side the wanted fields, [N] with one scale, else [S, N], then num_pos and num_neg."""
-    fields, counts, _, contrast_fields, contrast_counts, *_ = outputs
+def taken_apart(
+    outputs: Sequence[Tensor], one_scale: bool, want: Sequence[str], both: bool, exact: bool
+) -> tuple[Tensor, ...]:
+    """Of each side the wanted fields, [N] with one scale, else [S, N], then num_pos and num_neg.
+
+    exact: fields are float64, and log-sum-exps not rounded: their parts are known to the last bit but one.
+    """
+    fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *_ = outputs
+    if exact:
+        fields, contrast_fields = _unrounded(fields, parts, want), _unrounded(contrast_fields, contrast_parts, want)
     values = (*(fields.flatten(0, 1) if one_scale else fields).unbind(0), *counts.unbind(0))
     if not both:
         return values
     other = contrast_fields.flatten(0, 1) if one_scale else contrast_fields
     return *values, *other.unbind(0), *contrast_counts.unbind(0)
+
+
+def _unrounded(fields: Tensor, parts: Tensor, want: Sequence[str]) -> Tensor:
+    wide = fields.double()
+    shift, total = parts.detach().double()
+    log_sums = iter((shift + total.log()).unbind(0))
+    exact = [rounded if field == "sum_pos" else next(log_sums) for field, rounded in zip(want, wide, strict=True)]
+    if not exact:
+        return wide
+    rest = torch.stack(exact).detach() - wide.detach()
+    return wide + torch.where(rest.isfinite(), rest, 0)  # whose derivative is that of the fields
 
 
 def _counts_among(values: Sequence[Tensor], wanted: int) -> tuple[Tensor, ...]:

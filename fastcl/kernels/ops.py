@@ -255,10 +255,10 @@ def differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None) 
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
     counts, parts, contrast_counts = saved[TENSORS : TENSORS + 3]
     shape = len(ctx.options[WANT - TENSORS]), parts.shape[2]
-    if grad is None:
-        grad = counts.new_zeros(*shape, counts.shape[1])
+    grad = counts.new_zeros(*shape, counts.shape[1]) if grad is None else grad.to(counts.dtype)
     if grad_contrasts is None:
         grad_contrasts = counts.new_zeros(*shape, contrast_counts.shape[1])
+    grad_contrasts = grad_contrasts.to(counts.dtype)
     arguments = (*saved[:TENSORS], *ctx.options, *saved[TENSORS:], grad, grad_contrasts, needs)
     # With gradients on, somebody wants to differentiate this: the operator will tell that it cannot be done.
     plain = not torch.is_grad_enabled() and not intercepted(saved[0], grad, grad_contrasts)

@@ -79,14 +79,15 @@ class Sweep(NamedTuple):
     contrast_ids: Tensor | None = None  # [M]
     both: bool = False
 
-    def statistics(self) -> ContrastiveStats:
+    def statistics(self, exact: bool = False) -> ContrastiveStats:
+        """exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them."""
         order = [field for field in FIELDS if field in self.want]
         arguments = self._arguments(order)
         one_scale = self.logit_scale.dim() == 0
         if self._looked_at():
-            values = taken_apart(forward_op(*arguments), one_scale, self.both)
+            values = taken_apart(forward_op(*arguments), one_scale, order, self.both, exact)
         else:
-            values = DirectStats.apply(*arguments, one_scale)
+            values = DirectStats.apply(*arguments, one_scale, exact)
 
         def named(values: Sequence[Tensor], reverse: ContrastiveStats | None) -> ContrastiveStats:
             *fields, num_pos, num_neg = values

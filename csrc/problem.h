@@ -80,7 +80,7 @@ struct Backward {
   bool single_positives;         // the counts are those of the sweep: rows with one positive may be told by them
   void *anchor_gradient;         // [N, D]; null: not needed, as below
   void *contrast_gradient;       // [M, D]
-  void *scale_gradient;          // [scales]
+  void *scale_gradient;          // [scales] doubles: what is added to it may cancel it
   void *bias_gradient;           // [M]
 };
 

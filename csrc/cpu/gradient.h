@@ -117,7 +117,7 @@ template <class Mul> struct GradientPass {
     for (int k = 0; k < s.scales; k++) {
       double total = 0;
       for (int t = 0; t < s.threads; t++) total += locals[t].scale_total[k];
-      ((T *)out.scale_gradient)[k] = T(total);
+      ((double *)out.scale_gradient)[k] = total;
     }
   }
 

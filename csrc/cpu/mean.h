@@ -12,7 +12,7 @@ struct MeanLoss {
   void *loss;              // [1] real
   void *anchor_gradient;   // [N, D] reals; null: not needed, as below
   void *contrast_gradient; // [M, D]
-  void *scale_gradient;    // [1]
+  void *scale_gradient;    // [1] double
   void *bias_gradient;     // [M]
 };
 

@@ -113,7 +113,7 @@ void check_gradients(const Engine &engine, const Case &c, const Call &got, Formu
   const double rounded = both_bfloat && std::string(engine.name) == "avx512_bf16" ? tolerance + 0x1p-8 : tolerance;
   compare<T>("gradient of anchors", got.anchor_gradient, expected.anchors.value, &expected.anchors.size, rounded);
   compare<T>("gradient of contrasts", got.contrast_gradient, expected.contrasts.value, &expected.contrasts.size, rounded);
-  compare<T>("gradient of scale", got.scale_gradient, expected.scale.value, &expected.scale.size, tolerance);
+  compare<double>("gradient of scale", got.scale_gradient, expected.scale.value, &expected.scale.size, tolerance);
   compare<T>("gradient of bias", got.bias_gradient, expected.bias.value, &expected.bias.size, tolerance);
 }
 
@@ -124,7 +124,7 @@ template <class T> void check_mean(const Engine &engine, const Case &c, Pool &po
   MeanLoss call{like.problem, log_sum == LSE_NEG, pool.array<T>(1), nullptr, nullptr, nullptr, nullptr};
   if (like.anchor_gradient) call.anchor_gradient = pool.array<T>(c.n * c.d);
   if (like.contrast_gradient) call.contrast_gradient = pool.array<T>(c.m * c.d);
-  if (like.scale_gradient) call.scale_gradient = pool.array<T>(1);
+  if (like.scale_gradient) call.scale_gradient = pool.array<double>(1);
   if (like.bias_gradient) call.bias_gradient = pool.array<T>(c.m);
   mean_loss(engine, call, arranged, pool.workspace(mean_loss(engine, call, arranged, nullptr)));
 
@@ -280,7 +280,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   const int64_t needs = weighted ? 1 : random.below(4) ? 15 : random.below(16);
   if (needs & 1) backward.anchor_gradient = pool.array<T>(c.n * c.d);
   if (needs & 2 && !in.self()) backward.contrast_gradient = pool.array<T>(c.m * c.d);
-  if (needs & 4) backward.scale_gradient = pool.array<T>(p.scales);
+  if (needs & 4) backward.scale_gradient = pool.array<double>(p.scales);
   if (needs & 8 && p.contrast_bias) backward.bias_gradient = pool.array<T>(c.m);
   engine.backward(backward, arranged, pool.workspace(engine.backward(backward, arranged, nullptr)));
 

@@ -124,7 +124,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     columns = None
     if swept.contrasts is not None and (needs.anchors if folded else needs.contrasts):
         columns = new(swept.contrasts.shape)
-    scale = new(s) if needs.logit_scale else None
+    scale = new(s, dtype=torch.float64) if needs.logit_scale else None
     bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
     own, other = _sides(p, anchors, contrasts, saved.saved)
     anchors_alone = rows is not None and columns is None and scale is None and bias is None
@@ -149,7 +149,7 @@ def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     loss = new(())
     rows = new(p.anchors.shape) if needs.anchors else None
     columns = new(p.contrasts.shape) if needs.contrasts and p.contrasts is not None else None
-    scale = new(1) if needs.logit_scale else None
+    scale = new(1, dtype=torch.float64) if needs.logit_scale else None
     bias = new(len(p.contrast_bias)) if needs.contrast_bias and p.contrast_bias is not None else None
     outputs = (p.want[0] == "lse_neg", loss.data_ptr(), *map(_address, (rows, columns, scale, bias)))
     _run(_native.mean(engine()[0], _describe(p), outputs))

@@ -64,7 +64,8 @@ def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, swe
     return sweep._replace(
         anchors=None if sweep.anchors is None else sweep.anchors + rows(y, x, saved.anchor_inverse_norms),
         paired=rows(x, y, b) if needs.paired else None,
-        logit_scale=None if sweep.logit_scale is None else sweep.logit_scale + (g * similarity).sum(1),
+        # What the two sums are of cancels as training converges; a backend may have its own in float64.
+        logit_scale=None if sweep.logit_scale is None else sweep.logit_scale.double() + (g * similarity).double().sum(1),
     )
 
 

@@ -89,7 +89,7 @@ class Gradients(NamedTuple):
 
     anchors: Tensor | None  # [N, D]
     contrasts: Tensor | None  # [M, D]
-    logit_scale: Tensor | None  # [S]
+    logit_scale: Tensor | None  # [S]; or float64
     contrast_bias: Tensor | None  # [M]
     paired: Tensor | None = None  # [N, D]
 

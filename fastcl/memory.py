@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,8 @@ class Memory(nn.Module):
             raise ValueError(f"embeddings: expected rows of dimension {self.dim}, got shape {list(embeddings.shape)}")
         check_device("embeddings", embeddings, self.rows.device)
 
-    # Loading a state is all or nothing: where a tensor does not fit, none is copied and no counter changes.
+    # Loading a state is all or nothing: where something is missing or does not fit, none of this module's tensors is
+    # copied and no counter changes. Superfluous keys are for torch to report, which alone knows of strict=False.
 
     def get_extra_state(self) -> Any:
         return torch.tensor(self._counters(), device="cpu")
@@ -80,29 +82,50 @@ class Memory(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = {prefix + name: buffer.shape for name, buffer in self.named_buffers()}
+        kept = {k: v for k, v in self._buffers.items() if k not in self._non_persistent_buffers_set}
+        own = {prefix + name: value for name, value in (self._parameters | kept).items() if value is not None}
         extra = prefix + "_extra_state"
         absent = [key for key in (*own, extra) if key not in state_dict]
-        unknown = [key for key in state_dict if key.startswith(prefix) and key not in own and key != extra]
-        wrong = [
-            f"{key}: expected shape {list(shape)}, got {list(state_dict[key].shape)}"
-            for key, shape in own.items()
-            if key in state_dict and state_dict[key].shape != shape
-        ]
-        if not absent and not wrong:
-            counters = state_dict[extra]
-            if not (isinstance(counters, Tensor) and counters.shape == (len(self._counters()),)):
-                wrong.append(f"{extra}: expected {len(self._counters())} numbers, got {counters!r}")
-            elif not self._fit([int(number) for number in counters]):
-                wrong.append(f"{extra}: expected counters of this memory, got {counters.tolist()}")
-        if absent or wrong or (strict and unknown):
+        wrong = [_misfit(key, state_dict[key], like) for key, like in own.items() if key in state_dict]
+        if extra in state_dict:
+            wrong.append(self._wrong_counters(extra, state_dict[extra]))
+        if absent or any(wrong):
             missing_keys += absent
-            error_msgs += wrong
-            unexpected_keys += unknown if strict else []
+            error_msgs += [message for message in wrong if message]
+            for key in state_dict:
+                known = key in own or key == extra or key[len(prefix) :].split(".")[0] in self._modules
+                if key.startswith(prefix) and not known:
+                    unexpected_keys.append(key)
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _wrong_counters(self, key: str, counters: Any) -> str:
+        """What is wrong with them, nothing if they fit."""
+        shape = (len(self._counters()),)
+        if not isinstance(counters, Tensor) or counters.shape != shape or _kind(counters) != "integers":
+            return f"{key}: expected a tensor of {shape[0]} integers, got {counters!r}"
+        if not self._fit([int(number) for number in counters]):
+            return f"{key}: expected counters of this memory, got {counters.tolist()}"
+        return ""
+
+
+def _misfit(key: str, value: Any, like: Tensor) -> str:
+    """Why a value cannot take the place of `like`, nothing if it can."""
+    if not isinstance(value, Tensor):
+        return f"{key}: expected a tensor, got {type(value).__name__}"
+    if value.shape != like.shape:
+        return f"{key}: expected shape {list(like.shape)}, got {list(value.shape)}"
+    return "" if _kind(value) == _kind(like) else f"{key}: expected {_kind(like)}, got {value.dtype}"
+
+
+def _kind(values: Tensor) -> str:
+    if values.dtype == torch.bool:
+        return "truth values"
+    if values.is_complex():
+        return "complex numbers"
+    return "floating numbers" if values.is_floating_point() else "integers"
 
 
 class MemoryQueue(Memory):
@@ -137,8 +160,7 @@ class MemoryQueue(Memory):
         self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, clusters: bool = False, ids: bool = False
     ) -> None:
         super().__init__()
-        check_size("size", size)
-        check_size("dim", dim)
+        size, dim = check_size("size", size), check_size("dim", dim)
         _check_dtype(dtype)
         check_flag("clusters", clusters)
         check_flag("ids", ids)
@@ -214,7 +236,8 @@ class MemoryQueue(Memory):
     def nearest(self, embeddings: Tensor) -> Tensor:
         """The stored row ``[N, dim]`` that is nearest to each of the embeddings ``[N, dim]`` (NNCLR); a copy.
 
-        In cosine similarity, the first stored of equals. ValueError while the queue is empty.
+        In cosine similarity. Of equals it is the one in the lowest place, the first stored until the queue has wrapped
+        around; then places say nothing of age. ValueError while the queue is empty.
         """
         self._check_embeddings(embeddings)
         if self._count == 0:
@@ -274,8 +297,7 @@ class MemoryBank(Memory):
         self, num_samples: int, dim: int, *, momentum: float = 0.5, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        check_size("num_samples", num_samples)
-        check_size("dim", dim)
+        num_samples, dim = check_size("num_samples", num_samples), check_size("dim", dim)
         _check_dtype(dtype)
         self.momentum = finite_number("momentum", momentum)
         if not 0 <= self.momentum < 1:
@@ -296,6 +318,8 @@ class MemoryBank(Memory):
 
     def __bool__(self) -> bool:
         return True
+
+    __iter__ = None  # Python would try bank[0], bank[1], ...
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Rows ``[..., dim]`` of integers ``[...]``; a copy."""
@@ -371,7 +395,7 @@ class MemoryBank(Memory):
         else:
             check_ids("indices", indices, 0 if length is None else length, self.rows.device)
         if values_visible(indices) and indices.numel():
-            least, most = int(indices.min()), int(indices.max())
+            least, most = extremes(indices)
             if least < 0 or most >= self.num_samples:
                 wrong = least if least < 0 else most
                 raise ValueError(f"indices: expected numbers from 0 to {self.num_samples - 1}, got {wrong}")
@@ -389,12 +413,19 @@ class MemoryBank(Memory):
         return f"{self.num_samples}, {self.dim}, momentum={self.momentum:g}, dtype={self.rows.dtype}"
 
 
-def check_size(name: str, value: Any) -> None:
-    """A positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_size(name: str, value: Any) -> int:
+    """A positive integer, Python's or NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value if isinstance(value, int) else int(value)
+
+
+def extremes(integers: Tensor) -> tuple[int, int]:
+    """The least and the largest of one or more; torch has neither for uint16, uint32 and uint64."""
+    integers = integers.to(torch.int64)
+    return int(integers.min()), int(integers.max())
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -429,7 +460,7 @@ def topk_similarity(
     """
     check_rows("queries", queries)
     check_rows("keys", keys, like=queries)
-    check_size("k", k)
+    k = check_size("k", k)
     n, m = queries.shape[0], keys.shape[0]
     if k > m:
         raise ValueError(f"k: expected at most the number of keys, {m}, got {k}")
@@ -477,14 +508,13 @@ def knn_predict(
     if isinstance(temperature, Tensor):
         raise TypeError("temperature: expected a number, got a tensor")
     temperature = positive_number("temperature", temperature)
-    if num_classes is None:
-        num_classes = int(labels.max()) + 1 if len(labels) else 1
-    check_size("num_classes", num_classes)
-    if values_visible(labels) and len(labels):
-        least, most = int(labels.min()), int(labels.max())
-        if least < 0 or most >= num_classes:
-            wrong = least if least < 0 else most
-            raise ValueError(f"labels: expected numbers from 0 to {num_classes - 1}, got {wrong}")
+    least, most = 0, -1
+    if len(labels) and (num_classes is None or values_visible(labels)):
+        least, most = extremes(labels)
+    num_classes = max(most, 0) + 1 if num_classes is None else check_size("num_classes", num_classes)
+    if least < 0 or most >= num_classes:
+        wrong = least if least < 0 else most
+        raise ValueError(f"labels: expected numbers from 0 to {num_classes - 1}, got {wrong}")
     values, indices = topk_similarity(unit_rows(queries), unit_rows(keys), k)
     weights = torch.softmax(values / temperature, dim=1)
     scores = weights.new_zeros(len(queries), num_classes)

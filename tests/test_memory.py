@@ -4,6 +4,7 @@ import copy
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -207,7 +208,7 @@ def test_a_queue_in_a_model_moves_and_copies_with_it() -> None:
     assert MemoryQueue(3, 2), "an empty queue is one all the same"
 
 
-@pytest.mark.parametrize("tampered", [[4, 2], [1, 2], [-1, 4], [0, 5], [0], "x"])
+@pytest.mark.parametrize("tampered", [[4, 2], [1, 2], [-1, 4], [0, 5], [0], [0.0, torch.nan], [0.0, 3.5], "x"])
 def test_counters_that_cannot_be_are_refused(tampered) -> None:
     queue = MemoryQueue(4, 2)
     queue.enqueue(batch(3, 2, 0))
@@ -216,6 +217,94 @@ def test_counters_that_cannot_be_are_refused(tampered) -> None:
     with pytest.raises(RuntimeError, match="_extra_state: expected"):
         queue.load_state_dict(state)
     assert torch.equal(queue.embeddings, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rows", [[0.0, 0.0]] * 4, "rows: expected a tensor, got list"),
+        ("rows", torch.zeros(4, 2, dtype=torch.int64), "rows: expected floating numbers, got torch.int64"),
+        ("rows", torch.zeros(4, 2, dtype=torch.complex64), "rows: expected floating numbers, got torch.complex64"),
+        ("filled", torch.full((4,), 0.3), "filled: expected truth values, got torch.float32"),
+        ("cluster_ids", torch.zeros(4), "cluster_ids: expected integers, got torch.float32"),
+        ("_extra_state", torch.tensor([torch.nan]), "_extra_state: expected a tensor of 1 integers"),
+    ],
+)
+def test_values_that_do_not_fit_change_nothing(name, value, message) -> None:
+    bank, other = MemoryBank(4, 2), MemoryBank(4, 2)
+    for seed, one in enumerate((bank, other)):
+        one.update(torch.arange(3), batch(3, 2, seed))
+    before = copy.deepcopy(bank.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        bank.load_state_dict(other.state_dict() | {name: value}, strict=False)
+    for key, kept in bank.state_dict().items():
+        assert torch.equal(kept, before[key])
+
+
+def test_superfluous_and_missing_keys() -> None:
+    full, plain = MemoryQueue(4, 2, clusters=True), MemoryQueue(4, 2)
+    full.enqueue(batch(3, 2, 0), torch.arange(3))
+    found = plain.load_state_dict(full.state_dict(), strict=False)
+    assert found.unexpected_keys == ["cluster_ids"]
+    assert not found.missing_keys
+    assert torch.equal(plain.embeddings, full.embeddings)
+    with pytest.raises(RuntimeError, match=r"Unexpected .*cluster_ids"):
+        plain.load_state_dict(full.state_dict())
+    plain.enqueue(batch(4, 2, 1))
+    found = full.load_state_dict(plain.state_dict() | {"other": torch.zeros(1)}, strict=False)
+    assert found.missing_keys == ["cluster_ids"]
+    assert found.unexpected_keys == ["other"]
+    assert full.clusters.tolist() == [0, 1, 2], "without its clusters, the state is not loaded"
+
+
+class Projected(MemoryQueue):
+    def __init__(self) -> None:
+        super().__init__(4, 2, ids=True)
+        self.projection = torch.nn.Linear(2, 2)
+        self.scale = torch.nn.Parameter(torch.ones(2))
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.inner = MemoryBank(3, 2)
+
+
+def test_a_subclass_with_state_of_its_own() -> None:
+    queue = Projected()
+    queue.enqueue(batch(3, 2, 0), ids=torch.arange(3))
+    queue.inner.update(torch.arange(2), batch(2, 2, 1))
+    torch.nn.init.normal_(queue.scale, generator=generator(2))
+    other = reloaded(queue, Projected())
+    assert torch.equal(other.embeddings, queue.embeddings)
+    assert torch.equal(other.inner.embeddings, queue.inner.embeddings)
+    assert torch.equal(other.scale, queue.scale)
+    assert torch.equal(other.projection.weight, queue.projection.weight)
+    state = queue.state_dict() | {"scale": torch.zeros(3)}
+    fresh = Projected()
+    with pytest.raises(RuntimeError, match=r"scale: expected shape \[2\], got \[3\]"):
+        fresh.load_state_dict(state)
+    assert len(fresh) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_a_bank_takes_any_integers(dtype) -> None:
+    bank, indices = MemoryBank(5, 2), torch.tensor([4, 1])
+    bank.update(indices.to(dtype), batch(2, 2, 0))
+    assert bank.ids.tolist() == [1, 4]
+    assert torch.equal(bank[indices.to(dtype)], bank[indices])
+    with pytest.raises(ValueError, match=r"^indices: expected numbers from 0 to 4, got 7"):
+        bank[torch.tensor([7]).to(dtype)]
+
+
+def test_integers_of_numpy() -> None:
+    queue = MemoryQueue(np.int64(3), np.int32(2))
+    assert (queue.size, queue.dim, type(queue.size)) == (3, 2, int)
+    assert MemoryBank(np.uint8(3), 2).num_samples == 3
+    with pytest.raises(TypeError, match=r"^size: expected an integer"):
+        MemoryQueue(torch.tensor(3), 2)
+
+
+def test_a_bank_is_no_sequence() -> None:
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(MemoryBank(3, 2))
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,7 @@ def test_memory_does_not_hold_all_products() -> None:
         (lambda x: knn_predict(x, x, torch.arange(4)), r"^k: expected at most the number of keys, 4, got 200"),
         (lambda x: knn_predict(x, x, torch.arange(4), 2, num_classes=3), r"^labels: expected numbers from 0 to 2"),
         (lambda x: knn_predict(x, x, torch.arange(4) - 1, 2), r"^labels: expected numbers from 0 to 2, got -1"),
+        (lambda x: knn_predict(x, x, torch.full((4,), -1), 2), r"^labels: expected numbers from 0 to 0, got -1"),
         (lambda x: knn_predict(x, x, torch.arange(4), 2, temperature=0), r"^temperature: expected a positive"),
         (lambda x: MemoryQueue(3, 3).nearest(x), r"^nearest: expected at least one row"),
         (lambda x: MemoryQueue(3, 2).nearest(x), r"^embeddings: expected rows of dimension 2"),
@@ -252,6 +253,12 @@ def test_votes_of_the_nearest(backend, temperature, dtype) -> None:
     atol = 1e-12 / temperature if dtype == torch.float64 else 1e-6 / temperature
     torch.testing.assert_close(scores.double(), expected, rtol=0, atol=atol)
     assert knn_predict(queries, keys, labels, 12).shape == (17, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_votes_for_unsigned_labels(dtype) -> None:
+    keys, labels = torch.randn(9, 3, generator=generator(0)), torch.arange(9) % 4
+    assert torch.equal(knn_predict(keys, keys, labels.to(dtype), 3), knn_predict(keys, keys, labels, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .kernels.checks import (
     check_device,
@@ -23,7 +22,7 @@ from .kernels.checks import (
 )
 from .kernels.problem import accumulation_dtype
 from .kernels.sampled_ops import backward_op, forward_op
-from .memory import MemoryBank, check_size
+from .memory import MemoryBank, check_size, extremes
 from .posing import unit
 
 FORMS = ("nce", "infonce")
@@ -72,11 +71,15 @@ class SampledNCELoss(nn.Module):
     bank. PIRL, for an image's embedding f and its pretext version's g, is ``w * loss(g, indices, bank) + (1 - w) *
     loss(f, indices, bank)`` with ``form="infonce"``. Update the bank afterwards: ``bank.update(indices, z)``.
 
+    M counts all rows of the bank, in S / (M - 1) and in the estimate of Z, also while only some of them were ever
+    updated, from which negatives are then drawn: h is a probability in the papers' sense once the bank is full.
+
     Args:
         temperature: number, tensor or ``nn.Parameter``.
         num_negatives: S, drawn evenly from the bank's rows but the anchor's own, with replacement.
         form: above.
-        log_normalizer: log Z of ``"nce"``. None: estimated by the first call, from its negatives, and kept (a buffer).
+        log_normalizer: log Z of ``"nce"``. None: estimated by the first call, from the negatives of its anchors that
+            count and have finite logits, and kept (a buffer).
         normalize: whether embeddings and ``positives`` are normalised; stored rows are taken as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over anchors that count: those whose positive there is.
 
@@ -95,6 +98,7 @@ class SampledNCELoss(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: on a second derivative.
 
     Sources: Wu et al. 2018 (instance discrimination), Misra and van der Maaten 2020 (PIRL).
     """
@@ -113,7 +117,7 @@ class SampledNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = positive_number("temperature", temperature)
-        check_size("num_negatives", num_negatives)
+        num_negatives = check_size("num_negatives", num_negatives)
         check_option("form", form, FORMS)
         check_flag("normalize", normalize)
         check_option("reduction", reduction, REDUCTIONS)
@@ -144,77 +148,123 @@ class SampledNCELoss(nn.Module):
                 raise ValueError(
                     f"positives: expected shape {list(embeddings.shape)}, as embeddings, got {list(positives.shape)}"
                 )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if self.form == "nce" and bank.num_samples < 2:
+            raise ValueError("bank: expected at least 2 rows for form='nce', got 1")
         if negatives is None:
             negatives = draw(bank, indices, self.num_negatives, generator)
         else:
             check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
+        if self.form == "nce" and negatives.shape[1] == 0:
+            raise ValueError(f"negatives: expected at least one each for form='nce', got {list(negatives.shape)}")
         indices = indices.to(torch.int64)
         x = unit(embeddings) if self.normalize else embeddings.to(accumulation_dtype(embeddings, bank.rows))
+        key = unit(positives) if positives is not None and self.normalize else positives
+        temperature = scalar_tensor("temperature", self.temperature, x.device, accumulation_dtype(x, bank.rows))
+        counted = bank.filled[indices] if key is None else torch.ones_like(indices, dtype=torch.bool)
         places = torch.cat((indices[:, None], negatives.to(torch.int64)), 1)
         with torch.no_grad():
-            similarity: Tensor = forward_op(x, bank.rows, places)
-        temperature = scalar_tensor("temperature", self.temperature, x.device, similarity.dtype)
-        logits = similarity / temperature
-        positive, negative = logits[:, 0], logits[:, 1:]
-        if positives is not None:
-            others = unit(positives) if self.normalize else positives
-            positive = (x * others).sum(1) / temperature
-            counted = torch.ones_like(positive, dtype=torch.bool)
-        else:
-            counted = bank.filled[indices]
-        if self.form == "infonce":
-            both = torch.cat((positive[:, None], negative), 1)
-            terms = both.logsumexp(1) - positive
-            slopes = torch.softmax(both.detach(), 1)
-            slopes[:, 0] -= 1
-        else:
-            log_odds = self._normalizer(negative, bank.num_samples - 1)
-            log_odds = log_odds + math.log(negative.shape[1] / (bank.num_samples - 1))
-            softplus = nn.functional.softplus
-            terms = softplus(log_odds - positive) + softplus(negative - log_odds).sum(1)
-            slopes = torch.sigmoid(logits.detach() - log_odds)
-            slopes[:, 0] -= 1
-        if torch.is_grad_enabled() and x.requires_grad:
-            if positives is not None:
-                slopes[:, 0] = 0  # that one has come by autograd
-            slopes /= temperature.detach()
+            logits: Tensor = forward_op(x, bank.rows, places)
+            if key is not None:
+                logits[:, 0] = (x * key).sum(1)
+            logits /= temperature
+            terms, slopes = self._terms(logits, counted, bank.num_samples - 1)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, key, temperature)):
             with torch.no_grad():
-                slope, _ = backward_op(x, bank.rows, places, slopes, [True, False])
-            terms = _WithSlope.apply(terms, x, slope)
+                slopes = torch.where(counted[:, None], slopes / temperature, 0)
+                of_temperature = -torch.where(counted[:, None], slopes * logits, 0).sum(1)
+                of_x, of_key = _slopes(x, key, bank.rows, places, slopes)
+            terms = _Terms.apply(terms, x, key, temperature, of_x, of_key, of_temperature)
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         terms = torch.where(counted, terms, 0).to(dtype)
         if self.reduction == "none":
             return terms
         return terms.sum() / counted.sum().clamp(min=1) if self.reduction == "mean" else terms.sum()
 
-    @torch.no_grad()
-    def _normalizer(self, negative: Tensor, others: int) -> Tensor:
+    def _terms(self, logits: Tensor, counted: Tensor, others: int) -> tuple[Tensor, Tensor]:
+        """Terms [N] and their derivatives [N, 1 + S] in the logits, the positive's first."""
+        positive, negative = logits[:, 0], logits[:, 1:]
+        if self.form == "infonce":
+            slopes = torch.softmax(logits, 1)
+            slopes[:, 0] = -slopes[:, 1:].sum(1)  # 1 less, without the rounding
+            return logits.logsumexp(1) - positive, slopes
+        log_odds = self._normalizer(logits, counted, others) + math.log(negative.shape[1] / others)
+        slopes = torch.sigmoid(logits - log_odds)
+        slopes[:, 0] = -torch.sigmoid(log_odds - positive)
+        softplus = nn.functional.softplus
+        return softplus(log_odds - positive) + softplus(negative - log_odds).sum(1), slopes
+
+    def _normalizer(self, logits: Tensor, counted: Tensor, others: int) -> Tensor:
         """log Z: as known, else others * mean(exp(s)) of these negatives, from now on."""
-        estimate = negative.detach().flatten().logsumexp(0) + math.log(others / negative.numel())
+        usable = (counted & logits.isfinite().all(1))[:, None]
+        negative = torch.where(usable, logits[:, 1:], -torch.inf)
+        count = usable.sum().to(negative.dtype) * negative.shape[1]
+        estimate = negative.flatten().logsumexp(0) - (count / others).log()
         known = self.log_normalizer.to(estimate)
-        self.log_normalizer = torch.where(known.isnan(), estimate, known).to(self.log_normalizer.dtype)
-        return self.log_normalizer.to(negative)
+        self.log_normalizer.copy_(torch.where(known.isnan(), estimate, known))
+        return self.log_normalizer.to(logits)
 
     def extra_repr(self) -> str:
-        return f"num_negatives={self.num_negatives}, form={self.form!r}, reduction={self.reduction!r}"
+        learned = " (learned)" if isinstance(self.temperature, nn.Parameter) else ""
+        shown = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
+        number = "meta" if isinstance(shown, Tensor) and shown.is_meta else f"{float(shown):g}"
+        options = f"num_negatives={self.num_negatives}, form={self.form!r}, normalize={self.normalize!r}"
+        return f"temperature={number}{learned}, {options}, reduction={self.reduction!r}"
 
 
-class _WithSlope(torch.autograd.Function):
-    """Terms [N], of which term i has this derivative [N, D] in row i of x, besides what autograd knows of them.
+def _slopes(
+    x: Tensor, key: Tensor | None, stored: Tensor, places: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Derivatives [N, D] of term i in rows i of x and key, from those in the inner products [N, 1 + S]."""
+    if key is None:
+        return backward_op(x, stored, places, slopes, [True, False])[0], None
+    own, of_negatives = slopes[:, :1], slopes[:, 1:].contiguous()
+    of_x, _ = backward_op(x, stored, places[:, 1:], of_negatives, [True, False])
+    return of_x + own * key, own * x
 
-    Taken in the forward, as the bank's rows may have changed by the time of the backward.
+
+class _Terms(torch.autograd.Function):
+    """Terms [N], of which term i has these derivatives in row i of x, in row i of key, and in the temperature.
+
+    They are taken in the forward, as the bank's rows may have changed by the time of the backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, terms: Tensor, x: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
+    def forward(
+        ctx: Any, terms: Tensor, x: Tensor, key: Tensor | None, temperature: Tensor, *slopes: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, key, temperature, *slopes)
         return terms.view_as(terms)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return grad, grad[:, None] * slope, None
+        # With gradients on, somebody wants to differentiate this: that will tell that it cannot be done.
+        scaled = _Scaled.apply if torch.is_grad_enabled() else _scaled
+        return None, *scaled(grad, *ctx.saved_tensors), None, None, None
+
+
+def _scaled(
+    grad: Tensor, x: Tensor, key: Tensor | None, temperature: Tensor, *slopes: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    of_x, of_key, of_temperature = slopes
+    assert of_x is not None
+    assert of_temperature is not None
+    dx = (grad[:, None] * of_x).to(x.dtype)
+    dkey = None if key is None or of_key is None else (grad[:, None] * of_key).to(key.dtype)
+    return dx, dkey, (grad * of_temperature).sum().to(temperature.dtype)
+
+
+class _Scaled(torch.autograd.Function):
+    """`_scaled` as a function of what the slopes were found from, of which there is no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        return _scaled(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise RuntimeError("fastcl.SampledNCELoss: second derivatives are not supported")
 
 
 def draw(bank: MemoryBank, indices: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -239,6 +289,6 @@ def check_samples(name: str, value: Any, n: int, m: int, device: torch.device) -
     check_ids(name, value.reshape(-1), value.numel(), device)
     check_device(name, value, device)
     if values_visible(value) and value.numel():
-        least, most = int(value.min()), int(value.max())
+        least, most = extremes(value)
         if least < 0 or most >= m:
             raise ValueError(f"{name}: expected numbers from 0 to {m - 1}, got {least if least < 0 else most}")

@@ -1,5 +1,6 @@
 """Products with sampled rows, and noise-contrastive estimation on them, against the plain formulas."""
 
+import numpy as np
 import pytest
 import torch
 from strategies import DTYPES, generator
@@ -84,6 +85,12 @@ def test_operator() -> None:
 def a_bank(dtype: torch.dtype = torch.float32, known: int = M) -> MemoryBank:
     bank = MemoryBank(M, D, dtype=dtype)
     bank.update(torch.randperm(M, generator=generator(9))[:known], rows(known, 8))
+    return bank
+
+
+def one_row() -> MemoryBank:
+    bank = MemoryBank(1, D)
+    bank.update(torch.arange(1), rows(1, 8))
     return bank
 
 
@@ -183,6 +190,95 @@ def test_negatives_are_drawn_evenly_and_never_oneself(known) -> None:
     assert torch.equal(drawn, again)
 
 
+@pytest.mark.parametrize("form", ["nce", "infonce"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("second", [0, 1, 2])
+def test_second_derivatives_raise(form, normalize, first, second) -> None:
+    """In embeddings, temperature and positives, in any two of them."""
+    leaves = [rows(N, 0), torch.tensor(0.5), rows(N, 1)]
+    for i in {first, second}:
+        leaves[i].requires_grad_()
+    x, temperature, key = leaves
+    loss = SampledNCELoss(temperature, form=form, normalize=normalize, log_normalizer=1.0)
+    value = loss(x, torch.arange(N), a_bank(), positives=key, negatives=samples())
+    (gradient,) = torch.autograd.grad(value, leaves[first], create_graph=True)
+    with pytest.raises(RuntimeError, match="SampledNCELoss: second derivatives are not supported"):
+        gradient.square().sum().backward()
+
+
+def test_a_hessian_raises() -> None:
+    loss, bank = SampledNCELoss(0.5, log_normalizer=1.0), a_bank()
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.functional.hessian(lambda x: loss(x, torch.arange(N), bank, negatives=samples()), rows(N, 0))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+def test_compiled_with_its_gradients() -> None:
+    loss, bank = SampledNCELoss(nn.Parameter(torch.tensor(0.5)), log_normalizer=1.0), a_bank()
+    x, key = rows(N, 0).requires_grad_(), rows(N, 1).requires_grad_()
+    call = lambda: loss(x, torch.arange(N), bank, positives=key, negatives=samples())  # noqa: E731
+    leaves = [x, key, loss.temperature]
+    value = call()
+    expected = torch.autograd.grad(value, leaves)
+    compiled = torch.compile(
+        lambda x, key, negatives: loss(x, torch.arange(N), bank, positives=key, negatives=negatives),
+        fullgraph=True,
+        backend="aot_eager",
+    )(x, key, samples())
+    torch.testing.assert_close(compiled, value)
+    torch.testing.assert_close(torch.autograd.grad(compiled, leaves), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_indices(dtype) -> None:
+    bank, indices, chosen = a_bank(), torch.arange(N), samples()
+    x = rows(N, 0)
+    loss = SampledNCELoss(0.5, log_normalizer=1.0)
+    expected = loss(x, indices, bank, negatives=chosen)
+    assert torch.equal(loss(x, indices.to(dtype), bank, negatives=chosen.to(dtype)), expected)
+    products = sampled_similarity(x, bank.rows, chosen.to(dtype))
+    assert torch.equal(products, sampled_similarity(x, bank.rows, chosen))
+    with pytest.raises(ValueError, match=r"^indices: expected numbers from 0 to 6, got"):
+        sampled_similarity(x, x, torch.full((N, 2), 200).to(dtype))
+
+
+@pytest.mark.parametrize("form", ["nce", "infonce"])
+def test_no_anchors(form) -> None:
+    loss = SampledNCELoss(0.5, form=form)
+    x = rows(0, 0).requires_grad_()
+    value = loss(x, torch.arange(0), a_bank(), negatives=samples(0))
+    value.backward()
+    assert value == 0
+    assert loss.log_normalizer.isnan()  # for a call with anchors to estimate
+
+
+def test_the_normalizer_is_of_finite_rows_that_count() -> None:
+    bank = a_bank(known=M - 4)
+    known = bank.ids[:3]
+    unknown = int((~bank.filled).nonzero()[0])
+    x = rows(5, 0)
+    x[3] = torch.inf
+    indices = torch.tensor([*known.tolist(), 0, unknown])
+    indices[3] = known[0]
+    clean, loss = SampledNCELoss(0.5, normalize=False), SampledNCELoss(0.5, normalize=False, reduction="none")
+    clean(x[:3], indices[:3], bank, negatives=samples(5)[:3])
+    with torch.inference_mode():
+        loss(x, indices, bank, negatives=samples(5))
+    torch.testing.assert_close(loss.log_normalizer, clean.log_normalizer)
+    x[3] = 1
+    x.requires_grad_()
+    loss(x, indices, bank, negatives=samples(5)).sum().backward()  # estimated in inference mode, and fit for training
+    assert x.grad.isfinite().all()
+    assert not x.grad[4].any()
+
+
+def test_repr() -> None:
+    expected = "temperature=0.2 (learned), num_negatives=5, form='nce', normalize=False, reduction='mean'"
+    loss = SampledNCELoss(nn.Parameter(torch.tensor(0.2)), num_negatives=np.int64(5), normalize=False)
+    assert repr(loss) == f"SampledNCELoss({expected})"
+
+
 def test_training_on_draws() -> None:
     """A row moves towards its own row of the bank."""
     bank, indices = a_bank(), torch.arange(N)
@@ -217,6 +313,18 @@ def test_training_on_draws() -> None:
         (
             lambda b: SampledNCELoss()(rows(2, 0), torch.arange(2), MemoryBank(9, D)),
             r"^bank: expected at least 2 rows",
+        ),
+        (
+            lambda b: SampledNCELoss()(rows(2, 0), torch.arange(2), b, negatives=samples(2, 0)),
+            r"^negatives: expected at least one",
+        ),
+        (
+            lambda b: SampledNCELoss()(rows(1, 0), torch.arange(1), one_row(), negatives=samples(1, m=1)),
+            r"^bank: expected at least 2 rows",
+        ),
+        (
+            lambda b: SampledNCELoss()(rows(2, 0), torch.arange(2), b, generator=3),
+            r"^generator: expected a torch.Generator, got int",
         ),
         (lambda b: sampled_similarity(rows(2, 0), rows(3, 0), samples(2) + 5), r"^indices: expected numbers from 0"),
         (lambda b: sampled_similarity(rows(2, 0), rows(3, 0), samples(2).float()), r"^indices: expected integers"),

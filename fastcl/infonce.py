@@ -352,6 +352,8 @@ class MoCoLoss(ClusterInfoNCE):
                 raise ValueError("queue: expected one without clusters, as all of its rows are negatives")
             check_rows("queue", queue.rows, like=query)
             return super().forward(query, positives=key, contrasts=queue)
+        if not isinstance(queue, Tensor):
+            raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {type(queue).__name__}")
         check_rows("queue", queue, like=query)
         nobody = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
         return super().forward(query, positives=key, contrasts=queue, contrast_clusters=nobody)

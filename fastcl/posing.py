@@ -133,19 +133,23 @@ class _Part(NamedTuple):
 def _parts(contrasts: Contrasts, embeddings: Tensor) -> list[_Part]:
     alone = isinstance(contrasts, (Tensor, Memory))
     listed: Sequence[Tensor | Memory] = [contrasts] if alone else contrasts  # type: ignore[list-item, assignment]
-    if not isinstance(listed, (list, tuple)) or not listed:
-        raise TypeError(
-            "contrasts: expected a tensor, a MemoryQueue, a MemoryBank or a non-empty list of these, "
-            f"got {type(contrasts).__name__}"
-        )
+    expected = "a tensor, a MemoryQueue, a MemoryBank or a non-empty list of these"
+    if not isinstance(listed, (list, tuple)):
+        raise TypeError(f"contrasts: expected {expected}, got {type(contrasts).__name__}")
+    if not listed:
+        raise ValueError(f"contrasts: expected {expected}, got an empty {type(contrasts).__name__}")
     parts = []
     for i, part in enumerate(listed):
         name = "contrasts" if alone else f"contrasts[{i}]"
-        # One memory alone is read in place, unless a backward may look at its rows again.
-        stored = part.stored(len(listed) == 1 and torch.is_grad_enabled()) if isinstance(part, Memory) else None
-        rows = part if stored is None else stored.rows
-        check_rows(name, rows, like=embeddings)
-        parts.append(_Part(rows, stored))
+        if isinstance(part, Memory):
+            # One memory alone is read in place, unless a backward may look at its rows again.
+            stored = part.stored(len(listed) == 1 and torch.is_grad_enabled())
+            parts.append(_Part(stored.rows, stored))
+        elif isinstance(part, Tensor):
+            parts.append(_Part(part, None))
+        else:
+            raise TypeError(f"{name}: expected a tensor, a MemoryQueue or a MemoryBank, got {type(part).__name__}")
+        check_rows(name, parts[-1].rows, like=embeddings)
     return parts
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.checks import check_rows, positive_number
+from .kernels.checks import LARGEST, check_rows, positive_number
 from .kernels.stats import contrastive_stats
 from .posing import unit
 
@@ -59,6 +59,8 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
     if n < 2:
         raise ValueError(f"embeddings: expected at least two rows, got shape {list(embeddings.shape)}")
     t = _number("t", t)
+    if 2 * t > LARGEST:
+        raise ValueError(f"t: expected at most half of float32's largest number, got {t}")
     # |x - y|^2 = 2 - 2 <x, y> on the sphere: the log-sum-exp of each row at logit_scale 2 t.
     stats = contrastive_stats(embeddings, logit_scale=2 * t, normalize_anchors=True, want=("lse_all",))
     assert stats.lse_all is not None

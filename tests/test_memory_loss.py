@@ -246,7 +246,14 @@ WRONG = {
         lambda x: {"contrasts": a_queue(x.dtype), "positives": x, "contrast_bias": torch.ones(30)},
         r"^contrast_bias: expected shape \[31\], got \[30\]",
     ),
-    "an empty list": (lambda x: {"contrasts": []}, r"^contrasts: expected a tensor, a MemoryQueue"),
+    "an empty list": (
+        lambda x: {"contrasts": []},
+        r"^contrasts: expected a tensor, a MemoryQueue.* non-empty list of these, got an empty list",
+    ),
+    "a number in the list": (
+        lambda x: {"contrasts": [a_queue(x.dtype), 3]},
+        r"^contrasts\[1\]: expected a tensor, a MemoryQueue or a MemoryBank, got int",
+    ),
 }  # fmt: skip
 
 
@@ -259,6 +266,8 @@ def test_errors_name_the_argument(case) -> None:
     if case == "clusters missing":
         with pytest.raises(ValueError, match=r"^queue: expected one without clusters"):
             MoCoLoss()(x, x, a_queue(x.dtype, clusters=True))
+        with pytest.raises(TypeError, match=r"^queue: expected a tensor or a MemoryQueue without .*, got MemoryBank"):
+            MoCoLoss()(x, x, a_bank(x.dtype))
 
 
 def test_contrasts_that_are_negatives_only_have_no_clusters_to_arrange(monkeypatch) -> None:

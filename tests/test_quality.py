@@ -58,6 +58,7 @@ def test_uniformity_of_one_point() -> None:
         (lambda: fastcl.uniformity(torch.ones(1, 3)), ValueError, "embeddings"),
         (lambda: fastcl.uniformity(torch.ones(3)), ValueError, "embeddings"),
         (lambda: fastcl.uniformity(torch.ones(2, 3), -1), ValueError, "t"),
+        (lambda: fastcl.uniformity(torch.ones(2, 3), 3e38), ValueError, "^t: expected at most"),
         (lambda: fastcl.uniformity([[1.0]]), TypeError, "embeddings"),
     ],
 )

@@ -87,7 +87,7 @@ class Memory(nn.Module):
         extra = prefix + "_extra_state"
         absent = [key for key in (*own, extra) if key not in state_dict]
         wrong = [_misfit(key, state_dict[key], like) for key, like in own.items() if key in state_dict]
-        if extra in state_dict:
+        if not absent and not any(wrong):
             wrong.append(self._wrong_counters(extra, state_dict[extra]))
         if absent or any(wrong):
             missing_keys += absent
@@ -314,7 +314,9 @@ class MemoryBank(Memory):
 
     def __len__(self) -> int:
         """How many rows were ever updated."""
-        return self.num_samples if self._full else int(self.filled.sum())
+        count = self.num_samples if self._full else int(self.filled.sum())
+        self._full = count == self.num_samples
+        return count
 
     def __bool__(self) -> bool:
         return True

@@ -199,6 +199,7 @@ class SampledNCELoss(nn.Module):
         """log Z: as known, else others * mean(exp(s)) of these negatives, from now on."""
         usable = (counted & logits.isfinite().all(1))[:, None]
         negative = torch.where(usable, logits[:, 1:], -torch.inf)
+        # Without a usable row the estimate is NaN, and the next call makes one.
         count = usable.sum().to(negative.dtype) * negative.shape[1]
         estimate = negative.flatten().logsumexp(0) - (count / others).log()
         known = self.log_normalizer.to(estimate)

@@ -211,6 +211,18 @@ def test_compiled_without_a_break() -> None:
         torch.testing.assert_close(compiled(query, key), call(query, key))
 
 
+def test_a_bank_seen_full_compiles_without_a_break() -> None:
+    bank = a_bank(torch.float32)
+    assert len(bank) == 29
+    loss, x = ClusterInfoNCE(T), rows(N, 0)
+    call = lambda x: loss(x, torch.arange(N), contrasts=bank)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), call(x))
+    bank.update(torch.arange(3), rows(3, 1))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(compiled(x), call(x))
+
+
 WRONG = {
     "clusters missing": (
         lambda x: {"contrasts": a_queue(x.dtype, clusters=True)},

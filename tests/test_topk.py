@@ -1,5 +1,6 @@
 """The largest inner products: exact, ties included, against plain sorting; kNN and the queue's nearest on top."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, VARIANTS, running
@@ -252,7 +253,7 @@ def test_votes_of_the_nearest(backend, temperature, dtype) -> None:
     assert scores.shape == (17, 6)
     atol = 1e-12 / temperature if dtype == torch.float64 else 1e-6 / temperature
     torch.testing.assert_close(scores.double(), expected, rtol=0, atol=atol)
-    assert knn_predict(queries, keys, labels, 12).shape == (17, 4)
+    assert knn_predict(queries, keys, labels, np.int64(12)).shape == (17, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])

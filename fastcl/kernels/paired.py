@@ -56,6 +56,7 @@ def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, swe
         elif field != "lse_neg":
             shift, total = saved.anchors.parts[:, p.log_sums.index(field)]
             g = g + grad[k] / total * (logits - shift).exp()
+    of_scale = (g * similarity).double().sum(1)  # as training converges it cancels what the sweep has
     dt = (p.logit_scale[:, None] * g).sum(0)[:, None]  # [N, 1]
 
     def rows(towards: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
@@ -64,8 +65,7 @@ def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, swe
     return sweep._replace(
         anchors=None if sweep.anchors is None else sweep.anchors + rows(y, x, saved.anchor_inverse_norms),
         paired=rows(x, y, b) if needs.paired else None,
-        # What the two sums are of cancels as training converges; a backend may have its own in float64.
-        logit_scale=None if sweep.logit_scale is None else sweep.logit_scale.double() + (g * similarity).double().sum(1),
+        logit_scale=None if sweep.logit_scale is None else sweep.logit_scale.double() + of_scale,
     )
 
 

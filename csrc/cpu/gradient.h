@@ -370,7 +370,7 @@ private:
   }
   // Positive and negative terms cancel in the sum over all pairs: in double, once a register tile.
   static FASTCL_INLINE void add_wide(double *sums, V<T> x) {
-    typedef double Wide __attribute__((vector_size(W * sizeof(double)), aligned(64), may_alias));
+    typedef double Wide __attribute__((vector_size(W * sizeof(double)), aligned(FASTCL_BYTES), may_alias));
     *(Wide *)sums += __builtin_convertvector(x, Wide);
   }
 #if FASTCL_DOT

@@ -53,7 +53,7 @@ def tile(
         return Tile(64, 64, part, part if sums else d, 4, 1)
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
     if dtype.itemsize > 2:
-        return _single_sums(known, d, tf32) if sums else _single(d, careful)
+        return _single_sums(known, d, careful, tf32) if sums else _single(kind, known, d, careful)
     if sums:
         return _half_sums(known, d, careful)
     return _half(kind, known, d, careful)
@@ -105,12 +105,17 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
     return Tile(64, 64, d, d, 8, 2)
 
 
-def _single(d: int, careful: bool) -> Tile:
-    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 8 if careful and d > 32 else 4, 2)
+def _single(kind: str, architecture: int, d: int, careful: bool) -> Tile:
+    # What spills with four warps or with eight was found by compiling.
+    if careful:
+        eight = d > 64 or (d == 64 and (kind != "two_way" or architecture == 80))
+    else:
+        eight = d > 64 and kind == "running" and architecture == 80
+    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 8 if eight else 4, 2)
 
 
-def _single_sums(architecture: int, d: int, tf32: bool) -> Tile:
+def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
     # Which of the tensor cores' instructions multiplies depends on the rows, and logits must round as in `_single`.
     rows = 64 if tf32 and d > 64 and architecture > 80 else 32
     stages = 2 if rows == 64 and architecture == 100 else 1
-    return Tile(rows, 32, min(d, 32), min(d, 64), 8 if d > 32 else 4, stages)
+    return Tile(rows, 32, min(d, 32), min(d, 64), 8 if d > (64 if careful and not tf32 else 32) else 4, stages)

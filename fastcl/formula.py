@@ -83,6 +83,32 @@ class InfoNCE(NamedTuple):
         return log_ratio + (num_pos.log() if self.form == "inside" else lse_pos - mean_pos), counted
 
 
+class Weighted(NamedTuple):
+    """That of `ClusterInfoNCE` with assignments: sum_pos and num_pos are sums of weights."""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return "lse_all", "sum_pos"
+
+    @property
+    def mean_of_differences(self) -> bool:
+        return False  # num_pos has a gradient too
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    def scales(self, scale: Tensor) -> Tensor:
+        return scale
+
+    def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
+        assert stats.lse_all is not None
+        assert stats.sum_pos is not None
+        counted = (stats.num_pos > 0) & (stats.num_pos < torch.finfo(stats.num_pos.dtype).max)
+        num_pos, sum_pos = torch.where(counted, stats.num_pos, 1), torch.where(counted, stats.sum_pos, 0)
+        return stats.lse_all - sum_pos / num_pos, counted
+
+
 class Debiased(NamedTuple):
     """Those of `DebiasedLoss` (beta = 0) and `HardNegativeLoss`, in the log domain."""
 
@@ -212,6 +238,8 @@ def reduced_loss(
         posed.anchor_ids,
         posed.contrast_ids,
         both=options.symmetric,
+        anchor_assignments=posed.anchor_assignments,
+        contrast_assignments=posed.contrast_assignments,
     )
     if formula.mean_of_differences and options.reduction == "mean" and weights is None:
         loss = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .formula import InfoNCE, Options, check_options, inverse_temperature, reduced_loss, scalar
+from .formula import InfoNCE, Options, Weighted, check_options, inverse_temperature, reduced_loss, scalar
 from .kernels.checks import (
     check_flag,
     check_ids,
@@ -18,7 +18,7 @@ from .kernels.checks import (
     positive_number,
 )
 from .memory import MemoryQueue
-from .posing import Contrasts, pose
+from .posing import Contrasts, pose, pose_assigned
 
 FORMS = ("outside", "inside")
 DENOMINATORS = ("all", "negatives")
@@ -43,6 +43,8 @@ def cluster_infonce(
     contrast_ids: Tensor | None = None,
     contrast_bias: Tensor | None = None,
     weights: Tensor | None = None,
+    assignments: Tensor | None = None,
+    contrast_assignments: Tensor | None = None,
 ) -> Tensor:
     """The stateless form of :class:`ClusterInfoNCE`; formulas, shapes, dtypes, errors and sources are described there.
 
@@ -53,6 +55,11 @@ def cluster_infonce(
     temperature = positive_number("temperature", temperature)
     formula = _check_formula(form, denominator, margin)
     options = check_options(symmetric, normalize, reduction, gather)
+    if assignments is not None or contrast_assignments is not None:
+        _check_replaced(clusters=clusters, contrast_clusters=contrast_clusters, positives=positives)
+        _check_soft_formula(form=(form, "outside"), denominator=(denominator, "all"), margin=(formula.margin, 0.0))
+        soft = pose_assigned(embeddings, assignments, contrasts, contrast_assignments, ids, contrast_ids, contrast_bias)
+        return reduced_loss(soft, inverse_temperature(temperature, soft), Weighted(), options, contrast_bias, weights)
     posed = pose(
         embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, normalize
     )
@@ -90,7 +97,8 @@ class ClusterInfoNCE(nn.Module):
         gather: only False: contrasting against the rows of other processes is not part of this version.
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
-    contrast_ids=None, contrast_bias=None, weights=None, temperature=None)``:
+    contrast_ids=None, contrast_bias=None, weights=None, temperature=None, assignments=None,
+    contrast_assignments=None)``:
 
     - embeddings: ``[N, D]``, or ``[N, V, D]`` for V views of N samples. float64, float32, bfloat16, float16.
     - clusters: ``[N]`` integers. Negative: no cluster, positive only with its own other views. None: each sample is a
@@ -110,6 +118,13 @@ class ClusterInfoNCE(nn.Module):
     - weights: ``[N]`` floating >= 0 on the anchors' terms; the mean becomes the weighted mean. The reverse direction
       of ``symmetric`` is not weighted.
     - temperature: overrides the module's for this call.
+    - assignments: ``[N, C]`` floating, finite, >= 0, in place of ``clusters``: soft ones, such as Sinkhorn's; of views
+      also ``[N, V, C]``, each view its own. Contrast j is then a positive of weight :math:`w_{ij} = \langle r_i, r_j
+      \rangle`, another view of the sample too, and the anchor's loss is :math:`\log \sum_{j \in A_i} e^{s_{ij}} -
+      \sum_{j \in A_i} w_{ij} s_{ij} / \sum_{j \in A_i} w_{ij}`. It counts if its weights sum to a positive, finite
+      number. Differentiable in the assignments. Only ``form="outside"`` over all contrasts, without margin and
+      ``positives``; contrasts are tensors.
+    - contrast_assignments: ``[M, C]``; None: contrast i has those of anchor row i (M >= rows), further ones zeros.
 
     Returns:
         A scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"`` (0 where an anchor does not count; with
@@ -161,6 +176,8 @@ class ClusterInfoNCE(nn.Module):
         contrast_bias: Tensor | None = None,
         weights: Tensor | None = None,
         temperature: float | Tensor | None = None,
+        assignments: Tensor | None = None,
+        contrast_assignments: Tensor | None = None,
     ) -> Tensor:
         """The loss; shapes and errors are in the class's description."""
         return cluster_infonce(
@@ -181,6 +198,8 @@ class ClusterInfoNCE(nn.Module):
             contrast_ids=contrast_ids,
             contrast_bias=contrast_bias,
             weights=weights,
+            assignments=assignments,
+            contrast_assignments=contrast_assignments,
         )
 
     def extra_repr(self) -> str:
@@ -369,3 +388,15 @@ def _check_formula(form: str, denominator: str, margin: float) -> InfoNCE:
     if margin < 0:
         raise ValueError(f"margin: expected a number of at least 0, got {margin}")
     return InfoNCE(form, denominator, margin)
+
+
+def _check_replaced(**arguments: Tensor | None) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None with assignments, got a value")
+
+
+def _check_soft_formula(**options: tuple[object, object]) -> None:
+    for name, (value, expected) in options.items():
+        if value != expected:
+            raise ValueError(f"{name}: expected {expected!r} with assignments, got {value!r}")

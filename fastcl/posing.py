@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.checks import check_ids, check_rows, check_vector
-from .kernels.problem import NORM_FLOOR, inverse_norms
+from .kernels.checks import check_assignments, check_ids, check_rows, check_vector
+from .kernels.problem import NORM_FLOOR, accumulation_dtype, inverse_norms
 from .memory import Memory, Stored
 
 Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
@@ -32,6 +32,8 @@ class Posed(NamedTuple):
     views: int  # V, 1 without views
     dtype: torch.dtype  # of the loss
     as_stored: bool  # contrasts are taken as they are, whatever the loss does with its anchors
+    anchor_assignments: Tensor | None = None  # [R, C], in place of clusters: weights of positives
+    contrast_assignments: Tensor | None = None  # [M, C]
 
 
 def pose(
@@ -117,6 +119,75 @@ def pose(
         dtype,
         any(part.stored is not None for part in parts),
     )
+
+
+def pose_assigned(
+    embeddings: Tensor,
+    assignments: Tensor | None,
+    contrasts: Contrasts | None,
+    contrast_assignments: Tensor | None,
+    ids: Tensor | None,
+    contrast_ids: Tensor | None,
+    contrast_bias: Tensor | None,
+) -> Posed:
+    """`pose` with assignments in place of clusters."""
+    check_rows("embeddings", embeddings, dims=(2, 3))
+    shape, device = tuple(embeddings.shape[:-1]), embeddings.device
+    n, views = shape[0], shape[1] if len(shape) == 2 else 1
+    if views == 0:
+        raise ValueError(f"embeddings: expected at least one view, got shape {list(embeddings.shape)}")
+    if assignments is None:
+        raise ValueError("assignments: expected a tensor, as contrast_assignments is given, got None")
+
+    def wide(used_twice: Tensor) -> Tensor:  # so that gradients are rounded after they have been added
+        return used_twice.to(accumulation_dtype(embeddings, *(part.rows for part in parts)))
+
+    parts = [] if contrasts is None else _parts(contrasts, embeddings)
+    by_view = len(shape) == 2 and isinstance(assignments, Tensor) and assignments.dim() == 3
+    check_assignments("assignments", assignments, shape if by_view else (n,), device)
+    if len(shape) == 2:
+        anchors, rows = embeddings.flatten(0, 1), n * views
+        own = assignments.flatten(0, 1) if by_view else per_row(wide(assignments), views)
+    else:
+        anchors, own, rows = embeddings, assignments, n
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    posed = Posed(anchors, None, None, None, None, None, None, shape, views, dtype, False, own)
+    if contrasts is None:
+        if contrast_bias is not None:
+            check_vector("contrast_bias", contrast_bias, rows, device)
+        for name, value in (
+            ("contrast_assignments", contrast_assignments), ("ids", ids), ("contrast_ids", contrast_ids)
+        ):  # fmt: skip
+            if value is not None:
+                raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
+        return posed
+    if any(part.stored is not None for part in parts):
+        raise ValueError("contrasts: expected tensors, as queues and banks store no assignments, got a queue or bank")
+    count = sum(part.length for part in parts)
+    if contrast_bias is not None:
+        check_vector("contrast_bias", contrast_bias, count, device)
+    if contrast_assignments is not None:
+        check_assignments("contrast_assignments", contrast_assignments, (count,), device, own)
+    elif count < rows:
+        raise ValueError(
+            f"contrasts: expected at least {rows} rows, one for each anchor row, or contrast_assignments; "
+            f"got {count} rows"
+        )
+    else:
+        own = wide(own)
+        contrast_assignments = own if count == rows else torch.cat((own, own.new_zeros(count - rows, own.shape[1])))
+        posed = posed._replace(anchor_assignments=own)
+    if (ids is None) != (contrast_ids is None):
+        given, absent = ("ids", "contrast_ids") if contrast_ids is None else ("contrast_ids", "ids")
+        raise ValueError(f"{absent}: expected a tensor, as {given} is given, got None")
+    if ids is not None and contrast_ids is not None:
+        check_ids("ids", ids, n, device)
+        check_ids("contrast_ids", contrast_ids, count, device)
+        posed = posed._replace(
+            anchor_ids=per_row(ids.to(torch.int64).clamp(min=-1), views),
+            contrast_ids=contrast_ids.to(torch.int64).clamp(min=-1),
+        )
+    return posed._replace(contrasts=_rows(parts, False), contrast_assignments=contrast_assignments)
 
 
 class _Part(NamedTuple):
@@ -224,5 +295,5 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def per_row(values: Tensor, views: int) -> Tensor:
-    """[N] -> [N * V], sample-major."""
-    return values if views == 1 else values[:, None].expand(-1, views).reshape(-1)
+    """[N, ...] -> [N * V, ...], sample-major."""
+    return values if views == 1 else values[:, None].expand(-1, views, *values.shape[1:]).flatten(0, 1)

@@ -70,6 +70,24 @@ def check_vector(name: str, value: Any, length: int, device: torch.device) -> No
     check_device(name, value, device)
 
 
+def check_assignments(
+    name: str, value: Any, rows: tuple[int, ...], device: torch.device, like: Tensor | None = None
+) -> None:
+    """A floating tensor [*rows, C], C as of `like`; of finite numbers >= 0, where looking at them is free."""
+    check_tensor(name, value)
+    if value.dtype not in ROW_DTYPES:
+        raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {value.dtype}")
+    shape = tuple(value.shape)
+    if shape[:-1] != rows or len(shape) == 0 or shape[-1] == 0 or (like is not None and shape[-1] != like.shape[-1]):
+        expected = ", ".join(map(str, (*rows, "C" if like is None else like.shape[-1])))
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(shape)}")
+    check_device(name, value, device)
+    if values_visible(value):
+        good = (value >= 0) & value.isfinite()
+        if not bool(good.all()):
+            raise ValueError(f"{name}: expected finite numbers of at least 0, got {value.detach()[~good][0].item()}")
+
+
 def check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:
     if type(value) is str and value in options:
         return

@@ -21,6 +21,7 @@ from .problem import (
     empty_side,
     inverse_norms,
     over_sets,
+    pair_weights,
     through_normalization,
 )
 
@@ -35,7 +36,7 @@ class _Tile(NamedTuple):
     similarity: Tensor  # [B, M]
     logits: Tensor  # [S, B, M], -inf where inadmissible
     inadmissible: Tensor | None  # [B, M]; None: nothing, or the diagonal alone
-    positive: Tensor | None  # [B, M]; None: there are no positives
+    positive: Tensor | None  # [B, M], bool, or the weights of assignments; None: there are no positives
 
 
 def saved_size(p: Problem) -> int:
@@ -121,6 +122,8 @@ def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
     _, n, _ = p.sizes
     step = block_rows(p)
     other_clusters = p.anchor_clusters if p.contrasts is None else p.contrast_clusters
+    own = None if p.anchor_assignments is None else p.anchor_assignments.to(p.dtype)
+    others = own if p.contrast_assignments is None else p.contrast_assignments.to(p.dtype)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         similarity = x[rows] @ y.T
@@ -128,6 +131,8 @@ def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
         if p.contrast_bias is not None:
             logits += p.contrast_bias
         positive = _equal(p.anchor_clusters, other_clusters, rows)
+        if own is not None and others is not None:
+            positive = pair_weights(own[rows], others)
         inadmissible = _equal(p.anchor_ids, p.contrast_ids, rows)
         if p.contrasts is None:
             for matrix, value in ((logits, -torch.inf), (positive, False)):
@@ -136,7 +141,7 @@ def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
         if inadmissible is not None:
             logits.masked_fill_(inadmissible, -torch.inf)
             if positive is not None:
-                positive &= ~inadmissible
+                positive.masked_fill_(inadmissible, 0)
         yield _Tile(rows, similarity, logits, inadmissible, positive)
 
 
@@ -185,7 +190,8 @@ class _Accumulator:
         if tile.positive is not None:
             self.positives[where] += tile.positive.sum(self.dim)
             if "sum_pos" in self.p.want:
-                self.sum_pos[:, where] += torch.where(tile.positive, tile.logits, 0).sum(self.dim)
+                weighted = tile.logits if tile.positive.dtype == torch.bool else tile.positive * tile.logits
+                self.sum_pos[:, where] += torch.where(tile.positive > 0, weighted, 0).sum(self.dim)
 
     def result(self) -> Side:
         shifts = self.shifts.masked_fill_(self.shifts == -torch.inf, 0)

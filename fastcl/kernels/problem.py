@@ -38,6 +38,9 @@ class Problem:
     both: bool  # also the statistics of each contrast over the anchors
     # The backward will ask for the anchors' gradient only: the forward may leave what makes a second sweep unnecessary.
     anchors_only: bool = False
+    # In place of clusters: pair i, j is a positive of weight <r_i, r_j>. Then `want` is lse_all and sum_pos.
+    anchor_assignments: Tensor | None = None  # [N, C], >= 0
+    contrast_assignments: Tensor | None = None  # [M, C]; None for self-contrast
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +67,7 @@ class Side(NamedTuple):
     """Statistics of one side: each anchor over the contrasts, or each contrast over the anchors."""
 
     fields: Tensor  # [W, S, N]: the wanted fields
-    counts: Tensor  # [2, N]: positives, negatives
+    counts: Tensor  # [2, N]: positives, negatives; of assignments the weight of all pairs, and of pairs what is left
     # [2, L, S, N]: for each wanted log-sum-exp a shift and the sum of exp(s_ij - shift). The backward needs them
     # apart: their log-sum rounds at the size of the logits, the quotient exp(s_ij - shift) / sum does not.
     parts: Tensor
@@ -102,6 +105,12 @@ class Needs(NamedTuple):
     logit_scale: bool
     contrast_bias: bool
     paired: bool
+
+
+def pair_weights(left: Tensor, right: Tensor) -> Tensor:
+    """<r_i, r_j> [N, M] of assignments; what overflows is the largest number, so that 0 times it is 0."""
+    weights = left @ right.T
+    return weights.clamp_(max=torch.finfo(weights.dtype).max)
 
 
 def accumulation_dtype(*rows: Tensor | None) -> torch.dtype:

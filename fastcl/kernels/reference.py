@@ -17,6 +17,7 @@ from .problem import (
     empty_side,
     inverse_norms,
     over_sets,
+    pair_weights,
     through_normalization,
 )
 
@@ -81,12 +82,16 @@ def _logits(p: Problem, similarity: Tensor) -> Tensor:
 
 
 def _sets(p: Problem) -> dict[str, Tensor]:
-    """The set [N, M] that each field runs over: A, P or N = A without P."""
+    """The set [N, M] that each field runs over: A, P or N = A without P; of assignments, the weights of its pairs."""
     _, n, m = p.sizes
     if p.contrasts is None:
         admissible = ~torch.eye(n, dtype=torch.bool, device=p.device)
     else:
         admissible = ~_equal(p.anchor_ids, p.contrast_ids, n, m, p.device)
+    if p.anchor_assignments is not None:
+        r = p.anchor_assignments.to(p.dtype)
+        q = r if p.contrast_assignments is None else p.contrast_assignments.to(p.dtype)
+        return {"lse_all": admissible, "sum_pos": torch.where(admissible, pair_weights(r, q), 0)}
     other = p.anchor_clusters if p.contrasts is None else p.contrast_clusters
     positive = admissible & _equal(p.anchor_clusters, other, n, m, p.device)
     return {"lse_all": admissible, "lse_pos": positive, "lse_neg": admissible & ~positive, "sum_pos": positive}
@@ -102,7 +107,7 @@ def _reduce(p: Problem, logits: Tensor, sets: dict[str, Tensor]) -> Side:
     fields, shifts, sums = [], [], []
     for field in p.want:
         if field == "sum_pos":
-            fields.append(torch.where(sets[field], logits, 0).sum(-1))
+            fields.append(torch.where(sets[field] > 0, sets[field] * logits, 0).sum(-1))
             continue
         members = logits.masked_fill(~sets[field], -torch.inf)
         shift = _largest(members)
@@ -110,7 +115,8 @@ def _reduce(p: Problem, logits: Tensor, sets: dict[str, Tensor]) -> Side:
         fields.append(shift + total.log())
         shifts.append(shift)
         sums.append(total)
-    counts = torch.stack([sets["lse_pos"].sum(-1), sets["lse_neg"].sum(-1)]).to(p.dtype)
+    positives = sets["sum_pos"].sum(-1)
+    counts = torch.stack([positives, sets["lse_all"].sum(-1) - positives]).to(p.dtype)
     empty = logits.new_empty((0, *logits.shape[:2]))
     return Side(
         torch.stack(fields) if fields else empty,

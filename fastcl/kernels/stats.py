@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import soft_ops
 from .checks import (
     LARGEST,
+    check_assignments,
     check_device,
     check_flag,
     check_ids,
@@ -42,9 +44,9 @@ class ContrastiveStats:
     sum_pos: Tensor | None
     """sum of the logits over the positives"""
     num_pos: Tensor
-    """number of positives, in the fields' dtype"""
+    """number of positives, in the fields' dtype; of assignments the sum of their weights, which has a gradient"""
     num_neg: Tensor
-    """number of negatives, in the fields' dtype"""
+    """number of negatives, in the fields' dtype; of assignments that of admissible contrasts less ``num_pos``"""
     reverse: ContrastiveStats | None
     """the statistics of each contrast over the anchors, ``[M]``, where ``both=True``"""
 
@@ -78,9 +80,13 @@ class Sweep(NamedTuple):
     anchor_ids: Tensor | None = None  # [N]
     contrast_ids: Tensor | None = None  # [M]
     both: bool = False
+    anchor_assignments: Tensor | None = None  # [N, C], in place of clusters; then lse_all and sum_pos may be wanted
+    contrast_assignments: Tensor | None = None  # [M, C]
 
     def statistics(self, exact: bool = False) -> ContrastiveStats:
         """exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them."""
+        if self.anchor_assignments is not None:
+            return self._weighted()
         order = [field for field in FIELDS if field in self.want]
         arguments = self._arguments(order)
         one_scale = self.logit_scale.dim() == 0
@@ -97,6 +103,33 @@ class Sweep(NamedTuple):
 
         side = len(order) + 2
         return named(values[:side], named(values[side:], None) if self.both else None)
+
+    def _weighted(self) -> ContrastiveStats:
+        anchors, contrasts, bias = self.anchors, self.contrasts, self.contrast_bias
+        dtype = accumulation_dtype(anchors, contrasts)
+        sides = soft_ops.statistics(
+            anchors,
+            contrasts,
+            self.anchor_assignments,
+            self.contrast_assignments,
+            self.logit_scale.to(dtype).reshape(1),
+            None if bias is None else bias.to(dtype),
+            self.anchor_ids,
+            self.contrast_ids,
+            self.normalize_anchors,
+            self.normalize_contrasts,
+            self.both,
+            soft_ops.choose(anchors.device, dtype),
+        )
+
+        def named(side: soft_ops.Weighted, reverse: ContrastiveStats | None) -> ContrastiveStats:
+            lse_all, sum_pos, num_pos = side.fields.unbind(0)
+            wanted = [
+                field if name in self.want else None for name, field in (("lse_all", lse_all), ("sum_pos", sum_pos))
+            ]
+            return ContrastiveStats(wanted[0], None, None, wanted[1], num_pos, side.size - num_pos, reverse)
+
+        return named(sides[0], named(sides[1], None) if self.both else None)
 
     def mean_loss(self) -> Tensor | None:
         """`DirectMean` of one log-sum-exp and sum_pos, in one node; None where the formula itself has to be seen."""
@@ -154,6 +187,8 @@ def contrastive_stats(
     contrast_ids: Tensor | None = None,
     want: Iterable[str] = ("lse_all", "sum_pos"),
     both: bool = False,
+    anchor_assignments: Tensor | None = None,
+    contrast_assignments: Tensor | None = None,
 ) -> ContrastiveStats:
     r"""Statistics of contrastive logits, in one pass that never stores them.
 
@@ -182,9 +217,14 @@ def contrastive_stats(
         anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
         want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``; only these are computed.
         both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
+        anchor_assignments: ``[N, C]`` floating, >= 0, in place of clusters: contrast j is a positive of weight
+            w_ij = <r_i, r_j>. ``sum_pos`` is then the sum of w_ij s_ij over A_i, ``num_pos`` that of w_ij, and
+            ``lse_all`` as before; ``want`` may name no others, and logit_scale is a single one.
+        contrast_assignments: ``[M, C]``, with two sets.
 
     Returns:
-        :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale and contrast_bias.
+        :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale, contrast_bias and
+        assignments. Gradients of the fields of a row without weight are taken for zero, ``num_pos`` included.
         float32; float64 where a set of rows is float64. Rows of two dtypes are multiplied in the wider one.
 
     Raises:
@@ -214,6 +254,15 @@ def contrastive_stats(
                 "normalize_contrasts: self-contrast (contrasts=None) normalises both sides or none; "
                 "expected normalize_anchors=True with it, got False"
             )
+    if anchor_assignments is not None or contrast_assignments is not None:
+        for name, value in (("anchor_clusters", anchor_clusters), ("contrast_clusters", contrast_clusters)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None with assignments, got a value")
+        check_assignments("anchor_assignments", anchor_assignments, (n,), anchors.device)
+        if contrasts is not None:
+            check_assignments("contrast_assignments", contrast_assignments, (m,), anchors.device, anchor_assignments)
+        elif contrast_assignments is not None:
+            raise ValueError("contrast_assignments: expected None for self-contrast (contrasts=None), got a value")
     ids = {}
     for left, right, values in (
         ("anchor_clusters", "contrast_clusters", (anchor_clusters, contrast_clusters)),
@@ -228,19 +277,27 @@ def contrastive_stats(
             ids[name] = None if value is None else value.to(torch.int64).clamp(min=-1)
     if contrast_bias is not None:
         check_vector("contrast_bias", contrast_bias, m, anchors.device)
+    scale, wanted = _scale_tensor(logit_scale, anchors, accumulation_dtype(anchors, contrasts)), _check_want(want)
+    if anchor_assignments is not None:
+        if scale.dim():
+            raise ValueError(f"logit_scale: expected one scale with assignments, got shape {list(scale.shape)}")
+        if not {"lse_all", "sum_pos"}.issuperset(wanted):
+            raise ValueError(f"want: expected some of 'lse_all', 'sum_pos' with assignments, got {wanted!r}")
     return Sweep(
         anchors,
         contrasts,
         ids["anchor_clusters"],
         ids["contrast_clusters"],
-        _scale_tensor(logit_scale, anchors, accumulation_dtype(anchors, contrasts)),
+        scale,
         normalize_anchors,
         normalize_contrasts,
-        _check_want(want),
+        wanted,
         contrast_bias=contrast_bias,
         anchor_ids=ids["anchor_ids"],
         contrast_ids=ids["contrast_ids"],
         both=both,
+        anchor_assignments=anchor_assignments,
+        contrast_assignments=contrast_assignments,
     ).statistics()
 
 

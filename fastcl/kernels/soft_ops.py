@@ -1,0 +1,190 @@
+"""The operator of statistics over soft assignments: schema, shapes, derivatives, and the backends that have it.
+
+As in `ops`, but what is a count there is a sum of weights here, and so has a derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import chunked, reference
+from .ops import _differentiable, _library, _without_autocast, choose_backend, no_second_derivatives
+from .problem import Gradients, Needs, Problem, Side, Statistics
+from .soft import assignment_gradients
+
+
+class Engine(Protocol):
+    """As `BACKENDS`, of problems with assignments."""
+
+    def forward(self, p: Problem) -> Statistics: ...
+
+    def backward(
+        self, p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs
+    ) -> Gradients: ...
+
+
+ENGINES: dict[str, Engine] = {"reference": reference, "chunked": chunked}
+
+_ARGUMENTS = (
+    "Tensor anchors, Tensor? contrasts, Tensor anchor_assignments, Tensor? contrast_assignments, Tensor logit_scale, "
+    "Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
+    "bool normalize_contrasts, bool both, str backend"
+)
+_TENSORS, _LENGTH = 8, _ARGUMENTS.count(",") + 1
+_DIFFERENTIABLE = 6  # leading arguments
+_library.define(
+    f"soft_stats_fwd({_ARGUMENTS}) -> (Tensor fields, Tensor sizes, Tensor parts, Tensor contrast_fields, "
+    "Tensor contrast_sizes, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms)"
+)
+_library.define(
+    f"soft_stats_bwd({_ARGUMENTS}, Tensor fields, Tensor sizes, Tensor parts, Tensor contrast_fields, "
+    "Tensor contrast_sizes, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, "
+    "Tensor grad_fields, Tensor grad_contrast_fields, bool[] needs) -> (Tensor anchors, Tensor contrasts, "
+    "Tensor anchor_assignments, Tensor contrast_assignments, Tensor logit_scale, Tensor contrast_bias)"
+)
+forward_op = torch.ops.fastcl.soft_stats_fwd
+backward_op = torch.ops.fastcl.soft_stats_bwd
+
+
+class Weighted(NamedTuple):
+    """One side's statistics, [N]."""
+
+    fields: Tensor  # [3, N]: lse_all, sum_pos, num_pos
+    size: Tensor  # of A_i
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend on `device`: of the chosen one, or `chunked` where that knows no assignments."""
+    name = choose_backend(device, dtype)
+    return name if name in ENGINES else "chunked"
+
+
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `choose_backend`
+
+
+def _posed(args: Sequence[Any]) -> tuple[Problem, Engine]:
+    anchors, contrasts, own, other, scale, bias, anchor_ids, contrast_ids, normalize, normalize_others, both, name = (
+        args
+    )
+    problem = Problem(
+        anchors=anchors,
+        contrasts=contrasts,
+        paired=None,
+        anchor_clusters=None,
+        contrast_clusters=None,
+        logit_scale=scale,
+        contrast_bias=bias,
+        anchor_ids=anchor_ids,
+        contrast_ids=contrast_ids,
+        normalize_anchors=normalize,
+        normalize_contrasts=normalize_others,
+        want=("lse_all", "sum_pos"),
+        both=both,
+        anchor_assignments=own,
+        contrast_assignments=other,
+    )
+    return problem, ENGINES[name]
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    problem, engine = _posed(args)
+    with _without_autocast(problem.device):
+        anchors, contrasts, *norms, _ = engine.forward(problem)
+
+    def outputs(side: Side) -> tuple[Tensor, ...]:
+        num_pos, rest = side.counts
+        return torch.stack((*side.fields[:, 0], num_pos)), num_pos + rest, side.parts[:, 0, 0].clone()
+
+    return *outputs(anchors), *outputs(contrasts), *norms
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    problem, engine = _posed(args[:_LENGTH])
+    *outputs, grad, grad_contrasts, flags = args[_LENGTH:]
+    needs = Needs(flags[0], flags[1], flags[4], flags[5], False)
+    sides = _side(*outputs[:3]), _side(*outputs[3:6])
+    saved = Statistics(sides[0], sides[1], outputs[6], outputs[7], grad.new_empty(0))
+    # As in `over_sets`: a row without weight may send NaN back.
+    own, other = (torch.where(side.counts[0] > 0, g, 0) for side, g in zip(sides, (grad, grad_contrasts), strict=True))
+    with _without_autocast(problem.device):
+        swept = engine.backward(problem, saved, own[:2, None], other[:2, None], needs)
+        of_assignments = assignment_gradients(problem, own[1:], other[1:], (flags[2], flags[3]))
+    found = (swept.anchors, swept.contrasts, *of_assignments, swept.logit_scale, swept.contrast_bias)
+    return tuple(
+        grad.new_empty(0) if gradient is None or not need or source is None else gradient.to(source.dtype).contiguous()
+        for need, gradient, source in zip(flags, found, args, strict=False)
+    )
+
+
+def _side(fields: Tensor, sizes: Tensor, parts: Tensor) -> Side:
+    return Side(fields[:2, None], torch.stack((fields[2], sizes - fields[2])), parts[:, None, None])
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    problem, _ = _posed(args)
+    _, n, m = problem.sizes
+    new = problem.logit_scale.new_empty
+
+    def side(size: int) -> tuple[Tensor, ...]:
+        return new((3, size)), new(size), new((2, size))
+
+    c = m if problem.normalize_contrasts and problem.contrasts is not None else 0
+    return *side(n), *side(m if problem.both else 0), new(n if problem.normalize_anchors else 0), new(c)
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        source.new_empty(source.shape) if need and source is not None else args[4].new_empty(0)
+        for need, source in zip(args[-1], args, strict=False)
+    )
+
+
+class _SoftStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = forward_op(*args)
+        ctx.mark_non_differentiable(*(output for k, output in enumerate(outputs) if k not in (0, 3)))
+        ctx.save_for_backward(*args[:_TENSORS], *outputs)
+        ctx.options = args[_TENSORS:]
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+        arguments = (*saved[:_TENSORS], *ctx.options, *saved[_TENSORS:])
+        gradients = backward_op(*arguments, grads[0].contiguous(), grads[3].contiguous(), needs)
+        found = [gradient if need else None for need, gradient in zip(needs, gradients, strict=True)]
+        return *found, *[None] * (_LENGTH - _DIFFERENTIABLE)
+
+
+class _SoftStatsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = backward_op(*args)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        no_second_derivatives()
+
+
+for _name, _impl, _fake, _function in (
+    ("soft_stats_fwd", _forward, _forward_fake, _SoftStats),
+    ("soft_stats_bwd", _backward, _backward_fake, _SoftStatsBackward),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    _library.impl(_name, _differentiable(getattr(torch.ops.fastcl, _name), _function), "Autograd")
+    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
+
+
+def statistics(*args: Any) -> tuple[Weighted, Weighted]:
+    """Of the anchors, and of the contrasts where both are wanted; the operator's arguments."""
+    fields, sizes, _, contrast_fields, contrast_sizes, *_ = forward_op(*args)
+    return Weighted(fields, sizes), Weighted(contrast_fields, contrast_sizes)

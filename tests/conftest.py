@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 # Before torch loads OpenMP: threads that spin while they wait take minutes where more of them run than there are cores.
@@ -57,3 +58,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each backend, and on `cpu` once with each engine that this machine has."""
     with running(request.param) as name:
         yield name
+
+
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few of the digits as a file that the trainer reads."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+    from training import COUNT
+
+    digits = load_digits()
+    path = tmp_path_factory.mktemp("data") / "few.npz"
+    np.savez(path, images=(digits.images[:COUNT] * 15.9).astype(np.uint8), labels=digits.target[:COUNT])
+    return path

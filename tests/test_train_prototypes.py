@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from test_train import main, npz, options, weights  # noqa: F401
+from training import options, weights
 
+from fastcl.train.__main__ import main
 from fastcl.train.data import load, long_tailed
 from fastcl.train.methods import prototype_masses
 
@@ -15,7 +16,7 @@ from fastcl.train.methods import prototype_masses
 @pytest.mark.parametrize(
     "method", [["swav"], ["pmsn", "--prior", "uniform"], ["pmsn", "--long-tail", "3"], ["swav", "--prior", "power_law"]]
 )
-def test_a_run_tells_how_large_its_prototypes_are(npz, tmp_path, capsys, method) -> None:  # noqa: F811
+def test_a_run_tells_how_large_its_prototypes_are(npz, tmp_path, capsys, method) -> None:
     assert main([*options(npz, tmp_path / "run", 2), "--method", *method]) == 0
     printed = capsys.readouterr().out
     assert "prototypes, prior " in printed
@@ -29,7 +30,7 @@ def test_a_run_tells_how_large_its_prototypes_are(npz, tmp_path, capsys, method)
     assert before.shape == (5, 128)
 
 
-def test_another_run_is_drawn_beside(npz, tmp_path, capsys) -> None:  # noqa: F811
+def test_another_run_is_drawn_beside(npz, tmp_path, capsys) -> None:
     few = ["--method", "swav"]
     assert main([*options(npz, tmp_path / "one", 1), *few]) == 0
     assert (
@@ -45,7 +46,7 @@ def test_another_run_is_drawn_beside(npz, tmp_path, capsys) -> None:  # noqa: F8
     assert not (tmp_path / "three").exists()
 
 
-def test_a_resumed_swav_run_has_the_numbers_of_a_whole_one(npz, tmp_path) -> None:  # noqa: F811
+def test_a_resumed_swav_run_has_the_numbers_of_a_whole_one(npz, tmp_path) -> None:
     from fastcl.train.loop import Run
 
     assert main([*options(npz, tmp_path / "whole", 3), "--method", "swav"]) == 0
@@ -64,7 +65,7 @@ def test_a_resumed_swav_run_has_the_numbers_of_a_whole_one(npz, tmp_path) -> Non
         assert torch.equal(value, weights(tmp_path / "part")[name]), name
 
 
-def test_options_that_need_prototypes(npz, tmp_path, capsys) -> None:  # noqa: F811
+def test_options_that_need_prototypes(npz, tmp_path, capsys) -> None:
     for given, message in (
         (["--method", "simclr", "--prior", "uniform"], "--prior needs a method with prototypes"),
         (["--method", "pmsn", "--long-tail", "1"], "expected a number above 1"),

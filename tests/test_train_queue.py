@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from test_train import main, npz, options, weights  # noqa: F401
+from training import options, weights
 
 from fastcl.train import methods
+from fastcl.train.__main__ import main
 from fastcl.train.loop import Run
 
 
 @pytest.mark.parametrize("method", ["moco", "nnclr"])
-def test_a_resumed_run_has_the_numbers_of_a_whole_one(npz, tmp_path, method) -> None:  # noqa: F811
+def test_a_resumed_run_has_the_numbers_of_a_whole_one(npz, tmp_path, method) -> None:
     assert main([*options(npz, tmp_path / "whole", 3), "--method", method]) == 0
     epoch = Run._epoch
 

@@ -1,0 +1,30 @@
+"""What the trainer's tests share: a short run's options, and what its folder holds."""
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+
+COUNT = 150  # images in the fixture `npz`
+
+
+def options(npz: Path, out: Path, epochs: int = 4) -> list[str]:
+    few = ["--epochs", str(epochs), "--batch-size", "40", "--n-clusters", "5", "--renew", "1"]
+    return ["--data", str(npz), "--out", str(out), *few]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["method"]
+
+
+def write_csv(path: Path, rows: int) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "kind"])
+        writer.writerows([f"image{i}", ("", "cat", "dog", "7")[i % 4]] for i in range(rows))
+    return path

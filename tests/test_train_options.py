@@ -17,7 +17,7 @@ from fastcl.train.__main__ import main
         (["--clusters", "labels"], "--clusters needs a method that uses them"),
         (
             ["--method", "clinfonce", "--clusters", "colour"],
-            "--clusters must be kmeans, attributes, labels or FILE.csv",
+            "--clusters must be kmeans, attributes, labels, sinkhorn or FILE.csv",
         ),
         (["--method", "clinfonce", "--clusters", "none.csv:kind"], "none.csv cannot be read"),
         (["--data", "mnist"], "--data must be digits, cifar10, cifar100, imagefolder or FILE.npz"),

@@ -195,7 +195,7 @@ def read_csv_clusters(option: str, source_size: int) -> NDArray[np.int64]:
     """
     match = re.fullmatch(r"(.+\.csv):(.+)", option)
     if match is None:
-        raise OptionError(f"--clusters must be kmeans, attributes, labels or FILE.csv:COLUMN; got {option}")
+        raise OptionError(f"--clusters must be kmeans, attributes, labels, sinkhorn or FILE.csv:COLUMN; got {option}")
     path, column = match.groups()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

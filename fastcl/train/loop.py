@@ -15,15 +15,34 @@ from tqdm import tqdm
 
 from fastcl.train import Config, OptionError, report
 from fastcl.train.data import VIEWS, augment, fingerprint, load, long_tailed
-from fastcl.train.evaluate import assigned, cluster_information, embed, knn_accuracy, probe, raw_pixels, represent
-from fastcl.train.methods import METHODS, Method, PrototypeMethod, fixed_clusters, kmeans, prototype_masses
+from fastcl.train.evaluate import (
+    Labels,
+    Representation,
+    assigned,
+    cluster_information,
+    embed,
+    knn_accuracy,
+    probe,
+    raw_pixels,
+    represent,
+)
+from fastcl.train.methods import (
+    ClusterPrediction,
+    Method,
+    PrototypeMethod,
+    fixed_clusters,
+    kind_of,
+    kmeans,
+    prototype_masses,
+    renumbered,
+)
 
 WARM_UP = 0.1  # the share of all steps over which the learning rate rises
 WEIGHT_DECAY = 1e-4
 MEASUREMENTS = 20  # of the kNN accuracy in a run, about
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """All or nothing: an interrupted write leaves the old file."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
@@ -61,11 +80,11 @@ class Run:
             )
         self.batch = min(config.batch_size, count)
         self.steps = count // self.batch  # of an epoch: the images left over have their turn in another epoch's order
+        self.clusters: NDArray[np.int64] | None = None
+        if config.clusters not in (None, "kmeans", "sinkhorn"):
+            self.clusters = fixed_clusters(config.clusters, self.images)
         self.method = self._initial()
         self.optimiser = torch.optim.AdamW(self.method.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY)
-        self.clusters: NDArray[np.int64] | None = None
-        if config.clusters not in (None, "kmeans"):
-            self.clusters = fixed_clusters(config.clusters, self.images)
         self.history: list[dict[str, Any]] = []
         if resumed:
             self._restore()
@@ -74,7 +93,7 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OptionError(f"--out {folder} cannot be made: {error}") from error
-            _write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             self._save(self.history)
         self._write_metrics()
 
@@ -82,11 +101,21 @@ class Run:
         """The method as it is before training; drawn on the CPU, so that every device starts with the same weights."""
         torch.manual_seed(self.config.seed)
         shape = self.images.train_images.shape[1:]
-        kind = METHODS[self.config.method]
+        kind = kind_of(self.config.method, self.config.clusters)
         options: dict[str, Any] = {}
+        if issubclass(kind, ClusterPrediction):
+            options["classes"] = self._classes()
         if self.config.prior is not None:
             options["masses"] = prototype_masses(self.config.prior, self.config.n_clusters, self.images.train_labels)
         return kind(shape, self.config.temperature, **options).to(self.device)
+
+    def _classes(self) -> int:
+        if self.config.clusters == "kmeans":
+            return self.config.n_clusters
+        assert self.clusters is not None
+        if self.clusters.max() < 0:
+            raise OptionError(f"--clusters must give --method cluster-ce a cluster; {self.config.clusters} has none")
+        return 1 + int(self.clusters.max())
 
     def _save(self, history: list[dict[str, Any]]) -> None:
         state = {
@@ -102,7 +131,7 @@ class Run:
 
     def _write_metrics(self) -> None:
         """metrics.jsonl as the history has it: an interruption may fall between the checkpoint and its line there."""
-        _write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
     def keep(self) -> int:
         """After an interruption at any moment: bring metrics.jsonl to the checkpoint's state; returns its epochs."""
@@ -155,9 +184,14 @@ class Run:
 
     def _epoch(self, epoch: int, bar: Any) -> dict[str, Any]:
         config, images = self.config, self.images
-        if config.clusters == "kmeans" and epoch and epoch % config.renew == 0:
+        if (
+            config.clusters == "kmeans"
+            and epoch % config.renew == 0
+            and not (epoch == 0 and self.method.instances_first)
+        ):
             rows = embed(self.method.encoder, images.train_images, self.device)
-            self.clusters = kmeans(rows, config.n_clusters, config.seed).labels_.astype(np.int64)
+            found = kmeans(rows, config.n_clusters, config.seed).labels_.astype(np.int64)
+            self.clusters = found if self.clusters is None else renumbered(found, self.clusters)
         # A method that draws random numbers draws the same ones after a resume.
         torch.manual_seed(config.seed * 1_000_003 + epoch + 1)
         order = np.random.default_rng([config.seed, epoch]).permutation(len(images.train_labels))
@@ -198,15 +232,26 @@ class Run:
         self.optimiser.step()
         return float(loss.detach())
 
+    def representation(self, name: str) -> Representation:
+        """The images as ``raw`` pixels, or through the ``untrained`` or the ``trained`` encoder."""
+        if name == "raw":
+            return raw_pixels(self.images)
+        method = self._initial() if name == "untrained" else self.method
+        return represent(method.encoder, self.images, self.device)
+
+    def last_clusters(self) -> Labels:
+        """Ids ``[n]`` of what training used last, clusters or nearest prototypes; -1 where an image stands alone."""
+        if isinstance(self.method, PrototypeMethod):
+            return assigned(self.method, self.images.train_images, self.device)
+        return np.full(len(self.images.train_labels), -1) if self.clusters is None else self.clusters
+
     def finish(self, beside: Path | None = None) -> dict[str, Any]:
         """Probe the raw pixels, the untrained and the trained encoder; write results.json and the pictures.
 
         beside: the folder of another finished run, whose prototypes' sizes are drawn next to this one's.
         """
         config, images = self.config, self.images
-        rows = {"raw": raw_pixels(images)}
-        for name, method in (("untrained", self._initial()), ("trained", self.method)):
-            rows[name] = represent(method.encoder, images, self.device)
+        rows = {name: self.representation(name) for name in report.COLUMNS}
         probes = {name: probe(rows[name], images, config.n_clusters, config.seed) for name in report.COLUMNS}
         results: dict[str, Any] = {
             row: {name: values[row] for name, (values, _) in probes.items()} for row in report.ROWS
@@ -231,7 +276,7 @@ class Run:
             panels = [results["prototypes"]] + ([other_prototypes(beside)] if beside else [])
             labels = np.bincount(images.train_labels) / len(images.train_labels)
             report.draw_prototypes(self.folder, f"{Path(config.data).stem} {config.method}", panels, labels)
-        _write(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
         title = " ".join(part for part in (Path(config.data).stem, config.method, config.clusters) if part)
         report.draw(self.folder, title, self.history, results, images, rows["trained"], probes["trained"][1])
         return results

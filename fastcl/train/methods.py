@@ -7,11 +7,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from fastcl import ClusterInfoNCE, MemoryQueue, PMSNLoss, SwAVLoss, power_law_prior, prior_from_counts, uniform_prior
+from fastcl import (
+    ClusterInfoNCE,
+    MemoryQueue,
+    PMSNLoss,
+    SwAVLoss,
+    power_law_prior,
+    prior_from_counts,
+    sinkhorn,
+    uniform_prior,
+)
 from fastcl.train import OptionError
 from fastcl.train.data import ImageData, attributes, read_csv_clusters
 
@@ -46,6 +56,7 @@ class Method(nn.Module):
     """
 
     needs_clusters = False
+    instances_first = True  # until the first k-means each image is its own cluster
 
     def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
         super().__init__()
@@ -83,6 +94,31 @@ class ClInfoNCE(Method):
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         loss: Tensor = self.loss(self.project(views), clusters)
         return loss
+
+
+class SupCon(ClInfoNCE):
+    """The positives of a view are all views of its label's images."""
+
+
+class ClusterPrediction(Method):
+    """The baseline: a linear classifier on the features predicts each view's cluster, trained by cross-entropy.
+
+    Images without a cluster do not count. The classifier stands in the projector's place, so that ``project`` gives its
+    logits ``[B, V, classes]``; there is no temperature.
+    """
+
+    needs_clusters = True
+    instances_first = False  # its classes are clusters from the first step on: those of the untrained encoder
+
+    def __init__(self, image_shape: torch.Size, temperature: float, classes: int) -> None:
+        super().__init__(image_shape, temperature)
+        self.projector = nn.Sequential(nn.Linear(self.encoder.features, classes))
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        assert clusters is not None
+        logits, targets = self.project(views).flatten(0, 1), clusters.repeat_interleave(views.shape[1])
+        total = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
+        return total / (targets >= 0).sum().clamp(min=1)
 
 
 def apart(projector: nn.Sequential, projection: int) -> nn.Sequential:
@@ -194,11 +230,38 @@ class PMSN(PrototypeMethod):
         return loss
 
 
+class SinkhornClInfoNCE(PrototypeMethod):
+    """The positives of a view are all views, each as much as Sinkhorn assigns both images to the same prototypes.
+
+    An image is assigned by the mean scores of its views, so that they are positives of each other. The prototypes learn
+    through the assignments.
+    """
+
+    needs_clusters = True
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        projections = self.project(views)
+        scores = self.scores(projections).mean(1)
+        assignments = sinkhorn(scores, prior=self.masses).assignments
+        loss: Tensor = self.loss(projections, assignments=assignments)
+        return loss
+
+
 METHODS: dict[str, type[Method]] = {
-    "simclr": SimCLR, "clinfonce": ClInfoNCE, "moco": MoCo, "nnclr": NNCLR, "swav": SwAV, "pmsn": PMSN
+    "simclr": SimCLR, "clinfonce": ClInfoNCE, "supcon": SupCon, "cluster-ce": ClusterPrediction,
+    "moco": MoCo, "nnclr": NNCLR, "swav": SwAV, "pmsn": PMSN,
 }  # fmt: skip
 QUEUE, MOMENTUM = 2048, 0.95  # rows, and what of the copy is kept at a step; both small, as the data is
 PRIORS = ("uniform", "power_law", "counts")
+
+
+def kind_of(method: str, clusters: str | None) -> type[Method]:
+    """The class that --method trains with these --clusters."""
+    if clusters == "sinkhorn":
+        if METHODS[method] is not ClInfoNCE:
+            raise OptionError(f"--clusters sinkhorn needs --method clinfonce; got --method {method}")
+        return SinkhornClInfoNCE
+    return METHODS[method]
 
 
 def prototype_masses(prior: str, count: int, labels: NDArray[np.int64]) -> Tensor:
@@ -218,7 +281,7 @@ def prototype_masses(prior: str, count: int, labels: NDArray[np.int64]) -> Tenso
 
 
 def fixed_clusters(option: str, images: ImageData) -> NDArray[np.int64]:
-    """Training clusters ``[n]`` that are known beforehand: every kind of --clusters but kmeans."""
+    """Training clusters ``[n]`` that are known beforehand: every kind of --clusters but kmeans and sinkhorn."""
     if option == "labels":
         return images.train_labels
     if option == "attributes":
@@ -233,3 +296,14 @@ def kmeans(embeddings: NDArray[np.float32], n_clusters: int, seed: int) -> Any:
     """
     with threadpool_limits(limits=1):
         return KMeans(n_clusters, n_init=3, random_state=seed).fit(embeddings)
+
+
+def renumbered(clusters: NDArray[np.int64], before: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Clusters ``[n]`` under other numbers, with which as many images as possible keep the one that they had before.
+
+    k-means numbers its clusters at random, and what a classifier learned is of use as long as its classes stay.
+    """
+    shared = np.zeros([1 + max(clusters.max(), before.max())] * 2, dtype=np.int64)
+    np.add.at(shared, (clusters, before), 1)
+    numbers: NDArray[np.int64] = linear_sum_assignment(shared, maximize=True)[1]
+    return numbers[clusters]

@@ -92,6 +92,42 @@ def draw_prototypes(folder: Path, title: str, panels: list[dict[str, Any]], labe
     figure.savefig(folder / "prototypes.png")
 
 
+def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+    """Write accuracy on the plane of H(cluster | label) and I(label; cluster), after Tsai et al. 2022.
+
+    panels: loss -> what the clusters are -> a line of numbers a seed. A large point is the mean over seeds, small ones
+    are the seeds; a row of panels a probe.
+    """
+    probes = ("linear_5", "linear_all")
+    figure = _figure(5.6 * len(panels) + 1.2, 9.4, f"{title}: what clusters tell about labels, and what was learned")
+    grid = figure.subplots(len(probes), len(panels), squeeze=False, sharex=True, sharey=True)
+    everything = [lines for entries in panels.values() for lines in entries.values()]
+    for row, probe in zip(grid, probes, strict=True):
+        means = [100 * np.mean([line[probe] for line in lines]) for lines in everything]
+        scale = {"cmap": "viridis", "vmin": min(means), "vmax": max(means)}
+        for axes, (loss, entries) in zip(row, panels.items(), strict=True):
+            for what, lines in entries.items():
+                x, y = (
+                    np.array([line[name] for line in lines]) for name in ("conditional_entropy", "mutual_information")
+                )
+                accuracy = 100 * np.array([line[probe] for line in lines])
+                axes.scatter(x, y, c=accuracy, s=14, **scale)
+                drawn = axes.scatter(x.mean(), y.mean(), c=[accuracy.mean()], s=130, edgecolors="black", **scale)
+                axes.annotate(
+                    f"{what}: {accuracy.mean():.1f}", (x.mean(), y.mean()), (7, -13), textcoords="offset points",
+                    fontsize=8,
+                )  # fmt: skip
+            axes.set_title(f"{loss}, {ROWS[probe][0]}", fontsize=10)
+            axes.grid(alpha=0.25)
+            axes.margins(x=0.2, y=0.12)
+        figure.colorbar(drawn, ax=list(row), label=f"held-out accuracy (%), {ROWS[probe][0]}")
+    for axes in grid[-1]:
+        axes.set_xlabel("H(cluster | label) (nats): what is in the clusters besides")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("I(label; cluster) (nats): what they tell about the label")
+    figure.savefig(path)
+
+
 def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)

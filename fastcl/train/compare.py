@@ -1,0 +1,243 @@
+"""Cl-InfoNCE's three comparisons (Tsai et al. 2022) in one command: ``python -m fastcl.train.compare``.
+
+Clusters of auxiliary attributes against those of k-means and against none (instances); contrasting clusters against
+predicting them by cross-entropy; and both against training on the labels. Each is a run of the trainer per seed; the
+table has the mean and standard deviation over seeds.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcl.train import Config, OptionError
+from fastcl.train.__main__ import Parser, add_options, at_least, require_packages, settle
+
+DEFAULT = Config(epochs=20, batch_size=256, renew=4)
+OPTIONS = ("data", "root", "long-tail", "epochs", "batch-size", "temperature", "lr", "renew", "device", "precision")
+PROBES = {
+    "knn": "kNN", "linear_1": "1 label a class", "linear_5": "5 labels a class", "linear_all": "all labels"
+}  # fmt: skip
+BASELINES = ("raw", "untrained")
+INFORMATION = {"mutual_information": "I(label; cluster)", "conditional_entropy": "H(cluster given label)"}
+
+
+Outcome = dict[str, dict[str, Any]]  # raw, untrained, trained -> probe -> number
+Rows = list[dict[str, float]]  # a line a seed: probe -> number
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What one row of the table trains with; None: nothing of the kind."""
+
+    method: str
+    clusters: str | None = None
+    n_clusters: int | None = None
+
+    @property
+    def title(self) -> str:
+        """For the table and the picture."""
+        names = {"simclr": "instances (SimCLR)", "supcon": "labels (SupCon)"}
+        count = f" {self.n_clusters}" if self.n_clusters else ""
+        what = {"sinkhorn": "prototypes", "kmeans": "k-means"}.get(self.clusters or "", Path(self.clusters or "").name)
+        return names.get(self.method) or what + count
+
+    @property
+    def loss(self) -> str:
+        """The two kinds of loss that are compared."""
+        return "cross-entropy" if self.method == "cluster-ce" else "contrastive"
+
+    @property
+    def folder(self) -> str:
+        """A name for its runs."""
+        parts = (self.method, self.clusters and Path(self.clusters).name, self.n_clusters)
+        return "-".join(str(part) for part in parts if part).replace(":", "_")
+
+
+def contestants(auxiliary: str, counts: Sequence[int]) -> dict[str, Contestant]:
+    """Everything that is trained, under the names by which :func:`comparisons` picks from it."""
+    first = counts[0]
+    several = {f"kmeans {count}": Contestant("clinfonce", "kmeans", count) for count in counts[1:]}
+    return {
+        "instance": Contestant("simclr"),
+        "kmeans": Contestant("clinfonce", "kmeans", first),
+        **several,
+        "sinkhorn": Contestant("clinfonce", "sinkhorn", first),
+        "auxiliary": Contestant("clinfonce", auxiliary),
+        "predicted kmeans": Contestant("cluster-ce", "kmeans", first),
+        "predicted auxiliary": Contestant("cluster-ce", auxiliary),
+        "supcon": Contestant("supcon"),
+        "predicted labels": Contestant("cluster-ce", "labels"),
+    }
+
+
+COMPARISONS = {
+    "kinds of clusters": [("auxiliary", "kmeans"), ("auxiliary", "instance"), ("kmeans", "instance"),
+                          ("sinkhorn", "kmeans")],
+    "contrasting against predicting": [("auxiliary", "predicted auxiliary"), ("kmeans", "predicted kmeans")],
+    "against supervision": [("auxiliary", "supcon"), ("auxiliary", "predicted labels")],
+}  # fmt: skip
+
+
+def _known(folder: Path, config: Config, data: str) -> Outcome | None:
+    """The outcome that a folder holds; None where it is not finished. It must be free, or of this config and data."""
+    path = folder / "config.json"
+    try:
+        if not (folder / "checkpoint.pt").exists():
+            return None
+        stored = json.loads(path.read_text())
+        differ = [name for name, value in vars(config).items() if name != "device" and stored[name] != value]
+        path = folder / "probes.json"
+        outcome: Outcome = json.loads(path.read_text()) if path.exists() else {}
+        stale = bool(outcome) and outcome.pop("data") != {"sha256": data}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OptionError(f"--out holds {path}, which cannot be used: {type(error).__name__}: {error}") from error
+    if differ:
+        option = "--" + differ[0].replace("_", "-")
+        raise OptionError(f"--out holds {folder}, trained with {option} {stored[differ[0]]}: choose another folder")
+    if stale:
+        raise OptionError(f"--out holds {folder}, trained on other images: choose another folder")
+    return outcome or None
+
+
+def _outcome(config: Config, folder: Path, columns: Sequence[str]) -> Outcome:
+    """Train what is left to train, then probe: accuracies, and what the clusters trained with tell about the labels."""
+    from fastcl.train.data import fingerprint
+    from fastcl.train.evaluate import cluster_information, probe
+    from fastcl.train.loop import Run, write
+
+    run = Run(config, folder, resumed=(folder / "checkpoint.pt").exists())
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar goes to stderr
+        run.train()
+    outcome: Outcome = {}
+    for column in columns:
+        values = probe(run.representation(column), run.images, config.n_clusters, config.seed)[0]
+        outcome[column] = {name: values[name] for name in PROBES}
+    information = cluster_information(run.images.train_labels, run.last_clusters())
+    outcome["trained"].update(zip(INFORMATION, information, strict=True))
+    write(folder / "probes.json", json.dumps({**outcome, "data": {"sha256": fingerprint(run.images)}}, indent=2) + "\n")
+    return outcome
+
+
+def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], out: Path) -> dict[str, Rows]:
+    """Train and probe what is not done yet, seed by seed.
+
+    Returns the probes, a line a seed, under the contestants' names, ``raw`` (pixels) and ``untrained``.
+    """
+    from fastcl.train.data import fingerprint, load, long_tailed
+
+    rows: dict[str, Rows] = {name: [] for name in (*BASELINES, *chosen)}
+    for seed in seeds:
+        images = load(base.data, base.root, seed)
+        if base.long_tail is not None:
+            images = long_tailed(images, base.long_tail, seed)
+        for place, (name, contestant) in enumerate(chosen.items(), 1):
+            folder = out / f"{contestant.folder}-seed{seed}"
+            options = {option: value for option, value in vars(contestant).items() if value is not None}
+            config = settle(dataclasses.replace(base, seed=seed, **options))
+            outcome = _known(folder, config, fingerprint(images))
+            print(f"seed {seed}, {place} of {len(chosen)}: {folder}{' is there' if outcome else ''}", flush=True)
+            if outcome is None:  # what training does not change is probed once a seed
+                outcome = _outcome(config, folder, (*BASELINES, "trained") if place == 1 else ("trained",))
+            rows[name].append(outcome["trained"])
+            for baseline in BASELINES if place == 1 else ():
+                rows[baseline].append(outcome[baseline])
+    return rows
+
+
+def _spread(values: Sequence[float], scale: float, sign: bool = False) -> str:
+    """Mean and standard deviation over the seeds."""
+    mean = f"{scale * np.mean(values):{'+' if sign else ''}.{1 if scale == 100 else 2}f}"
+    return mean if len(values) == 1 else f"{mean} ± {scale * np.std(values, ddof=1):.{1 if scale == 100 else 2}f}"
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """A Markdown table whose columns also stand below each other on a terminal."""
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def tables(rows: dict[str, Rows], chosen: dict[str, Contestant], base: Config) -> str:
+    """The report in Markdown: every contestant, then the paper's comparisons as differences seed by seed."""
+    count = len(rows["raw"])
+    every = [["loss", "clusters", *PROBES.values(), *INFORMATION.values()]]
+    titles = {"raw": ("", "raw pixels"), "untrained": ("", "untrained encoder")}
+    titles |= {name: (contestant.loss, contestant.title) for name, contestant in chosen.items()}
+    for name, title in titles.items():
+        accuracies = [_spread([row[probe] for row in rows[name]], 100) for probe in PROBES]
+        nats = [_spread([row[key] for row in rows[name]], 1) if name in chosen else "" for key in INFORMATION]
+        every.append([*title, *accuracies, *nats])
+    differences = [["comparison", "difference", *PROBES.values()]]
+    for what, pairs in COMPARISONS.items():
+        for one, other in pairs:
+            points = [[a[probe] - b[probe] for a, b in zip(rows[one], rows[other], strict=True)] for probe in PROBES]
+            names = [f"{chosen[name].loss}, {chosen[name].title}" for name in (one, other)]
+            differences.append([what, " minus ".join(names), *(_spread(values, 100, sign=True) for values in points)])
+    over = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
+    return (
+        f"Held-out accuracy in %, information in nats; {over}; {Path(base.data).stem}, {base.epochs} epochs.\n\n"
+        f"{_aligned(every)}\n\nDifferences in points of accuracy, each of the same seed's two runs.\n\n"
+        f"{_aligned(differences)}\n"
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m fastcl.train.compare", description=__doc__)
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        parser.add_argument(name, help=text, **settings)
+
+    add("--auxiliary", "attributes or FILE.csv:COLUMN, as the trainer's --clusters (default: attributes)",
+        default="attributes", metavar="CLUSTERS")  # fmt: skip
+    add("--n-clusters", "of k-means; the first is compared, and has as many prototypes, the others are only in the "
+        "table and on the plane (default: 20 10 50)", nargs="+", type=at_least(int, 2), metavar="COUNT")  # fmt: skip
+    add("--seeds", "runs of each (default: 3)", type=at_least(int, 1), metavar="COUNT")
+    add("--quick", "2 epochs, 2 seeds, 5 clusters unless said otherwise: to see that all works", action="store_true")
+    add("--out", "the same command goes on with what it holds (default: runs/compare-DATA)", metavar="DIR")
+    add_options(parser, DEFAULT, OPTIONS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0, or 130 after Ctrl-C), exits with 2 on an option it cannot use."""
+    require_packages()
+    from fastcl.train.report import draw_information
+
+    parser = _parser()
+    given = vars(parser.parse_args(argv))
+    auxiliary, counts, seeds, quick, out = (
+        given.pop(name) for name in ("auxiliary", "n_clusters", "seeds", "quick", "out")
+    )
+    counts, seeds = counts or ([5] if quick else [20, 10, 50]), seeds or (2 if quick else 3)
+    base = dataclasses.replace(DEFAULT, **{**({"epochs": 2, "renew": 1} if quick else {}), **given})
+    chosen = contestants(auxiliary, list(dict.fromkeys(counts)))
+    folder = Path(out or f"runs/compare-{Path(base.data).stem}")
+    try:
+        if auxiliary in ("kmeans", "labels", "sinkhorn"):
+            raise OptionError(f"--auxiliary must be attributes or FILE.csv:COLUMN; got {auxiliary}")
+        rows = measure(base, chosen, range(seeds), folder)
+    except OptionError as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    text = tables(rows, chosen, base)
+    (folder / "compare.md").write_text(text + "\n![The plane of information](information.png)\n")
+    panels: dict[str, dict[str, Rows]] = {}
+    for name, contestant in chosen.items():
+        panels.setdefault(contestant.loss, {})[contestant.title] = rows[name]
+    draw_information(folder / "information.png", f"{Path(base.data).stem}, {base.epochs} epochs", panels)
+    print(f"\n{text}\nwrote {folder}/compare.md and information.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

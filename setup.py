@@ -5,6 +5,8 @@ Without a compiler the package installs all the same, and remembers why it lacks
 Environment:
     FASTCL_NATIVE=0: do not build the module.
     FASTCL_REQUIRE_NATIVE=1: a module that cannot be built is an error.
+    FASTCL_CUDA=auto, 1 or 0: whether the module has CUDA kernels. auto, the default: where nvcc is found, on PATH, in
+        CUDA_HOME or in /usr/local/cuda, and compiles them. 1: it is an error if it is not or does not.
     CXX, CXXFLAGS, LDFLAGS, CMAKE_ARGS: as CMake takes them.
 """
 
@@ -24,6 +26,7 @@ from setuptools.errors import BaseError
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "fastcl"
 FAILURE = "_build_failure.py"  # read by fastcl/kernels/native.py
+CUDA_FAILURE = "_cuda_failure.py"  # read by fastcl/kernels/cuda_native.py
 LAST_LINES = 20  # of the failed tool's output, which are kept
 
 
@@ -41,6 +44,20 @@ def flag(name: str, default: bool) -> bool:
     if value not in ("", "0", "1"):
         raise BaseError(f"{name}: expected 0 or 1, got {value!r}")
     return value == "1" if value else default
+
+
+def cuda_wanted() -> str:
+    value = os.environ.get("FASTCL_CUDA", "") or "auto"
+    if value not in ("auto", "0", "1"):
+        raise BaseError(f"FASTCL_CUDA: expected auto, 0 or 1, got {value!r}")
+    return value
+
+
+def find_nvcc() -> str:
+    """Its path; empty if there is none."""
+    home = os.environ.get("CUDA_HOME", "")
+    places = [os.path.join(folder, "bin") for folder in (home, "/usr/local/cuda") if folder]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places)) or ""
 
 
 def tool(name: str) -> str:
@@ -81,52 +98,80 @@ def _told(step: str, lines: list[str]) -> str:
     return f"{step}: {lines[-1].strip() if lines else 'failed without a word'}"
 
 
+def remember(path: Path, failure: BuildError) -> None:
+    text = f'"""Written by setup.py."""\n\nREASON = {failure.reason!r}\nLOG = {failure.log!r}\n'
+    path.write_text(text, encoding="utf-8")
+
+
 class BuildNative(build_ext):
-    """Leaves either the module or the reason for its absence, in the build or, for an editable install, in the tree."""
+    """Leaves the module, or else the reason for its absence, in the build or, for an editable install, in the tree; and
+    the reason for the absence of its CUDA kernels."""
 
     def run(self) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / PACKAGE
         module = package / Path(self.get_ext_filename("_native")).name
         package.mkdir(parents=True, exist_ok=True)
-        for stale in (module, package / FAILURE):
+        for stale in (module, package / FAILURE, package / CUDA_FAILURE):
             stale.unlink(missing_ok=True)
-        required = flag("FASTCL_REQUIRE_NATIVE", False)
+        required, cuda = flag("FASTCL_REQUIRE_NATIVE", False), cuda_wanted()
         try:
             if not flag("FASTCL_NATIVE", True):
                 raise BuildError("FASTCL_NATIVE=0 was set when fastcl was installed")
-            self.build_module(module)
+            lacking = self.build_with_cuda(module, cuda)
         except BuildError as failure:
-            if required:
-                raise BaseError(f"FASTCL_REQUIRE_NATIVE=1, but {failure.reason}\n{failure.log}") from failure
-            text = f'"""Written by setup.py."""\n\nREASON = {failure.reason!r}\nLOG = {failure.log!r}\n'
-            (package / FAILURE).write_text(text, encoding="utf-8")
+            if required or cuda == "1":
+                which = "FASTCL_REQUIRE_NATIVE=1" if required else "FASTCL_CUDA=1"
+                raise BaseError(f"{which}, but {failure.reason}\n{failure.log}") from failure
+            remember(package / FAILURE, failure)
             print(
                 f"WARNING: fastcl is installed WITHOUT its native module: the CPU computes in plain PyTorch, slower.\n"
                 f"  {failure.reason}\n  python -m fastcl.info tells this too.",
                 file=sys.stderr,
                 flush=True,
             )
+        else:
+            if lacking:
+                remember(package / CUDA_FAILURE, lacking)
 
-    def build_module(self, module: Path) -> None:
+    def build_with_cuda(self, module: Path, wanted: str) -> BuildError | None:
+        """Builds the module, and returns why it has no CUDA kernels."""
+        nvcc = find_nvcc() if wanted != "0" else ""
+        if nvcc:
+            try:
+                self.build_module(module, nvcc)
+            except BuildError as failure:
+                if wanted == "1":
+                    raise
+                self.build_module(module, "")
+                return failure
+            return None
+        if wanted == "1":
+            raise BuildError("nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda")
+        self.build_module(module, "")
+        if wanted == "0":
+            return BuildError("FASTCL_CUDA=0 was set when fastcl was installed")
+        return BuildError("nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda when fastcl was installed")
+
+    def build_module(self, module: Path, nvcc: str) -> None:
         # One folder for each Python: the module's name and headers are Python's, and CMake remembers them.
         folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         inputs = "\n".join(
-            [str(ROOT), sys.executable, *(os.environ.get(v, "") for v in ("CXX", "CXXFLAGS", "LDFLAGS"))]
+            [str(ROOT), sys.executable, find_nvcc(), *(os.environ.get(v, "") for v in ("CXX", "CXXFLAGS", "LDFLAGS"))]
         )
         remembered = folder / "inputs.txt"
         if remembered.is_file() and remembered.read_text(encoding="utf-8") != inputs:
             shutil.rmtree(folder)
         known = folder.exists()
         try:
-            self.compile(folder, module)
+            self.compile(folder, module, nvcc)
         except BuildError:
             if not known:
                 raise
             shutil.rmtree(folder)  # what an older build left may be what is in the way
-            self.compile(folder, module)
+            self.compile(folder, module, nvcc)
         remembered.write_text(inputs, encoding="utf-8")
 
-    def compile(self, folder: Path, module: Path) -> None:
+    def compile(self, folder: Path, module: Path, nvcc: str) -> None:
         cmake = tool("cmake")
         try:
             pybind11 = import_module("pybind11").get_cmake_dir()
@@ -140,6 +185,8 @@ class BuildNative(build_ext):
             f"-Dpybind11_DIR={pybind11}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFASTCL_VERSION={self.distribution.get_version()}",
+            f"-DFASTCL_CUDA={'ON' if nvcc else 'OFF'}",
+            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         )
         run("compiling", cmake, "--build", str(folder))

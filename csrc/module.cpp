@@ -8,6 +8,9 @@
 #include <pybind11/stl.h>
 #include <stdexcept>
 #include <variant>
+#ifdef FASTCL_CUDA
+#include "cuda/cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastcl;
@@ -317,6 +320,29 @@ std::vector<std::string> names(const std::vector<const Engine *> &engines) {
   return result;
 }
 
+#ifdef FASTCL_CUDA
+
+// A call of the CUDA kernels comes with (device, stream); the kernels are started, and not waited for.
+cuda::Where read_where(const py::tuple &numbers) {
+  Reader in(numbers);
+  cuda::Where where{};
+  where.device = int(in.integer());
+  where.stream = in.address();
+  in.end();
+  return where;
+}
+
+void add_cuda(py::module_ m) {
+  m.doc() = "CUDA C++ kernels: (device, stream) and the description of a call.";
+  m.def("driver_failure", &cuda::driver_failure, "what is wrong with the driver; empty: nothing");
+  m.def("driver_version", &cuda::driver_version, "as CUDA counts, 13000 for 13.0; 0: there is none");
+  m.def("runtime_version", &cuda::runtime_version);
+  m.attr("emulated") = cuda::emulated();
+  m.attr("targets") = FASTCL_CUDA;
+}
+
+#endif
+
 } // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -344,6 +370,9 @@ PYBIND11_MODULE(_native, m) {
         return py::make_tuple(choice.engine ? py::object(py::str(choice.engine->name)) : py::object(py::none()), choice.reason);
       },
       py::arg("cap"), "(name or None, reason); `cap` names the newest instruction set allowed, or is empty");
+#ifdef FASTCL_CUDA
+  add_cuda(m.def_submodule("cuda"));
+#endif
   m.attr("compiler") = FASTCL_COMPILER;
   m.attr("version") = FASTCL_VERSION;
 }

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from . import __version__
-from .kernels import native, triton_engine
+from .kernels import cuda_native, native, triton_engine
 from .kernels.checks import ROW_DTYPES
 from .kernels.ops import BACKENDS, MISSING, choose_backend
 from .kernels.problem import accumulation_dtype
@@ -21,6 +21,7 @@ _PURPOSE = {
     "chunked": "plain PyTorch in blocks of rows; any device",
     "cpu": "C++ SIMD, on x86-64",
     "triton": "Triton kernels, on GPUs; float64 rows go through chunked; not yet measured on a GPU",
+    "cuda": "CUDA C++ kernels, on NVIDIA GPUs; by name only: not yet measured on a GPU",
 }
 
 
@@ -41,6 +42,9 @@ def report() -> str:
         "",
         "Triton",
         f"  {triton_engine.availability()[1]}",
+        "",
+        "CUDA C++",
+        *(f"  {line}" for line in cuda_native.report()),
         "",
         f"Will be used ({_reason()})",
     ]

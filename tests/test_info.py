@@ -30,6 +30,8 @@ def test_says_what_will_be_used(variable: str | None, expected: str, monkeypatch
 
 def test_says_why_nothing_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCL_BACKEND", "cuda")
+    monkeypatch.delitem(BACKENDS, "cuda", raising=False)
+    monkeypatch.setitem(MISSING, "cuda", "left out")
     assert (
         f"FASTCL_BACKEND: expected one of {', '.join(map(repr, BACKENDS))}, got 'cuda', which is {MISSING['cuda']}"
         in report()

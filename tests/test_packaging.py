@@ -16,8 +16,9 @@ import pytest
 import fastcl
 
 ROOT = Path(__file__).parent.parent
-OURS = ("FASTCL_BACKEND", "FASTCL_CPU_ISA", "FASTCL_NATIVE", "FASTCL_REQUIRE_NATIVE")
+OURS = ("FASTCL_BACKEND", "FASTCL_CPU_ISA", "FASTCL_CUDA", "FASTCL_NATIVE", "FASTCL_REQUIRE_NATIVE")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS", *OURS)}
+ENVIRONMENT["FASTCL_CUDA"] = "0"  # minutes a build; `test_cuda_build.py` is about that
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 needs_engines = pytest.mark.skipif(

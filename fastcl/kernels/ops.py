@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import chunked, native, paired, reference, triton_engine
+from . import chunked, cuda_engine, cuda_native, native, paired, reference, triton_engine
 from .problem import Gradients, Needs, Problem, Side, Statistics
 
 # Backends.
@@ -25,9 +25,7 @@ from .problem import Gradients, Needs, Problem, Side, Statistics
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 
 # Backends that are not here, and why.
-MISSING = {
-    "cuda": "not part of this version (CUDA C++ kernels for NVIDIA GPUs)",
-}
+MISSING: dict[str, str] = {}
 
 _engine, _reason = native.engine()
 if _engine is None:
@@ -41,6 +39,12 @@ if _there:
 else:
     MISSING["triton"] = _reason
 
+_there, _reason = cuda_native.availability()
+if _there:
+    BACKENDS["cuda"] = cuda_engine
+else:
+    MISSING["cuda"] = _reason
+
 _chosen: ContextVar[str | None] = ContextVar("fastcl_backend", default=None)
 
 
@@ -50,8 +54,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"reference"`` (everything materialised: the specification in code), ``"chunked"`` (plain PyTorch in
-            blocks of rows), ``"cpu"`` (C++ on x86-64) or ``"triton"`` (GPUs; float64 rows go through ``"chunked"``).
-            The environment variable ``FASTCL_BACKEND`` does the same for a process; this wins over it.
+            blocks of rows), ``"cpu"`` (C++ on x86-64), ``"triton"`` or ``"cuda"`` (GPUs; float64 rows go through
+            ``"chunked"``). The environment variable ``FASTCL_BACKEND`` does the same for a process; this wins over it.
 
     A backward runs on the backend of its forward. A function under ``torch.compile`` keeps the backend that it was
     traced with.
@@ -76,7 +80,7 @@ def _available(name: str, source: str) -> str:
     raise ValueError(f"{source}: expected one of {options}, got {name!r}{reason}")
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(device: torch.device, dtype: torch.dtype, op: str = "contrastive_stats") -> str:
     """The backend for rows on `device` whose products have `dtype`: the one asked for, else the fastest there is."""
     if device.type == "cpu" and (wrong := native.wrong_cap()):
         raise ValueError(wrong)
@@ -87,12 +91,16 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     if chosen is None:
         if device.type == "cpu":
             return "cpu" if "cpu" in BACKENDS else "chunked"
+        if "cuda" in BACKENDS and dtype != torch.float64 and cuda_native.measured_faster(device, op):
+            return "cuda"
         here = device.type == "cuda" and "triton" in BACKENDS and dtype != torch.float64
         return "triton" if here and not triton_engine.refusal(device) else "chunked"
     if chosen == "cpu" and device.type != "cpu":
         raise ValueError(f"{source}: 'cpu' takes tensors on the CPU, got tensors on {device}")
     if chosen == "triton" and (reason := triton_engine.refusal(device)):
         raise ValueError(f"{source}: 'triton' {reason}")
+    if chosen == "cuda" and (reason := cuda_native.refusal(device)):
+        raise ValueError(f"{source}: 'cuda' {reason}")
     return chosen
 
 

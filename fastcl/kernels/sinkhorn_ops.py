@@ -41,7 +41,7 @@ _backward = torch.ops.fastcl.sinkhorn_bwd
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The backend of Sinkhorn on `device`: of the chosen one, or `chunked` where that has no passes of its own."""
-    name = choose_backend(device, dtype)
+    name = choose_backend(device, dtype, "sinkhorn")
     if name == "triton" and dtype == torch.float64:
         return "chunked"
     return name if name in PASSES else "chunked"

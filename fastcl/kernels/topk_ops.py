@@ -39,7 +39,7 @@ _op = torch.ops.fastcl.topk
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The backend on `device`: of the chosen one, or `chunked` where that has no search of its own."""
-    name = choose_backend(device, dtype)
+    name = choose_backend(device, dtype, "topk")
     return name if name in SEARCHES else "chunked"
 
 

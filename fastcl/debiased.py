@@ -31,7 +31,9 @@ class HardNegativeLoss(nn.Module):
         beta: concentration on hard negatives, >= 0.
         normalize: cosine similarity. Without it the floor :math:`N e^{-1/t}` remains that of unit rows.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that have a positive.
-        gather: only False: contrasting against the rows of other processes is not part of this version.
+        gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
+            `torch.distributed`; without one a no-op. Each process returns its share of the loss of the whole batch,
+            times their number: the mean over processes is that loss (docs/distributed.md).
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, weights=None, temperature=None)``, dtypes, result and errors are those of

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .distributed import MODES, World, statistics
 from .kernels.checks import check_flag, check_option, check_vector, scalar_tensor, values_visible
 from .kernels.problem import accumulation_dtype
 from .kernels.stats import ContrastiveStats, Sweep
@@ -175,16 +176,15 @@ class Options(NamedTuple):
     symmetric: bool
     normalize: bool
     reduction: str
+    gather: bool | str = False
 
 
 def check_options(symmetric: bool, normalize: bool, reduction: str, gather: bool | str) -> Options:
     check_flag("symmetric", symmetric)
     check_flag("normalize", normalize)
     check_option("reduction", reduction, REDUCTIONS)
-    check_option("gather", gather, (False, True, "ring"))
-    if gather is not False:
-        raise ValueError(f"gather: expected False (gathering across processes is not in this version), got {gather!r}")
-    return Options(symmetric, normalize, reduction)
+    check_option("gather", gather, MODES)
+    return Options(symmetric, normalize, reduction, gather)
 
 
 def scalar(name: str, value: float | Tensor, posed: Posed) -> Tensor:
@@ -241,6 +241,9 @@ def reduced_loss(
         anchor_assignments=posed.anchor_assignments,
         contrast_assignments=posed.contrast_assignments,
     )
+    world = World.of(options.gather)
+    if world is not None:
+        return _of_all(world, sweep, posed, scale, formula, options, weights)
     if formula.mean_of_differences and options.reduction == "mean" and weights is None:
         loss = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
         if loss is not None:
@@ -253,7 +256,41 @@ def reduced_loss(
     return (_reduce(terms, counted, weights, options.reduction, posed) + reverse) / 2
 
 
-def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed) -> Tensor:
+def _of_all(
+    world: World,
+    sweep: Sweep,
+    posed: Posed,
+    scale: Tensor,
+    formula: Formula,
+    options: Options,
+    weights: Tensor | None,
+) -> Tensor:
+    """This process's share of the loss of all processes' rows, times their number, so that the mean is that loss.
+
+    With reduction "none" the terms of its own rows, as they are.
+    """
+    weighing = torch.is_grad_enabled() and weights is not None and weights.requires_grad
+    alike = {
+        "reduction": REDUCTIONS.index(options.reduction),
+        "weights given": weights is not None,
+        "weights with a gradient": weighing,
+    }
+    stats = statistics(world, options.gather, sweep, posed, formula.exact, alike)
+    share = _reduce(*formula.terms(stats, scale), weights, options.reduction, posed, world)
+    if stats.reverse is not None:
+        reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed, world)
+        share = (share + reverse) / 2
+    return share if options.reduction == "none" else share * world.size
+
+
+# Processes that run compiled code would have to agree on their graphs: this part of a loss runs as it is.
+_of_all._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _reduce(
+    terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed, world: World | None = None
+) -> Tensor:
+    """world: the mean is over the rows of all processes, the sum over those of this one."""
     terms = torch.where(counted, terms, 0).to(posed.dtype)
     if weights is not None:
         terms = terms * weights
@@ -262,6 +299,8 @@ def _reduce(terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: s
     if reduction == "sum":
         return terms.sum()
     if weights is None:
-        return terms.sum() / counted.sum().clamp(min=1)
+        count = counted.sum()
+        return terms.sum() / (count if world is None else world.total(count)).clamp(min=1)
     total = (counted * weights).sum()
+    total = total if world is None else world.total(total)
     return terms.sum() / torch.where(total > 0, total, 1)

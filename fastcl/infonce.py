@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .formula import InfoNCE, Options, Weighted, check_options, inverse_temperature, reduced_loss, scalar
+from .formula import InfoNCE, Weighted, check_options, inverse_temperature, reduced_loss, scalar
 from .kernels.checks import (
     check_flag,
     check_ids,
@@ -94,7 +94,9 @@ class ClusterInfoNCE(nn.Module):
         normalize: cosine similarity; False takes the inner products of the rows as they come.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that count: those with a positive and a
             denominator that is not empty. If none counts the loss is 0 and so is its gradient.
-        gather: only False: contrasting against the rows of other processes is not part of this version.
+        gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
+            `torch.distributed`; without one a no-op. Each process returns its share of the loss of the whole batch,
+            times their number: the mean over processes is that loss (docs/distributed.md).
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, contrast_bias=None, weights=None, temperature=None, assignments=None,
@@ -218,6 +220,7 @@ class ClusterInfoNCE(nn.Module):
                 ("symmetric", self.symmetric),
                 ("normalize", self.normalize),
                 ("reduction", self.reduction),
+                *([("gather", self.gather)] if self.gather is not False else []),
             )
         )
         return f"temperature={shown}{' (learned)' if learned else ''}{options}"
@@ -316,8 +319,13 @@ class ClipLoss(nn.Module):
     of the cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal;
     with ``output_dict=True`` it comes as ``{"contrastive_loss": loss}``, as open_clip's training loop asks for it.
     ``logit_bias`` is not looked at: one number added to every logit cancels in both softmaxes. Dtypes and errors are
-    those of :class:`ClusterInfoNCE`.
+    those of :class:`ClusterInfoNCE`, and so is ``gather``.
     """
+
+    def __init__(self, *, gather: bool | str = False) -> None:
+        super().__init__()
+        check_options(True, False, "mean", gather)
+        self.gather = gather
 
     def forward(
         self,
@@ -336,7 +344,7 @@ class ClipLoss(nn.Module):
                 f"text_features: expected {len(image_features)} rows, as in image_features, got {len(text_features)}"
             )
         posed = pose(image_features, None, None, text_features, None, None, None, None)
-        formula, options = InfoNCE("outside", "all", 0.0), Options(symmetric=True, normalize=False, reduction="mean")
+        formula, options = InfoNCE("outside", "all", 0.0), check_options(True, False, "mean", self.gather)
         loss = reduced_loss(posed, scalar("logit_scale", logit_scale, posed), formula, options)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -347,7 +355,8 @@ class MoCoLoss(ClusterInfoNCE):
     The mean of ``log(exp(s_i) + sum_k exp(s_ik)) - s_i``, s_i the logit of query i with its key and s_ik with row k of
     the queue. Queries and keys are ``[N, D]``; the queue is a :class:`MemoryQueue` without clusters, its rows taken as
     stored, or a tensor ``[K, D]`` (all negatives; K may be 0). Dtypes, result and errors are those of
-    :class:`ClusterInfoNCE`.
+    :class:`ClusterInfoNCE`. With ``gather`` only the mean is taken over all processes: queues are each process's own,
+    and a tensor, which would be gathered, is a ``ValueError``.
     """
 
     def __init__(
@@ -373,6 +382,8 @@ class MoCoLoss(ClusterInfoNCE):
             return super().forward(query, positives=key, contrasts=queue)
         if not isinstance(queue, Tensor):
             raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {type(queue).__name__}")
+        if self.gather is not False:
+            raise ValueError(f"queue: expected a MemoryQueue with gather={self.gather!r}, got a tensor")
         check_rows("queue", queue, like=query)
         nobody = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
         return super().forward(query, positives=key, contrasts=queue, contrast_clusters=nobody)

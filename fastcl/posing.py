@@ -34,6 +34,8 @@ class Posed(NamedTuple):
     as_stored: bool  # contrasts are taken as they are, whatever the loss does with its anchors
     anchor_assignments: Tensor | None = None  # [R, C], in place of clusters: weights of positives
     contrast_assignments: Tensor | None = None  # [M, C]
+    by_sample: bool = False  # clusters are places of samples, which mean others in another process
+    parts: tuple[tuple[int, bool], ...] = ()  # of each of the contrasts: how many rows, and whether they are stored
 
 
 def pose(
@@ -98,7 +100,8 @@ def pose(
         anchor_clusters = per_row(torch.where(wide < 0, private, wide), views)
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     if parts is None:
-        return Posed(anchors, None, positives, anchor_clusters, None, None, None, shape, views, dtype, False)
+        found = anchors, None, positives, anchor_clusters, None, None, None, shape, views, dtype
+        return Posed(*found, as_stored=False, by_sample=clusters is None)
     if contrast_clusters is not None:
         own = contrast_clusters.to(torch.int64).clamp(min=-1)
     else:
@@ -118,7 +121,31 @@ def pose(
         views,
         dtype,
         any(part.stored is not None for part in parts),
+        by_sample=clusters is None,
+        parts=tuple((part.length, part.stored is not None) for part in parts),
     )
+
+
+def of_parts(values: Tensor | None, posed: Posed, stored: bool) -> Tensor | None:
+    """Of values [M, ...] of all contrasts those of the stored ones, or of the others."""
+    if values is None or all(kind == stored for _, kind in posed.parts):
+        return values
+    pieces = values.split([length for length, _ in posed.parts])
+    return torch.cat([piece for piece, (_, kind) in zip(pieces, posed.parts, strict=True) if kind == stored])
+
+
+def offset(posed: Posed, first: int) -> tuple[Tensor | None, Tensor | None]:
+    """Clusters of anchors and of contrasts, where this process's samples are numbered from `first` on."""
+    samples = posed.shape[0]
+
+    def moved(ids: Tensor | None) -> Tensor | None:
+        if ids is None:
+            return None
+        if posed.by_sample:  # places that no sample has are nobody's, here as there
+            ids = torch.where(ids >= samples, -1, torch.where(ids >= 0, ids + first, ids))
+        return torch.where(ids < -1, ids - first, ids)  # private clusters
+
+    return moved(posed.anchor_clusters), moved(posed.contrast_clusters)
 
 
 def pose_assigned(

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
+from .distributed import World
 from .kernels.checks import check_device, check_flag, check_option, check_rows, finite_number, positive_number
 from .kernels.problem import accumulation_dtype
 from .sinkhorn import check_count, check_mass_values, power_law_prior, sinkhorn, uniform_prior
@@ -100,7 +100,7 @@ class SwAVLoss(nn.Module):
             for c, prediction in enumerate(predictions):
                 if c != h:
                     loss = loss - torch.linalg.vecdot(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
-        share = _share(len(high[0]), _group(self.gather), high[0].device)
+        share = _share(len(high[0]), World.of(self.gather), high[0].device)
         return loss * share / (len(high) * (len(crops) - 1))
 
     def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
@@ -184,18 +184,19 @@ class MSNLoss(nn.Module):
         check_rows("targets", targets, like=anchors)
         check_rows("prototypes", prototypes, like=anchors)
         b, rows = len(targets), len(anchors)
-        if b == 0 or rows == 0 or rows % b:
+        world = World.of(self.gather)
+        nothing = b == rows == 0 and world is not None  # others may have rows
+        if not nothing and (b == 0 or rows == 0 or rows % b):
             raise ValueError(f"anchors: expected a multiple of the {b} targets' rows, got shape {list(anchors.shape)}")
         if len(prototypes) == 0:
             raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
-        group = _group(self.gather)
         predictions = F.log_softmax(_cosines(anchors, prototypes) / self.temperature, dim=1)
         goals = self.assignments(targets, prototypes).to(predictions.dtype)
-        entropies = torch.linalg.vecdot(goals, predictions.unflatten(0, (rows // b, b)))
-        share = _share(rows, group, anchors.device)
-        loss: Tensor = -entropies.mean() * share
+        entropies = torch.linalg.vecdot(goals, predictions.unflatten(0, (1 if nothing else rows // b, b)))
+        share = _share(rows, world, anchors.device)
+        loss: Tensor = -entropies.sum() / max(rows, 1) * share
         if self.prior_weight:
-            loss = loss + self.prior_weight * self._divergence(_mean(predictions.exp(), share, group))
+            loss = loss + self.prior_weight * self._divergence(_mean(predictions.exp(), share, world))
         return loss
 
     @torch.no_grad()
@@ -287,29 +288,27 @@ def _cosines(rows: Tensor, prototypes: Tensor) -> Tensor:
         return F.normalize(rows.to(dtype), dim=1) @ F.normalize(prototypes.to(dtype), dim=1).T
 
 
-def _group(gather: bool) -> dist.ProcessGroup | None:
-    return dist.group.WORLD if gather and dist.is_available() and dist.is_initialized() else None
+def _group(gather: bool) -> Any:
+    world = World.of(gather)
+    return None if world is None else world.group
 
 
-def _share(rows: int, group: dist.ProcessGroup | None, device: torch.device) -> float | Tensor:
+def _share(rows: int, world: World | None, device: torch.device) -> float | Tensor:
     """W times this process's share of all rows: the mean over processes of such losses is that over all rows."""
-    if group is None:
+    if world is None:
         return 1.0
-    count = torch.tensor(float(rows), device=device)
-    dist.all_reduce(count, group=group)
-    return dist.get_world_size(group) * rows / count
+    count = world.total(torch.tensor(float(rows), dtype=torch.float64, device=device))
+    return world.size * rows / count.clamp(min=1)
 
 
-def _mean(predictions: Tensor, share: float | Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _mean(predictions: Tensor, share: float | Tensor, world: World | None) -> Tensor:
     """Mean prediction [K] of all processes' rows. Backward, each process gets its own rows' part of the gradient.
 
     With W processes, each of which returns the whole divergence, the mean over processes of the gradients is that of
     the divergence if each process's part counts W times: as the sum over processes of equal incoming gradients does.
     """
-    own = predictions.mean(0) * share
-    if group is None:
+    own = predictions.sum(0) / max(len(predictions), 1) * share
+    if world is None:
         return own
-    whole = own.detach().clone()
-    dist.all_reduce(whole, group=group)
     # The value of the mean over processes with the gradient of this process's part of their sum.
-    return (whole / dist.get_world_size(group)) + (own - own.detach())
+    return world.total(own.detach()) / world.size + (own - own.detach())

@@ -177,7 +177,7 @@ def test_weights_reductions_and_a_learned_temperature() -> None:
         ({"beta": math.inf}, ValueError, "beta"),
         ({"temperature": 0}, ValueError, "temperature"),
         ({"reduction": "max"}, ValueError, "reduction"),
-        ({"gather": True}, ValueError, "gather"),
+        ({"gather": "star"}, ValueError, "gather"),
         ({"normalize": 1}, TypeError, "normalize"),
     ],
 )

@@ -135,8 +135,6 @@ LOSS = {
     "negative margin": ({"margin": -0.1}, "margin", "-0.1"),
     "margin NaN": ({"margin": float("nan")}, "margin", "nan"),
     "margin as string": ({"margin": "0"}, "margin", "str"),
-    "gather": ({"gather": True}, "gather", "True"),
-    "gather in a ring": ({"gather": "ring"}, "gather", "ring"),
     "unknown gather": ({"gather": "star"}, "gather", "star"),
     "symmetric that is no bool": ({"symmetric": "yes", **TWO_SETS}, "symmetric", "yes"),
     "normalize that is no bool": ({"normalize": "yes"}, "normalize", "yes"),

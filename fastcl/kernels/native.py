@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import chunked
-from .problem import FIELDS, Gradients, Needs, Problem, Side, Statistics, empty_side
+from .problem import FIELDS, Gradients, Needs, Problem, Side, Statistics, empty_side, largest_base
 
 
 def _load() -> tuple[Any, str]:
@@ -85,6 +85,32 @@ def saved_size(p: Problem) -> int:
     """
     s, n, m = p.sizes
     return 3 * s * (n + m if p.both else n) + (n * p.anchors.shape[1] + 1 if _weighted(p) else 0)
+
+
+def plane_count(p: Problem) -> int:
+    return 3
+
+
+def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `saved`, what is true of blocks of contrasts only once it is merged: [3, S, N] and, with `both`, [3, S, M]."""
+    s, n, m = p.sizes
+    rows, columns = saved[: 3 * s * n], saved[3 * s * n :][: 3 * s * m if p.both else 0]
+    return rows.view(3, s, n), columns.view(3, s, m if p.both else 0)
+
+
+def merge_planes(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
+    """Those [B, 3, S, N] of B blocks as one, [3, S, N].
+
+    counts: the blocks' [B, 2, N]. sums: over all, of one base [B, S, N]; None where lse_all is not wanted, and nobody
+    asks for a share of it.
+    """
+    share = torch.zeros_like(found[0, 0])
+    if sums is not None:
+        total = sums.sum(0)
+        negative = torch.where(sums != 0, found[:, 0] * sums, 0).sum(0)
+        share = torch.where(total != 0, negative / total, 0)
+    positives, negatives = (counts > 0).unbind(1)
+    return torch.stack([share, largest_base(found[:, 1], negatives), largest_base(found[:, 2], positives)])
 
 
 def _weighted(p: Problem) -> bool:

@@ -38,6 +38,7 @@ class Problem:
     both: bool  # also the statistics of each contrast over the anchors
     # The backward will ask for the anchors' gradient only: the forward may leave what makes a second sweep unnecessary.
     anchors_only: bool = False
+    partial: bool = False  # others will be added to the gradients of rows: they stay in `dtype`
     # In place of clusters: pair i, j is a positive of weight <r_i, r_j>. Then `want` is lse_all and sum_pos.
     anchor_assignments: Tensor | None = None  # [N, C], >= 0
     contrast_assignments: Tensor | None = None  # [M, C]; None for self-contrast
@@ -137,6 +138,15 @@ def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> 
     linear = (inverse_norms == 0) | (inverse_norms >= LARGEST_INVERSE[inverse_norms.dtype])
     along = ((unit * grad).sum(1) / (unit * unit).sum(1)).masked_fill_(linear, 0)
     return torch.addcmul(grad, unit, along[:, None], value=-1).mul_(inverse_norms[:, None])
+
+
+def largest_base(bases: Tensor, there: Tensor) -> Tensor:
+    """Of the bases [B, S, N] of sums in B blocks that of their sum, [S, N]; 0 where no block has anything to sum.
+
+    there: bool [B, N], where a block has.
+    """
+    largest = bases.masked_fill(~there[:, None], -torch.inf).amax(0)
+    return largest.masked_fill(largest == -torch.inf, 0)
 
 
 def over_sets(p: Problem, grad: Tensor, counts: Tensor) -> Tensor:

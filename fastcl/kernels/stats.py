@@ -94,15 +94,19 @@ class Sweep(NamedTuple):
             values = taken_apart(forward_op(*arguments), one_scale, order, self.both, exact)
         else:
             values = DirectStats.apply(*arguments, one_scale, exact)
+        return self.named(values, order)
 
-        def named(values: Sequence[Tensor], reverse: ContrastiveStats | None) -> ContrastiveStats:
+    def named(self, values: Sequence[Tensor], order: Sequence[str]) -> ContrastiveStats:
+        """Values as `taken_apart` lists them, of the fields in `order`."""
+
+        def side(values: Sequence[Tensor], reverse: ContrastiveStats | None) -> ContrastiveStats:
             *fields, num_pos, num_neg = values
             by_name = dict(zip(order, fields, strict=True))
             lse_all, lse_pos, lse_neg, sum_pos = (by_name.get(field) for field in FIELDS)
             return ContrastiveStats(lse_all, lse_pos, lse_neg, sum_pos, num_pos, num_neg, reverse)
 
-        side = len(order) + 2
-        return named(values[:side], named(values[side:], None) if self.both else None)
+        size = len(order) + 2
+        return side(values[:size], side(values[size:], None) if self.both else None)
 
     def _weighted(self) -> ContrastiveStats:
         anchors, contrasts, bias = self.anchors, self.contrasts, self.contrast_bias

@@ -13,17 +13,45 @@ import torch
 from torch import Tensor
 
 from . import chunked, triton_gradient, triton_launch
-from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side
+from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, largest_base
 from .triton_launch import INTERPRETED, availability, blocks, on_device, programs, refusal
 from .triton_plan import ROWS_AT_ONCE
 from .triton_rows import Launch, arrange, fields_wanted, kept_in, kept_size
 
-__all__ = ["INTERPRETED", "availability", "backward", "forward", "refusal", "saved_size"]
+__all__ = [
+    "INTERPRETED",
+    "availability",
+    "backward",
+    "forward",
+    "merge_planes",
+    "plane_count",
+    "planes",
+    "refusal",
+    "saved_size",
+]
 
 
 def saved_size(p: Problem) -> int:
     """How many numbers the forward keeps for the backward (`triton_rows.kept`)."""
     return 0 if p.dtype == torch.float64 else kept_size(p)
+
+
+def plane_count(p: Problem) -> int:
+    return 0 if p.dtype == torch.float64 else 3
+
+
+def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what is kept, the bases: what is true of blocks of contrasts only once it is merged."""
+    parts = kept_in(p, saved)
+    bases = parts["bases"]
+    return bases, parts["contrast_bases"] if p.both else bases[..., :0]
+
+
+def merge_planes(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
+    """Bases [B, 3, S, N] of B blocks as one, [3, S, N], by the blocks' counts [B, 2, N]."""
+    positives, negatives = (counts > 0).unbind(1)
+    there = (positives | negatives, negatives, positives)
+    return torch.stack([largest_base(found[:, k], those) for k, those in enumerate(there)])
 
 
 def forward(p: Problem) -> Statistics:

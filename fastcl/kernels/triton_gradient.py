@@ -207,7 +207,9 @@ def _finish(
 ) -> Tensor:
     """The gradient in the caller's order, projected off normalised rows; rounded, where nothing is to be added yet."""
     n, width = rows.rows.shape
-    out = torch.empty(source.shape, dtype=source.dtype if p.paired is None else p.dtype, device=source.device)
+    out = torch.empty(
+        source.shape, dtype=p.dtype if p.partial or p.paired is not None else source.dtype, device=source.device
+    )
     shape = row_tile(width, INTERPRETED)
     triton_launch.launch(
         "finish_kernel",

@@ -1,0 +1,366 @@
+"""Losses over the rows of all processes: `torch.distributed`'s collectives, and what each process returns.
+
+The contract and its reasons are in docs/distributed.md: each process returns W times its rows' share of the loss of the
+whole batch, so that the mean over W processes, which DistributedDataParallel takes of gradients, is that loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .kernels.blocks import BlockStats, Call, Place, Set, Visit
+from .kernels.checks import check_tensor
+from .kernels.ops import BACKENDS, choose_backend
+from .kernels.problem import FIELDS, accumulation_dtype
+from .kernels.stats import ContrastiveStats, Sweep
+from .posing import Posed, of_parts, offset
+
+MODES = (False, True, "ring")
+MOST_NUMBERS = 64  # that processes tell each other: as many everywhere, also where they call different things
+
+
+def gather_rows(rows: Tensor, *others: Tensor) -> Any:
+    """The rows of all processes, one process after the other, without gradient: ``[N, ...] -> [sum of N, ...]``.
+
+    A memory that is fed with them holds the same rows in the same order on every process::
+
+        queue.enqueue(*gather_rows(keys, labels))
+
+    Args:
+        rows: ``[N, ...]``; N may differ between processes and be 0, the rest and the dtype may not.
+        others: more tensors ``[N', ...]``, gathered likewise.
+
+    Returns:
+        A tensor; with ``others`` a tuple of tensors. Without a process group, the tensors themselves, detached.
+
+    Every process must call this, with as many tensors of the same dtypes.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; where processes disagree, on all.
+    """
+    given = (rows, *others)
+    for k, tensor in enumerate(given):
+        name = "rows" if k == 0 else f"others[{k - 1}]"
+        check_tensor(name, tensor)
+        if tensor.dim() == 0:
+            raise ValueError(f"{name}: expected shape [N, ...], got []")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected real numbers, integers or truth values, got {tensor.dtype}")
+    if len(given) > MOST_TENSORS:
+        raise ValueError(f"others: expected at most {MOST_TENSORS - 1} tensors, got {len(others)}")
+    found = [tensor.detach() for tensor in given]
+    world = World.of(True)
+    if world is not None:
+        lengths = world.agree(
+            {f"rows of tensor {k}": len(tensor) for k, tensor in enumerate(given)},
+            {f"tensor {k}'s {what}": value for k, tensor in enumerate(given) for what, value in _kind(tensor).items()},
+            rows.device,
+        )
+        found = [world.all_rows(tensor, sizes) for tensor, sizes in zip(found, lengths, strict=True)]
+    return found[0] if not others else tuple(found)
+
+
+def _kind(tensor: Tensor) -> dict[str, int]:
+    width = 1
+    for length in tensor.shape[1:]:
+        width *= length
+    return {"dimensions": tensor.dim(), "width": width, "dtype": _DTYPES.index(tensor.dtype)}
+
+
+MOST_TENSORS = 15
+_DTYPES = (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+
+
+class World(NamedTuple):
+    """The processes of the default group."""
+
+    group: Any
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, gather: bool | str) -> World | None:
+        """None where there is nobody to gather from, or nobody wants to."""
+        if gather is False or not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD
+        size = dist.get_world_size(group)
+        return None if size == 1 else cls(group, dist.get_rank(group), size)
+
+    def agree(self, sizes: dict[str, int], alike: dict[str, int], device: torch.device) -> list[list[int]]:
+        """Every process's sizes, [number of sizes][processes]; ValueError on all processes where others are not alike.
+
+        One collective of a few integers, on which the host waits: shapes depend on them.
+        """
+        own = [len(sizes), len(alike), *sizes.values(), *alike.values()]
+        own += [0] * (MOST_NUMBERS - len(own))
+        mine = torch.tensor([int(number) for number in own], dtype=torch.int64, device=device)
+        everyone = _all_gather(self.group, mine).unflatten(0, (self.size, -1)).tolist()
+        names = ("number of sizes", "number of properties", *sizes, *alike)
+        for k, name in enumerate(names):
+            values = [numbers[k] for numbers in everyone]
+            if (k < 2 or k >= 2 + len(sizes)) and len(set(values)) > 1:
+                raise ValueError(f"gather: expected the same call on all processes, got {name} = {values}, by rank")
+        return [[numbers[2 + k] for numbers in everyone] for k in range(len(sizes))]
+
+    def all_rows(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """[m, ...] of this process -> [M, ...] of all, m by process in `sizes`."""
+        most = max(sizes)
+        if most == 0 or 0 in rows.shape[1:]:
+            return rows.new_empty(sum(sizes), *rows.shape[1:])
+        everyone = _all_gather(self.group, _padded(rows, most))
+        if min(sizes) == most:
+            return everyone
+        return torch.cat([everyone[q * most :][:size] for q, size in enumerate(sizes)])
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes; differentiable, where this process's values are."""
+        found: Tensor = _Total.apply(self.group, values)
+        return found
+
+
+class _Total(torch.autograd.Function):
+    """Every process's gradient of the sum is one of each process's values."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, values: Tensor) -> Tensor:
+        ctx.group = group
+        result = values.clone()
+        dist.all_reduce(result, group=group)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        result = grad.clone()
+        dist.all_reduce(result, group=ctx.group)
+        return None, result
+
+
+# Collectives under the names of this torch: from 2.13 on the longer ones are deprecated, the shorter ones are new.
+
+
+def _all_gather(group: Any, values: Tensor) -> Tensor:
+    result = values.new_empty(dist.get_world_size(group) * len(values), *values.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(result, values, group=group)
+    return result
+
+
+def _reduce_scatter(group: Any, values: Tensor) -> Tensor:
+    result = values.new_empty(len(values) // dist.get_world_size(group), *values.shape[1:])
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(result, values, group=group)
+    return result
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    rows = rows.detach().resolve_neg()
+    if len(rows) < length:
+        rows = torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
+    return rows.contiguous()
+
+
+# How contrasts travel.
+
+
+class Gathered:
+    """All contrasts on every process, once: an all-gather of rows, a reduce-scatter of their gradients."""
+
+    def __init__(self, world: World, sizes: list[int]) -> None:
+        self.world, self.sizes = world, sizes
+        self.total = sum(sizes)
+        self.starts = [sum(sizes[:q]) for q in range(len(sizes) + 1)]
+        self.own = self.place(world.rank)
+
+    def place(self, q: int) -> Place:
+        """Of process q's contrasts."""
+        return slice(self.starts[q], self.starts[q + 1])
+
+    def walk(self, rows: Tensor, alone: bool, visit: Visit) -> Any:
+        everyone = self.world.all_rows(rows, self.sizes)
+        for place in self._places(alone):
+            visit(place, None if alone and place == self.own else everyone[place])
+        return everyone
+
+    def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
+        gradients = None if dtype is None else torch.zeros_like(kept, dtype=dtype)
+        for place in self._places(alone):
+            found = visit(place, None if alone and place == self.own else kept[place])
+            if gradients is not None and found is not None:
+                gradients[place] = found
+        return None if gradients is None else self.summed(gradients)
+
+    def _places(self, alone: bool) -> list[Place]:
+        if not alone:
+            return [slice(0, self.total)]
+        return [slice(0, self.own.start), self.own, slice(self.own.stop, self.total)]
+
+    def spread(self, values: Tensor) -> Tensor:
+        return self.world.all_rows(values.movedim(-1, 0), self.sizes).movedim(0, -1).contiguous()
+
+    def collect(self, values: Tensor) -> Tensor:
+        k, own = len(values), self.sizes[self.world.rank]
+        sent = torch.cat([values[:, self.place(q)].reshape(-1) for q in range(self.world.size)])
+        received = values.new_empty(self.world.size * k * own)
+        splits = [k * own] * self.world.size
+        dist.all_to_all_single(received, sent, splits, [k * size for size in self.sizes], group=self.world.group)
+        return received.view(self.world.size, k, own)
+
+    def summed(self, values: Tensor) -> Tensor:
+        most = max(self.sizes)
+        if values.numel() == 0:
+            return values[self.own]
+        if min(self.sizes) < most:
+            values = torch.cat([_padded(values[self.place(q)], most) for q in range(self.world.size)])
+        return _reduce_scatter(self.world.group, values)[: self.sizes[self.world.rank]]
+
+
+class Ring(Gathered):
+    """Each process passes the block that it has to the next one while it computes on it; a process holds two."""
+
+    def walk(self, rows: Tensor, alone: bool, visit: Visit) -> None:
+        for q, block in self._passing(rows):
+            visit(self.place(q), None if alone and q == self.world.rank else block)
+
+    def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
+        """A block's gradient follows it, a step behind, and comes home after the last."""
+        size = self.world.size
+        width = rows.shape[1]
+        home = None if dtype is None else rows.new_zeros(len(rows), width, dtype=dtype)
+        arriving: tuple[Tensor, Callable[[], None]] | None = None
+        for step, (q, block) in enumerate(self._passing(rows)):
+            found = visit(self.place(q), None if alone and step == 0 else block)
+            if home is None or dtype is None:
+                continue
+            if step == 0:
+                if found is not None:
+                    home += found
+                continue
+            gradient = rows.new_zeros(self.sizes[q], width, dtype=dtype) if found is None else found.contiguous()
+            if arriving is not None:
+                arriving[1]()
+                gradient = gradient.add_(arriving[0])
+            # Who comes before has worked on the block that comes next here; after the last step, on this process's.
+            arriving = self._pass_on(gradient, rows.new_empty(self.sizes[(q - 1) % size], width, dtype=dtype))
+        if home is not None and arriving is not None:
+            arriving[1]()
+            home += arriving[0]
+        return home
+
+    def _passing(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rank and rows of each block, this process's own first, then its predecessor's, and so on."""
+        rank, size = self.world.rank, self.world.size
+        block = rows.detach().resolve_neg().contiguous()
+        for step in range(size):
+            q = (rank - step) % size
+            following = None
+            if step + 1 < size:
+                following = self._pass_on(block, rows.new_empty(self.sizes[(q - 1) % size], rows.shape[1]))
+            yield q, block
+            if following is not None:
+                following[1]()
+                block = following[0]
+
+    def _pass_on(self, sent: Tensor, received: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Sends to the next process and receives from the one before; what is received, and how to wait for it."""
+        world = self.world
+        transfers = []
+        if sent.numel():
+            transfers.append(dist.P2POp(dist.isend, sent, self._peer(world.rank + 1), world.group))
+        if received.numel():
+            transfers.append(dist.P2POp(dist.irecv, received, self._peer(world.rank - 1), world.group))
+        pending = dist.batch_isend_irecv(transfers) if transfers else []
+
+        def wait() -> None:
+            for transfer in pending:
+                transfer.wait()
+            transfers.clear()  # until here what is sent must live
+
+        return received, wait
+
+    def _peer(self, rank: int) -> int:
+        return dist.get_global_rank(self.world.group, rank % self.world.size)
+
+
+# What losses do with all of it.
+
+
+def statistics(
+    world: World, gather: bool | str, sweep: Sweep, posed: Posed, exact: bool, alike: dict[str, int]
+) -> ContrastiveStats:
+    """`Sweep.statistics` where tensors of the contrasts, or the anchors in self-contrast, are those of all processes.
+
+    alike: what else processes have to agree upon.
+    """
+    stored_only = posed.contrasts is not None and all(stored for _, stored in posed.parts)
+    if stored_only:  # nothing travels
+        return sweep.statistics(exact)
+    if sweep.anchor_assignments is not None:
+        raise ValueError(f"gather: expected False with assignments, got {gather!r}")
+    if sweep.both and any(stored for _, stored in posed.parts):
+        raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")
+    anchors, contrasts, bias = sweep.anchors, sweep.contrasts, sweep.contrast_bias
+    dtype = accumulation_dtype(anchors, contrasts, sweep.positives)
+    travelling_rows = None if contrasts is None else of_parts(contrasts, posed, False)
+    rows = anchors if travelling_rows is None else travelling_rows
+    travelling_bias = None if bias is None else of_parts(bias.to(dtype), posed, False)
+    backend = choose_backend(anchors.device, dtype)
+    grad = torch.is_grad_enabled()
+    order = [field for field in FIELDS if field in sweep.want]
+    samples, sizes = world.agree(
+        {"samples": posed.shape[0], "contrasts": len(rows)},
+        alike
+        | {
+            "gather": MODES.index(gather),
+            "self-contrast": contrasts is None,
+            "dimension": rows.shape[1],
+            "dtype of contrasts": _DTYPES.index(rows.dtype),
+            "dtype of sums": _DTYPES.index(dtype),
+            "statistics": sum(1 << FIELDS.index(field) for field in order),
+            "scales": sweep.logit_scale.numel(),
+            "symmetric": sweep.both,
+            "normalised contrasts": sweep.normalize_contrasts,
+            "backend": list(BACKENDS).index(backend),
+            "clusters given": sweep.anchor_clusters is not None,
+            "ids given": sweep.contrast_ids is not None,
+            "contrast_bias given": bias is not None,
+            "contrasts with a gradient": grad and rows.requires_grad,
+            "contrast_bias with a gradient": grad and travelling_bias is not None and travelling_bias.requires_grad,
+        },
+        anchors.device,
+    )
+    first = sum(samples[: world.rank])
+    clusters, contrast_clusters = offset(posed, first)
+
+    def set_of(stored: bool) -> Set:
+        if contrasts is None or (stored and not any(kind for _, kind in posed.parts)):
+            return Set(None, None, None, None if stored else travelling_bias)
+        parts = (of_parts(values, posed, stored) for values in (contrasts, contrast_clusters, sweep.contrast_ids, bias))
+        of_rows, of_clusters, of_ids, of_bias = parts
+        return Set(of_rows, of_clusters, of_ids, None if of_bias is None else of_bias.to(dtype))
+
+    call = Call(
+        exchange=(Ring if gather == "ring" else Gathered)(world, sizes),
+        normalize_anchors=sweep.normalize_anchors,
+        normalize_contrasts=sweep.normalize_contrasts,
+        want=tuple(order),
+        both=sweep.both,
+        backend=backend,
+        exact=exact,
+        one_scale=sweep.logit_scale.dim() == 0,
+        contrasts_need=grad and rows.requires_grad,
+        bias_needs=grad and travelling_bias is not None and travelling_bias.requires_grad,
+    )
+    scales = sweep.logit_scale.to(dtype).reshape(-1)
+    values = BlockStats.apply(
+        call, anchors, sweep.positives, clusters, sweep.anchor_ids, scales, *set_of(False), *set_of(True)
+    )
+    return sweep.named(values, order)

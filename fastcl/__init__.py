@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional
+from . import distributed, functional
 from .debiased import DebiasedLoss, HardNegativeLoss
 from .infonce import ClipLoss, ClusterInfoNCE, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .kernels.ops import use_backend
@@ -32,6 +32,7 @@ __all__ = [
     "SwAVLoss",
     "alignment",
     "contrastive_stats",
+    "distributed",
     "functional",
     "knn_predict",
     "power_law_prior",

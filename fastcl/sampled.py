@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import World
 from .kernels.checks import (
     check_device,
     check_flag,
@@ -82,6 +83,9 @@ class SampledNCELoss(nn.Module):
             count and have finite logits, and kept (a buffer).
         normalize: whether embeddings and ``positives`` are normalised; stored rows are taken as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over anchors that count: those whose positive there is.
+        gather: mean and estimate of Z over the anchors of all processes of the default group; without one a no-op. Each
+            process returns its share, times their number. Banks are each process's own: the same on all of them where
+            they are updated with gathered rows (:func:`fastcl.distributed.gather_rows`).
 
     Shapes of ``forward(embeddings, indices, bank, *, positives=None, negatives=None, generator=None)``:
 
@@ -114,6 +118,7 @@ class SampledNCELoss(nn.Module):
         log_normalizer: float | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        gather: bool = False,
     ) -> None:
         super().__init__()
         self.temperature = positive_number("temperature", temperature)
@@ -121,6 +126,8 @@ class SampledNCELoss(nn.Module):
         check_option("form", form, FORMS)
         check_flag("normalize", normalize)
         check_option("reduction", reduction, REDUCTIONS)
+        check_flag("gather", gather)
+        self.gather = gather
         known = math.nan if log_normalizer is None else finite_number("log_normalizer", log_normalizer)
         self.register_buffer("log_normalizer", torch.tensor(known))
         self.num_negatives, self.form, self.normalize, self.reduction = num_negatives, form, normalize, reduction
@@ -180,7 +187,12 @@ class SampledNCELoss(nn.Module):
         terms = torch.where(counted, terms, 0).to(dtype)
         if self.reduction == "none":
             return terms
-        return terms.sum() / counted.sum().clamp(min=1) if self.reduction == "mean" else terms.sum()
+        world = World.of(self.gather)
+        share = terms.sum() if world is None else terms.sum() * world.size
+        if self.reduction == "sum":
+            return share
+        count = counted.sum() if world is None else world.total(counted.sum())
+        return share / count.clamp(min=1)
 
     def _terms(self, logits: Tensor, counted: Tensor, others: int) -> tuple[Tensor, Tensor]:
         """Terms [N] and their derivatives [N, 1 + S] in the logits, the positive's first."""
@@ -200,8 +212,12 @@ class SampledNCELoss(nn.Module):
         usable = (counted & logits.isfinite().all(1))[:, None]
         negative = torch.where(usable, logits[:, 1:], -torch.inf)
         # Without a usable row the estimate is NaN, and the next call makes one.
-        count = usable.sum().to(negative.dtype) * negative.shape[1]
-        estimate = negative.flatten().logsumexp(0) - (count / others).log()
+        count, log_sum = usable.sum().to(negative.dtype) * negative.shape[1], negative.flatten().logsumexp(0)
+        world = World.of(self.gather)
+        if world is not None:
+            counts, log_sums = world.all_rows(torch.stack([count, log_sum])[None], [1] * world.size).unbind(1)
+            count, log_sum = counts.sum(), log_sums.logsumexp(0)
+        estimate = log_sum - (count / others).log()
         known = self.log_normalizer.to(estimate)
         self.log_normalizer.copy_(torch.where(known.isnan(), estimate, known))
         return self.log_normalizer.to(logits)

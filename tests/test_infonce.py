@@ -6,65 +6,22 @@ import pytest
 import torch
 from conftest import VARIANTS, running
 from hypothesis import given, settings
-from oracle import CANCELLING, TRUTH, cluster_infonce, differentiate, eager_evaluations
+from judging import judge, objective
+from oracle import differentiate
 from strategies import DTYPES, INTEGERS, LossProblem, generator, loss_problem, loss_problems, rows
-from tolerances import accumulation_dtype, check
 from torch import Tensor, nn
 
 from fastcl.functional import cluster_infonce as library_loss
 from fastcl.kernels import chunked
 
 
-def objective(loss: Tensor) -> Tensor:
-    """The loss itself; of unreduced terms a fixed random combination."""
-    if loss.dim() == 0:
-        return loss
-    return (loss * torch.rand(loss.shape, generator=generator(5), dtype=torch.float64).to(loss.dtype)).sum()
-
-
 def check_loss(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tuple[str, ...] = VARIANTS) -> None:
     """Value and gradients of every backend against the float64 formula, by the error rule."""
-    embeddings, contrasts = arguments["embeddings"], arguments.get("contrasts")
-    dtypes = [embeddings.dtype]
-    if contrasts is not None:
-        dtypes += [part.dtype for part in (contrasts if isinstance(contrasts, list) else [contrasts])]
-    accumulation = accumulation_dtype(*dtypes)
-    product = dtypes[0]
-    for dtype in dtypes[1:]:
-        product = torch.promote_types(product, dtype)
-    # A product in float64 may still be asked for in float32, the dtype of the embeddings.
-    expected_dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-
-    def evaluate(how):
-        return differentiate(cluster_infonce, arguments, leaves, objective, how.dtype, how=how)
-
-    truth, true_gradients = evaluate(TRUTH)
-    parts = [evaluate(how) for how in CANCELLING]
-    evaluated_in = expected_dtype if accumulation == torch.float64 else accumulation
-    draws = [evaluate(how) for how in eager_evaluations(evaluated_in)]
+    found = {}
     for backend in backends:
         with running(backend):
-            got, gradients = differentiate(library_loss, arguments, leaves, objective)
-        assert got.dtype == expected_dtype
-        check(
-            f"{backend} loss",
-            got,
-            truth,
-            [value for value, _ in draws],
-            accumulation=evaluated_in,
-            magnitude=sum(part.abs() for part, _ in parts),
-        )
-        for name, value in true_gradients.items():
-            assert gradients[name].dtype == arguments[name].dtype
-            check(
-                f"{backend} gradient of {name}",
-                gradients[name],
-                value,
-                [g[name] for _, g in draws],
-                accumulation=evaluated_in,
-                half_rows=product if name in ("embeddings", "contrasts", "positives") else None,
-                magnitude=sum(g[name].abs() for _, g in parts),
-            )
+            found[backend] = differentiate(library_loss, arguments, leaves, objective)
+    judge(arguments, leaves, found)
 
 
 @settings(max_examples=200)

@@ -1,0 +1,159 @@
+"""Losses of rows that are spread over processes (gloo), against the formula and against one process with all rows."""
+
+import os
+import time
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from distributed_cases import (
+    MODES,
+    SAMPLES,
+    WHERE,
+    Model,
+    arguments_of,
+    batches,
+    everything,
+    infonce_problems,
+    other_losses,
+    places,
+    spread,
+)
+from judging import judge
+from torch import Tensor
+from torch import distributed as dist
+
+import fastcl
+from fastcl.functional import cluster_infonce
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
+PROBLEMS = infonce_problems()
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@cache
+def found(world: int) -> list[dict[str, Any]]:
+    """What each of so many processes has found, by subject."""
+    results, errors = spread(everything, world)
+    assert not errors, errors[min(errors)][1]
+    return results
+
+
+@pytest.fixture(params=[2, 4])
+def world(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_is_the_formula(name: str, world: int) -> None:
+    problem, _ = PROBLEMS[name]
+    arguments = arguments_of(name, problem)
+    merged = {}
+    for mode in MODES:
+        parts = [results["run_infonce"][f"{name}, {mode}"] for results in found(world)]
+        unreduced = problem.reduction == "none"
+        losses = [loss for loss, _ in parts]
+        loss = torch.cat(losses) if unreduced else torch.stack(losses).mean(0)
+        gradients: dict[str, Tensor] = {}
+        for leaf in problem.leaves:
+            every = [part[leaf] for _, part in parts]
+            if leaf == "temperature":
+                whole = torch.stack(every).sum(0)
+            else:
+                whole = torch.full_like(arguments[leaf], torch.nan)
+                for rank, gradient in enumerate(every):
+                    whole[places(problem, arguments, rank, world)[WHERE[leaf]]] = gradient
+            gradients[leaf] = whole if unreduced else whole / world
+        merged[str(mode)] = loss, gradients
+    judge(arguments, problem.leaves, merged)
+
+
+def test_both_ways_of_travelling_give_the_same_numbers(world: int) -> None:
+    """Within roundings of float64: a block's sums are merged, wherever the blocks are cut."""
+    for results in found(world):
+        for name, (problem, _) in PROBLEMS.items():
+            if problem.dtype == torch.float64:
+                (loss, gradients), (other, others) = (results["run_infonce"][f"{name}, {mode}"] for mode in MODES)
+                torch.testing.assert_close(loss, other, **CLOSE)
+                for leaf, gradient in gradients.items():
+                    torch.testing.assert_close(gradient, others[leaf], **CLOSE)
+
+
+def test_other_losses_are_those_of_one_process(world: int) -> None:
+    whole = other_losses(False, None, world)
+    for mode in MODES:
+        parts = [results["run_others"][mode] for results in found(world)]
+        for name, (value, gradients) in whole.items():
+            mean = torch.stack([part[name][0] for part in parts]).mean(0)
+            torch.testing.assert_close(mean, value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+            for leaf, expected in gradients.items():
+                every = [part[name][1][leaf] for part in parts]
+                shared = leaf in ("prototypes", "temperature")
+                got = (torch.stack(every).sum(0) if shared else torch.cat(every)) / world
+                what = f"{name}, gradient of {leaf}"
+                torch.testing.assert_close(got, expected, **CLOSE, msg=lambda text, what=what: f"{what}: {text}")
+
+
+def test_wrapped_and_accumulated_gradients_are_those_of_one_process(world: int) -> None:
+    """The temperature's among them, which is averaged with the rest because it is inside the wrapped module."""
+    model = Model(False)
+    for left, right in batches():
+        model(left, right).backward()
+    for results in found(world):
+        for gradients in results["accumulated"].values():
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(gradients[name], parameter.grad, **CLOSE)
+
+
+def test_queues_hold_the_same_rows_in_the_same_order(world: int) -> None:
+    first, *others = [results["queues"] for results in found(world)]
+    assert first["nothing"] == (0, 3)
+    assert first["flags"].tolist() == [rank % 2 == 0 for rank in range(world)]
+    assert not first["graph"]
+    assert first["state"]["sample_ids"].unique().tolist() == [r for r, n in enumerate(SAMPLES[world]) if n]
+    for other in others:
+        for name, value in first["state"].items():
+            assert torch.equal(other["state"][name], value), name
+
+
+def test_calls_that_differ_raise_on_every_process(world: int) -> None:
+    for results in found(world):
+        said = results["disagreements"]
+        assert "dimension" in said["dimension"]
+        assert f"{list(range(3, 3 + world))}" in said["dimension"]
+        assert "gradient" in said["gradient"]
+        assert "gather = [1, 2" in said["mode"]
+        assert "number" in said["tensors"]
+
+
+def dies(rank: int, world: int) -> None:
+    z = torch.randn(4, 2, 3, requires_grad=True)
+    loss = cluster_infonce(z, gather="ring" if world == 2 else True)
+    if rank == 1:
+        os._exit(3)
+    loss.backward()
+
+
+def test_a_process_that_dies_ends_the_others(world: int) -> None:
+    start = time.monotonic()
+    _, errors = spread(dies, world, seconds=10)
+    survivors = [rank for rank in range(world) if rank != 1]
+    assert sorted(errors) == survivors
+    assert all(name == "RuntimeError" or "Error" in name for name, _ in errors.values()), errors
+    assert "Hanging" not in {name for name, _ in errors.values()}, time.monotonic() - start
+
+
+@pytest.mark.parametrize("gather", MODES)
+def test_alone_it_does_nothing(gather: Any, tmp_path: Any) -> None:
+    """Without a process group, and in a group of one."""
+    z = torch.randn(6, 2, 4)
+    loss = cluster_infonce(z)
+    assert torch.equal(cluster_infonce(z, gather=gather), loss)
+    assert fastcl.distributed.gather_rows(z).data_ptr() == z.data_ptr()
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        assert torch.equal(cluster_infonce(z, gather=gather), loss)
+        assert torch.equal(fastcl.distributed.gather_rows(z), z)
+    finally:
+        dist.destroy_process_group()

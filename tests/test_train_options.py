@@ -7,7 +7,15 @@ import pytest
 import torch
 from training import options
 
+from fastcl.train import evaluate, report
 from fastcl.train.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch) -> None:
+    """They take most of the time, and are not the subject here."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(evaluate, "DRAWS", 1)
 
 
 @pytest.mark.parametrize(

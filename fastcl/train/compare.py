@@ -46,7 +46,7 @@ class Contestant:
         """For the table and the picture."""
         names = {"simclr": "instances (SimCLR)", "supcon": "labels (SupCon)"}
         count = f" {self.n_clusters}" if self.n_clusters else ""
-        what = {"sinkhorn": "prototypes", "kmeans": "k-means"}.get(self.clusters or "", Path(self.clusters or "").name)
+        what = {"sinkhorn": "Sinkhorn", "kmeans": "k-means"}.get(self.clusters or "", Path(self.clusters or "").name)
         return names.get(self.method) or what + count
 
     @property
@@ -132,12 +132,15 @@ def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], o
     Returns the probes, a line a seed, under the contestants' names, ``raw`` (pixels) and ``untrained``.
     """
     from fastcl.train.data import fingerprint, load, long_tailed
+    from fastcl.train.methods import fixed_clusters
 
     rows: dict[str, Rows] = {name: [] for name in (*BASELINES, *chosen)}
+    settle(base)  # what cannot be used is refused before anything is trained
     for seed in seeds:
         images = load(base.data, base.root, seed)
         if base.long_tail is not None:
             images = long_tailed(images, base.long_tail, seed)
+        fixed_clusters(str(chosen["auxiliary"].clusters), images)
         for place, (name, contestant) in enumerate(chosen.items(), 1):
             folder = out / f"{contestant.folder}-seed{seed}"
             options = {option: value for option, value in vars(contestant).items() if value is not None}

@@ -102,6 +102,7 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
     figure = _figure(5.6 * len(panels) + 1.2, 9.4, f"{title}: what clusters tell about labels, and what was learned")
     grid = figure.subplots(len(probes), len(panels), squeeze=False, sharex=True, sharey=True)
     everything = [lines for entries in panels.values() for lines in entries.values()]
+    furthest = max(line["conditional_entropy"] for lines in everything for line in lines)
     for row, probe in zip(grid, probes, strict=True):
         means = [100 * np.mean([line[probe] for line in lines]) for lines in everything]
         scale = {"cmap": "viridis", "vmin": min(means), "vmax": max(means)}
@@ -111,15 +112,16 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
                     np.array([line[name] for line in lines]) for name in ("conditional_entropy", "mutual_information")
                 )
                 accuracy = 100 * np.array([line[probe] for line in lines])
+                place = x.mean(), y.mean()
                 axes.scatter(x, y, c=accuracy, s=14, **scale)
-                drawn = axes.scatter(x.mean(), y.mean(), c=[accuracy.mean()], s=130, edgecolors="black", **scale)
-                axes.annotate(
-                    f"{what}: {accuracy.mean():.1f}", (x.mean(), y.mean()), (7, -13), textcoords="offset points",
-                    fontsize=8,
-                )  # fmt: skip
+                drawn = axes.scatter(*place, c=[accuracy.mean()], s=100, edgecolors="black", **scale)
+                # Beside the point, on the side that has room.
+                side = {"xytext": (8, -3)} if place[0] < furthest / 2 else {"xytext": (-8, -3), "ha": "right"}
+                caption = f"{what}: {accuracy.mean():.1f}"
+                axes.annotate(caption, place, textcoords="offset points", fontsize=8, **side)
             axes.set_title(f"{loss}, {ROWS[probe][0]}", fontsize=10)
             axes.grid(alpha=0.25)
-            axes.margins(x=0.2, y=0.12)
+            axes.margins(0.08)
         figure.colorbar(drawn, ax=list(row), label=f"held-out accuracy (%), {ROWS[probe][0]}")
     for axes in grid[-1]:
         axes.set_xlabel("H(cluster | label) (nats): what is in the clusters besides")

@@ -1,0 +1,324 @@
+// The forward's sweep: statistics of each row over the columns, and with `lines` of each column over the rows, from one pass.
+//
+// STATISTICS [7, n], in the caller's order: base and sum of 2^(t - base) over the negatives, the same over the positives, sum of the positives' logits,
+// number of positives, number of inadmissible pairs; t = s log2(e).
+//
+// Where a bound on the logits allows it, nothing is taken off them, and one exponential serves row and column. Else each lane keeps a running maximum for each of its rows, and
+// a column takes the maximum of its tile. Positives, which are few, are kept in shared memory.
+//
+// LINES [blocks of the grid, 2, m]: each block's share of the columns' sums over negatives, and their bases, which only one
+// block writes: no atomics, and always the same order of additions. What the tiles' positives are to columns is found by a
+// second launch with rows and columns exchanged, `mixed_only`, that visits the few tiles which may hold some.
+//
+// Version 1: 128 x 128 tiles (128 x 64 of float32), 32 x 64 a warp. Wider tiles than the backward's because nothing else lives in registers.
+#pragma once
+#include "sweep.h"
+
+namespace fastcl::cuda {
+
+struct StatisticsSweep : Sweep {
+  float *statistics;
+  float *lines; // null: not wanted
+  bool mixed_only;
+};
+
+template <class Element> struct StatisticsShape {
+  static constexpr int FRAGMENTS = sizeof(Element) == 2 ? 8 : 4, COLUMNS = WARPS_ACROSS * FRAGMENTS * 8;
+};
+
+// Numbers of a row, in shared memory, for each of the warps across: [KEPT, WARPS_ACROSS, BLOCK_ROWS].
+enum Kept : int { BASE, SUM, POSITIVE_BASE, POSITIVE_SUM, SUM_POSITIVE, NUM_POSITIVE, NUM_INADMISSIBLE, KEPT };
+constexpr int KEPT_SIZE = KEPT * WARPS_ACROSS * BLOCK_ROWS * 4;
+
+// A base no smaller than `top`, and what sums to the old one are multiplied by.
+__device__ inline float raise(float &base, float top) {
+  const float old = base;
+  base = fmaxf(old, top);
+  return exp2_fast(old - base);
+}
+// Adds to a sum with a base another one.
+__device__ inline void join(float &base, float &sum, float other_base, float other) {
+  const float fading = raise(base, other_base);
+  sum = sum * fading + other * exp2_fast(other_base - base);
+}
+
+// Sums of COUNT numbers over the 8 lanes that share columns. Each is left with COUNT / 8 of them: `kept` chooses alike.
+template <int COUNT> __device__ void sum_over_rows(float (&v)[COUNT], int lane) {
+  if constexpr (COUNT >= 2) {
+#pragma unroll
+    for (int bit = 16, half = COUNT / 2; bit >= 4; bit /= 2, half /= 2) {
+      const bool upper = lane & bit;
+#pragma unroll
+      for (int k = 0; k < half; k++) {
+        const float given = upper ? v[k] : v[k + half];
+        v[k] = (upper ? v[k + half] : v[k]) + __shfl_xor_sync(ALL_LANES, given, bit);
+      }
+    }
+  }
+}
+template <int COUNT> __device__ void kept(float (&v)[COUNT], int lane) {
+#pragma unroll
+  for (int bit = 16, half = COUNT / 2; bit >= 4; bit /= 2, half /= 2)
+#pragma unroll
+    for (int k = 0; k < half; k++) v[k] = lane & bit ? v[k + half] : v[k];
+}
+// Which of the COUNT numbers is the first that a lane is left with.
+__host__ __device__ inline int first_kept(int lane, int count) { return (lane >> 4 & 1) * (count / 2) + (lane >> 3 & 1) * (count / 4) + (lane >> 2 & 1) * (count / 8); }
+
+template <class Element> class StatisticsBlock {
+  static constexpr int FRAGMENTS = StatisticsShape<Element>::FRAGMENTS, COLUMNS = StatisticsShape<Element>::COLUMNS, COUNT = 2 * FRAGMENTS;
+  const StatisticsSweep &p_;
+  const Lane at_;
+  const int i0_;
+  const bool narrow_;
+  const float scale_;
+  float *const kept_, *const columns_; // in shared memory
+  float a_[4], base_[4], sum_[4];
+  Dots<Element, FRAGMENTS> dots_;
+
+  __device__ __forceinline__ float &kept_of(int what, int row, int across) { return kept_[(what * WARPS_ACROSS + across) * BLOCK_ROWS + row]; }
+
+  // A tile of negatives alone. Leaves the columns' sums, or the logits where they are not narrow.
+  template <bool BOTH> __device__ __forceinline__ void interior(int j0, float (&by_column)[COUNT]) {
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; f++) {
+      const float2 c = two_of(p_.c, j0 + at_.column<FRAGMENTS>(f), 1.0f);
+#pragma unroll
+      for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float &t = dots_.of(r, f, e);
+          t = logit_of(similarity_of(t, a_[r], e ? c.y : c.x), scale_);
+        }
+    }
+    if (narrow_) {
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const float x = exp2_fast(dots_.of(r, f, e));
+            sum_[r] += x;
+            if (BOTH) by_column[2 * f + e] += x;
+          }
+    } else {
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        float top = dots_.of(r, 0, 0);
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++) top = fmaxf(top, fmaxf(dots_.of(r, f, 0), dots_.of(r, f, 1)));
+        sum_[r] *= raise(base_[r], top);
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) sum_[r] += exp2_fast(dots_.of(r, f, e) - base_[r]);
+      }
+    }
+  }
+
+  // Any tile. What is no negative is left as -inf.
+  __device__ __forceinline__ void mixed(int j0, float (&by_column)[COUNT]) {
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int row = at_.row(r), i = i0_ + row;
+      const bool is_row = i < p_.n, clustered = p_.start && is_row;
+      const int start = clustered ? p_.start[i] : 0, end = clustered ? p_.end[i] : 0;
+      const int name = p_.row_names && is_row ? p_.row_names[i] : 0;
+      const float row_bias = one_of(p_.row_bias, i, is_row, 0.0f);
+      float top = LOWEST, positive_top = LOWEST;
+      uint32_t pairs = 0;
+      int inadmissible = 0;
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int j = j0 + at_.column<FRAGMENTS>(f) + e;
+          const bool is_column = j < p_.m;
+          const int column_name = name && is_column ? p_.column_names[j] : 0;
+          const float bias = p_.row_bias ? row_bias : one_of(p_.column_bias, j, is_column, 0.0f);
+          float &t = dots_.of(r, f, e);
+          t = logit_of(similarity_of(t, a_[r], one_of(p_.c, j, is_column, 1.0f)), scale_, p_, bias);
+          const bool member = is_row && admissible(i, j, p_.m, p_.self, name, column_name);
+          inadmissible += is_column && name != 0 && name == column_name;
+          if (member && in_range(j, start, end)) {
+            pairs |= 1u << (2 * f + e);
+            positive_top = fmaxf(positive_top, t);
+          } else if (member) {
+            top = fmaxf(top, t);
+          } else {
+            t = -infinity();
+          }
+        }
+      if (__any_sync(ALL_LANES, pairs != 0 || inadmissible != 0)) {
+        positive_top = fmaxf(positive_top, __shfl_xor_sync(ALL_LANES, positive_top, 1));
+        positive_top = fmaxf(positive_top, __shfl_xor_sync(ALL_LANES, positive_top, 2));
+        float positive = 0, logits = 0;
+        int count = __popc(pairs);
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+          for (int e = 0; e < 2; e++)
+            if (pairs >> (2 * f + e) & 1) {
+              float &t = dots_.of(r, f, e);
+              positive += exp2_fast(t - positive_top);
+              logits += t;
+              t = -infinity();
+            }
+#pragma unroll
+        for (int bit = 1; bit <= 2; bit *= 2) {
+          positive += __shfl_xor_sync(ALL_LANES, positive, bit);
+          logits += __shfl_xor_sync(ALL_LANES, logits, bit);
+          count += __shfl_xor_sync(ALL_LANES, count, bit);
+          inadmissible += __shfl_xor_sync(ALL_LANES, inadmissible, bit);
+        }
+        if (at_.lane % 4 == 0) { // nobody else touches the row's places of this warp
+          join(kept_of(POSITIVE_BASE, row, at_.across), kept_of(POSITIVE_SUM, row, at_.across), positive_top, positive);
+          kept_of(SUM_POSITIVE, row, at_.across) += logits;
+          float &positives = kept_of(NUM_POSITIVE, row, at_.across), &others = kept_of(NUM_INADMISSIBLE, row, at_.across);
+          positives = __int_as_float(__float_as_int(positives) + count);
+          others = __int_as_float(__float_as_int(others) + inadmissible);
+        }
+      }
+      if (!narrow_) sum_[r] *= raise(base_[r], top);
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float x = exp2_fast(dots_.of(r, f, e) - base_[r]);
+          sum_[r] += x;
+          by_column[2 * f + e] += x;
+        }
+    }
+  }
+
+  // The columns' sums over the tile's rows, added to the block's line.
+  __device__ __forceinline__ void add_columns(int j0, float (&by_column)[COUNT], float *line, bool first) {
+    float top[COUNT];
+    if (!narrow_) {
+#pragma unroll
+      for (int k = 0; k < COUNT; k++) {
+        top[k] = LOWEST;
+#pragma unroll
+        for (int r = 0; r < 4; r++) top[k] = fmaxf(top[k], dots_.of(r, k / 2, k % 2));
+#pragma unroll
+        for (int bit = 4; bit <= 16; bit *= 2) top[k] = fmaxf(top[k], __shfl_xor_sync(ALL_LANES, top[k], bit));
+        by_column[k] = 0;
+#pragma unroll
+        for (int r = 0; r < 4; r++) by_column[k] += exp2_fast(dots_.of(r, k / 2, k % 2) - top[k]);
+      }
+      kept(top, at_.lane);
+    }
+    sum_over_rows(by_column, at_.lane);
+#pragma unroll
+    for (int k = 0; k < COUNT / 8; k++) {
+      const int number = first_kept(at_.lane, COUNT) + k;
+      const int place = at_.down * COLUMNS + at_.column<FRAGMENTS>(number / 2) + number % 2;
+      columns_[place] = by_column[k];
+      if (!narrow_) columns_[WARPS_DOWN * COLUMNS + place] = top[k];
+    }
+    __syncthreads(); // the next tile's slices are waited for together before this is written again
+    const int own = threadIdx.x, j = j0 + own;
+    if (own < COLUMNS && j < p_.m) { // always this thread's column of the line
+      float sum = columns_[own], base = narrow_ ? 0.0f : columns_[WARPS_DOWN * COLUMNS + own];
+      for (int down = 1; down < WARPS_DOWN; down++) {
+        const int place = down * COLUMNS + own;
+        if (narrow_) sum += columns_[place];
+        else join(base, sum, columns_[WARPS_DOWN * COLUMNS + place], columns_[place]);
+      }
+      if (!first) {
+        if (narrow_) sum += line[j];
+        else join(base, sum, line[int64_t(p_.m) + j], line[j]);
+      }
+      line[j] = sum;
+      if (!narrow_) line[int64_t(p_.m) + j] = base;
+    }
+  }
+
+  __device__ __forceinline__ void write_rows() {
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+#pragma unroll
+      for (int bit = 1; bit <= 2; bit *= 2) {
+        const float other_base = __shfl_xor_sync(ALL_LANES, base_[r], bit), other = __shfl_xor_sync(ALL_LANES, sum_[r], bit);
+        join(base_[r], sum_[r], other_base, other);
+      }
+      if (at_.lane % 4 == 0) {
+        kept_of(BASE, at_.row(r), at_.across) = base_[r];
+        kept_of(SUM, at_.row(r), at_.across) = sum_[r];
+      }
+    }
+    __syncthreads();
+    const int row = threadIdx.x, i = i0_ + row;
+    if (row < BLOCK_ROWS && i < p_.n) {
+      float base = kept_of(BASE, row, 0), sum = kept_of(SUM, row, 0), logits = kept_of(SUM_POSITIVE, row, 0);
+      float positive_base = kept_of(POSITIVE_BASE, row, 0), positive = kept_of(POSITIVE_SUM, row, 0);
+      int positives = __float_as_int(kept_of(NUM_POSITIVE, row, 0)), inadmissible = __float_as_int(kept_of(NUM_INADMISSIBLE, row, 0));
+      for (int across = 1; across < WARPS_ACROSS; across++) {
+        join(base, sum, kept_of(BASE, row, across), kept_of(SUM, row, across));
+        join(positive_base, positive, kept_of(POSITIVE_BASE, row, across), kept_of(POSITIVE_SUM, row, across));
+        logits += kept_of(SUM_POSITIVE, row, across);
+        positives += __float_as_int(kept_of(NUM_POSITIVE, row, across));
+        inadmissible += __float_as_int(kept_of(NUM_INADMISSIBLE, row, across));
+      }
+      float *to = p_.statistics + (p_.order ? p_.order[i] : i);
+      const int64_t n = p_.n;
+      to[0] = base > LOWEST ? base : 0.0f;
+      to[n] = sum;
+      to[2 * n] = positive_base > LOWEST ? positive_base : 0.0f;
+      to[3 * n] = positive;
+      to[4 * n] = logits * LN2;
+      to[5 * n] = float(positives);
+      to[6 * n] = float(inadmissible + p_.self);
+    }
+    __syncthreads(); // the next block of rows begins with other numbers
+  }
+
+public:
+  __device__ __forceinline__ StatisticsBlock(const StatisticsSweep &p, int i0, bool narrow, float *kept, float *columns)
+      : p_(p), i0_(i0), narrow_(narrow), scale_(*p.scale * LOG2E), kept_(kept), columns_(columns) {
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int i = i0 + at_.row(r);
+      a_[r] = one_of(p.a, i, i < p.n, 1.0f);
+      base_[r] = narrow ? 0.0f : LOWEST;
+      sum_[r] = 0;
+    }
+    for (int k = threadIdx.x; k < KEPT * WARPS_ACROSS * BLOCK_ROWS; k += THREADS) kept[k] = k / (WARPS_ACROSS * BLOCK_ROWS) == POSITIVE_BASE ? LOWEST : 0.0f;
+  }
+
+  __device__ __forceinline__ void run(uint32_t shared, float *line, bool first) {
+    Walk walk = walk_of(p_, i0_, COLUMNS, line && i0_ + BLOCK_ROWS > p_.n);
+    if (p_.mixed_only) walk.interior = 0;
+    Feed<COLUMNS> feed(p_, walk, i0_, shared, 0, 0);
+    for (int step = 0; step < walk.steps(); step++) {
+      dots_.take(feed, at_, p_.exact);
+      const int j0 = walk.tile(step) * COLUMNS;
+      float by_column[COUNT];
+#pragma unroll
+      for (int k = 0; k < COUNT; k++) by_column[k] = 0;
+      if (walk.is_mixed(step)) mixed(j0, by_column);
+      else if (line) interior<true>(j0, by_column);
+      else interior<false>(j0, by_column);
+      if (line) add_columns(j0, by_column, line, first);
+    }
+    feed.finish();
+    write_rows();
+  }
+};
+
+template <class Element> __global__ void __launch_bounds__(THREADS, 1) statistics_kernel(const __grid_constant__ StatisticsSweep p) {
+  char *const memory = shared_memory();
+  constexpr int COLUMNS = StatisticsShape<Element>::COLUMNS;
+  float *kept = reinterpret_cast<float *>(memory), *columns = kept + KEPT_SIZE / 4;
+  const uint32_t shared = shared_address(memory) + KEPT_SIZE + (p.lines ? 2 * WARPS_DOWN * COLUMNS * 4 : 0);
+  float *line = p.lines ? p.lines + 2 * int64_t(p.m) * blockIdx.x : nullptr;
+  const bool narrow = is_narrow(p);
+  const int blocks = int(blocks_of(p.n, BLOCK_ROWS));
+  for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+    StatisticsBlock<Element> own(p, block * BLOCK_ROWS, narrow, kept, columns);
+    own.run(shared, line, block == int(blockIdx.x));
+  }
+}
+
+} // namespace fastcl::cuda

@@ -9,10 +9,13 @@ import re
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import fastcl.train
 from fastcl.train import Config, OptionError
+
+if TYPE_CHECKING:
+    from fastcl.train.processes import Processes
 
 # Methods, loop and pictures are imported where they are used: without these packages the command says what to install.
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
@@ -182,25 +185,39 @@ def require_packages() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0, or 130 after Ctrl-C), exits with 2 on an option it cannot use."""
     require_packages()
-    from fastcl.train import report
-    from fastcl.train.loop import Run, other_prototypes
+    from fastcl.train.processes import started
 
     parser = _parser()
     given = vars(parser.parse_args(argv))
+    with started() as processes:
+        return _run(parser, given, processes)
+
+
+def _run(parser: Parser, given: dict[str, Any], processes: "Processes") -> int:
+    from fastcl.train import report
+    from fastcl.train.loop import Run, other_prototypes
+
     run, beside = None, given.pop("beside", None)
     try:
         if beside is not None:
             other_prototypes(Path(beside))  # before training, not after it
-        config, folder, resumed = _configure(given)
-        run = Run(config, folder, resumed)
-        print(run.summary(), flush=True)
+        config, folder, resumed = processes.from_first(lambda: _configure(given))
+        run = Run(config, folder, resumed, processes)
+        if processes.first:
+            print(run.summary(), flush=True)
         run.train()
+        if not processes.first:
+            return 0
         print(report.table(run.finish(beside and Path(beside))))
         pictures = ["accuracy.png", "embedding.png", *(["prototypes.png"] if config.prior else []), "neighbours.png"]
         print(f"wrote {folder}/results.json, {', '.join(pictures[:-1])} and {pictures[-1]}")
     except OptionError as error:
+        if not processes.first:  # the first says it
+            return 2
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
+        if not processes.first:
+            return 130
         if run is None:
             print("interrupted before training began", file=sys.stderr)
         else:

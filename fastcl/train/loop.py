@@ -36,6 +36,7 @@ from fastcl.train.methods import (
     prototype_masses,
     renumbered,
 )
+from fastcl.train.processes import Processes
 
 WARM_UP = 0.1  # the share of all steps over which the learning rate rises
 WEIGHT_DECAY = 1e-4
@@ -61,10 +62,11 @@ def other_prototypes(folder: Path) -> dict[str, Any]:
 class Run:
     """A training run and its folder: what happens next is a function of the config and of the checkpoint alone."""
 
-    def __init__(self, config: Config, folder: Path, resumed: bool) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Path, resumed: bool, processes: Processes | None = None) -> None:
+        """processes: None: this one alone. Only the first of several writes into the folder."""
+        self.config, self.folder, self.processes = config, folder, processes or Processes()
         try:
-            self.device = torch.device(config.device)
+            self.device = torch.device(self.processes.device(config.device))
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
             raise OptionError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
@@ -79,23 +81,27 @@ class Run:
                 f"--n-clusters must be at most the number of training images, {count}; got {config.n_clusters}"
             )
         self.batch = min(config.batch_size, count)
+        if self.batch < self.processes.size:
+            raise OptionError(f"--batch-size must be at least the number of processes; got {self.batch}")
         self.steps = count // self.batch  # of an epoch: the images left over have their turn in another epoch's order
         self.clusters: NDArray[np.int64] | None = None
         if config.clusters not in (None, "kmeans", "sinkhorn"):
             self.clusters = fixed_clusters(config.clusters, self.images)
         self.method = self._initial()
+        self.processes.gathering(self.method)
         self.optimiser = torch.optim.AdamW(self.method.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY)
         self.history: list[dict[str, Any]] = []
         if resumed:
             self._restore()
-        else:
+        elif self.processes.first:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OptionError(f"--out {folder} cannot be made: {error}") from error
             write(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             self._save(self.history)
-        self._write_metrics()
+        if self.processes.first:
+            self._write_metrics()
 
     def _initial(self) -> Method:
         """The method as it is before training; drawn on the CPU, so that every device starts with the same weights."""
@@ -168,9 +174,13 @@ class Run:
         """Train the epochs that are left. The checkpoint is always the state after the last whole epoch."""
         config = self.config
         done = len(self.history)
-        with tqdm(total=config.epochs * self.steps, initial=done * self.steps, unit="step", disable=None) as bar:
+        hidden = None if self.processes.first else True  # None: without a terminal
+        with tqdm(total=config.epochs * self.steps, initial=done * self.steps, unit="step", disable=hidden) as bar:
             for epoch in range(done, config.epochs):
                 line = self._epoch(epoch, bar)
+                if not self.processes.first:
+                    self.history.append(line)
+                    continue
                 if (epoch + 1) % max(1, config.epochs // MEASUREMENTS) == 0 or epoch + 1 == config.epochs:
                     line["knn"] = knn_accuracy(represent(self.method.encoder, self.images, self.device), self.images)
                 self._save([*self.history, line])
@@ -189,8 +199,7 @@ class Run:
             and epoch % config.renew == 0
             and not (epoch == 0 and self.method.instances_first)
         ):
-            rows = embed(self.method.encoder, images.train_images, self.device)
-            found = kmeans(rows, config.n_clusters, config.seed).labels_.astype(np.int64)
+            found = self.processes.from_first(self._kmeans)
             self.clusters = found if self.clusters is None else renumbered(found, self.clusters)
         # A method that draws random numbers draws the same ones after a resume.
         torch.manual_seed(config.seed * 1_000_003 + epoch + 1)
@@ -211,6 +220,11 @@ class Run:
             )
         return {"epoch": epoch + 1, "step": (epoch + 1) * self.steps, "loss": float(np.mean(losses)), "lr": rate}
 
+    def _kmeans(self) -> NDArray[np.int64]:
+        rows = embed(self.method.encoder, self.images.train_images, self.device)
+        labels: NDArray[np.int64] = kmeans(rows, self.config.n_clusters, self.config.seed).labels_.astype(np.int64)
+        return labels
+
     def _rate(self, step: int) -> float:
         total = self.config.epochs * self.steps
         return (
@@ -218,6 +232,7 @@ class Run:
         )
 
     def _step(self, index: NDArray[np.int64], epoch: int, rate: float) -> float:
+        index = self.processes.share(index)
         chosen = self.images.train_images[torch.from_numpy(index)].to(self.device)
         views = [augment(chosen, index, self.config.seed, epoch, view) for view in range(VIEWS)]
         clusters: Tensor | None = None
@@ -229,8 +244,9 @@ class Run:
             loss = self.method(torch.stack(views, dim=1), clusters, torch.from_numpy(index).to(self.device))
         self.optimiser.zero_grad()
         loss.backward()
+        self.processes.average(self.method.parameters())
         self.optimiser.step()
-        return float(loss.detach())
+        return self.processes.mean(loss)
 
     def representation(self, name: str) -> Representation:
         """The images as ``raw`` pixels, or through the ``untrained`` or the ``trained`` encoder."""

@@ -22,6 +22,7 @@ from fastcl import (
     sinkhorn,
     uniform_prior,
 )
+from fastcl.distributed import World
 from fastcl.train import OptionError
 from fastcl.train.data import ImageData, attributes, read_csv_clusters
 
@@ -113,12 +114,16 @@ class ClusterPrediction(Method):
     def __init__(self, image_shape: torch.Size, temperature: float, classes: int) -> None:
         super().__init__(image_shape, temperature)
         self.projector = nn.Sequential(nn.Linear(self.encoder.features, classes))
+        self.gather = False
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         assert clusters is not None
         logits, targets = self.project(views).flatten(0, 1), clusters.repeat_interleave(views.shape[1])
         total = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
-        return total / (targets >= 0).sum().clamp(min=1)
+        count, world = (targets >= 0).sum(), World.of(self.gather)
+        if world is not None:  # each process's share of the mean over all of them, times their number
+            total, count = total * world.size, world.total(count)
+        return total / count.clamp(min=1)
 
 
 def apart(projector: nn.Sequential, projection: int) -> nn.Sequential:

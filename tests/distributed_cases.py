@@ -57,7 +57,7 @@ def infonce_problems() -> dict[str, tuple[LossProblem, str | None]]:
     for dtype in (F32, BF16):
         one = loss_problem(dtype=dtype, contrast_dtype=dtype, **converged)
         two = loss_problem(dtype=dtype, contrast_dtype=dtype, **converged, **sets | {"symmetric": True, "views": 0})
-        for backend in [name for name in ("reference", "chunked", "cpu") if name in fastcl.kernels.ops.BACKENDS]:
+        for backend in [name for name in ("reference", "chunked", "cpu", "triton") if name in fastcl.kernels.ops.BACKENDS]:
             found[f"converged, {dtype}, {backend}"] = one, backend
             found[f"converged both ways, {dtype}, {backend}"] = two, backend
     found["two dtypes"] = loss_problem(dtype=F16, contrast_dtype=F32, **sets, views=0, symmetric=True), None

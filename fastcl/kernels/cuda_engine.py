@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import chunked, cuda_native
 from .cuda_rows import DTYPES, address, arrange, find_clusters, find_names, kept_in, kept_size, wanted
-from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side
+from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, merge_bases
 
-__all__ = ["backward", "forward", "saved_size"]
+__all__ = ["backward", "forward", "merge_planes", "plane_count", "planes", "saved_size"]
 
 # Log-sums (to base 2) that spread over no more share one exponential. Range would allow 120, but an exponent of 60 has
 # been rounded to 2^-19: a relative error of 1e-6 where terms cancel.
@@ -26,6 +26,20 @@ ONE_EXPONENTIAL = 16.0
 def saved_size(p: Problem) -> int:
     """How many numbers the forward keeps for the backward (`cuda_rows.kept`)."""
     return 0 if p.dtype == torch.float64 else kept_size(p)
+
+
+def plane_count(p: Problem) -> int:
+    return 0 if p.dtype == torch.float64 else 3
+
+
+def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what is kept, the bases: what is true of blocks of contrasts only once it is merged."""
+    parts = kept_in(p, saved)
+    bases = parts["bases"]
+    return bases, parts["contrast_bases"] if p.both else bases[..., :0]
+
+
+merge_planes = merge_bases
 
 
 def forward(p: Problem) -> Statistics:
@@ -68,7 +82,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         """The gradient as it is summed, and as it leaves: rounded, where nothing is to be added yet."""
         if source is None or not needed:
             return None, None
-        out = torch.empty(source.shape, dtype=source.dtype if p.paired is None else p.dtype, device=p.device)
+        dtype = p.dtype if p.partial or p.paired is not None else source.dtype
+        out = torch.empty(source.shape, dtype=dtype, device=p.device)
         return new(len(source), arranged.width), out
 
     anchors = saved.anchors._replace(fields=grad.contiguous())

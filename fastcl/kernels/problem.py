@@ -149,6 +149,16 @@ def largest_base(bases: Tensor, there: Tensor) -> Tensor:
     return largest.masked_fill(largest == -torch.inf, 0)
 
 
+def merge_bases(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
+    """Bases of sums over all, negatives and positives, [B, 3, S, N] of B blocks, as one, [3, S, N].
+
+    counts: the blocks' [B, 2, N]. sums: not looked at.
+    """
+    positives, negatives = (counts > 0).unbind(1)
+    there = (positives | negatives, negatives, positives)
+    return torch.stack([largest_base(found[:, k], those) for k, those in enumerate(there)])
+
+
 def over_sets(p: Problem, grad: Tensor, counts: Tensor) -> Tensor:
     """Gradients [W, S, N] of fields whose set is empty do not count: the fields are constants there.
 

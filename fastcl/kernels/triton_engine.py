@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, triton_gradient, triton_launch
-from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, largest_base
+from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, merge_bases
 from .triton_launch import INTERPRETED, availability, blocks, on_device, programs, refusal
 from .triton_plan import ROWS_AT_ONCE
 from .triton_rows import Launch, arrange, fields_wanted, kept_in, kept_size
@@ -47,11 +47,7 @@ def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
     return bases, parts["contrast_bases"] if p.both else bases[..., :0]
 
 
-def merge_planes(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
-    """Bases [B, 3, S, N] of B blocks as one, [3, S, N], by the blocks' counts [B, 2, N]."""
-    positives, negatives = (counts > 0).unbind(1)
-    there = (positives | negatives, negatives, positives)
-    return torch.stack([largest_base(found[:, k], those) for k, those in enumerate(there)])
+merge_planes = merge_bases
 
 
 def forward(p: Problem) -> Statistics:

@@ -1,0 +1,57 @@
+"""CLIP on two halves of scikit-learn's digits, by as many processes as there are:
+
+    torchrun --nproc-per-node 2 examples/clip_torchrun.py
+
+Without torchrun one process does it, with the same numbers up to rounding.
+"""
+
+import os
+
+import torch
+from sklearn.datasets import load_digits
+from torch import distributed, nn
+
+import fastcl
+
+
+class TwoTowers(nn.Module):
+    """The loss and its learned temperature are inside the module that is wrapped: gradients are averaged for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper, self.lower = (nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 32)) for _ in range(2))
+        temperature = nn.Parameter(torch.tensor(0.1))
+        self.loss = fastcl.ClusterInfoNCE(temperature, symmetric=True, gather="ring")  # or gather=True
+
+    def forward(self, upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.upper(upper), contrasts=self.lower(lower))  # both [rows of this process, 32]
+
+
+def main(steps: int = 60) -> float:
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    images = torch.tensor(load_digits().images, dtype=torch.float32).flatten(1) / 16
+    model = towers = TwoTowers()
+    if size > 1:
+        model = nn.parallel.DistributedDataParallel(towers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        batch = images[torch.randperm(len(images))[:500]]  # the same on every process, which takes its rows of it
+        upper, lower = batch.tensor_split(size)[rank].split(32, dim=1)
+        loss = model(upper, lower)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if size > 1:  # each process returns its share; the mean is the loss of all 500
+            distributed.all_reduce(loss := loss.detach() / size)
+        if step % 20 == 0 and rank == 0:
+            print(f"step {step:3d}  loss {loss.item():.4f}  temperature {towers.loss.temperature.item():.4f}", flush=True)
+    if size > 1:
+        distributed.destroy_process_group()
+    return loss.item()
+
+
+if __name__ == "__main__":
+    main()

@@ -42,25 +42,27 @@ __device__ inline void join(float &base, float &sum, float other_base, float oth
   sum = sum * fading + other * exp2_fast(other_base - base);
 }
 
-// Sums of COUNT numbers over the 8 lanes that share columns. Each is left with COUNT / 8 of them: `kept` chooses alike.
-template <int COUNT> __device__ void sum_over_rows(float (&v)[COUNT], int lane) {
-  if constexpr (COUNT >= 2) {
+// Sums of COUNT numbers over the 8 lanes that share columns. At each step a lane keeps half of its numbers, and gives the other half to the lane that keeps
+// those; it is left with COUNT / 8. `kept_by` chooses alike.
+template <int COUNT, int BIT = 16, int NUMBERS> __device__ __forceinline__ void sum_over_rows(float (&v)[NUMBERS], int lane) {
+  if constexpr (BIT >= 4) {
+    constexpr int HALF = COUNT / 2;
+    const bool upper = lane & BIT;
 #pragma unroll
-    for (int bit = 16, half = COUNT / 2; bit >= 4; bit /= 2, half /= 2) {
-      const bool upper = lane & bit;
-#pragma unroll
-      for (int k = 0; k < half; k++) {
-        const float given = upper ? v[k] : v[k + half];
-        v[k] = (upper ? v[k + half] : v[k]) + __shfl_xor_sync(ALL_LANES, given, bit);
-      }
+    for (int k = 0; k < HALF; k++) {
+      const float given = upper ? v[k] : v[k + HALF], own = upper ? v[k + HALF] : v[k];
+      v[k] = own + __shfl_xor_sync(ALL_LANES, given, BIT);
     }
+    sum_over_rows<HALF, BIT / 2>(v, lane);
   }
 }
-template <int COUNT> __device__ void kept(float (&v)[COUNT], int lane) {
+template <int COUNT, int BIT = 16, int NUMBERS> __device__ __forceinline__ void kept_by(float (&v)[NUMBERS], int lane) {
+  if constexpr (BIT >= 4) {
+    constexpr int HALF = COUNT / 2;
 #pragma unroll
-  for (int bit = 16, half = COUNT / 2; bit >= 4; bit /= 2, half /= 2)
-#pragma unroll
-    for (int k = 0; k < half; k++) v[k] = lane & bit ? v[k + half] : v[k];
+    for (int k = 0; k < HALF; k++) v[k] = lane & BIT ? v[k + HALF] : v[k];
+    kept_by<HALF, BIT / 2>(v, lane);
+  }
 }
 // Which of the COUNT numbers is the first that a lane is left with.
 __host__ __device__ inline int first_kept(int lane, int count) { return (lane >> 4 & 1) * (count / 2) + (lane >> 3 & 1) * (count / 4) + (lane >> 2 & 1) * (count / 8); }
@@ -207,9 +209,9 @@ template <class Element> class StatisticsBlock {
 #pragma unroll
         for (int r = 0; r < 4; r++) by_column[k] += exp2_fast(dots_.of(r, k / 2, k % 2) - top[k]);
       }
-      kept(top, at_.lane);
+      kept_by<COUNT>(top, at_.lane);
     }
-    sum_over_rows(by_column, at_.lane);
+    sum_over_rows<COUNT>(by_column, at_.lane);
 #pragma unroll
     for (int k = 0; k < COUNT / 8; k++) {
       const int number = first_kept(at_.lane, COUNT) + k;

@@ -1,7 +1,7 @@
 // What both sweeps over tiles share: the problem as they see it, rows on their way through shared memory, products.
 //
 // A block of 8 warps owns 128 rows and walks over tiles of columns (tiles.h). Slices of 128 bytes of the tiles' rows pass through a ring in shared
-// memory, two slices ahead of the product; the block's own rows stay in shared memory if they fit, else their slices pass by in the same slots.
+// memory, one or two slices ahead of the product; the block's own rows stay in shared memory if they fit, else their slices pass by in the same slots.
 //
 // Version 1: mma.sync and cp.async, which sm_80 brought, one code for every newer chip. Rows are multiplied as they come, norms enter the
 // tile. float32 rows are multiplied as sums of two tf32 numbers (three products): twice the rate of FMA or more, and no less exact, as the
@@ -25,10 +25,9 @@ struct Sweep {
   bool self;                           // no row meets itself
   bool exact;                          // float32 products in three parts, else in tf32
   bool resident;                       // the block's rows stay in shared memory
-  int slots;                           // of the ring
+  int slots, prefetch;                 // of the ring: how many, and how many of them are on their way, 1 or 2
 };
 
-constexpr int PREFETCH = 2; // slices
 // Logits (to base 2) below which no base is taken off: 2^30 of 2^96, or of 2^-96, are float32's.
 constexpr float NARROW = 96;
 
@@ -106,11 +105,12 @@ public:
       for (int s = 0; s < slices_; s++) load_slice<BLOCK_ROWS>(own_ + s * BLOCK_ROWS * SLICE, p.x, i0, p.n, p.width, s);
       copy_commit();
     }
-    for (int k = 0; k < PREFETCH; k++) issue();
+    for (int k = 0; k < p.prefetch; k++) issue();
   }
   // The next slice of columns: the wait for it, and, as every thread is done with the slot, the start of another.
   __device__ uint32_t next() {
-    copy_wait<PREFETCH - 1>();
+    if (p_.prefetch == 2) copy_wait<1>();
+    else copy_wait<0>();
     __syncthreads();
     issue();
     const uint32_t at = ring_ + out_ * slot_size_;

@@ -6,7 +6,7 @@
 
 namespace fastcl::cuda {
 
-// blocks: 0 for one for each block of rows. The launches set `resident`, `slots` and `whole`.
+// blocks: 0 for one for each block of rows. The launches choose what shared memory is for.
 template <class Element> void launch_statistics(StatisticsSweep sweep, int64_t blocks, const Where &where);
 template <class Element> void launch_gradient(GradientSweep sweep, const Where &where);
 
@@ -14,10 +14,13 @@ template <class Element> void launch_gradient(GradientSweep sweep, const Where &
 template <class Element> void launch_statistics(StatisticsSweep sweep, int64_t blocks, const Where &where) {
   constexpr int COLUMNS = StatisticsShape<Element>::COLUMNS;
   const int64_t fixed = KEPT_SIZE + (sweep.lines ? 2 * WARPS_DOWN * COLUMNS * 4 : 0), most = device(where.device).shared;
-  sweep.slots = PREFETCH + 1;
-  sweep.resident = fixed + feed_size<COLUMNS>(sweep.width, true, sweep.slots) <= most;
-  const int64_t shared = fixed + feed_size<COLUMNS>(sweep.width, sweep.resident, sweep.slots);
-  launch("statistics", statistics_kernel<Element>, {blocks ? blocks : blocks_of(sweep.n, BLOCK_ROWS), THREADS, shared}, where, sweep);
+  const auto size = [&] { return fixed + feed_size<COLUMNS>(sweep.width, sweep.resident, sweep.slots); };
+  sweep.resident = true;
+  sweep.prefetch = 2;
+  sweep.slots = 3;
+  if (size() > most) sweep.resident = false;
+  if (size() > most) sweep.prefetch = 1, sweep.slots = 2; // not more than 100 KiB, as some chips have
+  launch("statistics", statistics_kernel<Element>, {blocks ? blocks : blocks_of(sweep.n, BLOCK_ROWS), THREADS, size()}, where, sweep);
 }
 
 template <class Element> void launch_gradient(GradientSweep sweep, const Where &where) {
@@ -26,9 +29,10 @@ template <class Element> void launch_gradient(GradientSweep sweep, const Where &
   const int64_t most = device(where.device).shared;
   // What serves best comes first: nothing is loaded twice; columns are, for the second product; the block's own rows are too.
   sweep.resident = sweep.whole = true;
-  sweep.slots = slices + PREFETCH;
+  sweep.prefetch = 2;
+  sweep.slots = slices + 2;
   const auto size = [&] { return TILE_SIZE + feed_size<COLUMNS>(sweep.width, sweep.resident, sweep.slots); };
-  if (size() > most) sweep.whole = false, sweep.slots = PREFETCH + 1;
+  if (size() > most) sweep.whole = false, sweep.slots = 3;
   if (size() > most) sweep.resident = false;
   launch("gradient", gradient_kernel<Element>, {blocks_of(sweep.n, BLOCK_ROWS), THREADS, size(), false, blocks_of(sweep.width, PART)}, where, sweep);
 }

@@ -69,6 +69,7 @@ template <class Element> struct Products {
       constexpr int FIRST = S * STEPS / WARPS_ACROSS;
       const int u = FIRST + v, step = own_step(u, at.across), chunk = 2 * (step - S * STEPS);
       if (step >= steps) continue;
+      float part[2][4] = {}; // of float32 rows: the tile's sums, as tensor cores truncate what they add to a longer one
 #pragma unroll
       for (int k = 0; k < STEPS; k++) {
         if constexpr (WIDE) {
@@ -82,10 +83,10 @@ template <class Element> struct Products {
             uint32_t of_g[4], rest[4];
             split(g[k][m], of_g, rest);
             if (exact) {
-              multiply(sums[u][0][m], rest, large, Element());
-              multiply(sums[u][0][m], of_g, small, Element());
+              multiply(part[m], rest, large, Element());
+              multiply(part[m], of_g, small, Element());
             }
-            multiply(sums[u][0][m], of_g, large, Element());
+            multiply(part[m], of_g, large, Element());
           }
         } else {
           uint32_t b[4];
@@ -97,6 +98,12 @@ template <class Element> struct Products {
             multiply(sums[u][ACROSS - 1][m], g[k][m], right, Element());
           }
         }
+      }
+      if constexpr (WIDE) {
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+          for (int k = 0; k < 4; k++) sums[u][0][m][k] = __fadd_rn(sums[u][0][m][k], part[m][k]);
       }
     }
   }

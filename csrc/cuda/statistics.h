@@ -64,9 +64,6 @@ template <int COUNT, int BIT = 16, int NUMBERS> __device__ __forceinline__ void 
     kept_by<HALF, BIT / 2>(v, lane);
   }
 }
-// Which of the COUNT numbers is the first that a lane is left with.
-__host__ __device__ inline int first_kept(int lane, int count) { return (lane >> 4 & 1) * (count / 2) + (lane >> 3 & 1) * (count / 4) + (lane >> 2 & 1) * (count / 8); }
-
 template <class Element> class StatisticsBlock {
   static constexpr int FRAGMENTS = StatisticsShape<Element>::FRAGMENTS, COLUMNS = StatisticsShape<Element>::COLUMNS, COUNT = 2 * FRAGMENTS;
   const StatisticsSweep &p_;

@@ -5,7 +5,8 @@
 //
 // Version 1: mma.sync and cp.async, which sm_80 brought, one code for every newer chip. Rows are multiplied as they come, norms enter the
 // tile. float32 rows are multiplied as sums of two tf32 numbers (three products): twice the rate of FMA or more, and no less exact, as the
-// two small products have sums of their own. Those are added to each other first, so that <x, y> and <y, x> agree to the bit.
+// two small products have sums of their own. Those are added to each other first, so that <x, y> and <y, x> agree to the bit. Tensor cores
+// truncate what they add to a sum: of float32 rows they sum no more than a slice, and slices are added outside.
 #pragma once
 #include "products.h"
 #include "tiles.h"
@@ -188,6 +189,7 @@ template <class Element, int FRAGMENTS> struct Dots {
 
   // x, y: where the warp's rows and columns begin, of a slice in shared memory.
   __device__ __forceinline__ void add(uint32_t x, uint32_t y, int steps, int lane, bool exact) {
+    float part[WIDE ? 2 : 1][WIDE ? FRAGMENTS : 1][4] = {}; // of float32 rows: the slice's sums
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
       if (k >= steps) break;
@@ -209,7 +211,7 @@ template <class Element, int FRAGMENTS> struct Dots {
             split(both, of_y, rest_of_y);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
-              multiply(sums[m][f + h], large[m], of_y, Element());
+              multiply(part[m][f + h], large[m], of_y, Element());
               if (exact) {
                 multiply(small[0][m][f + h], rest[m], of_y, Element());
                 multiply(small[1][m][f + h], large[m], rest_of_y, Element());
@@ -230,6 +232,14 @@ template <class Element, int FRAGMENTS> struct Dots {
           }
         }
       }
+    }
+    if constexpr (WIDE) {
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+          for (int k = 0; k < 4; k++) sums[m][f][k] = __fadd_rn(sums[m][f][k], part[m][f][k]);
     }
   }
 

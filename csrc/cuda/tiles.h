@@ -80,4 +80,9 @@ constexpr int PART_SLICES = 4, PART = PART_SLICES * SLICE, OWN_STEPS = PART_SLIC
 // The step, within the part, of the u-th of OWN_STEPS that a warp owns.
 __host__ __device__ inline int own_step(int u, int across) { return u * WARPS_ACROSS + across; }
 
+// Where `count` numbers are summed over the 8 lanes that share columns, each lane is left with count / 8 of them: the first of those.
+__host__ __device__ inline int first_kept(int lane, int count) {
+  return (lane >> 4 & 1) * (count / 2) + (lane >> 3 & 1) * (count / 4) + (lane >> 2 & 1) * (count / 8);
+}
+
 } // namespace fastcl::cuda

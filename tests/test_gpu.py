@@ -14,12 +14,14 @@ from torch import Tensor
 
 import fastcl
 from fastcl.functional import cluster_infonce
-from fastcl.kernels import ops, triton_engine, triton_launch
+from fastcl.kernels import cuda_native, ops, triton_engine, triton_launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-# What the default on a GPU must be, so that nobody tests the fall-back by mistake.
-HERE = [name for name in ("triton",) if name in ops.BACKENDS and not triton_engine.INTERPRETED]
+# Backends with kernels of ours, as they are on a device.
+KERNELS = ("triton", "cuda")
+PRETENDED = {"triton": triton_engine.INTERPRETED, "cuda": "cuda" in ops.BACKENDS and cuda_native.kernels().emulated}
+HERE = [name for name in KERNELS if name in ops.BACKENDS and not PRETENDED[name]]
 HALF = (torch.bfloat16, torch.float16)
 
 # Of the gradient's norm. float32 products on a GPU add up in an order of their own, at temperature 0.05.
@@ -32,16 +34,25 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture
-def _triton() -> Iterator[None]:
-    if not HERE:
-        pytest.skip("backend triton: " + ops.MISSING.get("triton", "interpreted"))
-    with fastcl.use_backend("triton"):
+def running(name: str) -> Iterator[None]:
+    if name not in HERE:
+        pytest.skip(f"backend {name}: " + ops.MISSING.get(name, "not on the device"))
+    with fastcl.use_backend(name):
         yield
 
 
+@pytest.fixture
+def _triton() -> Iterator[None]:
+    yield from running("triton")
+
+
+@pytest.fixture(params=KERNELS)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from running(request.param)
+
+
 def test_the_fastest_is_the_default() -> None:
-    expected = "triton" if HERE else "chunked"
+    expected = "triton" if "triton" in HERE else "chunked"  # that nobody tests the fall-back by mistake
     assert ops.choose_backend(torch.device("cuda", 0), torch.float32) == expected
     assert ops.choose_backend(torch.device("cuda", 0), torch.float64) == "chunked"
 
@@ -92,7 +103,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.usefixtures("_triton")
+@pytest.mark.usefixtures("_kernels")
 def test_obeys_the_error_rule(call, dtype) -> None:
     o: dict[str, Any] = {"n": 301, "m": None, "d": 72, "kind": "random", "pattern": "random", "scale": 5.0}
     o |= {"both": False, "ids": False, "bias": False, "normalize": True} | CALLS[call]
@@ -154,7 +165,7 @@ def test_obeys_the_error_rule(call, dtype) -> None:
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-@pytest.mark.usefixtures("_triton")
+@pytest.mark.usefixtures("_kernels")
 def test_float32_products_obey_torchs_precision(precision) -> None:
     def gradient() -> Tensor:
         z = torch.randn(500, 64, generator=generator(0)).cuda().requires_grad_()
@@ -215,7 +226,7 @@ def test_bit_identical_from_run_to_run_and_on_a_side_stream(backend) -> None:
         assert torch.equal(a, c)
 
 
-@pytest.mark.usefixtures("_triton")
+@pytest.mark.usefixtures("_kernels")
 def test_never_waits_for_the_device() -> None:
     arguments = problem()
     training_step(*arguments)  # compiles
@@ -226,7 +237,7 @@ def test_never_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.usefixtures("_triton")
+@pytest.mark.usefixtures("_kernels")
 def test_a_graph_replays_with_other_rows_and_another_scale() -> None:
     arguments = problem()
     training_step(*arguments)
@@ -249,7 +260,7 @@ def test_a_graph_replays_with_other_rows_and_another_scale() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-@pytest.mark.usefixtures("_triton")
+@pytest.mark.usefixtures("_kernels")
 def test_on_a_device_that_is_not_the_current_one() -> None:
     first = training_step(*problem())
     with torch.cuda.device(0):
@@ -264,13 +275,13 @@ def test_tensors_on_two_devices() -> None:
         cluster_infonce(torch.ones(2, 3, device="cuda:0"), contrasts=torch.ones(2, 3))
 
 
-@pytest.mark.skipif(not HERE, reason="no Triton here")
-def test_triton_refuses_tensors_on_the_cpu() -> None:
-    with fastcl.use_backend("triton"), pytest.raises(ValueError, match="takes tensors on a CUDA device"):
+@pytest.mark.usefixtures("_kernels")
+def test_kernels_refuse_tensors_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match="takes tensors on a CUDA device"):
         fastcl.contrastive_stats(torch.ones(3, 2))
 
 
-@pytest.mark.usefixtures("_triton")
+@pytest.mark.usefixtures("_kernels")
 def test_compiled_with_torch() -> None:
     torch.compiler.reset()
     arguments = problem(dtype=torch.float32)
@@ -289,7 +300,7 @@ def test_compiled_with_torch() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.usefixtures("_triton")
+@pytest.mark.usefixtures("_kernels")
 def test_more_pairs_than_32_bits_count(dtype) -> None:
     n, m, d = 65_536, 40_960, 64
     g = generator(0)
@@ -309,7 +320,7 @@ def test_more_pairs_than_32_bits_count(dtype) -> None:
         assert leaf.grad[-1].norm() > 0
 
 
-@pytest.mark.usefixtures("_triton")
+@pytest.mark.usefixtures("_kernels")
 def test_rows_of_more_than_32_bits_of_numbers() -> None:
     """Offsets into the rows themselves."""
     n, d = 600_000, 4096
@@ -351,7 +362,7 @@ def test_memory_is_not_quadratic(symmetric) -> None:
     assert extra < n * n // 4
     if HERE:
         sets = 2 if symmetric else 1
-        columns = 4 * n * torch.cuda.get_device_properties(0).multi_processor_count if symmetric else 0
+        columns = 8 * n * torch.cuda.get_device_properties(0).multi_processor_count if symmetric else 0
         assert extra < sets * 16 * n * d + columns + 100 * 4 * n
 
 

@@ -1,8 +1,8 @@
 """Backend ``cuda``: the contrastive statistics by the CUDA C++ kernels of ``csrc/cuda``.
 
-One call of the native module launches all kernels of a forward or backward on the current stream. Nothing here waits for
-the device: sizes come from shapes, everything that depends on values is decided on the device, and scalars travel as
-tensors, so that a CUDA graph can replay the calls with other ones.
+One call of the native module launches all kernels of a forward or backward on the current stream. Nothing here waits
+for the device: sizes come from shapes, everything that depends on values is decided on the device, and scalars travel
+as tensors, so that a CUDA graph can replay the calls with other ones.
 """
 
 from __future__ import annotations

@@ -140,7 +140,12 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
     memory: list[Tensor | None] = []
 
     def rows(
-        source: Tensor | None, normalize: bool, prefix: str, names: Tensor | None, bias: Tensor | None, out: Tensor | None
+        source: Tensor | None,
+        normalize: bool,
+        prefix: str,
+        names: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor | None,
     ) -> tuple[int, ...]:
         if source is None:
             return (0,) * 17
@@ -160,7 +165,7 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
         return (
             *(DTYPES[source.dtype], source.data_ptr(), n, *source.stride(), normalize, address(order)),
             *((0, 0) if ranges is None else (address(ranges[0]), address(ranges[1]))),
-            *(address(names), address(bias), address(arranged), as_it_is, address(out), *map(address, place)),
+            *(address(names), address(bias), address(arranged), as_it_is, address(norms), *map(address, place)),
         )
 
     names, others = parts.get("names"), parts.get("contrast_names")
@@ -174,7 +179,16 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
     scale = p.logit_scale.detach().resolve_neg().contiguous()
     longest, largest_bias = _bounds(p)
     memory.extend((scale, longest, largest_bias))
-    scalars = (d, width, DTYPES[dtype], len(scale), address(scale), address(longest), address(largest_bias), exact(dtype))
+    scalars = (
+        d,
+        width,
+        DTYPES[dtype],
+        len(scale),
+        address(scale),
+        address(longest),
+        address(largest_bias),
+        exact(dtype),
+    )
     return Arranged((*anchors, *contrasts, *scalars), width, folded, memory)
 
 

@@ -1,0 +1,63 @@
+"""Backend ``cuda`` on a device under NVIDIA's checkers. What all kernels must do there is in `test_gpu.py`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcl.kernels import cuda_native, ops
+
+HERE = "cuda" in ops.BACKENDS and not cuda_native.kernels().emulated
+SANITIZER = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not HERE, reason="backend cuda: " + ops.MISSING.get("cuda", "emulated")),
+    pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer"),
+]
+
+# Small odd shapes: rows that stay in shared memory and rows that pass by, one way and both, ids, bias, several scales.
+STATISTICS = """
+import torch, fastcl
+from fastcl.kernels import ops
+want = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
+with fastcl.use_backend("cuda"):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, m, d, scale in ((133, None, 33, 5.0), (133, 141, 33, 300.0), (5, 70, 3000, 5.0)):
+            g = torch.Generator().manual_seed(0)
+            x = torch.randn(n, d, generator=g).to("cuda", dtype).requires_grad_()
+            arguments = {"anchor_clusters": torch.arange(n, device="cuda") // 3}
+            if m is not None:
+                arguments |= {
+                    "contrasts": torch.randn(m, d, generator=g).to("cuda", dtype).requires_grad_(),
+                    "contrast_clusters": torch.arange(m, device="cuda") // 2,
+                    "anchor_ids": torch.arange(n, device="cuda") % 7,
+                    "contrast_ids": torch.arange(m, device="cuda") % 5,
+                    "contrast_bias": torch.randn(m, generator=g).cuda().requires_grad_(),
+                    "normalize_contrasts": True,
+                    "both": True,
+                }
+            scales = torch.tensor([scale, 1.0], device="cuda", requires_grad=True)
+            s = fastcl.contrastive_stats(x, **arguments, logit_scale=scales, normalize_anchors=True, want=want)
+            sides = [s] if m is None else [s, s.reverse]
+            sum(torch.where(f.isfinite(), f, 0).sum() for side in sides for f in (side.lse_all, side.sum_pos)).backward()
+    torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_statistics_under_the_sanitizer(tool) -> None:
+    assert SANITIZER is not None
+    # Only our kernels: torch's own sorts are known to it for reads of memory that nobody wrote.
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "regex=fastcl"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command += [sys.executable, "-c", STATISTICS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "done" in done.stdout

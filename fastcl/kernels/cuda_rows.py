@@ -145,7 +145,7 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
         prefix: str,
         names: Tensor | None,
         bias: Tensor | None,
-        out: Tensor | None,
+        norms: Tensor | None,
     ) -> tuple[int, ...]:
         if source is None:
             return (0,) * 17

@@ -2,6 +2,7 @@
 #pragma once
 #include "../problem.h"
 #include "../sinkhorn.h"
+#include "../soft.h"
 #include "../topk.h"
 
 namespace fastcl {
@@ -24,6 +25,7 @@ struct Engine {
   int64_t (*backward)(const Backward &, const Arranged &, void *workspace);
   int64_t (*sinkhorn)(const Sinkhorn &, void *workspace);
   int64_t (*topk)(const TopK &, void *workspace);
+  int64_t (*soft)(const Soft &, const Arranged &, void *workspace);
 };
 
 namespace baseline {

@@ -1,6 +1,7 @@
 // The entries of one instruction set; the last thing that its translation unit includes.
 #include "gradient.h"
 #include "sinkhorn.h"
+#include "soft.h"
 #include "statistics.h"
 #include "topk.h"
 
@@ -43,5 +44,5 @@ int64_t backward(const Backward &call, const Arranged &at, void *workspace) {
 }
 
 } // namespace
-const Engine engine{FASTCL_STRING(FASTCL_ISA), forward, backward, sinkhorn, topk};
+const Engine engine{FASTCL_STRING(FASTCL_ISA), forward, backward, sinkhorn, topk, soft};
 } // namespace fastcl::FASTCL_ISA

@@ -384,23 +384,11 @@ private:
   }
 #endif
 
-  // From the gradient of a_i x_i to that of x_i, once, after all has been added: g - x <x, g> / <x, x>.
+  // Once, after all has been added.
   void project(const Side<Mul> &side, void *gradient, int t) const {
     const Range mine = share(side.size, s.threads, t);
     const T logit_scale = s.scales == 1 ? *(const T *)p.logit_scale : T(1); // else it is in the tiles' gradients
-    T *const x = s.row_buffer(t);
-    for (int64_t i = mine.from; i < mine.to; i++) {
-      const int64_t row = side.order[i];
-      T *const g = (T *)gradient + row * s.d;
-      T along = 0;
-      const T a = side.inverse_norms[i];
-      if (side.normalize && a != 0 && a < T(1 / NORM_FLOOR)) { // below the floor nothing is projected: x / floor is linear
-        read_row(side.rows, row, s.d, x);
-        along = dot<T>(x, g, s.d) / dot<T>(x, x, s.d);
-        for (int64_t k = 0; k < s.d; k++) g[k] = logit_scale * (g[k] - along * x[k]);
-      } else
-        for (int64_t k = 0; k < s.d; k++) g[k] *= logit_scale;
-    }
+    for (int64_t i = mine.from; i < mine.to; i++) s.project(side, i, (T *)gradient, logit_scale, t);
   }
 };
 

@@ -308,6 +308,20 @@ template <class Mul> struct Sweep {
     return read(s, i, buffer);
   }
 
+  // From the gradient of a_i x_i to that of x_i, times the scale: g - x <x, g> / <x, x>.
+  void project(const Side<Mul> &side, int64_t i, T *gradient, T logit_scale, int t) const {
+    const int64_t row = side.order[i];
+    T *const g = gradient + row * d, *const x = row_buffer(t);
+    T along = 0;
+    const T a = side.inverse_norms[i];
+    if (side.normalize && a != 0 && a < T(1 / NORM_FLOOR)) { // below the floor nothing is projected: x / floor is linear
+      read_row(side.rows, row, d, x);
+      along = dot<T>(x, g, d) / dot<T>(x, x, d);
+      for (int64_t k = 0; k < d; k++) g[k] = logit_scale * (g[k] - along * x[k]);
+    } else
+      for (int64_t k = 0; k < d; k++) g[k] *= logit_scale;
+  }
+
 private:
   Side<Mul> side(const Rows &rows, const Places &at, bool normalize, int32_t none, Arena &arena, bool columns, bool depth) const {
     Side<Mul> s{};

@@ -197,9 +197,10 @@ class _Accumulator:
         shifts = self.shifts.masked_fill_(self.shifts == -torch.inf, 0)
         log_sums = dict(zip(self.p.log_sums, shifts + self.sums.log(), strict=True))
         fields = [log_sums.get(field, self.sum_pos) for field in self.p.want]
+        others = self.pairs - self.inadmissible - (self.positives if self.p.anchor_assignments is None else 0)
         return Side(
             torch.stack(fields) if fields else self.sum_pos.new_empty((0, *self.sum_pos.shape)),
-            torch.stack([self.positives, self.pairs - self.positives - self.inadmissible]),
+            torch.stack([self.positives, others]),
             torch.stack([shifts, self.sums]),
         )
 

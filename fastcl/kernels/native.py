@@ -189,7 +189,7 @@ def _addressable(p: Problem) -> Problem:
         value = getattr(p, name)
         if value is not None and not (value.is_contiguous() and not value.is_neg()):
             changed[name] = value.resolve_neg().contiguous()
-    for name in ("anchors", "contrasts"):
+    for name in ("anchors", "contrasts", "anchor_assignments", "contrast_assignments"):
         value = getattr(p, name)
         if value is not None and value.is_neg():
             changed[name] = value.resolve_neg()
@@ -227,7 +227,8 @@ def _rows(rows: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0, 0) if rows is None else (_DTYPES[rows.dtype], rows.data_ptr(), rows.shape[0], *rows.stride())
 
 
-def _describe(p: Problem) -> tuple[int, ...]:
+def _describe(p: Problem, depth: int | None = None) -> tuple[int, ...]:
+    """depth: of all products of a pair, where there are more than one."""
     anchors, (n, d) = p.anchors, p.anchors.shape
     m = n if p.contrasts is None else p.contrasts.shape[0]
     return (
@@ -246,7 +247,7 @@ def _describe(p: Problem) -> tuple[int, ...]:
         p.logit_scale.dtype == torch.float64,
         p.both,
         # So many threads that each has work for longer than it takes to wake it.
-        max(1, min(torch.get_num_threads(), n * m * d >> 20)),
+        max(1, min(torch.get_num_threads(), n * m * (depth or d) >> 20)),
     )
 
 

@@ -68,7 +68,7 @@ class Side(NamedTuple):
     """Statistics of one side: each anchor over the contrasts, or each contrast over the anchors."""
 
     fields: Tensor  # [W, S, N]: the wanted fields
-    counts: Tensor  # [2, N]: positives, negatives; of assignments the weight of all pairs, and of pairs what is left
+    counts: Tensor  # [2, N]: positives, negatives; with assignments, the sum of weights, and all admissible pairs
     # [2, L, S, N]: for each wanted log-sum-exp a shift and the sum of exp(s_ij - shift). The backward needs them
     # apart: their log-sum rounds at the size of the logits, the quotient exp(s_ij - shift) / sum does not.
     parts: Tensor
@@ -165,7 +165,8 @@ def over_sets(p: Problem, grad: Tensor, counts: Tensor) -> Tensor:
     A user's formula may well divide by a count of zero in a row that it masks out, and send NaN back.
     """
     positives, negatives = counts
-    sizes = {"lse_all": positives + negatives, "lse_pos": positives, "lse_neg": negatives, "sum_pos": positives}
+    admissible = positives + negatives if p.anchor_assignments is None else negatives
+    sizes = {"lse_all": admissible, "lse_pos": positives, "lse_neg": negatives, "sum_pos": positives}
     if grad.numel() == 0:
         return grad
     present = torch.stack([sizes[field] > 0 for field in p.want])

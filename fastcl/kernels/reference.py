@@ -115,8 +115,9 @@ def _reduce(p: Problem, logits: Tensor, sets: dict[str, Tensor]) -> Side:
         fields.append(shift + total.log())
         shifts.append(shift)
         sums.append(total)
-    positives = sets["sum_pos"].sum(-1)
-    counts = torch.stack([positives, sets["lse_all"].sum(-1) - positives]).to(p.dtype)
+    positives, admissible = sets["sum_pos"].sum(-1), sets["lse_all"].sum(-1)
+    others = admissible - positives if p.anchor_assignments is None else admissible
+    counts = torch.stack([positives.to(p.dtype), others.to(p.dtype)])
     empty = logits.new_empty((0, *logits.shape[:2]))
     return Side(
         torch.stack(fields) if fields else empty,

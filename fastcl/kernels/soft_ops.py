@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import chunked, reference
-from .ops import _differentiable, _library, _without_autocast, choose_backend, no_second_derivatives
+from . import chunked, reference, soft_native
+from .ops import BACKENDS, _differentiable, _library, _without_autocast, choose_backend, no_second_derivatives
 from .problem import Gradients, Needs, Problem, Side, Statistics
 from .soft import assignment_gradients
 
@@ -28,6 +28,8 @@ class Engine(Protocol):
 
 
 ENGINES: dict[str, Engine] = {"reference": reference, "chunked": chunked}
+if "cpu" in BACKENDS:
+    ENGINES["cpu"] = soft_native
 
 _ARGUMENTS = (
     "Tensor anchors, Tensor? contrasts, Tensor anchor_assignments, Tensor? contrast_assignments, Tensor logit_scale, "
@@ -96,8 +98,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         anchors, contrasts, *norms, _ = engine.forward(problem)
 
     def outputs(side: Side) -> tuple[Tensor, ...]:
-        num_pos, rest = side.counts
-        return torch.stack((*side.fields[:, 0], num_pos)), num_pos + rest, side.parts[:, 0, 0].clone()
+        num_pos, size = side.counts
+        return torch.stack((*side.fields[:, 0], num_pos)), size.clone(), side.parts[:, 0, 0].clone()
 
     return *outputs(anchors), *outputs(contrasts), *norms
 
@@ -121,7 +123,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _side(fields: Tensor, sizes: Tensor, parts: Tensor) -> Side:
-    return Side(fields[:2, None], torch.stack((fields[2], sizes - fields[2])), parts[:, None, None])
+    return Side(fields[:2, None], torch.stack((fields[2], sizes)), parts[:, None, None])
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@
 #include "../cpu/mean.h"
 #include "formula.h"
 #include "sinkhorn_cases.h"
+#include "soft_cases.h"
 #include <algorithm>
 #include <csignal>
 #include <memory>
@@ -289,6 +290,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   check_gradients<T>(engine, c, backward, expected, tolerance);
   if (!weighted && p.scales == 1) check_mean<T>(engine, c, pool, backward, arranged, *truths[0], tolerance);
   check_topk<T>(engine, c, random, pool, in, p);
+  SoftCase<T>(engine, random, pool, in, p, sizeof(T) == 8 || random.coin() ? c.anchors : Dtype::float32, tolerance).run();
 }
 
 // Every dimension from 1 to 70 in turn (tails of all vectors), sizes up to 40 and around the largest tile's 192 rows.

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcl.kernels import topk_triton, triton_launch, triton_plan
+from fastcl.kernels import soft_triton, topk_triton, triton_launch, triton_plan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
@@ -46,6 +46,8 @@ KERNELS = {
     "side": "side_kernel",
     "finish": "finish_kernel",
     "topk": "topk_kernel",
+    "soft_forward": "soft_statistics_kernel",
+    "soft_backward": "soft_gradient_kernel",
 }
 WHOLE_ROWS = ("rows", "finish")
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -58,6 +60,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         shape = triton_plan.row_tile(d)
     elif job["kind"] == "topk":
         shape = topk_triton.shape(job["architecture"], dtype, d, job["flags"]["SLOTS"])
+    elif job["kind"].startswith("soft_"):
+        shape = soft_triton.tile_for(job["kind"], job["architecture"], dtype, d, job["precision"] == "tf32")
     elif job["kind"] not in triton_plan.KINDS:
         shape = triton_plan.ROWS_AT_ONCE
     elif "tile" in job:
@@ -71,6 +75,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
         "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
         "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
+        "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
+        "ASSIGNMENT_PRECISION": job.get("precision", "ieee") if "assignments" not in job else "ieee",
     } | job.get("flags", {})  # fmt: skip
     absent = set(job.get("absent", ()))
     if not careful:
@@ -84,7 +90,9 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
             signature[name], constexprs[name] = "constexpr", constants.get(name)
             continue
         of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS")
-        signature[name] = ROWS[job["dtype"]] if of_rows else POINTERS.get(name, "*fp32")
+        of_assignments = name in ("R", "Q") and "assignments" in job
+        dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
+        signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
         if name not in ("N", "M", "SPAN", "K"):  # as at run time: memory of torch's begins at multiples of 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
     return built(job, kernel, shape, signature, constexprs, attributes)

@@ -152,6 +152,34 @@ def test_topk_compiles_without_spills(architecture, dtype, d, slots, tmp_path) -
         assert result["shared"] <= SHARED[architecture], result
 
 
+# Of rows and of assignments. Any pair may be a positive: every tile is a careful one.
+SOFT = [
+    (architecture, dtype, precision, d, assignments)
+    for architecture in ARCHITECTURES
+    for dtype, precision in ROWS
+    for d in DIMENSIONS
+    for assignments in ("float32", dtype)
+]
+SOME_SOFT = [(90, "bfloat16", "ieee", 256, "float32"), (80, "float32", "ieee", 128, "float32")]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "precision", "d", "assignments"),
+    dict.fromkeys(SOFT) if os.environ.get("FASTCL_COMPILE_ALL") else SOME_SOFT,
+)
+def test_soft_assignments_compile_without_spills(architecture, dtype, precision, d, assignments, tmp_path) -> None:
+    common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d, "careful": True}
+    half = {} if assignments == "float32" else {"assignments": assignments}
+    self_contrast = {"flags": {"SELF": True, "IDS": False, "BIAS": 0}, "careful": False}
+    asked = [common | half | {"kind": kind} for kind in ("soft_forward", "soft_backward")]
+    results = compiled(asked + [job | self_contrast for job in asked], tmp_path)
+    for result in results:
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+        assert result["fusible"] == 0, result
+    assert len({result["tile"][2] for result in results}) == 1  # logits are sums in the same order along D
+
+
 def test_rows_are_padded_to_what_tiles_take() -> None:
     for d in range(1, 4097):
         width = padded(d)

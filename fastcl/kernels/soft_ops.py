@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import chunked, reference, soft_native
+from . import chunked, reference, soft_native, soft_triton
 from .ops import BACKENDS, _differentiable, _library, _without_autocast, choose_backend, no_second_derivatives
 from .problem import Gradients, Needs, Problem, Side, Statistics
 from .soft import assignment_gradients
@@ -30,6 +30,8 @@ class Engine(Protocol):
 ENGINES: dict[str, Engine] = {"reference": reference, "chunked": chunked}
 if "cpu" in BACKENDS:
     ENGINES["cpu"] = soft_native
+if "triton" in BACKENDS:
+    ENGINES["triton"] = soft_triton
 
 _ARGUMENTS = (
     "Tensor anchors, Tensor? contrasts, Tensor anchor_assignments, Tensor? contrast_assignments, Tensor logit_scale, "
@@ -62,6 +64,8 @@ class Weighted(NamedTuple):
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The backend on `device`: of the chosen one, or `chunked` where that knows no assignments."""
     name = choose_backend(device, dtype)
+    if name == "triton" and dtype == torch.float64:
+        return "chunked"
     return name if name in ENGINES else "chunked"
 
 

@@ -72,6 +72,8 @@ MODULES = {
     "weighted_kernel": "triton_forward",
     "gradient_kernel": "triton_backward",
     "topk_kernel": "triton_search",
+    "soft_statistics_kernel": "triton_soft",
+    "soft_gradient_kernel": "triton_soft",
 }
 
 

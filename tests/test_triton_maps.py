@@ -240,6 +240,8 @@ OUTPUTS = {
     "side_kernel": {"SIDE", "ONE", "MIDDLE", "LIFT", "FACTOR"},
     "gradient_kernel": {"GRADIENT", "SIMILARITY_SUMS", "SUMS"},
     "finish_kernel": {"OUT"},
+    "soft_statistics_kernel": {"STATISTICS"},
+    "soft_gradient_kernel": {"GRADIENT", "SIMILARITY_SUMS", "SUMS"},
 }
 
 
@@ -291,6 +293,36 @@ def test_each_output_has_one_writer_and_nobody_else_reads_it(call, dtype) -> Non
                 else:
                     assert share == (argument in outputs), (name, argument)
     assert any(written["GRADIENT"] > 0 for name, written in watch.launches if name == "gradient_kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "bias"), [(None, False), (None, True), (135, True)])
+def test_soft_assignments_have_one_writer_too(m, bias, dtype) -> None:
+    n, d, classes, g = 71, 21, 150, generator(0)
+    arguments: dict[str, Any] = {
+        "anchors": torch.randn(n, d, generator=g).to(dtype).requires_grad_(),
+        "anchor_assignments": torch.rand(n, classes, generator=g).to(dtype),
+        "logit_scale": torch.tensor(5.0, requires_grad=True),
+    }
+    if bias:
+        arguments["contrast_bias"] = torch.randn(m or n, generator=g).requires_grad_()
+    if m is not None:
+        arguments |= {
+            "contrasts": torch.randn(m, d, generator=g).to(dtype).requires_grad_(),
+            "contrast_assignments": torch.rand(m, classes, generator=g).to(dtype),
+            "anchor_ids": torch.arange(n),
+            "contrast_ids": torch.arange(m) % 90,
+        }
+    watch = Watch()
+    with fastcl.use_backend("triton"), watch.watching():
+        s = fastcl.contrastive_stats(
+            **arguments, both=m is not None, normalize_anchors=True, normalize_contrasts=m is not None
+        )
+        sum((side.lse_all - side.sum_pos).sum() for side in (s, s.reverse) if side is not None).backward()
+    assert {name for name, _ in watch.launches} >= {"soft_statistics_kernel", "soft_gradient_kernel", "finish_kernel"}
+    for name, written in watch.launches:
+        for argument, share in written.items():
+            assert share == (argument in OUTPUTS[name]), (name, argument)
 
 
 def test_the_watch_sees_what_it_is_for() -> None:

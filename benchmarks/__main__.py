@@ -22,9 +22,9 @@ NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 def _apart() -> dict[str, Any]:
     """Suites whose peers, rows and pages are their own, by name."""
-    from benchmarks import nearest, queue_step, transport_report
+    from benchmarks import many, nearest, queue_step, transport_report
 
-    return {module.SUITE: module for module in (transport_report, queue_step, nearest)}
+    return {module.SUITE: module for module in (transport_report, queue_step, nearest, many)}
 
 
 def _parser() -> argparse.ArgumentParser:

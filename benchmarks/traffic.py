@@ -15,7 +15,10 @@ END = "<!-- end of on paper -->"
 FLOPS = 790e12  # of dense bf16 products of one H200, measured; half of it is assumed to be reached
 REACHED = 0.5
 NODE = 8  # GPUs
-INSIDE, OUTSIDE = 450e9, 50e9  # bytes a second and direction: NVLink of a GPU, and a network card of 400 Gbit/s for each
+INSIDE, OUTSIDE = (
+    450e9,
+    50e9,
+)  # bytes a second and direction: NVLink of a GPU, and a network card of 400 Gbit/s for each
 WIDTH = 512  # D
 HALF, SINGLE = 2, 4  # bytes of bf16 and of float32
 WORLDS = (8, 32, 128, 512)

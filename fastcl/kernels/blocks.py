@@ -142,8 +142,7 @@ class _Kept(NamedTuple):
     of_blocks: dict[int, tuple[Tensor, Tensor, Tensor]]  # by their first row: inverse norms, and what backends save
     anchors: Side  # merged
     planes: Tensor
-    contrasts: Side | None  # [.., M]: merged, of all processes
-    contrast_planes: Tensor | None
+    contrasts: Tensor | None  # [K, m]: merged, of the own contrasts, as `Layout` packs it
 
 
 STORED = -1  # the place of stored contrasts among `_Kept.of_blocks`
@@ -243,7 +242,7 @@ class _Sweep:
         clusters = base.anchor_clusters if self.alone else self.travelling.clusters
         nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
         self.kept = _Kept(
-            None, spread(clusters), spread(base.contrast_ids), spread(base.contrast_bias), {}, *nothing, None, None
+            None, spread(clusters), spread(base.contrast_ids), spread(base.contrast_bias), {}, *nothing, None
         )
         sums = layout.blank(base.logit_scale, len(base.anchors))
         columns = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
@@ -266,18 +265,15 @@ class _Sweep:
         if self.stored.rows is not None:
             add(STORED, self.block_of_stored())
         anchors, planes = layout.side(sums, base.dtype)
-        contrasts = own = other_planes = None
+        merged, own = None, nothing[0]
         if base.both:
             # In the dtype of the statistics: the sums of a block have no more digits.
             merged = layout.merge(self.exchange.collect(columns.to(base.dtype)).double(), self.backend)
             own, _ = layout.side(merged, base.dtype)
-            contrasts, other_planes = layout.side(self.exchange.spread(merged.to(base.dtype)).double(), base.dtype)
+            merged = merged.to(base.dtype)
         empty = base.logit_scale.new_empty(0)
-        own = nothing[0] if own is None else own
         found = paired.join(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
-        self.kept = self.kept._replace(
-            rows=walked, anchors=found.anchors, planes=planes, contrasts=contrasts, contrast_planes=other_planes
-        )
+        self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes, contrasts=merged)
         return found
 
     def _anchor_norms(self) -> Tensor:
@@ -299,9 +295,12 @@ class _Sweep:
         d_scale = torch.zeros_like(base.logit_scale, dtype=torch.float64)
         d_bias = base.logit_scale.new_zeros(self.exchange.total if call.bias_needs else 0)
         columns = grad_contrasts
-        if base.both:
-            columns = self.exchange.spread(grad_contrasts.flatten(0, 1)).unflatten(0, grad_contrasts.shape[:2])
-        nobody = self.layout.side(self.layout.blank(base.logit_scale, 0), base.dtype)[0]
+        nobody = others_found, other_planes = self.layout.side(self.layout.blank(base.logit_scale, 0), base.dtype)
+        if kept.contrasts is not None:  # what their processes have merged and received, everywhere
+            everyone = self.exchange.spread(torch.cat([kept.contrasts, grad_contrasts.flatten(0, 1)]))
+            size = len(kept.contrasts)
+            others_found, other_planes = self.layout.side(everyone[:size].double(), base.dtype)
+            columns = everyone[size:].unflatten(0, grad_contrasts.shape[:2])
 
         def add(key: int, p: Problem, others: bool, bias: bool) -> Gradients | None:
             if 0 in p.sizes[1:]:
@@ -310,13 +309,11 @@ class _Sweep:
             planes = self.planes(p, saved)
             planes[0].copy_(kept.planes)
             side, of_columns = Side(grad, kept.anchors.counts, kept.anchors.parts), grad_contrasts[..., :0]
-            other = nobody
+            other = nobody[0]
             if p.both:
-                assert kept.contrasts is not None
-                assert kept.contrast_planes is not None
                 place = slice(key, key + p.sizes[2])
-                planes[1].copy_(kept.contrast_planes[..., place])
-                other = Side(*(part[..., place].contiguous() for part in kept.contrasts[:3]))
+                planes[1].copy_(other_planes[..., place])
+                other = Side(*(part[..., place].contiguous() for part in others_found[:3]))
                 of_columns = columns[..., place].contiguous()
             needs = Needs(rows, others, scale, bias and p.contrast_bias is not None, positives)
             found: Gradients = self.backend.backward(p, Statistics(side, other, a, c, saved), grad, of_columns, needs)

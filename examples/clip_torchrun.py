@@ -47,7 +47,8 @@ def main(steps: int = 60) -> float:
         if size > 1:  # each process returns its share; the mean is the loss of all 500
             distributed.all_reduce(loss := loss.detach() / size)
         if step % 20 == 0 and rank == 0:
-            print(f"step {step:3d}  loss {loss.item():.4f}  temperature {towers.loss.temperature.item():.4f}", flush=True)
+            temperature = towers.loss.temperature.item()
+            print(f"step {step:3d}  loss {loss.item():.4f}  temperature {temperature:.4f}", flush=True)
     if size > 1:
         distributed.destroy_process_group()
     return loss.item()

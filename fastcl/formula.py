@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .distributed import MODES, World, statistics
+from .kernels.blocks import uncompiled
 from .kernels.checks import check_flag, check_option, check_vector, scalar_tensor, values_visible
 from .kernels.problem import accumulation_dtype
 from .kernels.stats import ContrastiveStats, Sweep
@@ -243,7 +244,8 @@ def reduced_loss(
     )
     world = World.of(options.gather)
     if world is not None:
-        return _of_all(world, sweep, posed, scale, formula, options, weights)
+        share: Tensor = _of_all(world, sweep, posed, scale, formula, options, weights)
+        return share
     if formula.mean_of_differences and options.reduction == "mean" and weights is None:
         loss = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
         if loss is not None:
@@ -256,6 +258,7 @@ def reduced_loss(
     return (_reduce(terms, counted, weights, options.reduction, posed) + reverse) / 2
 
 
+@uncompiled  # processes would have to agree upon their graphs
 def _of_all(
     world: World,
     sweep: Sweep,
@@ -281,10 +284,6 @@ def _of_all(
         reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed, world)
         share = (share + reverse) / 2
     return share if options.reduction == "none" else share * world.size
-
-
-# Processes that run compiled code would have to agree on their graphs: this part of a loss runs as it is.
-_of_all._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _reduce(

@@ -283,8 +283,26 @@ def disagreements(rank: int, world: int) -> dict[str, str]:
     return said
 
 
+def compiled(rank: int, world: int) -> dict[str, Any]:
+    """A compiled function breaks its graph at the loss; a second derivative raises."""
+    z = torch.randn(5, 2, 3, generator=generator(rank)).requires_grad_()
+    expected = cluster_infonce(z, gather="ring") * 2
+    got = torch.compile(lambda z: cluster_infonce(z * 1, gather="ring") * 2, backend="eager")(z)
+    equal = torch.equal(got, expected)
+    gradients = [torch.autograd.grad(loss, z, create_graph=True)[0] for loss in (got, expected)]
+    said = ""
+    try:
+        torch.autograd.grad(gradients[0].sum(), z)
+    except RuntimeError as error:
+        said = str(error)
+    return {"equal": equal and torch.equal(*gradients), "second derivative": said}
+
+
 def everything(rank: int, world: int) -> dict[str, Any]:
-    return {work.__name__: work(rank, world) for work in (run_infonce, run_others, accumulated, queues, disagreements)}
+    return {
+        work.__name__: work(rank, world)
+        for work in (run_infonce, run_others, accumulated, queues, disagreements, compiled)
+    }
 
 
 # Processes.

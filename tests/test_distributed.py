@@ -130,6 +130,12 @@ def test_calls_that_differ_raise_on_every_process(world: int) -> None:
         assert "number" in said["tensors"]
 
 
+def test_compiled_functions_leave_the_loss_out_and_second_derivatives_raise(world: int) -> None:
+    for results in found(world):
+        assert results["compiled"]["equal"]
+        assert "differentiate twice" in results["compiled"]["second derivative"]
+
+
 def dies(rank: int, world: int) -> None:
     z = torch.randn(4, 2, 3, requires_grad=True)
     loss = cluster_infonce(z, gather="ring" if world == 2 else True)

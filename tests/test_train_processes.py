@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import distributed as dist
 from training import metrics, options, weights
 
-from fastcl.train import OptionError
+from fastcl.train import OptionError, methods
 from fastcl.train.__main__ import main
 from fastcl.train.loop import Run
 from fastcl.train.methods import METHODS
@@ -28,10 +29,17 @@ def torchrun(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
-@pytest.mark.parametrize("method", [["clinfonce", "--clusters", "labels"], ["cluster-ce"]])
-def test_more_processes_go_on_to_the_same_numbers(npz, tmp_path, monkeypatch, method) -> None:
+def test_more_processes_go_on_to_the_same_numbers(npz, tmp_path, monkeypatch) -> None:
     """One epoch by one process, the others by three, which share batches of 40 unevenly."""
-    command = [*options(npz, tmp_path / "whole", epochs=3), "--method", *method, "--lr", "1e-3"]
+    command = [
+        *options(npz, tmp_path / "whole", epochs=3),
+        "--method",
+        "clinfonce",
+        "--clusters",
+        "labels",
+        "--lr",
+        "1e-3",
+    ]
     assert main(command) == 0
     epoch = Run._epoch
 
@@ -86,3 +94,15 @@ def test_methods_gather_or_refuse() -> None:
     Processes().gathering(METHODS["moco"](shape, 0.1))
     with pytest.raises(OptionError, match="batch normalisation"):
         several.gathering(METHODS["moco"](shape, 0.1))
+
+
+def test_predicting_clusters_is_averaged_over_all_processes(monkeypatch) -> None:
+    """As if this process held the first images, and the only other one the rest, two of which are in no cluster."""
+    method = METHODS["cluster-ce"](torch.Size([1, 8, 8]), 0.1, classes=3)
+    views, clusters = torch.rand(5, 2, 1, 8, 8), torch.tensor([0, 2, -1, 1, -1])
+    whole = method(views, clusters, torch.arange(5))
+    method.gather = True
+    world = Mock(size=2, total=lambda count: torch.tensor(6))
+    monkeypatch.setattr(methods.World, "of", lambda gather: world)
+    shares = [method(views[part], clusters[part], torch.arange(5)[part]) for part in (slice(2), slice(2, 5))]
+    torch.testing.assert_close(sum(shares) / 2, whole)

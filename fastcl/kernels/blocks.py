@@ -6,6 +6,7 @@ How blocks come, and how their gradients go home, is an `Exchange`'s business (`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -19,6 +20,23 @@ from . import paired
 from .direct import _stacked, taken_apart
 from .ops import BACKENDS, _without_autocast
 from .problem import Gradients, Needs, Problem, Side, Statistics, inverse_norms
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, but without importing the whole compiler where nobody has."""
+    disabled: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    # Code that is being compiled leaves it out already here.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
+
 
 Place = slice  # of a block among the contrasts of all processes
 Visit = Callable[[Place, Tensor | None], Tensor | None]
@@ -106,6 +124,7 @@ class BlockStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         anchors, positives, clusters, ids, scales, *sets = ctx.saved_tensors

@@ -64,24 +64,37 @@ template <int COUNT, int BIT = 16, int NUMBERS> __device__ __forceinline__ void 
     kept_by<HALF, BIT / 2>(v, lane);
   }
 }
-template <class Element> class StatisticsBlock {
-  static constexpr int FRAGMENTS = StatisticsShape<Element>::FRAGMENTS, COLUMNS = StatisticsShape<Element>::COLUMNS, COUNT = 2 * FRAGMENTS;
+// The statistics of a block of rows, whose tiles have 16 FRAGMENTS columns: logits of a tile, its positives, what is written in the end. How negatives
+// are summed is left to those below.
+template <class Element, int FRAGMENTS> class RowStatistics {
+protected:
+  static constexpr int COLUMNS = WARPS_ACROSS * FRAGMENTS * 8;
   const StatisticsSweep &p_;
   const Lane at_;
   const int i0_;
-  const bool narrow_;
   const float scale_;
-  float *const kept_, *const columns_; // in shared memory
+  float *const kept_; // in shared memory
   float a_[4], base_[4], sum_[4];
   Dots<Element, FRAGMENTS> dots_;
 
+  __device__ __forceinline__ RowStatistics(const StatisticsSweep &p, int i0, bool narrow, float *kept)
+      : p_(p), i0_(i0), scale_(*p.scale * LOG2E), kept_(kept) {
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int i = i0 + at_.row(r);
+      a_[r] = one_of(p.a, i, i < p.n, 1.0f);
+      base_[r] = narrow ? 0.0f : LOWEST;
+      sum_[r] = 0;
+    }
+    for (int k = threadIdx.x; k < KEPT * WARPS_ACROSS * BLOCK_ROWS; k += THREADS) kept[k] = k / (WARPS_ACROSS * BLOCK_ROWS) == POSITIVE_BASE ? LOWEST : 0.0f;
+  }
   __device__ __forceinline__ float &kept_of(int what, int row, int across) { return kept_[(what * WARPS_ACROSS + across) * BLOCK_ROWS + row]; }
 
-  // A tile of negatives alone. Leaves the columns' sums, or the logits where they are not narrow.
-  template <bool BOTH> __device__ __forceinline__ void interior(int j0, float (&by_column)[COUNT]) {
+  // The logits of a tile of negatives alone.
+  __device__ __forceinline__ void interior_logits(int j0) {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
-      const float2 c = two_of(p_.c, j0 + at_.column<FRAGMENTS>(f), 1.0f);
+      const float2 c = two_of(p_.c, j0 + at_.template column<FRAGMENTS>(f), 1.0f);
 #pragma unroll
       for (int r = 0; r < 4; r++)
 #pragma unroll
@@ -90,34 +103,10 @@ template <class Element> class StatisticsBlock {
           t = logit_of(similarity_of(t, a_[r], e ? c.y : c.x), scale_);
         }
     }
-    if (narrow_) {
-#pragma unroll
-      for (int f = 0; f < FRAGMENTS; f++)
-#pragma unroll
-        for (int r = 0; r < 4; r++)
-#pragma unroll
-          for (int e = 0; e < 2; e++) {
-            const float x = exp2_fast(dots_.of(r, f, e));
-            sum_[r] += x;
-            if (BOTH) by_column[2 * f + e] += x;
-          }
-    } else {
-#pragma unroll
-      for (int r = 0; r < 4; r++) {
-        float top = dots_.of(r, 0, 0);
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; f++) top = fmaxf(top, fmaxf(dots_.of(r, f, 0), dots_.of(r, f, 1)));
-        sum_[r] *= raise(base_[r], top);
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; f++)
-#pragma unroll
-          for (int e = 0; e < 2; e++) sum_[r] += exp2_fast(dots_.of(r, f, e) - base_[r]);
-      }
-    }
   }
 
-  // Any tile. What is no negative is left as -inf.
-  __device__ __forceinline__ void mixed(int j0, float (&by_column)[COUNT]) {
+  // Those of any tile, -inf for what is no negative; and the sums over its positives.
+  __device__ __forceinline__ void mixed_logits(int j0) {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       const int row = at_.row(r), i = i0_ + row;
@@ -125,14 +114,14 @@ template <class Element> class StatisticsBlock {
       const int start = clustered ? p_.start[i] : 0, end = clustered ? p_.end[i] : 0;
       const int name = p_.row_names && is_row ? p_.row_names[i] : 0;
       const float row_bias = one_of(p_.row_bias, i, is_row, 0.0f);
-      float top = LOWEST, positive_top = LOWEST;
+      float positive_top = LOWEST;
       uint32_t pairs = 0;
       int inadmissible = 0;
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int j = j0 + at_.column<FRAGMENTS>(f) + e;
+          const int j = j0 + at_.template column<FRAGMENTS>(f) + e;
           const bool is_column = j < p_.m;
           const int column_name = name && is_column ? p_.column_names[j] : 0;
           const float bias = p_.row_bias ? row_bias : one_of(p_.column_bias, j, is_column, 0.0f);
@@ -143,9 +132,7 @@ template <class Element> class StatisticsBlock {
           if (member && in_range(j, start, end)) {
             pairs |= 1u << (2 * f + e);
             positive_top = fmaxf(positive_top, t);
-          } else if (member) {
-            top = fmaxf(top, t);
-          } else {
+          } else if (!member) {
             t = -infinity();
           }
         }
@@ -179,58 +166,6 @@ template <class Element> class StatisticsBlock {
           others = __int_as_float(__float_as_int(others) + inadmissible);
         }
       }
-      if (!narrow_) sum_[r] *= raise(base_[r], top);
-#pragma unroll
-      for (int f = 0; f < FRAGMENTS; f++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const float x = exp2_fast(dots_.of(r, f, e) - base_[r]);
-          sum_[r] += x;
-          by_column[2 * f + e] += x;
-        }
-    }
-  }
-
-  // The columns' sums over the tile's rows, added to the block's line.
-  __device__ __forceinline__ void add_columns(int j0, float (&by_column)[COUNT], float *line, bool first) {
-    float top[COUNT];
-    if (!narrow_) {
-#pragma unroll
-      for (int k = 0; k < COUNT; k++) {
-        top[k] = LOWEST;
-#pragma unroll
-        for (int r = 0; r < 4; r++) top[k] = fmaxf(top[k], dots_.of(r, k / 2, k % 2));
-#pragma unroll
-        for (int bit = 4; bit <= 16; bit *= 2) top[k] = fmaxf(top[k], __shfl_xor_sync(ALL_LANES, top[k], bit));
-        by_column[k] = 0;
-#pragma unroll
-        for (int r = 0; r < 4; r++) by_column[k] += exp2_fast(dots_.of(r, k / 2, k % 2) - top[k]);
-      }
-      kept_by<COUNT>(top, at_.lane);
-    }
-    sum_over_rows<COUNT>(by_column, at_.lane);
-#pragma unroll
-    for (int k = 0; k < COUNT / 8; k++) {
-      const int number = first_kept(at_.lane, COUNT) + k;
-      const int place = at_.down * COLUMNS + at_.column<FRAGMENTS>(number / 2) + number % 2;
-      columns_[place] = by_column[k];
-      if (!narrow_) columns_[WARPS_DOWN * COLUMNS + place] = top[k];
-    }
-    __syncthreads(); // the next tile's slices are waited for together before this is written again
-    const int own = threadIdx.x, j = j0 + own;
-    if (own < COLUMNS && j < p_.m) { // always this thread's column of the line
-      float sum = columns_[own], base = narrow_ ? 0.0f : columns_[WARPS_DOWN * COLUMNS + own];
-      for (int down = 1; down < WARPS_DOWN; down++) {
-        const int place = down * COLUMNS + own;
-        if (narrow_) sum += columns_[place];
-        else join(base, sum, columns_[WARPS_DOWN * COLUMNS + place], columns_[place]);
-      }
-      if (!first) {
-        if (narrow_) sum += line[j];
-        else join(base, sum, line[int64_t(p_.m) + j], line[j]);
-      }
-      line[j] = sum;
-      if (!narrow_) line[int64_t(p_.m) + j] = base;
     }
   }
 
@@ -272,19 +207,82 @@ template <class Element> class StatisticsBlock {
     }
     __syncthreads(); // the next block of rows begins with other numbers
   }
+};
+
+template <class Element> class StatisticsBlock : RowStatistics<Element, StatisticsShape<Element>::FRAGMENTS> {
+  static constexpr int FRAGMENTS = StatisticsShape<Element>::FRAGMENTS, COLUMNS = StatisticsShape<Element>::COLUMNS, COUNT = 2 * FRAGMENTS;
+  using Base = RowStatistics<Element, FRAGMENTS>;
+  using Base::p_, Base::at_, Base::i0_, Base::base_, Base::sum_, Base::dots_;
+  const bool narrow_;
+  float *const columns_; // in shared memory
+
+  // Adds up the negatives of a tile, BOTH: those of columns too, where they share the exponentials.
+  template <bool BOTH> __device__ __forceinline__ void add_rows(float (&by_column)[COUNT]) {
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      if (!narrow_) {
+        float top = LOWEST;
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++) top = fmaxf(top, fmaxf(dots_.of(r, f, 0), dots_.of(r, f, 1)));
+        sum_[r] *= raise(base_[r], top);
+      }
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float x = exp2_fast(dots_.of(r, f, e) - base_[r]);
+          sum_[r] += x;
+          if (BOTH) by_column[2 * f + e] += x;
+        }
+    }
+  }
+
+  // The columns' sums over the tile's rows, added to the block's line.
+  __device__ __forceinline__ void add_columns(int j0, float (&by_column)[COUNT], float *line, bool first) {
+    float top[COUNT];
+    if (!narrow_) {
+#pragma unroll
+      for (int k = 0; k < COUNT; k++) {
+        top[k] = LOWEST;
+#pragma unroll
+        for (int r = 0; r < 4; r++) top[k] = fmaxf(top[k], dots_.of(r, k / 2, k % 2));
+#pragma unroll
+        for (int bit = 4; bit <= 16; bit *= 2) top[k] = fmaxf(top[k], __shfl_xor_sync(ALL_LANES, top[k], bit));
+        by_column[k] = 0;
+#pragma unroll
+        for (int r = 0; r < 4; r++) by_column[k] += exp2_fast(dots_.of(r, k / 2, k % 2) - top[k]);
+      }
+      kept_by<COUNT>(top, at_.lane);
+    }
+    sum_over_rows<COUNT>(by_column, at_.lane);
+#pragma unroll
+    for (int k = 0; k < COUNT / 8; k++) {
+      const int number = first_kept(at_.lane, COUNT) + k;
+      const int place = at_.down * COLUMNS + at_.template column<FRAGMENTS>(number / 2) + number % 2;
+      columns_[place] = by_column[k];
+      if (!narrow_) columns_[WARPS_DOWN * COLUMNS + place] = top[k];
+    }
+    __syncthreads(); // the next tile's slices are waited for together before this is written again
+    const int own = threadIdx.x, j = j0 + own;
+    if (own < COLUMNS && j < p_.m) { // always this thread's column of the line
+      float sum = columns_[own], base = narrow_ ? 0.0f : columns_[WARPS_DOWN * COLUMNS + own];
+      for (int down = 1; down < WARPS_DOWN; down++) {
+        const int place = down * COLUMNS + own;
+        if (narrow_) sum += columns_[place];
+        else join(base, sum, columns_[WARPS_DOWN * COLUMNS + place], columns_[place]);
+      }
+      if (!first) {
+        if (narrow_) sum += line[j];
+        else join(base, sum, line[int64_t(p_.m) + j], line[j]);
+      }
+      line[j] = sum;
+      if (!narrow_) line[int64_t(p_.m) + j] = base;
+    }
+  }
 
 public:
   __device__ __forceinline__ StatisticsBlock(const StatisticsSweep &p, int i0, bool narrow, float *kept, float *columns)
-      : p_(p), i0_(i0), narrow_(narrow), scale_(*p.scale * LOG2E), kept_(kept), columns_(columns) {
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
-      const int i = i0 + at_.row(r);
-      a_[r] = one_of(p.a, i, i < p.n, 1.0f);
-      base_[r] = narrow ? 0.0f : LOWEST;
-      sum_[r] = 0;
-    }
-    for (int k = threadIdx.x; k < KEPT * WARPS_ACROSS * BLOCK_ROWS; k += THREADS) kept[k] = k / (WARPS_ACROSS * BLOCK_ROWS) == POSITIVE_BASE ? LOWEST : 0.0f;
-  }
+      : Base(p, i0, narrow, kept), narrow_(narrow), columns_(columns) {}
 
   __device__ __forceinline__ void run(uint32_t shared, float *line, bool first) {
     Walk walk = walk_of(p_, i0_, COLUMNS, line && i0_ + BLOCK_ROWS > p_.n);
@@ -296,13 +294,14 @@ public:
       float by_column[COUNT];
 #pragma unroll
       for (int k = 0; k < COUNT; k++) by_column[k] = 0;
-      if (walk.is_mixed(step)) mixed(j0, by_column);
-      else if (line) interior<true>(j0, by_column);
-      else interior<false>(j0, by_column);
+      if (walk.is_mixed(step)) this->mixed_logits(j0);
+      else this->interior_logits(j0);
+      if (line) add_rows<true>(by_column);
+      else add_rows<false>(by_column);
       if (line) add_columns(j0, by_column, line, first);
     }
     feed.finish();
-    write_rows();
+    this->write_rows();
   }
 };
 

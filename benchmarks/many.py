@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch import distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import fastcl
@@ -198,7 +199,7 @@ def truth(case: Case) -> tuple[Tensor, ...]:
 def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
     """A row for each. `effort`: `measure.alternate`'s."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, (case, folder, effort), nprocs=PROCESSES)
+        spawn(_process, (case, folder, effort), nprocs=PROCESSES)
         rows: list[Row] = json.loads(Path(folder, "rows.json").read_text())
     return rows
 

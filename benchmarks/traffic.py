@@ -15,10 +15,8 @@ END = "<!-- end of on paper -->"
 FLOPS = 790e12  # of dense bf16 products of one H200, measured; half of it is assumed to be reached
 REACHED = 0.5
 NODE = 8  # GPUs
-INSIDE, OUTSIDE = (
-    450e9,
-    50e9,
-)  # bytes a second and direction: NVLink of a GPU, and a network card of 400 Gbit/s for each
+# Bytes a second and direction: NVLink of a GPU, and a network card of 400 Gbit/s for each.
+INSIDE, OUTSIDE = 450e9, 50e9
 WIDTH = 512  # D
 HALF, SINGLE = 2, 4  # bytes of bf16 and of float32
 WORLDS = (8, 32, 128, 512)
@@ -67,8 +65,8 @@ def ring(world: int, rows: int) -> Cost:
     forward, backward = products(1, 1, rows), products(3, 1, rows)
     there, again = passing(world, row * HALF), passing(world, row * (HALF + SINGLE))
     waiting = others * (max(there - forward, 0) + max(again - backward, 0)) + passing(world, row * SINGLE)
-    memory = row * (2 * HALF + 2 * SINGLE)
-    return Cost(memory, others * row * (2 * HALF + SINGLE), products(4, world, rows), others * (there + again), waiting)
+    memory, wire = row * (2 * HALF + 2 * SINGLE), others * (there + again)
+    return Cost(memory, others * row * (2 * HALF + SINGLE), products(4, world, rows), wire, min(waiting, wire))
 
 
 def inf_cl(world: int, rows: int) -> Cost:
@@ -77,8 +75,8 @@ def inf_cl(world: int, rows: int) -> Cost:
     forward, backward = products(1, 1, rows), products(3, 1, rows)
     there, again = passing(world, row * SINGLE), passing(world, row * 2 * SINGLE)
     waiting = 2 * (others * (max(there - forward, 0) + max(again - backward, 0)) + passing(world, row * SINGLE))
-    memory = row * 4 * SINGLE
-    return Cost(memory, 6 * others * row * SINGLE, products(8, world, rows), 2 * others * (there + again), waiting)
+    memory, wire = row * 4 * SINGLE, 2 * others * (there + again)
+    return Cost(memory, 6 * others * row * SINGLE, products(8, world, rows), wire, min(waiting, wire))
 
 
 def open_clip(world: int, rows: int) -> Cost:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import paired
 from .direct import _stacked, taken_apart
-from .ops import BACKENDS, _without_autocast
+from .ops import BACKENDS, _without_autocast, no_second_derivatives
 from .problem import Gradients, Needs, Problem, Side, Statistics, inverse_norms
 
 
@@ -123,9 +122,17 @@ class BlockStats(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
-    @uncompiled
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # somebody wants to differentiate this: that will tell that it cannot be done
+            found: tuple[Tensor | None, ...] = _Gradients.apply(ctx, len(grads), *grads, *ctx.saved_tensors)
+        else:
+            found = BlockStats.gradients(ctx, *grads)
+        return found
+
+    @staticmethod
+    @uncompiled
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of the inputs, from those of the values."""
         call: Call = ctx.call
         anchors, positives, clusters, ids, scales, *sets = ctx.saved_tensors
         sweep = _Sweep(call, anchors, positives, clusters, ids, scales, Set(*sets[:4]), Set(*sets[4:]))
@@ -149,6 +156,19 @@ class BlockStats(torch.autograd.Function):
             None, rows if needs[1] else None, extra, None, None, scale if needs[5] else None,
             contrasts if needs[6] else None, None, None, bias if needs[9] else None, None, None, None, stored_bias,
         )  # fmt: skip
+
+
+class _Gradients(torch.autograd.Function):
+    """`BlockStats.gradients` as a function of its inputs, of which there is no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, of: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: tuple[Tensor | None, ...] = BlockStats.gradients(of, *tensors[:count])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        no_second_derivatives()
 
 
 class _Kept(NamedTuple):

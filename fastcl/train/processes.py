@@ -77,7 +77,7 @@ class Processes(NamedTuple):
                     "to run in several processes"
                 )
             if hasattr(module, "gather"):
-                module.gather = True
+                module.gather = True  # type: ignore[assignment]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from fastcl.kernels import cuda_engine, cuda_native, ops
+from fastcl.kernels import cuda_engine, cuda_native, ops, sinkhorn_cuda, sinkhorn_ops
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "emulated"
@@ -65,5 +65,6 @@ def emulating() -> Iterator[None]:
     with (
         mock.patch.object(cuda_native, "kernels", return_value=kernels),
         mock.patch.dict(ops.BACKENDS, {"cuda": cuda_engine}),
+        mock.patch.dict(sinkhorn_ops.PASSES, {"cuda": sinkhorn_cuda}),
     ):
         yield

@@ -16,6 +16,7 @@ std::string driver_failure();
 int driver_version();
 int runtime_version();
 
+int processors(int device); // multiprocessors
 bool emulated(); // whether the kernels run on the host, for tests
 
 } // namespace fastcl::cuda

@@ -101,6 +101,15 @@ __device__ inline void grid_barrier() {
 #endif
 }
 
+// Waits for `threads` threads, whole warps, of the block that call it with this name, 1 to 15.
+__device__ inline void part_barrier(int name, int threads) {
+#ifdef FASTCL_EMULATOR
+  emulator::part_barrier(name, threads);
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+#endif
+}
+
 __device__ inline int lane() { return int(threadIdx.x) % WARP; }
 
 // The same bits in every lane: at each step two lanes add the same two numbers.

@@ -111,4 +111,6 @@ void launch_erased(const char *name, const void *kernel, void **arguments, const
 
 #endif
 
+int processors(int index) { return device(index).processors; }
+
 } // namespace fastcl::cuda

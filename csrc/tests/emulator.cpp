@@ -39,7 +39,8 @@ namespace emulator {
 namespace {
 
 constexpr int64_t STACK = 64 << 10, EXCHANGED = 128;
-enum class State { ready, at_warp, at_block, at_grid, done };
+enum class State { ready, at_warp, at_part, at_block, at_grid, done };
+constexpr int PARTS = 16;
 
 int64_t page() { return sysconf(_SC_PAGESIZE); }
 
@@ -82,6 +83,7 @@ struct Thread {
   int64_t exchanges, exchanged; // how many there were, and the size of the last
   int lane;
   Warp *warp;
+  int part, part_size; // of the last barrier of a part of the block
 };
 
 namespace {
@@ -163,6 +165,16 @@ bool release(std::vector<Thread> &threads, size_t of_block) {
         any = true;
       }
     }
+    for (int name = 0; name < PARTS; name++) {
+      size_t waiting = 0, expected = 0;
+      for (size_t t = first; t < first + of_block; t++)
+        if (threads[t].state == State::at_part && threads[t].part == name) waiting++, expected = size_t(threads[t].part_size);
+      if (!waiting || waiting < expected) continue;
+      if (waiting > expected) fail("more threads than were expected at a barrier");
+      for (size_t t = first; t < first + of_block; t++)
+        if (threads[t].state == State::at_part && threads[t].part == name) threads[t].state = State::ready;
+      any = true;
+    }
     if (at_block == of_block) {
       for (size_t t = first; t < first + of_block; t++) threads[t].state = State::ready;
       any = true;
@@ -202,6 +214,12 @@ const Index &block_size() { return running->threads; }
 const Index &grid_size() { return running->grid; }
 char *shared_memory() { return current->block->shared->data(); }
 void block_barrier() { give_way(State::at_block); }
+void part_barrier(int name, int threads) {
+  if (name < 0 || name >= PARTS || threads % 32) fail("a barrier of part of a block is misnamed");
+  current->part = name;
+  current->part_size = threads;
+  give_way(State::at_part);
+}
 void grid_barrier() { give_way(State::at_grid); }
 
 const char *exchange(const void *given, int64_t size) {
@@ -235,7 +253,7 @@ void run(const char *name, int64_t blocks, int64_t blocks_y, int threads, int64_
       block.warps.resize(size_t(threads / 32));
       for (int t = 0; t < threads; t++) {
         Thread &thread = call.all[size_t(b * threads + t)];
-        thread = {{unsigned(t), 0, 0}, &block, nullptr, stack(size_t(b * threads + t)), State::ready, 0, 0, t % 32, &block.warps[size_t(t / 32)]};
+        thread = {{unsigned(t), 0, 0}, &block, nullptr, stack(size_t(b * threads + t)), State::ready, 0, 0, t % 32, &block.warps[size_t(t / 32)], 0, 0};
         prepare(thread);
       }
     }

@@ -29,7 +29,7 @@ using cudaError_t = int;
 namespace emulator {
 
 constexpr int PROCESSORS = 4;
-constexpr int64_t SHARED = 100 << 10;
+constexpr int64_t SHARED = 99 << 10; // as the devices that have least
 
 struct Index {
   unsigned x, y, z;
@@ -41,6 +41,7 @@ const Index &block_size();
 const Index &grid_size();
 char *shared_memory();
 void block_barrier();
+void part_barrier(int name, int threads); // of the warps of a block that call it by this name
 void grid_barrier();
 // All lanes of the warp give `size` bytes, at most 128, and get those of all lanes, `size` apart, until the next but one.
 const char *exchange(const void *given, int64_t size);

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sinkhorn_blocks, sinkhorn_dense, sinkhorn_native, sinkhorn_triton
+from . import sinkhorn_blocks, sinkhorn_cuda, sinkhorn_dense, sinkhorn_native, sinkhorn_triton
 from .ops import BACKENDS, _differentiable, _library, _without_autocast, choose_backend
 from .sinkhorn_solver import Incoming, Kept, Needs, Passes, Problem, differentiate, solve
 
@@ -19,6 +19,8 @@ if "cpu" in BACKENDS:
     PASSES["cpu"] = sinkhorn_native
 if "triton" in BACKENDS:
     PASSES["triton"] = sinkhorn_triton
+if "cuda" in BACKENDS:
+    PASSES["cuda"] = sinkhorn_cuda
 
 _ARGUMENTS = (
     "Tensor scores, Tensor epsilon, Tensor log_prior, Tensor log_row_marginal, Tensor? init, int n_iters, float? tol, "
@@ -42,7 +44,7 @@ _backward = torch.ops.fastcl.sinkhorn_bwd
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The backend of Sinkhorn on `device`: of the chosen one, or `chunked` where that has no passes of its own."""
     name = choose_backend(device, dtype, "sinkhorn")
-    if name == "triton" and dtype == torch.float64:
+    if name in ("triton", "cuda") and dtype == torch.float64:
         return "chunked"
     return name if name in PASSES else "chunked"
 

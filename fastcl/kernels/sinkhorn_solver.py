@@ -48,6 +48,18 @@ class Passes(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class Iterations(Protocol):
+    """What a backend may offer besides, as `iterate`: all iterations at once, from the first g [B, K] in float64 on.
+
+    Fills `kept` but for its first rows and columns, and returns the assignments [B, N, K], the columns' error [B] and
+    the number of iterations []; or None for a problem that it does not take.
+    """
+
+    def __call__(
+        self, p: Problem, g: Tensor, mass: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is to be solved. Masses are of the dtype of epsilon: float32, float64 for float64 scores."""
@@ -153,6 +165,11 @@ def solve(passes: Passes, p: Problem) -> Solution:
     columns = _column_sums(passes, p, f)
     kept.columns[0], kept.columns[1] = columns
     g = p.without_mass(p.exact * p.log_prior - columns.total(p.exact))
+    iterate: Iterations | None = None if p.group else getattr(passes, "iterate", None)
+    if iterate is not None and (ended := iterate(p, g, mass, kept)) is not None:
+        g, rows, _ = kept.step(kept.steps - 1)
+        f = p.row_update(rows, log_mass)
+        return Solution(ended[0], f.to(p.epsilon.dtype), g.to(p.epsilon.dtype), *ended[1:], kept)
     error = prior.new_zeros(prior.shape[0])
     done, assignments = 0, None
     for t in range(p.n_iters):

@@ -12,6 +12,7 @@
 #include "cuda/contrastive.h"
 #include "cuda/cuda.h"
 #include "cuda/sinkhorn.h"
+#include "cuda/topk.h"
 #endif
 
 namespace py = pybind11;
@@ -571,6 +572,30 @@ void cuda_sinkhorn_iterations(const py::tuple &where, const py::tuple &numbers, 
   cuda::sinkhorn_iterations(place, c);
 }
 
+void cuda_topk(const py::tuple &where, const py::tuple &numbers) {
+  Reader in(numbers);
+  cuda::TopKCall c{};
+  c.queries = in.rows();
+  c.keys = in.rows();
+  c.dimension = in.integer();
+  c.query_names = in.address<const int32_t>();
+  c.key_names = in.address<const int32_t>();
+  c.slots = in.integer();
+  c.span = in.integer();
+  c.parts = in.integer();
+  c.best = in.address<int64_t>();
+  in.end();
+  require(c.queries.data && c.keys.data && c.best, "queries, keys or best: a null pointer");
+  require(c.queries.dtype != Dtype::float64 && c.keys.dtype != Dtype::float64, "float64 has no CUDA kernels");
+  require(!c.query_names == !c.key_names, "names of one side only");
+  require(c.queries.size >= 1 && c.keys.size >= 1 && c.dimension >= 1 && c.keys.size <= UINT32_MAX, "sizes must be positive, keys below 2^32");
+  require(c.slots >= cuda::TOPK_LEAST && c.slots <= cuda::TOPK_MOST && !(c.slots & (c.slots - 1)), "slots: a power of two is expected");
+  require(c.span >= 1 && c.parts == (c.keys.size + c.span - 1) / c.span, "parts do not hold the keys");
+  const cuda::Where place = read_where(where);
+  py::gil_scoped_release release;
+  cuda::topk(place, c);
+}
+
 void add_cuda(py::module_ m) {
   m.doc() = "CUDA C++ kernels: (device, stream) and the description of a call.";
   m.def("driver_failure", &cuda::driver_failure, "what is wrong with the driver; empty: nothing");
@@ -593,6 +618,7 @@ void add_cuda(py::module_ m) {
       },
       py::arg("device"), py::arg("batch"), py::arg("rows"), py::arg("columns"), py::arg("bytes"),
       "(rows of a chunk, chunks, whether they stay on the chip) of all iterations in one launch; chunks 0: there is none");
+  m.def("topk", &cuda_topk, py::arg("where"), py::arg("call"));
   m.attr("sinkhorn_whole") = cuda::SINKHORN_WHOLE;
   m.attr("emulated") = cuda::emulated();
   m.attr("targets") = FASTCL_CUDA;

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from fastcl.kernels import cuda_engine, cuda_native, ops, sinkhorn_cuda, sinkhorn_ops
+from fastcl.kernels import cuda_engine, cuda_native, ops, sinkhorn_cuda, sinkhorn_ops, topk_cuda, topk_ops
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "emulated"
@@ -66,5 +66,6 @@ def emulating() -> Iterator[None]:
         mock.patch.object(cuda_native, "kernels", return_value=kernels),
         mock.patch.dict(ops.BACKENDS, {"cuda": cuda_engine}),
         mock.patch.dict(sinkhorn_ops.PASSES, {"cuda": sinkhorn_cuda}),
+        mock.patch.dict(topk_ops.SEARCHES, {"cuda": topk_cuda.topk}),
     ):
         yield

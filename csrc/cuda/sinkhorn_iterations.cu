@@ -9,6 +9,7 @@ namespace {
 constexpr int ROWS = 1; // of a group at once: two do not fit into registers beside the rest
 constexpr float SMALLEST = 1.1754943508222875e-38f; // mass of a column, as a logarithm is taken of it
 
+__host__ __device__ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 __device__ int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 template <class T> __device__ void copy_rows(const Matrix &from, int64_t b, int64_t first, int64_t last, int64_t columns, char *to) {
@@ -76,18 +77,19 @@ __device__ bool unfinished(const SinkhornIterations &call, float *flags) {
 __global__ void __launch_bounds__(SINKHORN_THREADS) iterations_kernel(const SinkhornIterations call) {
   const int64_t n = call.rows, k = call.columns, each = call.batch * k, b = blockIdx.x / call.chunks, chunk = blockIdx.x % call.chunks;
   const int64_t first = chunk * call.chunk, last = first + call.chunk < n ? first + call.chunk : n;
-  const SharedRows shared(k, false);
-  float *const scratch = shared.low; // between the passes over rows
+  const SharedRows shared(k);
+  float *const scratch = shared.low; // [SINKHORN_THREADS], between the passes over rows
+  char *const held = reinterpret_cast<char *>(shared.low + larger(k, SINKHORN_THREADS));
   if (call.resident) {
-    if (call.scores.dtype == Dtype::float32) copy_rows<float>(call.scores, b, first, last, k, shared.scores);
-    else copy_rows<Half>(call.scores, b, first, last, k, shared.scores); // or another of two bytes
+    if (call.scores.dtype == Dtype::float32) copy_rows<float>(call.scores, b, first, last, k, held);
+    else copy_rows<Half>(call.scores, b, first, last, k, held); // or another of two bytes
   }
   if (threadIdx.x == 0) {
     RowsOfBatch rows{};
     rows.scores = call.scores;
     rows.scores.data = static_cast<const char *>(call.scores.data) + b * call.scores.per_batch * bytes_of(call.scores.dtype);
     rows.scores.per_batch = 0;
-    if (call.resident) rows.scores = {shared.scores - first * k * bytes_of(call.scores.dtype), call.scores.dtype, 0, k, 1};
+    if (call.resident) rows.scores = {held - first * k * bytes_of(call.scores.dtype), call.scores.dtype, 0, k, 1};
     rows.columns = int(k);
     rows.scale = *call.inverse_epsilon * LOG2E;
     rows.mass = call.mass + b * n;
@@ -125,8 +127,7 @@ __global__ void __launch_bounds__(SINKHORN_THREADS) iterations_kernel(const Sink
 }
 
 int64_t shared_bytes(int64_t columns, int64_t held) {
-  const int64_t own = SharedRows::bytes(columns, false), scratch = own + 4 * (SINKHORN_THREADS - columns); // `scratch` ends there at least
-  return (own > scratch ? own : scratch) + held;
+  return SharedRows::bytes(columns, false) + 4 * (larger(columns, SINKHORN_THREADS) - columns) + held;
 }
 
 } // namespace

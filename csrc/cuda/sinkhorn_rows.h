@@ -111,15 +111,13 @@ struct SharedRows {
   RowsOfBatch *rows;           // here, and not in registers, which are few
   float *scratch;             // what the group exchanges
   float *high, *low, *weights; // [K]; `high` in the end holds the columns' sums
-  char *scores;               // rows of the chunk, where they stay
 
-  __device__ SharedRows(int64_t columns, bool weighted) {
+  __device__ explicit SharedRows(int64_t columns) {
     rows = reinterpret_cast<RowsOfBatch *>(shared_memory());
     scratch = reinterpret_cast<float *>(rows + 1);
     high = scratch + 2 * WARPS * ROWS_AT_ONCE;
     low = high + columns;
     weights = low + columns;
-    scores = reinterpret_cast<char *>(weights + (weighted ? columns : 0));
   }
   static int64_t bytes(int64_t columns, bool weighted) { return int64_t(sizeof(RowsOfBatch)) + 4 * (2 * WARPS * ROWS_AT_ONCE + (weighted ? 3 : 2) * columns); }
 };

@@ -14,7 +14,7 @@ __device__ Matrix of_batch(Matrix m, int64_t b) {
 
 template <SinkhornStep STEP> __global__ void __launch_bounds__(SINKHORN_THREADS) whole_rows_kernel(const SinkhornPassCall call) {
   const int64_t b = blockIdx.x / call.chunks, chunk = blockIdx.x % call.chunks, n = call.rows, k = call.columns;
-  const SharedRows shared(k, STEP == SinkhornStep::products);
+  const SharedRows shared(k);
   for (int64_t j = threadIdx.x; j < k; j += SINKHORN_THREADS) {
     shared.high[j] = call.high[b * k + j];
     shared.low[j] = call.low[b * k + j];

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import topk_blocks, topk_dense, topk_native, topk_triton
+from . import topk_blocks, topk_cuda, topk_dense, topk_native, topk_triton
 from .ops import BACKENDS, _library, _without_autocast, choose_backend
 from .problem import accumulation_dtype
 
@@ -29,6 +29,8 @@ if "cpu" in BACKENDS:
     SEARCHES["cpu"] = topk_native.topk
 if "triton" in BACKENDS:
     SEARCHES["triton"] = topk_triton.topk
+if "cuda" in BACKENDS:
+    SEARCHES["cuda"] = topk_cuda.topk
 
 _library.define(
     "topk(Tensor queries, Tensor keys, int k, Tensor? query_ids, Tensor? key_ids, str backend) "

@@ -1,0 +1,44 @@
+"""The largest inner products on backend ``cuda``: a kernel over row blocks and parts of the keys, and a merge.
+
+Products are formed in float32 from rows of any strides, without tensor cores. Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cuda_native, topk_blocks
+from .native import _address, _rows
+from .problem import accumulation_dtype
+from .topk_triton import _names
+
+MOST, LEAST = 256, 16  # slots; a larger k goes through blocks
+ROWS, TILE = 64, 64  # of a block, as a rule; keys of a tile
+WAVES = 4  # blocks for each multiprocessor
+TILES = 16  # that a block sees, at least
+
+
+def topk(
+    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (n, d), m = queries.shape, keys.shape[0]
+    if k > MOST or accumulation_dtype(queries, keys) == torch.float64:
+        return topk_blocks.topk(queries, keys, k, query_ids, key_ids)
+    where = cuda_native.where(queries.device)
+    slots = max(LEAST, 1 << (k - 1).bit_length())
+    blocks = WAVES * cuda_native.kernels().processors(where[0])
+    parts = max(1, min(blocks // max(-(-n // ROWS), 1), -(-m // (TILES * TILE))))
+    span = -(-m // parts)
+    parts = -(-m // span)
+    best = torch.empty((n, parts, slots), dtype=torch.int64, device=queries.device)
+    queries, keys = queries.resolve_neg(), keys.resolve_neg()
+    names = _names(query_ids, key_ids)
+    if n:
+        call = (
+            *(*_rows(queries), *_rows(keys), d),
+            *map(_address, names),
+            *(slots, span, parts, best.data_ptr()),
+        )
+        cuda_native.kernels().topk(where, call)
+    return topk_blocks.unpacked(torch.topk(best.flatten(1), k).values)

@@ -51,12 +51,32 @@ print("done")
 """
 
 
+# Rows for a warp, for several, and longer ones; scores that stay on the chip; lists of top-k that are sorted again.
+SINKHORN_AND_TOPK = """
+import torch, fastcl
+with fastcl.use_backend("cuda"):
+    g = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, k in ((37, 5), (131, 513), (5, 8193)):
+            scores = torch.randn(2, n, k, generator=g).to("cuda", dtype).requires_grad_()
+            for tol in (None, 1e-2):
+                fastcl.sinkhorn(scores, n_iters=3, tol=tol).assignments.square().sum().backward()
+        for n, m, d, k in ((70, 333, 17, 5), (17, 700, 40, 200)):
+            rows = [torch.randn(size, d, generator=g).to("cuda", dtype) for size in (n, m)]
+            ids = [torch.arange(size, device="cuda") % 7 for size in (n, m)]
+            fastcl.topk_similarity(*rows, k, query_ids=ids[0], key_ids=ids[1])
+    torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("program", [STATISTICS, SINKHORN_AND_TOPK], ids=["statistics", "sinkhorn_and_topk"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_statistics_under_the_sanitizer(tool) -> None:
+def test_kernels_under_the_sanitizer(tool, program) -> None:
     assert SANITIZER is not None
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command += [sys.executable, "-c", STATISTICS]
+    command += [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "done" in done.stdout

@@ -1,4 +1,4 @@
-"""Sinkhorn's CUDA kernels on the emulator: passes against the dense ones in float64, and all iterations in one launch."""
+"""Sinkhorn's CUDA kernels on the emulator: passes against the dense ones in float64, and all iterations at once."""
 
 from collections.abc import Iterator
 from typing import Any

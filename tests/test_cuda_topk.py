@@ -46,7 +46,7 @@ def test_any_strides() -> None:
 @pytest.mark.parametrize("slots", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("falling", [False, True])
 def test_lists_of_every_size_are_sorted_again_and_again(slots, falling) -> None:
-    """Keys that come best last are all appended, and push out all before them; the other way round none but the first."""
+    """Keys that come best last are all appended, and push out all before them; the other way round few are."""
     m = 5 * slots + 3
     keys = torch.arange(m, dtype=torch.float32)[:, None]
     queries = torch.tensor([[-1.0 if falling else 1.0], [0.0]])  # and nothing but ties

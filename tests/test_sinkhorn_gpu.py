@@ -1,5 +1,6 @@
 """`sinkhorn` on a CUDA device, against float64 on the CPU; ``pytest -m gpu`` runs these among others."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,15 +9,22 @@ from strategies import generator
 from torch import Tensor
 
 import fastcl
-from fastcl.kernels import ops, sinkhorn_triton, triton_engine
+from fastcl.kernels import cuda_native, ops, sinkhorn_cuda, sinkhorn_triton, triton_engine
 from fastcl.kernels.sinkhorn_ops import choose
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 HERE = "triton" if "triton" in ops.BACKENDS and not triton_engine.INTERPRETED else "chunked"
 ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+CUDA = ["cuda"] if "cuda" in ops.BACKENDS and not cuda_native.kernels().emulated else []
 # One column; several rows a step; the tiles' sizes and one more; rows that are held whole, and longer ones.
 SIZES = [(7, 1), (300, 20), (513, 1024), (131, 1025), (70, 3000), (40, sinkhorn_triton.WHOLE), (40, 10_001)]
+
+
+@pytest.fixture(params=[HERE, *CUDA])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastcl.use_backend(request.param):
+        yield request.param
 
 
 def test_the_fastest_is_the_default() -> None:
@@ -47,7 +55,7 @@ def solved(scores: Tensor, device: str, dtype: torch.dtype, **options: Any) -> l
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 @pytest.mark.parametrize("tol", [None, 1e-5])
-def test_values_and_gradients_are_those_of_float64_on_the_cpu(n, k, tol, dtype) -> None:
+def test_values_and_gradients_are_those_of_float64_on_the_cpu(backend, n, k, tol, dtype) -> None:
     scores = torch.randn(n, k, generator=generator(0)).mul(0.3).to(dtype)
     options = {"n_iters": 500 if tol else 3, "tol": tol}
     with fastcl.use_backend("reference"):
@@ -59,7 +67,7 @@ def test_values_and_gradients_are_those_of_float64_on_the_cpu(n, k, tol, dtype) 
 
 
 @pytest.mark.parametrize("k", [100, 10_001])
-def test_the_same_bits_from_run_to_run(k) -> None:
+def test_the_same_bits_from_run_to_run(backend, k) -> None:
     scores = torch.randn(2000, k, generator=generator(0))
     runs = [solved(scores, "cuda", torch.float32, n_iters=4) for _ in range(3)]
     for run in runs[1:]:
@@ -67,7 +75,7 @@ def test_the_same_bits_from_run_to_run(k) -> None:
 
 
 @pytest.mark.parametrize("k", [100, 5000])
-def test_strides_and_batches(k) -> None:
+def test_strides_and_batches(backend, k) -> None:
     """Columns far apart take another tile; more than 2**31 bytes lie between batches."""
     scores = torch.randn(2, 90, k, generator=generator(0)).cuda()
     far = torch.empty(2, 1 << 31, dtype=torch.uint8, device="cuda").view(torch.float32)
@@ -76,9 +84,54 @@ def test_strides_and_batches(k) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-def test_small_epsilon_and_large_scores() -> None:
+def test_small_epsilon_and_large_scores(backend) -> None:
     scores = 1e4 * torch.rand(200, 150, generator=generator(0))
     got = fastcl.sinkhorn(scores.cuda(), epsilon=0.001, n_iters=5).assignments
     with fastcl.use_backend("reference"):
         expected = fastcl.sinkhorn(scores.double(), epsilon=0.001, n_iters=5).assignments
     torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_bit_identical_on_a_side_stream(backend) -> None:
+    scores = torch.randn(3000, 700, generator=generator(0)).cuda()
+    first = fastcl.sinkhorn(scores, n_iters=5).assignments
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        busy = torch.randn(4096, 4096, device="cuda")
+        later = scores * 1 + 0 * (busy @ busy).sum()  # there when the stream comes to it
+        other = fastcl.sinkhorn(later, n_iters=5).assignments
+    stream.synchronize()
+    assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("n", "k"), [(300, 100), (20_000, 3000), (40, 8193)])
+def test_a_graph_replays_with_other_scores(backend, n, k) -> None:
+    """Scores that stay on the chip, that are read in each iteration, and that go through the passes."""
+    if backend == "chunked":
+        pytest.skip("plain PyTorch")
+    scores = torch.randn(n, k, generator=generator(0)).cuda()
+    epsilon = torch.tensor(0.1, device="cuda")
+    fastcl.sinkhorn(scores, epsilon=epsilon, n_iters=3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assignments = fastcl.sinkhorn(scores, epsilon=epsilon, n_iters=3).assignments
+    scores.copy_(torch.randn(n, k, generator=generator(1)))
+    epsilon.fill_(0.3)
+    graph.replay()
+    expected = fastcl.sinkhorn(scores, epsilon=epsilon, n_iters=3).assignments
+    assert torch.equal(assignments, expected)
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA C++ kernels here")
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_one_launch_is_the_passes_one_after_another(tol, monkeypatch) -> None:
+    with fastcl.use_backend("cuda"):
+        for n, k in ((4096, 300), (2000, 8192), (60_000, 1000)):
+            scores = torch.randn(n, k, generator=generator(0)).cuda()
+            at_once = fastcl.sinkhorn(scores, n_iters=40 if tol else 4, tol=tol)
+            with monkeypatch.context() as patch:
+                patch.setattr(sinkhorn_cuda, "iterate", lambda *_: None)
+                one_by_one = fastcl.sinkhorn(scores, n_iters=40 if tol else 4, tol=tol)
+            assert int(at_once.n_iters) == int(one_by_one.n_iters)
+            torch.testing.assert_close(at_once.assignments, one_by_one.assignments, rtol=1e-4, atol=1e-7)

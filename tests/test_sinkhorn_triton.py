@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     "triton" not in ops.BACKENDS or not triton_engine.INTERPRETED, reason="Triton is not interpreted here"
 )
 
+
 # One column; rows that are held whole, the longest of them; rows in two tiles, the second of one column; in several.
 @pytest.mark.parametrize(("n", "k"), [(5, 1), (131, 33), (1, 64), (131, 65), (3, 300)])
 @pytest.mark.parametrize("which", PASSES, ids=lambda which: which.__name__)

@@ -5,8 +5,8 @@ the columns' sums. Longer rows are read twice in a pass: for the rows, then for 
 in chunks, then in the order of chunks: the same bits in every run on one device.
 
 Without a process group, and where rows can be held whole and each batch has a multiprocessor, all iterations are one
-cooperative launch (`iterate`), in which the scores stay in shared memory where they fit; beyond that each iteration reads
-them once. Not yet measured on a GPU.
+cooperative launch (`iterate`), in which the scores stay in shared memory where they fit; beyond that each iteration
+reads them once. Not yet measured on a GPU.
 """
 
 from __future__ import annotations

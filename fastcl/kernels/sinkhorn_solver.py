@@ -55,9 +55,7 @@ class Iterations(Protocol):
     the number of iterations []; or None for a problem that it does not take.
     """
 
-    def __call__(
-        self, p: Problem, g: Tensor, mass: Tensor, kept: Kept
-    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
+    def __call__(self, p: Problem, g: Tensor, mass: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor] | None: ...
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,7 @@ def solve(passes: Passes, p: Problem) -> Solution:
         f.to(p.epsilon.dtype),
         g.to(p.epsilon.dtype),
         error,
-        torch.tensor(done, device=p.scores.device),
+        torch.full((), done, dtype=torch.int64, device=p.scores.device),  # by a kernel: a graph can capture that
         kept,
     )
 

@@ -119,7 +119,9 @@ struct SharedRows {
     low = high + columns;
     weights = low + columns;
   }
-  static int64_t bytes(int64_t columns, bool weighted) { return int64_t(sizeof(RowsOfBatch)) + 4 * (2 * WARPS * ROWS_AT_ONCE + (weighted ? 3 : 2) * columns); }
+  static int64_t bytes(int64_t columns, bool weighted) {
+    return int64_t(sizeof(RowsOfBatch)) + 4 * (2 * WARPS * ROWS_AT_ONCE + (weighted ? 3 : 2) * columns);
+  }
 };
 
 // Rows [first, last) of a batch, with the potential in shared memory. Leaves the columns' sums in `shared.high`.

@@ -1,6 +1,7 @@
 """The largest inner products on backend ``cuda``: a kernel over row blocks and parts of the keys, and a merge.
 
-Products are formed in float32 from rows of any strides, without tensor cores. Not yet measured on a GPU.
+Rows have any strides. Those of one 16-bit dtype are multiplied on tensor cores, others in float32. Not yet measured on
+a GPU.
 """
 
 from __future__ import annotations

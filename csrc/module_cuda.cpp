@@ -81,9 +81,16 @@ cuda::Wanted read_wanted(const py::tuple &numbers) {
 }
 
 void cuda_contrast_forward(const py::tuple &where, const py::tuple &problem, const py::tuple &wanted, const py::tuple &anchors,
-                           const py::tuple &contrasts, int64_t lines) {
-  const cuda::ContrastForward call{read_contrast(problem), read_wanted(wanted), read_side(anchors), read_side(contrasts),
-                                   reinterpret_cast<float *>(lines)};
+                           const py::tuple &contrasts, int64_t lines, int64_t weighted) {
+  cuda::ContrastForward call{};
+  call.problem = read_contrast(problem);
+  call.wanted = read_wanted(wanted);
+  call.anchors = read_side(anchors);
+  call.contrasts = read_side(contrasts);
+  call.lines = reinterpret_cast<float *>(lines);
+  call.weighted = reinterpret_cast<float *>(weighted);
+  require(!weighted || (call.problem.scales == 1 && !call.contrasts.counts && call.problem.contrasts.rows && !call.problem.contrasts.bias),
+          "weighted sums are of two sets, one way, of one scale and without a bias");
   require(call.anchors.counts && call.anchors.bases && call.anchors.statistics, "anchors' statistics: a null pointer");
   require(!call.contrasts.counts || (call.contrasts.bases && call.contrasts.statistics && lines), "contrasts' statistics: a null pointer");
   const cuda::Where there = read_where(where);
@@ -111,7 +118,10 @@ void cuda_contrast_backward(const py::tuple &where, const py::tuple &problem, co
   call.folded = in.integer();
   call.similarity_sums = in.address<float>();
   call.bias = in.address<float>();
+  call.weighted = in.address<const float>();
   in.end();
+  require(!call.weighted || (call.anchor_sums && !call.contrast_sums && !call.similarity_sums && !call.bias && call.problem.scales == 1),
+          "weighted sums give the anchors' gradient only");
   require(call.scalars && call.anchors.weights && call.anchors.side, "workspace: a null pointer");
   require(!call.anchor_rows || call.anchor_sums, "the anchors' gradient: a null pointer");
   require(!call.contrast_rows || call.contrast_sums, "the contrasts' gradient: a null pointer");

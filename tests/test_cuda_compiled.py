@@ -26,7 +26,9 @@ PRODUCTS = {
     "float": r"HMMA\.1688\.F32\.TF32",
 }
 MANGLED = {"Bfloat16": "INS0_8Bfloat16EE", "Half": "INS0_4HalfEE", "float": "IfEE"}
-SWEEPS = [(kernel, dtype) for kernel in ("statistics_kernel", "gradient_kernel") for dtype in PRODUCTS]
+SWEEPS = [
+    (kernel, dtype) for kernel in ("statistics_kernel", "gradient_kernel", "weighted_kernel") for dtype in PRODUCTS
+]
 
 
 @cache

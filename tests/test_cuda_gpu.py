@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer"),
 ]
 
-# Small odd shapes: rows that stay in shared memory and rows that pass by, one way and both, ids, bias, several scales.
+# Small odd shapes: rows that stay in shared memory and rows that pass by, one way and both, ids, bias, several scales, a queue.
 STATISTICS = """
 import torch, fastcl
 want = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
@@ -46,6 +46,9 @@ with fastcl.use_backend("cuda"):
             sides = [s] if m is None else [s, s.reverse]
             fields = [f for side in sides for f in (side.lse_all, side.sum_pos)]
             sum(torch.where(f.isfinite(), f, 0).sum() for f in fields).backward()
+            queue = torch.randn(141, d, generator=g).to("cuda", dtype)
+            s = fastcl.contrastive_stats(x, queue, normalize_anchors=True, logit_scale=scale)
+            s.lse_all.sum().backward()
     torch.cuda.synchronize()
 print("done")
 """

@@ -88,6 +88,35 @@ def test_one_gradient_alone(leaf) -> None:
         check(problem(torch.float32, n=9, bias=leaf != "anchors"), (leaf,))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [10.0, 150.0])
+@pytest.mark.parametrize("positives", ["none", "some", "ids"])
+def test_contrasts_without_gradient(dtype, scale, positives) -> None:
+    """Their forward leaves the anchors' gradient, but for blocks of rows that have positives."""
+    p = problem(dtype, n=140, m=75, d=20, scales=(scale,), ids=positives == "ids")
+    arguments = p.arguments()
+    if positives == "none":
+        del arguments["anchor_clusters"], arguments["contrast_clusters"]
+    else:
+        arguments["contrast_clusters"][arguments["contrast_clusters"] > 40] = -1
+    check_stats(arguments, ("anchors",), backends=("cuda",))
+
+
+@pytest.mark.parametrize("d", [20, 170, 300])
+def test_one_pass_and_two_agree(d, monkeypatch) -> None:
+    p = problem(torch.float32, n=20, m=75, d=d, scales=(20.0,))
+
+    def gradient() -> Tensor:
+        with fastcl.use_backend("cuda"):
+            return differentiate(library_stats, p.arguments(), ["anchors"], objective)[1]["anchors"]
+
+    one = gradient()
+    monkeypatch.setattr(cuda_rows, "sums_are_kept", lambda p: False)
+    two = gradient()
+    assert not torch.equal(one, two)
+    assert (one - two).norm() < 1e-5 * two.norm()
+
+
 def test_float32_sums_do_not_drift() -> None:
     """Tensor cores truncate what they add: of long sums more would be lost than float32's rounding."""
     g = generator(0)
@@ -160,11 +189,12 @@ from test_cuda_stats import DTYPES, FIELDS, problem
 from test_stats import library_stats, objective
 import fastcl
 with emulating(), fastcl.use_backend("cuda"):
-    two = {"m": 30, "both": True}
+    two, queue = {"m": 30, "both": True}, {"m": 30, "pattern": None, "scale_tensor": False}
     for dtype in DTYPES[:2]:
-        for changes in ({"pattern": "random", "n": 130}, two, two | {"scales": (300.0,)}, {"d": 300}):
+        for changes in ({"pattern": "random", "n": 130}, two, two | {"scales": (300.0,)}, {"d": 300}, queue):
             p = problem(dtype, **({"n": 40} | changes))
-            for part in differentiate(library_stats, p.arguments(), p.leaves, objective):
+            leaves = ["anchors"] if changes == queue else p.leaves
+            for part in differentiate(library_stats, p.arguments(), leaves, objective):
                 for value in part.values():
                     print([x.hex() for x in value.detach().double().flatten().tolist()])
 """

@@ -69,6 +69,11 @@ void run(Dtype dtype, const GradientSweep &sweep, const Where &where) {
   go(sweep, where);
 }
 
+void run(Dtype dtype, const WeightedSweep &sweep, const Where &where) {
+  const auto go = dtype == Dtype::bfloat16 ? launch_weighted<Bfloat16> : dtype == Dtype::float16 ? launch_weighted<Half> : launch_weighted<float>;
+  go(sweep, where);
+}
+
 Launch rows_at_once(int64_t rows, int scales) { return {blocks_of(rows, ROWS_AT_ONCE), ROWS_AT_ONCE, ROWS_AT_ONCE / 32 * 4, false, scales}; }
 
 void make_fields(const ContrastForward &call, const Side &side, int64_t rows, int64_t pairs, const Where &where) {
@@ -101,6 +106,15 @@ void contrast_forward(const ContrastForward &call, const Where &where) {
   const int64_t n = rows.source.size, m = columns.source.size;
   const bool both = call.contrasts.counts != nullptr;
   arrange(p, where);
+  if (call.weighted) {
+    WeightedSweep sweep{};
+    describe(sweep, p, rows, columns, 0);
+    sweep.statistics = call.anchors.statistics;
+    sweep.weighted = call.weighted;
+    run(p.dtype, sweep, where);
+    make_fields(call, call.anchors, n, m, where);
+    return;
+  }
   for (int k = 0; k < p.scales; k++) {
     StatisticsSweep sweep{};
     describe(sweep, p, rows, columns, k);
@@ -168,12 +182,18 @@ void contrast_backward(const ContrastBackward &call, const Where &where) {
       sweep.gradient = gradient;
       sweep.similarity_sums = similarity_sums ? similarity_sums + n * k : nullptr;
       sweep.sums = bias;
+      sweep.some = call.weighted;
       sweep.add_gradient = more || k > 0;
       sweep.add_sums = k > 0;
       run(p.dtype, sweep, where);
     }
   };
-  if (call.anchor_sums || call.similarity_sums) sweep_over(true, call.anchor_sums, false, call.similarity_sums, nullptr);
+  if (call.weighted) {
+    const ApplyWeights weigh{call.weighted, call.anchors.side, factor, n, p.width, call.anchor_sums};
+    launch("weighed", weighed_kernel, {blocks_of(n, ROW_WARPS), 32 * ROW_WARPS}, where, weigh);
+  }
+  const bool without_positives = call.weighted && !rows.start;
+  if ((call.anchor_sums || call.similarity_sums) && !without_positives) sweep_over(true, call.anchor_sums, false, call.similarity_sums, nullptr);
   const bool fold = call.folded && call.anchor_rows;
   if (call.contrast_sums || call.bias || fold) {
     // Both gradients of two sets that are one lie in the order of the same clusters.

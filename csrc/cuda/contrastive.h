@@ -53,6 +53,7 @@ struct ContrastForward {
   Wanted wanted;
   Side anchors, contrasts; // contrasts.counts null: not wanted
   float *lines;            // [line_count(n), 2, m], where the contrasts' statistics are wanted
+  float *weighted;         // [n, width]: where contrasts need no gradient, what the backward of the anchors is made of; or null
 };
 
 struct ContrastBackward {
@@ -69,6 +70,7 @@ struct ContrastBackward {
   bool folded;
   float *similarity_sums; // [scales, n]: of gradient and similarity of each anchor's logits, twice that in self-contrast
   float *bias;            // [m], in the caller's order
+  const float *weighted;  // as the forward left it, where nothing but the anchors' gradient is needed; or null
 };
 
 int extreme_blocks(int64_t rows);

@@ -25,6 +25,7 @@ struct GradientSweep : Sweep {
   float *gradient;           // [n, width], or null: sum_j G_ij c_j y_j, times factor
   float *similarity_sums;    // [n], or null: sum_j G_ij * similarity
   float *sums;               // [n] in the caller's order, or null: sum_j G_ij
+  bool some;                 // the gradient of blocks of rows without a positive is there already
   bool whole;                // all slices of a tile stay in the ring until its end
   bool add_gradient, add_sums; // to what is there
 };
@@ -37,6 +38,17 @@ template <class Element> struct GradientShape {
 __host__ __device__ inline int64_t side_stride(int64_t n) { return (n + 3) / 4 * 4; }
 
 constexpr int TILE_SIZE = BLOCK_ROWS * SLICE;
+
+// G of two neighbouring places, as the second product takes it.
+template <class Element> __device__ __forceinline__ void put(uint32_t tile, const Lane &at, int r, int column, float left, float right) {
+  const int byte = column * int(sizeof(Element));
+  const uint32_t place = tile + place_of(at.row(r), byte / CHUNK) + byte % CHUNK;
+  if constexpr (sizeof(Element) == 4) store_shared(place, left, right);
+  else store_shared(place, uint32_t(rounded<Element>(left).bits) | uint32_t(rounded<Element>(right).bits) << 16);
+}
+
+// Of the columns that begin with slice `part`, the steps that a block owns.
+__host__ __device__ inline int part_steps(int width, int part) { return smaller(width / STEP - part * STEPS, PART_SLICES * STEPS); }
 
 // The warp's 32 rows of G [BLOCK_ROWS, COLUMNS], which lie in shared memory as a slice, times columns of Y.
 template <class Element> struct Products {
@@ -107,6 +119,45 @@ template <class Element> struct Products {
       }
     }
   }
+
+  template <int S, int COLUMNS>
+  __device__ __forceinline__ void add_next(Feed<COLUMNS> &feed, const uint32_t (&g)[STEPS][2][4], int part, int steps, bool whole, const Lane &at, bool exact) {
+    if (S * STEPS >= steps) return;
+    add<S>(g, whole ? feed.earlier(feed.slices() - part - S) : feed.next(), steps, at, exact);
+  }
+  // Adds the tile, whose G every warp has written, times its columns from slice `part` on.
+  template <int COLUMNS>
+  __device__ __forceinline__ void take(Feed<COLUMNS> &feed, uint32_t tile, int part, int steps, bool whole, const Lane &at, bool exact) {
+    __syncthreads(); // every place of G is there; it is written again after the next tile's slices have been waited for together
+    uint32_t g[STEPS][2][4];
+    load(g, tile + at.down * WARP_ROWS * SLICE, at.lane);
+    add_next<0>(feed, g, part, steps, whole, at, exact);
+    add_next<1>(feed, g, part, steps, whole, at, exact);
+    add_next<2>(feed, g, part, steps, whole, at, exact);
+    add_next<3>(feed, g, part, steps, whole, at, exact);
+  }
+
+  // The sums times a factor, to the rows from i0 on of `to` [n, width of a row in numbers]. more: added to what is there.
+  __device__ __forceinline__ void write(float *to, int i0, int n, int width, int part, int steps, float factor, bool more, const Lane &at) const {
+    const int numbers = width / int(sizeof(Element));
+#pragma unroll
+    for (int u = 0; u < OWN_STEPS; u++) {
+      const int step = own_step(u, at.across);
+      if (step >= steps) continue;
+#pragma unroll
+      for (int f = 0; f < ACROSS; f++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const int i = i0 + at.row(r);
+          const int column = (part * SLICE + step * STEP) / int(sizeof(Element)) + f * 8 + fragment_column(at.lane, 0);
+          if (i >= n) continue;
+          auto *place = reinterpret_cast<float2 *>(to + int64_t(i) * numbers + column);
+          const float2 before = more ? *place : make_float2(0.0f, 0.0f);
+          const float *own = sums[u][f][r / 2] + r % 2 * 2;
+          *place = make_float2(before.x + own[0] * factor, before.y + own[1] * factor);
+        }
+    }
+  }
 };
 
 template <class Element> class GradientBlock {
@@ -120,20 +171,13 @@ template <class Element> class GradientBlock {
   Dots<Element, FRAGMENTS> dots_;
   Products<Element> products_;
 
-  // G of two neighbouring places, as the second product takes it.
-  __device__ __forceinline__ void put(uint32_t tile, int r, int f, float left, float right) {
-    const int row = at_.row(r), byte = at_.column<FRAGMENTS>(f) * int(sizeof(Element));
-    const uint32_t place = tile + place_of(row, byte / CHUNK) + byte % CHUNK;
-    if constexpr (sizeof(Element) == 4) store_shared(place, left, right);
-    else store_shared(place, uint32_t(rounded<Element>(left).bits) | uint32_t(rounded<Element>(right).bits) << 16);
-  }
   __device__ __forceinline__ const float *of_other(int k) const { return p_.other + k * side_stride(p_.m); }
 
   // A tile of negatives alone. ONE: of one base.
   template <bool ONE> __device__ __forceinline__ void interior(int j0, uint32_t tile) {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
-      const int j = j0 + at_.column<FRAGMENTS>(f);
+      const int j = j0 + at_.template column<FRAGMENTS>(f);
       const float2 c = two_of(p_.c, j, 1.0f);
       const float2 weight = two_of(p_.other ? of_other(1) : nullptr, j, 0.0f);
       float2 base = make_float2(0.0f, 0.0f);
@@ -155,7 +199,7 @@ template <class Element> class GradientBlock {
           similarity_sums_[r] += g[e] * similarity;
           g[e] *= e ? c.y : c.x;
         }
-        put(tile, r, f, g[0], g[1]);
+        put<Element>(tile, at_, r, at_.template column<FRAGMENTS>(f), g[0], g[1]);
       }
     }
   }
@@ -182,7 +226,7 @@ template <class Element> class GradientBlock {
         float g[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int j = j0 + at_.column<FRAGMENTS>(f) + e;
+          const int j = j0 + at_.template column<FRAGMENTS>(f) + e;
           const bool is_column = j < p_.m;
           const int column_name = name && is_column ? p_.column_names[j] : 0;
           const float bias = p_.row_bias ? row_bias : one_of(p_.column_bias, j, is_column, 0.0f);
@@ -195,39 +239,8 @@ template <class Element> class GradientBlock {
           sums_[r] += g[e];
           if (member) g[e] *= c;
         }
-        put(tile, r, f, g[0], g[1]);
+        put<Element>(tile, at_, r, at_.template column<FRAGMENTS>(f), g[0], g[1]);
       }
-    }
-  }
-
-  template <int S> __device__ __forceinline__ void multiply_slice(Feed<COLUMNS> &feed, const uint32_t (&g)[STEPS][2][4], int steps) {
-    if (S * STEPS >= steps) return;
-    const uint32_t y = p_.whole ? feed.earlier(feed.slices() - part_ - S) : feed.next();
-    products_.template add<S>(g, y, steps, at_, p_.exact);
-  }
-
-  __device__ __forceinline__ void write(int steps) {
-    const float factor = *p_.factor;
-    const int width = p_.width / int(sizeof(Element));
-#pragma unroll
-    for (int u = 0; u < OWN_STEPS; u++) {
-      const int step = own_step(u, at_.across);
-      if (step >= steps) continue;
-#pragma unroll
-      for (int f = 0; f < Products<Element>::ACROSS; f++)
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-          const int i = i0_ + at_.row(r);
-          const int column = (part_ * SLICE + step * STEP) / int(sizeof(Element)) + f * 8 + fragment_column(at_.lane, 0);
-          if (i >= p_.n) continue;
-          auto *to = reinterpret_cast<float2 *>(p_.gradient + int64_t(i) * width + column);
-          float2 value = make_float2(products_.sums[u][f][r / 2][r % 2 * 2] * factor, products_.sums[u][f][r / 2][r % 2 * 2 + 1] * factor);
-          if (p_.add_gradient) {
-            const float2 before = *to;
-            value = make_float2(before.x + value.x, before.y + value.y);
-          }
-          *to = value;
-        }
     }
   }
 
@@ -275,7 +288,7 @@ public:
 
   __device__ __forceinline__ void run(uint32_t shared, float *place) {
     const Walk walk = walk_of(p_, i0_, COLUMNS, false);
-    const int steps = smaller(p_.width / STEP - part_ * STEPS, PART_SLICES * STEPS); // of the columns of the gradient
+    const int steps = part_steps(p_.width, part_);
     Feed<COLUMNS> feed(p_, walk, i0_, shared + TILE_SIZE, p_.whole ? 0 : int(blocks_of(steps, STEPS)), part_);
     for (int step = 0; step < walk.steps(); step++) {
       dots_.take(feed, at_, p_.exact);
@@ -283,23 +296,19 @@ public:
       if (walk.is_mixed(step)) mixed(j0, shared);
       else if (one_) interior<true>(j0, shared);
       else interior<false>(j0, shared);
-      __syncthreads(); // every place of G is there; it is written again after the next tile's slices have been waited for together
-      uint32_t g[STEPS][2][4];
-      Products<Element>::load(g, shared + at_.down * WARP_ROWS * SLICE, at_.lane);
-      multiply_slice<0>(feed, g, steps);
-      multiply_slice<1>(feed, g, steps);
-      multiply_slice<2>(feed, g, steps);
-      multiply_slice<3>(feed, g, steps);
+      products_.take(feed, shared, part_, steps, p_.whole, at_, p_.exact);
     }
     feed.finish();
-    if (p_.gradient) write(steps);
+    if (p_.gradient) products_.write(p_.gradient, i0_, p_.n, p_.width, part_, steps, *p_.factor, p_.add_gradient, at_);
     if (part_ == 0) write_sums(place);
   }
 };
 
 template <class Element> __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_constant__ GradientSweep p) {
   char *const memory = shared_memory();
-  GradientBlock<Element> own(p, blockIdx.x * BLOCK_ROWS, blockIdx.y * PART_SLICES);
+  const int i0 = blockIdx.x * BLOCK_ROWS;
+  if (p.some && p.start[i0] >= p.end[smaller(i0 + BLOCK_ROWS, p.n) - 1]) return; // both ends grow
+  GradientBlock<Element> own(p, i0, blockIdx.y * PART_SLICES);
   own.run(shared_address(memory), reinterpret_cast<float *>(memory));
 }
 

@@ -5,13 +5,13 @@
 //     fields_kernel   the wanted statistics, of a forward's sums
 //     weights_kernel  what the gradients of the statistics make of each sum
 //     side_kernel     the same as the gradient's sweep reads it
+//     weighed_kernel  the gradient of rows without positives, of what the forward left of it
 //     finish_kernel   the gradient off the normalised rows, in the caller's order and dtype
 //
 // Version 1: a warp a row or a thread a row, numbers loaded one by one: none of it takes as long as a row of tiles.
 #pragma once
 #include "contrastive.h"
-#include "gradient.h"
-#include "statistics.h"
+#include "weighted.h"
 
 namespace fastcl::cuda {
 
@@ -280,6 +280,21 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) side_kernel(const __grid_constan
   to[2 * stride] = positive_base;
   to[3 * stride] = positive * lift;
   to[4 * stride] = own[6 * n] * lift;
+}
+
+// gradient [n, width] of rows without positives: weighted sums of columns times a weight for each row.
+struct ApplyWeights {
+  const float *weighted, *side; // side [5, side_stride(n)]
+  const float *factor;
+  int64_t n, width;
+  float *gradient;
+};
+
+__global__ void __launch_bounds__(32 * ROW_WARPS) weighed_kernel(const __grid_constant__ ApplyWeights p) {
+  const int64_t i = int64_t(blockIdx.x) * ROW_WARPS + threadIdx.x / 32;
+  if (i >= p.n) return;
+  const float weight = p.side[side_stride(p.n) + i], factor = *p.factor;
+  for (int64_t d = threadIdx.x % 32; d < p.width; d += 32) p.gradient[i * p.width + d] = p.weighted[i * p.width + d] * weight * factor;
 }
 
 // out [n, d]: the gradient [n, width], off the rows where they were normalised, in the caller's order and dtype. Below the floor of the

@@ -1,14 +1,14 @@
 // Launches of the sweeps; compiled once for each dtype of rows.
 #pragma once
-#include "gradient.h"
 #include "runtime.h"
-#include "statistics.h"
+#include "weighted.h"
 
 namespace fastcl::cuda {
 
 // blocks: 0 for one for each block of rows. The launches choose what shared memory is for.
 template <class Element> void launch_statistics(StatisticsSweep sweep, int64_t blocks, const Where &where);
 template <class Element> void launch_gradient(GradientSweep sweep, const Where &where);
+template <class Element> void launch_weighted(WeightedSweep sweep, const Where &where);
 
 #ifdef FASTCL_SWEEPS
 template <class Element> void launch_statistics(StatisticsSweep sweep, int64_t blocks, const Where &where) {
@@ -23,22 +23,33 @@ template <class Element> void launch_statistics(StatisticsSweep sweep, int64_t b
   launch("statistics", statistics_kernel<Element>, {blocks ? blocks : blocks_of(sweep.n, BLOCK_ROWS), THREADS, size()}, where, sweep);
 }
 
-template <class Element> void launch_gradient(GradientSweep sweep, const Where &where) {
+// Bytes of shared memory, beside `fixed` ones, of a sweep with a second product.
+template <class Element, class Products> int64_t choose_memory(Products &sweep, int64_t fixed, int64_t most) {
   constexpr int COLUMNS = GradientShape<Element>::COLUMNS;
-  const int slices = int(blocks_of(sweep.width, SLICE));
-  const int64_t most = device(where.device).shared;
   // What serves best comes first: nothing is loaded twice; columns are, for the second product; the block's own rows are too.
   sweep.resident = sweep.whole = true;
   sweep.prefetch = 2;
-  sweep.slots = slices + 2;
-  const auto size = [&] { return TILE_SIZE + feed_size<COLUMNS>(sweep.width, sweep.resident, sweep.slots); };
+  sweep.slots = int(blocks_of(sweep.width, SLICE)) + 2;
+  const auto size = [&] { return fixed + feed_size<COLUMNS>(sweep.width, sweep.resident, sweep.slots); };
   if (size() > most) sweep.whole = false, sweep.slots = 3;
   if (size() > most) sweep.resident = false;
-  launch("gradient", gradient_kernel<Element>, {blocks_of(sweep.n, BLOCK_ROWS), THREADS, size(), false, blocks_of(sweep.width, PART)}, where, sweep);
+  if (size() > most) sweep.prefetch = 1, sweep.slots = 2;
+  return size();
+}
+
+template <class Element> void launch_gradient(GradientSweep sweep, const Where &where) {
+  const int64_t shared = choose_memory<Element>(sweep, TILE_SIZE, device(where.device).shared);
+  launch("gradient", gradient_kernel<Element>, {blocks_of(sweep.n, BLOCK_ROWS), THREADS, shared, false, blocks_of(sweep.width, PART)}, where, sweep);
+}
+
+template <class Element> void launch_weighted(WeightedSweep sweep, const Where &where) {
+  const int64_t shared = choose_memory<Element>(sweep, TILE_SIZE + KEPT_SIZE + TOPS_SIZE, device(where.device).shared);
+  launch("weighted", weighted_kernel<Element>, {blocks_of(sweep.n, BLOCK_ROWS), THREADS, shared, false, blocks_of(sweep.width, PART)}, where, sweep);
 }
 
 template void launch_statistics<FASTCL_SWEEPS>(StatisticsSweep, int64_t, const Where &);
 template void launch_gradient<FASTCL_SWEEPS>(GradientSweep, const Where &);
+template void launch_weighted<FASTCL_SWEEPS>(WeightedSweep, const Where &);
 #endif
 
 } // namespace fastcl::cuda

@@ -60,7 +60,9 @@ def forward(p: Problem) -> Statistics:
     lines = new(kernels.line_count(n, where), 2, m) if p.both else None
     own = _side(anchors, parts["bases"], statistics)
     other = _side(contrasts, parts["contrast_bases"], others) if p.both else _NO_SIDE
-    kernels.contrast_forward(where, arranged.numbers, wanted(p.want), own, other, address(lines))
+    kernels.contrast_forward(
+        where, arranged.numbers, wanted(p.want), own, other, address(lines), address(parts.get("weighted"))
+    )
     return Statistics(anchors, contrasts, a, c, saved)
 
 
@@ -96,6 +98,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     similarity_sums = new(s, n) if needs.logit_scale else None
     bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
     scalars = new(4, s)
+    alone = needs.anchors and not (needs.contrasts or needs.logit_scale)
+    weighted = parts.get("weighted") if alone else None
     outputs = (
         *map(address, (scalars, anchor_sums, contrast_sums, anchor_rows, contrast_rows)),
         *(DTYPES[p.dtype if out is None else out.dtype] for out in (anchor_rows, contrast_rows)),
@@ -104,6 +108,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         arranged.folded,
         address(similarity_sums),
         address(bias),
+        address(weighted),
     )
     kernels.contrast_backward(where, arranged.numbers, wanted(p.want), own, other, outputs, ONE_EXPONENTIAL)
     scale = None

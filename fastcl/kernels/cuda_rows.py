@@ -18,9 +18,15 @@ STEP = 32  # bytes: rows are padded to multiples of it
 # What the backward finds again.
 
 
+def sums_are_kept(p: Problem) -> bool:
+    """Whether the forward leaves the anchors' weighted sums of contrasts, of which their gradient is made."""
+    return p.anchors_only and p.contrasts is not None and p.contrast_bias is None and p.sizes[0] == 1 and not p.both
+
+
 def kept(p: Problem) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What the forward keeps, by name: of either set the order of rows, each row's range in the other set, and names
-    of sample ids; of either side the bases, to base 2, of the sums over all, negatives and positives."""
+    of sample ids; of either side the bases, to base 2, of the sums over all, negatives and positives; or what
+    `sums_are_kept` is about, in the order of rows."""
     s, n, m = p.sizes
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"bases": (torch.float32, (3, s, n))}
     if p.both:
@@ -33,6 +39,8 @@ def kept(p: Problem) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
             found[prefix + "range"] = (torch.int32, (2, size))
         if p.anchor_ids is not None:
             found[prefix + "names"] = (torch.int32, (size,))
+    if sums_are_kept(p):
+        found["weighted"] = (torch.float32, (n, padded(p)))
     return found
 
 
@@ -53,6 +61,16 @@ def kept_in(p: Problem, saved: Tensor) -> dict[str, Tensor]:
 
 def _places(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return -(-prod(shape) * (dtype.itemsize // 4) // 4) * 4  # all begin at multiples of 16 bytes
+
+
+def product_dtype(p: Problem) -> torch.dtype:
+    return p.anchors.dtype if p.contrasts is None else torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
+
+
+def padded(p: Problem) -> int:
+    """The numbers of a row as it is stored for the kernels."""
+    step = STEP // product_dtype(p).itemsize
+    return -(-p.anchors.shape[1] // step) * step
 
 
 # Clusters and ids.
@@ -131,10 +149,7 @@ class Arranged:
 
 def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | None) -> Arranged:
     """parts: `kept_in`, filled in. a, c: where the inverse norms of rows [n], [m] go; None: nowhere."""
-    dtype = p.anchors.dtype if p.contrasts is None else torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
-    step = STEP // dtype.itemsize
-    d = p.anchors.shape[1]
-    width = -(-d // step) * step
+    dtype, d, width = product_dtype(p), p.anchors.shape[1], padded(p)
     folded = p.contrasts is None and p.contrast_bias is not None  # a bias breaks the symmetry of self-contrast
     normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
     memory: list[Tensor | None] = []

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer"),
 ]
 
-# Small odd shapes: rows that stay in shared memory and rows that pass by, one way and both, ids, bias, several scales, a queue.
+# Small odd shapes: rows that stay in shared memory and rows that pass by; one way and both, ids, bias, scales, a queue.
 STATISTICS = """
 import torch, fastcl
 want = ("lse_all", "lse_pos", "lse_neg", "sum_pos")

@@ -1,5 +1,5 @@
-// Which kernels a call launches, and in what order. Nothing is allocated, and nothing is waited for: what depends on values is
-// decided by the kernels.
+// Which kernels a call launches, and in what order. Nothing is allocated, and nothing is waited for: what depends on
+// values is decided by the kernels.
 #include "contrastive.h"
 #include "per_row.h"
 #include "sweeps.h"
@@ -61,7 +61,9 @@ void describe(Sweep &sweep, const Contrast &p, const RowSet &rows, const RowSet 
 }
 
 void run(Dtype dtype, const StatisticsSweep &sweep, int64_t blocks, const Where &where) {
-  const auto go = dtype == Dtype::bfloat16 ? launch_statistics<Bfloat16> : dtype == Dtype::float16 ? launch_statistics<Half> : launch_statistics<float>;
+  const auto go = dtype == Dtype::bfloat16  ? launch_statistics<Bfloat16>
+                  : dtype == Dtype::float16 ? launch_statistics<Half>
+                                            : launch_statistics<float>;
   go(sweep, blocks, where);
 }
 void run(Dtype dtype, const GradientSweep &sweep, const Where &where) {

@@ -9,16 +9,16 @@ namespace fastcl::cuda {
 struct RowSet {
   Rows source;
   bool normalize;
-  const int64_t *order;    // [n]: the caller's places of rows sorted by cluster; null: as they lie
-  const int *start, *end;  // [n], sorted: the other set's rows of the row's cluster; null: there are no positives
-  const int *names;        // [n], of the caller's rows: equal and not 0 for pairs that are inadmissible; or null
-  const float *bias;       // [n], of the caller's rows, or null
-  void *rows;              // [n, width], 16 bytes aligned
-  bool arranged;           // `rows` are the source itself
-  float *norms;            // [n], in the caller's order; null: not wanted
-  float *row_norms;        // [n]; null: no set is normalised
-  int *row_names;          // [n], with `names`
-  float *row_bias;         // [n], with `bias`
+  const int64_t *order;   // [n]: the caller's places of rows sorted by cluster; null: as they lie
+  const int *start, *end; // [n], sorted: the other set's rows of the row's cluster; null: there are no positives
+  const int *names;       // [n], of the caller's rows: equal and not 0 for pairs that are inadmissible; or null
+  const float *bias;      // [n], of the caller's rows, or null
+  void *rows;             // [n, width], 16 bytes aligned
+  bool arranged;          // `rows` are the source itself
+  float *norms;           // [n], in the caller's order; null: not wanted
+  float *row_norms;       // [n]; null: no set is normalised
+  int *row_names;         // [n], with `names`
+  float *row_bias;        // [n], with `bias`
 };
 
 struct Contrast {
@@ -26,9 +26,9 @@ struct Contrast {
   int dimension, width;      // numbers of a row, and of an arranged one: a multiple of 32 bytes
   Dtype dtype;               // of arranged rows: bfloat16, float16 or float32
   int scales;
-  const float *logit_scale;             // [scales]
-  const float *longest, *largest_bias;  // [1], or null: bounds of the logits besides the scale
-  bool exact;                           // float32 products are not rounded to tf32
+  const float *logit_scale;            // [scales]
+  const float *longest, *largest_bias; // [1], or null: bounds of the logits besides the scale
+  bool exact;                          // float32 products are not rounded to tf32
   bool self_contrast() const { return !contrasts.rows; }
   const RowSet &columns() const { return self_contrast() ? anchors : contrasts; }
 };
@@ -62,7 +62,8 @@ struct ContrastBackward {
   Side anchors, contrasts; // with the gradients of fields in `fields`
   float close;             // log-sums (to base 2) that spread over less share one exponential
   float *scalars;          // [4, scales]: workspace
-  // Null where not needed. [n, width] float32, workspace; rows [n, d] as they leave; folded: two sets that are one, both gradients are the anchors'.
+  // Null where not needed. [n, width] float32, workspace; rows [n, d] as they leave; folded: two sets that are one,
+  // both gradients are the anchors'.
   float *anchor_sums, *contrast_sums;
   void *anchor_rows, *contrast_rows;
   Dtype out_dtypes[2];

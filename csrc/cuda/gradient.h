@@ -1,32 +1,34 @@
 // The backward's sweep: the gradient of the rows that a block owns, over all columns.
 //
-// Forms the logits again, with the forward's roundings, and from them G, a logit's gradient as far as it concerns rows and columns: the
-// owner's share (its softmax over the columns), the others' share (each column's softmax over the rows), or both, as in self-contrast. G
-// meets its positive term in float32, and is rounded once, norms included, for the product with the columns. No two blocks write to the same place.
+// Forms the logits again, with the forward's roundings, and from them G, a logit's gradient as far as it concerns rows
+// and columns: the owner's share (its softmax over the columns), the others' share (each column's softmax over the
+// rows), or both, as in self-contrast. G meets its positive term in float32, and is rounded once, norms included, for
+// the product with the columns. No two blocks write to the same place.
 //
 // What a side brings is [5, side_stride(n)], 0 where it has nothing to say:
 //     0, 1  base and weight of the negatives: 2^(t - base) * weight
 //     2, 3  the same of the positives
 //     4     what a positive gets on top: the gradient of the sum of positives' logits
 //
-// Version 1: 128 x 64 tiles (128 x 32 of float32). G crosses shared memory, so that a warp multiplies 32 rows of it by half of the columns of the gradient: 16
-// rows and all columns, whose G could stay in registers, would load twice as much for each product. Slices of Y that are still in the ring serve both products.
+// Version 1: 128 x 64 tiles (128 x 32 of float32). G crosses shared memory, so that a warp multiplies 32 rows of it by
+// half of the columns of the gradient: 16 rows and all columns, whose G could stay in registers, would load twice as
+// much for each product. Slices of Y that are still in the ring serve both products.
 #pragma once
 #include "sweep.h"
 
 namespace fastcl::cuda {
 
 struct GradientSweep : Sweep {
-  const float *side, *other; // [5, side_stride(n)], [5, side_stride(m)]; null: nothing
-  const float *middle;       // [1]: the one base
-  const int *one;            // [1]: 1 where the weights of both sides belong to one base
-  const float *factor;       // [1]: what the gradient is multiplied by
-  const float *lift;         // [1]: what weights were multiplied by, and sums are divided by
-  float *gradient;           // [n, width], or null: sum_j G_ij c_j y_j, times factor
-  float *similarity_sums;    // [n], or null: sum_j G_ij * similarity
-  float *sums;               // [n] in the caller's order, or null: sum_j G_ij
-  bool some;                 // the gradient of blocks of rows without a positive is there already
-  bool whole;                // all slices of a tile stay in the ring until its end
+  const float *side, *other;   // [5, side_stride(n)], [5, side_stride(m)]; null: nothing
+  const float *middle;         // [1]: the one base
+  const int *one;              // [1]: 1 where the weights of both sides belong to one base
+  const float *factor;         // [1]: what the gradient is multiplied by
+  const float *lift;           // [1]: what weights were multiplied by, and sums are divided by
+  float *gradient;             // [n, width], or null: sum_j G_ij c_j y_j, times factor
+  float *similarity_sums;      // [n], or null: sum_j G_ij * similarity
+  float *sums;                 // [n] in the caller's order, or null: sum_j G_ij
+  bool some;                   // the gradient of blocks of rows without a positive is there already
+  bool whole;                  // all slices of a tile stay in the ring until its end
   bool add_gradient, add_sums; // to what is there
 };
 
@@ -120,8 +122,8 @@ template <class Element> struct Products {
     }
   }
 
-  template <int S, int COLUMNS>
-  __device__ __forceinline__ void add_next(Feed<COLUMNS> &feed, const uint32_t (&g)[STEPS][2][4], int part, int steps, bool whole, const Lane &at, bool exact) {
+  template <int S, int COLUMNS> __device__ __forceinline__ void add_next(Feed<COLUMNS> &feed, const uint32_t (&g)[STEPS][2][4], int part, int steps,
+                                                                         bool whole, const Lane &at, bool exact) {
     if (S * STEPS >= steps) return;
     add<S>(g, whole ? feed.earlier(feed.slices() - part - S) : feed.next(), steps, at, exact);
   }
@@ -137,7 +139,8 @@ template <class Element> struct Products {
     add_next<3>(feed, g, part, steps, whole, at, exact);
   }
 
-  // The sums times a factor, to the rows from i0 on of `to` [n, width of a row in numbers]. more: added to what is there.
+  // The sums times a factor, to the rows from i0 on of `to` [n, width of a row in numbers]. more: added to what is
+  // there.
   __device__ __forceinline__ void write(float *to, int i0, int n, int width, int part, int steps, float factor, bool more, const Lane &at) const {
     const int numbers = width / int(sizeof(Element));
 #pragma unroll

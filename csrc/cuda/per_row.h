@@ -36,9 +36,9 @@ __device__ inline void store_as(void *values, Dtype dtype, int64_t place, float 
 //     row_norms  the same for the row as it is stored in `rows`; 1 for rows that are taken as they are
 //     row_names, row_bias  the caller's names, and its bias times log2(e)
 //
-// scaled: rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size: that of a tiny
-// row would take the numbers that others' products are made of below the range of float16. The power is exact but for numbers that it takes
-// below 2^-14, which lose less than 2^-24 of the row's norm.
+// scaled: rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size: that
+// of a tiny row would take the numbers that others' products are made of below the range of float16. The power is exact
+// but for numbers that it takes below 2^-14, which lose less than 2^-24 of the row's norm.
 struct ArrangeRows {
   Rows source;
   int d, width;
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) columns_kernel(const __grid_cons
   to[m] = sum;
 }
 
-// One side's fields, counts [2, n] and parts [2, log_sums, scales, n]; the bases [3, scales, n] of its sums over all, negatives and positives, to base
-// 2. statistics [scales, 7, n] are the sweep's, `pairs` the columns that it met.
+// One side's fields, counts [2, n] and parts [2, log_sums, scales, n]; the bases [3, scales, n] of its sums over all,
+// negatives and positives, to base 2. statistics [scales, 7, n] are the sweep's, `pairs` the columns that it met.
 struct MakeFields {
   Wanted wanted;
   int64_t n, pairs;
@@ -143,9 +143,9 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) fields_kernel(const __grid_const
   }
 }
 
-// weights [scales, 7, n], in `order`: the bases of the sums over all, negatives and positives, what a term 2^(t - base) of each gets, and what a
-// positive's logit gets on top. extremes [3, scales, blocks]: of a block of rows the smallest and the largest log-sum (to
-// base 2), and the largest gradient that a logit can get.
+// weights [scales, 7, n], in `order`: the bases of the sums over all, negatives and positives, what a term 2^(t - base)
+// of each gets, and what a positive's logit gets on top. extremes [3, scales, blocks]: of a block of rows the smallest
+// and the largest log-sum (to base 2), and the largest gradient that a logit can get.
 struct MakeWeights {
   Wanted wanted;
   int64_t n;
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) weights_kernel(const __grid_cons
         continue;
       }
       const float shift = p.parts[field * every + place], sum = p.parts[(p.wanted.log_sums + field) * every + place];
-      // The sum may since have been joined by another term, and its base have been raised. That of an empty sum may have
-      // fallen: there is nothing to weight then, and nothing to overflow.
+      // The sum may since have been joined by another term, and its base have been raised. That of an empty sum may
+      // have fallen: there is nothing to weight then, and nothing to overflow.
       weights[f] = (sum == 0 ? 0.0f : grad / sum) * exp2_fast(fminf((bases[f] * LN2 - shift) * LOG2E, 0.0f));
       if (sum > 0) {
         const float log_sum = shift * LOG2E + log2f(sum);
@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) weights_kernel(const __grid_cons
   }
 }
 
-// side [scales, 5, side_stride(n)], as the gradient's sweep reads it, of one side's weights; and, where asked for, of each scale
+// side [scales, 5, side_stride(n)], as the gradient's sweep reads it, of one side's weights; and, where asked for, of
+// each scale
 //     one     1 where one exponential serves both sides, whose log-sums then differ by less than `close`
 //     middle  the one base, in the middle of all log-sums (to base 2): no logit exceeds the log-sum of a set that it is in, so none overflows
 //     lift    the power of two that brings the largest gradient of a logit near 2^LARGEST
@@ -297,8 +298,8 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) weighed_kernel(const __grid_co
   for (int64_t d = threadIdx.x % 32; d < p.width; d += 32) p.gradient[i * p.width + d] = p.weighted[i * p.width + d] * weight * factor;
 }
 
-// out [n, d]: the gradient [n, width], off the rows where they were normalised, in the caller's order and dtype. Below the floor of the
-// norm a row was divided by a constant, and there is nothing to project.
+// out [n, d]: the gradient [n, width], off the rows where they were normalised, in the caller's order and dtype. Below
+// the floor of the norm a row was divided by a constant, and there is nothing to project.
 struct FinishRows {
   const float *gradient;
   const void *rows; // as they were arranged: the caller's times powers of two

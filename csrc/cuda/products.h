@@ -1,4 +1,5 @@
-// Tensor cores, and copies from memory to shared memory past the registers: instructions of sm_80, and what the emulator does in their place.
+// Tensor cores, and copies from memory to shared memory past the registers: instructions of sm_80, and what the
+// emulator does in their place.
 #pragma once
 #include "device.h"
 #ifdef FASTCL_EMULATOR
@@ -73,11 +74,11 @@ __device__ inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t add
                : "memory");
 }
 // c [16, 8] += a b in float32, 32 bytes of each row deep.
-#define FASTCL_MULTIPLY(ELEMENT, SHAPE)                                                                                                            \
-  __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], ELEMENT) {                                        \
-    asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                               \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                                                       \
+#define FASTCL_MULTIPLY(ELEMENT, SHAPE)                                                                                                              \
+  __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], ELEMENT) {                                          \
+    asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                                 \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                                                         \
   }
 FASTCL_MULTIPLY(Bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FASTCL_MULTIPLY(Half, "m16n8k16.row.col.f32.f16.f16.f32")

@@ -1,16 +1,20 @@
-// The forward's sweep: statistics of each row over the columns, and with `lines` of each column over the rows, from one pass.
+// The forward's sweep: statistics of each row over the columns, and with `lines` of each column over the rows, from one
+// pass.
 //
-// STATISTICS [7, n], in the caller's order: base and sum of 2^(t - base) over the negatives, the same over the positives, sum of the positives' logits,
-// number of positives, number of inadmissible pairs; t = s log2(e).
+// STATISTICS [7, n], in the caller's order: base and sum of 2^(t - base) over the negatives, the same over the
+// positives, sum of the positives' logits, number of positives, number of inadmissible pairs; t = s log2(e).
 //
-// Where a bound on the logits allows it, nothing is taken off them, and one exponential serves row and column. Else each lane keeps a running maximum for each of its rows, and
-// a column takes the maximum of its tile. Positives, which are few, are kept in shared memory.
+// Where a bound on the logits allows it, nothing is taken off them, and one exponential serves row and column. Else
+// each lane keeps a running maximum for each of its rows, and a column takes the maximum of its tile. Positives, which
+// are few, are kept in shared memory.
 //
-// LINES [blocks of the grid, 2, m]: each block's share of the columns' sums over negatives, and their bases, which only one
-// block writes: no atomics, and always the same order of additions. What the tiles' positives are to columns is found by a
-// second launch with rows and columns exchanged, `mixed_only`, that visits the few tiles which may hold some.
+// LINES [blocks of the grid, 2, m]: each block's share of the columns' sums over negatives, and their bases, which only
+// one block writes: no atomics, and always the same order of additions. What the tiles' positives are to columns is
+// found by a second launch with rows and columns exchanged, `mixed_only`, that visits the few tiles which may hold
+// some.
 //
-// Version 1: 128 x 128 tiles (128 x 64 of float32), 32 x 64 a warp. Wider tiles than the backward's because nothing else lives in registers.
+// Version 1: 128 x 128 tiles (128 x 64 of float32), 32 x 64 a warp. Wider tiles than the backward's because nothing
+// else lives in registers.
 #pragma once
 #include "sweep.h"
 
@@ -42,8 +46,8 @@ __device__ inline void join(float &base, float &sum, float other_base, float oth
   sum = sum * fading + other * exp2_fast(other_base - base);
 }
 
-// Sums of COUNT numbers over the 8 lanes that share columns. At each step a lane keeps half of its numbers, and gives the other half to the lane that keeps
-// those; it is left with COUNT / 8. `kept_by` chooses alike.
+// Sums of COUNT numbers over the 8 lanes that share columns. At each step a lane keeps half of its numbers, and gives
+// the other half to the lane that keeps those; it is left with COUNT / 8. `kept_by` chooses alike.
 template <int COUNT, int BIT = 16, int NUMBERS> __device__ __forceinline__ void sum_over_rows(float (&v)[NUMBERS], int lane) {
   if constexpr (BIT >= 4) {
     constexpr int HALF = COUNT / 2;
@@ -64,8 +68,8 @@ template <int COUNT, int BIT = 16, int NUMBERS> __device__ __forceinline__ void 
     kept_by<HALF, BIT / 2>(v, lane);
   }
 }
-// The statistics of a block of rows, whose tiles have 16 FRAGMENTS columns: logits of a tile, its positives, what is written in the end. How negatives
-// are summed is left to those below.
+// The statistics of a block of rows, whose tiles have 16 FRAGMENTS columns: logits of a tile, its positives, what is
+// written in the end. How negatives are summed is left to those below.
 template <class Element, int FRAGMENTS> class RowStatistics {
 protected:
   static constexpr int COLUMNS = WARPS_ACROSS * FRAGMENTS * 8;
@@ -86,7 +90,8 @@ protected:
       base_[r] = narrow ? 0.0f : LOWEST;
       sum_[r] = 0;
     }
-    for (int k = threadIdx.x; k < KEPT * WARPS_ACROSS * BLOCK_ROWS; k += THREADS) kept[k] = k / (WARPS_ACROSS * BLOCK_ROWS) == POSITIVE_BASE ? LOWEST : 0.0f;
+    for (int k = threadIdx.x; k < KEPT * WARPS_ACROSS * BLOCK_ROWS; k += THREADS)
+      kept[k] = k / (WARPS_ACROSS * BLOCK_ROWS) == POSITIVE_BASE ? LOWEST : 0.0f;
   }
   __device__ __forceinline__ float &kept_of(int what, int row, int across) { return kept_[(what * WARPS_ACROSS + across) * BLOCK_ROWS + row]; }
 

@@ -1,12 +1,14 @@
 // What both sweeps over tiles share: the problem as they see it, rows on their way through shared memory, products.
 //
-// A block of 8 warps owns 128 rows and walks over tiles of columns (tiles.h). Slices of 128 bytes of the tiles' rows pass through a ring in shared
-// memory, one or two slices ahead of the product; the block's own rows stay in shared memory if they fit, else their slices pass by in the same slots.
+// A block of 8 warps owns 128 rows and walks over tiles of columns (tiles.h). Slices of 128 bytes of the tiles' rows
+// pass through a ring in shared memory, one or two slices ahead of the product; the block's own rows stay in shared
+// memory if they fit, else their slices pass by in the same slots.
 //
-// Version 1: mma.sync and cp.async, which sm_80 brought, one code for every newer chip. Rows are multiplied as they come, norms enter the
-// tile. float32 rows are multiplied as sums of two tf32 numbers (three products): twice the rate of FMA or more, and no less exact, as the
-// two small products have sums of their own. Those are added to each other first, so that <x, y> and <y, x> agree to the bit. Tensor cores
-// truncate what they add to a sum: of float32 rows they sum no more than a slice, and slices are added outside.
+// Version 1: mma.sync and cp.async, which sm_80 brought, one code for every newer chip. Rows are multiplied as they
+// come, norms enter the tile. float32 rows are multiplied as sums of two tf32 numbers (three products): twice the rate
+// of FMA or more, and no less exact, as the two small products have sums of their own. Those are added to each other
+// first, so that <x, y> and <y, x> agree to the bit. Tensor cores truncate what they add to a sum: of float32 rows they
+// sum no more than a slice, and slices are added outside.
 #pragma once
 #include "products.h"
 #include "tiles.h"
@@ -14,8 +16,8 @@
 namespace fastcl::cuda {
 
 struct Sweep {
-  const void *x, *y; // [n, width], [m, width], padded with zeros
-  int n, m, width;   // of bytes
+  const void *x, *y;                   // [n, width], [m, width], padded with zeros
+  int n, m, width;                     // of bytes
   const float *a, *c;                  // [n], [m]: inverse norms; null: 1
   const float *row_bias, *column_bias; // at most one of them, times log2(e)
   const int *start, *end;              // [n]: row i's positives are the columns [start_i, end_i); both grow
@@ -94,8 +96,8 @@ template <int ROWS> __device__ void load_slice(uint32_t to, const void *rows, in
   }
 }
 
-// The slices of a block's walk, in the order in which they are multiplied: of each tile all slices of its rows, then `again` slices
-// from `part` on, for a second product, unless they are still in the ring.
+// The slices of a block's walk, in the order in which they are multiplied: of each tile all slices of its rows, then
+// `again` slices from `part` on, for a second product, unless they are still in the ring.
 template <int COLUMNS> class Feed {
 public:
   __device__ Feed(const Sweep &p, const Walk &walk, int i0, uint32_t shared, int again, int part)
@@ -169,7 +171,8 @@ template <int COUNT> __device__ void split(const uint32_t (&x)[COUNT], uint32_t 
   for (int k = 0; k < COUNT; k++) split(x[k], large[k], small[k]);
 }
 
-// <x_i, y_j> of a warp's 32 rows and 8 FRAGMENTS columns. Always by the same instructions in the same order along the depth.
+// <x_i, y_j> of a warp's 32 rows and 8 FRAGMENTS columns. Always by the same instructions in the same order along the
+// depth.
 template <class Element, int FRAGMENTS> struct Dots {
   static constexpr bool WIDE = sizeof(Element) == 4;
   float sums[2][FRAGMENTS][4];

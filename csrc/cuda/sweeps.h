@@ -26,7 +26,8 @@ template <class Element> void launch_statistics(StatisticsSweep sweep, int64_t b
 // Bytes of shared memory, beside `fixed` ones, of a sweep with a second product.
 template <class Element, class Products> int64_t choose_memory(Products &sweep, int64_t fixed, int64_t most) {
   constexpr int COLUMNS = GradientShape<Element>::COLUMNS;
-  // What serves best comes first: nothing is loaded twice; columns are, for the second product; the block's own rows are too.
+  // What serves best comes first: nothing is loaded twice; columns are, for the second product; the block's own rows
+  // are too.
   sweep.resident = sweep.whole = true;
   sweep.prefetch = 2;
   sweep.slots = int(blocks_of(sweep.width, SLICE)) + 2;

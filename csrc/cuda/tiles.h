@@ -1,5 +1,6 @@
-// Which tiles a block of rows visits, which of their places count, and where the numbers of a tile lie: in shared memory, and
-// in the registers of the lanes that multiply them. Plain functions of numbers, which the tests run on the host.
+// Which tiles a block of rows visits, which of their places count, and where the numbers of a tile lie: in shared
+// memory, and in the registers of the lanes that multiply them. Plain functions of numbers, which the tests run on the
+// host.
 #pragma once
 #include <cstdint>
 
@@ -14,9 +15,9 @@ __host__ __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
 
 // Which tiles.
 
-// Tiles of columns that a block of rows meets. `mixed` of them hold a positive, the diagonal, or the ragged end; the other `interior`
-// ones are whole tiles of admissible negatives. Mixed are the tiles [first, last), and the ragged last one if it is not among them; `hole` of
-// the `full` whole tiles are in that run. Interior tiles come first.
+// Tiles of columns that a block of rows meets. `mixed` of them hold a positive, the diagonal, or the ragged end; the
+// other `interior` ones are whole tiles of admissible negatives. Mixed are the tiles [first, last), and the ragged last
+// one if it is not among them; `hole` of the `full` whole tiles are in that run. Interior tiles come first.
 struct Walk {
   int interior, mixed, first, hole, last, full;
 
@@ -29,7 +30,8 @@ struct Walk {
   }
 };
 
-// [low, high): the columns that the rows may not meet as plain negatives, rounded out to tiles of `width` among `columns`.
+// [low, high): the columns that the rows may not meet as plain negatives, rounded out to tiles of `width` among
+// `columns`.
 __host__ __device__ inline Walk walk(int low, int high, int columns, int width) {
   Walk w;
   w.full = columns / width;
@@ -49,8 +51,8 @@ __host__ __device__ inline bool admissible(int i, int j, int columns, bool self,
 }
 __host__ __device__ inline bool in_range(int j, int start, int end) { return unsigned(j - start) < unsigned(end - start); }
 
-// Where numbers lie. Rows are cut into slices of 128 bytes, which lie in shared memory row by row; the 8 chunks of 16 bytes of a row are permuted, so that
-// the same chunk of 8 rows lies in 8 different banks.
+// Where numbers lie. Rows are cut into slices of 128 bytes, which lie in shared memory row by row; the 8 chunks of 16
+// bytes of a row are permuted, so that the same chunk of 8 rows lies in 8 different banks.
 
 constexpr int SLICE = 128, CHUNK = 16, CHUNKS = SLICE / CHUNK, STEP = 32; // bytes; a step of the product's depth takes two chunks
 constexpr int STEPS = SLICE / STEP;
@@ -61,8 +63,9 @@ __host__ __device__ inline uint32_t place_of(int row, int chunk) { return uint32
 constexpr int WARPS_DOWN = 4, WARPS_ACROSS = 2, THREADS = 32 * WARPS_DOWN * WARPS_ACROSS;
 constexpr int WARP_ROWS = 32, BLOCK_ROWS = WARPS_DOWN * WARP_ROWS;
 
-// Of ldmatrix, the row and chunk whose address a lane gives. A's four matrices: rows 0-7, rows 8-15, then the same of the second chunk; B's
-// (16 rows of Y, which are columns of the product): first and second chunk of rows 0-7, then of rows 8-15.
+// Of ldmatrix, the row and chunk whose address a lane gives. A's four matrices: rows 0-7, rows 8-15, then the same of
+// the second chunk; B's (16 rows of Y, which are columns of the product): first and second chunk of rows 0-7, then of
+// rows 8-15.
 __host__ __device__ inline int a_row(int lane) { return (lane & 7) + (lane >> 3 & 1) * 8; }
 __host__ __device__ inline int a_chunk(int lane) { return lane >> 4; }
 __host__ __device__ inline int b_row(int lane) { return (lane & 7) + (lane >> 4) * 8; }
@@ -75,12 +78,14 @@ __host__ __device__ inline int transposed_chunk(int lane) { return lane >> 4; }
 __host__ __device__ inline int fragment_row(int lane, int k) { return lane / 4 + (k / 2) * 8; }
 __host__ __device__ inline int fragment_column(int lane, int k) { return lane % 4 * 2 + k % 2; }
 
-// Rows may be so long that a block owns only a part of their gradient: PART bytes of each. Warps across share a part in turns of a step.
+// Rows may be so long that a block owns only a part of their gradient: PART bytes of each. Warps across share a part in
+// turns of a step.
 constexpr int PART_SLICES = 4, PART = PART_SLICES * SLICE, OWN_STEPS = PART_SLICES * STEPS / WARPS_ACROSS;
 // The step, within the part, of the u-th of OWN_STEPS that a warp owns.
 __host__ __device__ inline int own_step(int u, int across) { return u * WARPS_ACROSS + across; }
 
-// Where `count` numbers are summed over the 8 lanes that share columns, each lane is left with count / 8 of them: the first of those.
+// Where `count` numbers are summed over the 8 lanes that share columns, each lane is left with count / 8 of them: the
+// first of those.
 __host__ __device__ inline int first_kept(int lane, int count) {
   return (lane >> 4 & 1) * (count / 2) + (lane >> 3 & 1) * (count / 4) + (lane >> 2 & 1) * (count / 8);
 }

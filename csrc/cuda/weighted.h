@@ -1,10 +1,13 @@
-// A forward that leaves the anchors' gradient, for contrasts that need none (a queue): the statistics of each row, and beside them
+// A forward that leaves the anchors' gradient, for contrasts that need none (a queue): the statistics of each row, and
+// beside them
 //
 //     weighted [n, width] = sum_j 2^(t_ij - base_i) c_j y_j  over the negatives, base_i as in the statistics,
 //
-// of which the backward makes the gradient by a factor for each row: 4 n m D in all in place of 6. Only blocks of rows that have positives are swept again.
+// of which the backward makes the gradient by a factor for each row: 4 n m D in all in place of 6. Only blocks of rows
+// that have positives are swept again.
 //
-// Version 1: tiles and products are the gradient's. Both warps that share rows need one base for them, a running maximum, which they find through shared memory.
+// Version 1: tiles and products are the gradient's. Both warps that share rows need one base for them, a running
+// maximum, which they find through shared memory.
 #pragma once
 #include "gradient.h"
 #include "statistics.h"

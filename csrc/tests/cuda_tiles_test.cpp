@@ -70,8 +70,8 @@ void slices_use_all_of_their_memory() {
     }
 }
 
-// ldmatrix gives lane 4 g + t the t-th word of row g of each of its four matrices; mma wants of A the rows g and g + 8 of the first half
-// of the depth, then of the second, and of B the column g of either half, of two fragments.
+// ldmatrix gives lane 4 g + t the t-th word of row g of each of its four matrices; mma wants of A the rows g and g + 8
+// of the first half of the depth, then of the second, and of B the column g of either half, of two fragments.
 void fragments_are_what_products_want() {
   std::map<int, std::pair<int, int>> a, b, transposed; // of each matrix: its first row and its chunk
   for (int lane = 0; lane < 32; lane++) {

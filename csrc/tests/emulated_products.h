@@ -1,6 +1,7 @@
-// The emulator's tensor cores, and copies past the registers, as csrc/cuda/products.h asks for them. Fragments lie in the lanes' registers as
-// the documentation of mma.sync and ldmatrix says. Two things are harsher than they might be: a product's sum is truncated to
-// float32, as devices do, and a copy that was started poisons its destination until it is waited for.
+// The emulator's tensor cores, and copies past the registers, as csrc/cuda/products.h asks for them. Fragments lie in
+// the lanes' registers as the documentation of mma.sync and ldmatrix says. Two things are harsher than they might be: a
+// product's sum is truncated to float32, as devices do, and a copy that was started poisons its destination until it is
+// waited for.
 #pragma once
 #include "emulator.h"
 #include <vector>
@@ -83,8 +84,9 @@ inline float truncated(double x) {
   return std::isfinite(nearest) && std::fabs(double(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// mma.m16n8: C [16, 8] += A [16, DEPTH] B [DEPTH, 8]. Lane 4 g + t has of C the places (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
-// A register has PACKED numbers along the depth, of A: rows g and g + 8 of the depth's first half, then of its second; of B: column g of either half.
+// mma.m16n8: C [16, 8] += A [16, DEPTH] B [DEPTH, 8]. Lane 4 g + t has of C the places (g, 2t), (g, 2t + 1), (g + 8,
+// 2t), (g + 8, 2t + 1). A register has PACKED numbers along the depth, of A: rows g and g + 8 of the depth's first
+// half, then of its second; of B: column g of either half.
 template <int DEPTH, int PACKED, class Decode> void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Decode decode) {
   const uint32_t given[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const auto *words = reinterpret_cast<const uint32_t *>(exchange(given, sizeof given));

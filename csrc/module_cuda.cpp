@@ -154,8 +154,8 @@ void cuda_sinkhorn_pass(const py::tuple &where, const py::tuple &numbers) {
   for (float **given : {&c.by_row, &c.partial}) *given = in.address<float>();
   c.matrix = in.address();
   for (int64_t *size : {&c.chunk, &c.chunks, &c.row_terms, &c.column_terms}) *size = in.integer();
-  for (const float **given : {&c.term_high, &c.term_low, &c.term_w, &c.term_shift, &c.term_p, &c.term_q, &c.column_high, &c.column_low,
-                              &c.column_shift, &c.column_w})
+  for (const float **given :
+       {&c.term_high, &c.term_low, &c.term_w, &c.term_shift, &c.term_p, &c.term_q, &c.column_high, &c.column_low, &c.column_shift, &c.column_w})
     *given = in.address<const float>();
   in.end();
   using S = cuda::SinkhornStep;

@@ -62,6 +62,7 @@ Statistics read_statistics(const py::tuple &numbers) {
   s.negative_share = in.address();
   s.negative_base = in.address();
   s.positive_base = in.address();
+  s.observed = in.address();
   s.inverse_norms = in.address();
   in.end();
   for (int f = 0; f < SUM_POS; f++) require(!s.fields[f] || (s.shifts[f] && s.sums[f]), "a log-sum-exp without its parts");
@@ -160,6 +161,9 @@ std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, 
   call.problem = read_problem(problem);
   call.negatives_only = in.integer();
   call.loss = in.address();
+  call.observed = in.address();
+  call.contrast_observed = in.address();
+  require(!call.contrast_observed || call.problem.columns, "contrast_observed: the contrasts' statistics are not wanted");
   read_gradients(in, call);
   in.end();
   require(call.loss, "loss: a null pointer");

@@ -33,6 +33,9 @@ struct Problem {
 
 enum Field : int { LSE_ALL, LSE_POS, LSE_NEG, SUM_POS, FIELDS };
 
+// What may be observed besides, for people to look at: largest logits, sums of logits, log-sum-exp and entropy over all, counts.
+enum Observed : int { MAX_POS, MAX_NEG, ALL_POS, ALL_NEG, LSE, ENTROPY, NUM_POS, NUM_NEG, OBSERVED };
+
 // Statistics of one side, or the gradients that come back for them. Null: not wanted.
 struct Statistics {
   void *fields[FIELDS];  // [scales, N]
@@ -43,6 +46,7 @@ struct Statistics {
   void *negative_share;  // [scales, N]: sum over the negatives / sum over all
   void *negative_base;   // [scales, N]: the largest logit to base 2 among the negatives,
   void *positive_base;   // [scales, N]: and among the positives, where the forward kept it, else 0
+  void *observed;        // [OBSERVED, scales, N]; null: not asked for
   void *inverse_norms;   // [N]: a, where rows are normalised
 
   Statistics of_scale(int64_t scale, int64_t rows, bool wide_reals) const { // as if there were no other
@@ -56,6 +60,7 @@ struct Statistics {
     advance(s.negative_share);
     advance(s.negative_base);
     advance(s.positive_base);
+    advance(s.observed);
     return s;
   }
 };

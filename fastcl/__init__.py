@@ -12,6 +12,7 @@ from .prototypes import MSNLoss, PMSNLoss, SwAVLoss
 from .quality import alignment, uniformity
 from .sampled import SampledNCELoss, sampled_similarity
 from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
+from .summary import LossStats
 
 __all__ = [
     "ClipLoss",
@@ -20,6 +21,7 @@ __all__ = [
     "DCLLoss",
     "DebiasedLoss",
     "HardNegativeLoss",
+    "LossStats",
     "MSNLoss",
     "MemoryBank",
     "MemoryQueue",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .formula import Debiased, check_options, inverse_temperature, reduced_loss
+from .formula import Debiased, LossResult, check_options, inverse_temperature, reduced_loss
 from .kernels.checks import finite_number, positive_number
 from .posing import Contrasts, pose
 
@@ -36,7 +36,7 @@ class HardNegativeLoss(nn.Module):
             times their number: the mean over processes is that loss (docs/distributed.md).
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
-    contrast_ids=None, weights=None, temperature=None)``, dtypes, result and errors are those of
+    contrast_ids=None, weights=None, temperature=None, return_stats=False)``, dtypes, result and errors are those of
     :class:`ClusterInfoNCE`. ``tau_plus`` or ``beta`` out of range: ``ValueError``.
     """
 
@@ -76,7 +76,8 @@ class HardNegativeLoss(nn.Module):
         contrast_ids: Tensor | None = None,
         weights: Tensor | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor:
+        return_stats: bool = False,
+    ) -> LossResult:
         """The loss; shapes and errors are in the class's description."""
         options = check_options(False, self.normalize, self.reduction, self.gather)
         temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
@@ -84,7 +85,8 @@ class HardNegativeLoss(nn.Module):
             embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
         )
         formula = Debiased(self.tau_plus, self.beta)
-        return reduced_loss(posed, inverse_temperature(temperature, posed), formula, options, weights=weights)
+        scale = inverse_temperature(temperature, posed)
+        return reduced_loss(posed, scale, formula, options, weights=weights, return_stats=return_stats)
 
     def extra_repr(self) -> str:
         learned = isinstance(self.temperature, nn.Parameter)

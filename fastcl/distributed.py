@@ -302,7 +302,7 @@ def statistics(
     """
     stored_only = posed.contrasts is not None and all(stored for _, stored in posed.parts)
     if stored_only:  # nothing travels
-        return sweep.statistics(exact)
+        return sweep.statistics(exact)[0]
     if sweep.anchor_assignments is not None:
         raise ValueError(f"gather: expected False with assignments, got {gather!r}")
     if sweep.both and any(stored for _, stored in posed.parts):

@@ -14,8 +14,10 @@ from .kernels.checks import check_flag, check_option, check_vector, scalar_tenso
 from .kernels.problem import accumulation_dtype
 from .kernels.stats import ContrastiveStats, Sweep
 from .posing import Posed, per_row
+from .summary import LossStats, summary
 
 REDUCTIONS = ("mean", "sum", "none")
+LossResult = Tensor | tuple[Tensor, LossStats]  # the latter with return_stats
 
 
 class Formula(Protocol):
@@ -207,8 +209,13 @@ def reduced_loss(
     options: Options,
     contrast_bias: Tensor | None = None,
     weights: Tensor | None = None,
-) -> Tensor:
-    """The formula's terms out of one sweep, weighted and reduced over the rows that count."""
+    return_stats: bool = False,
+) -> LossResult:
+    """The formula's terms out of one sweep, weighted and reduced over the rows that count.
+
+    return_stats: also a summary for people to look at, out of the same sweep.
+    """
+    check_flag("return_stats", return_stats)
     if options.symmetric and posed.contrasts is None:
         raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
     rows = posed.anchors.shape[0]
@@ -239,23 +246,55 @@ def reduced_loss(
         posed.anchor_ids,
         posed.contrast_ids,
         both=options.symmetric,
+        observe=return_stats,
         anchor_assignments=posed.anchor_assignments,
         contrast_assignments=posed.contrast_assignments,
     )
     world = World.of(options.gather)
     if world is not None:
+        if return_stats:
+            raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
         share: Tensor = _of_all(world, sweep, posed, scale, formula, options, weights)
         return share
+    loss, observed = _loss(sweep, posed, scale, formula, options, weights)
+    return loss if observed is None else (loss, _summary(sweep, observed, posed, scale, options))
+
+
+def _loss(
+    sweep: Sweep, posed: Posed, scale: Tensor, formula: Formula, options: Options, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """And what was observed."""
     if formula.mean_of_differences and options.reduction == "mean" and weights is None:
-        loss = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
-        if loss is not None:
-            return loss.to(posed.dtype)
-    stats = sweep.statistics(formula.exact)
-    terms, counted = formula.terms(stats, scale)
-    if stats.reverse is None:
-        return _reduce(terms, counted, weights, options.reduction, posed)
-    reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed)
-    return (_reduce(terms, counted, weights, options.reduction, posed) + reverse) / 2
+        found = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
+        if found is not None:
+            return found[0].to(posed.dtype), found[1]
+    stats, observed = sweep.statistics(formula.exact)
+    loss = _reduce(*formula.terms(stats, scale), weights, options.reduction, posed)
+    if stats.reverse is not None:
+        reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed)
+        loss = (loss + reverse) / 2
+    return loss, observed
+
+
+@torch.no_grad()
+def _summary(sweep: Sweep, observed: Tensor, posed: Posed, scale: Tensor, options: Options) -> LossStats:
+    of_bias = None
+    if sweep.contrast_bias is not None:  # its sums over the same sets: a sweep over rows of one number
+        zeros = posed.anchors.new_zeros(len(posed.anchors), 1)
+        others = None if posed.contrasts is None else posed.contrasts.new_zeros(len(posed.contrasts), 1)
+        flat = sweep._replace(
+            anchors=zeros, contrasts=others, positives=None, logit_scale=torch.ones_like(scale), want=(),
+            normalize_anchors=False, normalize_contrasts=False,
+        )  # fmt: skip
+        _, of_bias = flat.statistics()
+    n = len(posed.anchors)
+
+    def of_rows(start: int, end: int | None, shape: tuple[int, ...]) -> LossStats:
+        bias = None if of_bias is None else of_bias[..., start:end]
+        return summary(observed[..., start:end], scale.detach(), bias, shape, options.reduction, posed.dtype)
+
+    found = of_rows(0, n, posed.shape)
+    return found._replace(reverse=of_rows(n, None, (observed.shape[-1] - n,))) if sweep.both else found
 
 
 @uncompiled  # processes would have to agree upon their graphs

@@ -5,10 +5,12 @@ Nothing here visits a logit: every loss is a formula of a `kernels.stats.Sweep`'
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
 
-from .formula import InfoNCE, Weighted, check_options, inverse_temperature, reduced_loss, scalar
+from .formula import InfoNCE, LossResult, Weighted, check_options, inverse_temperature, reduced_loss, scalar
 from .kernels.checks import (
     check_flag,
     check_ids,
@@ -19,11 +21,31 @@ from .kernels.checks import (
 )
 from .memory import MemoryQueue
 from .posing import Contrasts, pose, pose_assigned
+from .summary import LossStats
 
 FORMS = ("outside", "inside")
 DENOMINATORS = ("all", "negatives")
+CLIP_OUTPUTS = ("contrastive_loss", "stats")
 
 
+@overload
+def cluster_infonce(
+    embeddings: Tensor, clusters: Tensor | None = None, *, temperature: float | Tensor = 0.1, form: str = "outside",
+    denominator: str = "all", margin: float = 0.0, symmetric: bool = False, normalize: bool = True,
+    reduction: str = "mean", gather: bool | str = False, positives: Tensor | None = None,
+    contrasts: Contrasts | None = None, contrast_clusters: Tensor | None = None, ids: Tensor | None = None,
+    contrast_ids: Tensor | None = None, contrast_bias: Tensor | None = None, weights: Tensor | None = None,
+    assignments: Tensor | None = None, contrast_assignments: Tensor | None = None, return_stats: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cluster_infonce(
+    embeddings: Tensor, clusters: Tensor | None = None, *, temperature: float | Tensor = 0.1, form: str = "outside",
+    denominator: str = "all", margin: float = 0.0, symmetric: bool = False, normalize: bool = True,
+    reduction: str = "mean", gather: bool | str = False, positives: Tensor | None = None,
+    contrasts: Contrasts | None = None, contrast_clusters: Tensor | None = None, ids: Tensor | None = None,
+    contrast_ids: Tensor | None = None, contrast_bias: Tensor | None = None, weights: Tensor | None = None,
+    assignments: Tensor | None = None, contrast_assignments: Tensor | None = None, return_stats: bool,
+) -> LossResult: ...  # fmt: skip
 def cluster_infonce(
     embeddings: Tensor,
     clusters: Tensor | None = None,
@@ -45,18 +67,22 @@ def cluster_infonce(
     weights: Tensor | None = None,
     assignments: Tensor | None = None,
     contrast_assignments: Tensor | None = None,
-) -> Tensor:
+    return_stats: bool = False,
+) -> LossResult:
     """The stateless form of :class:`ClusterInfoNCE`; formulas, shapes, dtypes, errors and sources are described there.
 
     The mean over anchors i of ``logsumexp_{j in A_i}(s_ij) - mean_{j in P_i}(s_ij)`` at the defaults, with logits
     s_ij = <x_i, y_j> / (|x_i| |y_j| temperature), contrasts A_i and positives P_i. Options as in the constructor there,
-    tensors as in ``forward`` there; a scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``.
+    tensors as in ``forward`` there; a scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``. With
+    ``return_stats=True`` a pair of that and a :class:`LossStats`.
     """
     temperature = positive_number("temperature", temperature)
     formula = _check_formula(form, denominator, margin)
     options = check_options(symmetric, normalize, reduction, gather)
     if assignments is not None or contrast_assignments is not None:
         _check_replaced(clusters=clusters, contrast_clusters=contrast_clusters, positives=positives)
+        if return_stats:
+            raise ValueError("return_stats: expected False with assignments, which make no set of positives, got True")
         _check_soft_formula(form=(form, "outside"), denominator=(denominator, "all"), margin=(formula.margin, 0.0))
         soft = pose_assigned(embeddings, assignments, contrasts, contrast_assignments, ids, contrast_ids, contrast_bias)
         return reduced_loss(soft, inverse_temperature(temperature, soft), Weighted(), options, contrast_bias, weights)
@@ -64,7 +90,7 @@ def cluster_infonce(
         embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, normalize
     )
     scale = inverse_temperature(temperature, posed)
-    return reduced_loss(posed, scale, formula, options, contrast_bias, weights)
+    return reduced_loss(posed, scale, formula, options, contrast_bias, weights, return_stats)
 
 
 class ClusterInfoNCE(nn.Module):
@@ -100,7 +126,7 @@ class ClusterInfoNCE(nn.Module):
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, contrast_bias=None, weights=None, temperature=None, assignments=None,
-    contrast_assignments=None)``:
+    contrast_assignments=None, return_stats=False)``:
 
     - embeddings: ``[N, D]``, or ``[N, V, D]`` for V views of N samples. float64, float32, bfloat16, float16.
     - clusters: ``[N]`` integers. Negative: no cluster, positive only with its own other views. None: each sample is a
@@ -127,6 +153,9 @@ class ClusterInfoNCE(nn.Module):
       number. Differentiable in the assignments. Only ``form="outside"`` over all contrasts, without margin and
       ``positives``; contrasts are tensors.
     - contrast_assignments: ``[M, C]``; None: contrast i has those of anchor row i (M >= rows), further ones zeros.
+    - return_stats: True returns ``(loss, stats)``, stats a :class:`LossStats` (top-1 accuracy, mean similarities and
+      entropy, all detached) out of the same sweep. The loss and its gradient are the same to the bit. Not with
+      assignments, nor with ``gather`` over several processes.
 
     Returns:
         A scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"`` (0 where an anchor does not count; with
@@ -180,7 +209,8 @@ class ClusterInfoNCE(nn.Module):
         temperature: float | Tensor | None = None,
         assignments: Tensor | None = None,
         contrast_assignments: Tensor | None = None,
-    ) -> Tensor:
+        return_stats: bool = False,
+    ) -> LossResult:
         """The loss; shapes and errors are in the class's description."""
         return cluster_infonce(
             embeddings,
@@ -202,6 +232,7 @@ class ClusterInfoNCE(nn.Module):
             weights=weights,
             assignments=assignments,
             contrast_assignments=contrast_assignments,
+            return_stats=return_stats,
         )
 
     def extra_repr(self) -> str:
@@ -230,12 +261,12 @@ class ClusterInfoNCE(nn.Module):
 
 
 class _TwoViewLoss(ClusterInfoNCE):
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, z0: Tensor, z1: Tensor, *, return_stats: bool = False) -> LossResult:  # type: ignore[override]
         check_rows("z0", z0)
         check_rows("z1", z1, like=z0)
         if z1.shape != z0.shape:
             raise ValueError(f"z1: expected shape {list(z0.shape)}, as z0, got {list(z1.shape)}")
-        return super().forward(torch.stack((z0, z1), dim=1))
+        return super().forward(torch.stack((z0, z1), dim=1), return_stats=return_stats)
 
 
 class NTXentLoss(_TwoViewLoss):
@@ -302,13 +333,15 @@ class SupConLoss(ClusterInfoNCE):
     ) -> None:
         super().__init__(temperature, form=form, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, features: Tensor, labels: Tensor | None = None, *, return_stats: bool = False
+    ) -> LossResult:
         check_rows("features", features, dims=(2, 3))
         if labels is not None:
             check_ids("labels", labels, features.shape[0], features.device)
         elif features.dim() == 2 or features.shape[1] == 1:
             raise ValueError(f"labels: expected labels for features of a single view {list(features.shape)}, got None")
-        return super().forward(features, labels)
+        return super().forward(features, labels, return_stats=return_stats)
 
 
 class ClipLoss(nn.Module):
@@ -317,7 +350,8 @@ class ClipLoss(nn.Module):
     Features are ``[N, D]`` and taken as they come, as open_clip's are normalised by the model; ``logit_scale`` is
     1 / temperature (open_clip passes ``logit_scale.exp()``), a number or a tensor of one element. The loss is the mean
     of the cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal;
-    with ``output_dict=True`` it comes as ``{"contrastive_loss": loss}``, as open_clip's training loop asks for it.
+    with ``output_dict=True`` it comes as ``{"contrastive_loss": loss}``, as open_clip's training loop asks for it. With
+    ``return_stats=True`` a :class:`LossStats` comes too: ``(loss, stats)``, or as ``"stats"`` of the dictionary.
     ``logit_bias`` is not looked at: one number added to every logit cancels in both softmaxes. Dtypes and errors are
     those of :class:`ClusterInfoNCE`, and so is ``gather``.
     """
@@ -334,7 +368,9 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
+        *,
+        return_stats: bool = False,
+    ) -> LossResult | dict[str, Tensor | LossStats]:
         check_flag("output_dict", output_dict)
         logit_scale = positive_number("logit_scale", logit_scale)
         check_rows("image_features", image_features)
@@ -345,8 +381,11 @@ class ClipLoss(nn.Module):
             )
         posed = pose(image_features, None, None, text_features, None, None, None, None)
         formula, options = InfoNCE("outside", "all", 0.0), check_options(True, False, "mean", self.gather)
-        loss = reduced_loss(posed, scalar("logit_scale", logit_scale, posed), formula, options)
-        return {"contrastive_loss": loss} if output_dict else loss
+        scale = scalar("logit_scale", logit_scale, posed)
+        found = reduced_loss(posed, scale, formula, options, return_stats=return_stats)
+        if not output_dict:
+            return found
+        return {"contrastive_loss": found} if isinstance(found, Tensor) else dict(zip(CLIP_OUTPUTS, found, strict=True))
 
 
 class MoCoLoss(ClusterInfoNCE):
@@ -370,7 +409,9 @@ class MoCoLoss(ClusterInfoNCE):
     ) -> None:
         super().__init__(temperature, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
 
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor | MemoryQueue) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, queue: Tensor | MemoryQueue, *, return_stats: bool = False
+    ) -> LossResult:
         check_rows("query", query)
         check_rows("key", key, like=query)
         if key.shape != query.shape:
@@ -379,14 +420,16 @@ class MoCoLoss(ClusterInfoNCE):
             if queue.cluster_ids is not None:
                 raise ValueError("queue: expected one without clusters, as all of its rows are negatives")
             check_rows("queue", queue.rows, like=query)
-            return super().forward(query, positives=key, contrasts=queue)
+            return super().forward(query, positives=key, contrasts=queue, return_stats=return_stats)
         if not isinstance(queue, Tensor):
             raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {type(queue).__name__}")
         if self.gather is not False:
             raise ValueError(f"queue: expected a MemoryQueue with gather={self.gather!r}, got a tensor")
         check_rows("queue", queue, like=query)
         nobody = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
-        return super().forward(query, positives=key, contrasts=queue, contrast_clusters=nobody)
+        return super().forward(
+            query, positives=key, contrasts=queue, contrast_clusters=nobody, return_stats=return_stats
+        )
 
 
 # Options.

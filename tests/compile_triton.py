@@ -39,6 +39,7 @@ KERNELS = {
     "two_way": "two_way_kernel",
     "weighted": "weighted_kernel",
     "backward": "gradient_kernel",
+    "observation": "observation_kernel",
     "labels": "labels_kernel",
     "rows": "rows_kernel",
     "fields": "fields_kernel",
@@ -62,12 +63,15 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         shape = topk_triton.shape(job["architecture"], dtype, d, job["flags"]["SLOTS"])
     elif job["kind"].startswith("soft_"):
         shape = soft_triton.tile_for(job["kind"], job["architecture"], dtype, d, job["precision"] == "tf32")
-    elif job["kind"] not in triton_plan.KINDS:
+    elif job["kind"] not in (*triton_plan.KINDS, "observation"):
         shape = triton_plan.ROWS_AT_ONCE
     elif "tile" in job:
         shape = triton_plan.Tile(*job["tile"])
     else:
-        shape = triton_plan.tile(job["kind"], job["architecture"], dtype, d, careful, job["precision"] == "tf32")
+        observing = job["kind"] == "observation"
+        kind = "running" if observing else job["kind"]
+        of_masks = careful or observing
+        shape = triton_plan.tile(kind, job["architecture"], dtype, d, of_masks, job["precision"] == "tf32")
     constants = {
         "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
         "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,

@@ -72,6 +72,7 @@ SIMPLE = {
     "want": ["lse_all", "sum_pos"],
     "both": False,
     "anchors_only": False,
+    "observe": False,
 }
 
 
@@ -93,6 +94,7 @@ def op_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) -> tup
             "normalize_anchors": True,
             "want": ["lse_all", "lse_neg"],
             "anchors_only": True,
+            "observe": True,
         }
     if case == "everything":
         arguments |= {
@@ -108,6 +110,7 @@ def op_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) -> tup
             "normalize_contrasts": True,
             "want": list(FIELDS),
             "both": True,
+            "observe": True,
         }
     for name in ("logit_scale", "contrast_bias"):
         if arguments[name] is not None:
@@ -140,7 +143,7 @@ def test_opcheck_where_some_inputs_need_gradients(backend) -> None:
 
 def backward_arguments(case: str, backend: str, dtype: torch.dtype, needs: list[bool]) -> tuple[Any, ...]:
     arguments = op_arguments(case, backend, dtype, False)
-    fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *norms = FORWARD(*arguments)
+    fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *norms, _ = FORWARD(*arguments)
     saved = (counts, parts, contrast_counts, contrast_parts, *norms)
     gradients = (torch.ones_like(fields), torch.ones_like(contrast_fields))
     return (*arguments, *saved, *gradients, needs)
@@ -172,7 +175,7 @@ def test_gradients_have_the_strides_that_tracing_is_told(backend) -> None:
         index = names.index(name)
         arguments[index] = arguments[index].T.contiguous().T
         assert not arguments[index].is_contiguous()
-    fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *norms = outputs = FORWARD(*arguments)
+    fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *norms, _ = outputs = FORWARD(*arguments)
     saved = (counts, parts, contrast_counts, contrast_parts, *norms)
     gradients = (torch.ones_like(fields), torch.ones_like(contrast_fields))
     for output in (*outputs, *BACKWARD(*arguments, *saved, *gradients, [True] * 5)):

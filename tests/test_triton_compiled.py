@@ -120,6 +120,17 @@ def test_kernels_of_single_rows_compile_without_spills(results) -> None:
         assert result["fusible"] == 0, result
 
 
+OBSERVATIONS = SOME if not os.environ.get("FASTCL_COMPILE_ALL") else dict.fromkeys(ALL)
+
+
+@pytest.mark.parametrize("entry", list(OBSERVATIONS)[::2] if OBSERVATIONS is SOME else OBSERVATIONS)
+def test_observation_compiles_without_spills(entry, tmp_path) -> None:
+    names = ("architecture", "dtype", "precision", "d", "careful")
+    for result in compiled([{"kind": "observation"} | dict(zip(names, entry, strict=True))], tmp_path):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[result["architecture"]], result
+
+
 def test_all_kernels_form_logits_in_one_way() -> None:
     """By the same functions, of products in the same order along D."""
     from fastcl.kernels import triton_backward, triton_forward

@@ -61,7 +61,9 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   const Field log_sum = call.negatives_only ? LSE_NEG : LSE_ALL;
   Memory memory{static_cast<char *>(workspace)};
   Forward forward{p, taken(memory, log_sum, p.anchors.size * real), {}, {}};
+  forward.anchors.observed = call.observed;
   if (p.columns) forward.contrasts = taken(memory, log_sum, p.contrasts.size * real);
+  forward.contrasts.observed = call.contrast_observed;
   const bool single_positives = true; // there are none but those of the sweep
   const Backward backward{p,
                           forward.anchors,

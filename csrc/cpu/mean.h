@@ -10,6 +10,8 @@ struct MeanLoss {
   Problem problem;
   bool negatives_only;     // the log-sum-exp is that over the negatives, else over all
   void *loss;              // [1] real
+  void *observed;          // [OBSERVED, N] reals; null: not asked for, as below
+  void *contrast_observed; // [OBSERVED, M]
   void *anchor_gradient;   // [N, D] reals; null: not needed, as below
   void *contrast_gradient; // [M, D]
   void *scale_gradient;    // [1] double

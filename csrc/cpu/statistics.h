@@ -1,6 +1,6 @@
 // The forward epilogue: sums over each anchor's and, where wanted, each contrast's row of logits.
 #pragma once
-#include "sweep.h"
+#include "observation.h"
 
 namespace fastcl::FASTCL_ISA {
 namespace {
@@ -9,8 +9,6 @@ namespace {
 // where the logits are wide, else 0.
 enum Sum : int { NEGATIVE, NEGATIVE_MAXIMUM, POSITIVE, POSITIVE_MAXIMUM, LOGITS, POSITIVES, INADMISSIBLE, SUMS };
 constexpr int64_t LEAN_SUMS = POSITIVE; // where there are neither clusters nor ids
-
-template <class T> constexpr T NO_MAXIMUM = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__); // of an empty set
 
 template <class T> FASTCL_INLINE bool is_maximum(int f) { return f == NEGATIVE_MAXIMUM || f == POSITIVE_MAXIMUM; }
 
@@ -51,11 +49,13 @@ template <class Mul> struct StatisticsPass {
   T *const row_sums;    // [scales][SUMS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
   T *const column_sums; // [threads][scales][SUMS][contrasts.padded]
   Local *const locals;
+  const Observation<Mul> seen; // beside the sums, where somebody asks
 
   StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
       : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums), fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS),
         weighting(call.weighted.sums), columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
-        column_sums(columns ? arena.take<T>(s.threads * s.scales * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
+        column_sums(columns ? arena.take<T>(s.threads * s.scales * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)),
+        seen(s, call, columns, arena) {
     for (int t = 0; t < s.threads; t++) {
       Local local{arena.take<Unit>(s.block_units()), arena.take<T>(s.scales * fields * ROWS * W), arena.take<T>(s.scales * fields * NR), nullptr};
       if (weighting) local.e = arena.take<Unit>(ROWS * Sweep<Mul>::G_ROW);
@@ -78,6 +78,7 @@ template <class Mul> struct StatisticsPass {
           else finish(k, s.anchors, out.anchors, row_sums, 1, s.contrasts.size, t, wide);
           if (p.columns) finish(k, s.contrasts, out.contrasts, column_sums, s.threads, s.anchors.size, t, wide);
         }
+        if (seen.asked) seen.finish(out, t);
       });
     });
   }
@@ -89,6 +90,7 @@ private:
 
   template <bool WIDE> void sweep(int t) const {
     for (int k = 0; columns && k < s.scales; k++) reset(columns_of(t, k), fields, s.contrasts.padded, 0, s.contrasts.padded, WIDE);
+    if (seen.asked) seen.start(t);
     const int64_t n = s.anchors.size;
     if (s.self) { // the first rows meet the most columns: hand them out to and fro
       const int64_t size = n < 1024 ? BLOCK / 2 : BLOCK, blocks = (n + size - 1) / size;
@@ -105,6 +107,7 @@ private:
   template <bool WIDE> void block(int t, int64_t from, int64_t to) const {
     const Local &local = locals[t];
     s.pack_block(local.a, from, to, t);
+    if (seen.asked) seen.open(t);
     for (int k = 0; k < s.scales; k++) reset(rows_of(local, k), fields, ROWS * W, 0, round_up(to - from, MR) * W, WIDE);
     const bool weighted = !WIDE && weighting;
     if (weighted)
@@ -115,6 +118,7 @@ private:
       panels<WIDE>(t, from, to, cols, weighted);
       if (weighted) s.template product<Sweep<Mul>::G_ROW, 1>(local.e, s.contrasts, cols, s.anchors, {from, to}, out.weighted.sums);
     }
+    if (seen.asked) seen.close(t, from, to);
     for (int k = 0; k < s.scales; k++) {
       T *totals = totals_of(t, k);
       const int64_t stride = s.anchors.padded;
@@ -146,9 +150,9 @@ private:
           e = nullptr;
         }
         if (s.mixed(i, j, to)) {
-          tile<WIDE, true>(a, i, j, to, rows, local.columns, e, ahead);
+          tile<WIDE, true>(a, i, j, to, rows, local.columns, e, ahead, t, from);
           positives = fields > LEAN_SUMS;
-        } else tile<WIDE, false>(a, i, j, to, rows, local.columns, e, ahead);
+        } else tile<WIDE, false>(a, i, j, to, rows, local.columns, e, ahead, t, from);
       }
       for (int k = 0; columns && k < s.scales; k++) merge_panel<WIDE>(columns_of(t, k) + j, local.columns + k * fields * NR, positives);
     }
@@ -196,11 +200,12 @@ private:
 
   // One register tile: the products are formed once for all scales.
   template <bool WIDE, bool MIXED>
-  FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e, const void *next) const {
+  FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e, const void *next, int t, int64_t from) const {
     Tile products __attribute__((aligned(64)));
     s.products(a, j0, products, next);
     for (int k = 0; k < s.scales; k++)
       add_tile<WIDE, MIXED>(products, s.scale[k], i0, j0, to, rows + k * fields * ROWS * W, cols + k * fields * NR, e);
+    if (__builtin_expect(seen.asked, false)) seen.add(products, i0, j0, from, to, t);
   }
   // At one scale. Not wide: one exponential serves row and column. Wide: each has its own running maxima.
   template <bool WIDE, bool MIXED>

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .observed import merge, nothing, observe
 from .problem import (
     Gradients,
     Needs,
@@ -174,6 +175,7 @@ class _Accumulator:
         self.positives, self.inadmissible = new(size), new(size)
         self.shifts = new(len(p.log_sums), s, size).fill_(-torch.inf)
         self.sums = new(len(p.log_sums), s, size)
+        self.observed = nothing(p.logit_scale, s, size) if p.observe else None
 
     def add(self, tile: _Tile, where: slice) -> None:
         if tile.logits.shape[self.dim] == 0:
@@ -185,6 +187,8 @@ class _Accumulator:
             rescaled = self.sums[k, :, where] * (self.shifts[k, :, where] - finite).exp()
             self.sums[k, :, where] = rescaled + (members - finite.unsqueeze(self.dim)).exp_().sum(self.dim)
             self.shifts[k, :, where] = shift
+        if self.observed is not None:
+            self.observed[..., where] = merge(self.observed[..., where], _observed(tile, self.dim))
         if tile.inadmissible is not None:
             self.inadmissible[where] += tile.inadmissible.sum(self.dim)
         if tile.positive is not None:
@@ -202,7 +206,18 @@ class _Accumulator:
             torch.stack(fields) if fields else self.sum_pos.new_empty((0, *self.sum_pos.shape)),
             torch.stack([self.positives, others]),
             torch.stack([shifts, self.sums]),
+            self.observed,
         )
+
+
+def _observed(tile: _Tile, dim: int) -> Tensor:
+    """[8, S, B or M]: what a tile adds to its rows (dim -1) or columns."""
+    logits = tile.logits if dim == -1 else tile.logits.mT
+    negative = logits[0] > -torch.inf
+    if tile.positive is None:
+        return observe(logits, torch.zeros_like(negative), negative)
+    positive = tile.positive if dim == -1 else tile.positive.mT
+    return observe(logits, positive, negative & ~positive)
 
 
 class _SideGradient(NamedTuple):

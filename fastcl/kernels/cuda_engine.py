@@ -8,6 +8,7 @@ as tensors, so that a CUDA graph can replay the calls with other ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,6 +64,10 @@ def forward(p: Problem) -> Statistics:
     kernels.contrast_forward(
         where, arranged.numbers, wanted(p.want), own, other, address(lines), address(parts.get("weighted"))
     )
+    if p.observe:  # by a sweep of its own, in blocks of plain PyTorch: there is no kernel
+        swept = chunked.forward(replace(p, want=()))
+        anchors = anchors._replace(observed=swept.anchors.observed)
+        contrasts = contrasts._replace(observed=swept.contrasts.observed)
     return Statistics(anchors, contrasts, a, c, saved)
 
 
@@ -130,4 +135,4 @@ _NO_SIDE = (0,) * 8
 def _side(side: Side, bases: Tensor, statistics: Tensor | None, weights: Sequence[Tensor] = ()) -> tuple[int, ...]:
     """As csrc/module.cpp reads it."""
     others = [address(tensor) for tensor in weights] or [0, 0, 0]
-    return *map(address, (*side, bases, statistics)), *others
+    return *map(address, (*side[:3], bases, statistics)), *others

@@ -18,9 +18,11 @@ from .ops import (
     DIFFERENTIABLE,
     TENSORS,
     WANT,
+    as_outputs,
     by_argument,
     differentiate,
     no_second_derivatives,
+    observed_by,
     posed,
     run_forward,
     save,
@@ -33,16 +35,16 @@ AT_ONCE = 1 << 25
 
 
 class DirectStats(torch.autograd.Function):
-    """Each statistic is an output of its own, as `taken_apart` lists them."""
+    """Each statistic is an output of its own, as `taken_apart` lists them; then what was observed."""
 
     @staticmethod
     def forward(ctx: Any, *args_and_options: Any) -> tuple[Tensor, ...]:
         *args, one_scale, exact = args_and_options
-        outputs = run_forward(*args)
+        *outputs, observed = run_forward(*args)
         save(ctx, args, outputs)
         values = taken_apart(outputs, one_scale, args[WANT], args[BOTH], exact)
-        ctx.mark_non_differentiable(*_counts_among(values, len(args[WANT])))
-        return values
+        ctx.mark_non_differentiable(*_counts_among(values, len(args[WANT])), observed)
+        return *values, observed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -54,13 +56,14 @@ class DirectStats(torch.autograd.Function):
 class DirectMean(torch.autograd.Function):
     """Mean over the rows that count of lse_i - sum_pos_i / num_pos_i, of fields that are wanted as (lse, sum_pos).
 
-    With `both`, the mean of that over the anchors and that over the contrasts. A row counts if it has a positive and,
+    With `both`, the mean of that over the anchors and that over the contrasts. What was observed is a second output,
+    where it is asked for. A row counts if it has a positive and,
     for lse_neg, a negative. The derivatives in the fields are functions of the counts alone, so that loss and gradient
     of a small batch can be had in one call of the native engine; the backward then only scales.
     """
 
     @staticmethod
-    def forward(ctx: Any, *args_and_grad_mode: Any) -> Tensor:
+    def forward(ctx: Any, *args_and_grad_mode: Any) -> Tensor | tuple[Tensor, Tensor]:
         *args, grad_mode = args_and_grad_mode
         problem, backend = posed(args)
         differentiated = grad_mode and any(ctx.needs_input_grad)
@@ -73,18 +76,19 @@ class DirectMean(torch.autograd.Function):
             ctx.set_materialize_grads(False)
             ctx.dtypes = [None if args[i] is None else args[i].dtype for i in DIFFERENTIABLE.values()]
             needs = Needs(*[differentiated and ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
-            loss, gradients = native.mean_loss(problem, needs)
+            loss, gradients, observed = native.mean_loss(problem, needs)
             ctx.save_for_backward(*args[:TENSORS], *gradients)  # the arguments: torch looks whether they were changed
-            return loss
+            return _with(ctx, loss, observed)
         found = statistics(problem, backend)
-        save(ctx, args, (*found.anchors, *found.contrasts, *found[2:]))
+        observed = observed_by(problem, found) if problem.observe else None
+        save(ctx, args, as_outputs(found))
         sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
         ctx.counted = [_counted(side.counts, problem.want[0] == "lse_neg") for side in sides]
         means = [_mean(side, rows) for side, rows in zip(sides, ctx.counted, strict=True)]
-        return means[0] if len(means) == 1 else (means[0] + means[1]) / 2
+        return _with(ctx, means[0] if len(means) == 1 else (means[0] + means[1]) / 2, observed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         if ctx.at_once:
@@ -95,6 +99,13 @@ class DirectMean(torch.autograd.Function):
         for k, (side, rows) in enumerate(zip((counts, contrast_counts), ctx.counted, strict=False)):
             of_fields[k] = _derivative(side, rows, len(ctx.counted)) * grad
         return *differentiate(ctx, *of_fields), None
+
+
+def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    if observed is None:
+        return loss
+    ctx.mark_non_differentiable(observed)
+    return loss, observed
 
 
 def _scaled(dtypes: Sequence[torch.dtype | None], grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:

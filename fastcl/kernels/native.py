@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import chunked
+from .observed import NAMES as OBSERVED
 from .problem import FIELDS, Gradients, Needs, Problem, Side, Statistics, empty_side, largest_base
 
 
@@ -168,18 +169,21 @@ def takes_mean_loss(p: Problem) -> bool:
     return p.paired is None and not biased and len(p.logit_scale) == 1
 
 
-def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
-    """The mean of lse_i - sum_pos_i / num_pos_i that is `direct.DirectMean`'s, and its gradients."""
+def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | None]:
+    """The mean of lse_i - sum_pos_i / num_pos_i that is `direct.DirectMean`'s, its gradients, and what was observed."""
     p = _addressable(p)
+    _, n, m = p.sizes
+    seen = [_new_observed(p, size) for size in ((n, m) if p.both else (n,)) if p.observe]
     new = p.logit_scale.new_empty
     loss = new(())
     rows = new(p.anchors.shape) if needs.anchors else None
     columns = new(p.contrasts.shape) if needs.contrasts and p.contrasts is not None else None
     scale = new(1, dtype=torch.float64) if needs.logit_scale else None
     bias = new(len(p.contrast_bias)) if needs.contrast_bias and p.contrast_bias is not None else None
-    outputs = (p.want[0] == "lse_neg", loss.data_ptr(), *map(_address, (rows, columns, scale, bias)))
+    observed = [*map(_address, seen), 0, 0][:2]
+    outputs = (p.want[0] == "lse_neg", loss.data_ptr(), *observed, *map(_address, (rows, columns, scale, bias)))
     _run(_native.mean(engine()[0], _describe(p), outputs))
-    return loss, Gradients(rows, columns, scale, bias)
+    return loss, Gradients(rows, columns, scale, bias), torch.cat(seen, -1) if seen else None
 
 
 def _addressable(p: Problem) -> Problem:
@@ -213,7 +217,12 @@ def _two_sets_if_biased(p: Problem) -> Problem:
 
 def _new_side(p: Problem, size: int) -> Side:
     s, new = p.sizes[0], p.logit_scale.new_empty
-    return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size))
+    observed = _new_observed(p, size) if p.observe else None
+    return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size), observed)
+
+
+def _new_observed(p: Problem, size: int) -> Tensor:
+    return p.logit_scale.new_empty(len(OBSERVED), p.sizes[0], size)
 
 
 # Descriptions of calls, number by number as csrc/module.cpp reads them.
@@ -273,7 +282,8 @@ def _side(want: Sequence[str], side: Side, s: int, size: int, saved: int) -> tup
         if name != "sum_pos":
             shifts[k], totals[k] = shift, sums
             shift, sums = shift + block, sums + block
-    return *fields, *shifts, *totals, counts, counts + row, saved, saved + block, saved + 2 * block
+    rest = saved, saved + block, saved + 2 * block, _address(side.observed)
+    return *fields, *shifts, *totals, counts, counts + row, *rest
 
 
 def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:

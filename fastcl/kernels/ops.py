@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import chunked, cuda_engine, cuda_native, native, paired, reference, triton_engine
+from .observed import NAMES as OBSERVED
 from .problem import Gradients, Needs, Problem, Side, Statistics
 
 # Backends.
@@ -116,7 +117,7 @@ _library = torch.library.Library("fastcl", "DEF")
 _PROBLEM = (
     "Tensor anchors, Tensor? contrasts, Tensor? paired, Tensor? anchor_clusters, Tensor? contrast_clusters, "
     "Tensor logit_scale, Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
-    "bool normalize_contrasts, str[] want, bool both, bool anchors_only, str backend"
+    "bool normalize_contrasts, str[] want, bool both, bool anchors_only, bool observe, str backend"
 )
 TENSORS, WANT, BOTH = 9, 11, 12  # leading tensor arguments; the places of `want` and `both`
 DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
@@ -124,7 +125,7 @@ _PROBLEM_LENGTH = _PROBLEM.count(",") + 1
 _library.define(
     f"contrastive_stats_fwd({_PROBLEM}) -> (Tensor fields, Tensor counts, Tensor parts, Tensor contrast_fields, "
     "Tensor contrast_counts, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, "
-    "Tensor saved)"
+    "Tensor saved, Tensor observed)"
 )
 _library.define(
     f"contrastive_stats_bwd({_PROBLEM}, Tensor counts, Tensor parts, Tensor contrast_counts, Tensor contrast_parts, "
@@ -163,8 +164,22 @@ def gradients(
 
 
 def run_forward(*args: Any) -> tuple[Tensor, ...]:
-    anchors, contrasts, *others = statistics(*posed(args))
-    return *anchors, *contrasts, *others
+    problem, backend = posed(args)
+    found = statistics(problem, backend)
+    return *as_outputs(found), observed_by(problem, found)
+
+
+def as_outputs(found: Statistics) -> tuple[Tensor, ...]:
+    """What the backward is given again, in the order of the forward operator's outputs."""
+    return *found.anchors[:3], *found.contrasts[:3], *found[2:]
+
+
+def observed_by(problem: Problem, found: Statistics) -> Tensor:
+    """`Side.observed` of the anchors [8, S, N]; with `both`, of the contrasts behind them: [8, S, N + M]. Or empty."""
+    sides = [side.observed for side in (found.anchors, found.contrasts) if side.observed is not None]
+    if not sides:
+        return problem.logit_scale.new_empty(0)
+    return torch.cat(sides, -1) if problem.both else sides[0]
 
 
 def run_backward(*args: Any) -> tuple[Tensor | None, ...]:
@@ -198,7 +213,8 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
     a = new(n if problem.normalize_anchors else 0)
     c = new(m if problem.normalize_contrasts and problem.contrasts is not None else 0)
-    return *side(n), *side(m if problem.both else 0), a, c, new(backend.saved_size(problem))
+    observed = new(len(OBSERVED), s, n + m if problem.both else n) if problem.observe else new(0)
+    return *side(n), *side(m if problem.both else 0), a, c, new(backend.saved_size(problem)), observed
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -239,7 +255,7 @@ class _ContrastiveStats(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = forward_op(*args)
-        ctx.mark_non_differentiable(*save(ctx, args, outputs))
+        ctx.mark_non_differentiable(*save(ctx, args, outputs[:-1]), outputs[-1])
         return outputs
 
     @staticmethod
@@ -248,7 +264,7 @@ class _ContrastiveStats(torch.autograd.Function):
 
 
 def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Keeps what the backward needs, and returns what of the outputs that is."""
+    """Keeps what the backward needs of `as_outputs`, and returns that."""
     _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
     saved = (counts, parts, contrast_counts, contrast_parts, *others)
     ctx.set_materialize_grads(False)  # zeros for every output, saved ones too, cost more than small kernels

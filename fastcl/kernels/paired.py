@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .observed import merge, one_positive
 from .problem import Gradients, Needs, Problem, Side, Statistics, inverse_norms, through_normalization
 
 
@@ -39,6 +40,7 @@ def join(p: Problem, statistics: Statistics) -> Statistics:
         torch.stack(fields) if fields else side.fields,
         torch.stack([positives + 1, negatives]),
         torch.stack([torch.stack(shifts), torch.stack(sums)]) if sums else side.parts,
+        None if side.observed is None else merge(side.observed, one_positive(logits)),
     )
     return statistics._replace(anchors=joined)
 

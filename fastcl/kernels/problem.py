@@ -38,6 +38,7 @@ class Problem:
     both: bool  # also the statistics of each contrast over the anchors
     # The backward will ask for the anchors' gradient only: the forward may leave what makes a second sweep unnecessary.
     anchors_only: bool = False
+    observe: bool = False  # also what `observed` describes, of each side
     partial: bool = False  # others will be added to the gradients of rows: they stay in `dtype`
     # In place of clusters: pair i, j is a positive of weight <r_i, r_j>. Then `want` is lse_all and sum_pos.
     anchor_assignments: Tensor | None = None  # [N, C], >= 0
@@ -72,6 +73,7 @@ class Side(NamedTuple):
     # [2, L, S, N]: for each wanted log-sum-exp a shift and the sum of exp(s_ij - shift). The backward needs them
     # apart: their log-sum rounds at the size of the logits, the quotient exp(s_ij - shift) / sum does not.
     parts: Tensor
+    observed: Tensor | None = None  # [8, S, N]: see `observed`; None: not asked for
 
 
 def empty_side(p: Problem) -> Side:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .observed import observe
 from .problem import (
     Gradients,
     Needs,
@@ -123,6 +124,7 @@ def _reduce(p: Problem, logits: Tensor, sets: dict[str, Tensor]) -> Side:
         torch.stack(fields) if fields else empty,
         counts,
         torch.stack([torch.stack(shifts), torch.stack(sums)]) if sums else torch.stack([empty, empty]),
+        observe(logits, sets["lse_pos"], sets["lse_neg"]) if p.observe else None,
     )
 
 

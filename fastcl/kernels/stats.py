@@ -23,6 +23,8 @@ from .checks import (
     values_visible,
 )
 from .direct import DirectMean, DirectStats, taken_apart
+from .observed import FIELDS as OBSERVED
+from .observed import field as observed_field
 from .ops import choose_backend, forward_op, intercepted
 from .problem import FIELDS, accumulation_dtype
 
@@ -43,6 +45,14 @@ class ContrastiveStats:
     """the same over the negatives"""
     sum_pos: Tensor | None
     """sum of the logits over the positives"""
+    max_pos: Tensor | None
+    """largest logit of the positives, -inf where there are none; detached, as the next three"""
+    max_neg: Tensor | None
+    """the same of the negatives"""
+    sum_neg: Tensor | None
+    """sum of the logits over the negatives"""
+    entropy: Tensor | None
+    """entropy of the softmax over all admissible contrasts, natural logarithm; 0 where there are none"""
     num_pos: Tensor
     """number of positives, in the fields' dtype; of assignments the sum of their weights, which has a gradient"""
     num_neg: Tensor
@@ -54,11 +64,11 @@ class ContrastiveStats:
     def valid(self) -> Tensor:
         """Bool ``[N]``: whether every wanted field of the row is over a non-empty set."""
         valid = torch.ones_like(self.num_pos, dtype=torch.bool)
-        if self.lse_all is not None:
+        if self.lse_all is not None or self.entropy is not None:
             valid = valid & (self.num_pos + self.num_neg > 0)
-        if self.lse_pos is not None or self.sum_pos is not None:
+        if self.lse_pos is not None or self.sum_pos is not None or self.max_pos is not None:
             valid = valid & (self.num_pos > 0)
-        if self.lse_neg is not None:
+        if self.lse_neg is not None or self.max_neg is not None or self.sum_neg is not None:
             valid = valid & (self.num_neg > 0)
         return valid
 
@@ -80,33 +90,48 @@ class Sweep(NamedTuple):
     anchor_ids: Tensor | None = None  # [N]
     contrast_ids: Tensor | None = None  # [M]
     both: bool = False
+    observe: bool = False  # also what `observed` describes
     anchor_assignments: Tensor | None = None  # [N, C], in place of clusters; then lse_all and sum_pos may be wanted
     contrast_assignments: Tensor | None = None  # [M, C]
 
-    def statistics(self, exact: bool = False) -> ContrastiveStats:
-        """exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them."""
+    def statistics(self, exact: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
+        """The statistics, and what was observed [8, S, N], of the contrasts behind it: [8, S, N + M] with `both`.
+
+        exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them.
+        """
         if self.anchor_assignments is not None:
-            return self._weighted()
+            return self._weighted(), None
         order = [field for field in FIELDS if field in self.want]
         arguments = self._arguments(order)
         one_scale = self.logit_scale.dim() == 0
         if self._looked_at():
-            values = taken_apart(forward_op(*arguments), one_scale, order, self.both, exact)
+            *outputs, observed = forward_op(*arguments)
+            values = taken_apart(outputs, one_scale, order, self.both, exact)
         else:
-            values = DirectStats.apply(*arguments, one_scale, exact)
-        return self.named(values, order)
+            *values, observed = DirectStats.apply(*arguments, one_scale, exact)
+        if not self.observe:
+            return self.named(values, order), None
+        return self.named(values, order, observed), observed
 
-    def named(self, values: Sequence[Tensor], order: Sequence[str]) -> ContrastiveStats:
-        """Values as `taken_apart` lists them, of the fields in `order`."""
+    def named(self, values: Sequence[Tensor], order: Sequence[str], observed: Tensor | None = None) -> ContrastiveStats:
+        """Values as `taken_apart` lists them, of the fields in `order`, and what was observed, where that is wanted."""
+        n, scale = len(self.anchors), 0 if self.logit_scale.dim() == 0 else slice(None)
 
-        def side(values: Sequence[Tensor], reverse: ContrastiveStats | None) -> ContrastiveStats:
+        def side(values: Sequence[Tensor], rows: slice, reverse: ContrastiveStats | None) -> ContrastiveStats:
             *fields, num_pos, num_neg = values
             by_name = dict(zip(order, fields, strict=True))
+            for name in OBSERVED:
+                if observed is not None and name in self.want:
+                    by_name[name] = observed_field(observed, name)[scale, rows]
             lse_all, lse_pos, lse_neg, sum_pos = (by_name.get(field) for field in FIELDS)
-            return ContrastiveStats(lse_all, lse_pos, lse_neg, sum_pos, num_pos, num_neg, reverse)
+            max_pos, max_neg, sum_neg, entropy = (by_name.get(field) for field in OBSERVED)
+            return ContrastiveStats(
+                lse_all, lse_pos, lse_neg, sum_pos, max_pos, max_neg, sum_neg, entropy, num_pos, num_neg, reverse
+            )
 
         size = len(order) + 2
-        return side(values[:size], side(values[size:], None) if self.both else None)
+        other = side(values[size:], slice(n, None), None) if self.both else None
+        return side(values[:size], slice(n), other)
 
     def _weighted(self) -> ContrastiveStats:
         anchors, contrasts, bias = self.anchors, self.contrasts, self.contrast_bias
@@ -131,17 +156,21 @@ class Sweep(NamedTuple):
             wanted = [
                 field if name in self.want else None for name, field in (("lse_all", lse_all), ("sum_pos", sum_pos))
             ]
-            return ContrastiveStats(wanted[0], None, None, wanted[1], num_pos, side.size - num_pos, reverse)
+            unknown = None, None, None, None
+            return ContrastiveStats(wanted[0], None, None, wanted[1], *unknown, num_pos, side.size - num_pos, reverse)
 
         return named(sides[0], named(sides[1], None) if self.both else None)
 
-    def mean_loss(self) -> Tensor | None:
-        """`DirectMean` of one log-sum-exp and sum_pos, in one node; None where the formula itself has to be seen."""
+    def mean_loss(self) -> tuple[Tensor, Tensor | None] | None:
+        """`DirectMean` of one log-sum-exp and sum_pos, in one node; None where the formula itself has to be seen.
+
+        And what was observed, as in `statistics`.
+        """
         others = self.anchors if self.contrasts is None else self.contrasts
         if len(self.anchors) == 0 or len(others) == 0 or self._looked_at():
             return None
-        loss: Tensor = DirectMean.apply(*self._arguments(list(self.want)), torch.is_grad_enabled())
-        return loss
+        found = DirectMean.apply(*self._arguments(list(self.want)), torch.is_grad_enabled())
+        return found if self.observe else (found, None)
 
     def _arguments(self, want: list[str]) -> tuple[Any, ...]:
         """Those of the operator, in its order."""
@@ -170,6 +199,7 @@ class Sweep(NamedTuple):
             want,
             self.both,
             anchors_only,
+            self.observe,
             choose_backend(anchors.device, dtype),
         )
 
@@ -219,7 +249,8 @@ def contrastive_stats(
         normalize_anchors, normalize_contrasts: cosine similarity.
         contrast_bias: ``[M]``, finite, added to the contrast's logits (for instance minus a log frequency).
         anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
-        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``; only these are computed.
+        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, and, to look at, without a gradient, of
+            ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.
         both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
         anchor_assignments: ``[N, C]`` floating, >= 0, in place of clusters: contrast j is a positive of weight
             w_ij = <r_i, r_j>. ``sum_pos`` is then the sum of w_ij s_ij over A_i, ``num_pos`` that of w_ij, and
@@ -300,17 +331,19 @@ def contrastive_stats(
         anchor_ids=ids["anchor_ids"],
         contrast_ids=ids["contrast_ids"],
         both=both,
+        observe=any(field in OBSERVED for field in wanted),
         anchor_assignments=anchor_assignments,
         contrast_assignments=contrast_assignments,
-    ).statistics()
+    ).statistics()[0]
 
 
 def _check_want(want: Iterable[str]) -> tuple[str, ...]:
-    expected = f"want: expected some of {', '.join(map(repr, FIELDS))}"
+    known = (*FIELDS, *OBSERVED)
+    expected = f"want: expected some of {', '.join(map(repr, known))}"
     if isinstance(want, str) or not isinstance(want, Iterable):
         raise TypeError(f"{expected} in a tuple or list, got {want!r}")
     fields = tuple(want)
-    if not all(field in FIELDS for field in fields):
+    if not all(field in known for field in fields):
         raise ValueError(f"{expected}, got {fields!r}")
     return fields
 

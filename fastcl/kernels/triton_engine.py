@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, triton_gradient, triton_launch
+from .observed import NAMES as OBSERVED
 from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, merge_bases
 from .triton_launch import INTERPRETED, availability, blocks, on_device, programs, refusal
 from .triton_plan import ROWS_AT_ONCE
@@ -58,6 +59,17 @@ def forward(p: Problem) -> Statistics:
         return _forward(p)
 
 
+def _observed(p: Problem, rows: Launch) -> Tensor:
+    """`Side.observed` of the launch's rows, by a sweep of its own."""
+    s = p.sizes[0]
+    observed = p.logit_scale.new_empty(s, len(OBSERVED), rows.size)
+    shape = rows.tile("running", careful=True)  # the numbers of a row take registers, as masks do
+    for k in range(s):
+        arguments = {"SCALE": p.logit_scale[k : k + 1], "OBSERVED": observed[k]}
+        rows.run("observation_kernel", shape, rows.row_blocks(shape), arguments)
+    return observed.transpose(0, 1).contiguous()
+
+
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
     """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
     _, n, m = p.sizes
@@ -81,7 +93,7 @@ def _forward(p: Problem) -> Statistics:
     if "weighted" in parts:
         arguments: dict[str, Any] = {"SCALE": p.logit_scale, "STATISTICS": statistics, "WEIGHTED": parts["weighted"]}
         rows.sweep("weighted", "weighted_kernel", rows.grid, arguments | {"WIDTH": p.anchors.shape[1]})
-        return Statistics(_side(p, statistics, m, parts["bases"]), empty_side(p), a, c, saved)
+        return Statistics(_side(p, statistics, m, parts["bases"], rows), empty_side(p), a, c, saved)
     others = new(s, 7, m if p.both else 0)
     columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None
     bounds = _bounds(p)
@@ -98,8 +110,8 @@ def _forward(p: Problem) -> Statistics:
                 apart = "lse_pos" in p.want or "lse_neg" in p.want
                 arguments = scalars | {"STATISTICS": result, "APART": apart}
                 launch.run("running_kernel", shape, launch.row_blocks(shape), arguments)
-    contrasts = _side(p, others, n, parts["contrast_bases"]) if p.both else empty_side(p)
-    return Statistics(_side(p, statistics, m, parts["bases"]), contrasts, a, c, saved)
+    contrasts = empty_side(p) if columns is None else _side(p, others, n, parts["contrast_bases"], columns)
+    return Statistics(_side(p, statistics, m, parts["bases"], rows), contrasts, a, c, saved)
 
 
 def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics: Tensor, others: Tensor) -> None:
@@ -135,7 +147,7 @@ def _bounds(p: Problem) -> dict[str, Tensor | None]:
     return {"LONGEST": product, "LARGEST_BIAS": bias}
 
 
-def _side(p: Problem, statistics: Tensor, pairs: int, bases: Tensor) -> Side:
+def _side(p: Problem, statistics: Tensor, pairs: int, bases: Tensor, rows: Launch) -> Side:
     """One side's fields, from the kernels' statistics [S, 7, n], and the bases [3, S, n] of its sums."""
     s, _, n = statistics.shape
     new = statistics.new_empty
@@ -156,4 +168,4 @@ def _side(p: Problem, statistics: Tensor, pairs: int, bases: Tensor) -> Side:
             **fields_wanted(p),
         },
     )
-    return side
+    return side._replace(observed=_observed(p, rows)) if p.observe else side

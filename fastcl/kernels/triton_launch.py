@@ -71,6 +71,7 @@ MODULES = {
     "running_kernel": "triton_forward",
     "weighted_kernel": "triton_forward",
     "gradient_kernel": "triton_backward",
+    "observation_kernel": "triton_observation",
     "topk_kernel": "triton_search",
     "soft_statistics_kernel": "triton_soft",
     "soft_gradient_kernel": "triton_soft",

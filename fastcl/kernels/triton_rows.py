@@ -301,10 +301,10 @@ class Launch:
         """The grid of a program for each row block and part of D."""
         return blocks(self.size, shape.block_m), blocks(self.rows.rows.shape[1], shape.block_d)
 
-    def tile(self, kind: str, trial: triton_tuning.Trial | None = None) -> Tile:
-        """The table's, or what was found to be faster where that is asked for."""
+    def tile(self, kind: str, trial: triton_tuning.Trial | None = None, careful: bool = False) -> Tile:
+        """The table's, or what was found to be faster where that is asked for. careful: whatever the flags say."""
         rows = self.rows.rows
-        careful = self.flags["IDS"] or self.flags["BIAS"] != 0
+        careful = careful or self.flags["IDS"] or self.flags["BIAS"] != 0
         tf32 = self.flags["PRECISION"] == "tf32"
         found = tile(kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, tf32, INTERPRETED)
         of_rows = f"{str(rows.dtype)[6:]}{' TF32' if tf32 else ''}, D = {rows.shape[1]}"

@@ -1,0 +1,91 @@
+"""Detached statistics of each row, for people to look at, out of the sweep that makes the others.
+
+A backend that is asked to `observe` leaves in `Side.observed` [8, S, N], in this order:
+
+    max_pos, max_neg   largest logit over P_i and over N_i; -inf where the set is empty
+    sum_pos, sum_neg   sums of the logits
+    lse, entropy       log-sum-exp over A_i, and the entropy of that softmax, in nats; -inf and 0 where A_i is empty
+    num_pos, num_neg
+
+Two disjoint parts of a row are merged without the logits: entropies by the grouping property, in which nothing cancels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAMES = ("max_pos", "max_neg", "sum_pos", "sum_neg", "lse", "entropy", "num_pos", "num_neg")
+FIELDS = ("max_pos", "max_neg", "sum_neg", "entropy")  # what `contrastive_stats` offers of them
+
+
+def field(observed: Tensor, name: str) -> Tensor:
+    """[S, N]"""
+    return observed[NAMES.index(name)]
+
+
+def observe(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """[8, S, N] of logits [S, N, M], and of the masks [N, M] of P and N."""
+    (max_pos, sum_pos, num_pos), (max_neg, sum_neg, num_neg) = (
+        (_largest(logits.masked_fill(~members, -torch.inf)), torch.where(members, logits, 0).sum(-1), members.sum(-1))
+        for members in (positive, negative)
+    )
+    largest = torch.maximum(max_pos, max_neg)
+    shift = largest.masked_fill(largest == -torch.inf, 0)
+    below = torch.where(positive | negative, shift[..., None] - logits, torch.inf)
+    weights = (-below).exp()
+    total = weights.sum(-1)
+    entropy = total.log() + torch.where(weights > 0, weights * below, 0).sum(-1) / total  # both parts are positive
+    counts = (count.to(logits.dtype).expand_as(total) for count in (num_pos, num_neg))
+    fields = max_pos, max_neg, sum_pos, sum_neg, shift + total.log(), torch.where(total > 0, entropy, 0), *counts
+    return torch.stack(fields)
+
+
+def _largest(members: Tensor) -> Tensor:
+    return members.amax(-1) if members.shape[-1] else members.sum(-1) - torch.inf
+
+
+def nothing(like: Tensor, s: int, n: int) -> Tensor:
+    """[8, S, N] of rows that have met nobody."""
+    observed = like.new_zeros(len(NAMES), s, n)
+    for name in ("max_pos", "max_neg", "lse"):
+        field(observed, name).fill_(-torch.inf)
+    return observed
+
+
+def one_positive(logits: Tensor) -> Tensor:
+    """[8, S, N] of rows that have met one positive each, of logits [S, N]."""
+    observed = nothing(logits, *logits.shape)
+    for name in ("max_pos", "sum_pos", "lse"):
+        field(observed, name).copy_(logits)
+    field(observed, "num_pos").fill_(1)
+    return observed
+
+
+def merge(one: Tensor, other: Tensor) -> Tensor:
+    """[8, S, N] of the union of disjoint parts."""
+    lse = torch.logaddexp(field(one, "lse"), field(other, "lse"))
+
+    def share(part: Tensor) -> Tensor:
+        below = lse - field(part, "lse")
+        weight = (-below).exp()
+        return torch.where(field(part, "lse") > -torch.inf, weight * (field(part, "entropy") + below), 0)
+
+    def added(name: str) -> Tensor:
+        return field(one, name) + field(other, name)
+
+    def larger(name: str) -> Tensor:
+        return torch.maximum(field(one, name), field(other, name))
+
+    return torch.stack(
+        (
+            larger("max_pos"),
+            larger("max_neg"),
+            added("sum_pos"),
+            added("sum_neg"),
+            lse,
+            share(one) + share(other),
+            added("num_pos"),
+            added("num_neg"),
+        )
+    )

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, running
+from conftest import BACKENDS, VARIANTS, running
 from hypothesis import given, settings
 from judging import judge, objective
-from oracle import differentiate
+from oracle import TRUTH, Evaluation, differentiate, eager_evaluations, similarities
 from strategies import DTYPES, INTEGERS, LossProblem, generator, loss_problem, loss_problems, rows
+from tolerances import check
 from torch import Tensor, nn
 
 from fastcl.functional import cluster_infonce as library_loss
@@ -244,6 +245,33 @@ def test_the_inside_form_does_not_cancel_on_converged_rows(backend) -> None:
     assert abs(loss.item() / truth.item() - 1) < 3e-6
     got, expected = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, leaves[0]), (truth, leaves[1])))
     assert (got - expected).norm() < 3e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(("n", "m", "noise"), [(256, 16384, 0.05), (512, 2048, 0.02)])
+def test_temperature_of_queries_that_have_found_their_keys(n, m, noise) -> None:
+    """Its gradient is what is left of a sweep's sum and the keys'; judged without allowance for what cancels."""
+    g = generator(2)
+    query, other, queue = (torch.randn(k, 32, generator=g) for k in (n, n, m))
+    arguments = {
+        "embeddings": query,
+        "positives": query + noise * other,
+        "contrasts": queue,
+        "contrast_clusters": torch.full((m,), -1),
+        "temperature": torch.tensor(0.05),
+    }
+
+    def formula(how: Evaluation) -> Tensor:
+        x, y, p = (t.to(how.dtype) for t in (query, queue, arguments["positives"]))
+        temperature = arguments["temperature"].to(how.dtype).requires_grad_()
+        own = similarities(x, p, 1 / temperature, True, True, how).diagonal()[:, None]
+        logits = torch.cat([own, similarities(x, y, 1 / temperature, True, True, how)], 1)
+        return torch.autograd.grad((logits.logsumexp(1) - own[:, 0]).mean(), temperature)[0]
+
+    eager = [formula(how) for how in eager_evaluations()]
+    for backend in (name for name in BACKENDS if name in ("reference", "chunked", "cpu")):
+        with running(backend):
+            _, gradients = differentiate(library_loss, arguments, ("temperature",), objective)
+        check(backend, gradients["temperature"], formula(TRUTH), eager)
 
 
 def test_positives_are_nobody_elses_contrast(backend) -> None:

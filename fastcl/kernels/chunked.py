@@ -67,7 +67,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     self_contrast = p.contrasts is None
     dx = torch.zeros_like(x) if needs.anchors else None
     dy = torch.zeros_like(y) if needs.contrasts and not self_contrast else dx if self_contrast else None
-    d_scale = torch.zeros_like(p.logit_scale) if needs.logit_scale else None
+    # In float64 until an extra positive's share has met it, which it cancels as training converges.
+    d_scale = torch.zeros_like(p.logit_scale, dtype=torch.float64) if needs.logit_scale else None
     d_bias = y.new_zeros(y.shape[0]) if needs.contrast_bias else None
     rows = _SideGradient(saved.anchors.parts[0], _softmax_weights(p, saved.anchors, grad), grad)
     columns = None
@@ -80,7 +81,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         if columns is not None:
             _add_logit_gradient(g, p, tile, columns, slice(None), -2)
         if d_scale is not None:
-            d_scale += torch.mv(g.flatten(1), tile.similarity.flatten())
+            d_scale += (g * tile.similarity).sum((1, 2), dtype=torch.float64)
         if d_bias is not None:
             d_bias += g.sum((0, 1))
         dt = g.mul_(p.logit_scale[:, None, None]).sum(0) if g.shape[0] > 1 else g[0].mul_(p.logit_scale)

@@ -59,7 +59,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     return Gradients(
         through_normalization(dx, x, a) if p.normalize_anchors else dx,
         None if p.contrasts is None else dy,
-        (g * similarity).sum((1, 2)),
+        (g * similarity).sum((1, 2), dtype=torch.float64),  # as training converges they cancel
         g.sum((0, 1)) if needs.contrast_bias else None,
     )
 

@@ -268,5 +268,7 @@ def test_compiles() -> None:
 def test_errors() -> None:
     with pytest.raises(TypeError, match="return_stats"):
         cluster_infonce(rows(4, 3), torch.zeros(4, dtype=torch.long), return_stats="yes")
+    with pytest.raises(ValueError, match="return_stats: expected False with assignments"):
+        cluster_infonce(rows(4, 3), assignments=torch.ones(4, 2), return_stats=True)
     with pytest.raises(ValueError, match="max_pos"):
         fastcl.contrastive_stats(rows(4, 3), want=("largest",))

@@ -96,8 +96,7 @@ def _lightly(query: Tensor, key: Tensor, stored: Tensor) -> Step:
 
     criterion = NTXentLoss(TEMPERATURE, memory_bank_size=(len(stored), stored.shape[1])).to(stored.device)
     bank = getattr(criterion, "memory_bank", criterion)
-    bank.bank = stored.T.contiguous()
-    bank.bank_ptr = torch.zeros(1, dtype=torch.int64, device=stored.device)
+    bank.bank.copy_(stored if bank.bank.shape == stored.shape else stored.T)  # its versions differ; the pointer is at 0
     return lambda: _with_gradient(criterion(query, key), query)
 
 

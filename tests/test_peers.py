@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_papers import weighted_dcl
 from test_presets import agree, draw
 from torch import Tensor
 
@@ -79,6 +80,14 @@ def test_lightly_dcl(temperature, backend) -> None:
     loss = package("lightly.loss")
     z0, z1 = draw(9, 5), draw(9, 5, seed=1)
     agree(fastcl.DCLLoss(temperature)(z0, z1), loss.DCLLoss(temperature)(z0, z1), [z0, z1])
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")  # of lightly's weights
+def test_lightly_dclw(backend) -> None:
+    dcl = package("lightly.loss.dcl_loss")
+    z0, z1 = draw(9, 5), draw(9, 5, seed=1)
+    peer = dcl.DCLLoss(0.1, weight_fn=dcl.negative_mises_fisher_weights)
+    agree(weighted_dcl(z0, z1, 0.1, 0.5), peer(z0, z1), [z0, z1])
 
 
 @pytest.mark.parametrize("output_dict", [False, True])

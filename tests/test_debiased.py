@@ -119,7 +119,8 @@ def test_without_correction_it_is_infonce() -> None:
 def evaluated(x: Tensor, clusters: Tensor, t: float, tau_plus: float, beta: float, how: Evaluation) -> Tensor:
     """The mean loss, or a part of it, in one of several equivalent ways; every row has positives and negatives.
 
-    Parts "hard" and "false": the denominator as a function of one term of the estimate of the negatives alone.
+    Parts "hard" and "false": the denominator as a function of one term of the estimate of the negatives alone, times
+    what a relative error of the terms is multiplied by on its way into the denominator, and so into its gradient.
     """
     temperature = torch.tensor(t, dtype=how.dtype)
     s = similarities(x, x, 1 / temperature, True, True, how)
@@ -139,7 +140,8 @@ def evaluated(x: Tensor, clusters: Tensor, t: float, tau_plus: float, beta: floa
     ng = num_neg * (hard_part - tau_plus * false_part) / (1 - tau_plus)
     ng = torch.maximum(ng, num_neg * (-1 / temperature - top[:, 0]).exp())
     parts = {"denominator": (sum_pos + ng).log() + top[:, 0], "positives": (s * positive).sum(1) / num_pos}
-    parts |= dict.fromkeys(("hard", "false"), parts["denominator"])
+    terms = num_neg * (hard_part + tau_plus * false_part) / (1 - tau_plus)
+    parts |= dict.fromkeys(("hard", "false"), parts["denominator"] * (terms / (sum_pos + ng)).detach())
     rows: Tensor = parts.get(how.part, parts["denominator"] - parts["positives"])
     return rows.mean()
 

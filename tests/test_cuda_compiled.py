@@ -100,3 +100,34 @@ def test_sweeps_use_tensor_cores(target, kernel, dtype) -> None:
     assert not re.search(r"\b(LDL|STL|ATOM|RED)\b", code)
     # A block of 256 threads at least, of a multiprocessor's 65536 registers.
     assert usage()[target, name]["reg"] * 256 <= 65536
+
+
+# Kernels of Sinkhorn and top-k, and how many of each there are.
+OTHERS = {
+    "whole_rows_kernel": 3,
+    "iterations_kernel": 1,
+    "long_rows_kernel": 4,
+    "long_columns_kernel": 4,
+    "score_gradient_kernel": 1,
+    "topk_kernel": 6,
+}
+
+
+@pytest.mark.parametrize("kernel", OTHERS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_sinkhorn_and_topk(target, kernel) -> None:
+    code = {name: text for name, text in machine_code(target).items() if kernel in name}
+    assert len(code) == OTHERS[kernel]
+    for name, text in code.items():
+        assert not re.search(r"\b(LDL|STL)\b", text)
+        if kernel == "topk_kernel":
+            for element in ("Bfloat16", "Half"):
+                assert bool(re.search(PRODUCTS[element], text)) == (element in name), name
+            continue
+        assert "MUFU.EX2" in text
+        if kernel == "iterations_kernel":  # waits for the whole grid, and has a multiprocessor for itself
+            assert re.search(r"\bATOMG?\b", text)
+        else:  # sums are added by their owner alone
+            assert not re.search(r"\b(ATOMG?|ATOMS|RED)\b", text)
+        if kernel in ("whole_rows_kernel", "iterations_kernel"):
+            assert usage()[target, name]["reg"] * 512 <= 65536

@@ -132,24 +132,26 @@ def launches(monkeypatch) -> list[tuple[int, ...]]:
 
 # A row for a warp and for several; the scores stay on the chip, and do not; more chunks than one, and only one.
 @pytest.mark.parametrize(("shape", "stays"), [((1, 3), 1), ((50, 37), 1), ((2, 90, 520), 1), ((60, 2100), 0)])
-@pytest.mark.parametrize("options", [{"n_iters": 1}, {"n_iters": 4}, {"n_iters": 40, "tol": 1e-3}], ids=str)
+@pytest.mark.parametrize("options", [{"n_iters": 1}, {"n_iters": 4}, {"n_iters": 12, "tol": 1e-2}], ids=str)
 def test_one_launch_is_the_passes_one_after_another(shape, stays, options, launches, monkeypatch) -> None:
     scores = torch.randn(*shape, generator=generator(0))
+    if len(shape) == 3:
+        scores[0, 5, 7] = torch.nan  # of one problem; the other goes on
     at_once = outputs(scores, **options)
     assert [stayed for _, stayed in launches] == [stays]
     monkeypatch.setattr(sinkhorn_cuda, "iterate", lambda *_: None)
     one_by_one = outputs(scores, **options)
     assert len(launches) == 1
     for got, expected in zip(at_once, one_by_one, strict=True):
-        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_wherever_the_scores_are_and_in_whatever_order_threads_run(dtype, launches, monkeypatch) -> None:
     """Where a barrier is missing, somebody reads too early in one of the orders."""
     scores = torch.randn(2, 40, 600, generator=generator(0)).to(dtype)
     strided = torch.empty(40, 2, 1200, dtype=dtype).transpose(0, 1)[:, :, ::2].copy_(scores)
-    for options in ({"n_iters": 3}, {"n_iters": 30, "tol": 1e-2}):
+    for options in ({"n_iters": 3}, {"n_iters": 9, "tol": 1e-2}):
         first = outputs(scores, **options)
         for order in ("backward", "1"):
             monkeypatch.setenv("FASTCL_EMULATOR_ORDER", order)

@@ -9,13 +9,12 @@ std::string driver_failure() { return ""; }
 int driver_version() { return 0; }
 int runtime_version() { return 0; }
 const Device &device(int) {
-  static const Device emulated{emulator::PROCESSORS, emulator::SHARED, emulator::SHARED + 1024, 90};
+  static const Device emulated{emulator::PROCESSORS, emulator::SHARED, 90};
   return emulated;
 }
 void check(cudaError_t, const char *) {}
 DeviceGuard::DeviceGuard(int) : before_(0) {}
 DeviceGuard::~DeviceGuard() {}
-int resident(const void *, int, int64_t shared) { return shared <= emulator::SHARED; }
 
 #else
 
@@ -73,7 +72,6 @@ const Device &device(int index) {
     Device d;
     d.processors = attribute(cudaDevAttrMultiProcessorCount, index);
     d.shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    d.shared_processor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
     d.architecture = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
     known[index] = d;
     asked[index] = true;
@@ -91,13 +89,6 @@ DeviceGuard::DeviceGuard(int device) {
 
 DeviceGuard::~DeviceGuard() {
   if (before_ >= 0) (void)cudaSetDevice(before_);
-}
-
-int resident(const void *kernel, int threads, int64_t shared) {
-  if (shared > 48 << 10) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "asking for shared memory");
-  int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size_t(shared)), "asking how many blocks are resident");
-  return blocks;
 }
 
 void launch_erased(const char *name, const void *kernel, void **arguments, const Launch &launch, const Where &where) {

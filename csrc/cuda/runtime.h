@@ -10,10 +10,9 @@
 namespace fastcl::cuda {
 
 struct Device {
-  int processors;           // multiprocessors
-  int64_t shared;           // bytes of shared memory that one block can have
-  int64_t shared_processor; // and that all blocks of a multiprocessor have together; 1 KiB more for each is taken
-  int architecture;         // 80, 90, ...
+  int processors;   // multiprocessors
+  int64_t shared;   // bytes of shared memory that one block can have
+  int architecture; // 80, 90, ...
 };
 
 struct Launch {
@@ -40,8 +39,6 @@ private:
   int before_;
 };
 
-// How many blocks of a kernel a multiprocessor holds at once.
-int resident(const void *kernel, int threads, int64_t shared);
 void launch_erased(const char *name, const void *kernel, void **arguments, const Launch &launch, const Where &where);
 
 // Launches on the current device, which is `where.device`; does not wait.

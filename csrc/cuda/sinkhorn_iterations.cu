@@ -45,7 +45,8 @@ __device__ void update_columns(const SinkhornIterations &call, int64_t t, const 
       if (j < k) {
         const float log_prior = call.log_prior[b * k + j];
         call.kept_masses[(call.tolerance < 0 ? t : 0) * call.batch * k + b * k + j] = sum;
-        next[b * k + j] = log_prior == -INFINITY ? double(-INFINITY) : g[b * k + j] + epsilon * (log_prior - log(double(fmaxf(sum, SMALLEST))));
+        const double log_mass = log(double(sum < SMALLEST ? SMALLEST : sum)); // NaN stays
+        next[b * k + j] = log_prior == -INFINITY ? double(-INFINITY) : g[b * k + j] + epsilon * (log_prior - log_mass);
         difference = fabsf(sum - expf(log_prior));
       }
       difference = warp_sum(difference);

@@ -84,7 +84,7 @@ template <SinkhornStep STEP> __global__ void __launch_bounds__(THREADS) long_row
 constexpr int ROW_LANES = THREADS / WARP, STEP_ROWS = 4; // threads that share a column; rows that one has at hand
 
 // A block owns 32 columns of a chunk of rows.
-template <SinkhornStep STEP> __global__ void __launch_bounds__(THREADS) columns_kernel(const SinkhornPassCall call) {
+template <SinkhornStep STEP> __global__ void __launch_bounds__(THREADS) long_columns_kernel(const SinkhornPassCall call) {
   const int64_t n = call.rows, k = call.columns, tiles = blocks_of(k, WARP);
   const int64_t tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles % call.chunks, b = blockIdx.x / tiles / call.chunks;
   const int64_t j = tile * WARP + lane(), own = threadIdx.x / WARP;
@@ -161,10 +161,10 @@ void sinkhorn_long_rows(const Where &where, const SinkhornPassCall &call) {
 void sinkhorn_columns(const Where &where, const SinkhornPassCall &call) {
   const Launch shape{blocks_of(call.columns, WARP) * call.chunks * call.batch, THREADS, 2 * THREADS * 4};
   switch (call.step) {
-  case SinkhornStep::normalize: return launch("sinkhorn columns", columns_kernel<SinkhornStep::normalize>, shape, where, call);
-  case SinkhornStep::products: return launch("sinkhorn columns", columns_kernel<SinkhornStep::products>, shape, where, call);
-  case SinkhornStep::gradient: return launch("sinkhorn columns", columns_kernel<SinkhornStep::gradient>, shape, where, call);
-  default: return launch("sinkhorn column sums", columns_kernel<SinkhornStep::column_sums>, shape, where, call);
+  case SinkhornStep::normalize: return launch("sinkhorn columns", long_columns_kernel<SinkhornStep::normalize>, shape, where, call);
+  case SinkhornStep::products: return launch("sinkhorn columns", long_columns_kernel<SinkhornStep::products>, shape, where, call);
+  case SinkhornStep::gradient: return launch("sinkhorn columns", long_columns_kernel<SinkhornStep::gradient>, shape, where, call);
+  default: return launch("sinkhorn column sums", long_columns_kernel<SinkhornStep::column_sums>, shape, where, call);
   }
 }
 

@@ -12,7 +12,7 @@ constexpr int THREADS = 256, TILE = 64, PAD = 4; // keys of a tile
 constexpr int64_t NO_PLACE = INT64_MIN;                      // worse than any that is admissible
 
 // The order is that of the value, NaN first, and of equal ones by the lower place, of below 2^32.
-__host__ __device__ int64_t packed(float value, int64_t place) {
+__device__ int64_t packed(float value, int64_t place) {
   const uint32_t given = float_to_bits(value + 0.0f), bits = value == value ? given : 0x7fc00000u; // -0 + 0 is 0
   const int32_t ordered = int32_t(bits) ^ (int32_t(bits) >> 31 & 0x7fffffff);
   return int64_t(uint64_t(uint32_t(ordered)) << 32 | uint64_t(0xffffffffu - uint32_t(place)));

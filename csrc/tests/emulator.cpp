@@ -142,28 +142,27 @@ std::vector<size_t> order_of(size_t count) {
   return order;
 }
 
+// Lets the lanes of a warp go on that have all come to exchange something; whether they have.
+bool release_warp(Thread *lanes) {
+  for (int lane = 0; lane < 32; lane++)
+    if (lanes[lane].state != State::at_warp) return false;
+  for (int lane = 0; lane < 32; lane++) {
+    if (lanes[lane].exchanges != lanes[0].exchanges || lanes[lane].exchanged != lanes[0].exchanged) fail("lanes of a warp exchange different things");
+    lanes[lane].state = State::ready;
+  }
+  return true;
+}
+
 // Opens the barriers that all have reached; whether there was one.
 bool release(std::vector<Thread> &threads, size_t of_block) {
   bool any = false;
   size_t done = 0, at_grid = 0;
   for (size_t first = 0; first < threads.size(); first += of_block) {
     size_t at_block = 0, block_done = 0;
-    for (size_t warp = first; warp < first + of_block; warp += 32) {
-      size_t at_warp = 0;
-      for (size_t t = warp; t < warp + 32; t++) {
-        at_warp += threads[t].state == State::at_warp;
-        at_block += threads[t].state == State::at_block;
-        at_grid += threads[t].state == State::at_grid;
-        block_done += threads[t].state == State::done;
-      }
-      if (at_warp == 32) {
-        for (size_t t = warp; t < warp + 32; t++) {
-          if (threads[t].exchanges != threads[warp].exchanges || threads[t].exchanged != threads[warp].exchanged)
-            fail("lanes of a warp exchange different things");
-          threads[t].state = State::ready;
-        }
-        any = true;
-      }
+    for (size_t t = first; t < first + of_block; t++) {
+      at_block += threads[t].state == State::at_block;
+      at_grid += threads[t].state == State::at_grid;
+      block_done += threads[t].state == State::done;
     }
     for (int name = 0; name < PARTS; name++) {
       size_t waiting = 0, expected = 0;
@@ -189,14 +188,18 @@ bool release(std::vector<Thread> &threads, size_t of_block) {
   return any;
 }
 
+// A warp runs until it waits for others, however often its lanes meet: what it reads of another warp's without a barrier
+// between them is either all there or not at all, as the order has it.
 void run_threads(std::vector<Thread> &threads, size_t of_block) {
-  const std::vector<size_t> order = order_of(threads.size());
+  const std::vector<size_t> warps = order_of(threads.size() / 32), lanes = order_of(32);
   do {
-    for (const size_t t : order)
-      while (threads[t].state == State::ready) {
-        current = &threads[t];
-        fastcl_emulator_switch(&running->scheduler, current->stack_pointer);
-      }
+    for (const size_t warp : warps) do
+        for (const size_t lane : lanes)
+          while (threads[32 * warp + lane].state == State::ready) {
+            current = &threads[32 * warp + lane];
+            fastcl_emulator_switch(&running->scheduler, current->stack_pointer);
+          }
+      while (release_warp(&threads[32 * warp]));
   } while (release(threads, of_block));
 }
 
@@ -253,7 +256,8 @@ void run(const char *name, int64_t blocks, int64_t blocks_y, int threads, int64_
       block.warps.resize(size_t(threads / 32));
       for (int t = 0; t < threads; t++) {
         Thread &thread = call.all[size_t(b * threads + t)];
-        thread = {{unsigned(t), 0, 0}, &block, nullptr, stack(size_t(b * threads + t)), State::ready, 0, 0, t % 32, &block.warps[size_t(t / 32)], 0, 0};
+        thread = {{unsigned(t), 0, 0},          &block, nullptr, stack(size_t(b * threads + t)), State::ready, 0, 0, t % 32,
+                  &block.warps[size_t(t / 32)], 0,      0};
         prepare(thread);
       }
     }
@@ -266,8 +270,8 @@ void run(const char *name, int64_t blocks, int64_t blocks_y, int threads, int64_
 float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, digits = bits & 1023;
   const float size = exponent == 31 ? (digits ? NAN : INFINITY)
-                     : exponent    ? std::ldexp(float(1024 + digits), exponent - 25)
-                                   : std::ldexp(float(digits), -24);
+                     : exponent     ? std::ldexp(float(1024 + digits), exponent - 25)
+                                    : std::ldexp(float(digits), -24);
   return bits >> 15 ? -size : size;
 }
 

@@ -86,6 +86,7 @@ def test_no_kernel_spills() -> None:
         assert numbers["reg"] <= 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "dtype"), SWEEPS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_sweeps_use_tensor_cores(target, kernel, dtype) -> None:

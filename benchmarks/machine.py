@@ -53,7 +53,7 @@ class Others:
         tick = os.sysconf("SC_CLK_TCK")
         own = os.times()
         busy = user + nice + system + sum(rest)
-        return (busy + idle + wait) / tick, busy / tick, own.user + own.system
+        return (busy + idle + wait) / tick, busy / tick, sum(own[:4])  # with those of processes that it has waited for
 
     def share(self) -> float | None:
         """None where the system does not say."""

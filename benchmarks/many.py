@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import fastcl
-from benchmarks import side_by_side
+from benchmarks import machine, side_by_side
 from benchmarks.cases import TEMPERATURE
 from benchmarks.providers import _why_not
 from benchmarks.side_by_side import Contestant, Row
@@ -26,6 +26,7 @@ from fastcl.kernels.ops import BACKENDS
 
 SUITE, PAGE = "distributed", "distributed.md"
 PROCESSES = 2
+BUSY = 0.05  # of the machine taken by others, above which the page says so
 EAGER, WHOLE, OPEN_CLIP, LIGHTLY, INF_CL = "eager", "eager, all logits", "open_clip", "lightly", "Inf-CL"
 NOTE = (
     f"float32, {PROCESSES} processes of gloo on this machine, one thread each. Loss and gradients of each process's "
@@ -199,9 +200,16 @@ def truth(case: Case) -> tuple[Tensor, ...]:
 def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
     """A row for each. `effort`: `measure.alternate`'s."""
     with tempfile.TemporaryDirectory() as folder:
+        watch = machine.Others()
         spawn(_process, (case, folder, effort), nprocs=PROCESSES)
+        taken = watch.share()
         rows: list[Row] = json.loads(Path(folder, "rows.json").read_text())
-    return rows
+    return [row | {"taken_by_others": taken} for row in rows]
+
+
+def _busy(rows: list[Row]) -> str:
+    share = max((row["taken_by_others"] or 0 for row in rows), default=0)
+    return f" **The machine was not quiet**: other programs took up to {share:.0%} of it." if share > BUSY else ""
 
 
 def run(folder: Path, device: torch.device, quick: bool, circumstances: str, only: str = "") -> list[Row]:
@@ -210,5 +218,7 @@ def run(folder: Path, device: torch.device, quick: bool, circumstances: str, onl
     for case in QUICK if quick else CASES:
         if only in case.name:
             rows += measure(case, device, rounds=(3, 15), seconds=0.5 if quick else 1.5)
-            side_by_side.write(folder, SUITE, rows, side_by_side.page("Two processes", rows, circumstances, NOTE))
+            side_by_side.write(
+                folder, SUITE, rows, side_by_side.page("Two processes", rows, circumstances + _busy(rows), NOTE)
+            )
     return rows

@@ -7,6 +7,7 @@ whole batch, so that the mean over W processes, which DistributedDataParallel ta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -300,11 +301,10 @@ def statistics(
 
     alike: what else processes have to agree upon.
     """
-    stored_only = posed.contrasts is not None and all(stored for _, stored in posed.parts)
-    if stored_only:  # nothing travels
-        return sweep.statistics(exact)[0]
     if sweep.anchor_assignments is not None:
-        raise ValueError(f"gather: expected False with assignments, got {gather!r}")
+        return _assigned(world, gather, sweep, sweep.anchor_assignments, exact, alike)
+    if sweep.contrasts is not None and all(stored for _, stored in posed.parts):  # nothing travels
+        return sweep.statistics(exact)[0]
     if sweep.both and any(stored for _, stored in posed.parts):
         raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")
     anchors, contrasts, bias = sweep.anchors, sweep.contrasts, sweep.contrast_bias
@@ -364,3 +364,92 @@ def statistics(
         call, anchors, sweep.positives, clusters, sweep.anchor_ids, scales, *set_of(False), *set_of(True)
     )
     return sweep.named(values, order)
+
+
+class _AllRows(torch.autograd.Function):
+    """Contrasts' rows, or numbers, of all processes; back comes the sum over processes of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, exchange: Gathered, rows: Tensor) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.world.all_rows(rows, exchange.sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.exchange.summed(grad)
+
+
+def _assigned(
+    world: World,
+    gather: bool | str,
+    sweep: Sweep,
+    own: Tensor,
+    exact: bool,
+    alike: dict[str, int],
+) -> ContrastiveStats:
+    """`statistics` of assignments: sums of weights, which have derivatives, are not merged but swept over all rows."""
+    if gather == "ring":
+        raise ValueError("gather: expected False or True with assignments, got 'ring'")
+    # In the dtype of the sums, so that gradients are rounded after they have been added.
+    dtype = accumulation_dtype(sweep.anchors, sweep.contrasts)
+    anchors, own = sweep.anchors.to(dtype), own.to(dtype)
+    contrasts = anchors if sweep.contrasts is None else sweep.contrasts.to(dtype)
+    theirs = own if sweep.contrast_assignments is None else sweep.contrast_assignments.to(dtype)
+    bias = None if sweep.contrast_bias is None else sweep.contrast_bias.to(dtype)
+    tensors = {"anchors": anchors, "contrasts": contrasts, "assignments": own, "theirs": theirs, "contrast_bias": bias}
+    grad = torch.is_grad_enabled()
+    rows, sizes = world.agree(
+        {"rows": len(anchors), "contrasts": len(contrasts)},
+        alike
+        | {
+            "gather": MODES.index(gather),
+            "assignments": own.shape[1],
+            "self-contrast": sweep.contrasts is None,
+            "dimension": anchors.shape[1],
+            "dtype of sums": _DTYPES.index(dtype),
+            "symmetric": sweep.both,
+            "contrast_bias given": bias is not None,
+            "ids given": sweep.contrast_ids is not None,
+        }
+        | {f"{name} with a gradient": grad and t is not None and t.requires_grad for name, t in tensors.items()},
+        anchors.device,
+    )
+    by_row, by_contrast = Gathered(world, rows), Gathered(world, sizes)
+
+    def everywhere(exchange: Gathered, values: Tensor) -> Tensor:
+        found: Tensor = _AllRows.apply(exchange, values)
+        return found
+
+    ids, contrast_ids = sweep.anchor_ids, sweep.contrast_ids
+    if sweep.contrasts is None:  # every row but itself
+        contrast_ids = torch.arange(by_row.total, device=anchors.device)
+        ids = contrast_ids[by_row.own]
+    elif contrast_ids is not None:
+        contrast_ids = by_contrast.spread(contrast_ids)
+    found = sweep._replace(
+        anchors=anchors,
+        contrasts=everywhere(by_contrast, contrasts),
+        anchor_assignments=own,
+        contrast_assignments=everywhere(by_contrast, theirs),
+        contrast_bias=None if bias is None else everywhere(by_contrast, bias),
+        anchor_ids=ids,
+        contrast_ids=contrast_ids,
+        normalize_contrasts=sweep.normalize_anchors,
+        both=False,
+    ).statistics(exact)[0]
+    if not sweep.both:
+        return found
+    # A contrast's bias is alike in all of its logits, and no loss of assignments sees it.
+    reverse = sweep._replace(
+        anchors=contrasts,
+        contrasts=everywhere(by_row, anchors),
+        anchor_assignments=theirs,
+        contrast_assignments=everywhere(by_row, own),
+        contrast_bias=None,
+        anchor_ids=sweep.contrast_ids,
+        contrast_ids=None if sweep.anchor_ids is None else by_row.spread(sweep.anchor_ids),
+        normalize_anchors=sweep.normalize_contrasts,
+        normalize_contrasts=sweep.normalize_anchors,
+        both=False,
+    )
+    return replace(found, reverse=reverse.statistics(exact)[0])

@@ -172,6 +172,8 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
     scores = [torch.nn.functional.normalize(z, dim=1) @ prototypes.T for z in (z0, z1)]
     prior = fastcl.power_law_prior(6).double()
     of_queue = torch.randn(9, d, dtype=F64, generator=g) @ prototypes.T
+    assigned = torch.rand(n, 3, dtype=F64, generator=g)[mine].requires_grad_()
+    bias = torch.randn(n, dtype=F64, generator=g)[mine].requires_grad_()
     both = gather is not False
     losses: dict[str, Callable[[], Tensor]] = {
         "NTXent": lambda: fastcl.NTXentLoss(temperature, gather=gather)(z0, z1),
@@ -189,6 +191,10 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
         ),
         "an instance each": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(z0, ids, contrasts=[z1, bank]),
         "nobody has a positive": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(z0, ids),
+        "assignments": lambda: fastcl.ClusterInfoNCE(temperature, gather=both)(features, assignments=assigned),
+        "assignments, both ways": lambda: fastcl.ClusterInfoNCE(temperature, gather=both, symmetric=True)(
+            z0, assignments=assigned, contrasts=z1, contrast_bias=bias, ids=ids % 4, contrast_ids=ids % 3
+        ),
         "SampledNCE": lambda: nce(z0, ids, bank, negatives=negatives),
         "SwAV": lambda: fastcl.SwAVLoss(0.3, gather=both)(scores),
         "SwAV with a queue": lambda: fastcl.SwAVLoss(0.3, gather=both)(
@@ -197,7 +203,10 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
         "MSN": lambda: fastcl.MSNLoss(0.3, gather=both)(torch.cat([z0, z1]), z1, prototypes),
         "PMSN": lambda: fastcl.PMSNLoss(0.3, prior=prior, n_iters=0, kl="prior_mean", gather=both)(z0, z1, prototypes),
     }
-    leaves = {"z0": z0, "z1": z1, "features": features, "prototypes": prototypes, "temperature": temperature}
+    leaves = {
+        "z0": z0, "z1": z1, "features": features, "assigned": assigned, "bias": bias, "prototypes": prototypes,
+        "temperature": temperature,
+    }  # fmt: skip
     results = {}
     for name, loss in losses.items():
         value = loss()

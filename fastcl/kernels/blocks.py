@@ -222,11 +222,12 @@ class _Sweep:
             both=call.both,
             partial=True,
         )
-        self.planned = hasattr(self.backend, "planes")
         self.alone = travelling.rows is None
         self.rows = anchors if travelling.rows is None else travelling.rows
         self.own_size = len(self.rows)
-        self.layout = Layout(call.want, len(scales), self.backend.plane_count(self.base) if self.planned else 0)
+        self.layout = Layout(
+            call.want, len(scales), self.backend.plane_count(self.base) if hasattr(self.backend, "planes") else 0
+        )
 
     # Blocks as problems.
 
@@ -240,27 +241,15 @@ class _Sweep:
         p = replace(
             self.base,
             contrasts=rows,
-            contrast_clusters=here(self.all_clusters),
-            contrast_bias=here(self.all_bias),
-            contrast_ids=here(self.all_ids),
+            contrast_clusters=here(self.kept.clusters),
+            contrast_bias=here(self.kept.bias),
+            contrast_ids=here(self.kept.ids),
         )
         return replace(p, normalize_contrasts=p.normalize_anchors) if self.alone else p
 
     def block_of_stored(self) -> Problem:
         rows, clusters, ids, bias = self.stored
         return replace(self.base, contrasts=rows, contrast_clusters=clusters, contrast_ids=ids, contrast_bias=bias)
-
-    @property
-    def all_clusters(self) -> Tensor | None:
-        return self.kept.clusters
-
-    @property
-    def all_ids(self) -> Tensor | None:
-        return self.kept.ids
-
-    @property
-    def all_bias(self) -> Tensor | None:
-        return self.kept.bias
 
     def planes(self, p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
         """Of what the backend has saved, the numbers of rows and of columns that are merged, [P, S, .]; views."""

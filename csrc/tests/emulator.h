@@ -3,9 +3,10 @@
 // after another, those of a cooperative launch all together.
 //
 // It is strict where a device is not: a barrier that not all threads of the block reach, a lane that does not take part, a
-// launch without a thread to spare is an error that ends the process with the kernel's name. Threads run from barrier to
-// barrier in an order that FASTCL_EMULATOR_ORDER chooses (forward, backward or a number that shuffles): where a barrier is
-// missing, results differ from order to order. Shared memory begins as NaN, and ends at a page that may not be touched.
+// launch without a thread to spare is an error that ends the process with the kernel's name. Warps run one after another
+// from barrier to barrier, in an order that FASTCL_EMULATOR_ORDER chooses (forward, backward or a number that shuffles):
+// where a barrier is missing, results differ from order to order. Shared memory begins as NaN, and ends at a page that may
+// not be touched.
 #pragma once
 #if !defined(__x86_64__)
 #error "the emulator switches stacks in x86-64's own words"

@@ -107,6 +107,20 @@ def test_queries_and_keys_cut_among_threads(backend, threads) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (1, 2100), (2, 37), (7, 16), (8, 130), (9, 130)])
+def test_few_queries(backend, dtype, n, d) -> None:
+    """Fewer than lanes: long rows, rows that end within a vector, keys apart in memory, a last group of few keys."""
+    m = 150 if backend == "triton" else 1003
+    queries, all_keys = whole(n, d, n, dtype), whole(2 * m, d + 3, d, dtype)
+    ids = torch.arange(n), torch.arange(m) % (2 * n)
+    for keys in (all_keys[::2, :d], all_keys[:m, 3:], all_keys[:m, :d].T.contiguous().T):
+        values, indices = topk_similarity(queries, keys, 20, query_ids=ids[0], key_ids=ids[1])
+        expected = plain(queries, keys, 20, *ids)
+        assert torch.equal(indices, expected[1])
+        assert torch.equal(values.double(), expected[0])
+
+
 @pytest.mark.skipif("triton" not in SEARCHES or "triton" not in BACKENDS, reason="no interpreter")
 def test_parts_of_the_columns_are_merged(monkeypatch) -> None:
     monkeypatch.setattr(topk_triton, "TILES", 1)

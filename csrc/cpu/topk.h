@@ -64,16 +64,28 @@ template <class T> FASTCL_INLINE bool any(I<T> mask) {
   return found != 0;
 }
 
+// The sums of W vectors, as the lanes of one; each lane is added up in the same order.
+template <class T, int HALF = 1> FASTCL_INLINE V<T> sums(V<T> (&rows)[Simd<T>::W]) {
+  constexpr int W = Simd<T>::W;
+  if constexpr (HALF < W) {
+    using B = Butterfly<T, HALF, std::make_index_sequence<W>>;
+    EACH(r, W) if (!(r & (2 * HALF - 1))) rows[r] = B::low(rows[r], rows[r + HALF]) + B::high(rows[r], rows[r + HALF]);
+    return sums<T, 2 * HALF>(rows);
+  }
+  return rows[0];
+}
+
 template <class T> struct TopKPass {
   using Mul = Plain<T>;
   static constexpr int W = Simd<T>::W;
   static constexpr int64_t NR = NV * W;
   static constexpr int64_t A_CHUNK = (BLOCK + MR) * A_ROW;
+  static constexpr int64_t FEW = 8;       // queries, at most, that are multiplied with keys in the lanes
   static constexpr int64_t QUERIES = 256; // of a thread: so many that the keys' way from memory is short beside them
 
   const TopK &call;
   const int64_t n, m, d, chunks, panels, padded, query_parts, key_parts;
-  T *columns;        // [panels][D][NR]: queries
+  T *columns;        // [panels][D][NR]: queries; few: [n][D]
   T *blocks;         // [threads][chunks * A_CHUNK]: keys
   T *buffers;        // [threads][W][row]: rows being converted
   T *heap_values;    // [key_parts][n][k]
@@ -99,7 +111,8 @@ template <class T> struct TopKPass {
     with_team(call.threads, [&](const Team &team) {
       team.run([&](int t) { pack(t); });
       team.run([&](int t) {
-        if (t < query_parts * key_parts) search(t);
+        if (few()) search_few(t);
+        else if (t < query_parts * key_parts) search(t);
       });
       team.run([&](int t) { finish(t); });
     });
@@ -113,6 +126,7 @@ private:
       if (threads % p == 0 && p * QUERIES <= n) best = p;
     return best;
   }
+  bool few() const { return n <= FEW; }
   int64_t row() const { return round_up(d, 16); }
   Heap<T> heap(int64_t part, int64_t query) const {
     const int64_t at = part * n + query;
@@ -122,7 +136,8 @@ private:
   void pack(int t) const {
     const Range mine = share(padded, call.threads, t, NR);
     T *const buffer = buffers + t * W * row();
-    for (int64_t i = mine.from; i < mine.to; i += W) {
+    for (int64_t i = mine.from; few() && i < smaller(mine.to, n); i++) read_row(call.queries, i, d, columns + i * d);
+    for (int64_t i = mine.from; !few() && i < mine.to; i += W) {
       for (int64_t l = 0; l < W; l++) {
         if (i + l < n) read_row(call.queries, i + l, d, buffer + l * row());
         else memset(buffer + l * row(), 0, row() * sizeof(T));
@@ -171,6 +186,49 @@ private:
           else tile(first + i * A_ROW, std::integral_constant<int64_t, A_ROW>(), A_CHUNK, p, from + i, to, part);
         }
     }
+  }
+
+  void search_few(int t) const {
+    const Range keys = share(m, int(key_parts), t);
+    for (int64_t from = keys.from; from < keys.to; from += W) {
+      const int64_t count = smaller(int64_t(W), keys.to - from);
+      const bool in_place = readable() && count == W;
+      T *const buffer = buffers + t * W * row();
+      for (int64_t r = 0; !in_place && r < W; r++) read_row(call.keys, smaller(from + r, keys.to - 1), d, buffer + r * row());
+      const T *const rows = in_place ? (const T *)call.keys.data + from * call.keys.row_stride : buffer;
+      for (int64_t query = 0; query < n; query++) {
+        const V<T> x = products(rows, in_place ? call.keys.row_stride : row(), columns + query * d);
+        if (!any<T>(~(I<T>)(x <= all<T>(thresholds[t * padded + query])))) continue;
+        T found[W] __attribute__((aligned(64)));
+        store(found, x);
+        offer(t, query, found, 1, from, count);
+      }
+    }
+  }
+  // Of W rows, `stride` apart, with a query: [W].
+  FASTCL_INLINE V<T> products(const T *rows, int64_t stride, const T *query) const {
+    V<T> total = all<T>(0);
+    for (int64_t from = 0; from < d; from += CHUNK * W) {
+      const int64_t to = smaller(from + CHUNK * W, d);
+      V<T> x[W];
+      EACH(r, W) x[r] = all<T>(0);
+      int64_t k = from;
+      for (; k + W <= to; k += W) {
+        const V<T> y = loadu(query + k);
+        EACH(r, W) x[r] = fused<T>(loadu(rows + r * stride + k), y, x[r]);
+      }
+      if (k < to) {
+        const V<T> y = first_of(query + k, to - k);
+        EACH(r, W) x[r] = fused<T>(first_of(rows + r * stride + k, to - k), y, x[r]);
+      }
+      total += sums<T>(x);
+    }
+    return total;
+  }
+  static FASTCL_INLINE V<T> first_of(const T *p, int64_t count) { // zeros after them
+    T values[W] __attribute__((aligned(64))) = {};
+    for (int64_t l = 0; l < count; l++) values[l] = p[l];
+    return load(values);
   }
 
   bool readable() const { // keys are rows of T, each in one piece
@@ -241,18 +299,21 @@ private:
       memcpy(mask, &candidates[v], sizeof(mask));
       for (int64_t l = 0; l < W; l++) {
         const int64_t query = p * NR + v * W + l;
-        if (!mask[l] || query >= n) continue;
-        T &threshold = thresholds[part * padded + query];
-        Heap<T> best = heap(part, query);
-        for (int64_t r = 0; r < rows; r++) {
-          const T x = u[r][v][l];
-          if (x <= threshold || (call.key_ids && call.key_ids[first + r] == ids[query])) continue; // a NaN goes in
-          best.push(x, int32_t(first + r));
-          threshold = best.threshold();
-        }
-        counts[part * n + query] = best.count;
+        if (mask[l] && query < n) offer(part, query, &u[0][v][l], NV * W, first, rows);
       }
     }
+  }
+  // Products `stride` apart of a query with `count` keys, in ascending order.
+  void offer(int64_t part, int64_t query, const T *products, int64_t stride, int64_t first, int64_t count) const {
+    T &threshold = thresholds[part * padded + query];
+    Heap<T> best = heap(part, query);
+    for (int64_t r = 0; r < count; r++) {
+      const T x = products[r * stride];
+      if (x <= threshold || (call.key_ids && call.key_ids[first + r] == ids[query])) continue; // a NaN goes in
+      best.push(x, int32_t(first + r));
+      threshold = best.threshold();
+    }
+    counts[part * n + query] = best.count;
   }
 
   void finish(int t) const {

@@ -87,6 +87,9 @@ class Memory(nn.Module):
         extra = prefix + "_extra_state"
         absent = [key for key in (*own, extra) if key not in state_dict]
         wrong = [_misfit(key, state_dict[key], like) for key, like in own.items() if key in state_dict]
+        if local_metadata.get("assign_to_params_buffers", False):
+            places = {prefix + name: value for name, value in kept.items() if value is not None}
+            wrong += [_unassignable(key, state_dict[key], like) for key, like in places.items() if key in state_dict]
         if not absent and not any(wrong):
             wrong.append(self._wrong_counters(extra, state_dict[extra]))
         if absent or any(wrong):
@@ -118,6 +121,16 @@ def _misfit(key: str, value: Any, like: Tensor) -> str:
     if value.shape != like.shape:
         return f"{key}: expected shape {list(like.shape)}, got {list(value.shape)}"
     return "" if _kind(value) == _kind(like) else f"{key}: expected {_kind(like)}, got {value.dtype}"
+
+
+def _unassignable(key: str, value: Any, like: Tensor) -> str:
+    """Why a value cannot become the place into which later rows are written, nothing if it can (``assign=True``)."""
+    if not isinstance(value, Tensor) or value.shape != like.shape or _kind(value) != _kind(like):
+        return ""  # that has been said
+    if value.dtype == like.dtype and value.is_contiguous() and not value.requires_grad:
+        return ""
+    what = f"{value.dtype}" + ", requiring a gradient" * value.requires_grad + ", strided" * (not value.is_contiguous())
+    return f"{key}: with assign=True expected {like.dtype} in one piece, without gradient, got {what}"
 
 
 def _kind(values: Tensor) -> str:

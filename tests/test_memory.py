@@ -241,6 +241,47 @@ def test_values_that_do_not_fit_change_nothing(name, value, message) -> None:
         assert torch.equal(kept, before[key])
 
 
+@pytest.mark.parametrize("kind", ["queue", "bank"])
+def test_a_state_that_is_assigned(kind) -> None:
+    """Tensors of the state become the memory's own, also of one made without memory; only fit ones do."""
+
+    def made():
+        return MemoryQueue(4, 2, clusters=True, dtype=torch.bfloat16) if kind == "queue" else MemoryBank(4, 2)
+
+    def store(memory, seed: int) -> None:
+        rows, clusters = batch(3, 2, seed), torch.arange(3) + seed
+        _ = memory.enqueue(rows, clusters) if kind == "queue" else memory.update(torch.arange(3), rows, clusters)
+
+    full = made()
+    store(full, 0)
+    for fresh in (made(), made().to("meta")):
+        state = copy.deepcopy(full.state_dict())
+        fresh.load_state_dict(state, assign=True)
+        assert fresh.rows is state["rows"] or fresh.rows.data_ptr() == state["rows"].data_ptr()
+        same = copy.deepcopy(full)
+        for memory in (fresh, same):
+            store(memory, 1)
+        assert fresh.embeddings.dtype == full.rows.dtype
+        for name, value in same.state_dict().items():
+            assert torch.equal(fresh.state_dict()[name], value), name
+    rows, clusters = full.rows, full.cluster_ids
+    for name, value, message in (
+        ("rows", rows.double(), "got torch.float64"),
+        ("rows", rows.clone().requires_grad_(), "requiring a gradient"),
+        ("rows", rows[:1].expand(4, 2), "strided"),
+        ("cluster_ids", clusters.int(), "got torch.int32"),
+    ):
+        other = made()
+        store(other, 2)
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(RuntimeError, match=f"{name}: with assign=True expected .*{message}"):
+            other.load_state_dict(full.state_dict() | {name: value}, assign=True)
+        for key, kept in other.state_dict().items():
+            assert torch.equal(kept, before[key])
+        other.load_state_dict(full.state_dict() | {name: value.detach()})  # copied, anything of the kind will do
+        assert other.rows.dtype == rows.dtype
+
+
 def test_superfluous_and_missing_keys() -> None:
     full, plain = MemoryQueue(4, 2, clusters=True), MemoryQueue(4, 2)
     full.enqueue(batch(3, 2, 0), torch.arange(3))

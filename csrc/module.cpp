@@ -3,6 +3,7 @@
 #include "cpu/arrange.h"
 #include "cpu/dispatch.h"
 #include "cpu/mean.h"
+#include "cpu/solve.h"
 #include "reader.h"
 #include <memory>
 #include <pybind11/stl.h>
@@ -248,6 +249,50 @@ std::unique_ptr<SinkhornCall> sinkhorn(const std::string &engine, const py::tupl
   return std::make_unique<SinkhornCall>(engine_named(engine), call, terms);
 }
 
+class SolveCall {
+public:
+  SolveCall(const Engine *engine, const SinkhornSolve &call) : engine_(engine), call_(call) {}
+  int64_t workspace() const { return solve(*engine_, call_, nullptr) + 64; }
+  void run(int64_t address) const {
+    require(address, "workspace: a null pointer");
+    py::gil_scoped_release release;
+    solve(*engine_, call_, reinterpret_cast<void *>((address + 63) / 64 * 64));
+  }
+
+private:
+  const Engine *engine_;
+  SinkhornSolve call_;
+};
+
+std::unique_ptr<SolveCall> sinkhorn_solve(const std::string &engine, double epsilon, const py::tuple &numbers) {
+  Reader in(numbers);
+  SinkhornSolve s{};
+  s.epsilon = epsilon;
+  s.pass.scores = in.rows();
+  s.pass.columns = in.integer();
+  s.pass.inverse_epsilon = in.address<const void>();
+  s.pass.wide_reals = in.integer();
+  s.pass.threads = int(in.integer());
+  s.pass.matrix = in.address();
+  s.log_prior = in.address<const void>();
+  s.log_mass = in.address<const void>();
+  s.mass = in.address<const void>();
+  s.init = in.address<const double>();
+  s.iterations = in.integer();
+  s.rows = in.address();
+  s.row_step = in.integer();
+  s.columns = in.address<double>();
+  s.column_step = in.integer();
+  s.row_potential = in.address();
+  s.col_potential = in.address();
+  in.end();
+  require(s.pass.scores.size >= 1 && s.pass.columns >= 1 && s.pass.threads >= 1 && s.iterations >= 1, "sizes, threads and iterations must be positive");
+  require(s.pass.scores.data && s.pass.inverse_epsilon && s.pass.matrix, "scores, inverse_epsilon or matrix: a null pointer");
+  require(s.log_prior && s.log_mass && s.mass, "log_prior, log_mass or mass: a null pointer");
+  require(s.rows && s.columns && s.row_potential && s.col_potential, "an output: a null pointer");
+  return std::make_unique<SolveCall>(engine_named(engine), s);
+}
+
 SoftSide read_soft_side(const py::tuple &numbers, bool backward) {
   Reader in(numbers);
   SoftSide s;
@@ -364,6 +409,10 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("workspace", &SinkhornCall::workspace, "bytes of workspace that `run` needs")
       .def("run", &SinkhornCall::run, py::arg("workspace"));
   m.def("sinkhorn", &sinkhorn, py::arg("engine"), py::arg("call"), py::arg("terms"));
+  py::class_<SolveCall>(m, "SinkhornSolveCall")
+      .def_property_readonly("workspace", &SolveCall::workspace, "bytes of workspace that `run` needs")
+      .def("run", &SolveCall::run, py::arg("workspace"));
+  m.def("sinkhorn_solve", &sinkhorn_solve, py::arg("engine"), py::arg("epsilon"), py::arg("call"));
   py::class_<SoftCall>(m, "SoftCall")
       .def_property_readonly("workspace", &SoftCall::workspace, "bytes of workspace that `run` needs")
       .def("run", &SoftCall::run, py::arg("workspace"));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from . import native
 from .native import _DTYPES, _address, _run
 from .sinkhorn_dense import ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum
+
+if TYPE_CHECKING:
+    from .sinkhorn_solver import Problem, Solution
 
 WORK = 1 << 15  # scores for which another thread is worth waking
 
@@ -83,6 +86,43 @@ def score_gradient(
     return matrix, moment
 
 
+def solve(p: Problem) -> Solution | None:
+    """The solver's fixed iterations in one call, as csrc/cpu/solve.h has them; None where they are not for it."""
+    from .sinkhorn_solver import Kept, Solution
+
+    batch, n, k = p.scores.shape
+    if p.tol is not None or p.group or n == 0:
+        return None
+    x, log_mass, dtype = p.x, p.log_row_mass().contiguous(), p.epsilon.dtype
+    mass, start, log_prior = log_mass.exp(), p.start_columns(), p.log_prior.contiguous()
+    start = None if start is None else start.contiguous()
+    scores, kept, inverse_epsilon = _plain(p.scores), Kept.like(p), x.inverse_epsilon.contiguous()
+    assignments = torch.empty(p.scores.shape, dtype=p.scores.dtype, device="cpu")
+    f, g = (torch.empty(batch, size, dtype=dtype, device="cpu") for size in (n, k))
+    for b in range(batch):
+        call = (
+            *_rows(scores, b),
+            k,
+            inverse_epsilon.data_ptr(),
+            dtype == torch.float64,
+            _threads(n, k),
+            *(_of_batch(value, b) for value in (assignments, log_prior, log_mass, mass, start)),
+            p.n_iters,
+            _address(kept.rows, b * n),
+            batch * n,
+            _address(kept.columns, b * k),
+            batch * k,
+            _of_batch(f, b),
+            _of_batch(g, b),
+        )
+        _run(native.native_module().sinkhorn_solve(native.engine()[0], float(p.exact), call))
+    return Solution(assignments, f, g, mass.new_zeros(batch), torch.tensor(p.n_iters, device="cpu"), kept)
+
+
+def _threads(n: int, k: int) -> int:
+    return max(1, min(torch.get_num_threads(), n * k // WORK))
+
+
 _Term = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # as SinkhornTerm in csrc/sinkhorn.h
 
 
@@ -135,7 +175,7 @@ def _call(
     inputs = [potential, *(rows or (None, None)), *(columns or (None, None)), above, mass, weights, less]
     inputs = [None if value is None else _plain(value).contiguous() for value in inputs]
     laid_out = [[None if part is None else _plain(part).contiguous() for part in term] for term in terms]
-    threads = max(1, min(torch.get_num_threads(), n * k // WORK))
+    threads = _threads(n, k)
     inverse_epsilon = x.inverse_epsilon.contiguous()
     for b in range(batch):
         call = (

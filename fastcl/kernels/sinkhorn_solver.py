@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,7 +27,10 @@ from .sinkhorn_dense import ColumnTerm, Normalizer, RowTerm, Scores
 
 
 class Passes(Protocol):
-    """What a backend offers; described in `sinkhorn_dense`."""
+    """What a backend offers; described in `sinkhorn_dense`.
+
+    One may also offer `solve(problem) -> Solution | None`, which does what `solve` here does, where it can, in one call.
+    """
 
     def column_sums(self, x: Scores, f: Tensor) -> Normalizer: ...
     def row_pass(
@@ -76,11 +80,13 @@ class Problem:
         """How many iterations are kept: all, or with a tolerance the last one."""
         return self.n_iters if self.tol is None else 1
 
-    @property
+    # What does not change from iteration to iteration is computed once: on few scores such operations take as long as
+    # the passes.
+    @cached_property
     def x(self) -> Scores:
         return Scores(self.scores, self.exact.reciprocal().to(self.epsilon.dtype))
 
-    @property
+    @cached_property
     def exact(self) -> Tensor:
         """Epsilon in float64, and with it the potentials. They are O(N + K) numbers."""
         return self.epsilon.double()
@@ -88,6 +94,10 @@ class Problem:
     def log_row_mass(self) -> Tensor:
         total = self.over_processes(self.log_row_marginal.exp().sum(-1))
         return self.log_row_marginal - total.log()[:, None]
+
+    @cached_property
+    def massless(self) -> Tensor:
+        return self.log_prior == -torch.inf
 
     def start(self) -> Tensor:
         """f = 0; a row without mass takes no part, from the first column update on."""
@@ -99,7 +109,7 @@ class Problem:
         return None if self.init is None else self.without_mass(self.init.to(self.exact.dtype))
 
     def without_mass(self, g: Tensor) -> Tensor:
-        return g.masked_fill(self.log_prior == -torch.inf, -torch.inf)
+        return g.masked_fill(self.massless, -torch.inf)
 
     def row_update(self, rows: Normalizer, log_mass: Tensor) -> Tensor:
         """f [B, N] from the rows' normalizer."""
@@ -152,6 +162,12 @@ class Solution(NamedTuple):
 
 
 def solve(passes: Passes, p: Problem) -> Solution:
+    at_once = getattr(passes, "solve", None)
+    solution: Solution | None = None if at_once is None else at_once(p)
+    return pass_by_pass(passes, p) if solution is None else solution
+
+
+def pass_by_pass(passes: Passes, p: Problem) -> Solution:
     x, log_mass = p.x, p.log_row_mass()
     mass, prior = log_mass.exp(), p.log_prior.exp()
     kept = Kept.like(p)

@@ -286,7 +286,8 @@ std::unique_ptr<SolveCall> sinkhorn_solve(const std::string &engine, double epsi
   s.row_potential = in.address();
   s.col_potential = in.address();
   in.end();
-  require(s.pass.scores.size >= 1 && s.pass.columns >= 1 && s.pass.threads >= 1 && s.iterations >= 1, "sizes, threads and iterations must be positive");
+  require(s.pass.scores.size >= 1 && s.pass.columns >= 1 && s.pass.threads >= 1 && s.iterations >= 1,
+          "sizes, threads and iterations must be positive");
   require(s.pass.scores.data && s.pass.inverse_epsilon && s.pass.matrix, "scores, inverse_epsilon or matrix: a null pointer");
   require(s.log_prior && s.log_mass && s.mass, "log_prior, log_mass or mass: a null pointer");
   require(s.rows && s.columns && s.row_potential && s.col_potential, "an output: a null pointer");

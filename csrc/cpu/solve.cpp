@@ -100,9 +100,9 @@ private:
   const SinkhornSolve &c_;
   const int64_t n_, k_;
   const T *const log_prior_, *const log_mass_;
-  double *f_ = nullptr;                                            // [N]
+  double *f_ = nullptr;                                                        // [N]
   T *above_ = nullptr, *shift_ = nullptr, *sum_ = nullptr, *masses_ = nullptr; // [N], [K], [K], [K]
-  char *passes_ = nullptr;                                         // workspace of a pass
+  char *passes_ = nullptr;                                                     // workspace of a pass
 };
 
 template <class T> int64_t solved(const Engine &engine, const SinkhornSolve &call, void *workspace) {

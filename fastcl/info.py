@@ -14,6 +14,7 @@ from .kernels.checks import ROW_DTYPES
 from .kernels.ops import BACKENDS, MISSING, choose_backend
 from .kernels.problem import accumulation_dtype
 from .kernels.sinkhorn_ops import choose as choose_for_sinkhorn
+from .kernels.soft_ops import choose as choose_for_soft
 from .kernels.topk_ops import choose as choose_for_topk
 
 _PURPOSE = {
@@ -74,6 +75,7 @@ def _choices() -> list[str]:
     devices = ("cpu", "cuda") if _cuda_devices() else ("cpu",)
     choices = (
         ("contrastive_stats", choose_backend),
+        ("soft assignments", choose_for_soft),
         ("sinkhorn", choose_for_sinkhorn),
         ("topk_similarity", choose_for_topk),
     )

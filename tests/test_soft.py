@@ -1,14 +1,16 @@
 """Soft cluster assignments: the loss and its statistics against the plain formula, on every backend."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from conftest import BACKENDS, VARIANTS, running
+from conftest import BACKENDS, ENGINES, VARIANTS, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import TRUTH, Evaluation, differentiate, eager_evaluations, similarities
 from strategies import DTYPES, generator, rows
+from test_op_contract import allocated
 from tolerances import accumulation_dtype, check
 from torch import Tensor
 
@@ -577,3 +579,63 @@ def test_the_module_takes_assignments() -> None:
     torch.testing.assert_close(got, library(**arguments, temperature=0.2))
     got.backward()
     assert loss.temperature.grad is not None
+
+
+# Memory and determinism
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("chunked", "cpu")])
+def test_no_weights_are_stored(backend) -> None:
+    n = 4096
+    x = torch.randn(n, 16, generator=generator(0)).requires_grad_()
+    r = torch.rand(n, 8, generator=generator(1)).requires_grad_()
+    with fastcl.use_backend(backend):
+        largest, _ = allocated(lambda: cluster_infonce(x, assignments=r).backward())
+    assert largest < n * n  # bytes; all weights would be four times that
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_do_not_depend_on_the_number_of_threads(engine) -> None:
+    arguments = problem(197, 24, 40, m=197, symmetric=True, bias=True)
+    leaves = ("embeddings", "contrasts", "contrast_bias")
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            with running(f"cpu-{engine}"), mock.patch.object(torch, "get_num_threads", return_value=threads):
+                loss, gradients = differentiate(library, arguments, leaves, objective)
+            found.append([loss, *gradients.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"views": 2, "kind": "converged", "peak": 40.0},
+        {"m": 201, "symmetric": True, "ids": True, "bias": True},
+        {"m": 150, "paired": True, "d": 300},
+    ],
+)
+def test_on_a_gpu(options, dtype) -> None:
+    """Against the float64 formula; products of float32 add up in an order of their own there."""
+    arguments = problem(130, **({"d": 40, "c": 90} | options), dtype=dtype)
+    leaves = tuple(k for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point())
+    truth, expected = differentiate(formula, arguments, leaves, objective, torch.float64)
+    there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    got, gradients = differentiate(library, there, leaves, objective)
+    allowed = {torch.float32: 2e-4, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
+    assert (got.cpu().double() - truth).abs() <= 1e-5 * (1 + truth.abs())
+    for name, value in expected.items():
+        error = (gradients[name].cpu().double() - value).norm()
+        assert error <= (allowed if name in ("embeddings", "contrasts") else 2e-4) * (value.norm() + 1e-6), name

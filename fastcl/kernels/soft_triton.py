@@ -79,7 +79,8 @@ def _side(side: Side, grad: Tensor) -> Tensor:
 def _bound(side: Side, grad: Tensor) -> Tensor:
     """On a side's share of G: no softmax is above 1, and no weight above the sum of the row's."""
     lse, sum_pos = grad[:, 0].abs()
-    return (lse + torch.where(sum_pos == 0, 0, sum_pos * side.counts[0])).amax()
+    bound: Tensor = (lse + torch.where(sum_pos == 0, 0, sum_pos * side.counts[0])).amax()
+    return bound
 
 
 class _Call:

@@ -417,8 +417,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<SoftCall>(m, "SoftCall")
       .def_property_readonly("workspace", &SoftCall::workspace, "bytes of workspace that `run` needs")
       .def("run", &SoftCall::run, py::arg("workspace"));
-  m.def("soft", &soft, py::arg("engine"), py::arg("problem"), py::arg("assignments"), py::arg("anchors"), py::arg("contrasts"),
-        py::arg("gradients"));
+  m.def("soft", &soft, py::arg("engine"), py::arg("problem"), py::arg("assignments"), py::arg("anchors"), py::arg("contrasts"), py::arg("gradients"));
   py::class_<TopKCall>(m, "TopKCall")
       .def_property_readonly("workspace", &TopKCall::workspace, "bytes of workspace that `run` needs")
       .def("run", &TopKCall::run, py::arg("workspace"));

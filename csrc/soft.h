@@ -15,13 +15,13 @@ struct SoftSide {
 
 // Pairs i, j weigh w_ij = <r_i, q_j>, where clusters would be equal or not.
 struct Soft {
-  Problem problem;                                 // of one scale, without clusters
-  Rows anchor_assignments, contrast_assignments;   // [N, C], [M, C]; data of the second null for self-contrast
-  int64_t assignment_columns;                      // C
-  SoftSide anchors, contrasts;                     // contrasts where problem.columns
-  bool backward;                                   // what follows; null: not needed
-  void *anchor_gradient, *contrast_gradient;       // [N, D], [M, D]
-  void *scale_gradient, *bias_gradient;            // [1] double, [M]
+  Problem problem;                               // of one scale, without clusters
+  Rows anchor_assignments, contrast_assignments; // [N, C], [M, C]; data of the second null for self-contrast
+  int64_t assignment_columns;                    // C
+  SoftSide anchors, contrasts;                   // contrasts where problem.columns
+  bool backward;                                 // what follows; null: not needed
+  void *anchor_gradient, *contrast_gradient;     // [N, D], [M, D]
+  void *scale_gradient, *bias_gradient;          // [1] double, [M]
 };
 
 } // namespace fastcl

@@ -22,7 +22,7 @@ template <class T> struct SoftPass {
     double total, logits, weights, inadmissible;
     T most;
   };
-  struct Weights {      // of the gradients of a side's fields, by place; 0 in the padding
+  struct Weights {       // of the gradients of a side's fields, by place; 0 in the padding
     T *lse, *base, *sum; // [padded]: 2^(t - base) * lse + w * sum
   };
   struct Local {
@@ -69,7 +69,8 @@ template <class T> struct SoftPass {
     with_team(s.threads, [&](const Team &team) {
       s.pack(team);
       w.pack(team);
-      if (call.backward) team.run([&](int t) {
+      if (call.backward)
+        team.run([&](int t) {
           weigh(s.anchors, call.anchors, row, t);
           if (!s.self) weigh(s.contrasts, call.contrasts, column, t);
         });

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import chunked, reference, soft_native, soft_triton
+from . import chunked, reference, soft_native, soft_triton, triton_engine
 from .ops import BACKENDS, _differentiable, _library, _without_autocast, choose_backend, no_second_derivatives
 from .problem import Gradients, Needs, Problem, Side, Statistics
 from .soft import assignment_gradients
@@ -62,8 +62,10 @@ class Weighted(NamedTuple):
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend on `device`: of the chosen one, or `chunked` where that knows no assignments."""
+    """The backend on `device`: of the chosen one, or where that knows no assignments `triton`, else `chunked`."""
     name = choose_backend(device, dtype)
+    if name == "cuda" and "triton" in ENGINES and not triton_engine.refusal(device):
+        name = "triton"
     if name == "triton" and dtype == torch.float64:
         return "chunked"
     return name if name in ENGINES else "chunked"

@@ -398,6 +398,10 @@ def test_statistics(backend) -> None:
     expected = torch.autograd.grad(((allowed.sum(1) - w.sum(1)) * (w * s).sum(1) * coefficients).sum(), [x, y, r, q])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+    nobody = torch.zeros_like(r, requires_grad=True)  # without weight a row still has a log-sum-exp
+    lse = contrastive_stats(x, anchor_assignments=nobody, normalize_anchors=True).lse_all
+    plain = contrastive_stats(x, normalize_anchors=True).lse_all
+    torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x)[0] for value in (lse, plain)))
     only = contrastive_stats(x, anchor_assignments=r, want=("lse_all",))
     assert only.sum_pos is None
     torch.testing.assert_close(only.num_pos, (r @ r.T).fill_diagonal_(0).sum(1))

@@ -61,6 +61,8 @@ def assignment_gradients(
     """
     assert p.anchor_assignments is not None
     self_contrast = p.contrasts is None
+    if not (needs[0] or needs[1]):
+        return None, None
     sums, weights = grad.double()
     other_sums, other_weights = grad_contrasts.double() if p.both else (None, None)
     y, q = (p.anchors, p.anchor_assignments) if self_contrast else (p.contrasts, p.contrast_assignments)

@@ -116,8 +116,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     needs = Needs(flags[0], flags[1], flags[4], flags[5], False)
     sides = _side(*outputs[:3]), _side(*outputs[3:6])
     saved = Statistics(sides[0], sides[1], outputs[6], outputs[7], grad.new_empty(0))
-    # As in `over_sets`: a row without weight may send NaN back.
-    own, other = (torch.where(side.counts[0] > 0, g, 0) for side, g in zip(sides, (grad, grad_contrasts), strict=True))
+    own, other = (_over_sets(side, g) for side, g in zip(sides, (grad, grad_contrasts), strict=True))
     with _without_autocast(problem.device):
         swept = engine.backward(problem, saved, own[:2, None], other[:2, None], needs)
         of_assignments = assignment_gradients(problem, own[1:], other[1:], (flags[2], flags[3]))
@@ -126,6 +125,12 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         grad.new_empty(0) if gradient is None or not need or source is None else gradient.to(source.dtype).contiguous()
         for need, gradient, source in zip(flags, found, args, strict=False)
     )
+
+
+def _over_sets(side: Side, grad: Tensor) -> Tensor:
+    """Those of the fields [3, N] of rows without pairs, or weight, do not count: a formula may send NaN back."""
+    weighed, some = side.counts > 0
+    return torch.where(torch.stack((some, weighed, weighed)), grad, 0)
 
 
 def _side(fields: Tensor, sizes: Tensor, parts: Tensor) -> Side:

@@ -259,7 +259,7 @@ def contrastive_stats(
 
     Returns:
         :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale, contrast_bias and
-        assignments. Gradients of the fields of a row without weight are taken for zero, ``num_pos`` included.
+        assignments. Of a row without weight, gradients of ``sum_pos`` and ``num_pos`` are taken for zero.
         float32; float64 where a set of rows is float64. Rows of two dtypes are multiplied in the wider one.
 
     Raises:

@@ -81,10 +81,8 @@ const Device &device(int index) {
 
 DeviceGuard::DeviceGuard(int device) {
   check(cudaGetDevice(&before_), "asking for the current device");
-  if (device == before_)
-    before_ = -1;
-  else
-    check(cudaSetDevice(device), "choosing a device");
+  if (device == before_) before_ = -1;
+  else check(cudaSetDevice(device), "choosing a device");
 }
 
 DeviceGuard::~DeviceGuard() {

@@ -36,10 +36,10 @@ struct SinkhornPassCall {
   int64_t chunk, chunks;        // rows of a chunk, and how many of them
   // Of score_gradient, stacked: row terms, then column terms.
   int64_t row_terms, column_terms;
-  const float *term_high, *term_low, *term_w;        // [terms, B, K]
-  const float *term_shift, *term_p, *term_q;         // [terms, B, N]; p and q divided by their rows' sums
-  const float *column_high, *column_low;             // [terms, B, N]
-  const float *column_shift, *column_w;              // [terms, B, K]; w divided by the columns' sums
+  const float *term_high, *term_low, *term_w; // [terms, B, K]
+  const float *term_shift, *term_p, *term_q;  // [terms, B, N]; p and q divided by their rows' sums
+  const float *column_high, *column_low;      // [terms, B, N]
+  const float *column_shift, *column_w;       // [terms, B, K]; w divided by the columns' sums
 };
 
 // All iterations in one launch.
@@ -47,7 +47,7 @@ struct SinkhornIterations {
   Matrix scores;
   int64_t batch, rows, columns;
   const float *inverse_epsilon, *epsilon;
-  const float *mass;     // [B, N]
+  const float *mass;      // [B, N]
   const float *log_prior; // [B, K]
   int64_t iterations;
   float tolerance;     // negative: none
@@ -70,7 +70,7 @@ struct SinkhornPlan {
   bool resident;
 };
 
-constexpr int SINKHORN_THREADS = 512, SINKHORN_WIDTH = 16; // of a block; columns that a thread holds of a row
+constexpr int SINKHORN_THREADS = 512, SINKHORN_WIDTH = 16;                     // of a block; columns that a thread holds of a row
 constexpr int64_t SINKHORN_WHOLE = int64_t(SINKHORN_THREADS) * SINKHORN_WIDTH; // columns of the longest row held whole
 
 SinkhornPlan sinkhorn_plan(int device, int64_t batch, int64_t rows, int64_t columns, int64_t bytes);

@@ -6,7 +6,7 @@
 namespace fastcl::cuda {
 namespace {
 
-constexpr int ROWS = 1; // of a group at once: two do not fit into registers beside the rest
+constexpr int ROWS = 1;                             // of a group at once: two do not fit into registers beside the rest
 constexpr float SMALLEST = 1.1754943508222875e-38f; // mass of a column, as a logarithm is taken of it
 
 __host__ __device__ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -117,10 +117,8 @@ __global__ void __launch_bounds__(SINKHORN_THREADS) iterations_kernel(const Sink
     grid_barrier();
     update_columns(call, t, g, fixed ? call.kept_g + (t + 1) * each : call.g + ((t + 1) & 1) * each, scratch);
     grid_barrier();
-    if (fixed || (unfinished(call, scratch) && t + 1 < call.iterations))
-      t++;
-    else
-      last_pass = true; // of this iteration's potential, once more
+    if (fixed || (unfinished(call, scratch) && t + 1 < call.iterations)) t++;
+    else last_pass = true; // of this iteration's potential, once more
   }
   if (!fixed && chunk == 0)
     for (int64_t j = threadIdx.x; j < k; j += SINKHORN_THREADS) call.kept_g[b * k + j] = call.g[(t & 1) * each + b * k + j];

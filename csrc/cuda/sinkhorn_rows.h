@@ -7,7 +7,7 @@
 namespace fastcl::cuda {
 
 constexpr float NOTHING = -3.4028234663852886e38f; // of running maxima: a difference from it is never NaN
-constexpr int ROWS_AT_ONCE = 2; // at most, of a group
+constexpr int ROWS_AT_ONCE = 2;                    // at most, of a group
 constexpr int WARPS = SINKHORN_THREADS / WARP;
 
 // Row i of batch b in memory.
@@ -109,7 +109,7 @@ struct RowsOfBatch {
 // A block's shared memory.
 struct SharedRows {
   RowsOfBatch *rows;           // here, and not in registers, which are few
-  float *scratch;             // what the group exchanges
+  float *scratch;              // what the group exchanges
   float *high, *low, *weights; // [K]; `high` in the end holds the columns' sums
 
   __device__ explicit SharedRows(int64_t columns) {

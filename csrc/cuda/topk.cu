@@ -9,7 +9,7 @@ namespace fastcl::cuda {
 namespace {
 
 constexpr int THREADS = 256, TILE = 64, PAD = 4; // keys of a tile
-constexpr int64_t NO_PLACE = INT64_MIN;                      // worse than any that is admissible
+constexpr int64_t NO_PLACE = INT64_MIN;          // worse than any that is admissible
 
 // The order is that of the value, NaN first, and of equal ones by the lower place, of below 2^32.
 __device__ int64_t packed(float value, int64_t place) {
@@ -130,8 +130,7 @@ public:
 #pragma unroll
     for (int w = 0; w < WIDE; w++)
 #pragma unroll
-      for (int c = 0; c < 4; c++)
-        products[(row() + lane() / 4 + c / 2 * 8) * (TILE + 1) + column() + 8 * w + lane() % 4 * 2 + c % 2] = sum_[w][c];
+      for (int c = 0; c < 4; c++) products[(row() + lane() / 4 + c / 2 * 8) * (TILE + 1) + column() + 8 * w + lane() % 4 * 2 + c % 2] = sum_[w][c];
   }
 
 private:
@@ -238,8 +237,7 @@ template <int ROWS, class Multiply> __global__ void __launch_bounds__(THREADS, R
     if (first + mine >= call.queries.size) continue;
     __syncwarp(); // of a part without keys, too
     sort(lists + mine * size, size);
-    for (int at = lane(); at < slots; at += WARP)
-      call.best[((first + mine) * call.parts + blockIdx.y) * slots + at] = lists[mine * size + at];
+    for (int at = lane(); at < slots; at += WARP) call.best[((first + mine) * call.parts + blockIdx.y) * slots + at] = lists[mine * size + at];
   }
 }
 

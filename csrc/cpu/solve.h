@@ -5,7 +5,7 @@
 
 namespace fastcl {
 
-// One problem of a batch. What is computed stands in fastcl/kernels/sinkhorn_solver.py, `solve`; reals as in Sinkhorn.
+// One problem of a batch. What is computed stands in fastcl/kernels/sinkhorn_solver.py, `pass_by_pass`; reals as in Sinkhorn.
 struct SinkhornSolve {
   Sinkhorn pass; // scores, columns, inverse_epsilon, wide_reals, threads and matrix, the assignments' place; nothing else
   double epsilon;

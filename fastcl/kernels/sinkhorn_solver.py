@@ -29,7 +29,7 @@ from .sinkhorn_dense import ColumnTerm, Normalizer, RowTerm, Scores
 class Passes(Protocol):
     """What a backend offers; described in `sinkhorn_dense`.
 
-    One may also offer `solve(problem) -> Solution | None`, which does what `solve` here does, where it can, in one call.
+    One may also offer `solve(problem) -> Solution | None`: what `pass_by_pass` does in one call, where it can.
     """
 
     def column_sums(self, x: Scores, f: Tensor) -> Normalizer: ...

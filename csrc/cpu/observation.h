@@ -60,8 +60,7 @@ template <class Mul> struct Observation {
           const V<T> norms = s.anchors.inverse_norms[i0 + r] * load(s.contrasts.inverse_norms + j);
           logit[r][v] = s.biased(s.logits(load(products[r][v]) * norms, s.scale[k]), j);
         }
-      for (int r = 0; r < MR; r++)
-        add_lanes<NV, 1>(lanes_of(t, k) + (i0 - from + r) * W, ROWS * W, &logit[r][0], &negative[r][0], &positive[r][0]);
+      for (int r = 0; r < MR; r++) add_lanes<NV, 1>(lanes_of(t, k) + (i0 - from + r) * W, ROWS * W, &logit[r][0], &negative[r][0], &positive[r][0]);
       for (int v = 0; columns && v < NV; v++)
         add_lanes<MR, NV>(columns_of(t, k) + j0 + v * W, s.contrasts.padded, &logit[0][v], &negative[0][v], &positive[0][v]);
     }
@@ -104,7 +103,8 @@ private:
   }
 
   // COUNT logits to each lane.
-  template <int COUNT, int STEP> static FASTCL_INLINE void add_lanes(T *parts, int64_t stride, const V<T> *logit, const I<T> *negative, const I<T> *positive) {
+  template <int COUNT, int STEP>
+  static FASTCL_INLINE void add_lanes(T *parts, int64_t stride, const V<T> *logit, const I<T> *negative, const I<T> *positive) {
     const auto larger_of = [](V<T> a, V<T> b) -> V<T> { return b > a ? b : a; };
     const V<T> least = all<T>(NO_MAXIMUM<T>);
     V<T> most_negative = load(parts + MOST_NEGATIVE * stride), most_positive = load(parts + MOST_POSITIVE * stride);

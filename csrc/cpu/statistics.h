@@ -199,8 +199,8 @@ private:
   using Scale = typename Sweep<Mul>::Scale;
 
   // One register tile: the products are formed once for all scales.
-  template <bool WIDE, bool MIXED>
-  FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e, const void *next, int t, int64_t from) const {
+  template <bool WIDE, bool MIXED> FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e,
+                                                             const void *next, int t, int64_t from) const {
     Tile products __attribute__((aligned(64)));
     s.products(a, j0, products, next);
     for (int k = 0; k < s.scales; k++)

@@ -17,6 +17,6 @@ int driver_version();
 int runtime_version();
 
 int processors(int device); // multiprocessors
-bool emulated(); // whether the kernels run on the host, for tests
+bool emulated();            // whether the kernels run on the host, for tests
 
 } // namespace fastcl::cuda

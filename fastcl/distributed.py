@@ -388,8 +388,6 @@ def _assigned(
     alike: dict[str, int],
 ) -> ContrastiveStats:
     """`statistics` of assignments: sums of weights, which have derivatives, are not merged but swept over all rows."""
-    if gather == "ring":
-        raise ValueError("gather: expected False or True with assignments, got 'ring'")
     # In the dtype of the sums, so that gradients are rounded after they have been added.
     dtype = accumulation_dtype(sweep.anchors, sweep.contrasts)
     anchors, own = sweep.anchors.to(dtype), own.to(dtype)

@@ -83,12 +83,9 @@ def cluster_infonce(
         _check_replaced(clusters=clusters, contrast_clusters=contrast_clusters, positives=positives)
         if return_stats:
             raise ValueError("return_stats: expected False with assignments, which make no set of positives, got True")
-        _check_soft_formula(
-            form=(form, "outside"),
-            denominator=(denominator, "all"),
-            margin=(formula.margin, 0.0),
-            gather=(gather, False),
-        )
+        _check_soft_formula(form=(form, "outside"), denominator=(denominator, "all"), margin=(formula.margin, 0.0))
+        if gather == "ring":
+            raise ValueError("gather: expected False or True with assignments, got 'ring'")
         soft = pose_assigned(embeddings, assignments, contrasts, contrast_assignments, ids, contrast_ids, contrast_bias)
         return reduced_loss(soft, inverse_temperature(temperature, soft), Weighted(), options, contrast_bias, weights)
     posed = pose(

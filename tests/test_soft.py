@@ -445,7 +445,7 @@ X, R = torch.ones(4, 3), torch.ones(4, 2)
             r"contrast_assignments: expected shape \[3, 2\], got \[3, 5\]",
         ),
         ({"contrasts": fastcl.MemoryQueue(3, 3)}, ValueError, "contrasts: expected tensors"),
-        ({"gather": True}, ValueError, "gather: expected False"),
+        ({"gather": "ring"}, ValueError, "gather: expected False or True with assignments"),
         ({"symmetric": True}, ValueError, "symmetric: expected False for self-contrast"),
         ({"contrast_bias": torch.ones(3)}, ValueError, r"contrast_bias: expected shape \[4\]"),
     ],

@@ -303,7 +303,7 @@ def statistics(
     """
     if sweep.anchor_assignments is not None:
         return _assigned(world, gather, sweep, sweep.anchor_assignments, exact, alike)
-    if sweep.contrasts is not None and all(stored for _, stored in posed.parts):  # nothing travels
+    if sweep.contrasts is not None and posed.parts and all(stored for _, stored in posed.parts):  # nothing travels
         return sweep.statistics(exact)[0]
     if sweep.both and any(stored for _, stored in posed.parts):
         raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")

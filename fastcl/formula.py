@@ -87,8 +87,11 @@ class InfoNCE(NamedTuple):
         return log_ratio + (num_pos.log() if self.form == "inside" else lse_pos - mean_pos), counted
 
 
+LEAST_WEIGHT = {torch.float32: 1e-30, torch.float64: 1e-200}  # that an anchor counts with; its inverse is finite
+
+
 class Weighted(NamedTuple):
-    """That of `ClusterInfoNCE` with assignments: sum_pos and num_pos are sums of weights."""
+    """That of `ClusterInfoNCE` with assignments: sum_pos and num_pos are sums of weights, at a scale of their own."""
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -108,7 +111,7 @@ class Weighted(NamedTuple):
     def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
         assert stats.lse_all is not None
         assert stats.sum_pos is not None
-        counted = (stats.num_pos > 0) & (stats.num_pos < torch.finfo(stats.num_pos.dtype).max)
+        counted = stats.num_pos >= LEAST_WEIGHT[stats.num_pos.dtype]
         num_pos, sum_pos = torch.where(counted, stats.num_pos, 1), torch.where(counted, stats.sum_pos, 0)
         return stats.lse_all - sum_pos / num_pos, counted
 
@@ -249,6 +252,7 @@ def reduced_loss(
         observe=return_stats,
         anchor_assignments=posed.anchor_assignments,
         contrast_assignments=posed.contrast_assignments,
+        quotients=True,
     )
     world = World.of(options.gather)
     if world is not None:

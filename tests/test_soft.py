@@ -311,15 +311,39 @@ def test_no_rows(backend) -> None:
         assert [gradient.shape for gradient in gradients] == [x.shape, r.shape]
 
 
-def test_weights_that_overflow_do_not_count(backend) -> None:
-    x = torch.randn(5, 3, generator=generator(0)).requires_grad_()
-    r = torch.ones(5, 2)
-    r[:2] = 3e19  # of each other 1.8e39
-    r.requires_grad_()
-    loss = cluster_infonce(x, assignments=r, reduction="none")
-    assert (loss == 0).tolist() == [True, True, False, False, False]
-    for gradient in torch.autograd.grad(loss.sum(), [x, r]):
-        assert gradient.isfinite().all()
+@pytest.mark.parametrize("two_sets", [False, True])
+@pytest.mark.parametrize(
+    ("exponent", "dtype"),
+    [
+        (-110, torch.float32), (-70, torch.float32), (61, torch.float32), (110, torch.float32),
+        (-110, torch.bfloat16), (110, torch.bfloat16), (-200, torch.float64), (600, torch.float64),
+    ],
+)  # fmt: skip
+def test_assignments_of_any_size(exponent, dtype, two_sets, backend) -> None:
+    """Powers of two cancel to the bit where products of weights and their sums leave the range of the rows' float32."""
+    arguments = problem(9, 6, 4, m=7 if two_sets else None, symmetric=two_sets, assignment_dtype=dtype)
+    assignments = [name for name in ("assignments", "contrast_assignments") if name in arguments]
+    leaves = ("embeddings", *assignments)
+    expected, expected_gradients = differentiate(library, arguments, leaves, objective)
+    scaled = arguments | {name: arguments[name] * 2.0**exponent for name in assignments}
+    got, gradients = differentiate(library, scaled, leaves, objective)
+    assert torch.equal(got, expected)
+    for name in leaves:
+        factor = 1.0 if name == "embeddings" else 2.0**exponent
+        assert torch.equal(gradients[name] * factor, expected_gradients[name]), name
+
+
+def test_an_anchor_of_hardly_any_weight_does_not_count(backend) -> None:
+    """Hardly any beside the largest assignments: its derivatives are beyond float32, and what they meet were NaN."""
+    x = torch.randn(6, 3, generator=generator(0)).requires_grad_()
+    for overlap, counts in ((1e-41, False), (1e-38, False), (1e-32, False), (1e-28, True)):
+        r = torch.eye(2)[[0, 1, 1, 1, 1, 1]]
+        r[0, 1] = overlap
+        r.requires_grad_()
+        loss = cluster_infonce(x, assignments=r, reduction="none")
+        assert (loss != 0).tolist() == [counts, True, True, True, True, True]
+        for gradient in torch.autograd.grad(loss.sum(), [x, r]):
+            assert gradient.isfinite().all()
 
 
 # Derivatives
@@ -402,6 +426,15 @@ def test_statistics(backend) -> None:
     lse = contrastive_stats(x, anchor_assignments=nobody, normalize_anchors=True).lse_all
     plain = contrastive_stats(x, normalize_anchors=True).lse_all
     torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x)[0] for value in (lse, plain)))
+    ones = torch.eye(9, dtype=torch.float64).requires_grad_()  # disjoint: what is no weight yet has a derivative
+    alone = contrastive_stats(x, anchor_assignments=ones, logit_scale=2.0)
+    weights = (ones @ ones.T).fill_diagonal_(0)
+    for value, plain in ((alone.num_pos, weights), (alone.sum_pos, weights * (2 * x @ x.T).detach())):
+        got, expected = (torch.autograd.grad(v.sum(), ones, retain_graph=True)[0] for v in (value, plain))
+        torch.testing.assert_close(got, expected)
+    quotients = (alone.lse_all - alone.sum_pos / alone.num_pos)[alone.valid].sum()
+    for gradient in torch.autograd.grad(quotients, [x, ones]):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
     only = contrastive_stats(x, anchor_assignments=r, want=("lse_all",))
     assert only.sum_pos is None
     torch.testing.assert_close(only.num_pos, (r @ r.T).fill_diagonal_(0).sum(1))

@@ -128,9 +128,11 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _over_sets(side: Side, grad: Tensor) -> Tensor:
-    """Those of the fields [3, N] of rows without pairs, or weight, do not count: a formula may send NaN back."""
+    """Those of the fields [3, N] of rows without pairs do not count, and of rows without weight not those that a
+    formula which divides by it sends back as NaN or infinity."""
     weighed, some = side.counts > 0
-    return torch.where(torch.stack((some, weighed, weighed)), grad, 0)
+    usable = some & (weighed | grad.isfinite())
+    return torch.where(torch.stack((some, usable[1], usable[2])), grad, 0)
 
 
 def _side(fields: Tensor, sizes: Tensor, parts: Tensor) -> Side:
@@ -195,6 +197,23 @@ for _name, _impl, _fake, _function in (
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     _library.impl(_name, _differentiable(getattr(torch.ops.fastcl, _name), _function), "Autograd")
     torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
+
+
+def at_unit(assignments: Tensor) -> tuple[Tensor, Tensor]:
+    """The assignments divided by a power of two, so that the largest is between 1/2 and 1, and that power, float64 [].
+
+    Products of large ones and their sums would overflow, those of small ones underflow. The power is a constant for
+    derivatives, and nobody waits for it. float16 has no numbers whose products float32 could not add up.
+    """
+    one = assignments.new_ones((), dtype=torch.float64)
+    if assignments.numel() == 0 or assignments.dtype == torch.float16:
+        return assignments, one
+    most = 2.0**900 if assignments.dtype == torch.float64 else 2.0**100  # the power and its inverse are normal numbers
+    largest = assignments.detach().amax().double()
+    inside = largest.clamp(1 / most, most)
+    mantissa, _ = torch.frexp(inside)
+    unit = torch.where(largest > 0, inside / mantissa, one)  # exact
+    return assignments * (1 / unit).to(assignments.dtype), unit
 
 
 def statistics(*args: Any) -> tuple[Weighted, Weighted]:

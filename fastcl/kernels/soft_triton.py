@@ -16,6 +16,7 @@ from .triton_rows import Arranged, Launch, arrange, kept_in, kept_size, precisio
 
 # Of G times norms, below 2 in float16, whose range ends at 2^16.
 LARGEST = 2.0**13
+FINITE = torch.finfo(torch.float32).max
 
 
 def forward(p: Problem) -> Statistics:
@@ -46,7 +47,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
             sides[1], bound = sides[0], 2 * bound
         lift = torch.exp2((LARGEST / bound.clamp(1e-30, 1e30)).log2().floor()).reshape(1)
         for side in {id(side): side for side in sides if side is not None}.values():
-            side[1:] *= lift
+            side[1:] = (side[1:] * lift).clamp_(-FINITE, FINITE)  # of hardly any weight: 0 times it is to be 0
         factor = p.logit_scale / lift
         rows = columns = scale = bias = None
         if needs.anchors or needs.logit_scale:

@@ -93,6 +93,8 @@ class Sweep(NamedTuple):
     observe: bool = False  # also what `observed` describes
     anchor_assignments: Tensor | None = None  # [N, C], in place of clusters; then lse_all and sum_pos may be wanted
     contrast_assignments: Tensor | None = None  # [M, C]
+    # Only quotients of sum_pos and num_pos of assignments are looked at: both stay at a scale that float32 can hold.
+    quotients: bool = False
 
     def statistics(self, exact: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
         """The statistics, and what was observed [8, S, N], of the contrasts behind it: [8, S, N + M] with `both`.
@@ -136,11 +138,16 @@ class Sweep(NamedTuple):
     def _weighted(self) -> ContrastiveStats:
         anchors, contrasts, bias = self.anchors, self.contrasts, self.contrast_bias
         dtype = accumulation_dtype(anchors, contrasts)
+        assert self.anchor_assignments is not None
+        own, unit = soft_ops.at_unit(self.anchor_assignments)
+        other, other_unit = (
+            (None, unit) if self.contrast_assignments is None else soft_ops.at_unit(self.contrast_assignments)
+        )
         sides = soft_ops.statistics(
             anchors,
             contrasts,
-            self.anchor_assignments,
-            self.contrast_assignments,
+            own,
+            other,
             self.logit_scale.to(dtype).reshape(1),
             None if bias is None else bias.to(dtype),
             self.anchor_ids,
@@ -152,7 +159,10 @@ class Sweep(NamedTuple):
         )
 
         def named(side: soft_ops.Weighted, reverse: ContrastiveStats | None) -> ContrastiveStats:
-            lse_all, sum_pos, num_pos = side.fields.unbind(0)
+            lse_all, *sums = side.fields.unbind(0)
+            if not self.quotients:
+                sums = [(value.double() * (unit * other_unit)).to(dtype) for value in sums]
+            sum_pos, num_pos = sums
             wanted = [
                 field if name in self.want else None for name, field in (("lse_all", lse_all), ("sum_pos", sum_pos))
             ]
@@ -259,7 +269,8 @@ def contrastive_stats(
 
     Returns:
         :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale, contrast_bias and
-        assignments. Of a row without weight, gradients of ``sum_pos`` and ``num_pos`` are taken for zero.
+        assignments. Of a row without weight, gradients of ``sum_pos`` and ``num_pos`` that are not finite, as a
+        division by its ``num_pos`` makes them, are taken for zero.
         float32; float64 where a set of rows is float64. Rows of two dtypes are multiplied in the wider one.
 
     Raises:

@@ -151,9 +151,9 @@ class ClusterInfoNCE(nn.Module):
     - assignments: ``[N, C]`` floating, finite, >= 0, in place of ``clusters``: soft ones, such as Sinkhorn's; of views
       also ``[N, V, C]``, each view its own. Contrast j is then a positive of weight :math:`w_{ij} = \langle r_i, r_j
       \rangle`, another view of the sample too, and the anchor's loss is :math:`\log \sum_{j \in A_i} e^{s_{ij}} -
-      \sum_{j \in A_i} w_{ij} s_{ij} / \sum_{j \in A_i} w_{ij}`. It counts if its weights sum to a positive, finite
-      number. Differentiable in the assignments. Only ``form="outside"`` over all contrasts, without margin and
-      ``positives``; contrasts are tensors.
+      \sum_{j \in A_i} w_{ij} s_{ij} / \sum_{j \in A_i} w_{ij}`. It counts if its weights sum to at least 1e-30
+      (float64 rows: 1e-200) of the product of the two sides' largest assignments. Differentiable in these.
+      Only ``form="outside"`` over all contrasts, without margin and ``positives``; contrasts are tensors.
     - contrast_assignments: ``[M, C]``; None: contrast i has those of anchor row i (M >= rows), further ones zeros.
     - return_stats: True returns ``(loss, stats)``, stats a :class:`LossStats` (top-1 accuracy, mean similarities and
       entropy, all detached) out of the same sweep. The loss and its gradient are the same to the bit. Not with

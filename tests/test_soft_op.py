@@ -9,7 +9,7 @@ from conftest import BACKENDS, ENGINES, running
 from oracle import differentiate
 from strategies import generator
 from test_op_contract import allocated
-from test_soft import library, objective, problem
+from test_soft import check_loss, library, objective, problem
 from torch import Tensor
 
 import fastcl
@@ -102,6 +102,21 @@ def test_blocks_of_the_assignments_gradient(monkeypatch) -> None:
     _, cut = differentiate(library, arguments, leaves, objective)
     for name in leaves:
         torch.testing.assert_close(whole[name], cut[name])
+
+
+def test_sample_ids_of_many_places(monkeypatch) -> None:
+    """What equal ids rule out is taken off in a few products, also where hardly any pair is left."""
+    formed: list[Any] = []
+    form = soft._Factor.at
+    monkeypatch.setattr(soft._Factor, "at", lambda factor, index: formed.append(index) or form(factor, index))
+    few = soft.FEW
+    for n in (few, few + 1, 12 * few):
+        arguments = problem(n + 3, 6, 4, m=n + 5, ids=True, dtype=torch.float64, symmetric=True)
+        arguments["ids"] = torch.tensor([0, -1, 1, *[2] * n])
+        arguments["contrast_ids"] = torch.tensor([2] * n + [-1, 0, 0, 1, 3])
+        formed.clear()
+        check_loss(arguments, ("chunked",))
+        assert len(formed) < 2 * 2 * (few + 10)
 
 
 # Memory and determinism

@@ -9,7 +9,7 @@ it is float64, so that nothing is lost but what h_i has lost already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from .problem import Problem, inverse_norms
 
 BLOCK = 1 << 20  # numbers in a block of a factor
+FEW = 16  # places of a sample id that are looked at one by one
 Index = slice | Tensor
 
 
@@ -94,20 +95,29 @@ def assignment_gradients(
 
 def _product(left: _Factor, right: _Factor, assignments: Tensor) -> Tensor:
     """L (K' Q) [N, C]"""
-    total = assignments.new_zeros((), dtype=torch.float64)
-    for block in right.blocks():
-        total = total + right.at(block).T @ assignments[block].double()
     result = assignments.new_zeros(len(left.rows), assignments.shape[1], dtype=torch.float64)
     if len(right.rows):
+        total = _total(right, right.blocks(), assignments)
         for block in left.blocks():
             result[block] = left.at(block) @ total
     return result
 
 
+def _total(right: _Factor, blocks: Iterable[Index], assignments: Tensor) -> Tensor:
+    """K' Q [2 (D + 2) or so, C] of the rows in all blocks, of which there are some."""
+    total = assignments.new_zeros((), dtype=torch.float64)
+    for block in blocks:
+        total = total + right.at(block).T @ assignments[block].double()
+    return total
+
+
 def _take_off_equal(
     gradient: Tensor, left: _Factor, right: _Factor, assignments: Tensor, ids: tuple[Tensor | None, Tensor | None]
 ) -> None:
-    """gradient_i -= the sum over j of the same sample id of <L_i, K_j> q_j."""
+    """gradient_i -= the sum over j of the same sample id of <L_i, K_j> q_j.
+
+    Ids of few places pair by pair, all of them at once; of ids of many, of which there are few, each as a product.
+    """
     own, other = ids
     if own is None or other is None or len(own) == 0 or len(other) == 0:
         return
@@ -115,10 +125,20 @@ def _take_off_equal(
     known = other[order]
     first = torch.searchsorted(known, own)
     count = (torch.searchsorted(known, own, right=True) - first).masked_fill(own == -1, 0)
-    for k in range(int(count.max())):
-        rows = (count > k).nonzero()[:, 0]
-        step = max(BLOCK // left.rows.shape[1], 1)
-        for i in rows.split(step):
+    step = max(BLOCK // left.rows.shape[1], 1)
+    frequent = count > FEW
+    few = count.masked_fill(frequent, 0)
+    for k in range(int(few.max())):
+        for i in (few > k).nonzero()[:, 0].split(step):
             j = order[first[i] + k]
             pairs = (left.at(i) * right.at(j)).sum(1, keepdim=True)
             gradient[i] -= pairs * assignments[j]
+    rows = frequent.nonzero()[:, 0]
+    rows = rows[first[rows].argsort(stable=True)]
+    starts, sizes = first[rows].unique_consecutive(return_counts=True)
+    lengths = count[rows][sizes.cumsum(0) - 1]
+    of_ids = rows.split(sizes.tolist())
+    for members, start, length in zip(of_ids, starts.tolist(), lengths.tolist(), strict=True):
+        total = _total(right, order[start : start + length].split(step), assignments)
+        for i in members.split(step):
+            gradient[i] -= left.at(i) @ total

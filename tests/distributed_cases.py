@@ -186,6 +186,9 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
         "assignments, both ways": lambda: fastcl.ClusterInfoNCE(temperature, gather=both, symmetric=True)(
             z0, assignments=assigned, contrasts=z1, contrast_bias=bias, ids=ids % 4, contrast_ids=ids % 3
         ),
+        "assignments, their products too small": lambda: fastcl.ClusterInfoNCE(temperature, gather=both)(
+            features, assignments=assigned * torch.logspace(-170, -169, n, dtype=F64)[mine, None]
+        ),
         "SampledNCE": lambda: nce(z0, ids, bank, negatives=negatives),
         "SwAV": lambda: fastcl.SwAVLoss(0.3, gather=both)(scores),
         "SwAV with a queue": lambda: fastcl.SwAVLoss(0.3, gather=both)(

@@ -152,8 +152,9 @@ class ClusterInfoNCE(nn.Module):
       also ``[N, V, C]``, each view its own. Contrast j is then a positive of weight :math:`w_{ij} = \langle r_i, r_j
       \rangle`, another view of the sample too, and the anchor's loss is :math:`\log \sum_{j \in A_i} e^{s_{ij}} -
       \sum_{j \in A_i} w_{ij} s_{ij} / \sum_{j \in A_i} w_{ij}`. It counts if its weights sum to at least 1e-30
-      (float64 rows: 1e-200) of the product of the two sides' largest assignments. Differentiable in these.
-      Only ``form="outside"`` over all contrasts, without margin and ``positives``; contrasts are tensors.
+      (float64 rows: 1e-200) where rows' largest assignments lie around 1, as they are scaled first. Differentiable in
+      the assignments. Only ``form="outside"`` over all contrasts, without margin and ``positives``; contrasts are
+      tensors.
     - contrast_assignments: ``[M, C]``; None: contrast i has those of anchor row i (M >= rows), further ones zeros.
     - return_stats: True returns ``(loss, stats)``, stats a :class:`LossStats` (top-1 accuracy, mean similarities and
       entropy, all detached) out of the same sweep. The loss and its gradient are the same to the bit. Not with

@@ -311,41 +311,6 @@ def test_no_rows(backend) -> None:
         assert [gradient.shape for gradient in gradients] == [x.shape, r.shape]
 
 
-@pytest.mark.parametrize("two_sets", [False, True])
-@pytest.mark.parametrize(
-    ("exponent", "dtype"),
-    [
-        (-110, torch.float32), (-70, torch.float32), (61, torch.float32), (110, torch.float32),
-        (-110, torch.bfloat16), (110, torch.bfloat16), (-200, torch.float64), (600, torch.float64),
-    ],
-)  # fmt: skip
-def test_assignments_of_any_size(exponent, dtype, two_sets, backend) -> None:
-    """Powers of two cancel to the bit where products of weights and their sums leave the range of the rows' float32."""
-    arguments = problem(9, 6, 4, m=7 if two_sets else None, symmetric=two_sets, assignment_dtype=dtype)
-    assignments = [name for name in ("assignments", "contrast_assignments") if name in arguments]
-    leaves = ("embeddings", *assignments)
-    expected, expected_gradients = differentiate(library, arguments, leaves, objective)
-    scaled = arguments | {name: arguments[name] * 2.0**exponent for name in assignments}
-    got, gradients = differentiate(library, scaled, leaves, objective)
-    assert torch.equal(got, expected)
-    for name in leaves:
-        factor = 1.0 if name == "embeddings" else 2.0**exponent
-        assert torch.equal(gradients[name] * factor, expected_gradients[name]), name
-
-
-def test_an_anchor_of_hardly_any_weight_does_not_count(backend) -> None:
-    """Hardly any beside the largest assignments: its derivatives are beyond float32, and what they meet were NaN."""
-    x = torch.randn(6, 3, generator=generator(0)).requires_grad_()
-    for overlap, counts in ((1e-41, False), (1e-38, False), (1e-32, False), (1e-28, True)):
-        r = torch.eye(2)[[0, 1, 1, 1, 1, 1]]
-        r[0, 1] = overlap
-        r.requires_grad_()
-        loss = cluster_infonce(x, assignments=r, reduction="none")
-        assert (loss != 0).tolist() == [counts, True, True, True, True, True]
-        for gradient in torch.autograd.grad(loss.sum(), [x, r]):
-            assert gradient.isfinite().all()
-
-
 # Derivatives
 
 

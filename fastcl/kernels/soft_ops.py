@@ -200,18 +200,21 @@ for _name, _impl, _fake, _function in (
 
 
 def at_unit(assignments: Tensor) -> tuple[Tensor, Tensor]:
-    """The assignments divided by a power of two, so that the largest is between 1/2 and 1, and that power, float64 [].
+    """The assignments divided by a power of two, float64 [], so that rows' largest ones lie around 1, at most 2^37.
 
-    Products of large ones and their sums would overflow, those of small ones underflow. The power is a constant for
-    derivatives, and nobody waits for it. float16 has no numbers whose products float32 could not add up.
+    Products of large ones and their sums would overflow, those of small ones underflow. The power, near the geometric
+    mean of the largest and the smallest row that is not zero, is a constant for derivatives, and nobody waits for it.
+    float16 has no numbers whose products float32 could not add up.
     """
     one = assignments.new_ones((), dtype=torch.float64)
     if assignments.numel() == 0 or assignments.dtype == torch.float16:
         return assignments, one
     most = 2.0**900 if assignments.dtype == torch.float64 else 2.0**100  # the power and its inverse are normal numbers
-    largest = assignments.detach().amax().double()
-    inside = largest.clamp(1 / most, most)
-    mantissa, _ = torch.frexp(inside)
+    rows = assignments.detach().amax(1).double()
+    largest = rows.amax()
+    smallest = torch.where(rows > 0, rows, largest).amin()
+    middle = torch.maximum(largest.sqrt() * smallest.sqrt(), largest * 2.0**-36)
+    mantissa, _ = torch.frexp(inside := middle.clamp(1 / most, most))
     unit = torch.where(largest > 0, inside / mantissa, one)  # exact
     return assignments * (1 / unit).to(assignments.dtype), unit
 

@@ -6,7 +6,9 @@ whole batch, so that the mean over W processes, which DistributedDataParallel ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,15 +16,16 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .kernels.blocks import BlockStats, Call, Place, Set, Visit
+from .kernels.blocks import BlockStats, Call, Place, Set, Visit, uncompiled
 from .kernels.checks import check_tensor
-from .kernels.ops import BACKENDS, choose_backend
+from .kernels.ops import choose_backend
 from .kernels.problem import FIELDS, accumulation_dtype
 from .kernels.stats import ContrastiveStats, Sweep
-from .posing import Posed, of_parts, offset
+from .posing import Posed, of_parts, offset, paired_clusters
 
 MODES = (False, True, "ring")
-MOST_NUMBERS = 64  # that processes tell each other: as many everywhere, also where they call different things
+MOST_NUMBERS = 128  # that processes tell each other: as many everywhere, also where they call different things
+Property = int | float | str  # of a string the first 8 characters, of ASCII
 
 
 def gather_rows(rows: Tensor, *others: Tensor) -> Any:
@@ -58,19 +61,34 @@ def gather_rows(rows: Tensor, *others: Tensor) -> Any:
     world = World.of(True)
     if world is not None:
         lengths = world.agree(
+            "gather_rows",
             {f"rows of tensor {k}": len(tensor) for k, tensor in enumerate(given)},
             {f"tensor {k}'s {what}": value for k, tensor in enumerate(given) for what, value in _kind(tensor).items()},
             rows.device,
         )
-        found = [world.all_rows(tensor, sizes) for tensor, sizes in zip(found, lengths, strict=True)]
+        found = [_all_bytes(world, tensor, sizes) for tensor, sizes in zip(found, lengths, strict=True)]
     return found[0] if not others else tuple(found)
 
 
-def _kind(tensor: Tensor) -> dict[str, int]:
-    width = 1
-    for length in tensor.shape[1:]:
-        width *= length
-    return {"dimensions": tensor.dim(), "width": width, "dtype": _DTYPES.index(tensor.dtype)}
+def _kind(tensor: Tensor) -> dict[str, Property]:
+    """Of as many entries for every tensor."""
+    lengths = [*tensor.shape[1:5], 1, 1, 1, 1][:4]
+    kind: dict[str, Property] = {"dtype": dtype_name(tensor.dtype), "dimensions": tensor.dim()}
+    kind |= {f"length {k}": length for k, length in enumerate(lengths, start=1)}
+    return kind | {"further lengths (their hash)": zlib.crc32(repr(tuple(tensor.shape[5:])).encode())}
+
+
+def _all_bytes(world: World, tensor: Tensor, sizes: list[int]) -> Tensor:
+    """`World.all_rows` of any dtype: collectives do not take all of them."""
+    if 0 in tensor.shape[1:]:
+        return world.all_rows(tensor, sizes)
+    rows = tensor.resolve_neg().contiguous()
+    rows = rows[:, None] if rows.dim() == 1 else rows.flatten(1)
+    return world.all_rows(rows.view(torch.uint8), sizes).view(tensor.dtype).reshape(-1, *tensor.shape[1:])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 MOST_TENSORS = 15
@@ -96,21 +114,18 @@ class World(NamedTuple):
         size = dist.get_world_size(group)
         return None if size == 1 else cls(group, dist.get_rank(group), size)
 
-    def agree(self, sizes: dict[str, int], alike: dict[str, int], device: torch.device) -> list[list[int]]:
+    def agree(
+        self, call: str, sizes: Mapping[str, int], alike: Mapping[str, Property], device: torch.device
+    ) -> list[list[int]]:
         """Every process's sizes, [number of sizes][processes]; ValueError on all processes where others are not alike.
 
-        One collective of a few integers, on which the host waits: shapes depend on them.
+        call: what this process calls. Of one call, names and the types of values are the same on all processes.
+
+        One collective of a few integers, on which the host waits: shapes depend on them. It comes before any other
+        collective of the call, and before anything that depends on what is compared.
         """
-        own = [len(sizes), len(alike), *sizes.values(), *alike.values()]
-        own += [0] * (MOST_NUMBERS - len(own))
-        mine = torch.tensor([int(number) for number in own], dtype=torch.int64, device=device)
-        everyone = _all_gather(self.group, mine).unflatten(0, (self.size, -1)).tolist()
-        names = ("number of sizes", "number of properties", *sizes, *alike)
-        for k, name in enumerate(names):
-            values = [numbers[k] for numbers in everyone]
-            if (k < 2 or k >= 2 + len(sizes)) and len(set(values)) > 1:
-                raise ValueError(f"gather: expected the same call on all processes, got {name} = {values}, by rank")
-        return [[numbers[2 + k] for numbers in everyone] for k in range(len(sizes))]
+        found: list[list[int]] = _agree(self, call, sizes, alike, device)
+        return found
 
     def all_rows(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """[m, ...] of this process -> [M, ...] of all, m by process in `sizes`."""
@@ -128,21 +143,56 @@ class World(NamedTuple):
         return found
 
 
+@uncompiled  # processes would have to agree upon their graphs
+def _agree(
+    world: World, call: str, sizes: Mapping[str, int], alike: Mapping[str, Property], device: torch.device
+) -> list[list[int]]:
+    known: dict[str, Property] = {
+        "call": call,
+        "number of sizes": len(sizes),
+        "number of properties": len(alike),
+        **alike,
+    }
+    own = [_as_integer(value) for value in (*known.values(), *sizes.values())]
+    assert len(own) <= MOST_NUMBERS
+    mine = torch.tensor(own + [0] * (MOST_NUMBERS - len(own)), dtype=torch.int64, device=device)
+    everyone = _all_gather(world.group, mine).unflatten(0, (world.size, -1)).tolist()
+    for k, (name, value) in enumerate(known.items()):
+        values = [_from_integer(numbers[k], value) for numbers in everyone]
+        if len(set(values)) > 1:
+            raise ValueError(f"gather: expected the same call on all processes, got {name} = {values}, by rank")
+    return [[numbers[len(known) + k] for numbers in everyone] for k in range(len(sizes))]
+
+
+def _as_integer(value: Property) -> int:
+    if isinstance(value, float):
+        return int(struct.unpack("<q", struct.pack("<d", value))[0])
+    if isinstance(value, str):
+        return int.from_bytes(value.encode()[:8].ljust(8, b"\0"), "little", signed=True)
+    return int(value)
+
+
+def _from_integer(number: int, like: Property) -> Property:
+    if isinstance(like, float):
+        return float(struct.unpack("<d", struct.pack("<q", number))[0])
+    if isinstance(like, str):
+        return number.to_bytes(8, "little", signed=True).rstrip(b"\0").decode(errors="replace")
+    return type(like)(number)
+
+
 class _Total(torch.autograd.Function):
-    """Every process's gradient of the sum is one of each process's values."""
+    """Every process's gradient of the sum is one of each process's values: their sum, which has a derivative too."""
 
     @staticmethod
     def forward(ctx: Any, group: Any, values: Tensor) -> Tensor:
         ctx.group = group
-        result = values.clone()
+        result = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(result, group=group)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        result = grad.clone()
-        dist.all_reduce(result, group=ctx.group)
-        return None, result
+        return None, _Total.apply(ctx.group, grad)
 
 
 # Collectives under the names of this torch: from 2.13 on the longer ones are deprecated, the shorter ones are new.
@@ -294,60 +344,79 @@ class Ring(Gathered):
 # What losses do with all of it.
 
 
+def has_gradient(tensor: Tensor | None) -> bool:
+    """Whether a backward of what is computed with it now would want to know its gradient."""
+    return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+
+
 def statistics(
-    world: World, gather: bool | str, sweep: Sweep, posed: Posed, exact: bool, alike: dict[str, int]
+    world: World, gather: bool | str, sweep: Sweep, posed: Posed, exact: bool, call: str, alike: Mapping[str, Property]
 ) -> ContrastiveStats:
     """`Sweep.statistics` where tensors of the contrasts, or the anchors in self-contrast, are those of all processes.
 
-    alike: what else processes have to agree upon.
+    call, alike: what is called, and what else processes have to agree upon.
     """
-    if sweep.anchor_assignments is not None:
-        return _assigned(world, gather, sweep, sweep.anchor_assignments, exact, alike)
-    if sweep.contrasts is not None and posed.parts and all(stored for _, stored in posed.parts):  # nothing travels
-        return sweep.statistics(exact)[0]
-    if sweep.both and any(stored for _, stored in posed.parts):
-        raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")
     anchors, contrasts, bias = sweep.anchors, sweep.contrasts, sweep.contrast_bias
     dtype = accumulation_dtype(anchors, contrasts, sweep.positives)
-    travelling_rows = None if contrasts is None else of_parts(contrasts, posed, False)
-    rows = anchors if travelling_rows is None else travelling_rows
-    travelling_bias = None if bias is None else of_parts(bias.to(dtype), posed, False)
+    stored = any(kind for _, kind in posed.parts)
+    nothing_travels = contrasts is not None and stored and all(kind for _, kind in posed.parts)
+    rows: Tensor | None = anchors
+    if contrasts is not None:
+        rows = None if nothing_travels else of_parts(contrasts, posed, False)
     backend = choose_backend(anchors.device, dtype)
-    grad = torch.is_grad_enabled()
-    order = [field for field in FIELDS if field in sweep.want]
+    tensors = {
+        "anchors": anchors, "contrasts": rows, "positives": sweep.positives, "logit scale": sweep.logit_scale,
+        "contrast_bias": bias, "assignments": sweep.anchor_assignments,
+        "contrast_assignments": sweep.contrast_assignments,
+    }  # fmt: skip
+    properties: dict[str, Property] = {
+        "gather": str(gather),
+        "contrasts": "none" if contrasts is None else "stored" if nothing_travels else "both" if stored else "tensors",
+        "views": posed.views,
+        "dimension": anchors.shape[1],
+        "dtype of anchors": dtype_name(anchors.dtype),
+        "dtype of contrasts": "none" if rows is None else dtype_name(rows.dtype),
+        "dtype of sums": dtype_name(dtype),
+        "symmetric": sweep.both,
+        "normalised anchors": sweep.normalize_anchors,
+        "normalised contrasts": sweep.normalize_contrasts,
+        "backend": backend,
+        "clusters given": not posed.by_sample,
+        "default clusters of contrasts": posed.paired,
+        "ids given": sweep.contrast_ids is not None,
+        "positives given": sweep.positives is not None,
+        "contrast_bias given": bias is not None,
+        "assignments": -1 if sweep.anchor_assignments is None else sweep.anchor_assignments.shape[1],
+    }
+    # Who needs a gradient of anything takes part in the backward, whose collectives wait for all.
+    needs = {name: has_gradient(tensor) for name, tensor in tensors.items()}
     samples, sizes = world.agree(
-        {"samples": posed.shape[0], "contrasts": len(rows)},
-        alike
-        | {
-            "gather": MODES.index(gather),
-            "self-contrast": contrasts is None,
-            "dimension": rows.shape[1],
-            "dtype of contrasts": _DTYPES.index(rows.dtype),
-            "dtype of sums": _DTYPES.index(dtype),
-            "statistics": sum(1 << FIELDS.index(field) for field in order),
-            "scales": sweep.logit_scale.numel(),
-            "symmetric": sweep.both,
-            "normalised contrasts": sweep.normalize_contrasts,
-            "backend": list(BACKENDS).index(backend),
-            "clusters given": sweep.anchor_clusters is not None,
-            "ids given": sweep.contrast_ids is not None,
-            "contrast_bias given": bias is not None,
-            "contrasts with a gradient": grad and rows.requires_grad,
-            "contrast_bias with a gradient": grad and travelling_bias is not None and travelling_bias.requires_grad,
-        },
+        call,
+        {"samples": posed.shape[0], "contrasts": 0 if rows is None else len(rows)},
+        {**alike, **properties, **{f"{name} with a gradient": need for name, need in needs.items()}},
         anchors.device,
     )
+    if sweep.anchor_assignments is not None:
+        return _assigned(world, [n * posed.views for n in samples], sizes, sweep, sweep.anchor_assignments, exact)
+    if rows is None:
+        return sweep.statistics(exact)[0]
+    if sweep.both and stored:
+        raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")
+    travelling_bias = None if bias is None else of_parts(bias.to(dtype), posed, False)
+    order = [field for field in FIELDS if field in sweep.want]
     first = sum(samples[: world.rank])
     clusters, contrast_clusters = offset(posed, first)
 
-    def set_of(stored: bool) -> Set:
-        if contrasts is None or (stored and not any(kind for _, kind in posed.parts)):
-            return Set(None, None, None, None if stored else travelling_bias)
-        parts = (of_parts(values, posed, stored) for values in (contrasts, contrast_clusters, sweep.contrast_ids, bias))
+    def set_of(of_stored: bool) -> Set:
+        if contrasts is None or (of_stored and not stored):
+            return Set(None, None, None, None if of_stored else travelling_bias)
+        parts = (
+            of_parts(values, posed, of_stored) for values in (contrasts, contrast_clusters, sweep.contrast_ids, bias)
+        )
         of_rows, of_clusters, of_ids, of_bias = parts
         return Set(of_rows, of_clusters, of_ids, None if of_bias is None else of_bias.to(dtype))
 
-    call = Call(
+    called = Call(
         exchange=(Ring if gather == "ring" else Gathered)(world, sizes),
         normalize_anchors=sweep.normalize_anchors,
         normalize_contrasts=sweep.normalize_contrasts,
@@ -356,18 +425,22 @@ def statistics(
         backend=backend,
         exact=exact,
         one_scale=sweep.logit_scale.dim() == 0,
-        contrasts_need=grad and rows.requires_grad,
-        bias_needs=grad and travelling_bias is not None and travelling_bias.requires_grad,
+        contrasts_need=needs["contrasts"],
+        bias_needs=needs["contrast_bias"],
+        clusters=paired_clusters(samples, posed.views, sizes, anchors.device) if posed.paired else None,
     )
     scales = sweep.logit_scale.to(dtype).reshape(-1)
     values = BlockStats.apply(
-        call, anchors, sweep.positives, clusters, sweep.anchor_ids, scales, *set_of(False), *set_of(True)
+        called, anchors, sweep.positives, clusters, sweep.anchor_ids, scales, *set_of(False), *set_of(True)
     )
     return sweep.named(values, order)
 
 
 class _AllRows(torch.autograd.Function):
-    """Contrasts' rows, or numbers, of all processes; back comes the sum over processes of their gradients."""
+    """Contrasts' rows, or numbers, of all processes; back comes the sum over processes of their gradients.
+
+    Each is the other's derivative, of any order.
+    """
 
     @staticmethod
     def forward(ctx: Any, exchange: Gathered, rows: Tensor) -> Tensor:
@@ -376,16 +449,22 @@ class _AllRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.exchange.summed(grad)
+        return None, _SummedRows.apply(ctx.exchange, grad)
+
+
+class _SummedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Gathered, values: Tensor) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.summed(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _AllRows.apply(ctx.exchange, grad)
 
 
 def _assigned(
-    world: World,
-    gather: bool | str,
-    sweep: Sweep,
-    own: Tensor,
-    exact: bool,
-    alike: dict[str, int],
+    world: World, rows: list[int], sizes: list[int], sweep: Sweep, own: Tensor, exact: bool
 ) -> ContrastiveStats:
     """`statistics` of assignments: sums of weights, which have derivatives, are not merged but swept over all rows."""
     # In the dtype of the sums, so that gradients are rounded after they have been added.
@@ -394,24 +473,6 @@ def _assigned(
     contrasts = anchors if sweep.contrasts is None else sweep.contrasts.to(dtype)
     theirs = own if sweep.contrast_assignments is None else sweep.contrast_assignments.to(dtype)
     bias = None if sweep.contrast_bias is None else sweep.contrast_bias.to(dtype)
-    tensors = {"anchors": anchors, "contrasts": contrasts, "assignments": own, "theirs": theirs, "contrast_bias": bias}
-    grad = torch.is_grad_enabled()
-    rows, sizes = world.agree(
-        {"rows": len(anchors), "contrasts": len(contrasts)},
-        alike
-        | {
-            "gather": MODES.index(gather),
-            "assignments": own.shape[1],
-            "self-contrast": sweep.contrasts is None,
-            "dimension": anchors.shape[1],
-            "dtype of sums": _DTYPES.index(dtype),
-            "symmetric": sweep.both,
-            "contrast_bias given": bias is not None,
-            "ids given": sweep.contrast_ids is not None,
-        }
-        | {f"{name} with a gradient": grad and t is not None and t.requires_grad for name, t in tensors.items()},
-        anchors.device,
-    )
     by_row, by_contrast = Gathered(world, rows), Gathered(world, sizes)
 
     def everywhere(exchange: Gathered, values: Tensor) -> Tensor:

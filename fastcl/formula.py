@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .distributed import MODES, World, statistics
+from .distributed import MODES, Property, World, has_gradient, statistics
 from .kernels.blocks import uncompiled
 from .kernels.checks import check_flag, check_option, check_vector, scalar_tensor, values_visible
 from .kernels.problem import accumulation_dtype
@@ -32,6 +32,9 @@ class Formula(Protocol):
     @property
     def exact(self) -> bool:
         """Whether log-sum-exps are wanted in float64, as `terms` takes the difference of their exponentials."""
+
+    def _asdict(self) -> dict[str, Any]:
+        """Its options, by name, as of a NamedTuple."""
 
     def scales(self, scale: Tensor) -> Tensor:
         """The logit scales at which they are wanted: [], or [S]."""
@@ -315,24 +318,29 @@ def _of_all(
 
     With reduction "none" the terms of its own rows, as they are.
     """
-    weighing = torch.is_grad_enabled() and weights is not None and weights.requires_grad
-    alike = {
-        "reduction": REDUCTIONS.index(options.reduction),
+    alike: dict[str, Property] = {
+        **{name: value if isinstance(value, str) else float(value) for name, value in formula._asdict().items()},
+        "reduction": options.reduction,
         "weights given": weights is not None,
-        "weights with a gradient": weighing,
+        "weights with a gradient": has_gradient(weights),
     }
-    stats = statistics(world, options.gather, sweep, posed, formula.exact, alike)
-    share = _reduce(*formula.terms(stats, scale), weights, options.reduction, posed, world)
+    stats = statistics(world, options.gather, sweep, posed, formula.exact, type(formula).__name__, alike)
+    sides = [(*formula.terms(stats, scale), weights)]
     if stats.reverse is not None:
-        reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed, world)
-        share = (share + reverse) / 2
+        sides.append((*formula.terms(stats.reverse, scale), None))
+    totals: list[Tensor | None] = [None] * len(sides)
+    if options.reduction == "mean":  # of both directions at once, and exact, also where they are numbers of rows
+        own = torch.stack([_mass(counted, of_rows).double() for _, counted, of_rows in sides])
+        totals = list(world.total(own).to(posed.dtype).unbind())
+    shares = [_reduce(*side, options.reduction, posed, total) for side, total in zip(sides, totals, strict=True)]
+    share = shares[0] if len(shares) == 1 else (shares[0] + shares[1]) / 2
     return share if options.reduction == "none" else share * world.size
 
 
 def _reduce(
-    terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed, world: World | None = None
+    terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed, total: Tensor | None = None
 ) -> Tensor:
-    """world: the mean is over the rows of all processes, the sum over those of this one."""
+    """total: what the mean divides by, where that is not the `_mass` of these rows alone."""
     terms = torch.where(counted, terms, 0).to(posed.dtype)
     if weights is not None:
         terms = terms * weights
@@ -340,9 +348,12 @@ def _reduce(
         return terms.reshape(posed.shape)
     if reduction == "sum":
         return terms.sum()
+    total = _mass(counted, weights) if total is None else total
     if weights is None:
-        count = counted.sum()
-        return terms.sum() / (count if world is None else world.total(count)).clamp(min=1)
-    total = (counted * weights).sum()
-    total = total if world is None else world.total(total)
+        return terms.sum() / total.clamp(min=1)
     return terms.sum() / torch.where(total > 0, total, 1)
+
+
+def _mass(counted: Tensor, weights: Tensor | None) -> Tensor:
+    """How many rows count, or their weights' sum."""
+    return counted.sum() if weights is None else (counted * weights).sum()

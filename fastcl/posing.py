@@ -35,6 +35,7 @@ class Posed(NamedTuple):
     anchor_assignments: Tensor | None = None  # [R, C], in place of clusters: weights of positives
     contrast_assignments: Tensor | None = None  # [M, C]
     by_sample: bool = False  # clusters are places of samples, which mean others in another process
+    paired: bool = False  # so are the contrasts', those of the anchors' rows one after the other, further ones -1
     parts: tuple[tuple[int, bool], ...] = ()  # of each of the contrasts: how many rows, and whether they are stored
 
 
@@ -101,7 +102,7 @@ def pose(
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     if parts is None:
         found = anchors, None, positives, anchor_clusters, None, None, None, shape, views, dtype
-        return Posed(*found, as_stored=False, by_sample=clusters is None)
+        return Posed(*found, as_stored=False, by_sample=clusters is None, paired=clusters is None)
     if contrast_clusters is not None:
         own = contrast_clusters.to(torch.int64).clamp(min=-1)
     else:
@@ -122,6 +123,7 @@ def pose(
         dtype,
         any(part.stored is not None for part in parts),
         by_sample=clusters is None,
+        paired=clusters is None and contrast_clusters is None,
         parts=tuple((part.length, part.stored is not None) for part in parts),
     )
 
@@ -146,6 +148,16 @@ def offset(posed: Posed, first: int) -> tuple[Tensor | None, Tensor | None]:
         return torch.where(ids < -1, ids - first, ids)  # private clusters
 
     return moved(posed.anchor_clusters), moved(posed.contrast_clusters)
+
+
+def paired_clusters(samples: list[int], views: int, contrasts: list[int], device: torch.device) -> Tensor:
+    """Of all processes' contrasts the clusters after `offset`, where they are `Posed.paired`, from numbers of them."""
+    found, first = [], 0
+    for n, m in zip(samples, contrasts, strict=True):
+        places = per_row(torch.arange(first, first + n, device=device), views)
+        found.append(torch.cat((places, places.new_full((max(m - len(places), 0),), -1))))
+        first += n
+    return torch.cat(found)
 
 
 def pose_assigned(

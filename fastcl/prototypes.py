@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .distributed import World
+from .distributed import Property, World, dtype_name, has_gradient
 from .kernels.checks import check_device, check_flag, check_option, check_rows, finite_number, positive_number
 from .kernels.problem import accumulation_dtype
 from .sinkhorn import check_count, check_mass_values, power_law_prior, sinkhorn, uniform_prior
@@ -93,6 +94,10 @@ class SwAVLoss(nn.Module):
             stored = _scores("queue_scores", queue_scores)
             if len(stored) != len(high):
                 raise ValueError(f"queue_scores: expected scores for each of {len(high)} crops, got {len(stored)}")
+        world = World.of(self.gather)
+        rows = [len(high[0])]
+        if world is not None:
+            rows = self._agreed(world, high, low, stored)
         predictions = [F.log_softmax(_wide(crop) / self.temperature, dim=1) for crop in crops]
         loss = predictions[0].new_zeros(())
         for h, (crop, rest) in enumerate(zip(high, stored, strict=True)):
@@ -100,8 +105,25 @@ class SwAVLoss(nn.Module):
             for c, prediction in enumerate(predictions):
                 if c != h:
                     loss = loss - torch.linalg.vecdot(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
-        share = _share(len(high[0]), World.of(self.gather), high[0].device)
-        return loss * share / (len(high) * (len(crops) - 1))
+        return loss * _share(world, rows) / (len(high) * (len(crops) - 1))
+
+    def _agreed(
+        self, world: World, high: list[Tensor], low: list[Tensor], stored: Sequence[Tensor | None]
+    ) -> list[int]:
+        """Each process's rows, of calls that are alike."""
+        dtypes = [None if one is None else dtype_name(one.dtype) for one in (*high, *low, *stored)]
+        alike: dict[str, Property] = {
+            "high-resolution crops": len(high),
+            "low-resolution crops": len(low),
+            "prototypes": high[0].shape[1],
+            "dtypes (their hash)": zlib.crc32(repr(dtypes).encode()),
+            "queue_scores given": any(one is not None for one in stored),
+            "temperature": self.temperature,
+            "epsilon": self.epsilon,
+            "n_iters": self.n_iters,
+            "prior given": self.prior.given,
+        }
+        return world.agree("SwAVLoss", {"rows": len(high[0])}, alike, high[0].device)[0]
 
     def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
         """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient."""
@@ -185,19 +207,46 @@ class MSNLoss(nn.Module):
         check_rows("prototypes", prototypes, like=anchors)
         b, rows = len(targets), len(anchors)
         world = World.of(self.gather)
-        nothing = b == rows == 0 and world is not None  # others may have rows
-        if not nothing and (b == 0 or rows == 0 or rows % b):
-            raise ValueError(f"anchors: expected a multiple of the {b} targets' rows, got shape {list(anchors.shape)}")
         if len(prototypes) == 0:
             raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
+        every_rows = [rows]
+        if world is not None:
+            every_rows = self._agreed(world, anchors, targets, prototypes)
+        elif b == 0 or rows == 0 or rows % b:
+            raise ValueError(f"anchors: expected a multiple of the {b} targets' rows, got shape {list(anchors.shape)}")
         predictions = F.log_softmax(_cosines(anchors, prototypes) / self.temperature, dim=1)
         goals = self.assignments(targets, prototypes).to(predictions.dtype)
-        entropies = torch.linalg.vecdot(goals, predictions.unflatten(0, (1 if nothing else rows // b, b)))
-        share = _share(rows, world, anchors.device)
+        entropies = torch.linalg.vecdot(goals, predictions.unflatten(0, (rows // b if b else 1, b)))
+        share = _share(world, every_rows)
         loss: Tensor = -entropies.sum() / max(rows, 1) * share
         if self.prior_weight:
             loss = loss + self.prior_weight * self._divergence(_mean(predictions.exp(), share, world))
         return loss
+
+    def _agreed(self, world: World, anchors: Tensor, targets: Tensor, prototypes: Tensor) -> list[int]:
+        """Each process's anchors, of calls that are alike; a process may have none, and no targets then."""
+        alike: dict[str, Property] = {
+            "prototypes": len(prototypes),
+            "dimension": prototypes.shape[1],
+            "dtype of predictions": dtype_name(accumulation_dtype(anchors, prototypes)),
+            "dtype of targets": dtype_name(accumulation_dtype(targets, prototypes)),
+            "temperature": self.temperature,
+            "sharpening": self.sharpening,
+            "n_iters": self.n_iters,
+            "prior given": self.prior.given,
+            "prior_weight": float(self.prior_weight),
+            "kl": self.kl,
+            "anchors or prototypes with a gradient": has_gradient(anchors) or has_gradient(prototypes),
+        }
+        sizes = {"anchors": len(anchors), "targets": len(targets)}
+        rows, of_targets = world.agree("MSNLoss", sizes, alike, anchors.device)
+        views = {divmod(n, b) if b else (n, -1) for n, b in zip(rows, of_targets, strict=True)} - {(0, -1)}
+        if len(views) > 1 or any(rest or not count for count, rest in views):
+            raise ValueError(
+                f"anchors: expected the same multiple of the targets' rows on all processes, got {rows} anchors and "
+                f"{of_targets} targets, by rank"
+            )
+        return rows
 
     @torch.no_grad()
     def assignments(self, targets: Tensor, prototypes: Tensor) -> Tensor:
@@ -246,6 +295,11 @@ class _Prior(nn.Module):
         self.make = None if isinstance(prior, Tensor) else prior
         self.register_buffer("masses", prior.detach() if isinstance(prior, Tensor) else None, persistent=False)
 
+    @property
+    def given(self) -> str:
+        """What kind of prior there is."""
+        return "function" if self.make is not None else "none" if self.masses is None else "masses"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Prior:
         masses = self.masses
         super()._apply(fn, recurse)
@@ -293,22 +347,16 @@ def _group(gather: bool) -> Any:
     return None if world is None else world.group
 
 
-def _share(rows: int, world: World | None, device: torch.device) -> float | Tensor:
+def _share(world: World | None, rows: list[int]) -> float:
     """W times this process's share of all rows: the mean over processes of such losses is that over all rows."""
-    if world is None:
-        return 1.0
-    count = world.total(torch.tensor(float(rows), dtype=torch.float64, device=device))
-    return world.size * rows / count.clamp(min=1)
+    return 1.0 if world is None else world.size * rows[world.rank] / max(sum(rows), 1)
 
 
-def _mean(predictions: Tensor, share: float | Tensor, world: World | None) -> Tensor:
-    """Mean prediction [K] of all processes' rows. Backward, each process gets its own rows' part of the gradient.
+def _mean(predictions: Tensor, share: float, world: World | None) -> Tensor:
+    """Mean prediction [K] of all processes' rows, differentiable.
 
     With W processes, each of which returns the whole divergence, the mean over processes of the gradients is that of
-    the divergence if each process's part counts W times: as the sum over processes of equal incoming gradients does.
+    the divergence, as the derivative of the mean sums equal incoming gradients over processes.
     """
     own = predictions.sum(0) / max(len(predictions), 1) * share
-    if world is None:
-        return own
-    # The value of the mean over processes with the gradient of this process's part of their sum.
-    return world.total(own.detach()) / world.size + (own - own.detach())
+    return own if world is None else world.total(own) / world.size

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import World
+from .distributed import Property, World, dtype_name
 from .kernels.checks import (
     check_device,
     check_flag,
@@ -165,6 +165,20 @@ class SampledNCELoss(nn.Module):
             check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
         if self.form == "nce" and negatives.shape[1] == 0:
             raise ValueError(f"negatives: expected at least one each for form='nce', got {list(negatives.shape)}")
+        world = World.of(self.gather)
+        if world is not None:
+            alike: dict[str, Property] = {
+                "form": self.form,
+                "reduction": self.reduction,
+                "normalize": self.normalize,
+                "dimension": embeddings.shape[1],
+                "dtype of embeddings": dtype_name(embeddings.dtype),
+                "dtype of sums": dtype_name(accumulation_dtype(embeddings, bank.rows)),
+                "bank's samples": bank.num_samples,
+                "negatives": negatives.shape[1],
+                "positives given": positives is not None,
+            }
+            world.agree("SampledNCELoss", {}, alike, embeddings.device)
         indices = indices.to(torch.int64)
         x = unit(embeddings) if self.normalize else embeddings.to(accumulation_dtype(embeddings, bank.rows))
         key = unit(positives) if positives is not None and self.normalize else positives
@@ -187,7 +201,6 @@ class SampledNCELoss(nn.Module):
         terms = torch.where(counted, terms, 0).to(dtype)
         if self.reduction == "none":
             return terms
-        world = World.of(self.gather)
         share = terms.sum() if world is None else terms.sum() * world.size
         if self.reduction == "sum":
             return share

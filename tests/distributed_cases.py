@@ -263,27 +263,24 @@ def queues(rank: int, world: int) -> dict[str, Any]:
         found = fastcl.distributed.gather_rows(z, torch.randint(0, 4, (n,), generator=g), torch.full((n,), rank))
         queue.enqueue(*found)
     nothing = fastcl.distributed.gather_rows(torch.empty(0, 3))
+    every_dtype = all(
+        torch.equal(
+            fastcl.distributed.gather_rows(torch.arange(3 + rank).to(dtype)),
+            torch.cat([torch.arange(3 + q).to(dtype) for q in range(world)]),
+        )
+        for dtype in fastcl.distributed._DTYPES
+    )
+    turned = torch.arange(12).reshape(2, 3, 2).mT[: SAMPLES[world][rank]]
+    shaped = fastcl.distributed.gather_rows(turned)
+    every_dtype &= torch.equal(shaped, torch.cat([torch.arange(12).reshape(2, 3, 2).mT[:n] for n in SAMPLES[world]]))
     flags = fastcl.distributed.gather_rows(torch.tensor([rank % 2 == 0]))
-    return {"state": queue.state_dict(), "nothing": nothing.shape, "flags": flags, "graph": found[0].requires_grad}
-
-
-def disagreements(rank: int, world: int) -> dict[str, str]:
-    """What the processes say of calls that are not the same on all of them."""
-    z = torch.randn(4, 2, 3 + rank)
-    other = torch.randn(4, 2, 3, requires_grad=rank == 0)
-    calls: dict[str, Callable[[], Any]] = {
-        "dimension": lambda: cluster_infonce(z, gather=True),
-        "gradient": lambda: cluster_infonce(other, gather="ring"),
-        "mode": lambda: cluster_infonce(torch.randn(4, 2, 3), gather=MODES[rank % 2]),
-        "tensors": lambda: fastcl.distributed.gather_rows(*[z] * (1 + rank)),
+    return {
+        "state": queue.state_dict(),
+        "nothing": nothing.shape,
+        "flags": flags,
+        "graph": found[0].requires_grad,
+        "dtypes": every_dtype,
     }
-    said = {}
-    for name, call in calls.items():
-        try:
-            call()
-        except ValueError as error:  # noqa: PERF203 - what raises is what is looked for
-            said[name] = str(error)
-    return said
 
 
 def compiled(rank: int, world: int) -> dict[str, Any]:
@@ -299,13 +296,6 @@ def compiled(rank: int, world: int) -> dict[str, Any]:
     except RuntimeError as error:
         said = str(error)
     return {"equal": equal and torch.equal(*gradients), "second derivative": said}
-
-
-def everything(rank: int, world: int) -> dict[str, Any]:
-    return {
-        work.__name__: work(rank, world)
-        for work in (run_infonce, run_others, accumulated, queues, disagreements, compiled)
-    }
 
 
 # Processes.
@@ -328,7 +318,7 @@ def _process(rank: int, world: int, folder: str, work: Callable[[int, int], Any]
 def spread(work: Callable[[int, int], Any], world: int, seconds: float = 60) -> tuple[list[Any], dict[int, list[str]]]:
     """What `work(rank, world)` returns in each of so many processes (None where it failed), and their errors."""
     context = multiprocessing.get_context("forkserver")  # imports torch once, then forks
-    context.set_forkserver_preload(["torch", "torch.distributed", "distributed_cases"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "distributed_calls"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_process, args=(rank, world, folder, work, seconds)) for rank in range(world)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_calls import everything, penalised
 from distributed_cases import (
     MODES,
     SAMPLES,
@@ -14,7 +15,6 @@ from distributed_cases import (
     Model,
     arguments_of,
     batches,
-    everything,
     infonce_problems,
     other_losses,
     places,
@@ -111,6 +111,7 @@ def test_queues_hold_the_same_rows_in_the_same_order(world: int) -> None:
     assert first["nothing"] == (0, 3)
     assert first["flags"].tolist() == [rank % 2 == 0 for rank in range(world)]
     assert not first["graph"]
+    assert first["dtypes"]
     assert first["state"]["sample_ids"].unique().tolist() == [r for r, n in enumerate(SAMPLES[world]) if n]
     for other in others:
         for name, value in first["state"].items():
@@ -120,11 +121,25 @@ def test_queues_hold_the_same_rows_in_the_same_order(world: int) -> None:
 def test_calls_that_differ_raise_on_every_process(world: int) -> None:
     for results in found(world):
         said = results["disagreements"]
-        assert "dimension" in said["dimension"]
         assert f"{list(range(3, 3 + world))}" in said["dimension"]
-        assert "gradient" in said["gradient"]
-        assert "gather = [1, 2" in said["mode"]
-        assert "number" in said["tensors"]
+        for name, error in said.items():
+            assert name.split(":")[0] in error, name
+
+
+def test_second_derivatives_are_right_or_raise(world: int) -> None:
+    whole = penalised(None, world)
+    every = [results["penalised"] for results in found(world)]
+    for name, expected in whole.items():
+        parts = [part.pop(name) for part in every]
+        torch.testing.assert_close(torch.cat(parts), expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    for part in every:
+        for name, said in part.items():
+            assert "second derivatives are not supported" in str(said), name
+
+
+def test_no_more_collectives_than_needed(world: int) -> None:
+    for results in found(world):
+        assert results["collectives"] == {"both ways": 6, "views": 4, "clusters, ids and bias": 5}
 
 
 def test_compiled_functions_leave_the_loss_out_and_second_derivatives_raise(world: int) -> None:

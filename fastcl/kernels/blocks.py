@@ -7,7 +7,7 @@ How blocks come, and how their gradients go home, is an `Exchange`'s business (`
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -81,6 +81,7 @@ class Call:
     one_scale: bool
     contrasts_need: bool  # whether any process's contrasts need a gradient, and their bias
     bias_needs: bool
+    clusters: Tensor | None = None  # [M], of all travelling contrasts, where nobody needs to be told them
 
 
 class Set(NamedTuple):
@@ -264,14 +265,14 @@ class _Sweep:
     def forward(self) -> Statistics:
         base, layout = self.base, self.layout
 
-        def spread(values: Tensor | None) -> Tensor | None:
-            return None if values is None else self.exchange.spread(values)
-
         clusters = base.anchor_clusters if self.alone else self.travelling.clusters
-        nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
-        self.kept = _Kept(
-            None, spread(clusters), spread(base.contrast_ids), spread(base.contrast_bias), {}, *nothing, None
+        known = self.call.clusters
+        found_clusters, ids, bias = self._spread(
+            (clusters if known is None else None, base.contrast_ids, base.contrast_bias)
         )
+        clusters = found_clusters if known is None else known
+        nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
+        self.kept = _Kept(None, clusters, ids, bias, {}, *nothing, None)
         sums = layout.blank(base.logit_scale, len(base.anchors))
         columns = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
 
@@ -303,6 +304,22 @@ class _Sweep:
         found = paired.join(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
         self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes, contrasts=merged)
         return found
+
+    def _spread(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Integers or floating numbers [m] -> [M], all of them at once: the bits of the latter travel as integers."""
+        given = [one for one in values if one is not None]
+        if not given:
+            return [None] * len(values)
+        sent = [one.double().view(torch.int64) if one.is_floating_point() else one for one in given]
+        arrived = iter(self.exchange.spread(torch.stack(sent)))
+
+        def taken(like: Tensor | None) -> Tensor | None:
+            if like is None:
+                return None
+            one: Tensor = next(arrived)
+            return one.view(torch.float64).to(like.dtype) if like.is_floating_point() else one
+
+        return [taken(like) for like in values]
 
     def _anchor_norms(self) -> Tensor:
         """[N], where the anchors are normalised; else [0]."""

@@ -50,6 +50,7 @@ def main(steps: int = 60) -> float:
             temperature = towers.loss.temperature.item()
             print(f"step {step:3d}  loss {loss.item():.4f}  temperature {temperature:.4f}", flush=True)
     if size > 1:
+        distributed.barrier()  # nobody leaves while another still hears from it
         distributed.destroy_process_group()
     return loss.item()
 

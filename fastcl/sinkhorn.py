@@ -252,6 +252,7 @@ def _log_masses(
         return torch.zeros(shape, dtype=dtype, device=device)
     check_mass_values(name, value, alone)
     if alone:  # only ratios count, and those of any dtype's masses fit
+        value = value.to(torch.promote_types(value.dtype, dtype))
         value = value / value.detach().amax(-1, keepdim=True)
     masses = value.to(dtype)
     present = masses > 0

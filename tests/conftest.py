@@ -31,8 +31,9 @@ settings.register_profile("fixed", deadline=None, derandomize=True, database=Non
 settings.register_profile("explore", deadline=None, database=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
-# What takes tensors on the CPU; with a GPU, Triton's kernels are not interpreted, and `test_gpu.py` is theirs.
-BACKENDS = tuple(name for name in ops.BACKENDS if name != "triton" or triton_engine.INTERPRETED)
+# What takes tensors on the CPU; with a GPU, Triton's kernels are not interpreted, and `test_gpu.py` is theirs. Those of
+# CUDA are there without a GPU too, where torch knows of CUDA; emulated, they have tests of their own.
+BACKENDS = tuple(name for name in ops.BACKENDS if name != "cuda" and (name != "triton" or triton_engine.INTERPRETED))
 ENGINES = tuple(native.native_module().supported_engines()) if "cpu" in BACKENDS else ()
 # Backends, and the engines of `cpu` that it does not use by itself on this machine, as cpu-<instruction set>.
 VARIANTS = BACKENDS + tuple(f"cpu-{name}" for name in ENGINES if name != native.engine()[0])

@@ -125,7 +125,9 @@ def test_folders_of_other_runs_are_refused(finished, npz, tmp_path, capsys) -> N
     [
         (["--auxiliary", "labels"], "--auxiliary must be attributes or FILE.csv:COLUMN; got labels"),
         (["--auxiliary", "colour"], "must be kmeans, attributes, labels, sinkhorn or FILE.csv"),
+        (["--auxiliary", "nofile.csv:kind"], "--auxiliary nofile.csv"),
         (["--n-clusters", "1"], "expected an integer of at least 2, got '1'"),
+        (["--n-clusters", "5", "100000"], "--n-clusters must be at most the number of training images"),
         (["--seeds", "0"], "expected an integer of at least 1, got '0'"),
         (["--data", "mnist"], "--data must be digits"),
     ],

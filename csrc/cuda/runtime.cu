@@ -1,4 +1,5 @@
 #include "runtime.h"
+#include <mutex>
 
 namespace fastcl::cuda {
 
@@ -67,8 +68,10 @@ const Device &device(int index) {
   constexpr int MOST = 128;
   static Device known[MOST];
   static bool asked[MOST];
+  static std::mutex mutex;
   if (index < 0 || index >= MOST) throw std::runtime_error("fastcl: no CUDA device " + std::to_string(index));
-  if (!asked[index]) { // two threads that meet here write the same
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!asked[index]) {
     Device d;
     d.processors = attribute(cudaDevAttrMultiProcessorCount, index);
     d.shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);

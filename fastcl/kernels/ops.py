@@ -77,7 +77,7 @@ def _available(name: str, source: str) -> str:
     if name in BACKENDS:
         return name
     options = ", ".join(map(repr, BACKENDS))
-    reason = f", which is {MISSING[name]}" if name in MISSING else ""
+    reason = f", which is not available here: {MISSING[name]}" if name in MISSING else ""
     raise ValueError(f"{source}: expected one of {options}, got {name!r}{reason}")
 
 

@@ -132,6 +132,7 @@ def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], o
     Returns the probes, a line a seed, under the contestants' names, ``raw`` (pixels) and ``untrained``.
     """
     from fastcl.train.data import fingerprint, load, long_tailed
+    from fastcl.train.loop import check_n_clusters
     from fastcl.train.methods import fixed_clusters
 
     rows: dict[str, Rows] = {name: [] for name in (*BASELINES, *chosen)}
@@ -140,7 +141,12 @@ def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], o
         images = load(base.data, base.root, seed)
         if base.long_tail is not None:
             images = long_tailed(images, base.long_tail, seed)
-        fixed_clusters(str(chosen["auxiliary"].clusters), images)
+        for contestant in chosen.values():
+            check_n_clusters(contestant.n_clusters or 0, images)
+        try:
+            fixed_clusters(str(chosen["auxiliary"].clusters), images)
+        except OptionError as error:
+            raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
         for place, (name, contestant) in enumerate(chosen.items(), 1):
             folder = out / f"{contestant.folder}-seed{seed}"
             options = {option: value for option, value in vars(contestant).items() if value is not None}
@@ -204,7 +210,8 @@ def _parser() -> Parser:
         "table and on the plane (default: 20 10 50)", nargs="+", type=at_least(int, 2), metavar="COUNT")  # fmt: skip
     add("--seeds", "runs of each (default: 3)", type=at_least(int, 1), metavar="COUNT")
     add("--quick", "2 epochs, 2 seeds, 5 clusters unless said otherwise: to see that all works", action="store_true")
-    add("--out", "the same command goes on with what it holds (default: runs/compare-DATA)", metavar="DIR")
+    add("--out", "the same command goes on with what it holds (default: runs/compare-DATA, with --quick "
+        "runs/compare-DATA-quick)", metavar="DIR")  # fmt: skip
     add_options(parser, DEFAULT, OPTIONS)
     return parser
 
@@ -222,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts, seeds = counts or ([5] if quick else [20, 10, 50]), seeds or (2 if quick else 3)
     base = dataclasses.replace(DEFAULT, **{**({"epochs": 2, "renew": 1} if quick else {}), **given})
     chosen = contestants(auxiliary, list(dict.fromkeys(counts)))
-    folder = Path(out or f"runs/compare-{Path(base.data).stem}")
+    folder = Path(out or f"runs/compare-{Path(base.data).stem}{'-quick' if quick else ''}")
     try:
         if auxiliary in ("kmeans", "labels", "sinkhorn"):
             raise OptionError(f"--auxiliary must be attributes or FILE.csv:COLUMN; got {auxiliary}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastcl.train import Config, OptionError, report
-from fastcl.train.data import VIEWS, augment, fingerprint, load, long_tailed
+from fastcl.train.data import VIEWS, ImageData, augment, fingerprint, load, long_tailed
 from fastcl.train.evaluate import (
     Labels,
     Representation,
@@ -59,6 +59,12 @@ def other_prototypes(folder: Path) -> dict[str, Any]:
         raise OptionError(f"--beside must name the folder of a finished swav or pmsn run; got {folder}") from error
 
 
+def check_n_clusters(n_clusters: int, images: ImageData) -> None:
+    count = len(images.train_labels)
+    if n_clusters > count:
+        raise OptionError(f"--n-clusters must be at most the number of training images, {count}; got {n_clusters}")
+
+
 class Run:
     """A training run and its folder: what happens next is a function of the config and of the checkpoint alone."""
 
@@ -76,10 +82,7 @@ class Run:
         if config.long_tail is not None:
             self.images = long_tailed(self.images, config.long_tail, config.seed)
         count = len(self.images.train_labels)
-        if config.n_clusters > count:
-            raise OptionError(
-                f"--n-clusters must be at most the number of training images, {count}; got {config.n_clusters}"
-            )
+        check_n_clusters(config.n_clusters, self.images)
         self.batch = min(config.batch_size, count)
         if self.batch < self.processes.size:
             raise OptionError(f"--batch-size must be at least the number of processes; got {self.batch}")

@@ -235,7 +235,7 @@ template <int ROWS, class Multiply> __global__ void __launch_bounds__(THREADS, R
   for (int r = 0; r < WARP_ROWS; r++) {
     const int mine = own * WARP_ROWS + r;
     if (first + mine >= call.queries.size) continue;
-    __syncwarp(); // of a part without keys, too
+    __syncwarp(); // every part has keys, so that the block has waited since the lists were begun
     sort(lists + mine * size, size);
     for (int at = lane(); at < slots; at += WARP) call.best[((first + mine) * call.parts + blockIdx.y) * slots + at] = lists[mine * size + at];
   }

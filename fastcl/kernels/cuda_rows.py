@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from torch import Tensor
 
+from .kept import Layout, by_name, layout_size, sums_are_kept
 from .problem import FIELDS, Problem
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
@@ -18,17 +18,12 @@ STEP = 32  # bytes: rows are padded to multiples of it
 # What the backward finds again.
 
 
-def sums_are_kept(p: Problem) -> bool:
-    """Whether the forward leaves the anchors' weighted sums of contrasts, of which their gradient is made."""
-    return p.anchors_only and p.contrasts is not None and p.contrast_bias is None and p.sizes[0] == 1 and not p.both
-
-
-def kept(p: Problem) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def kept(p: Problem) -> Layout:
     """What the forward keeps, by name: of either set the order of rows, each row's range in the other set, and names
     of sample ids; of either side the bases, to base 2, of the sums over all, negatives and positives; or what
     `sums_are_kept` is about, in the order of rows."""
     s, n, m = p.sizes
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"bases": (torch.float32, (3, s, n))}
+    found: Layout = {"bases": (torch.float32, (3, s, n))}
     if p.both:
         found["contrast_bases"] = (torch.float32, (3, s, m))
     for prefix, size in (("", n), ("contrast_", m)):
@@ -46,21 +41,12 @@ def kept(p: Problem) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 def kept_size(p: Problem) -> int:
     """In numbers of float32."""
-    return sum(_places(*entry) for entry in kept(p).values())
+    return layout_size(kept(p))
 
 
 def kept_in(p: Problem, saved: Tensor) -> dict[str, Tensor]:
     """`saved` [kept_size], float32, taken apart."""
-    parts, start = {}, 0
-    for name, (dtype, shape) in kept(p).items():
-        size = _places(dtype, shape)
-        parts[name] = saved[start : start + size].view(dtype)[: prod(shape)].view(shape)
-        start += size
-    return parts
-
-
-def _places(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return -(-prod(shape) * (dtype.itemsize // 4) // 4) * 4  # all begin at multiples of 16 bytes
+    return by_name(kept(p), saved)
 
 
 def product_dtype(p: Problem) -> torch.dtype:

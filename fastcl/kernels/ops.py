@@ -299,20 +299,8 @@ def by_argument(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]
     return tuple(result)
 
 
-class _ContrastiveStatsBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = backward_op(*args)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        no_second_derivatives()
-
-
-def no_second_derivatives() -> None:
-    raise RuntimeError("fastcl.contrastive_stats: second derivatives are not supported")
+def no_second_derivatives(of: str = "contrastive_stats") -> None:
+    raise RuntimeError(f"fastcl.{of}: second derivatives are not supported")
 
 
 def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -330,10 +318,49 @@ def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callabl
     return kernel
 
 
-for _name, _impl, _fake, _function in (
-    ("contrastive_stats_fwd", run_forward, _forward_fake, _ContrastiveStats),
-    ("contrastive_stats_bwd", _backward_impl, _backward_fake, _ContrastiveStatsBackward),
-):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    _library.impl(_name, _differentiable(getattr(torch.ops.fastcl, _name), _function), "Autograd")
-    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
+def _last(op: Any, public: str) -> type[torch.autograd.Function]:
+    """Of a derivative, which has none itself."""
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs: tuple[Tensor, ...] = op(*args)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> None:
+            no_second_derivatives(public)
+
+    return Derivative
+
+
+Kernel = Callable[..., Any]
+
+
+def register(
+    name: str,
+    function: type[torch.autograd.Function],
+    forward: tuple[Kernel, Kernel],
+    backward: tuple[Kernel, Kernel],
+    public: str,
+) -> None:
+    """Kernels of the operators ``name_fwd`` and ``name_bwd``, which are defined: what runs, and its shapes for tracing.
+
+    function: the derivative of the first. That of the second raises, in the name of what is `public`.
+    """
+    for kind, (kernel, fake) in (("fwd", forward), ("bwd", backward)):
+        op = getattr(torch.ops.fastcl, f"{name}_{kind}")
+        derivative = function if kind == "fwd" else _last(op, public)
+        _library.impl(f"{name}_{kind}", kernel, "CompositeExplicitAutograd")
+        _library.impl(f"{name}_{kind}", _differentiable(op, derivative), "Autograd")
+        torch.library.register_fake(f"fastcl::{name}_{kind}", fake, lib=_library)
+
+
+register(
+    "contrastive_stats",
+    _ContrastiveStats,
+    (run_forward, _forward_fake),
+    (_backward_impl, _backward_fake),
+    "contrastive_stats",
+)

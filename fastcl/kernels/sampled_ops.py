@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .chunked import CPU_BLOCK, GPU_BLOCK
-from .ops import _differentiable, _library, _without_autocast
+from .ops import _library, _without_autocast, register
 from .problem import accumulation_dtype
 
 _library.define("sampled_fwd(Tensor queries, Tensor keys, Tensor indices) -> Tensor")
@@ -91,22 +91,4 @@ class _Sampled(torch.autograd.Function):
         return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
 
 
-class _SampledBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = backward_op(*args)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError("fastcl.sampled_similarity: second derivatives are not supported")
-
-
-for _name, _impl, _fake, _function in (
-    ("sampled_fwd", _forward, _forward_fake, _Sampled),
-    ("sampled_bwd", _backward, _backward_fake, _SampledBackward),
-):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    _library.impl(_name, _differentiable(getattr(torch.ops.fastcl, _name), _function), "Autograd")
-    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
+register("sampled", _Sampled, (_forward, _forward_fake), (_backward, _backward_fake), "sampled_similarity")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import sinkhorn_blocks, sinkhorn_cuda, sinkhorn_dense, sinkhorn_native, sinkhorn_triton
-from .ops import BACKENDS, _differentiable, _library, _without_autocast, choose_backend
+from .ops import BACKENDS, _library, _without_autocast, choose_backend, register
 from .sinkhorn_solver import Incoming, Kept, Needs, Passes, Problem, differentiate, solve
 
 PASSES: dict[str, Passes] = {"reference": sinkhorn_dense, "chunked": sinkhorn_blocks}
@@ -121,25 +121,7 @@ class _Sinkhorn(torch.autograd.Function):
         return *gradients, *[None] * (_LENGTH - _DIFFERENTIABLE)
 
 
-class _SinkhornBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = _backward(*args)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError("fastcl.sinkhorn: second derivatives are not supported")
-
-
-for _name, _impl, _fake, _function in (
-    ("sinkhorn_fwd", _forward_impl, _forward_fake, _Sinkhorn),
-    ("sinkhorn_bwd", _backward_impl, _backward_fake, _SinkhornBackward),
-):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    _library.impl(_name, _differentiable(getattr(torch.ops.fastcl, _name), _function), "Autograd")
-    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
+register("sinkhorn", _Sinkhorn, (_forward_impl, _forward_fake), (_backward_impl, _backward_fake), "sinkhorn")
 
 
 def sinkhorn(

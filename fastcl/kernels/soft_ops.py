@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, reference, soft_native, soft_triton, triton_engine
-from .ops import BACKENDS, _differentiable, _library, _without_autocast, choose_backend, no_second_derivatives
+from .ops import BACKENDS, _library, _without_autocast, choose_backend, register
 from .problem import Gradients, Needs, Problem, Side, Statistics
 from .soft import assignment_gradients
 
@@ -178,25 +178,7 @@ class _SoftStats(torch.autograd.Function):
         return *found, *[None] * (_LENGTH - _DIFFERENTIABLE)
 
 
-class _SoftStatsBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = backward_op(*args)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        no_second_derivatives()
-
-
-for _name, _impl, _fake, _function in (
-    ("soft_stats_fwd", _forward, _forward_fake, _SoftStats),
-    ("soft_stats_bwd", _backward, _backward_fake, _SoftStatsBackward),
-):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    _library.impl(_name, _differentiable(getattr(torch.ops.fastcl, _name), _function), "Autograd")
-    torch.library.register_fake(f"fastcl::{_name}", _fake, lib=_library)
+register("soft_stats", _SoftStats, (_forward, _forward_fake), (_backward, _backward_fake), "contrastive_stats")
 
 
 def at_unit(assignments: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import triton_launch, triton_tuning
+from .kept import Layout, by_name, layout_size, sums_are_kept
 from .problem import NORM_FLOOR, Problem
 from .triton_launch import INTERPRETED, architecture, blocks, device_name
 from .triton_plan import ROWS_AT_ONCE, Tile, padded, row_tile, tile
@@ -17,16 +18,11 @@ from .triton_plan import ROWS_AT_ONCE, Tile, padded, row_tile, tile
 # What the backward finds again.
 
 
-def sums_are_kept(p: Problem) -> bool:
-    """Whether the forward leaves the anchors' weighted sums of contrasts, of which their gradient is made."""
-    return p.anchors_only and p.contrasts is not None and p.contrast_bias is None and p.sizes[0] == 1 and not p.both
-
-
-def kept(p: Problem) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def kept(p: Problem) -> Layout:
     """What the forward keeps, by name: the order of rows, their clusters and names, and of either side the bases, to
     base 2, of the sums over all, negatives and positives; or what `sums_are_kept` is about, in the order of rows."""
     s, n, m = p.sizes
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    found: Layout = {}
     if p.anchor_clusters is not None:
         found |= {"order": (torch.int64, (n,)), "clusters": (torch.int32, (n,))}
         if p.contrasts is not None:
@@ -43,30 +39,12 @@ def kept(p: Problem) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 def kept_size(p: Problem) -> int:
     """In numbers of float32."""
-    return sum(_places(*entry) for entry in kept(p).values())
+    return layout_size(kept(p))
 
 
 def kept_in(p: Problem, saved: Tensor) -> dict[str, Tensor]:
     """`saved` [kept_size], float32, taken apart."""
-    parts, start = {}, 0
-    for name, (dtype, shape) in kept(p).items():
-        size = _places(dtype, shape)
-        part = saved[start : start + size].view(dtype)
-        parts[name] = part[: _product(shape)].view(shape)
-        start += size
-    return parts
-
-
-def _product(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _places(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """Rounded up to 16 bytes: a kernel is compiled apart for memory that begins elsewhere."""
-    return -(-_product(shape) * (dtype.itemsize // 4) // 4) * 4
+    return by_name(kept(p), saved)
 
 
 # Rows.

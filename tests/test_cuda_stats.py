@@ -17,8 +17,8 @@ import torch
 from emulated import emulating, module
 from hypothesis import given, settings
 from oracle import differentiate
+from stats_checks import check_stats, library_stats, objective, simple_problem
 from strategies import FIELDS, StatsProblem, cluster_ids, generator, rows, stats_problems
-from test_stats import check_stats, library_stats, objective, simple_problem
 from torch import Tensor
 
 import fastcl
@@ -186,7 +186,7 @@ sys.path.insert(0, "tests")
 from emulated import emulating
 from oracle import differentiate
 from test_cuda_stats import DTYPES, FIELDS, problem
-from test_stats import library_stats, objective
+from stats_checks import library_stats, objective
 import fastcl
 with emulating(), fastcl.use_backend("cuda"):
     two, queue = {"m": 30, "both": True}, {"m": 30, "pattern": None, "scale_tensor": False}

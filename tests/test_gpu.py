@@ -7,8 +7,8 @@ import pytest
 import torch
 from oracle import CONSTANT_NORMS, TRUTH, differentiate, eager_evaluations
 from oracle import contrastive_stats as plain_stats
+from stats_checks import as_dict, objective
 from strategies import DTYPES, FIELDS, cluster_ids, generator, rows
-from test_stats import as_dict, objective
 from tolerances import accumulation_dtype, check
 from torch import Tensor
 

@@ -7,8 +7,8 @@ import torch
 from conftest import VARIANTS, running
 from hypothesis import given, settings
 from oracle import TRUTH, Evaluation, eager_evaluations, op_masks, similarities
+from stats_checks import simple_problem
 from strategies import StatsProblem, stats_problems
-from test_stats import simple_problem
 from tolerances import accumulation_dtype, check
 from torch import Tensor
 

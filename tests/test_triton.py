@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from stats_checks import check_stats, simple_problem
 from strategies import FIELDS, cluster_ids, generator, rows
-from test_stats import check_stats, simple_problem
 from torch import Tensor
 
 import fastcl

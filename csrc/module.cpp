@@ -136,6 +136,11 @@ template <class Description> void read_gradients(Reader &outputs, Description &c
   require(!call.bias_gradient || call.problem.contrast_bias, "bias_gradient: there is no bias");
 }
 
+template <class Description> void require_anchors_only(const Description &call) {
+  require(!call.weighted.sums || (call.anchor_gradient && !call.contrast_gradient && !call.scale_gradient && !call.bias_gradient),
+          "weighted sums give the anchors' gradient only");
+}
+
 std::unique_ptr<Call> forward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
                               const py::tuple &outputs) {
   Reader in(outputs);
@@ -151,8 +156,7 @@ std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &probl
   call.single_positives = in.integer();
   read_gradients(in, call);
   in.end();
-  require(!call.weighted.sums || (call.anchor_gradient && !call.contrast_gradient && !call.scale_gradient && !call.bias_gradient),
-          "weighted sums give the anchors' gradient only");
+  require_anchors_only(call);
   return std::make_unique<Call>(engine_named(engine), call);
 }
 
@@ -161,13 +165,20 @@ std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, 
   MeanLoss call{};
   call.problem = read_problem(problem);
   call.negatives_only = in.integer();
+  call.kept = in.address();
+  call.weighted = read_weighted(in, call.problem);
   call.loss = in.address();
+  call.loss_gradient = in.address();
   call.observed = in.address();
   call.contrast_observed = in.address();
   require(!call.contrast_observed || call.problem.columns, "contrast_observed: the contrasts' statistics are not wanted");
   read_gradients(in, call);
   in.end();
-  require(call.loss, "loss: a null pointer");
+  require(call.loss || call.kept, "loss: a null pointer, and no statistics of it");
+  require(call.loss || call.loss_gradient, "loss_gradient: a null pointer, in a call of the gradients alone");
+  require(!call.loss || !call.loss_gradient, "loss_gradient: given before there is a loss");
+  require(!call.weighted.sums || call.kept, "weighted sums: between two calls only");
+  if (!call.loss) require_anchors_only(call);
   require(call.problem.scales == 1, "a mean loss: of one scale only");
   return std::make_unique<Call>(engine_named(engine), call);
 }

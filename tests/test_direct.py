@@ -10,7 +10,7 @@ from fastcl.functional import cluster_infonce
 from fastcl.kernels import direct, ops
 
 WHEN = {"at once": 1 << 60, "when asked": 0}
-KINDS = ("self", "views", "two sets", "symmetric", "momentum key", "bias", "ids")
+KINDS = ("self", "views", "two sets", "constant contrasts", "symmetric", "momentum key", "bias", "ids")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 DENOMINATORS = ("all", "negatives")
 
@@ -25,13 +25,17 @@ def case(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, object]
     n, m, d = 13, 17, 5
     z, temperature = leaf(n, d, dtype=dtype), torch.tensor(0.3, requires_grad=True)
     clusters = torch.tensor([0, 0, 1, 1, 1, 2, 2, -1, 3, 4, 4, 5, -7])
+    options: dict[str, object]
     if kind == "self":
         return [z, temperature], {"clusters": clusters, "temperature": temperature}
     if kind == "views":
         z = leaf(n, 2, d, dtype=dtype)
         return [z, temperature], {"temperature": temperature}
+    if kind == "constant contrasts":  # so many that some lie in no anchor's cluster for a whole tile
+        options = {"clusters": clusters, "contrasts": torch.randn(9 * m, d).to(dtype)}
+        return [z], options | {"contrast_clusters": torch.arange(9 * m) // 2, "temperature": 0.3}
     y = leaf(m, d, dtype=dtype)
-    options: dict[str, object] = {"contrasts": y, "temperature": temperature}
+    options = {"contrasts": y, "temperature": temperature}
     if kind == "two sets":
         options |= {"clusters": clusters, "contrast_clusters": torch.arange(m) // 2}
     if kind == "symmetric":
@@ -134,6 +138,9 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
     monkeypatch.setattr(direct, "AT_ONCE", 0)
     cluster_infonce(z)
     assert not calls
+    with torch.no_grad():  # whatever the size: nothing is kept for a backward
+        cluster_infonce(z)
+    assert calls.pop() == [False] * 5
 
 
 def test_large_batches_wait_for_the_backward() -> None:

@@ -1,4 +1,5 @@
 #include "mean.h"
+#include <algorithm>
 #include <cmath>
 
 namespace fastcl {
@@ -9,15 +10,15 @@ struct Memory {
   int64_t used = 0;
   void *take(int64_t bytes) {
     void *const p = base ? base + used : nullptr;
-    used += (bytes + 63) / 64 * 64;
+    used += bytes;
     return p;
   }
 };
 
 Statistics taken(Memory &memory, Field log_sum, int64_t bytes) {
   Statistics s{};
-  void **const wanted[] = {&s.fields[log_sum], &s.shifts[log_sum], &s.sums[log_sum], &s.fields[SUM_POS], &s.positives,
-                           &s.negatives,       &s.negative_share,  &s.negative_base, &s.positive_base};
+  void **const wanted[MEAN_KEPT] = {&s.fields[log_sum], &s.shifts[log_sum], &s.sums[log_sum], &s.fields[SUM_POS], &s.positives,
+                                    &s.negatives,       &s.negative_share,  &s.negative_base, &s.positive_base};
   for (void **p : wanted) *p = memory.take(bytes);
   return s;
 }
@@ -53,33 +54,50 @@ template <class Real> void reduce(const MeanLoss &call, Field log_sum, const Sta
   *static_cast<Real *>(call.loss) = Real(loss);
 }
 
+// The same with other fields: those, times the loss's gradient.
+template <class Real> Statistics scaled(const Statistics &s, Field log_sum, int64_t size, const void *factor, Memory &memory) {
+  Statistics result = s;
+  for (const Field field : {log_sum, SUM_POS}) {
+    Real *const to = static_cast<Real *>(result.fields[field] = memory.take(size * sizeof(Real)));
+    const Real *const from = static_cast<const Real *>(s.fields[field]);
+    for (int64_t i = 0; to && i < size; i++) to[i] = from[i] * *static_cast<const Real *>(factor);
+  }
+  return result;
+}
+
 } // namespace
 
 int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &arranged, void *workspace) {
   const Problem &p = call.problem;
   const int64_t real = p.wide_reals ? sizeof(double) : sizeof(float);
   const Field log_sum = call.negatives_only ? LSE_NEG : LSE_ALL;
-  Memory memory{static_cast<char *>(workspace)};
-  Forward forward{p, taken(memory, log_sum, p.anchors.size * real), {}, {}};
-  forward.anchors.observed = call.observed;
-  if (p.columns) forward.contrasts = taken(memory, log_sum, p.contrasts.size * real);
-  forward.contrasts.observed = call.contrast_observed;
-  const bool single_positives = true; // there are none but those of the sweep
-  const Backward backward{p,
-                          forward.anchors,
-                          forward.contrasts,
-                          {},
-                          single_positives,
-                          call.anchor_gradient,
-                          call.contrast_gradient,
-                          call.scale_gradient,
-                          call.bias_gradient};
+  Memory memory{static_cast<char *>(workspace)}, kept{static_cast<char *>(call.kept)};
+  Memory &between = call.kept ? kept : memory;
+  Statistics anchors = taken(between, log_sum, p.anchors.size * real), contrasts{};
+  if (p.columns) contrasts = taken(between, log_sum, p.contrasts.size * real);
+  anchors.observed = call.observed;
+  contrasts.observed = call.contrast_observed;
+  Backward backward{p, anchors, contrasts, call.weighted};
+  if (call.loss_gradient) {
+    const auto times = p.wide_reals ? scaled<double> : scaled<float>;
+    backward.anchors = times(anchors, log_sum, p.anchors.size, call.loss_gradient, memory);
+    if (p.columns) backward.contrasts = times(contrasts, log_sum, p.contrasts.size, call.loss_gradient, memory);
+  }
+  backward.single_positives = true; // there are none but those of the sweep
+  backward.anchor_gradient = call.anchor_gradient;
+  backward.contrast_gradient = call.contrast_gradient;
+  backward.scale_gradient = call.scale_gradient;
+  backward.bias_gradient = call.bias_gradient;
   const bool differentiated = call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.bias_gradient;
-  void *const rest = workspace ? memory.base + memory.used : nullptr; // of the one, then of the other
-  const int64_t first = engine.forward(forward, arranged, rest);
-  if (workspace) (p.wide_reals ? reduce<double> : reduce<float>)(call, log_sum, forward.anchors, forward.contrasts);
-  const int64_t second = differentiated ? engine.backward(backward, arranged, rest) : 0;
-  return memory.used + (first > second ? first : second);
+  const int64_t before = (memory.used + 63) / 64 * 64;
+  void *const rest = workspace ? memory.base + before : nullptr; // of the one, then of the other
+  int64_t most = 0;
+  if (call.loss) {
+    most = engine.forward({p, anchors, contrasts, call.weighted}, arranged, rest);
+    if (workspace) (p.wide_reals ? reduce<double> : reduce<float>)(call, log_sum, anchors, contrasts);
+  }
+  if (differentiated) most = std::max(most, engine.backward(backward, arranged, rest));
+  return before + most;
 }
 
 } // namespace fastcl

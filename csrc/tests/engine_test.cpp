@@ -118,18 +118,34 @@ void check_gradients(const Engine &engine, const Case &c, const Call &got, Formu
   compare<T>("gradient of bias", got.bias_gradient, expected.bias.value, &expected.bias.size, tolerance);
 }
 
-// The mean loss and its gradient in one call; `like` says of what.
-template <class T> void check_mean(const Engine &engine, const Case &c, Pool &pool, const Backward &like, const Arranged &arranged,
+// The mean loss and its gradient; `like` says of what.
+template <class T> void check_mean(const Engine &engine, const Case &c, Random &random, Pool &pool, const Backward &like, const Arranged &arranged,
                                    const Formula &truth, double tolerance) {
   const Field log_sum = c.n % 2 ? LSE_NEG : LSE_ALL;
-  MeanLoss call{like.problem, log_sum == LSE_NEG, pool.array<T>(1), nullptr, nullptr, nullptr, nullptr};
+  MeanLoss call{};
+  call.problem = like.problem;
+  call.negatives_only = log_sum == LSE_NEG;
+  call.loss = pool.array<T>(1);
   if (like.anchor_gradient) call.anchor_gradient = pool.array<T>(c.n * c.d);
   if (like.contrast_gradient) call.contrast_gradient = pool.array<T>(c.m * c.d);
   if (like.scale_gradient) call.scale_gradient = pool.array<double>(1);
   if (like.bias_gradient) call.bias_gradient = pool.array<T>(c.m);
-  mean_loss(engine, call, arranged, pool.workspace(mean_loss(engine, call, arranged, nullptr)));
-
   const int sides = call.problem.columns ? 2 : 1;
+  const auto run = [&](const MeanLoss &part) { mean_loss(engine, part, arranged, pool.workspace(mean_loss(engine, part, arranged, nullptr))); };
+  if (random.coin()) { // in two calls
+    call.kept = pool.array<T>(MEAN_KEPT * (c.n + (sides == 2 ? c.m : 0)));
+    const bool anchors_only = call.anchor_gradient && !call.contrast_gradient && !call.scale_gradient && !call.bias_gradient;
+    if (anchors_only && c.m && sides == 1 && !call.problem.contrast_bias) call.weighted = {pool.array<T>(c.n * c.d), pool.array<T>(1)};
+    MeanLoss first = call, second = call;
+    first.anchor_gradient = first.contrast_gradient = first.scale_gradient = first.bias_gradient = nullptr;
+    second.loss = nullptr;
+    T *const factor = pool.array<T>(1);
+    *factor = 1;
+    second.loss_gradient = factor;
+    run(first);
+    run(second);
+  } else run(call);
+
   double loss = 0, size = 0;
   const auto mean = [&](const formula::Side &side, Weights &weights) {
     const auto counts = [&](size_t i) { return side.positives[i] > 0 && (log_sum == LSE_ALL || side.negatives[i] > 0); };
@@ -288,7 +304,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   auto expected = truths[0]->gradients(row_weights[0], column_weights[0]);
   for (int k = 1; k < p.scales; k++) expected.add(truths[k]->gradients(row_weights[k], column_weights[k]));
   check_gradients<T>(engine, c, backward, expected, tolerance);
-  if (!weighted && p.scales == 1) check_mean<T>(engine, c, pool, backward, arranged, *truths[0], tolerance);
+  if (!weighted && p.scales == 1) check_mean<T>(engine, c, random, pool, backward, arranged, *truths[0], tolerance);
   check_topk<T>(engine, c, random, pool, in, p);
   SoftCase<T>(engine, random, pool, in, p, sizeof(T) == 8 || random.coin() ? c.anchors : Dtype::float32, tolerance).run();
 }

@@ -6,7 +6,7 @@ the nodes that a formula of them leaves in autograd's graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,44 +57,50 @@ class DirectMean(torch.autograd.Function):
     """Mean over the rows that count of lse_i - sum_pos_i / num_pos_i, of fields that are wanted as (lse, sum_pos).
 
     With `both`, the mean of that over the anchors and that over the contrasts. What was observed is a second output,
-    where it is asked for. A row counts if it has a positive and,
-    for lse_neg, a negative. The derivatives in the fields are functions of the counts alone, so that loss and gradient
-    of a small batch can be had in one call of the native engine; the backward then only scales.
+    where it is asked for. A row counts if it has a positive and, for lse_neg, a negative.
+
+    The derivatives in the fields are functions of the counts alone: so the native engine has both, and loss and
+    gradient of a small batch in one call, after which the backward only scales.
     """
 
     @staticmethod
     def forward(ctx: Any, *args_and_grad_mode: Any) -> Tensor | tuple[Tensor, Tensor]:
         *args, grad_mode = args_and_grad_mode
         problem, backend = posed(args)
+        ctx.native = backend is native and native.takes_mean_loss(problem)
+        if not ctx.native:
+            found = statistics(problem, backend)
+            observed = observed_by(problem, found) if problem.observe else None
+            save(ctx, args, as_outputs(found))
+            sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
+            ctx.counted = [_counted(side.counts, problem.want[0] == "lse_neg") for side in sides]
+            means = [_mean(side, rows) for side, rows in zip(sides, ctx.counted, strict=True)]
+            return _with(ctx, means[0] if len(means) == 1 else (means[0] + means[1]) / 2, observed)
         differentiated = grad_mode and any(ctx.needs_input_grad)
-        ctx.at_once = (
-            backend is native
-            and not (differentiated and problem.anchors.numel() * problem.sizes[2] > AT_ONCE)
-            and native.takes_mean_loss(problem)
-        )
+        ctx.at_once = not differentiated or problem.anchors.numel() * problem.sizes[2] <= AT_ONCE
+        ctx.set_materialize_grads(False)
+        ctx.options = args[TENSORS:]
+        kept: Sequence[Tensor | None]
         if ctx.at_once:
-            ctx.set_materialize_grads(False)
-            ctx.dtypes = [None if args[i] is None else args[i].dtype for i in DIFFERENTIABLE.values()]
             needs = Needs(*[differentiated and ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
-            loss, gradients, observed = native.mean_loss(problem, needs)
-            ctx.save_for_backward(*args[:TENSORS], *gradients)  # the arguments: torch looks whether they were changed
-            return _with(ctx, loss, observed)
-        found = statistics(problem, backend)
-        observed = observed_by(problem, found) if problem.observe else None
-        save(ctx, args, as_outputs(found))
-        sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
-        ctx.counted = [_counted(side.counts, problem.want[0] == "lse_neg") for side in sides]
-        means = [_mean(side, rows) for side, rows in zip(sides, ctx.counted, strict=True)]
-        return _with(ctx, means[0] if len(means) == 1 else (means[0] + means[1]) / 2, observed)
+            loss, kept, observed = native.mean_loss(problem, needs)
+        else:
+            loss, *kept, observed = native.mean_forward(problem)
+        ctx.save_for_backward(*args[:TENSORS], *kept)  # the arguments: torch looks whether they were changed
+        return _with(ctx, loss, observed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        if ctx.at_once:
-            scaled = _Scaled.apply if torch.is_grad_enabled() else _scaled
-            return *by_argument(scaled(ctx.dtypes, grad, *ctx.saved_tensors)), None
-        counts, _, contrast_counts = ctx.saved_tensors[TENSORS : TENSORS + 3]
+        saved = ctx.saved_tensors
+        if ctx.native:
+            needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
+            work = _scaled if ctx.at_once else _gradients
+            arguments = (ctx.options, needs, grad, *saved)
+            found = _Last.apply(work, *arguments) if torch.is_grad_enabled() else work(*arguments)
+            return *by_argument(found), None
+        counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
         of_fields: list[Tensor | None] = [None, None]
         for k, (side, rows) in enumerate(zip((counts, contrast_counts), ctx.counted, strict=False)):
             of_fields[k] = _derivative(side, rows, len(ctx.counted)) * grad
@@ -108,19 +114,30 @@ def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Ten
     return loss, observed
 
 
-def _scaled(dtypes: Sequence[torch.dtype | None], grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+def _scaled(_: Any, __: Any, grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward has found, times `grad`, each in its argument's dtype."""
+    return _as_arguments([found if found is None else found * grad for found in saved[TENSORS:]], saved)
+
+
+def _gradients(options: Any, needs: Sequence[bool], grad: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
+    problem, _ = posed((*saved[:TENSORS], *options))
+    return _as_arguments(native.mean_backward(problem, saved[TENSORS], grad, Needs(*needs)), saved)
+
+
+def _as_arguments(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    arguments = [saved[i] for i in DIFFERENTIABLE.values()]
     return tuple(
-        None if gradient is None else (gradient * grad).to(dtype)
-        for gradient, dtype in zip(saved[TENSORS:], dtypes, strict=True)
+        None if gradient is None or argument is None else gradient.to(argument.dtype)
+        for gradient, argument in zip(gradients, arguments, strict=True)
     )
 
 
-class _Scaled(torch.autograd.Function):
-    """`_scaled` in a graph that is kept in order to be differentiated again, which cannot be done."""
+class _Last(torch.autograd.Function):
+    """A derivative in a graph that is kept in order to be differentiated again, which cannot be done."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        return _scaled(*args)
+    def forward(ctx: Any, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
+        return work(*args)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> None:

@@ -38,6 +38,8 @@ _native, _failure = _load()
 _failed_build = _load_failure()
 _VECTORS = ("anchor_clusters", "contrast_clusters", "logit_scale", "contrast_bias", "anchor_ids", "contrast_ids")
 _PLACES = {name: k for k, name in enumerate(FIELDS)}
+_MEAN_KEPT = 9  # as in csrc/cpu/mean.h
+_NOTHING = Needs(False, False, False, False, False)
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
 
 
@@ -85,7 +87,7 @@ def saved_size(p: Problem) -> int:
     of contrasts [N, D] and whether they are valid [1].
     """
     s, n, m = p.sizes
-    return 3 * s * (n + m if p.both else n) + (n * p.anchors.shape[1] + 1 if _weighted(p) else 0)
+    return 3 * s * (n + m if p.both else n) + _weighted_size(p)
 
 
 def plane_count(p: Problem) -> int:
@@ -116,6 +118,10 @@ def merge_planes(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
 
 def _weighted(p: Problem) -> bool:
     return p.anchors_only and p.sizes[0] == 1
+
+
+def _weighted_size(p: Problem) -> int:
+    return p.anchors.shape[0] * p.anchors.shape[1] + 1 if _weighted(p) else 0
 
 
 def forward(p: Problem) -> Statistics:
@@ -172,18 +178,51 @@ def takes_mean_loss(p: Problem) -> bool:
 def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | None]:
     """The mean of lse_i - sum_pos_i / num_pos_i that is `direct.DirectMean`'s, its gradients, and what was observed."""
     p = _addressable(p)
+    loss, seen = _new_mean(p)
+    return loss, _mean(p, None, loss, None, seen, needs), torch.cat(seen, -1) if seen else None
+
+
+def mean_forward(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The mean alone, what `mean_backward` needs to know of it, and what was observed."""
+    p = _addressable(p)
+    _, n, m = p.sizes
+    loss, seen = _new_mean(p)
+    kept = p.logit_scale.new_empty(_MEAN_KEPT * (n + m if p.both else n) + _weighted_size(p))
+    _mean(p, kept, loss, None, seen, _NOTHING)
+    return loss, kept, torch.cat(seen, -1) if seen else None
+
+
+def mean_backward(p: Problem, kept: Tensor, grad: Tensor, needs: Needs) -> Gradients:
+    """Gradients of the mean, times `grad` []."""
+    return _mean(_addressable(p), kept, None, grad, (), needs)
+
+
+def _new_mean(p: Problem) -> tuple[Tensor, list[Tensor]]:
     _, n, m = p.sizes
     seen = [_new_observed(p, size) for size in ((n, m) if p.both else (n,)) if p.observe]
+    return p.logit_scale.new_empty(()), seen
+
+
+def _mean(
+    p: Problem, kept: Tensor | None, loss: Tensor | None, grad: Tensor | None, seen: Sequence[Tensor], needs: Needs
+) -> Gradients:
+    """One call of the engine: the loss, where there is room for it, and the gradients that are needed."""
     new = p.logit_scale.new_empty
-    loss = new(())
     rows = new(p.anchors.shape) if needs.anchors else None
     columns = new(p.contrasts.shape) if needs.contrasts and p.contrasts is not None else None
     scale = new(1, dtype=torch.float64) if needs.logit_scale else None
     bias = new(len(p.contrast_bias)) if needs.contrast_bias and p.contrast_bias is not None else None
+    anchors_alone = rows is not None and columns is None and scale is None and bias is None
+    weighted = 0, 0
+    if kept is not None and (loss is not None or anchors_alone):
+        weighted = _weighted_sums(p, kept, _MEAN_KEPT)
     observed = [*map(_address, seen), 0, 0][:2]
-    outputs = (p.want[0] == "lse_neg", loss.data_ptr(), *observed, *map(_address, (rows, columns, scale, bias)))
+    outputs = (
+        *(p.want[0] == "lse_neg", _address(kept), *weighted, _address(loss), _address(grad), *observed),
+        *map(_address, (rows, columns, scale, bias)),
+    )
     _run(_native.mean(engine()[0], _describe(p), outputs))
-    return loss, Gradients(rows, columns, scale, bias), torch.cat(seen, -1) if seen else None
+    return Gradients(rows, columns, scale, bias)
 
 
 def _addressable(p: Problem) -> Problem:
@@ -286,12 +325,12 @@ def _side(want: Sequence[str], side: Side, s: int, size: int, saved: int) -> tup
     return *fields, *shifts, *totals, counts, counts + row, *rest
 
 
-def _weighted_sums(p: Problem, saved: Tensor) -> tuple[int, int]:
-    """Where they are, and where it says whether they are valid."""
+def _weighted_sums(p: Problem, saved: Tensor, numbers: int = 3) -> tuple[int, int]:
+    """Where they are, and where it says whether they are valid, behind so many numbers of each row."""
     if not _weighted(p):
         return 0, 0
     n, d = p.anchors.shape
-    return _address(saved, 3 * n), _address(saved, 3 * n + n * d)
+    return _address(saved, numbers * n), _address(saved, numbers * n + n * d)
 
 
 def _run(call: Any) -> None:

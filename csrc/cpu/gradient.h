@@ -78,19 +78,21 @@ template <class Mul> struct GradientPass {
           local.scale_total[k] = 0;
         }
         for (int64_t l = 0; l < s.scales * W; l++) local.scale[l] = 0;
+        s.pack(t);
       });
-      s.pack(team);
+      const bool wide = s.wide();
       Base kind = CENTRAL; // that suffices for all scales
       for (int k = 0; k < s.scales; k++) {
-        const Base own = base_of(k, team.index == 0);
+        const Base own = base_of(k, wide).kind;
         if (own > kind) kind = own;
       }
-      team.run([](int) {}); // the bases are written
       team.run([&](int t) {
         for (int k = 0; k < s.scales; k++) {
-          weigh(k, s.anchors, out.anchors, row[k], kind == OWN, t);
+          const T base = base_of(k, wide).base;
+          if (t == 0) bases[k] = base;
+          weigh(k, s.anchors, out.anchors, row[k], kind == OWN, base, t);
           if (s.self) continue;
-          if (p.columns) weigh(k, s.contrasts, out.contrasts, column[k], kind == OWN, t);
+          if (p.columns) weigh(k, s.contrasts, out.contrasts, column[k], kind == OWN, base, t);
           else clear(s.contrasts, column[k], t);
         }
         if (continued) take_weighted(t);
@@ -131,20 +133,23 @@ private:
     return result;
   }
 
-  // Of one scale, by all log-sums; with `write` also the base itself.
-  Base base_of(int k, bool write) const {
+  // Of one scale, by all log-sums. wide: the sweep's.
+  struct Shared {
+    Base kind;
+    T base; // unless it is each row's own
+  };
+  Shared base_of(int k, bool wide) const {
     double least = 1e300, most = -1e300;
     for (int t = 0; t < s.threads; t++) {
       least = smaller(least, locals[t].spread[k].least);
       most = larger(most, locals[t].spread[k].most);
     }
     const double nearest = least > 0 ? least : most < 0 ? -most : 0;
-    const bool central = !s.wide() && least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32;
+    const bool central = !wide && least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32;
     const bool rounds = !central && most - least > larger(SHARED_ROUNDING, 4 * nearest);
+    const bool own = rounds || most - least > SHARED_SPREAD || most > SHARED_LARGEST || least < -SHARED_LARGEST;
     // whole, so that subtracting it from a logit does not round
-    if (write) bases[k] = central || least > most ? T(0) : T(__builtin_rint((least + most) / 2));
-    if (rounds || most - least > SHARED_SPREAD || most > SHARED_LARGEST || least < -SHARED_LARGEST) return OWN;
-    return central ? CENTRAL : SHARED;
+    return {own ? OWN : central ? CENTRAL : SHARED, central || least > most ? T(0) : T(__builtin_rint((least + most) / 2))};
   }
 
   // What the forward has summed, times a factor for each row, which is of base 0.
@@ -195,9 +200,8 @@ private:
     const double exponent = natural(T(base)) - shift, weight = double(((const T *)saved.fields[f])[i]) / sum;
     return exponent == 0 ? weight : weight * __builtin_exp(exponent);
   }
-  void weigh(int k, const Side<Mul> &side, const Statistics &of_all, const Weights<T> &to, bool wide, int t) const {
+  void weigh(int k, const Side<Mul> &side, const Statistics &of_all, const Weights<T> &to, bool wide, T shared_base, int t) const {
     const Statistics saved = of_all.of_scale(k, side.size, sizeof(T) == 8);
-    const T shared_base = bases[k];
     const Range mine = share(side.padded, s.threads, t);
     const auto gradient = [&](int f, int64_t i) { return saved.fields[f] ? double(((const T *)saved.fields[f])[i]) : 0.; };
     for (int64_t place = mine.from; place < mine.to; place++) {
@@ -283,10 +287,10 @@ private:
   template <Base BASE> void tile(int t, Range rows, Range cols) const {
     if (continued && !s.clustered(rows.from, rows.to, cols.from, cols.to)) return;
     const Local &local = locals[t];
-    const bool diagonal = s.self && rows.from == cols.from;
+    const bool diagonal = s.self && rows.from == cols.from, mirrored = diagonal && !DOT;
     for (int64_t j = cols.from; j < cols.to; j += NR) {
       const Unit *next = s.contrasts.columns + (j + NR) * s.units;
-      for (int64_t i = rows.from; i < rows.to; i += MR) {
+      for (int64_t i = rows.from; i < rows.to && !(mirrored && j + NR <= i); i += MR) {
         const Unit *a = local.a + (i - rows.from) * A_ROW;
         const char *ahead = (const char *)next + (i - rows.from) / MR * 8 * s.units;
         if (continued && !s.clustered(i, smaller(i + MR, rows.to), j, smaller(j + NR, cols.to))) {
@@ -297,13 +301,15 @@ private:
         (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, ahead);
       }
     }
+    if constexpr (!DOT)
+      if (mirrored) mirror(local.g, rows.to - rows.from);
     for (int k = 0; k < s.scales; k++) {
       double total = 0;
       for (int64_t l = k * W; l < (k + 1) * W; l++) {
         total += local.scale[l];
         local.scale[l] = 0;
       }
-      local.scale_total[k] += diagonal ? total / 2 : total; // the square holds every pair twice
+      local.scale_total[k] += total;
     }
     if (rows_needed) s.template product<G_ROW, 1>(local.g, s.contrasts, cols, s.anchors, rows, out.anchor_gradient);
     if (columns_needed && !diagonal) {
@@ -311,6 +317,22 @@ private:
       if constexpr (DOT) s.template product<1, T_ROW>(local.transposed, s.anchors, rows, s.contrasts, cols, gradient);
       else s.template product<1, G_ROW>(local.g, s.anchors, rows, s.contrasts, cols, gradient);
     }
+  }
+
+  // The register tiles below the diagonal of a square of so many rows, from those above it: the gradient is symmetric.
+  static void mirror(T *g, int64_t size) {
+    for (int64_t j = 0; j + NR < size; j += NR)
+      for (int64_t i = round_up(j + NR, MR); i < size; i += W)
+        for (int64_t c = j; c < j + NR; c += W) {
+          V<T> part[W];
+          EACH(l, W) part[l] = loadu(g + (c + l) * G_ROW + i);
+          transpose<T>(part);
+          const int64_t count = smaller(size - i, int64_t(W));
+          for (int64_t l = 0; l < count; l++) store(g + (i + l) * G_ROW + c, part[l]);
+        }
+    // The last tile's overhang is multiplied too: what memory held before may be subnormal, and take a hundred times as long.
+    const int64_t last = (size - 1) / MR * MR;
+    for (int64_t i = size; i < last + MR; i++) memset(g + i * G_ROW, 0, last / NR * NR * sizeof(T));
   }
 
   // The gradient of a register tile's products, summed over the scales.
@@ -346,14 +368,19 @@ private:
           g[v] =
               power(t, own(row_weights.negative_base, r), other(column_weights.negative_base, v), own(row_weights.negative, r), column_negative[v]);
           if constexpr (MIXED) {
-            const auto masks = s.masks(i0 + r, j0 + v * W, to, false);
-            const V<T> positive = power(t, own(row_weights.positive_base, r), other(column_weights.positive_base, v), own(row_weights.positive, r),
-                                        other(column_weights.positive, v)) +
-                                  (own(row_weights.constant, r) + other(column_weights.constant, v));
-            g[v] = keep<T>(masks.admissible, where<T>(masks.positive, positive, g[v]));
+            const int64_t i = i0 + r, j = j0 + v * W;
+            const auto masks = s.masks(i, j, to, false);
+            g[v] = keep<T>(masks.admissible, g[v]);
+            if (s.marked(i, j)) {
+              const V<T> positive = power(t, own(row_weights.positive_base, r), other(column_weights.positive_base, v), own(row_weights.positive, r),
+                                          other(column_weights.positive, v)) +
+                                    (own(row_weights.constant, r) + other(column_weights.constant, v));
+              g[v] = where<T>(masks.positive, positive, g[v]);
+            }
             if (pass.bias_gradient) add_to(pass.bias_gradient + j0 + v * W, g[v]);
           }
-          scale += g[v] * similarity;
+          if constexpr (MIXED) scale += keep<T>(s.counted(i0 + r, j0 + v * W), g[v] * similarity);
+          else scale += g[v] * similarity;
           g[v] *= factor;
           if (k > 0) g[v] += load(sum[r][v]);
           if (last) g[v] *= norm;
@@ -364,7 +391,7 @@ private:
       if constexpr (MIXED)
         for (int r = 0; r < MR; r++) row(r);
       else _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) row(r);
-      add_wide(local.scale + k * W, scale);
+      if (MIXED || !(DOT && s.self && j0 < i0)) add_wide(local.scale + k * W, scale); // what is not mirrored has been counted above
     }
     if constexpr (DOT) store_transposed(local, sum, r0, c0);
   }

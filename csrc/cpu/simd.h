@@ -52,16 +52,9 @@ template <class T> FASTCL_INLINE V<T> loadu(const T *p) { return *(const typenam
 template <class T> FASTCL_INLINE void store(T *p, V<T> v) { *(typename Simd<T>::Aligned *)p = v; }
 template <class T> FASTCL_INLINE void storeu(T *p, V<T> v) { *(typename Simd<T>::Unaligned *)p = v; }
 template <class T> FASTCL_INLINE void add_to(T *p, V<T> v) { store(p, load(p) + v); }
-template <class T> FASTCL_INLINE V<T> all(T x) { // every lane x
-  V<T> v;
-  EACH(l, Simd<T>::W) v[l] = x;
-  return v;
-}
-template <class T> FASTCL_INLINE I<T> all_int(int64_t x) {
-  I<T> v;
-  EACH(l, Simd<T>::W) v[l] = typename Simd<T>::Int(x);
-  return v;
-}
+template <class Vector, class X, size_t... L> FASTCL_INLINE Vector broadcast(X x, std::index_sequence<L...>) { return Vector{((void)L, x)...}; }
+template <class T> FASTCL_INLINE V<T> all(T x) { return broadcast<V<T>>(x, std::make_index_sequence<Simd<T>::W>()); } // every lane x
+template <class T> FASTCL_INLINE I<T> all_int(int64_t x) { return broadcast<I<T>>(typename Simd<T>::Int(x), std::make_index_sequence<Simd<T>::W>()); }
 template <class T> FASTCL_INLINE I<T> lanes_from(int64_t first) {
   I<T> v;
   EACH(l, Simd<T>::W) v[l] = typename Simd<T>::Int(l);
@@ -153,6 +146,9 @@ template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2_clamped(V<T> t) {
   const V<T> power = exp2<T, CAREFUL>(at_most<T>(at_least<T>(t, all<T>(E::LEAST)), all<T>(E::MOST)));
   return where<T>(t == t, power, t); // the bits of a NaN are no exponent
 }
+
+// Here, and nowhere else: what waits in memory for its turn would otherwise be moved about between registers and the stack.
+template <class X> FASTCL_INLINE void settle(X &x) { __asm__("" : "+m"(x)); }
 
 // How rows are multiplied. Unit: what a lane of the product takes of a row, one number or a pair of bfloat16.
 template <class T> struct Plain {

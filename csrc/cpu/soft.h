@@ -67,8 +67,10 @@ template <class T> struct SoftPass {
 
   void run() const {
     with_team(s.threads, [&](const Team &team) {
-      s.pack(team);
-      w.pack(team);
+      team.run([&](int t) {
+        s.pack(t);
+        w.pack(t);
+      });
       if (call.backward)
         team.run([&](int t) {
           weigh(s.anchors, call.anchors, row, t);

@@ -65,7 +65,7 @@ template <class Mul> struct StatisticsPass {
 
   void run() const {
     with_team(s.threads, [&](const Team &team) {
-      s.pack(team);
+      team.run([&](int t) { s.pack(t); });
       const bool wide = s.wide();
       if (out.weighted.sums && team.index == 0) *(T *)out.weighted.valid = T(weighting && !wide && s.largest_norm(1) < 1e15);
       team.run([&](int t) {
@@ -92,8 +92,9 @@ private:
     for (int k = 0; columns && k < s.scales; k++) reset(columns_of(t, k), fields, s.contrasts.padded, 0, s.contrasts.padded, WIDE);
     if (seen.asked) seen.start(t);
     const int64_t n = s.anchors.size;
-    if (s.self) { // the first rows meet the most columns: hand them out to and fro
-      const int64_t size = n < 1024 ? BLOCK / 2 : BLOCK, blocks = (n + size - 1) / size;
+    if (s.self) { // the first rows meet the most columns: hand blocks out to and fro, so many that each thread gets as many
+      const int64_t turns = s.threads == 1 ? 1 : 2 * s.threads, rounds = (n + turns * BLOCK - 1) / (turns * BLOCK);
+      const int64_t size = round_up((n + turns * rounds - 1) / (turns * rounds), MR), blocks = (n + size - 1) / size;
       for (int64_t b = 0; b < blocks; b++) {
         const int64_t turn = b % (2 * s.threads);
         if ((turn < s.threads ? turn : 2 * s.threads - 1 - turn) == t) block<WIDE>(t, b * size, smaller(n, (b + 1) * size));
@@ -231,8 +232,33 @@ private:
       if (columns) EACH(v, NV) add_to(cols + v * W, sums[v]);
       return;
     }
+    const auto logits = [&](int r, int v) { return s.biased(s.logits(load(products[r][v]) * (row_norms[r] * norms[v]), scale), j0 + v * W); };
+    if constexpr (!WIDE) {
+      V<T> sums[NV];
+      EACH(v, NV) sums[v] = all<T>(0);
+      for (int r = 0; r < MR; r++) {
+        V<T> x[NV];
+        EACH(v, NV) {
+          const V<T> t = logits(r, v), power = exp2<T, true>(t);
+          const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
+          x[v] = keep<T>(masks.admissible & ~masks.positive, power);
+          sums[v] += x[v];
+          if (fields == LEAN_SUMS || !s.marked(i0 + r, j0 + v * W)) continue;
+          add_counts(masks, t, i0 + r, j0 + v * W, to, rows + r * W, cols + v * W);
+          const V<T> positive = keep<T>(masks.positive, power);
+          add_to(rows + POSITIVE * R + r * W, positive);
+          if (columns) add_to(cols + POSITIVE * NR + v * W, positive);
+        }
+        add_to(rows + r * W, x[0] + x[1]);
+        if (!e) continue;
+        EACH(v, NV) x[v] *= norms[v];
+        s.store_row(e + r * G_ROW, x);
+      }
+      if (columns) EACH(v, NV) add_to(cols + v * W, sums[v]);
+      return;
+    }
     Tile t __attribute__((aligned(64)));
-    for (int r = 0; r < MR; r++) EACH(v, NV) store(t[r][v], s.biased(s.logits(load(products[r][v]) * (row_norms[r] * norms[v]), scale), j0 + v * W));
+    for (int r = 0; r < MR; r++) EACH(v, NV) store(t[r][v], logits(r, v));
     if constexpr (!MIXED) {
       const auto none = [](int) { return I<T>{}; };
       for (int r = 0; r < MR; r++) add_wide<false, NV>(rows + r * W, rows + NEGATIVE_MAXIMUM * R + r * W, [&](int v) { return load(t[r][v]); }, none);
@@ -246,45 +272,31 @@ private:
         const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
         positive[r][v] = masks.positive;
         negative[r][v] = masks.admissible & ~masks.positive;
-        if (fields == LEAN_SUMS) continue;
-        const V<T> one = all<T>(1), outside = keep<T>(equal_ids(i0 + r, j0 + v * W, to, masks.admissible), one);
-        const V<T> logit = keep<T>(masks.positive, load(t[r][v])), count = keep<T>(masks.positive, one);
-        add_to(rows + LOGITS * R + r * W, logit);
-        add_to(rows + POSITIVES * R + r * W, count);
-        add_to(rows + INADMISSIBLE * R + r * W, outside);
-        if (!columns) continue;
-        add_to(cols + LOGITS * NR + v * W, logit);
-        add_to(cols + POSITIVES * NR + v * W, count);
-        add_to(cols + INADMISSIBLE * NR + v * W, outside);
+        if (fields > LEAN_SUMS) add_counts(masks, load(t[r][v]), i0 + r, j0 + v * W, to, rows + r * W, cols + v * W);
       }
-    if constexpr (!WIDE) {
-      for (int r = 0; r < MR; r++) {
-        V<T> weighted[NV];
-        EACH(v, NV) {
-          const V<T> x = exp2<T, true>(load(t[r][v])), n = keep<T>(negative[r][v], x), q = keep<T>(positive[r][v], x);
-          weighted[v] = n * norms[v];
-          add_to(rows + r * W, n);
-          if (columns) add_to(cols + v * W, n);
-          if (fields > LEAN_SUMS) {
-            add_to(rows + POSITIVE * R + r * W, q);
-            if (columns) add_to(cols + POSITIVE * NR + v * W, q);
-          }
-        }
-        if (e) s.store_row(e + r * G_ROW, weighted);
-      }
-    } else {
-      const auto both = [&](int f, const I<T>(&mask)[MR][NV]) {
-        for (int r = 0; r < MR; r++)
-          add_wide<true, NV>(
-              rows + f * R + r * W, rows + (f + 1) * R + r * W, [&](int v) { return load(t[r][v]); }, [&](int v) { return mask[r][v]; });
-        if (columns)
-          for (int v = 0; v < NV; v++)
-            add_wide<true, MR>(
-                cols + f * NR + v * W, cols + (f + 1) * NR + v * W, [&](int r) { return load(t[r][v]); }, [&](int r) { return mask[r][v]; });
-      };
-      both(NEGATIVE, negative);
-      if (fields > LEAN_SUMS) both(POSITIVE, positive);
-    }
+    const auto both = [&](int f, const I<T>(&mask)[MR][NV]) {
+      for (int r = 0; r < MR; r++)
+        add_wide<true, NV>(rows + f * R + r * W, rows + (f + 1) * R + r * W, [&](int v) { return load(t[r][v]); }, [&](int v) { return mask[r][v]; });
+      if (columns)
+        for (int v = 0; v < NV; v++)
+          add_wide<true, MR>(
+              cols + f * NR + v * W, cols + (f + 1) * NR + v * W, [&](int r) { return load(t[r][v]); }, [&](int r) { return mask[r][v]; });
+    };
+    both(NEGATIVE, negative);
+    if (fields > LEAN_SUMS) both(POSITIVE, positive);
+  }
+  // What is counted of the logits t of row i and the columns from j on, and the sum of the positives'.
+  FASTCL_INLINE void add_counts(typename Sweep<Mul>::Masks masks, V<T> t, int64_t i, int64_t j, int64_t to, T *row, T *column) const {
+    constexpr int64_t R = ROWS * W;
+    const V<T> one = all<T>(1), outside = keep<T>(equal_ids(i, j, to, masks.admissible), one);
+    const V<T> logit = keep<T>(masks.positive, t), count = keep<T>(masks.positive, one);
+    add_to(row + LOGITS * R, logit);
+    add_to(row + POSITIVES * R, count);
+    add_to(row + INADMISSIBLE * R, outside);
+    if (!columns) return;
+    add_to(column + LOGITS * NR, logit);
+    add_to(column + POSITIVES * NR, count);
+    add_to(column + INADMISSIBLE * NR, outside);
   }
   // Pairs of equal sample ids; self-contrast has none.
   FASTCL_INLINE I<T> equal_ids(int64_t i, int64_t j, int64_t to, I<T> admissible) const {

@@ -164,16 +164,10 @@ template <class Mul> struct Sweep {
   int64_t scratch_row() const { return round_up(d, 16); }
   T *row_buffer(int t, int64_t l = 0) const { return scratch + (t * W + l) * scratch_row(); }
 
-  // Norms, and rows packed into panels; a barrier must follow.
-  void pack(const Team &team) const {
-    team.run([&](int t) {
-      largest[t] = pack_columns(anchors, t);
-      largest[threads + t] = self ? largest[t] : pack_columns(contrasts, t);
-    });
-    team.run([&](int t) {
-      pack_depth(contrasts, t);
-      if (!self) pack_depth(anchors, t);
-    });
+  // Norms, and rows packed into panels: the share of one of the plan's threads. A barrier must follow.
+  void pack(int t) const {
+    largest[t] = pack_side(anchors, t);
+    largest[threads + t] = self ? largest[t] : pack_side(contrasts, t);
   }
 
   // Whether some |logit|, to base 2, may exceed SHARED_LIMIT; after `pack`.
@@ -212,12 +206,16 @@ template <class Mul> struct Sweep {
   using Tile = T[MR][NV][W];
   FASTCL_INLINE void products(const Unit *a, int64_t j0, Tile &u, const void *next) const {
     const Unit *b = contrasts.columns + j0 * units;
-    for (int64_t c = 0; c < chunks; c++) {
-      V<T> part[MR][NV];
+    V<T> part[MR][NV];
+    EACH(r, MR) EACH(v, NV) part[r][v] = all<T>(0);
+    multiply<Mul, A_ROW, 1>(a, b, smaller(CHUNK, units), part, next);
+    EACH(r, MR) EACH(v, NV) store(u[r][v], part[r][v]);
+    settle(u);
+    for (int64_t c = 1; c < chunks; c++) {
       EACH(r, MR) EACH(v, NV) part[r][v] = all<T>(0);
       multiply<Mul, A_ROW, 1>(a + c * A_CHUNK, b + c * CHUNK * NR, smaller(CHUNK, units - c * CHUNK), part, next);
-      if (c == 0) EACH(r, MR) EACH(v, NV) store(u[r][v], part[r][v]);
-      else EACH(r, MR) EACH(v, NV) add_to(u[r][v], part[r][v]);
+      EACH(r, MR) EACH(v, NV) add_to(u[r][v], part[r][v]);
+      settle(u);
     }
   }
   static FASTCL_INLINE V<T> logits(V<T> similarity, Scale by) {
@@ -240,6 +238,8 @@ template <class Mul> struct Sweep {
   struct Masks {
     I<T> admissible, positive;
   };
+  // Pairs that a sum over all of them takes: of self-contrast those above the diagonal.
+  FASTCL_INLINE I<T> counted(int64_t i, int64_t j) const { return self ? lanes_from<T>(j) > all_int<T>(i) : all_int<T>(-1); }
   // Of row i and the columns from j on. On the diagonal of self-contrast: j > i only, or all but i itself.
   FASTCL_INLINE Masks masks(int64_t i, int64_t j, int64_t to, bool upper) const {
     const I<T> column = lanes_from<T>(j), row = all_int<T>(i);
@@ -249,6 +249,13 @@ template <class Mul> struct Sweep {
     I<T> positive = all_int<T>(0);
     if (anchors.cluster) positive = admissible & (load_ids<T>(contrasts.cluster + j) == all_int<T>(anchors.cluster[i]));
     return {admissible, positive};
+  }
+
+  // Whether row i may have positives or, by ids, inadmissible pairs among the W columns from j on.
+  FASTCL_INLINE bool marked(int64_t i, int64_t j) const {
+    if (anchors.id) return true;
+    const int64_t end = smaller(j + W, contrasts.size);
+    return j < end && clustered(i, i + 1, j, end);
   }
 
   // A row of a register tile into a tile of rows G_ROW apart, which a product then sums over the columns of.
@@ -273,24 +280,22 @@ template <class Mul> struct Sweep {
     const Unit *z = summed.depth + over.from / Mul::PAIR * NR;
     for (int64_t p = 0; p < panels; p++, z += stride)
       for (int64_t i = to.from; i < to.to; i += MR) {
-        T *const first = (T *)out + p * NR;
         const int64_t count = smaller(to.to - i, int64_t(MR)), width = smaller(d - p * NR, NR);
-        for (int64_t r = 0; r < count; r++) // needed after the product only
-          for (int64_t k = 0; k < NV; k++) __builtin_prefetch(first + side.order[i + r] * d + k * W, 1, 3);
+        T *y[MR];
+        EACH(r, MR) {
+          y[r] = (T *)out + (r < count ? side.order[i + r] : side.order[i]) * d + p * NR;
+          EACH(v, NV) __builtin_prefetch(y[r] + v * W, 1, 3); // needed after the product only
+        }
         V<T> x[MR][NV];
         EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
         const char *ahead = (const char *)(z + stride) + (i - to.from) / MR * 8 * depth;
         multiply<Mul, ROW, STEP>(g + (i - to.from) * ROW, z, depth, x, ahead);
-        if (count == MR && width == NR) EACH(r, MR) {
-            T *const y = first + side.order[i + r] * d;
-            EACH(v, NV) storeu(y + v * W, loadu(y + v * W) + x[r][v]);
-          }
-        else
-          for (int r = 0; r < count; r++) {
-            T *const y = first + side.order[i + r] * d;
+        if (count == MR && width == NR) EACH(r, MR) EACH(v, NV) storeu(y[r] + v * W, loadu(y[r] + v * W) + x[r][v]);
+        else EACH(r, MR) {
+            if (r >= count) continue;
             T part[NR] __attribute__((aligned(64)));
             EACH(v, NV) store(part + v * W, x[r][v]);
-            for (int64_t k = 0; k < width; k++) y[k] += part[k];
+            for (int64_t k = 0; k < width; k++) y[r][k] += part[k];
           }
       }
   }
@@ -374,24 +379,15 @@ private:
   }
   static bool vanishes(const Side<Mul> &s, int64_t i) { return s.normalize && s.inverse_norms[i] == 0; }
 
-  // W rows at a time, transposed in registers. Returns the largest norm, or a NaN.
-  T pack_columns(const Side<Mul> &s, int t) const {
+  // W rows at a time. Returns the largest norm, or a NaN.
+  T pack_side(const Side<Mul> &s, int t) const {
     const Range mine = share(s.padded, threads, t, NR);
     T most = 0;
     for (int64_t i = mine.from; i < mine.to; i += W) {
       const Unit *rows[W];
       for (int64_t l = 0; l < W; l++) rows[l] = i + l < s.size ? measured(s, i + l, row_buffer(t, l), most) : nothing(s, i + l, row_buffer(t, l));
-      if (!s.columns) continue;
-      Unit *out = s.columns + i / NR * NR * units + i % NR;
-      int64_t k = 0;
-      for (; k + W <= units; k += W, out += W * NR) {
-        V<T> tile[W];
-        EACH(l, W) tile[l] = loadu(rows[l] + k);
-        transpose<T>(tile);
-        EACH(l, W) store(out + l * NR, tile[l]);
-      }
-      for (; k < units; k++, out += NR)
-        for (int64_t l = 0; l < W; l++) out[l] = rows[l][k];
+      if (s.columns) pack_columns(s, i, rows);
+      for (int64_t l = 0; s.depth && l < W; l++) pack_depth(s, i + l, rows[l]);
     }
     return most;
   }
@@ -400,22 +396,28 @@ private:
     memset(buffer, 0, scratch_row() * sizeof(T));
     return (const Unit *)buffer;
   }
-
-  void pack_depth(const Side<Mul> &s, int t) const {
-    if (!s.depth) return;
-    const Range mine = share(s.padded, threads, t, NR);
+  void pack_columns(const Side<Mul> &s, int64_t i, const Unit *const (&rows)[W]) const { // transposed in registers
+    Unit *out = s.columns + i / NR * NR * units + i % NR;
+    int64_t k = 0;
+    for (; k + W <= units; k += W, out += W * NR) {
+      V<T> tile[W];
+      EACH(l, W) tile[l] = loadu(rows[l] + k);
+      transpose<T>(tile);
+      EACH(l, W) store(out + l * NR, tile[l]);
+    }
+    for (; k < units; k++, out += NR)
+      for (int64_t l = 0; l < W; l++) out[l] = rows[l][k];
+  }
+  void pack_depth(const Side<Mul> &s, int64_t i, const Unit *x) const {
     const int64_t panels = (d + NR - 1) / NR, stride = s.depth_units() * NR;
-    for (int64_t i = mine.from; i < mine.to; i++) {
-      const Unit *x = i < s.size ? read(s, i, row_buffer(t)) : nullptr;
-      for (int64_t p = 0; p < panels; p++) {
-        const int64_t n = smaller(NR, d - p * NR);
-        if constexpr (Mul::PAIR == 2) {
-          uint16_t *out = (uint16_t *)(s.depth + p * stride + i / 2 * NR) + i % 2;
-          for (int64_t l = 0; l < NR; l++) out[2 * l] = x && l < n ? ((const uint16_t *)x)[p * NR + l] : uint16_t(0);
-        } else {
-          T *out = s.depth + p * stride + i * NR;
-          for (int64_t l = 0; l < NR; l++) out[l] = x && l < n ? x[p * NR + l] : T(0);
-        }
+    for (int64_t p = 0; p < panels; p++) {
+      const int64_t n = smaller(NR, d - p * NR);
+      if constexpr (Mul::PAIR == 2) {
+        uint16_t *out = (uint16_t *)(s.depth + p * stride + i / 2 * NR) + i % 2;
+        for (int64_t l = 0; l < NR; l++) out[2 * l] = l < n ? ((const uint16_t *)x)[p * NR + l] : uint16_t(0);
+      } else {
+        T *out = s.depth + p * stride + i * NR;
+        for (int64_t l = 0; l < NR; l++) out[l] = l < n ? x[p * NR + l] : T(0);
       }
     }
   }

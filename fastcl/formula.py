@@ -21,15 +21,14 @@ LossResult = Tensor | tuple[Tensor, LossStats]  # the latter with return_stats
 
 
 class Formula(Protocol):
-    @property
+    """A NamedTuple of its options. No properties, as torch 2.6 does not compile those of tuples."""
+
     def wanted(self) -> tuple[str, ...]:
         """The statistics that `terms` asks for."""
 
-    @property
     def mean_of_differences(self) -> bool:
         """Whether the loss of a row is lse - sum_pos / num_pos of what is wanted, and nothing else."""
 
-    @property
     def exact(self) -> bool:
         """Whether log-sum-exps are wanted in float64, as `terms` takes the difference of their exponentials."""
 
@@ -50,7 +49,6 @@ class InfoNCE(NamedTuple):
     denominator: str
     margin: float
 
-    @property
     def wanted(self) -> tuple[str, ...]:
         if self.form == "inside":
             return "lse_pos", "lse_neg"
@@ -58,11 +56,9 @@ class InfoNCE(NamedTuple):
             return "lse_neg", "sum_pos"
         return ("lse_all", "sum_pos") if self.margin == 0 else ("lse_pos", "lse_neg", "sum_pos")
 
-    @property
     def mean_of_differences(self) -> bool:
         return self.form == "outside" and self.margin == 0
 
-    @property
     def exact(self) -> bool:
         return False
 
@@ -96,15 +92,12 @@ LEAST_WEIGHT = {torch.float32: 1e-30, torch.float64: 1e-200}  # that an anchor c
 class Weighted(NamedTuple):
     """That of `ClusterInfoNCE` with assignments: sum_pos and num_pos are sums of weights, at a scale of their own."""
 
-    @property
     def wanted(self) -> tuple[str, ...]:
         return "lse_all", "sum_pos"
 
-    @property
     def mean_of_differences(self) -> bool:
         return False  # num_pos has a gradient too
 
-    @property
     def exact(self) -> bool:
         return False
 
@@ -125,15 +118,12 @@ class Debiased(NamedTuple):
     tau_plus: float
     beta: float
 
-    @property
     def wanted(self) -> tuple[str, ...]:
         return "lse_pos", "lse_neg", "sum_pos"
 
-    @property
     def mean_of_differences(self) -> bool:
         return False
 
-    @property
     def exact(self) -> bool:
         return True
 
@@ -246,7 +236,7 @@ def reduced_loss(
         formula.scales(scale),
         options.normalize,
         options.normalize and posed.contrasts is not None and not posed.as_stored,
-        formula.wanted,
+        formula.wanted(),
         posed.positives,
         contrast_bias,
         posed.anchor_ids,
@@ -271,11 +261,11 @@ def _loss(
     sweep: Sweep, posed: Posed, scale: Tensor, formula: Formula, options: Options, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """And what was observed."""
-    if formula.mean_of_differences and options.reduction == "mean" and weights is None:
+    if formula.mean_of_differences() and options.reduction == "mean" and weights is None:
         found = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
         if found is not None:
             return found[0].to(posed.dtype), found[1]
-    stats, observed = sweep.statistics(formula.exact)
+    stats, observed = sweep.statistics(formula.exact())
     loss = _reduce(*formula.terms(stats, scale), weights, options.reduction, posed)
     if stats.reverse is not None:
         reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed)
@@ -324,7 +314,7 @@ def _of_all(
         "weights given": weights is not None,
         "weights with a gradient": has_gradient(weights),
     }
-    stats = statistics(world, options.gather, sweep, posed, formula.exact, type(formula).__name__, alike)
+    stats = statistics(world, options.gather, sweep, posed, formula.exact(), type(formula).__name__, alike)
     sides = [(*formula.terms(stats, scale), weights)]
     if stats.reverse is not None:
         sides.append((*formula.terms(stats.reverse, scale), None))

@@ -177,6 +177,8 @@ std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, 
   require(call.loss || call.kept, "loss: a null pointer, and no statistics of it");
   require(call.loss || call.loss_gradient, "loss_gradient: a null pointer, in a call of the gradients alone");
   require(!call.loss || !call.loss_gradient, "loss_gradient: given before there is a loss");
+  const bool differentiated = call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.bias_gradient;
+  require(!call.kept || !call.loss || !differentiated, "kept: between a call of the loss and one of the gradients");
   require(!call.weighted.sums || call.kept, "weighted sums: between two calls only");
   if (!call.loss) require_anchors_only(call);
   require(call.problem.scales == 1, "a mean loss: of one scale only");

@@ -83,6 +83,7 @@ struct Backward {
   Statistics anchors, contrasts; // as saved, with the fields' gradients in `fields`
   WeightedSums weighted;         // as the forward left them
   bool single_positives;         // the counts are those of the sweep: rows with one positive may be told by them
+  double factor = 1;             // of all gradients, which are multiplied by it last: none vanishes on the way
   void *anchor_gradient;         // [N, D]; null: not needed, as below
   void *contrast_gradient;       // [M, D]
   void *scale_gradient;          // [scales] doubles: what is added to it may cancel it

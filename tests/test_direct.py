@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastcl
 from fastcl.functional import cluster_infonce
@@ -95,6 +97,77 @@ def test_backward_twice_and_without_gradients(when: str, monkeypatch) -> None:
     with torch.no_grad():
         assert not cluster_infonce(z).requires_grad
     assert not cluster_infonce(z.detach()).requires_grad
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_looks_on_in_the_backward_alone(kind: str, when: str, monkeypatch) -> None:
+    """The gradient that comes in is then no plain tensor, or what is done with it is to be seen."""
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    leaves, options = case(kind, torch.float64)
+    loss = cluster_infonce(leaves[0], **options)
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    negated = torch.tensor(1j, dtype=torch.complex128).conj().imag  # -1, lazily
+    for a, b in zip(torch.autograd.grad(loss, leaves, negated, retain_graph=True), expected, strict=True):
+        torch.testing.assert_close(a, -b)
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    batched = torch.autograd.grad(loss, leaves, factors, retain_graph=True, is_grads_batched=True)
+    for a, b in zip(batched, expected, strict=True):
+        for row, factor in zip(a, factors, strict=True):
+            torch.testing.assert_close(row, float(factor) * b)
+    with _Names() as seen:
+        again = torch.autograd.grad(loss, leaves)
+    for a, b in zip(again, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert ("fastcl.contrastive_stats_bwd.default" in seen.names) == (when == "when asked" or not loss.grad_fn.native)
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own look
+@pytest.mark.parametrize("when", WHEN)
+def test_compiled_autograd(when: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    z = leaf(16, 8)
+    clusters = torch.arange(16) // 2
+    (expected,) = torch.autograd.grad(cluster_infonce(z, clusters), z)
+
+    @torch.compile(backend="eager")
+    def step(loss: Tensor) -> None:
+        loss.backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        step(cluster_infonce(z, clusters))
+    torch.testing.assert_close(z.grad, expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed(kind: str, when: str, backend: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    leaves, options = case(kind, torch.float64)
+    expected = torch.autograd.grad(cluster_infonce(leaves[0], **options), leaves)
+    loss = checkpoint(lambda z: cluster_infonce(z, **options), leaves[0], use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_tiny_factor_takes_nothing_from_the_gradient(when: str, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    leaves, options = case("two sets", torch.float32)
+    whole, small = results(leaves, options), results(leaves, options, factor=2.0**-100)
+    for a, b in zip(whole[1:], small[1:], strict=True):
+        torch.testing.assert_close(b * 2.0**100, a, rtol=1e-5, atol=1e-7 * a.abs().max().item())
 
 
 @pytest.mark.parametrize("when", WHEN)

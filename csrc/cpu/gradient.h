@@ -111,7 +111,7 @@ template <class Mul> struct GradientPass {
         if (columns_needed && !s.self) project(s.contrasts, out.contrast_gradient, t);
         if (bias_gradient) {
           const Range mine = share(s.contrasts.size, s.threads, t);
-          for (int64_t j = mine.from; j < mine.to; j++) ((T *)out.bias_gradient)[s.contrasts.order[j]] = bias_gradient[j];
+          for (int64_t j = mine.from; j < mine.to; j++) ((T *)out.bias_gradient)[s.contrasts.order[j]] = T(out.factor) * bias_gradient[j];
         }
       });
     });
@@ -119,7 +119,7 @@ template <class Mul> struct GradientPass {
     for (int k = 0; k < s.scales; k++) {
       double total = 0;
       for (int t = 0; t < s.threads; t++) total += locals[t].scale_total[k];
-      ((double *)out.scale_gradient)[k] = total;
+      ((double *)out.scale_gradient)[k] = out.factor * total;
     }
   }
 
@@ -283,7 +283,7 @@ private:
     }
   }
 
-  // One tile: its gradient, then the products. On the diagonal of self-contrast the whole square, used once.
+  // One tile: its gradient, then the products; on the diagonal of self-contrast a square, used once.
   template <Base BASE> void tile(int t, Range rows, Range cols) const {
     if (continued && !s.clustered(rows.from, rows.to, cols.from, cols.to)) return;
     const Local &local = locals[t];
@@ -415,7 +415,7 @@ private:
   void project(const Side<Mul> &side, void *gradient, int t) const {
     const Range mine = share(side.size, s.threads, t);
     const T logit_scale = s.scales == 1 ? *(const T *)p.logit_scale : T(1); // else it is in the tiles' gradients
-    for (int64_t i = mine.from; i < mine.to; i++) s.project(side, i, (T *)gradient, logit_scale, t);
+    for (int64_t i = mine.from; i < mine.to; i++) s.project(side, i, (T *)gradient, T(out.factor) * logit_scale, t);
   }
 };
 

@@ -54,17 +54,6 @@ template <class Real> void reduce(const MeanLoss &call, Field log_sum, const Sta
   *static_cast<Real *>(call.loss) = Real(loss);
 }
 
-// The same with other fields: those, times the loss's gradient.
-template <class Real> Statistics scaled(const Statistics &s, Field log_sum, int64_t size, const void *factor, Memory &memory) {
-  Statistics result = s;
-  for (const Field field : {log_sum, SUM_POS}) {
-    Real *const to = static_cast<Real *>(result.fields[field] = memory.take(size * sizeof(Real)));
-    const Real *const from = static_cast<const Real *>(s.fields[field]);
-    for (int64_t i = 0; to && i < size; i++) to[i] = from[i] * *static_cast<const Real *>(factor);
-  }
-  return result;
-}
-
 } // namespace
 
 int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &arranged, void *workspace) {
@@ -78,11 +67,8 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   anchors.observed = call.observed;
   contrasts.observed = call.contrast_observed;
   Backward backward{p, anchors, contrasts, call.weighted};
-  if (call.loss_gradient) {
-    const auto times = p.wide_reals ? scaled<double> : scaled<float>;
-    backward.anchors = times(anchors, log_sum, p.anchors.size, call.loss_gradient, memory);
-    if (p.columns) backward.contrasts = times(contrasts, log_sum, p.contrasts.size, call.loss_gradient, memory);
-  }
+  if (call.loss_gradient)
+    backward.factor = p.wide_reals ? *static_cast<const double *>(call.loss_gradient) : *static_cast<const float *>(call.loss_gradient);
   backward.single_positives = true; // there are none but those of the sweep
   backward.anchor_gradient = call.anchor_gradient;
   backward.contrast_gradient = call.contrast_gradient;

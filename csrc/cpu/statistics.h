@@ -92,7 +92,7 @@ private:
     for (int k = 0; columns && k < s.scales; k++) reset(columns_of(t, k), fields, s.contrasts.padded, 0, s.contrasts.padded, WIDE);
     if (seen.asked) seen.start(t);
     const int64_t n = s.anchors.size;
-    if (s.self) { // the first rows meet the most columns: hand blocks out to and fro, so many that each thread gets as many
+    if (s.self) { // the first rows meet the most columns: hand blocks out to and fro, so many that threads get about as many
       const int64_t turns = s.threads == 1 ? 1 : 2 * s.threads, rounds = (n + turns * BLOCK - 1) / (turns * BLOCK);
       const int64_t size = round_up((n + turns * rounds - 1) / (turns * rounds), MR), blocks = (n + size - 1) / size;
       for (int64_t b = 0; b < blocks; b++) {
@@ -198,6 +198,9 @@ private:
 
   using Tile = typename Sweep<Mul>::Tile;
   using Scale = typename Sweep<Mul>::Scale;
+  struct Sums {
+    V<T> of[SUMS];
+  };
 
   // One register tile: the products are formed once for all scales.
   template <bool WIDE, bool MIXED> FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e,
@@ -234,27 +237,43 @@ private:
     }
     const auto logits = [&](int r, int v) { return s.biased(s.logits(load(products[r][v]) * (row_norms[r] * norms[v]), scale), j0 + v * W); };
     if constexpr (!WIDE) {
-      V<T> sums[NV];
-      EACH(v, NV) sums[v] = all<T>(0);
+      const auto zero = [](Sums &sums) { EACH(f, SUMS) sums.of[f] = all<T>(0); };
+      Sums column_sums[NV];
+      EACH(v, NV) zero(column_sums[v]);
+      bool met = false;
       for (int r = 0; r < MR; r++) {
         V<T> x[NV];
+        Sums row_sums;
+        zero(row_sums);
+        bool marked = false;
         EACH(v, NV) {
           const V<T> t = logits(r, v), power = exp2<T, true>(t);
           const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
           x[v] = keep<T>(masks.admissible & ~masks.positive, power);
-          sums[v] += x[v];
+          column_sums[v].of[NEGATIVE] += x[v];
           if (fields == LEAN_SUMS || !s.marked(i0 + r, j0 + v * W)) continue;
-          add_counts(masks, t, i0 + r, j0 + v * W, to, rows + r * W, cols + v * W);
-          const V<T> positive = keep<T>(masks.positive, power);
-          add_to(rows + POSITIVE * R + r * W, positive);
-          if (columns) add_to(cols + POSITIVE * NR + v * W, positive);
+          marked = true;
+          const V<T> one = all<T>(1);
+          const auto both = [&](int f, V<T> term) {
+            row_sums.of[f] += term;
+            column_sums[v].of[f] += term;
+          };
+          both(POSITIVE, keep<T>(masks.positive, power));
+          both(LOGITS, keep<T>(masks.positive, t));
+          both(POSITIVES, keep<T>(masks.positive, one));
+          if (s.anchors.id) both(INADMISSIBLE, keep<T>(equal_ids(i0 + r, j0 + v * W, to, masks.admissible), one));
         }
         add_to(rows + r * W, x[0] + x[1]);
+        if (marked) EACH(f, SUMS) if (f >= LEAN_SUMS && !is_maximum<T>(f)) add_to(rows + f * R + r * W, row_sums.of[f]);
+        met |= marked;
         if (!e) continue;
         EACH(v, NV) x[v] *= norms[v];
         s.store_row(e + r * G_ROW, x);
       }
-      if (columns) EACH(v, NV) add_to(cols + v * W, sums[v]);
+      if (columns) EACH(v, NV) {
+          add_to(cols + v * W, column_sums[v].of[NEGATIVE]);
+          if (met) EACH(f, SUMS) if (f >= LEAN_SUMS && !is_maximum<T>(f)) add_to(cols + f * NR + v * W, column_sums[v].of[f]);
+        }
       return;
     }
     Tile t __attribute__((aligned(64)));
@@ -272,7 +291,16 @@ private:
         const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
         positive[r][v] = masks.positive;
         negative[r][v] = masks.admissible & ~masks.positive;
-        if (fields > LEAN_SUMS) add_counts(masks, load(t[r][v]), i0 + r, j0 + v * W, to, rows + r * W, cols + v * W);
+        if (fields == LEAN_SUMS) continue;
+        const V<T> one = all<T>(1), outside = keep<T>(equal_ids(i0 + r, j0 + v * W, to, masks.admissible), one);
+        const V<T> logit = keep<T>(masks.positive, load(t[r][v])), count = keep<T>(masks.positive, one);
+        add_to(rows + LOGITS * R + r * W, logit);
+        add_to(rows + POSITIVES * R + r * W, count);
+        add_to(rows + INADMISSIBLE * R + r * W, outside);
+        if (!columns) continue;
+        add_to(cols + LOGITS * NR + v * W, logit);
+        add_to(cols + POSITIVES * NR + v * W, count);
+        add_to(cols + INADMISSIBLE * NR + v * W, outside);
       }
     const auto both = [&](int f, const I<T>(&mask)[MR][NV]) {
       for (int r = 0; r < MR; r++)
@@ -284,19 +312,6 @@ private:
     };
     both(NEGATIVE, negative);
     if (fields > LEAN_SUMS) both(POSITIVE, positive);
-  }
-  // What is counted of the logits t of row i and the columns from j on, and the sum of the positives'.
-  FASTCL_INLINE void add_counts(typename Sweep<Mul>::Masks masks, V<T> t, int64_t i, int64_t j, int64_t to, T *row, T *column) const {
-    constexpr int64_t R = ROWS * W;
-    const V<T> one = all<T>(1), outside = keep<T>(equal_ids(i, j, to, masks.admissible), one);
-    const V<T> logit = keep<T>(masks.positive, t), count = keep<T>(masks.positive, one);
-    add_to(row + LOGITS * R, logit);
-    add_to(row + POSITIVES * R, count);
-    add_to(row + INADMISSIBLE * R, outside);
-    if (!columns) return;
-    add_to(column + LOGITS * NR, logit);
-    add_to(column + POSITIVES * NR, count);
-    add_to(column + INADMISSIBLE * NR, outside);
   }
   // Pairs of equal sample ids; self-contrast has none.
   FASTCL_INLINE I<T> equal_ids(int64_t i, int64_t j, int64_t to, I<T> admissible) const {

@@ -313,8 +313,8 @@ template <class Mul> struct Sweep {
     return read(s, i, buffer);
   }
 
-  // From the gradient of a_i x_i to that of x_i, times the scale: g - x <x, g> / <x, x>.
-  void project(const Side<Mul> &side, int64_t i, T *gradient, T logit_scale, int t) const {
+  // From the gradient of a_i x_i to that of x_i, g - x <x, g> / <x, x>, times a factor.
+  void project(const Side<Mul> &side, int64_t i, T *gradient, T factor, int t) const {
     const int64_t row = side.order[i];
     T *const g = gradient + row * d, *const x = row_buffer(t);
     T along = 0;
@@ -322,9 +322,9 @@ template <class Mul> struct Sweep {
     if (side.normalize && a != 0 && a < T(1 / NORM_FLOOR)) { // below the floor nothing is projected: x / floor is linear
       read_row(side.rows, row, d, x);
       along = dot<T>(x, g, d) / dot<T>(x, x, d);
-      for (int64_t k = 0; k < d; k++) g[k] = logit_scale * (g[k] - along * x[k]);
+      for (int64_t k = 0; k < d; k++) g[k] = factor * (g[k] - along * x[k]);
     } else
-      for (int64_t k = 0; k < d; k++) g[k] *= logit_scale;
+      for (int64_t k = 0; k < d; k++) g[k] *= factor;
   }
 
 private:

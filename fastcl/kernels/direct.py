@@ -21,8 +21,12 @@ from .ops import (
     as_outputs,
     by_argument,
     differentiate,
+    differentiate_saved,
+    forward_op,
+    intercepted,
     no_second_derivatives,
     observed_by,
+    of_backward,
     posed,
     run_forward,
     save,
@@ -93,18 +97,20 @@ class DirectMean(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors
-        if ctx.native:
-            needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
-            work = _scaled if ctx.at_once else _gradients
-            arguments = (ctx.options, needs, grad, *saved)
-            found = _Last.apply(work, *arguments) if torch.is_grad_enabled() else work(*arguments)
-            return *by_argument(found), None
-        counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
-        of_fields: list[Tensor | None] = [None, None]
-        for k, (side, rows) in enumerate(zip((counts, contrast_counts), ctx.counted, strict=False)):
-            of_fields[k] = _derivative(side, rows, len(ctx.counted)) * grad
-        return *differentiate(ctx, *of_fields), None
+        saved, options = ctx.saved_tensors, ctx.options  # once: those of a checkpoint cannot be had again
+        needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
+        if not ctx.native:
+            return *_derived(saved, options, needs, grad, ctx.counted), None
+        if not ctx.at_once and intercepted(saved[0], grad):  # the operators, which can be seen, from the start
+            with torch.no_grad():
+                *outputs, _ = forward_op(*saved[:TENSORS], *options)
+            kept = of_backward(outputs)
+            sides = (kept[0], kept[2]) if options[BOTH - TENSORS] else (kept[0],)
+            counted = [_which(counts, options[WANT - TENSORS][0] == "lse_neg") for counts in sides]
+            return *_derived((*saved[:TENSORS], *kept), options, needs, grad, counted), None
+        arguments = (_scaled if ctx.at_once else _gradients, options, needs, grad, *saved)
+        found = (_Last.apply if torch.is_grad_enabled() else _call)(*arguments)
+        return *by_argument(found), None
 
 
 def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -132,6 +138,10 @@ def _as_arguments(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | N
     )
 
 
+def _call(work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
+    return work(*args)
+
+
 class _Last(torch.autograd.Function):
     """A derivative in a graph that is kept in order to be differentiated again, which cannot be done."""
 
@@ -144,10 +154,26 @@ class _Last(torch.autograd.Function):
         no_second_derivatives()
 
 
+def _derived(
+    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor, counted: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments from that of the mean, of what `ops.save` has kept."""
+    counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
+    of_fields: list[Tensor | None] = [None, None]
+    for k, (side, rows) in enumerate(zip((counts, contrast_counts), counted, strict=False)):
+        of_fields[k] = _derivative(side, rows, len(counted)) * grad
+    return differentiate_saved(saved, options, needs, *of_fields)
+
+
+def _which(counts: Tensor, need_negatives: bool) -> Tensor:
+    """Which rows count, bool [N]."""
+    return (counts.amin(0) if need_negatives else counts[0]) > 0
+
+
 def _counted(counts: Tensor, need_negatives: bool) -> Tensor | None:
-    """Which rows count, bool [N]; None: all of them, the common case, which then takes the fewest operators."""
-    fewest = counts.amin(0) if need_negatives else counts[0]
-    return None if float(fewest.min()) > 0 else fewest > 0
+    """The same; None: all of them, the common case, which then takes the fewest operators."""
+    rows = _which(counts, need_negatives)
+    return None if bool(rows.all()) else rows
 
 
 def _mean(side: Side, counted: Tensor | None) -> Tensor:

@@ -265,30 +265,39 @@ class _ContrastiveStats(torch.autograd.Function):
 
 def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """Keeps what the backward needs of `as_outputs`, and returns that."""
-    _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
-    saved = (counts, parts, contrast_counts, contrast_parts, *others)
+    saved = of_backward(outputs)
     ctx.set_materialize_grads(False)  # zeros for every output, saved ones too, cost more than small kernels
     ctx.save_for_backward(*args[:TENSORS], *saved)
     ctx.options = args[TENSORS:]
     return saved
 
 
+def of_backward(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
+    return counts, parts, contrast_counts, contrast_parts, *others
+
+
 def differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments from those of the fields [W, S, N] of both sides; None: zeros."""
-    saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
+    return differentiate_saved(ctx.saved_tensors, ctx.options, needs, grad, grad_contrasts)
+
+
+def differentiate_saved(
+    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor | None, grad_contrasts: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The same of what `save` has kept, which may be asked for only once."""
     counts, parts, contrast_counts = saved[TENSORS : TENSORS + 3]
-    shape = len(ctx.options[WANT - TENSORS]), parts.shape[2]
+    shape = len(options[WANT - TENSORS]), parts.shape[2]
     grad = counts.new_zeros(*shape, counts.shape[1]) if grad is None else grad.to(counts.dtype)
     if grad_contrasts is None:
         grad_contrasts = counts.new_zeros(*shape, contrast_counts.shape[1])
     grad_contrasts = grad_contrasts.to(counts.dtype)
-    arguments = (*saved[:TENSORS], *ctx.options, *saved[TENSORS:], grad, grad_contrasts, needs)
+    arguments = (*saved[:TENSORS], *options, *saved[TENSORS:], grad, grad_contrasts, needs)
     # With gradients on, somebody wants to differentiate this: the operator will tell that it cannot be done.
     plain = not torch.is_grad_enabled() and not intercepted(saved[0], grad, grad_contrasts)
     results = (run_backward if plain else backward_op)(*arguments)
-    results = [gradient if need else None for need, gradient in zip(needs, results, strict=True)]
-    return by_argument(results)
+    return by_argument([gradient if need else None for need, gradient in zip(needs, results, strict=True)])
 
 
 def by_argument(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -390,7 +390,7 @@ private:
       };
       if constexpr (MIXED)
         for (int r = 0; r < MR; r++) row(r);
-      else _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) row(r);
+      else FASTCL_UNROLL(2) for (int r = 0; r < MR; r++) row(r);
       if (MIXED || !(DOT && s.self && j0 < i0)) add_wide(local.scale + k * W, scale); // what is not mirrored has been counted above
     }
     if constexpr (DOT) store_transposed(local, sum, r0, c0);

@@ -13,7 +13,13 @@
 
 #define FASTCL_INLINE inline __attribute__((always_inline))
 #define FASTCL_NOINLINE __attribute__((noinline))
-#define EACH(k, count) _Pragma("GCC unroll 64") for (int k = 0; k < (count); k++)
+#define FASTCL_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define FASTCL_UNROLL(times) FASTCL_PRAGMA(clang loop unroll_count(times))
+#else
+#define FASTCL_UNROLL(times) FASTCL_PRAGMA(GCC unroll times)
+#endif
+#define EACH(k, count) FASTCL_UNROLL(64) for (int k = 0; k < (count); k++)
 
 namespace fastcl::FASTCL_ISA {
 namespace {
@@ -174,7 +180,7 @@ template <class Mul, long ROW, long STEP> FASTCL_INLINE void multiply(const type
   using T = typename Mul::Real;
   constexpr int W = Simd<T>::W;
   const char *ahead = (const char *)next;
-  _Pragma("GCC unroll 2") for (long k = 0; k < depth; k++) {
+  FASTCL_UNROLL(2) for (long k = 0; k < depth; k++) {
     V<T> bv[NV];
     EACH(v, NV) {
       bv[v] = load(b + v * W);

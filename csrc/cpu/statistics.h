@@ -221,7 +221,7 @@ private:
     if constexpr (!MIXED && !WIDE) {
       V<T> sums[NV];
       EACH(v, NV) sums[v] = all<T>(0);
-      _Pragma("GCC unroll 2") for (int r = 0; r < MR; r++) {
+      FASTCL_UNROLL(2) for (int r = 0; r < MR; r++) {
         V<T> x[NV];
         EACH(v, NV) {
           x[v] = exp2<T, false>(s.logits(load(products[r][v]) * (row_norms[r] * norms[v]), scale));

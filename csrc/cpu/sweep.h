@@ -3,7 +3,15 @@
 #include "engine.h"
 #include "simd.h"
 #include <cstring>
-#include <omp.h>
+
+// What GCC makes of `omp parallel` and `omp barrier`, written out: whichever OpenMP runtime torch brings has these, while
+// another compiler would call what its own runtime alone has.
+extern "C" {
+void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+void GOMP_barrier();
+int omp_get_thread_num();
+int omp_get_num_threads();
+}
 
 namespace fastcl::FASTCL_ISA {
 namespace {
@@ -30,15 +38,20 @@ struct Team {
   int threads, index, members;                // the plan's threads; this member of how many that came
   template <class F> void run(F work) const { // every member reaches the end before any goes on
     for (int t = index; t < threads; t += members) work(t);
-    if (members > 1) {
-#pragma omp barrier
-    }
+    if (members > 1) GOMP_barrier();
   }
 };
 template <class F> void with_team(int threads, F body) {
   if (threads == 1) return body(Team{1, 0, 1}); // without OpenMP: a forked child must not touch its parent's threads
-#pragma omp parallel num_threads(threads)
-  body(Team{threads, omp_get_thread_num(), omp_get_num_threads()});
+  struct Call {
+    F &body;
+    int threads;
+  } call{body, threads};
+  const auto member = [](void *data) {
+    const Call &call = *(Call *)data;
+    call.body(Team{call.threads, omp_get_thread_num(), omp_get_num_threads()});
+  };
+  GOMP_parallel(member, &call, threads, 0);
 }
 struct Range {
   int64_t from, to;

@@ -86,7 +86,7 @@ def pose(
             )
     else:
         if contrast_bias is not None:
-            check_vector("contrast_bias", contrast_bias, sum(part.length for part in parts), device)
+            check_vector("contrast_bias", contrast_bias, sum(part.length() for part in parts), device)
         _check_others(parts, rows, clusters, positives, contrast_clusters, ids, contrast_ids)
         if ids is not None:
             check_ids("ids", ids, n, device)
@@ -106,7 +106,7 @@ def pose(
     if contrast_clusters is not None:
         own = contrast_clusters.to(torch.int64).clamp(min=-1)
     else:
-        count = sum(part.length for part in parts if part.stored is None)
+        count = sum(part.length() for part in parts if part.stored is None)
         own = torch.cat((anchor_clusters, anchor_clusters.new_full((max(count - rows, 0),), -1)))[:count]
     own_ids = None if contrast_ids is None else contrast_ids.to(torch.int64).clamp(min=-1)
     clustered = clusters is not None or any(part.stored is None for part in parts)
@@ -124,7 +124,7 @@ def pose(
         any(part.stored is not None for part in parts),
         by_sample=clusters is None,
         paired=clusters is None and contrast_clusters is None,
-        parts=tuple((part.length, part.stored is not None) for part in parts),
+        parts=tuple((part.length(), part.stored is not None) for part in parts),
     )
 
 
@@ -202,7 +202,7 @@ def pose_assigned(
         return posed
     if any(part.stored is not None for part in parts):
         raise ValueError("contrasts: expected tensors, as queues and banks store no assignments, got a queue or bank")
-    count = sum(part.length for part in parts)
+    count = sum(part.length() for part in parts)
     if contrast_bias is not None:
         check_vector("contrast_bias", contrast_bias, count, device)
     if contrast_assignments is not None:
@@ -235,7 +235,6 @@ class _Part(NamedTuple):
     rows: Tensor
     stored: Stored | None
 
-    @property
     def length(self) -> int:
         return self.rows.shape[0]
 
@@ -275,7 +274,7 @@ def _check_others(
     """That contrasts have the clusters and ids that the call needs, and no more."""
     device = parts[0].rows.device
     memories = [part.stored for part in parts if part.stored is not None]
-    lengths = [part.length for part in parts if part.stored is None]
+    lengths = [part.length() for part in parts if part.stored is None]
     count = sum(lengths)
     for name, value in (("contrast_clusters", contrast_clusters), ("contrast_ids", contrast_ids)):
         if value is not None and not lengths:
@@ -316,10 +315,10 @@ def _joined(parts: list[_Part], name: str | None, own: Tensor | None) -> Tensor:
     for part in parts:
         values = None if part.stored is None or name is None else getattr(part.stored, name)
         if part.stored is None and own is not None:
-            values = own[taken : taken + part.length]
-            taken += part.length
+            values = own[taken : taken + part.length()]
+            taken += part.length()
         if values is None:
-            values = torch.full((part.length,), -1, dtype=torch.int64, device=part.rows.device)
+            values = torch.full((part.length(),), -1, dtype=torch.int64, device=part.rows.device)
         found.append(values)
     return found[0] if len(found) == 1 else torch.cat(found)
 

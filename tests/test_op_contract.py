@@ -541,7 +541,8 @@ def test_backward_under_another_backend(forward, backward, monkeypatch) -> None:
     with fastcl.use_backend(backward), Calls() as calls:
         (got,) = torch.autograd.grad(loss, z)
     assert torch.equal(got, expected)
-    assert calls.backends == [forward]
+    # `Calls` looks on: then the native engine's mean loss starts over with the operators, forward and backward.
+    assert calls.backends == [forward] * (2 if loss.grad_fn.native else 1)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

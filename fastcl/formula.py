@@ -262,7 +262,7 @@ def _loss(
 ) -> tuple[Tensor, Tensor | None]:
     """And what was observed."""
     if formula.mean_of_differences() and options.reduction == "mean" and weights is None:
-        found = sweep.mean_loss()  # the formula below in one node of autograd's graph, for small batches
+        found = sweep.mean_loss()  # the formula below in one node of autograd's graph
         if found is not None:
             return found[0].to(posed.dtype), found[1]
     stats, observed = sweep.statistics(formula.exact())

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import fastcl
 from fastcl.functional import cluster_infonce
 from fastcl.kernels import direct, ops
+from fastcl.kernels.stats import Sweep
 
 WHEN = {"at once": 1 << 60, "when asked": 0}
 KINDS = ("self", "views", "two sets", "constant contrasts", "symmetric", "momentum key", "bias", "ids")
@@ -214,6 +215,56 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
     with torch.no_grad():  # whatever the size: nothing is kept for a backward
         cluster_infonce(z)
     assert calls.pop() == [False] * 5
+
+
+@pytest.mark.skipif("cpu" not in ops.BACKENDS, reason="no native engine")
+@pytest.mark.parametrize("byte", [0xFF, 0x7F])  # NaN; 3e38 as float32
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_read_that_was_not_written(kind: str, when: str, byte: int, monkeypatch) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    leaves, options = case(kind, torch.float32)
+    expected = results(leaves, options)
+
+    def filled(call) -> None:
+        workspace = torch.full((call.workspace,), byte, dtype=torch.uint8)
+        call.run(workspace.data_ptr())
+
+    monkeypatch.setattr(direct.native, "_run", filled)
+    for a, b in zip(results(leaves, options), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif("cpu" not in ops.BACKENDS, reason="no native engine")
+def test_the_native_mean_refuses_calls_that_make_no_sense() -> None:
+    n, m, d = 5, 7, 3
+    z, y, clusters, others = torch.randn(n, d), torch.randn(m, d), torch.arange(n), torch.arange(m)
+    sweep = Sweep(z.requires_grad_(), y, clusters, others, torch.tensor(2.0), True, True, ("lse_all", "sum_pos"))
+    problem, _ = ops.posed(sweep._arguments(list(sweep.want)))
+    numbers = direct.native._describe(problem)
+    room = torch.zeros(1000).data_ptr()
+
+    def call(kept=0, sums=0, valid=0, loss=0, factor=0, rows=0, columns=0) -> None:
+        outputs = (False, kept, sums, valid, loss, factor, 0, 0, rows, columns, 0, 0)
+        direct.native.native_module().mean(direct.native.engine()[0], numbers, outputs)
+
+    call(loss=room, rows=room, columns=room)
+    call(loss=room, kept=room, sums=room, valid=room)
+    call(kept=room, sums=room, valid=room, factor=room, rows=room)
+    for wrong, said in (
+        ({"rows": room}, "loss: a null pointer"),
+        ({"kept": room, "rows": room}, "loss_gradient: a null pointer"),
+        ({"loss": room, "factor": room}, "before there is a loss"),
+        ({"kept": room, "loss": room, "rows": room}, "between a call of the loss and one of the gradients"),
+        ({"loss": room, "sums": room, "valid": room}, "between two calls only"),
+        ({"kept": room, "sums": room, "factor": room, "rows": room}, "without their validity"),
+        (
+            {"kept": room, "sums": room, "valid": room, "factor": room, "rows": room, "columns": room},
+            "anchors' gradient",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call(**wrong)
 
 
 def test_large_batches_wait_for_the_backward() -> None:

@@ -273,6 +273,7 @@ def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[T
 
 
 def of_backward(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of `as_outputs`, all but the fields."""
     _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
     return counts, parts, contrast_counts, contrast_parts, *others
 

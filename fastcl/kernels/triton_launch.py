@@ -10,9 +10,9 @@ from functools import cache
 from importlib import import_module, metadata, util
 from typing import Any
 
-import numpy as np
 import torch
 
+from . import triton_interpreter
 from .triton_plan import Tile
 
 FLOOR = (3, 2)  # torch 2.6 brings it
@@ -94,12 +94,11 @@ def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -
 
 @contextmanager
 def _interpreting() -> Iterator[None]:
-    """The interpreter replaces parts of Triton while it runs a kernel, so there can be one at a time. Its numpy would
-    tell of overflows, which a device passes over in silence: masked places may hold anything."""
+    """The interpreter replaces parts of Triton while it runs a kernel, so there can be one at a time."""
     if not INTERPRETED:
         yield
         return
-    with _interpreter, np.errstate(all="ignore"):
+    with _interpreter, triton_interpreter.kernels_run():
         yield
 
 

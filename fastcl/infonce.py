@@ -81,6 +81,7 @@ def cluster_infonce(
     options = check_options(symmetric, normalize, reduction, gather)
     if assignments is not None or contrast_assignments is not None:
         _check_replaced(clusters=clusters, contrast_clusters=contrast_clusters, positives=positives)
+        check_flag("return_stats", return_stats)
         if return_stats:
             raise ValueError("return_stats: expected False with assignments, which make no set of positives, got True")
         _check_soft_formula(form=(form, "outside"), denominator=(denominator, "all"), margin=(formula.margin, 0.0))

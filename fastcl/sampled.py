@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from .distributed import Property, World, dtype_name
 from .kernels.checks import (
-    check_device,
+    check_count,
     check_flag,
     check_ids,
+    check_indices,
     check_option,
     check_rows,
     check_tensor,
     finite_number,
     positive_number,
     scalar_tensor,
-    values_visible,
 )
 from .kernels.problem import accumulation_dtype
 from .kernels.sampled_ops import backward_op, forward_op
-from .memory import MemoryBank, check_size, extremes
+from .memory import MemoryBank
 from .posing import unit
 
 FORMS = ("nce", "infonce")
@@ -122,7 +122,7 @@ class SampledNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = positive_number("temperature", temperature)
-        num_negatives = check_size("num_negatives", num_negatives)
+        num_negatives = check_count("num_negatives", num_negatives)
         check_option("form", form, FORMS)
         check_flag("normalize", normalize)
         check_option("reduction", reduction, REDUCTIONS)
@@ -316,9 +316,4 @@ def check_samples(name: str, value: Any, n: int, m: int, device: torch.device) -
     check_tensor(name, value)
     if value.dim() != 2 or value.shape[0] != n:
         raise ValueError(f"{name}: expected shape [{n}, S], got {list(value.shape)}")
-    check_ids(name, value.reshape(-1), value.numel(), device)
-    check_device(name, value, device)
-    if values_visible(value) and value.numel():
-        least, most = extremes(value)
-        if least < 0 or most >= m:
-            raise ValueError(f"{name}: expected numbers from 0 to {m - 1}, got {least if least < 0 else most}")
+    check_indices(name, value, m, device)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import chunked, cuda_engine, cuda_native, native, paired, reference, triton_engine
+from .checks import shown
 from .observed import NAMES as OBSERVED
 from .problem import Gradients, Needs, Problem, Side, Statistics
 
@@ -73,7 +74,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _available(name: str, source: str) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"{source}: expected the name of a backend ({', '.join(BACKENDS)}), got {name!r}")
+        raise TypeError(f"{source}: expected the name of a backend ({', '.join(BACKENDS)}), got {shown(name)}")
     if name in BACKENDS:
         return name
     options = ", ".join(map(repr, BACKENDS))

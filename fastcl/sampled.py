@@ -69,8 +69,9 @@ class SampledNCELoss(nn.Module):
     ============= ============================================================================================
 
     ``SampledNCELoss(0.07)(z, indices, bank)`` is instance discrimination: the positive is the anchor's own row of the
-    bank. PIRL, for an image's embedding f and its pretext version's g, is ``w * loss(g, indices, bank) + (1 - w) *
-    loss(f, indices, bank)`` with ``form="infonce"``. Update the bank afterwards: ``bank.update(indices, z)``.
+    bank. In the manner of PIRL, for an image's embedding f and its pretext version's g: ``w * loss(g, indices, bank) +
+    (1 - w) * loss(f, indices, bank)`` with ``form="infonce"``, a cross-entropy; the paper's own loss has a further term
+    for each negative. Update the bank afterwards: ``bank.update(indices, z)``.
 
     M counts all rows of the bank, in S / (M - 1) and in the estimate of Z, also while only some of them were ever
     updated, from which negatives are then drawn: h is a probability in the papers' sense once the bank is full.

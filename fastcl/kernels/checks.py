@@ -18,8 +18,15 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether looking at values is free: not while tracing, and never a synchronisation with a device."""
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+    """Whether looking at values is free: not under a tracer, mode or transform, and never a wait for a device."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, Parameter)
+        and not torch.compiler.is_compiling()  # before what cannot be traced
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def shown(value: Any) -> str:

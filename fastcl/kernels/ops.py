@@ -241,6 +241,7 @@ def intercepted(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     ):
         return True
     for tensor in tensors:  # noqa: SIM110 - a generator would cost as much again
@@ -320,6 +321,8 @@ def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callabl
     def kernel(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(f"{op}: derivatives by torch.func are not supported, those by autograd are")
             return function.apply(*args)
         if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(f"{op}: forward-mode derivatives are not supported")

@@ -216,7 +216,12 @@ class Sweep(NamedTuple):
         )
 
     def _looked_at(self) -> bool:
-        return intercepted(self.anchors, self.contrasts, self.positives, self.logit_scale, self.contrast_bias)
+        found = intercepted(self.anchors, self.contrasts, self.positives, self.logit_scale, self.contrast_bias)
+        if found and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+            raise NotImplementedError(
+                "fastcl.contrastive_stats: torch.jit.trace is not supported, torch.export and torch.compile are"
+            )
+        return found
 
 
 def contrastive_stats(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.checks import (
+    LARGEST_COUNT,
     ROW_DTYPES,
     check_count,
     check_device,
@@ -514,6 +515,8 @@ def knn_predict(
     least, most = 0, -1
     if len(labels) and (num_classes is None or values_visible(labels)):
         least, most = extremes(labels)
+    if num_classes is None and most >= LARGEST_COUNT:
+        raise ValueError(f"labels: expected numbers below {LARGEST_COUNT}, got {most}")
     num_classes = max(most, 0) + 1 if num_classes is None else check_count("num_classes", num_classes)
     if least < 0 or most >= num_classes:
         wrong = least if least < 0 else most

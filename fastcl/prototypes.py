@@ -24,6 +24,7 @@ from .kernels.checks import (
     finite_number,
     plain_number,
 )
+from .kernels.ops import _without_autocast
 from .kernels.problem import accumulation_dtype
 from .sinkhorn import power_law_prior, sinkhorn, uniform_prior
 
@@ -363,7 +364,7 @@ def _wide(scores: Tensor) -> Tensor:
 
 def _cosines(rows: Tensor, prototypes: Tensor) -> Tensor:
     dtype = accumulation_dtype(rows, prototypes)
-    with torch.autocast(rows.device.type, enabled=False):
+    with _without_autocast(rows.device):
         return F.normalize(rows.to(dtype), dim=1) @ F.normalize(prototypes.to(dtype), dim=1).T
 
 

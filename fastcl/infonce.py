@@ -5,6 +5,7 @@ Nothing here visits a logit: every loss is a formula of a `kernels.stats.Sweep`'
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, overload
 
 import torch
@@ -81,6 +82,7 @@ def cluster_infonce(
     options = check_options(symmetric, normalize, reduction, gather)
     if assignments is not None or contrast_assignments is not None:
         _check_replaced(clusters=clusters, contrast_clusters=contrast_clusters, positives=positives)
+        check_flag("return_stats", return_stats)
         if return_stats:
             raise ValueError("return_stats: expected False with assignments, which make no set of positives, got True")
         _check_soft_formula(form=(form, "outside"), denominator=(denominator, "all"), margin=(formula.margin, 0.0))
@@ -355,9 +357,12 @@ class ClipLoss(nn.Module):
     of the cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal;
     with ``output_dict=True`` it comes as ``{"contrastive_loss": loss}``, as open_clip's training loop asks for it. With
     ``return_stats=True`` a :class:`LossStats` comes too: ``(loss, stats)``, or as ``"stats"`` of the dictionary.
-    ``logit_bias`` is not looked at: one number added to every logit cancels in both softmaxes. Dtypes and errors are
-    those of :class:`ClusterInfoNCE`, and so is ``gather``.
+    ``logit_bias``, as open_clip's SigLIP models return it, is not read: one number added to every logit cancels in both
+    softmaxes. The loss stays CLIP's, not SigLIP's loss of sigmoids, and each module warns of it once (not under
+    ``torch.compile``). Dtypes and errors are those of :class:`ClusterInfoNCE`, and so is ``gather``.
     """
+
+    _warned = False
 
     def __init__(self, *, gather: bool | str = False) -> None:
         super().__init__()
@@ -375,6 +380,13 @@ class ClipLoss(nn.Module):
         return_stats: bool = False,
     ) -> LossResult | dict[str, Tensor | LossStats]:
         check_flag("output_dict", output_dict)
+        if logit_bias is not None and not torch.compiler.is_compiling() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "logit_bias: expected None; its value is not used, as one number added to every logit cancels in both "
+                "softmaxes. This is CLIP's softmax loss, not SigLIP's sigmoid loss.",
+                stacklevel=4,  # the line that called the module
+            )
         logit_scale = positive_number("logit_scale", logit_scale)
         check_rows("image_features", image_features)
         check_rows("text_features", text_features, like=image_features)

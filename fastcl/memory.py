@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .kernels.checks import (
+    LARGEST_COUNT,
     ROW_DTYPES,
+    check_count,
     check_device,
     check_flag,
     check_ids,
+    check_indices,
     check_rows,
+    extremes,
     finite_number,
-    positive_number,
+    plain_number,
+    shown,
     values_visible,
 )
 from .kernels.problem import inverse_norms
 from .kernels.topk_ops import topk
+
+ADDRESS_SPACE = 2**47  # bytes that a process can address on x86-64
 
 
 class Stored(NamedTuple):
@@ -173,8 +179,8 @@ class MemoryQueue(Memory):
         self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, clusters: bool = False, ids: bool = False
     ) -> None:
         super().__init__()
-        size, dim = check_size("size", size), check_size("dim", dim)
         _check_dtype(dtype)
+        size, dim = _check_sizes("size", size, dim, dtype)
         check_flag("clusters", clusters)
         check_flag("ids", ids)
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
@@ -310,8 +316,8 @@ class MemoryBank(Memory):
         self, num_samples: int, dim: int, *, momentum: float = 0.5, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        num_samples, dim = check_size("num_samples", num_samples), check_size("dim", dim)
         _check_dtype(dtype)
+        num_samples, dim = _check_sizes("num_samples", num_samples, dim, dtype)
         self.momentum = finite_number("momentum", momentum)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected a number of at least 0 and below 1, got {momentum}")
@@ -405,15 +411,9 @@ class MemoryBank(Memory):
         self._clustered = self._clustered or clusters is not None
 
     def _check_indices(self, indices: Any, length: int | None = None) -> None:
-        if isinstance(indices, Tensor) and length is None:
-            check_ids("indices", indices.reshape(-1), indices.numel(), self.rows.device)
-        else:
-            check_ids("indices", indices, 0 if length is None else length, self.rows.device)
-        if values_visible(indices) and indices.numel():
-            least, most = extremes(indices)
-            if least < 0 or most >= self.num_samples:
-                wrong = least if least < 0 else most
-                raise ValueError(f"indices: expected numbers from 0 to {self.num_samples - 1}, got {wrong}")
+        if length is not None:
+            check_ids("indices", indices, length, self.rows.device)
+        check_indices("indices", indices, self.num_samples, self.rows.device)
 
     def _counters(self) -> list[int]:
         return [int(self._clustered)]
@@ -428,24 +428,15 @@ class MemoryBank(Memory):
         return f"{self.num_samples}, {self.dim}, momentum={self.momentum:g}, dtype={self.rows.dtype}"
 
 
-def check_size(name: str, value: Any) -> int:
-    """A positive integer, Python's or NumPy's."""
-    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value if isinstance(value, int) else int(value)
-
-
-def extremes(integers: Tensor) -> tuple[int, int]:
-    """The least and the largest of one or more; torch has neither for uint16, uint32 and uint64."""
-    integers = integers.to(torch.int64)
-    return int(integers.min()), int(integers.max())
+def _check_sizes(name: str, rows: Any, dim: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """Numbers of rows, which is the argument `name`, and of dimensions, of which an address space holds the product."""
+    dim = check_count("dim", dim)
+    return check_count(name, rows, most=ADDRESS_SPACE // (dim * dtype.itemsize)), dim
 
 
 def _check_dtype(dtype: Any) -> None:
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
+        raise TypeError(f"dtype: expected a torch.dtype, got {shown(dtype)}")
     if dtype not in ROW_DTYPES:
         raise ValueError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
 
@@ -475,7 +466,7 @@ def topk_similarity(
     """
     check_rows("queries", queries)
     check_rows("keys", keys, like=queries)
-    k = check_size("k", k)
+    k = check_count("k", k)
     n, m = queries.shape[0], keys.shape[0]
     if k > m:
         raise ValueError(f"k: expected at most the number of keys, {m}, got {k}")
@@ -520,13 +511,13 @@ def knn_predict(
     check_rows("queries", queries)
     check_rows("keys", keys, like=queries)
     check_ids("labels", labels, len(keys), queries.device)
-    if isinstance(temperature, Tensor):
-        raise TypeError("temperature: expected a number, got a tensor")
-    temperature = positive_number("temperature", temperature)
+    temperature = plain_number("temperature", temperature)
     least, most = 0, -1
     if len(labels) and (num_classes is None or values_visible(labels)):
         least, most = extremes(labels)
-    num_classes = max(most, 0) + 1 if num_classes is None else check_size("num_classes", num_classes)
+    if num_classes is None and most >= LARGEST_COUNT:
+        raise ValueError(f"labels: expected numbers below {LARGEST_COUNT}, got {most}")
+    num_classes = max(most, 0) + 1 if num_classes is None else check_count("num_classes", num_classes)
     if least < 0 or most >= num_classes:
         wrong = least if least < 0 else most
         raise ValueError(f"labels: expected numbers from 0 to {num_classes - 1}, got {wrong}")

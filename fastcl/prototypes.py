@@ -11,9 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .distributed import Property, World, dtype_name, has_gradient
-from .kernels.checks import check_device, check_flag, check_option, check_rows, finite_number, positive_number
+from .kernels.checks import (
+    INTEGER_DTYPES,
+    ROW_DTYPES,
+    check_count,
+    check_device,
+    check_flag,
+    check_mass_values,
+    check_option,
+    check_rows,
+    check_tensor,
+    finite_number,
+    plain_number,
+)
+from .kernels.ops import _without_autocast
 from .kernels.problem import accumulation_dtype
-from .sinkhorn import check_count, check_mass_values, power_law_prior, sinkhorn, uniform_prior
+from .sinkhorn import power_law_prior, sinkhorn, uniform_prior
 
 Prior = Tensor | Callable[[int], Tensor]
 KL = ("mean_prior", "prior_mean")
@@ -63,8 +76,8 @@ class SwAVLoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature = _number("temperature", temperature)
-        self.epsilon = _number("epsilon", epsilon)
+        self.temperature = plain_number("temperature", temperature)
+        self.epsilon = plain_number("epsilon", epsilon)
         self.n_iters = check_count("n_iters", n_iters)
         self.prior = _Prior(prior)
         check_flag("gather", gather)
@@ -127,6 +140,7 @@ class SwAVLoss(nn.Module):
 
     def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
         """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient."""
+        check_rows("scores", scores)
         rows = scores.detach()
         if queue_scores is not None:
             check_rows("queue_scores", queue_scores, like=scores)
@@ -189,9 +203,9 @@ class MSNLoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature = _number("temperature", temperature)
-        self.sharpening = _number("sharpening", sharpening)
-        self.n_iters = 0 if n_iters == 0 and not isinstance(n_iters, bool) else check_count("n_iters", n_iters)
+        self.temperature = plain_number("temperature", temperature)
+        self.sharpening = plain_number("sharpening", sharpening)
+        self.n_iters = check_count("n_iters", n_iters, least=0)
         self.prior = _Prior(prior)
         self.prior_weight = finite_number("prior_weight", prior_weight)
         if self.prior_weight < 0:
@@ -251,12 +265,18 @@ class MSNLoss(nn.Module):
     @torch.no_grad()
     def assignments(self, targets: Tensor, prototypes: Tensor) -> Tensor:
         """What the anchors are to predict: ``[B, K]`` for targets ``[B, D]`` and prototypes ``[K, D]``; no gradient."""
+        check_rows("targets", targets)
+        check_rows("prototypes", prototypes, like=targets)
+        group = _group(self.gather)
+        for name, rows in (("targets", targets), ("prototypes", prototypes)):
+            if len(rows) == 0 and (group is None or rows is prototypes):
+                raise ValueError(f"{name}: expected at least one row, got shape {list(rows.shape)}")
         logits = _cosines(targets, prototypes) / (self.temperature * self.sharpening)
         if self.n_iters == 0:
             return logits.softmax(1)
         # In rows Sinkhorn starts from what the softmax would have divided by: log q, not the logits.
         prior = self.prior(len(prototypes), logits.device)
-        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self.gather)}
+        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": group}
         return sinkhorn(logits.log_softmax(1), prior=prior, **options).assignments
 
     def _divergence(self, mean: Tensor) -> Tensor:
@@ -292,6 +312,8 @@ class _Prior(nn.Module):
         super().__init__()
         if prior is not None and not isinstance(prior, Tensor) and not callable(prior):
             raise TypeError(f"prior: expected a tensor, a function or None, got {type(prior).__name__}")
+        if isinstance(prior, Tensor):
+            _check_prior(prior)
         self.make = None if isinstance(prior, Tensor) else prior
         self.register_buffer("masses", prior.detach() if isinstance(prior, Tensor) else None, persistent=False)
 
@@ -311,17 +333,21 @@ class _Prior(nn.Module):
         masses = self.masses if self.make is None else self.make(k)
         if masses is None:
             return None
+        if isinstance(masses, Tensor):
+            _check_prior(masses)
         if not isinstance(masses, Tensor) or tuple(masses.shape) != (k,):
             got = list(masses.shape) if isinstance(masses, Tensor) else type(masses).__name__
             raise ValueError(f"prior: expected a tensor of shape [{k}], one mass for each prototype, got {got}")
+        if masses.is_meta:
+            check_device("prior", masses, device)
         check_mass_values("prior", masses, alone=True)
         return masses.to(device)
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a number, got a tensor")
-    return float(positive_number(name, value))
+def _check_prior(masses: Tensor) -> None:
+    check_tensor("prior", masses)
+    if masses.dtype not in ROW_DTYPES and masses.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"prior: expected float64, float32, bfloat16, float16 or integers, got {masses.dtype}")
 
 
 def _scores(name: str, value: Any) -> list[Tensor]:
@@ -338,7 +364,7 @@ def _wide(scores: Tensor) -> Tensor:
 
 def _cosines(rows: Tensor, prototypes: Tensor) -> Tensor:
     dtype = accumulation_dtype(rows, prototypes)
-    with torch.autocast(rows.device.type, enabled=False):
+    with _without_autocast(rows.device):
         return F.normalize(rows.to(dtype), dim=1) @ F.normalize(prototypes.to(dtype), dim=1).T
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.checks import LARGEST, check_rows, positive_number
+from .kernels.checks import LARGEST, check_rows, plain_number
 from .kernels.stats import contrastive_stats
 from .posing import unit
 
@@ -31,7 +31,7 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
         raise ValueError(f"y: expected shape {list(x.shape)}, as x, got {list(y.shape)}")
     if len(x) == 0:
         raise ValueError(f"x: expected at least one row, got shape {list(x.shape)}")
-    alpha = _number("alpha", alpha)
+    alpha = plain_number("alpha", alpha)
     squared = (unit(x) - unit(y)).square().sum(1)
     if alpha == 2:
         return squared.mean()
@@ -58,16 +58,10 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
     n = len(embeddings)
     if n < 2:
         raise ValueError(f"embeddings: expected at least two rows, got shape {list(embeddings.shape)}")
-    t = _number("t", t)
+    t = plain_number("t", t)
     if 2 * t > LARGEST:
         raise ValueError(f"t: expected at most half of float32's largest number, got {t}")
     # |x - y|^2 = 2 - 2 <x, y> on the sphere: the log-sum-exp of each row at logit_scale 2 t.
     stats = contrastive_stats(embeddings, logit_scale=2 * t, normalize_anchors=True, want=("lse_all",))
     assert stats.lse_all is not None
     return (stats.lse_all - 2 * t).logsumexp(0) - math.log(n * (n - 1))
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a number, got a tensor")
-    return float(positive_number(name, value))

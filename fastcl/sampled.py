@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from .distributed import Property, World, dtype_name
 from .kernels.checks import (
-    check_device,
+    check_count,
     check_flag,
     check_ids,
+    check_indices,
     check_option,
     check_rows,
     check_tensor,
     finite_number,
     positive_number,
     scalar_tensor,
-    values_visible,
 )
 from .kernels.problem import accumulation_dtype
 from .kernels.sampled_ops import backward_op, forward_op
-from .memory import MemoryBank, check_size, extremes
+from .memory import MemoryBank
 from .posing import unit
 
 FORMS = ("nce", "infonce")
@@ -69,8 +69,9 @@ class SampledNCELoss(nn.Module):
     ============= ============================================================================================
 
     ``SampledNCELoss(0.07)(z, indices, bank)`` is instance discrimination: the positive is the anchor's own row of the
-    bank. PIRL, for an image's embedding f and its pretext version's g, is ``w * loss(g, indices, bank) + (1 - w) *
-    loss(f, indices, bank)`` with ``form="infonce"``. Update the bank afterwards: ``bank.update(indices, z)``.
+    bank. In the manner of PIRL, for an image's embedding f and its pretext version's g: ``w * loss(g, indices, bank) +
+    (1 - w) * loss(f, indices, bank)`` with ``form="infonce"``, a cross-entropy; the paper's own loss has a further term
+    for each negative. Update the bank afterwards: ``bank.update(indices, z)``.
 
     M counts all rows of the bank, in S / (M - 1) and in the estimate of Z, also while only some of them were ever
     updated, from which negatives are then drawn: h is a probability in the papers' sense once the bank is full.
@@ -122,7 +123,7 @@ class SampledNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = positive_number("temperature", temperature)
-        num_negatives = check_size("num_negatives", num_negatives)
+        num_negatives = check_count("num_negatives", num_negatives)
         check_option("form", form, FORMS)
         check_flag("normalize", normalize)
         check_option("reduction", reduction, REDUCTIONS)
@@ -316,9 +317,4 @@ def check_samples(name: str, value: Any, n: int, m: int, device: torch.device) -
     check_tensor(name, value)
     if value.dim() != 2 or value.shape[0] != n:
         raise ValueError(f"{name}: expected shape [{n}, S], got {list(value.shape)}")
-    check_ids(name, value.reshape(-1), value.numel(), device)
-    check_device(name, value, device)
-    if values_visible(value) and value.numel():
-        least, most = extremes(value)
-        if least < 0 or most >= m:
-            raise ValueError(f"{name}: expected numbers from 0 to {m - 1}, got {least if least < 0 else most}")
+    check_indices(name, value, m, device)

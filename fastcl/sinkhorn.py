@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,9 +10,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .kernels.checks import (
+    INTEGER_DTYPES,
     ROW_DTYPES,
-    check_device,
+    check_count,
+    check_mass_values,
+    check_masses,
+    check_scores,
     check_tensor,
+    few,
     finite_number,
     positive_number,
     scalar_tensor,
@@ -97,7 +101,7 @@ def sinkhorn(
     cluster assignments" (2020); Cuturi, Teboul, Niles-Weed and Vert, "Supervised quantile normalization for low rank
     matrix factorization" (2020) for the implicit gradient.
     """
-    _check_scores(scores)
+    check_scores("scores", scores)
     batched = scores.dim() == 3
     s = scores if batched else scores[None]
     batch, n, k = s.shape
@@ -111,7 +115,7 @@ def sinkhorn(
     values = {"prior": prior, "row_marginal": row_marginal, "init": init}
     for name, value in values.items():
         if value is not None:
-            _check_masses(name, value, sizes[name], batch if batched else None, scores.device)
+            check_masses(name, value, sizes[name], batch if batched else None, scores.device)
     log_prior = _log_masses("prior", prior, (batch, k), dtype, scores.device, alone=True)
     log_rows = _log_masses("row_marginal", row_marginal, (batch, n), dtype, scores.device, alone=group is None)
     start = None if init is None else _start(init, dtype).expand(batch, k)
@@ -128,7 +132,7 @@ def sinkhorn(
 def uniform_prior(k: int) -> Tensor:
     """``[K]``: 1 / K each. float32.
 
-    Raises TypeError or ValueError unless k is an integer >= 1.
+    Raises TypeError or ValueError unless k is an integer from 1 to 2**31 - 1.
     """
     k = check_count("k", k)
     return torch.full((k,), 1 / k)
@@ -140,7 +144,7 @@ def power_law_prior(k: int, exponent: float = 0.25) -> Tensor:
     An exponent of 0 is uniform. Assran et al., "The hidden uniform cluster prior in self-supervised learning" (2023),
     take 0.25.
 
-    Raises TypeError or ValueError unless k is an integer >= 1 and the exponent a number >= 0.
+    Raises TypeError or ValueError unless k is an integer from 1 to 2**31 - 1 and the exponent a number >= 0.
     """
     k, exponent = check_count("k", k), finite_number("exponent", exponent)
     if exponent < 0:
@@ -157,22 +161,13 @@ def prior_from_counts(counts: Tensor) -> Tensor:
     Raises TypeError or ValueError for anything else than a vector of non-negative finite numbers with a positive sum.
     """
     check_tensor("counts", counts)
-    if counts.dtype == torch.bool or counts.dtype.is_complex:
+    if counts.dtype not in INTEGER_DTYPES and counts.dtype not in ROW_DTYPES:
         raise TypeError(f"counts: expected integers or a floating dtype, got {counts.dtype}")
     if counts.dim() != 1 or counts.numel() == 0:
         raise ValueError(f"counts: expected shape [K], K >= 1, got {list(counts.shape)}")
     masses = counts.double()
     check_mass_values("counts", masses, alone=True)
     return (masses / masses.sum()).to(torch.float64 if counts.dtype == torch.float64 else torch.float32)
-
-
-def check_count(name: str, value: Any) -> int:
-    """An integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value}")
-    return int(value)
 
 
 def _tolerance(tol: Any) -> float:
@@ -189,16 +184,6 @@ def _epsilon(epsilon: Any) -> Any:
     if number > LARGEST_EPSILON:
         raise ValueError(f"epsilon: expected at most {LARGEST_EPSILON:g}, got {number:g}")
     return value
-
-
-def _check_scores(scores: Any) -> None:
-    check_tensor("scores", scores)
-    if scores.dtype not in ROW_DTYPES:
-        raise TypeError(f"scores: expected float64, float32, bfloat16 or float16, got {scores.dtype}")
-    if scores.dim() not in (2, 3):
-        raise ValueError(f"scores: expected shape [N, K] or [B, N, K], got {list(scores.shape)}")
-    if scores.shape[-1] == 0:
-        raise ValueError(f"scores: expected at least one column, got shape {list(scores.shape)}")
 
 
 def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, potential: Tensor) -> None:
@@ -218,32 +203,6 @@ def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, potential
             )
 
 
-def _check_masses(name: str, value: Any, size: int, batch: int | None, device: torch.device) -> None:
-    check_tensor(name, value)
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
-    shapes = [(size,)] + ([] if batch is None else [(batch, size)])
-    if tuple(value.shape) not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
-    check_device(name, value, device)
-
-
-def check_mass_values(name: str, value: Tensor, alone: bool) -> None:
-    if not values_visible(value):
-        return
-    if not bool((value >= 0).all()) or not bool(value.isfinite().all()):
-        raise ValueError(f"{name}: expected non-negative finite numbers, got {_few(value)}")
-    if alone and not bool((value.sum(-1) > 0).all()):
-        raise ValueError(f"{name}: expected a positive sum, got {_few(value)}")
-
-
-def _few(value: Tensor) -> str:
-    flat = value.detach().flatten()
-    shown = ", ".join(f"{number:g}" for number in flat[:6].tolist())
-    return f"[{shown}{', ...' if flat.numel() > 6 else ''}]"
-
-
 def _log_masses(
     name: str, value: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, alone: bool
 ) -> Tensor:
@@ -261,7 +220,7 @@ def _log_masses(
 
 def _start(init: Tensor, dtype: torch.dtype) -> Tensor:
     if values_visible(init) and not bool((init < torch.inf).all()):
-        raise ValueError(f"init: expected a column potential, finite or -inf, got {_few(init)}")
+        raise ValueError(f"init: expected a column potential, finite or -inf, got {few(init)}")
     return init.detach().to(dtype)
 
 

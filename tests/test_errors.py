@@ -82,6 +82,13 @@ STATS = {
     "unknown field": ({"want": ("lse_all", "lse")}, "want", "lse"),
     "field as string": ({"want": "lse_all"}, "want", "lse_all"),
     "want that is no sequence": ({"want": 5}, "want", "5"),
+    "want as tensor": ({"want": torch.tensor(0.3)}, "want", "float32"),
+    "a field that cannot be compared": ({"want": (torch.ones(2),)}, "want", ""),
+    "sparse scale": ({"logit_scale": torch.tensor(0.3).to_sparse()}, "logit_scale", "sparse"),
+    "scale of float8": ({"logit_scale": torch.ones(()).to(torch.float8_e5m2)}, "logit_scale", "float8"),
+    "bias of float8": ({"contrast_bias": x(4).to(torch.float8_e5m2)}, "contrast_bias", "float8"),
+    "clusters of uint7": ({"anchor_clusters": torch.empty(4, dtype=torch.uint7)}, "anchor_clusters", "uint7"),
+    "clusters of bits": ({"anchor_clusters": torch.empty(4, dtype=torch.bits8)}, "anchor_clusters", "bits8"),
     "scale NaN": ({"logit_scale": float("nan")}, "logit_scale", "nan"),
     "scale tensor beyond float32": ({"logit_scale": torch.tensor(1e39, dtype=torch.float64)}, "logit_scale", "1e.39"),
     "scale tensor inf": ({"logit_scale": torch.tensor([1.0, torch.inf])}, "logit_scale", "inf"),
@@ -128,6 +135,9 @@ LOSS = {
     "temperature of a negative parameter": ({"temperature": nn.Parameter(torch.tensor(-2.0))}, "temperature", "-2"),
     "two temperatures": ({"temperature": torch.ones(2)}, "temperature", r"\[2\]"),
     "integer temperature tensor": ({"temperature": torch.tensor(1)}, "temperature", "int64"),
+    "reduction that cannot be printed": ({"reduction": torch.empty(2, dtype=torch.uint3)}, "reduction", "uint3"),
+    "weights of float8": ({"weights": torch.ones(4).to(torch.float8_e4m3fn), **TWO_SETS}, "weights", "float8"),
+    "a long margin": ({"margin": 10**5000}, "margin", "int"),
     "unknown form": ({"form": "in"}, "form", "'in'"),
     "unknown denominator": ({"denominator": "positives"}, "denominator", "'positives'"),
     "unknown reduction": ({"reduction": "avg"}, "reduction", "'avg'"),
@@ -286,3 +296,47 @@ def test_good_arguments_pass() -> None:
     )
     cluster_infonce(x(4, 2, 3), temperature=torch.tensor(0.1), positives=x(4, 2, 3), weights=torch.ones(4))
     cluster_infonce(x(4, 3), symmetric=True, **TWO_SETS)
+
+
+ROWS, BANK = x(4, 3), fastcl.MemoryBank(4, 3)
+COUNTS = {
+    "n_iters": (lambda: fastcl.sinkhorn(ROWS, n_iters=2**62), "n_iters: expected at most 2147483647, got 4611"),
+    "n_iters of a module": (lambda: fastcl.SwAVLoss(n_iters=2**62), "n_iters: expected at most 2147483647"),
+    "n_iters as tensor": (
+        lambda: fastcl.MSNLoss(n_iters=torch.ones(2)),
+        "n_iters: expected an integer, got a tor",
+    ),
+    "negative n_iters": (lambda: fastcl.MSNLoss(n_iters=-1), "n_iters: expected at least 0, got -1"),
+    "a prior": (lambda: fastcl.power_law_prior(2**62), "k: expected at most 2147483647"),
+    "a longer prior": (lambda: fastcl.uniform_prior(10**5000), "k: expected at most 2147483647"),
+    "a queue": (lambda: fastcl.MemoryQueue(2**62, 3), "size: expected at most 11728124029610, got 4611"),
+    "a bank": (lambda: fastcl.MemoryBank(4, 2**62), "dim: expected at most 2147483647"),
+    "negatives": (lambda: fastcl.SampledNCELoss(num_negatives=2**62), "num_negatives: expected at most 2147483647"),
+    "classes": (lambda: fastcl.knn_predict(ROWS, ROWS, ids(4), 1, num_classes=2**62), "num_classes: expected at most"),
+    "labels": (lambda: fastcl.knn_predict(ROWS, ROWS, ids(4) + 2**40, 1), "labels: expected numbers below 2147483647"),
+    "sparse indices": (lambda: BANK[ids(4).to_sparse()], "indices: expected a dense tensor, got a torch.sparse_coo"),
+    "quantized indices": (
+        lambda: BANK[torch.empty(4, dtype=torch.bits8)],
+        "indices: expected integers, got torch.bits",
+    ),
+    "scores as list": (lambda: fastcl.SwAVLoss().assignments([1.0]), "scores: expected a tensor, got list"),
+    "targets": (lambda: fastcl.MSNLoss().assignments(ROWS, x(4, 2)), r"prototypes: expected rows of dimension 3"),
+    "no targets": (lambda: fastcl.MSNLoss().assignments(ROWS[:0], ROWS), "targets: expected at least one row"),
+    "a prior of float8": (lambda: fastcl.MSNLoss(prior=torch.ones(4).to(torch.float8_e5m2)), "prior: .*float8"),
+    "a sparse prior": (lambda: fastcl.SwAVLoss(prior=torch.ones(4).to_sparse()), "prior: expected a dense tensor"),
+    "a prior on meta": (
+        lambda: fastcl.MSNLoss(prior=torch.ones(4, device="meta"))(ROWS, ROWS, ROWS),
+        "prior: expected a tensor on cpu, got one on meta",
+    ),
+    "stats with assignments": (
+        lambda: cluster_infonce(ROWS, assignments=torch.ones(4, 2), return_stats=torch.ones(2)),
+        "return_stats: expected True or False, got a torch.float32 tensor of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_counts_and_others(case) -> None:
+    call, message = COUNTS[case]
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        call()

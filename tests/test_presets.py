@@ -219,3 +219,28 @@ def test_contrast_mode_one_of_supcontrast_as_documented() -> None:
     made = {"features": features, "labels": labels}
     exec(re.sub(r"^features, labels = .*$", "", code, flags=re.MULTILINE), made)
     torch.testing.assert_close(made["loss"].double(), expected, rtol=1e-5, atol=0)
+
+
+class Unread:
+    """A value that says so if it is read."""
+
+    def __getattribute__(self, name: str) -> None:
+        raise AssertionError(f"{name} was read")
+
+
+def test_clip_warns_once_of_a_bias_that_it_does_not_read() -> None:
+    image, text = draw(5, 3), draw(5, 3, seed=1)
+    loss = fastcl.ClipLoss()
+    with pytest.warns(UserWarning, match=r"^logit_bias: .*cancels in both softmaxes.*sigmoid") as warned:
+        got = loss(image, text, 3.0, Unread())
+    assert warned[0].filename == __file__
+    assert torch.equal(got, loss(image, text, 3.0))
+    assert torch.equal(got, loss(image, text, 3.0, torch.tensor(-10.0)))  # where a warning would be an error
+    with pytest.warns(UserWarning, match=r"^logit_bias: "):
+        fastcl.ClipLoss()(image, text, 3.0, logit_bias=-10.0)
+
+
+def test_clip_is_silent_of_a_bias_while_compiling() -> None:
+    image, text = draw(5, 3), draw(5, 3, seed=1)
+    compiled = torch.compile(fastcl.ClipLoss(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image, text, 3.0, -10.0), fastcl.ClipLoss()(image, text, 3.0))

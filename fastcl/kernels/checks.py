@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -10,12 +10,38 @@ from torch import Tensor
 from torch.nn import Parameter
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+LARGEST_COUNT = 2**31 - 1  # of iterations, classes, samples: more would run, or allocate, without end
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether looking at values is free: not while tracing, and never a synchronisation with a device."""
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+    """Whether looking at values is free: not under a tracer, mode or transform, and never a wait for a device."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, Parameter)
+        and not torch.compiler.is_compiling()  # before what cannot be traced
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def shown(value: Any) -> str:
+    """A value of any type for a message: tensors by dtype and shape, as not all can be printed, others cut short."""
+    if isinstance(value, Tensor):
+        shape = "" if value.is_nested else f" of shape {list(value.shape)}"
+        return f"a {value.dtype} tensor{shape}"
+    try:
+        text = repr(value)
+    except Exception:  # an integer beyond Python's limit of digits, or a class of the user's
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+# Tensors.
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -26,11 +52,21 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
 
 
-def check_rows(name: str, value: Any, *, dims: tuple[int, ...] = (2,), like: Tensor | None = None) -> None:
-    """A tensor of floating rows, [N, D] unless `dims` says otherwise, of `like`'s D and device."""
+def check_floating(name: str, value: Any) -> None:
     check_tensor(name, value)
     if value.dtype not in ROW_DTYPES:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {value.dtype}")
+
+
+def check_integers(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if value.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+
+
+def check_rows(name: str, value: Any, *, dims: tuple[int, ...] = (2,), like: Tensor | None = None) -> None:
+    """A tensor of floating rows, [N, D] unless `dims` says otherwise, of `like`'s D and device."""
+    check_floating(name, value)
     if value.dim() not in dims:
         shapes = {1: "[D]", 2: "[N, D]", 3: "[N, V, D]"}
         expected = " or ".join(shapes[d] for d in dims)
@@ -50,9 +86,7 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
 
 def check_ids(name: str, value: Any, length: int, device: torch.device) -> None:
     """A tensor [length] of integers."""
-    check_tensor(name, value)
-    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    check_integers(name, value)
     if tuple(value.shape) != (length,):
         raise ValueError(f"{name}: expected shape [{length}], got {list(value.shape)}")
     check_device(name, value, device)
@@ -60,11 +94,25 @@ def check_ids(name: str, value: Any, length: int, device: torch.device) -> None:
         raise ValueError(f"{name}: expected ids below 2**63, got larger ones in a uint64 tensor")
 
 
+def check_indices(name: str, value: Any, count: int, device: torch.device) -> None:
+    """Integers of any shape from 0 to count - 1, where looking at them is free."""
+    check_integers(name, value)
+    check_device(name, value, device)
+    if values_visible(value) and value.numel():
+        least, most = extremes(value)
+        if least < 0 or most >= count:
+            raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {least if least < 0 else most}")
+
+
+def extremes(integers: Tensor) -> tuple[int, int]:
+    """The least and the largest of one or more; torch has neither for uint16, uint32 and uint64."""
+    integers = integers.to(torch.int64)
+    return int(integers.min()), int(integers.max())
+
+
 def check_vector(name: str, value: Any, length: int, device: torch.device) -> None:
     """A floating tensor [length]."""
-    check_tensor(name, value)
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    check_floating(name, value)
     if tuple(value.shape) != (length,):
         raise ValueError(f"{name}: expected shape [{length}], got {list(value.shape)}")
     check_device(name, value, device)
@@ -74,9 +122,7 @@ def check_assignments(
     name: str, value: Any, rows: tuple[int, ...], device: torch.device, like: Tensor | None = None
 ) -> None:
     """A floating tensor [*rows, C], C as of `like`; of finite numbers >= 0, where looking at them is free."""
-    check_tensor(name, value)
-    if value.dtype not in ROW_DTYPES:
-        raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {value.dtype}")
+    check_floating(name, value)
     shape = tuple(value.shape)
     if shape[:-1] != rows or len(shape) == 0 or shape[-1] == 0 or (like is not None and shape[-1] != like.shape[-1]):
         expected = ", ".join(map(str, (*rows, "C" if like is None else like.shape[-1])))
@@ -88,16 +134,69 @@ def check_assignments(
             raise ValueError(f"{name}: expected finite numbers of at least 0, got {value.detach()[~good][0].item()}")
 
 
+def check_scores(name: str, value: Any) -> None:
+    """A floating tensor [N, K] or [B, N, K]."""
+    check_floating(name, value)
+    if value.dim() not in (2, 3):
+        raise ValueError(f"{name}: expected shape [N, K] or [B, N, K], got {list(value.shape)}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one column, got shape {list(value.shape)}")
+
+
+def check_masses(name: str, value: Any, size: int, batch: int | None, device: torch.device) -> None:
+    """A floating tensor [size], or [batch, size] where there is a batch; `check_mass_values` looks at the numbers."""
+    check_floating(name, value)
+    shapes = [(size,)] + ([] if batch is None else [(batch, size)])
+    if tuple(value.shape) not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
+    check_device(name, value, device)
+
+
+def check_mass_values(name: str, value: Tensor, alone: bool) -> None:
+    """Of masses, which have a positive sum where they are `alone`, on no other process."""
+    if not values_visible(value):
+        return
+    if not value.dtype.is_floating_point:  # torch does not compare all integers
+        value = value.double()
+    if not bool((value >= 0).all()) or not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: expected non-negative finite numbers, got {few(value)}")
+    if alone and not bool((value.sum(-1) > 0).all()):
+        raise ValueError(f"{name}: expected a positive sum, got {few(value)}")
+
+
+def few(value: Tensor) -> str:
+    """The first numbers of a tensor, for a message."""
+    flat = value.detach().flatten()
+    first = ", ".join(f"{number:g}" for number in flat[:6].tolist())
+    return f"[{first}{', ...' if flat.numel() > 6 else ''}]"
+
+
+# Options.
+
+
 def check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:
     if type(value) is str and value in options:
         return
     if not any(value is option or (isinstance(value, str) and value == option) for option in options):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(value)}")
 
 
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
+
+
+def check_count(name: str, value: Any, *, least: int = 1, most: int = LARGEST_COUNT) -> int:
+    """An integer, Python's or NumPy's, from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{name}: expected an integer, got {shown(value)}")
+    count = value if isinstance(value, int) else int(value)
+    if count < least:
+        raise ValueError(f"{name}: expected at least {least}, got {shown(value)}")
+    if count > most:
+        raise ValueError(f"{name}: expected at most {most}, got {shown(value)}")
+    return count
 
 
 def finite_number(name: str, value: Any) -> float:
@@ -109,7 +208,7 @@ def finite_number(name: str, value: Any) -> float:
     except OverflowError:
         number = float("inf")
     if not abs(number) <= LARGEST:
-        raise ValueError(f"{name}: expected a finite number in the range of float32, got {value}")
+        raise ValueError(f"{name}: expected a finite number in the range of float32, got {shown(value)}")
     return number
 
 
@@ -119,7 +218,7 @@ def positive_number(name: str, value: Any) -> Any:
         number = finite_number(name, value)
     else:
         check_tensor(name, value)
-        if value.numel() != 1 or not value.dtype.is_floating_point:
+        if value.numel() != 1 or value.dtype not in ROW_DTYPES:
             raise ValueError(
                 f"{name}: expected a positive number or a floating tensor of one element, "
                 f"got a {value.dtype} tensor of shape {list(value.shape)}"
@@ -130,6 +229,13 @@ def positive_number(name: str, value: Any) -> Any:
     if not SMALLEST <= number <= LARGEST:
         raise ValueError(f"{name}: expected a positive number in the range of float32, got {number}")
     return value if isinstance(value, Tensor) else number
+
+
+def plain_number(name: str, value: Any) -> float:
+    """`positive_number` where tensors are not accepted."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a number, got a tensor")
+    return float(positive_number(name, value))
 
 
 def scalar_tensor(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

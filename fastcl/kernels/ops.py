@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import chunked, cuda_engine, cuda_native, native, paired, reference, triton_engine
+from .checks import shown
 from .observed import NAMES as OBSERVED
 from .problem import Gradients, Needs, Problem, Side, Statistics
 
@@ -73,7 +74,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _available(name: str, source: str) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"{source}: expected the name of a backend ({', '.join(BACKENDS)}), got {name!r}")
+        raise TypeError(f"{source}: expected the name of a backend ({', '.join(BACKENDS)}), got {shown(name)}")
     if name in BACKENDS:
         return name
     options = ", ".join(map(repr, BACKENDS))
@@ -145,7 +146,7 @@ def posed(args: Sequence[Any]) -> tuple[Problem, ModuleType]:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Rows reach a backend in the dtype they have; its products must not be rounded behind its back."""
-    on = torch.is_autocast_enabled(device.type)
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
@@ -240,6 +241,7 @@ def intercepted(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     ):
         return True
     for tensor in tensors:  # noqa: SIM110 - a generator would cost as much again
@@ -319,6 +321,8 @@ def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callabl
     def kernel(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(f"{op}: derivatives by torch.func are not supported, those by autograd are")
             return function.apply(*args)
         if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(f"{op}: forward-mode derivatives are not supported")

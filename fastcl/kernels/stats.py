@@ -15,11 +15,13 @@ from .checks import (
     check_assignments,
     check_device,
     check_flag,
+    check_floating,
     check_ids,
     check_rows,
     check_vector,
     finite_number,
     scalar_tensor,
+    shown,
     values_visible,
 )
 from .direct import DirectMean, DirectStats, taken_apart
@@ -214,7 +216,12 @@ class Sweep(NamedTuple):
         )
 
     def _looked_at(self) -> bool:
-        return intercepted(self.anchors, self.contrasts, self.positives, self.logit_scale, self.contrast_bias)
+        found = intercepted(self.anchors, self.contrasts, self.positives, self.logit_scale, self.contrast_bias)
+        if found and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+            raise NotImplementedError(
+                "fastcl.contrastive_stats: torch.jit.trace is not supported, torch.export and torch.compile are"
+            )
+        return found
 
 
 def contrastive_stats(
@@ -351,18 +358,17 @@ def contrastive_stats(
 def _check_want(want: Iterable[str]) -> tuple[str, ...]:
     known = (*FIELDS, *OBSERVED)
     expected = f"want: expected some of {', '.join(map(repr, known))}"
-    if isinstance(want, str) or not isinstance(want, Iterable):
-        raise TypeError(f"{expected} in a tuple or list, got {want!r}")
+    if isinstance(want, (str, Tensor)) or not isinstance(want, Iterable):
+        raise TypeError(f"{expected} in a tuple or list, got {shown(want)}")
     fields = tuple(want)
-    if not all(field in known for field in fields):
-        raise ValueError(f"{expected}, got {fields!r}")
+    if not all(isinstance(field, str) and field in known for field in fields):
+        raise ValueError(f"{expected}, got {shown(fields)}")
     return fields
 
 
 def _scale_tensor(value: float | Tensor, anchors: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"logit_scale: expected a floating dtype, got {value.dtype}")
+        check_floating("logit_scale", value)
         if value.dim() > 1 or value.numel() == 0:
             raise ValueError(f"logit_scale: expected shape [] or [S], got {list(value.shape)}")
         if values_visible(value) and not bool((value.abs() <= LARGEST).all()):

@@ -107,7 +107,7 @@ class Weighted(NamedTuple):
     def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
         assert stats.lse_all is not None
         assert stats.sum_pos is not None
-        counted = stats.num_pos >= LEAST_WEIGHT[stats.num_pos.dtype]
+        counted = ~(stats.num_pos < LEAST_WEIGHT[stats.num_pos.dtype])  # a row of NaN counts
         num_pos, sum_pos = torch.where(counted, stats.num_pos, 1), torch.where(counted, stats.sum_pos, 0)
         return stats.lse_all - sum_pos / num_pos, counted
 
@@ -150,12 +150,12 @@ class Debiased(NamedTuple):
 
 def _log_difference(a: Tensor, b: Tensor) -> Tensor:
     """log(exp(a) - exp(b)), and -inf where b >= a."""
-    less = b < a
-    d = torch.where(less, b - a, -1)  # harmless, as the derivative of what is masked would be seen
+    no_less = b >= a  # False for NaN, which the result shows
+    d = torch.where(no_less, -1, b - a)  # harmless, as the derivative of what is masked would be seen
     close = d > -math.log(2)
     nearly, hardly = torch.where(close, d, -0.5), torch.where(close, -1, d)
     log_rest = torch.where(close, (-nearly.expm1()).log(), (-hardly.exp()).log1p())
-    return torch.where(less, a + log_rest, -torch.inf)
+    return torch.where(no_less, -torch.inf, a + log_rest)
 
 
 def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:

@@ -268,7 +268,7 @@ class MSNLoss(nn.Module):
             log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
             terms: Tensor = mean * log_mean - mean * prior.clamp(min=1e-12).log()
             return terms.sum()
-        present = prior > 0
+        present = prior != 0
         safe = torch.where(present, mean, 1)
         return torch.where(present, torch.special.xlogy(prior, prior) - prior * safe.log(), 0).sum()
 

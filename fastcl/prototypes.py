@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from .distributed import Property, World, dtype_name, has_gradient
 from .kernels.checks import check_device, check_flag, check_option, check_rows, finite_number, positive_number
 from .kernels.problem import accumulation_dtype
+from .kernels.products import inner_products, product
+from .posing import unit
 from .sinkhorn import check_count, check_mass_values, power_law_prior, sinkhorn, uniform_prior
 
 Prior = Tensor | Callable[[int], Tensor]
@@ -32,7 +34,8 @@ class SwAVLoss(nn.Module):
 
     Args:
         temperature: of the predictions.
-        epsilon, n_iters: of `sinkhorn`.
+        epsilon, n_iters: of `sinkhorn`. With ``n_iters=0`` the assignments are softmax(S / epsilon), each row for
+            itself: the prior, the queue and the other processes' rows then have no influence on them.
         prior: of the prototypes: None (uniform), ``[K]``, or a function that is called with K.
         gather: assignments over the rows of all processes of the default group; without one a no-op. Each process
             returns its share, so that after DDP's averaging the gradient is that of the whole batch.
@@ -65,7 +68,7 @@ class SwAVLoss(nn.Module):
         super().__init__()
         self.temperature = _number("temperature", temperature)
         self.epsilon = _number("epsilon", epsilon)
-        self.n_iters = check_count("n_iters", n_iters)
+        self.n_iters = _iterations(n_iters)
         self.prior = _Prior(prior)
         check_flag("gather", gather)
         self.gather = gather
@@ -104,7 +107,7 @@ class SwAVLoss(nn.Module):
             target = self.assignments(crop, rest)
             for c, prediction in enumerate(predictions):
                 if c != h:
-                    loss = loss - torch.linalg.vecdot(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
+                    loss = loss - inner_products(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
         return loss * _share(world, rows) / (len(high) * (len(crops) - 1))
 
     def _agreed(
@@ -126,11 +129,17 @@ class SwAVLoss(nn.Module):
         return world.agree("SwAVLoss", {"rows": len(high[0])}, alike, high[0].device)[0]
 
     def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
-        """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient."""
-        rows = scores.detach()
+        """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient.
+
+        float32, float64 for float64 scores.
+        """
+        rows = _wide(scores.detach())
         if queue_scores is not None:
             check_rows("queue_scores", queue_scores, like=scores)
-            wider = torch.promote_types(scores.dtype, queue_scores.dtype)
+        if self.n_iters == 0:
+            return (rows / self.epsilon).softmax(1)
+        if queue_scores is not None:
+            wider = torch.promote_types(rows.dtype, queue_scores.dtype)
             rows = torch.cat([rows.to(wider), queue_scores.detach().to(wider)])
         prior = self.prior(rows.shape[1], rows.device)
         result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self.gather))
@@ -191,7 +200,7 @@ class MSNLoss(nn.Module):
         super().__init__()
         self.temperature = _number("temperature", temperature)
         self.sharpening = _number("sharpening", sharpening)
-        self.n_iters = 0 if n_iters == 0 and not isinstance(n_iters, bool) else check_count("n_iters", n_iters)
+        self.n_iters = _iterations(n_iters)
         self.prior = _Prior(prior)
         self.prior_weight = finite_number("prior_weight", prior_weight)
         if self.prior_weight < 0:
@@ -214,9 +223,14 @@ class MSNLoss(nn.Module):
             every_rows = self._agreed(world, anchors, targets, prototypes)
         elif b == 0 or rows == 0 or rows % b:
             raise ValueError(f"anchors: expected a multiple of the {b} targets' rows, got shape {list(anchors.shape)}")
-        predictions = F.log_softmax(_cosines(anchors, prototypes) / self.temperature, dim=1)
-        goals = self.assignments(targets, prototypes).to(predictions.dtype)
-        entropies = torch.linalg.vecdot(goals, predictions.unflatten(0, (rows // b if b else 1, b)))
+        centres = _centres(anchors, prototypes)
+        predictions = F.log_softmax(_cosines(anchors, centres) / self.temperature, dim=1)
+        if centres.dtype != accumulation_dtype(targets, prototypes):
+            goals = self.assignments(targets, prototypes)
+        else:
+            goals = self._assignments(targets, centres.detach())
+        goals = goals.to(predictions.dtype)
+        entropies = inner_products(goals, predictions.unflatten(0, (rows // b if b else 1, b)))
         share = _share(world, every_rows)
         loss: Tensor = -entropies.sum() / max(rows, 1) * share
         if self.prior_weight:
@@ -248,14 +262,17 @@ class MSNLoss(nn.Module):
             )
         return rows
 
-    @torch.no_grad()
     def assignments(self, targets: Tensor, prototypes: Tensor) -> Tensor:
         """What the anchors are to predict: ``[B, K]`` for targets ``[B, D]`` and prototypes ``[K, D]``; no gradient."""
-        logits = _cosines(targets, prototypes) / (self.temperature * self.sharpening)
+        return self._assignments(targets, _centres(targets, prototypes.detach()))
+
+    @torch.no_grad()
+    def _assignments(self, targets: Tensor, centres: Tensor) -> Tensor:
+        logits = _cosines(targets, centres) / (self.temperature * self.sharpening)
         if self.n_iters == 0:
             return logits.softmax(1)
         # In rows Sinkhorn starts from what the softmax would have divided by: log q, not the logits.
-        prior = self.prior(len(prototypes), logits.device)
+        prior = self.prior(len(centres), logits.device)
         options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self.gather)}
         return sinkhorn(logits.log_softmax(1), prior=prior, **options).assignments
 
@@ -336,10 +353,20 @@ def _wide(scores: Tensor) -> Tensor:
     return scores.to(accumulation_dtype(scores))
 
 
-def _cosines(rows: Tensor, prototypes: Tensor) -> Tensor:
-    dtype = accumulation_dtype(rows, prototypes)
-    with torch.autocast(rows.device.type, enabled=False):
-        return F.normalize(rows.to(dtype), dim=1) @ F.normalize(prototypes.to(dtype), dim=1).T
+def _iterations(n_iters: Any) -> int:
+    if isinstance(n_iters, int) and not isinstance(n_iters, bool) and n_iters == 0:
+        return 0
+    return check_count("n_iters", n_iters)
+
+
+def _centres(rows: Tensor, prototypes: Tensor) -> Tensor:
+    """The prototypes [K, D] over their norms, in the dtype of their products with these rows."""
+    return unit(prototypes.to(accumulation_dtype(rows, prototypes)))
+
+
+def _cosines(rows: Tensor, centres: Tensor) -> Tensor:
+    """Cosine similarities [N, K] of rows [N, D] with `_centres` [K, D]."""
+    return product(unit(rows.to(centres.dtype)), centres)
 
 
 def _group(gather: bool) -> Any:

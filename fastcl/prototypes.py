@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .distributed import Property, World, dtype_name, has_gradient
-from .kernels.checks import check_device, check_flag, check_option, check_rows, finite_number, positive_number
+from .kernels.checks import (
+    SMALLEST,
+    check_device,
+    check_flag,
+    check_option,
+    check_rows,
+    finite_number,
+    positive_number,
+)
 from .kernels.problem import accumulation_dtype
 from .kernels.products import inner_products, product
 from .posing import unit
@@ -19,6 +27,7 @@ from .sinkhorn import check_count, check_mass_values, power_law_prior, sinkhorn,
 
 Prior = Tensor | Callable[[int], Tensor]
 KL = ("mean_prior", "prior_mean")
+LARGEST_PRIOR_WEIGHT = 1e30  # its products with derivatives stay in float32's range
 
 
 class SwAVLoss(nn.Module):
@@ -164,7 +173,7 @@ class MSNLoss(nn.Module):
         sharpening: T of the targets; smaller is sharper, 1 leaves them.
         n_iters: of Sinkhorn on the targets; 0: none.
         prior: of targets and regulariser: None (uniform), ``[K]``, or a function that is called with K.
-        prior_weight: of the KL term, >= 0.
+        prior_weight: of the KL term, from 0 to 1e30.
         kl: ``"mean_prior"`` as above, or ``"prior_mean"``: KL(prior || mean), which is infinite at a prototype that has
             mass but no prediction.
         gather: targets and mean over the rows of all processes of the default group; without one a no-op. Each
@@ -200,11 +209,15 @@ class MSNLoss(nn.Module):
         super().__init__()
         self.temperature = _number("temperature", temperature)
         self.sharpening = _number("sharpening", sharpening)
+        if self.temperature * self.sharpening < SMALLEST:
+            least = SMALLEST / self.temperature
+            raise ValueError(f"sharpening: expected at least {least:g} with this temperature, got {sharpening}")
         self.n_iters = _iterations(n_iters)
         self.prior = _Prior(prior)
         self.prior_weight = finite_number("prior_weight", prior_weight)
-        if self.prior_weight < 0:
-            raise ValueError(f"prior_weight: expected a number >= 0, got {prior_weight}")
+        if not 0 <= self.prior_weight <= LARGEST_PRIOR_WEIGHT:
+            expected = f"a number >= 0 and at most {LARGEST_PRIOR_WEIGHT:g}"
+            raise ValueError(f"prior_weight: expected {expected}, got {prior_weight}")
         check_option("kl", kl, KL)
         self.kl = kl
         check_flag("gather", gather)

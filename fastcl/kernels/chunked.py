@@ -213,10 +213,8 @@ class _Accumulator:
 
 def _observed(p: Problem, tile: _Tile, dim: int) -> Tensor:
     """[8, S, B or M]: what a tile adds to its rows (dim -1) or columns."""
-    if tile.inadmissible is None:
-        admissible = torch.ones_like(tile.similarity, dtype=torch.bool)
-    else:
-        admissible = ~tile.inadmissible
+    out = tile.inadmissible
+    admissible = torch.ones_like(tile.similarity, dtype=torch.bool) if out is None else ~out
     if p.contrasts is None:
         admissible.diagonal(offset=tile.rows.start).fill_(False)
     positive = torch.zeros_like(admissible) if tile.positive is None else tile.positive

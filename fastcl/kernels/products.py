@@ -22,7 +22,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     with _without_autocast(left.device):
-        return left @ right.T
+        result: Tensor = left @ right.T
+    return result
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:

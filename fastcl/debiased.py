@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .formula import Debiased, LossResult, check_options, inverse_temperature, reduced_loss
-from .kernels.checks import finite_number, positive_number
+from .kernels.checks import finite_number, positive_number, values_visible
 from .posing import Contrasts, pose
+
+# Beyond it logits times beta and logits times 1 + beta differ by no more than their roundings.
+LARGEST_BETA = {torch.float32: 2.0**22, torch.float64: 2.0**51}
 
 
 class HardNegativeLoss(nn.Module):
@@ -28,7 +32,7 @@ class HardNegativeLoss(nn.Module):
     Args:
         temperature: t > 0, number, tensor or ``nn.Parameter``, as in :class:`ClusterInfoNCE`.
         tau_plus: :math:`\tau^+`, the probability of a class, in [0, 1).
-        beta: concentration on hard negatives, >= 0.
+        beta: concentration on hard negatives, from 0 to 2^22 (float64 rows: 2^51).
         normalize: cosine similarity. Without it the floor :math:`N e^{-1/t}` remains that of unit rows.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that have a positive.
         gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
@@ -86,6 +90,8 @@ class HardNegativeLoss(nn.Module):
         )
         formula = Debiased(self.tau_plus, self.beta)
         scale = inverse_temperature(temperature, posed)
+        if self.beta:
+            _check_beta(self.beta, temperature, scale)
         return reduced_loss(posed, scale, formula, options, weights=weights, return_stats=return_stats)
 
     def extra_repr(self) -> str:
@@ -94,6 +100,16 @@ class HardNegativeLoss(nn.Module):
         number = "meta" if isinstance(shown, Tensor) and shown.is_meta else f"{float(shown):g}"
         options = f"tau_plus={self.tau_plus:g}, beta={self.beta:g}, normalize={self.normalize!r}"
         return f"temperature={number}{' (learned)' if learned else ''}, {options}, reduction={self.reduction!r}"
+
+
+def _check_beta(beta: float, temperature: float | Tensor, scale: Tensor) -> None:
+    """That the logits at 1 + beta can be told from those at beta, in the dtype of `scale`, 1 / temperature."""
+    most = LARGEST_BETA[scale.dtype]
+    if not isinstance(temperature, Tensor) or values_visible(temperature):
+        number = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+        most = min(most, torch.finfo(scale.dtype).max * number - 1)
+    if beta > most:
+        raise ValueError(f"beta: expected at most {most:g} for {scale.dtype} and this temperature, got {beta:g}")
 
 
 class DebiasedLoss(HardNegativeLoss):

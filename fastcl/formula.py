@@ -107,7 +107,7 @@ class Weighted(NamedTuple):
     def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
         assert stats.lse_all is not None
         assert stats.sum_pos is not None
-        counted = stats.num_pos >= LEAST_WEIGHT[stats.num_pos.dtype]
+        counted = ~(stats.num_pos < LEAST_WEIGHT[stats.num_pos.dtype])  # a row of NaN counts
         num_pos, sum_pos = torch.where(counted, stats.num_pos, 1), torch.where(counted, stats.sum_pos, 0)
         return stats.lse_all - sum_pos / num_pos, counted
 
@@ -150,12 +150,12 @@ class Debiased(NamedTuple):
 
 def _log_difference(a: Tensor, b: Tensor) -> Tensor:
     """log(exp(a) - exp(b)), and -inf where b >= a."""
-    less = b < a
-    d = torch.where(less, b - a, -1)  # harmless, as the derivative of what is masked would be seen
+    no_less = b >= a  # False for NaN, which the result shows
+    d = torch.where(no_less, -1, b - a)  # harmless, as the derivative of what is masked would be seen
     close = d > -math.log(2)
     nearly, hardly = torch.where(close, d, -0.5), torch.where(close, -1, d)
     log_rest = torch.where(close, (-nearly.expm1()).log(), (-hardly.exp()).log1p())
-    return torch.where(less, a + log_rest, -torch.inf)
+    return torch.where(no_less, -torch.inf, a + log_rest)
 
 
 def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
@@ -220,13 +220,10 @@ def reduced_loss(
         raise ValueError(
             f"reduction: expected 'mean' or 'sum' for symmetric with {rows} anchors and {others} contrasts, got 'none'"
         )
+    unit: float | Tensor | None = None
     if weights is not None:
         check_vector("weights", weights, posed.shape[0], posed.anchors.device)
-        weights = weights.to(posed.dtype)
-        if values_visible(weights):
-            good = (weights >= 0) & weights.isfinite()
-            if not bool(good.all()):
-                raise ValueError(f"weights: expected finite numbers of at least 0, got {weights[~good][0].item()}")
+        weights, unit = _at_unit(weights, posed.dtype, options.reduction)
         weights = per_row(weights, posed.views)
     sweep = Sweep(
         posed.anchors,
@@ -251,7 +248,7 @@ def reduced_loss(
     if world is not None:
         if return_stats:
             raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
-        share: Tensor = _of_all(world, sweep, posed, scale, formula, options, weights)
+        share: Tensor = _of_all(world, sweep, posed, scale, formula, options, weights, unit)
         return share
     loss, observed = _loss(sweep, posed, scale, formula, options, weights)
     return loss if observed is None else (loss, _summary(sweep, observed, posed, scale, options))
@@ -303,10 +300,11 @@ def _of_all(
     formula: Formula,
     options: Options,
     weights: Tensor | None,
+    unit: float | Tensor | None,
 ) -> Tensor:
     """This process's share of the loss of all processes' rows, times their number, so that the mean is that loss.
 
-    With reduction "none" the terms of its own rows, as they are.
+    With reduction "none" the terms of its own rows, as they are. unit: what the weights were divided by.
     """
     alike: dict[str, Property] = {
         **{name: value if isinstance(value, str) else float(value) for name, value in formula._asdict().items()},
@@ -318,10 +316,17 @@ def _of_all(
     sides = [(*formula.terms(stats, scale), weights)]
     if stats.reverse is not None:
         sides.append((*formula.terms(stats.reverse, scale), None))
-    totals: list[Tensor | None] = [None] * len(sides)
+    totals: list[Any] = [None] * len(sides)
     if options.reduction == "mean":  # of both directions at once, and exact, also where they are numbers of rows
-        own = torch.stack([_mass(counted, of_rows).double() for _, counted, of_rows in sides])
-        totals = list(world.total(own).to(posed.dtype).unbind())
+        masses = []
+        for k, (terms, counted, of_rows) in enumerate(sides):
+            mass = _mass(counted, of_rows).double()
+            # A term that is NaN or infinite makes the mean NaN on all processes.
+            masses.append((mass if unit is None or k else mass * unit) + _nan_of(terms, counted))
+        totals = list(world.total(torch.stack(masses)).unbind())
+        if unit is not None:
+            totals[0] = totals[0] / unit
+        totals = [total.to(posed.dtype) for total in totals]
     shares = [_reduce(*side, options.reduction, posed, total) for side, total in zip(sides, totals, strict=True)]
     share = shares[0] if len(shares) == 1 else (shares[0] + shares[1]) / 2
     return share if options.reduction == "none" else share * world.size
@@ -342,6 +347,36 @@ def _reduce(
     if weights is None:
         return terms.sum() / total.clamp(min=1)
     return terms.sum() / torch.where(total > 0, total, 1)
+
+
+def _nan_of(terms: Tensor, counted: Tensor) -> Tensor:
+    """0, or NaN if a term that counts is not finite; without a gradient."""
+    return torch.where(counted, terms.detach() * 0, 0).sum()
+
+
+ORDINARY_WEIGHTS = 1e-20, 1e20  # so large is the largest; neither their sum nor its inverse leaves float32's range
+
+
+def _at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float | Tensor | None]:
+    """Checked weights [N] in `dtype`; for a mean, which has no unit, divided by a power of two that is returned.
+
+    None: they are as they came.
+    """
+    values = weights.detach().double()
+    if values_visible(weights) and len(weights):
+        least, most = (float(value) for value in values.aminmax())
+        if not (least >= 0 and most < math.inf):
+            bad = values[~((values >= 0) & values.isfinite())][0].item()
+            raise ValueError(f"weights: expected finite numbers of at least 0, got {bad}")
+        if reduction != "mean" or most == 0 or ORDINARY_WEIGHTS[0] <= most <= ORDINARY_WEIGHTS[1]:
+            return weights.to(dtype), None
+        unit: float | Tensor = math.ldexp(1.0, math.frexp(most)[1] - 1)
+    elif reduction != "mean" or len(weights) == 0:
+        return weights.to(dtype), None
+    else:
+        _, exponent = torch.frexp(values.amax())
+        unit = torch.ldexp(values.new_ones(()), exponent.clamp(-1000, 1000))
+    return (weights.double() / unit).to(dtype), unit
 
 
 def _mass(counted: Tensor, weights: Tensor | None) -> Tensor:

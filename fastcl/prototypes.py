@@ -14,6 +14,7 @@ from .distributed import Property, World, dtype_name, has_gradient
 from .kernels.checks import (
     INTEGER_DTYPES,
     ROW_DTYPES,
+    SMALLEST,
     check_count,
     check_device,
     check_flag,
@@ -24,12 +25,14 @@ from .kernels.checks import (
     finite_number,
     plain_number,
 )
-from .kernels.ops import _without_autocast
 from .kernels.problem import accumulation_dtype
+from .kernels.products import inner_products, product
+from .posing import unit
 from .sinkhorn import power_law_prior, sinkhorn, uniform_prior
 
 Prior = Tensor | Callable[[int], Tensor]
 KL = ("mean_prior", "prior_mean")
+LARGEST_PRIOR_WEIGHT = 1e30  # its products with derivatives stay in float32's range
 
 
 class SwAVLoss(nn.Module):
@@ -45,7 +48,8 @@ class SwAVLoss(nn.Module):
 
     Args:
         temperature: of the predictions.
-        epsilon, n_iters: of `sinkhorn`.
+        epsilon, n_iters: of `sinkhorn`. With ``n_iters=0`` the assignments are softmax(S / epsilon), each row for
+            itself: the prior, the queue and the other processes' rows then have no influence on them.
         prior: of the prototypes: None (uniform), ``[K]``, or a function that is called with K.
         gather: assignments over the rows of all processes of the default group; without one a no-op. Each process
             returns its share, so that after DDP's averaging the gradient is that of the whole batch.
@@ -78,7 +82,7 @@ class SwAVLoss(nn.Module):
         super().__init__()
         self.temperature = plain_number("temperature", temperature)
         self.epsilon = plain_number("epsilon", epsilon)
-        self.n_iters = check_count("n_iters", n_iters)
+        self.n_iters = check_count("n_iters", n_iters, least=0)
         self.prior = _Prior(prior)
         check_flag("gather", gather)
         self.gather = gather
@@ -117,7 +121,7 @@ class SwAVLoss(nn.Module):
             target = self.assignments(crop, rest)
             for c, prediction in enumerate(predictions):
                 if c != h:
-                    loss = loss - torch.linalg.vecdot(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
+                    loss = loss - inner_products(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
         return loss * _share(world, rows) / (len(high) * (len(crops) - 1))
 
     def _agreed(
@@ -139,12 +143,18 @@ class SwAVLoss(nn.Module):
         return world.agree("SwAVLoss", {"rows": len(high[0])}, alike, high[0].device)[0]
 
     def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
-        """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient."""
+        """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient.
+
+        float32, float64 for float64 scores.
+        """
         check_rows("scores", scores)
-        rows = scores.detach()
+        rows = _wide(scores.detach())
         if queue_scores is not None:
             check_rows("queue_scores", queue_scores, like=scores)
-            wider = torch.promote_types(scores.dtype, queue_scores.dtype)
+        if self.n_iters == 0:
+            return (rows / self.epsilon).softmax(1)
+        if queue_scores is not None:
+            wider = torch.promote_types(rows.dtype, queue_scores.dtype)
             rows = torch.cat([rows.to(wider), queue_scores.detach().to(wider)])
         prior = self.prior(rows.shape[1], rows.device)
         result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self.gather))
@@ -169,7 +179,7 @@ class MSNLoss(nn.Module):
         sharpening: T of the targets; smaller is sharper, 1 leaves them.
         n_iters: of Sinkhorn on the targets; 0: none.
         prior: of targets and regulariser: None (uniform), ``[K]``, or a function that is called with K.
-        prior_weight: of the KL term, >= 0.
+        prior_weight: of the KL term, from 0 to 1e30.
         kl: ``"mean_prior"`` as above, or ``"prior_mean"``: KL(prior || mean), which is infinite at a prototype that has
             mass but no prediction.
         gather: targets and mean over the rows of all processes of the default group; without one a no-op. Each
@@ -205,11 +215,15 @@ class MSNLoss(nn.Module):
         super().__init__()
         self.temperature = plain_number("temperature", temperature)
         self.sharpening = plain_number("sharpening", sharpening)
+        if self.temperature * self.sharpening < SMALLEST:
+            least = SMALLEST / self.temperature
+            raise ValueError(f"sharpening: expected at least {least:g} with this temperature, got {sharpening}")
         self.n_iters = check_count("n_iters", n_iters, least=0)
         self.prior = _Prior(prior)
         self.prior_weight = finite_number("prior_weight", prior_weight)
-        if self.prior_weight < 0:
-            raise ValueError(f"prior_weight: expected a number >= 0, got {prior_weight}")
+        if not 0 <= self.prior_weight <= LARGEST_PRIOR_WEIGHT:
+            expected = f"a number >= 0 and at most {LARGEST_PRIOR_WEIGHT:g}"
+            raise ValueError(f"prior_weight: expected {expected}, got {prior_weight}")
         check_option("kl", kl, KL)
         self.kl = kl
         check_flag("gather", gather)
@@ -228,9 +242,14 @@ class MSNLoss(nn.Module):
             every_rows = self._agreed(world, anchors, targets, prototypes)
         elif b == 0 or rows == 0 or rows % b:
             raise ValueError(f"anchors: expected a multiple of the {b} targets' rows, got shape {list(anchors.shape)}")
-        predictions = F.log_softmax(_cosines(anchors, prototypes) / self.temperature, dim=1)
-        goals = self.assignments(targets, prototypes).to(predictions.dtype)
-        entropies = torch.linalg.vecdot(goals, predictions.unflatten(0, (rows // b if b else 1, b)))
+        centres = _centres(anchors, prototypes)
+        predictions = F.log_softmax(_cosines(anchors, centres) / self.temperature, dim=1)
+        if centres.dtype != accumulation_dtype(targets, prototypes):
+            goals = self.assignments(targets, prototypes)
+        else:
+            goals = self._assignments(targets, centres.detach())
+        goals = goals.to(predictions.dtype)
+        entropies = inner_products(goals, predictions.unflatten(0, (rows // b if b else 1, b)))
         share = _share(world, every_rows)
         loss: Tensor = -entropies.sum() / max(rows, 1) * share
         if self.prior_weight:
@@ -262,21 +281,23 @@ class MSNLoss(nn.Module):
             )
         return rows
 
-    @torch.no_grad()
     def assignments(self, targets: Tensor, prototypes: Tensor) -> Tensor:
         """What the anchors are to predict: ``[B, K]`` for targets ``[B, D]`` and prototypes ``[K, D]``; no gradient."""
         check_rows("targets", targets)
         check_rows("prototypes", prototypes, like=targets)
-        group = _group(self.gather)
         for name, rows in (("targets", targets), ("prototypes", prototypes)):
-            if len(rows) == 0 and (group is None or rows is prototypes):
+            if len(rows) == 0 and (rows is prototypes or _group(self.gather) is None):
                 raise ValueError(f"{name}: expected at least one row, got shape {list(rows.shape)}")
-        logits = _cosines(targets, prototypes) / (self.temperature * self.sharpening)
+        return self._assignments(targets, _centres(targets, prototypes.detach()))
+
+    @torch.no_grad()
+    def _assignments(self, targets: Tensor, centres: Tensor) -> Tensor:
+        logits = _cosines(targets, centres) / (self.temperature * self.sharpening)
         if self.n_iters == 0:
             return logits.softmax(1)
         # In rows Sinkhorn starts from what the softmax would have divided by: log q, not the logits.
-        prior = self.prior(len(prototypes), logits.device)
-        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": group}
+        prior = self.prior(len(centres), logits.device)
+        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self.gather)}
         return sinkhorn(logits.log_softmax(1), prior=prior, **options).assignments
 
     def _divergence(self, mean: Tensor) -> Tensor:
@@ -288,7 +309,7 @@ class MSNLoss(nn.Module):
             log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
             terms: Tensor = mean * log_mean - mean * prior.clamp(min=1e-12).log()
             return terms.sum()
-        present = prior > 0
+        present = prior != 0
         safe = torch.where(present, mean, 1)
         return torch.where(present, torch.special.xlogy(prior, prior) - prior * safe.log(), 0).sum()
 
@@ -362,10 +383,14 @@ def _wide(scores: Tensor) -> Tensor:
     return scores.to(accumulation_dtype(scores))
 
 
-def _cosines(rows: Tensor, prototypes: Tensor) -> Tensor:
-    dtype = accumulation_dtype(rows, prototypes)
-    with _without_autocast(rows.device):
-        return F.normalize(rows.to(dtype), dim=1) @ F.normalize(prototypes.to(dtype), dim=1).T
+def _centres(rows: Tensor, prototypes: Tensor) -> Tensor:
+    """The prototypes [K, D] over their norms, in the dtype of their products with these rows."""
+    return unit(prototypes.to(accumulation_dtype(rows, prototypes)))
+
+
+def _cosines(rows: Tensor, centres: Tensor) -> Tensor:
+    """Cosine similarities [N, K] of rows [N, D] with `_centres` [K, D]."""
+    return product(unit(rows.to(centres.dtype)), centres)
 
 
 def _group(gather: bool) -> Any:

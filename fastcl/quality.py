@@ -35,7 +35,7 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
     squared = (unit(x) - unit(y)).square().sum(1)
     if alpha == 2:
         return squared.mean()
-    apart = squared > 0  # where the power's derivative is finite
+    apart = squared != 0  # where the power's derivative is finite
     return torch.where(apart, torch.where(apart, squared, 1) ** (alpha / 2), 0).mean()
 
 

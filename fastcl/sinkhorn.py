@@ -214,7 +214,7 @@ def _log_masses(
         value = value.to(torch.promote_types(value.dtype, dtype))
         value = value / value.detach().amax(-1, keepdim=True)
     masses = value.to(dtype)
-    present = masses > 0
+    present = masses != 0  # also where it is NaN
     return torch.where(present, torch.where(present, masses, 1).log(), -torch.inf).expand(shape)
 
 

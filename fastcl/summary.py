@@ -54,7 +54,8 @@ def summary(
             return torch.where(there, values, torch.nan).reshape(shape)
         return torch.where(there, values, 0).sum() / there.sum()
 
-    nearest = field(seen, "max_pos") > field(seen, "max_neg")
+    nearest = (field(seen, "max_pos") > field(seen, "max_neg")).to(dtype)
+    nearest = torch.where(field(seen, "lse").isfinite(), nearest, torch.nan)  # of NaN no logit is the largest
     return LossStats(
         reduced(nearest, num_pos > 0),
         reduced(similarity("sum_pos", num_pos), num_pos > 0),

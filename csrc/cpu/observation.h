@@ -86,9 +86,9 @@ private:
       for (int64_t i = places.from; i < places.to; i++) parts[f * stride + i] = f <= MOST_POSITIVE ? NO_MAXIMUM<T> : T(0);
   }
   static void merge(T *to, int64_t stride, const T *from, int64_t from_stride) {
-    const T other = larger(from[MOST_NEGATIVE * from_stride], from[MOST_POSITIVE * from_stride]);
+    const T other = larger_or_nan(from[MOST_NEGATIVE * from_stride], from[MOST_POSITIVE * from_stride]);
     if (other == NO_MAXIMUM<T>) return; // nothing, as of most lanes that positives are looked for in
-    const T before = larger(to[MOST_NEGATIVE * stride], to[MOST_POSITIVE * stride]), most = larger(before, other);
+    const T before = larger_or_nan(to[MOST_NEGATIVE * stride], to[MOST_POSITIVE * stride]), most = larger_or_nan(before, other);
     const auto faded = [most](const T *parts, int64_t stride, T base, T &mass, T &moment) {
       mass = parts[MASS * stride] * exp2_of(base - most);
       moment = mass > 0 ? parts[MOMENT * stride] * exp2_of(base - most) + (most - base) * mass : T(0);
@@ -98,22 +98,21 @@ private:
     faded(from, from_stride, other, other_mass, other_moment);
     to[MASS * stride] = mass + other_mass;
     to[MOMENT * stride] = moment + other_moment;
-    for (int f : {MOST_NEGATIVE, MOST_POSITIVE}) to[f * stride] = larger(to[f * stride], from[f * from_stride]);
+    for (int f : {MOST_NEGATIVE, MOST_POSITIVE}) to[f * stride] = larger_or_nan(to[f * stride], from[f * from_stride]);
     for (int f : {SUM_NEGATIVE, SUM_POSITIVE}) to[f * stride] += from[f * from_stride];
   }
 
   // COUNT logits to each lane.
   template <int COUNT, int STEP>
   static FASTCL_INLINE void add_lanes(T *parts, int64_t stride, const V<T> *logit, const I<T> *negative, const I<T> *positive) {
-    const auto larger_of = [](V<T> a, V<T> b) -> V<T> { return b > a ? b : a; };
     const V<T> least = all<T>(NO_MAXIMUM<T>);
     V<T> most_negative = load(parts + MOST_NEGATIVE * stride), most_positive = load(parts + MOST_POSITIVE * stride);
-    const V<T> before = larger_of(most_negative, most_positive);
+    const V<T> before = lanes_larger_or_nan<T>(most_negative, most_positive);
     EACH(k, COUNT) {
-      most_negative = larger_of(most_negative, where<T>(negative[k * STEP], logit[k * STEP], least));
-      most_positive = larger_of(most_positive, where<T>(positive[k * STEP], logit[k * STEP], least));
+      most_negative = lanes_larger_or_nan<T>(most_negative, where<T>(negative[k * STEP], logit[k * STEP], least));
+      most_positive = lanes_larger_or_nan<T>(most_positive, where<T>(positive[k * STEP], logit[k * STEP], least));
     }
-    const V<T> base = larger_of(most_negative, most_positive), fading = exp2_clamped<T, true>(before - base);
+    const V<T> base = lanes_larger_or_nan<T>(most_negative, most_positive), fading = exp2_clamped<T, true>(before - base);
     V<T> mass = load(parts + MASS * stride), sum_negative = load(parts + SUM_NEGATIVE * stride), sum_positive = load(parts + SUM_POSITIVE * stride);
     const V<T> risen = keep<T>(mass > all<T>(0), base - before); // from no maximum it would be infinite
     V<T> moment = (load(parts + MOMENT * stride) + risen * mass) * fading;
@@ -144,12 +143,12 @@ private:
       const int64_t row = side.order[i];
       T *const seen = (T *)out.observed + k * side.size + row;
       const auto largest = [](T t) { return t == NO_MAXIMUM<T> ? -T(__builtin_inf()) : T(natural(t)); };
-      const T most = larger(x[MOST_NEGATIVE], x[MOST_POSITIVE]);
+      const T most = larger_or_nan(x[MOST_NEGATIVE], x[MOST_POSITIVE]);
       seen[MAX_POS * field] = largest(x[MOST_POSITIVE]);
       seen[MAX_NEG * field] = largest(x[MOST_NEGATIVE]);
       seen[ALL_POS * field] = T(LN2 * double(x[SUM_POSITIVE]));
       seen[ALL_NEG * field] = T(LN2 * double(x[SUM_NEGATIVE]));
-      const bool some = x[MASS] > 0;
+      const bool some = ((const T *)out.positives)[row] + ((const T *)out.negatives)[row] > 0;
       seen[LSE * field] = some ? T(natural(most) + double(log_of(x[MASS]))) : -T(__builtin_inf());
       seen[ENTROPY * field] = some ? T(double(log_of(x[MASS])) + LN2 * double(x[MOMENT] / x[MASS])) : T(0);
       seen[NUM_POS * field] = ((const T *)out.positives)[row];

@@ -57,6 +57,7 @@ struct Range {
   int64_t from, to;
 };
 template <class T> FASTCL_INLINE T larger_or_nan(T most, T x) { return x > most || x != x ? x : most; }
+template <class T> FASTCL_INLINE V<T> lanes_larger_or_nan(V<T> most, V<T> x) { return (x > most) | (x != x) ? x : most; }
 // Natural units of a logarithm to base 2. Beyond 2^23 it is rounded to T, so that shifts and bases which are kept in T
 // compare equal where they were equal: what the rounding leaves would be an exponent of its own.
 template <class T> FASTCL_INLINE double natural(T base2) {

@@ -189,14 +189,14 @@ class _Accumulator:
             self.sums[k, :, where] = rescaled + (members - finite.unsqueeze(self.dim)).exp_().sum(self.dim)
             self.shifts[k, :, where] = shift
         if self.observed is not None:
-            self.observed[..., where] = merge(self.observed[..., where], _observed(tile, self.dim))
+            self.observed[..., where] = merge(self.observed[..., where], _observed(self.p, tile, self.dim))
         if tile.inadmissible is not None:
             self.inadmissible[where] += tile.inadmissible.sum(self.dim)
         if tile.positive is not None:
             self.positives[where] += tile.positive.sum(self.dim)
             if "sum_pos" in self.p.want:
                 weighted = tile.logits if tile.positive.dtype == torch.bool else tile.positive * tile.logits
-                self.sum_pos[:, where] += torch.where(tile.positive > 0, weighted, 0).sum(self.dim)
+                self.sum_pos[:, where] += torch.where(tile.positive != 0, weighted, 0).sum(self.dim)
 
     def result(self) -> Side:
         shifts = self.shifts.masked_fill_(self.shifts == -torch.inf, 0)
@@ -211,14 +211,17 @@ class _Accumulator:
         )
 
 
-def _observed(tile: _Tile, dim: int) -> Tensor:
+def _observed(p: Problem, tile: _Tile, dim: int) -> Tensor:
     """[8, S, B or M]: what a tile adds to its rows (dim -1) or columns."""
-    logits = tile.logits if dim == -1 else tile.logits.mT
-    negative = logits[0] > -torch.inf
-    if tile.positive is None:
-        return observe(logits, torch.zeros_like(negative), negative)
-    positive = tile.positive if dim == -1 else tile.positive.mT
-    return observe(logits, positive, negative & ~positive)
+    out = tile.inadmissible
+    admissible = torch.ones_like(tile.similarity, dtype=torch.bool) if out is None else ~out
+    if p.contrasts is None:
+        admissible.diagonal(offset=tile.rows.start).fill_(False)
+    positive = torch.zeros_like(admissible) if tile.positive is None else tile.positive
+    negative = admissible & ~positive
+    if dim == -1:
+        return observe(tile.logits, positive, negative)
+    return observe(tile.logits.mT, positive.T, negative.T)
 
 
 class _SideGradient(NamedTuple):
@@ -233,7 +236,7 @@ def _softmax_weights(p: Problem, side: Side, grad: Tensor) -> Tensor:
     """grad / sum for each log-sum-exp [L, S, N], 0 where the sum is empty."""
     grads = [grad[p.want.index(field)] for field in p.log_sums]
     sums = side.parts[1]
-    return torch.where(sums > 0, torch.stack(grads) / sums, 0) if grads else sums
+    return torch.where(sums == 0, 0, torch.stack(grads) / sums) if grads else sums
 
 
 def _add_logit_gradient(g: Tensor, p: Problem, tile: _Tile, side: _SideGradient, where: slice, dim: int) -> None:

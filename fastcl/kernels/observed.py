@@ -36,8 +36,9 @@ def observe(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     weights = (-below).exp()
     total = weights.sum(-1)
     entropy = total.log() + torch.where(weights > 0, weights * below, 0).sum(-1) / total  # both parts are positive
-    counts = (count.to(logits.dtype).expand_as(total) for count in (num_pos, num_neg))
-    fields = max_pos, max_neg, sum_pos, sum_neg, shift + total.log(), torch.where(total > 0, entropy, 0), *counts
+    counts = [count.to(logits.dtype).expand_as(total) for count in (num_pos, num_neg)]
+    entropy = torch.where(counts[0] + counts[1] > 0, entropy, 0)
+    fields = max_pos, max_neg, sum_pos, sum_neg, shift + total.log(), entropy, *counts
     return torch.stack(fields)
 
 
@@ -69,7 +70,8 @@ def merge(one: Tensor, other: Tensor) -> Tensor:
     def share(part: Tensor) -> Tensor:
         below = lse - field(part, "lse")
         weight = (-below).exp()
-        return torch.where(field(part, "lse") > -torch.inf, weight * (field(part, "entropy") + below), 0)
+        no_mass = field(part, "lse") == -torch.inf
+        return torch.where(no_mass, 0, weight * (field(part, "entropy") + below))
 
     def added(name: str) -> Tensor:
         return field(one, name) + field(other, name)

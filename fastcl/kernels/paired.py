@@ -29,8 +29,9 @@ def join(p: Problem, statistics: Statistics) -> Statistics:
             continue
         shift, total = side.parts[:, p.log_sums.index(field)]
         if field != "lse_neg":
-            larger = torch.where(total > 0, torch.maximum(shift, logits), logits)
-            total = torch.where(total > 0, total * (shift - larger).exp(), 0) + (logits - larger).exp()
+            nothing = total == 0  # the shift of such a sum has no meaning; NaN is not 0, and stays
+            larger = torch.where(nothing, logits, torch.maximum(shift, logits))
+            total = torch.where(nothing, 0, total * (shift - larger).exp()) + (logits - larger).exp()
             shift = larger
         fields.append(shift + total.log())
         shifts.append(shift)

@@ -108,7 +108,7 @@ def _reduce(p: Problem, logits: Tensor, sets: dict[str, Tensor]) -> Side:
     fields, shifts, sums = [], [], []
     for field in p.want:
         if field == "sum_pos":
-            fields.append(torch.where(sets[field] > 0, sets[field] * logits, 0).sum(-1))
+            fields.append(torch.where(sets[field] != 0, sets[field] * logits, 0).sum(-1))
             continue
         members = logits.masked_fill(~sets[field], -torch.inf)
         shift = _largest(members)
@@ -144,7 +144,7 @@ def _logit_gradient(p: Problem, logits: Tensor, sets: dict[str, Tensor], parts: 
             g = g + grad[k][..., None] * sets[field]
             continue
         shift, total = parts[:, p.log_sums.index(field)]
-        weight = torch.where(total > 0, grad[k] / total, 0)
+        weight = torch.where(total == 0, 0, grad[k] / total)
         members = logits.masked_fill(~sets[field], -torch.inf)
         g = g + weight[..., None] * (members - shift[..., None]).exp()
     return g

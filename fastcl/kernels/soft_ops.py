@@ -130,7 +130,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 def _over_sets(side: Side, grad: Tensor) -> Tensor:
     """Those of the fields [3, N] of rows without pairs do not count, and of rows without weight not those that a
     formula which divides by it sends back as NaN or infinity."""
-    weighed, some = side.counts > 0
+    weighed, some = side.counts != 0  # NaN is a weight
     usable = some & (weighed | grad.isfinite())
     return torch.where(torch.stack((some, usable[1], usable[2])), grad, 0)
 

@@ -74,7 +74,7 @@ def _side(side: Side, grad: Tensor) -> Tensor:
     """[3, n] as `soft_gradient_kernel` takes it."""
     base, total = side.parts[:, 0, 0]
     lse, sum_pos = grad[:, 0]
-    return torch.stack((base, torch.where(total > 0, lse / total, 0), sum_pos))
+    return torch.stack((base, torch.where(total == 0, 0, lse / total), sum_pos))
 
 
 def _bound(side: Side, grad: Tensor) -> Tensor:

@@ -91,15 +91,20 @@ def observation_kernel(
         moment = tl.where(mass > 0, (moment + (base - before) * mass) * fading, 0.0) + tl.sum(below * e, 1)
         mass = mass * fading + tl.sum(e, 1)
 
-    some = mass > 0
+    some = num_positive + num_negative > 0
     total = tl.where(some, mass, 1.0)
     places = i.to(tl.int64)
     if ORDER is not None:
         places = tl.load(ORDER + i, mask=is_row, other=0)
     places = OBSERVED + places
     size = tl.cast(N, tl.int64)
-    tl.store(places, tl.where(max_positive > LOWEST, max_positive * LN2, -INF), mask=is_row)
-    tl.store(places + size, tl.where(max_negative > LOWEST, max_negative * LN2, -INF), mask=is_row)
+    # A maximum leaves NaN out, a sum does not.
+    max_positive = tl.where(max_positive > LOWEST, max_positive, -INF)
+    max_negative = tl.where(max_negative > LOWEST, max_negative, -INF)
+    max_positive = tl.where(sum_positive == sum_positive, max_positive, sum_positive)
+    max_negative = tl.where(sum_negative == sum_negative, max_negative, sum_negative)
+    tl.store(places, max_positive * LN2, mask=is_row)
+    tl.store(places + size, max_negative * LN2, mask=is_row)
     tl.store(places + 2 * size, sum_positive * LN2, mask=is_row)
     tl.store(places + 3 * size, sum_negative * LN2, mask=is_row)
     base = tl.maximum(max_negative, max_positive)

@@ -13,11 +13,11 @@ from . import soft_ops
 from .checks import (
     LARGEST,
     check_assignments,
+    check_bias,
     check_device,
     check_flag,
     check_ids,
     check_rows,
-    check_vector,
     finite_number,
     scalar_tensor,
     values_visible,
@@ -97,7 +97,7 @@ class Sweep(NamedTuple):
     quotients: bool = False
 
     def statistics(self, exact: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
-        """The statistics, and what was observed [8, S, N], of the contrasts behind it: [8, S, N + M] with `both`.
+        """The statistics, and what was observed [10, S, N], of the contrasts behind it: [10, S, N + M] with `both`.
 
         exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them.
         """
@@ -322,7 +322,7 @@ def contrastive_stats(
                 check_ids(name, value, length, anchors.device)
             ids[name] = None if value is None else value.to(torch.int64).clamp(min=-1)
     if contrast_bias is not None:
-        check_vector("contrast_bias", contrast_bias, m, anchors.device)
+        check_bias(contrast_bias, m, anchors.device)
     scale, wanted = _scale_tensor(logit_scale, anchors, accumulation_dtype(anchors, contrasts)), _check_want(want)
     if anchor_assignments is not None:
         if scale.dim():

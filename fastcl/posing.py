@@ -329,7 +329,8 @@ def unit(rows: Tensor) -> Tensor:
     inverse = inverse_norms(rows.detach())[:, None]
     near = inverse > 2.0**-60  # which squares of larger norms than that are out of range
     if values_visible(rows) and int(near.count_nonzero()) == len(rows):
-        return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=NORM_FLOOR)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows / norms.clamp(min=NORM_FLOOR)
     empty = inverse == 0
     rows = rows * torch.where(near | empty, 1, powers_of_two(rows.detach())[:, None])
     norms = torch.linalg.vector_norm(torch.where(empty, 1, rows), dim=1, keepdim=True)

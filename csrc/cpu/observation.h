@@ -20,7 +20,7 @@ template <class Mul> struct Observation {
 
   const Sweep<Mul> &s;
   const bool asked, columns;
-  const int kept; // PARTS: those from PLAIN_NEGATIVE on only with a bias
+  const int kept;        // PARTS: those from PLAIN_NEGATIVE on only with a bias
   T *const row_parts;    // [scales][kept][anchors.padded]; null for self-contrast, where rows add to their owner's columns
   T *const column_parts; // [threads][scales][kept][contrasts.padded]
   T *const lanes;        // [threads][scales][kept][ROWS][W]: of a thread's block
@@ -62,7 +62,8 @@ template <class Mul> struct Observation {
           plain[r][v] = s.logits(load(products[r][v]) * norms, s.scale[k]);
           logit[r][v] = s.biased(plain[r][v], j);
         }
-      for (int r = 0; r < MR; r++) add_lanes<NV, 1>(lanes_of(t, k) + (i0 - from + r) * W, ROWS * W, &logit[r][0], &plain[r][0], &negative[r][0], &positive[r][0]);
+      for (int r = 0; r < MR; r++)
+        add_lanes<NV, 1>(lanes_of(t, k) + (i0 - from + r) * W, ROWS * W, &logit[r][0], &plain[r][0], &negative[r][0], &positive[r][0]);
       for (int v = 0; columns && v < NV; v++)
         add_lanes<MR, NV>(columns_of(t, k) + j0 + v * W, s.contrasts.padded, &logit[0][v], &plain[0][v], &negative[0][v], &positive[0][v]);
     }
@@ -88,6 +89,8 @@ private:
       for (int64_t i = places.from; i < places.to; i++) parts[f * stride + i] = f <= MOST_POSITIVE ? NO_MAXIMUM<T> : T(0);
   }
   void merge(T *to, int64_t stride, const T *from, int64_t from_stride) const {
+    for (int f : {SUM_NEGATIVE, SUM_POSITIVE}) to[f * stride] += from[f * from_stride];
+    for (int f = PLAIN_NEGATIVE; f < kept; f++) to[f * stride] += from[f * from_stride];
     const T other = larger(from[MOST_NEGATIVE * from_stride], from[MOST_POSITIVE * from_stride]);
     if (other == NO_MAXIMUM<T>) return; // nothing, as of most lanes that positives are looked for in
     const T before = larger(to[MOST_NEGATIVE * stride], to[MOST_POSITIVE * stride]), most = larger(before, other);
@@ -101,8 +104,6 @@ private:
     to[MASS * stride] = mass + other_mass;
     to[MOMENT * stride] = moment + other_moment;
     for (int f : {MOST_NEGATIVE, MOST_POSITIVE}) to[f * stride] = larger(to[f * stride], from[f * from_stride]);
-    for (int f : {SUM_NEGATIVE, SUM_POSITIVE}) to[f * stride] += from[f * from_stride];
-    for (int f = PLAIN_NEGATIVE; f < kept; f++) to[f * stride] += from[f * from_stride];
   }
 
   // COUNT logits to each lane.

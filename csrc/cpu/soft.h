@@ -44,7 +44,8 @@ template <class T> struct SoftPass {
 
   // `exchanged`: contrasts are the rows here; the bias stays theirs.
   SoftPass(const Soft &call, const Arranged &at, Arena &arena, bool exchanged)
-      : call(call), p(logits_of(call, exchanged)), s(p, at, arena, false, call.backward && call.anchor_gradient, exchanged ? call.problem.contrast_bias : nullptr),
+      : call(call), p(logits_of(call, exchanged)),
+        s(p, at, arena, false, call.backward && call.anchor_gradient, exchanged ? call.problem.contrast_bias : nullptr),
         w(weights_of(call), {{at.anchors.order, nullptr, nullptr, nullptr}, {at.contrasts.order, nullptr, nullptr, nullptr}}, arena, false, false),
         bias_of_rows(exchanged && call.problem.contrast_bias), row_bias(bias_of_rows ? arena.take<T>(s.anchors.padded) : nullptr),
         locals(arena.take<Local>(s.threads)) {
@@ -62,7 +63,8 @@ template <class T> struct SoftPass {
       if (arena.base) locals[t] = local;
     }
     for (int64_t i = 0; arena.base && row_bias && i < s.anchors.padded; i++)
-      row_bias[i] = i < s.anchors.size && !s.left_out(s.anchors, i) ? T(LOG2E * double(((const T *)call.problem.contrast_bias)[s.anchors.order[i]])) : T(0);
+      row_bias[i] =
+          i < s.anchors.size && !s.left_out(s.anchors, i) ? T(LOG2E * double(((const T *)call.problem.contrast_bias)[s.anchors.order[i]])) : T(0);
   }
 
   void run() const {

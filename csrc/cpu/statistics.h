@@ -52,8 +52,9 @@ template <class Mul> struct StatisticsPass {
   const Observation<Mul> seen; // beside the sums, where somebody asks
 
   StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
-      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums), fields(p.anchor_clusters || p.anchor_ids || s.contrasts.leaves_out ? int64_t(SUMS) : LEAN_SUMS),
-        weighting(call.weighted.sums), columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
+      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums),
+        fields(p.anchor_clusters || p.anchor_ids || s.contrasts.leaves_out ? int64_t(SUMS) : LEAN_SUMS), weighting(call.weighted.sums),
+        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
         column_sums(columns ? arena.take<T>(s.threads * s.scales * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)),
         seen(s, call, columns, arena) {
     for (int t = 0; t < s.threads; t++) {

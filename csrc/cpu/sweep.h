@@ -334,7 +334,7 @@ template <class Mul> struct Sweep {
     double norm = __builtin_sqrt(dot<double>(x, x, d));
     T a = 1, power = 1;
     if (s.normalize) {
-      if (!(norm > 0 && norm <= FAR)) norm = far_norm(x, norm, power);
+      if (!(norm > 0 && norm <= FAR)) norm = far_norm(x, buffer, norm, power);
       a = norm == 0 || norm > FAR ? T(0) : T(1 / larger(norm, NORM_FLOOR));
       s.powers[i] = power;
     }
@@ -343,14 +343,14 @@ template <class Mul> struct Sweep {
     return read(s, i, buffer);
   }
   // The norm of a row beyond FAR, times the power of two that brings it near 1, or of one whose squares underflow.
-  FASTCL_NOINLINE double far_norm(const T *x, double norm, T &power) const {
-    double most = 0, sum = 0;
+  FASTCL_NOINLINE double far_norm(const T *x, T *buffer, double norm, T &power) const {
+    double most = 0;
     for (int64_t k = 0; k < d; k++) most = larger(most, __builtin_fabs(double(x[k])));
     if (norm != norm || !(most <= __DBL_MAX__)) return norm;
-    if (norm <= FAR) return most; // whatever it is exactly, it lies below the floor
+    if (norm <= FAR) return most;                              // whatever it is exactly, it lies below the floor
     power = T(__builtin_ldexp(1, -__builtin_ilogb(most) + 1)); // no subnormal number
-    for (int64_t k = 0; k < d; k++) sum += double(x[k] * power) * double(x[k] * power);
-    return __builtin_sqrt(sum);
+    for (int64_t k = 0; k < d; k++) buffer[k] = x[k] * power;
+    return __builtin_sqrt(dot<double>(buffer, buffer, d));
   }
   T whole_inverse_norm(const Side<Mul> &s, int64_t i) const { // of the row as it came
     return s.normalize && !left_out(s, i) ? s.inverse_norms[i] * s.powers[i] : s.inverse_norms[i];

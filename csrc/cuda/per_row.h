@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) rows_kernel(const __grid_const
     inverse = row_inverse = norm == 0 ? 0.0f : __fdiv_rn(1.0f, norm < NORM_FLOOR ? NORM_FLOOR : norm);
     if (norm == 0 || norm > FAR) { // hardly ever
       float largest = 0;
-      for (int d = lane; d < size; d += 32) largest = fmaxf(largest, fabsf(load_as(p.source.data, p.source.dtype, begin + d * p.source.column_stride)));
+      for (int d = lane; d < size; d += 32)
+        largest = fmaxf(largest, fabsf(load_as(p.source.data, p.source.dtype, begin + d * p.source.column_stride)));
       largest = warp_max(largest);
       if (norm == 0) {
         if (largest > 0) inverse = row_inverse = LARGEST_INVERSE; // the squares underflow

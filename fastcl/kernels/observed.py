@@ -6,7 +6,7 @@ A backend that is asked to `observe` leaves in `Side.observed` [10, S, N], in th
     sum_pos, sum_neg   sums of the logits
     lse, entropy       log-sum-exp over A_i, and the entropy of that softmax, in nats; -inf and 0 where A_i is empty
     num_pos, num_neg
-    plain_pos, plain_neg   sums of the logits without their bias: taken off a sum, a large bias would leave nothing of it
+    plain_pos, plain_neg   sums of the logits without their bias: taken off a sum, a large bias would leave nothing
 
 Two disjoint parts of a row are merged without the logits: entropies by the grouping property, in which nothing cancels.
 """

@@ -257,7 +257,8 @@ def contrastive_stats(
         contrast_clusters: ``[M]`` integers; two sets take both or neither.
         logit_scale: 1 / temperature; a number, a tensor of no dimension, or ``[S]`` scales at once.
         normalize_anchors, normalize_contrasts: cosine similarity.
-        contrast_bias: ``[M]``, finite, added to the contrast's logits (for instance minus a log frequency).
+        contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency). -inf leaves the
+            contrast out of every set and count; as a row of the other direction it has no admissible anchors.
         anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
         want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, and, to look at, without a gradient, of
             ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.

@@ -29,6 +29,7 @@ cuda::RowSet read_set(Reader &in) {
   set.end = in.address<const int>();
   set.names = in.address<const int>();
   set.bias = in.address<const float>();
+  set.leave_out = in.integer();
   set.rows = in.address();
   set.arranged = in.integer();
   set.norms = in.address<float>();

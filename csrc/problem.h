@@ -21,7 +21,7 @@ struct Problem {
   const int64_t *anchor_clusters, *contrast_clusters; // null: there are no positives; -1 equals nothing
   const int64_t *anchor_ids, *contrast_ids;           // equal ids make a pair inadmissible; null: none
   const void *logit_scale;                            // [scales] reals: so many problems at once, of the same products
-  const void *contrast_bias;                          // [M] reals, or null
+  const void *contrast_bias;                          // [M] reals, or null; -inf leaves a contrast out of every set
   bool normalize_anchors, normalize_contrasts;
   bool wide_reals;
   bool columns; // also the statistics of each contrast over the anchors
@@ -33,8 +33,9 @@ struct Problem {
 
 enum Field : int { LSE_ALL, LSE_POS, LSE_NEG, SUM_POS, FIELDS };
 
-// What may be observed besides, for people to look at: largest logits, sums of logits, log-sum-exp and entropy over all, counts.
-enum Observed : int { MAX_POS, MAX_NEG, ALL_POS, ALL_NEG, LSE, ENTROPY, NUM_POS, NUM_NEG, OBSERVED };
+// What may be observed besides, for people to look at: largest logits, sums of logits, log-sum-exp and entropy over all, counts,
+// sums of logits without their bias.
+enum Observed : int { MAX_POS, MAX_NEG, ALL_POS, ALL_NEG, LSE, ENTROPY, NUM_POS, NUM_NEG, PLAIN_POS, PLAIN_NEG, OBSERVED };
 
 // Statistics of one side, or the gradients that come back for them. Null: not wanted.
 struct Statistics {

@@ -498,7 +498,10 @@ def _assigned(
     ).statistics(exact)[0]
     if not sweep.both:
         return found
-    # A contrast's bias is alike in all of its logits, and no loss of assignments sees it.
+    # A contrast's bias is alike in all of its logits, and no loss of assignments sees it; but it may be left out.
+    if sweep.contrast_bias is not None:
+        left_out = (sweep.contrast_bias == -torch.inf)[:, None]
+        contrasts, theirs = contrasts.masked_fill(left_out, 0), theirs.masked_fill(left_out, 0)
     reverse = sweep._replace(
         anchors=contrasts,
         contrasts=everywhere(by_row, anchors),

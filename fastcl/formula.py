@@ -272,20 +272,10 @@ def _loss(
 
 @torch.no_grad()
 def _summary(sweep: Sweep, observed: Tensor, posed: Posed, scale: Tensor, options: Options) -> LossStats:
-    of_bias = None
-    if sweep.contrast_bias is not None:  # its sums over the same sets: a sweep over rows of one number
-        zeros = posed.anchors.new_zeros(len(posed.anchors), 1)
-        others = None if posed.contrasts is None else posed.contrasts.new_zeros(len(posed.contrasts), 1)
-        flat = sweep._replace(
-            anchors=zeros, contrasts=others, positives=None, logit_scale=torch.ones_like(scale), want=(),
-            normalize_anchors=False, normalize_contrasts=False,
-        )  # fmt: skip
-        _, of_bias = flat.statistics()
     n = len(posed.anchors)
 
     def of_rows(start: int, end: int | None, shape: tuple[int, ...]) -> LossStats:
-        bias = None if of_bias is None else of_bias[..., start:end]
-        return summary(observed[..., start:end], scale.detach(), bias, shape, options.reduction, posed.dtype)
+        return summary(observed[..., start:end], scale.detach(), shape, options.reduction, posed.dtype)
 
     found = of_rows(0, n, posed.shape)
     return found._replace(reverse=of_rows(n, None, (observed.shape[-1] - n,))) if sweep.both else found

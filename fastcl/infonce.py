@@ -146,7 +146,8 @@ class ClusterInfoNCE(nn.Module):
       shares its cluster, further contrasts are negatives.
     - ids, contrast_ids: ``[N]`` and ``[M]`` integers, M without stored rows; equal ones make a pair inadmissible (a
       stale copy of oneself).
-    - contrast_bias: ``[M]`` floating, finite, added to the logits (``[N * V]`` in self-contrast).
+    - contrast_bias: ``[M]`` floating, added to the logits (``[N * V]`` in self-contrast). -inf leaves a contrast out
+      (padding): it is in no set and no count, a positive neither, in both directions, whatever its row holds.
     - weights: ``[N]`` floating >= 0 on the anchors' terms; the mean becomes the weighted mean. The reverse direction
       of ``symmetric`` is not weighted.
     - temperature: overrides the module's for this call.

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.checks import check_assignments, check_ids, check_rows, check_vector
-from .kernels.problem import NORM_FLOOR, accumulation_dtype, inverse_norms
+from .kernels.checks import check_assignments, check_bias, check_ids, check_rows, values_visible
+from .kernels.problem import NORM_FLOOR, accumulation_dtype, inverse_norms, powers_of_two
 from .memory import Memory, Stored
 
 Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
@@ -75,7 +75,7 @@ def pose(
     parts = None if contrasts is None else _parts(contrasts, embeddings)
     if parts is None:
         if contrast_bias is not None:
-            check_vector("contrast_bias", contrast_bias, rows, device)
+            check_bias(contrast_bias, rows, device)
         for name, value in (("contrast_clusters", contrast_clusters), ("ids", ids), ("contrast_ids", contrast_ids)):
             if value is not None:
                 raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
@@ -86,7 +86,7 @@ def pose(
             )
     else:
         if contrast_bias is not None:
-            check_vector("contrast_bias", contrast_bias, sum(part.length() for part in parts), device)
+            check_bias(contrast_bias, sum(part.length() for part in parts), device)
         _check_others(parts, rows, clusters, positives, contrast_clusters, ids, contrast_ids)
         if ids is not None:
             check_ids("ids", ids, n, device)
@@ -193,7 +193,7 @@ def pose_assigned(
     posed = Posed(anchors, None, None, None, None, None, None, shape, views, dtype, False, own)
     if contrasts is None:
         if contrast_bias is not None:
-            check_vector("contrast_bias", contrast_bias, rows, device)
+            check_bias(contrast_bias, rows, device)
         for name, value in (
             ("contrast_assignments", contrast_assignments), ("ids", ids), ("contrast_ids", contrast_ids)
         ):  # fmt: skip
@@ -204,7 +204,7 @@ def pose_assigned(
         raise ValueError("contrasts: expected tensors, as queues and banks store no assignments, got a queue or bank")
     count = sum(part.length() for part in parts)
     if contrast_bias is not None:
-        check_vector("contrast_bias", contrast_bias, count, device)
+        check_bias(contrast_bias, count, device)
     if contrast_assignments is not None:
         check_assignments("contrast_assignments", contrast_assignments, (count,), device, own)
     elif count < rows:
@@ -327,7 +327,12 @@ def unit(rows: Tensor) -> Tensor:
     """Rows over their norms, differentiable, in the accumulation dtype; zeros stay zeros and get no gradient."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     inverse = inverse_norms(rows.detach())[:, None]
-    empty = inverse == 0  # or of squares beyond the dtype's range
+    near = inverse > 2.0**-60  # which squares of larger norms than that are out of range
+    if values_visible(rows) and int(near.count_nonzero()) == len(rows):
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows / norms.clamp(min=NORM_FLOOR)
+    empty = inverse == 0
+    rows = rows * torch.where(near | empty, 1, powers_of_two(rows.detach())[:, None])
     norms = torch.linalg.vector_norm(torch.where(empty, 1, rows), dim=1, keepdim=True)
     return torch.where(empty, rows.detach() * 0, rows / norms.clamp(min=NORM_FLOOR))
 

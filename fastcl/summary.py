@@ -34,19 +34,13 @@ class LossStats(NamedTuple):
     """the same for each contrast over the anchors, with ``symmetric``"""
 
 
-def summary(
-    observed: Tensor, scale: Tensor, of_bias: Tensor | None, shape: tuple[int, ...], reduction: str, dtype: torch.dtype
-) -> LossStats:
-    """Of one side: `observed` [8, S, N], the first scale of which is the loss's, `scale` [].
-
-    of_bias: [8, 1, N], as observed where the bias is the whole logit, for similarities without it.
-    """
+def summary(observed: Tensor, scale: Tensor, shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> LossStats:
+    """Of one side: `observed` [10, S, N], the first scale of which is the loss's, `scale` []."""
     seen = observed[:, 0]
     num_pos, num_neg = field(seen, "num_pos"), field(seen, "num_neg")
 
     def similarity(name: str, count: Tensor) -> Tensor:
-        total = field(seen, name)
-        return (total if of_bias is None else total - field(of_bias[:, 0], name)) / (count.clamp(min=1) * scale)
+        return field(seen, name) / (count.clamp(min=1) * scale)
 
     def reduced(values: Tensor, there: Tensor) -> Tensor:
         values = values.to(dtype)
@@ -58,7 +52,7 @@ def summary(
     nearest = torch.where(field(seen, "lse").isfinite(), nearest, torch.nan)  # of NaN no logit is the largest
     return LossStats(
         reduced(nearest, num_pos > 0),
-        reduced(similarity("sum_pos", num_pos), num_pos > 0),
-        reduced(similarity("sum_neg", num_neg), num_neg > 0),
+        reduced(similarity("plain_pos", num_pos), num_pos > 0),
+        reduced(similarity("plain_neg", num_neg), num_neg > 0),
         reduced(field(seen, "entropy"), num_pos + num_neg > 0),
     )

@@ -138,6 +138,8 @@ def contrastive_stats(
     positive, negative = op_masks(
         len(x), None if contrasts is None else len(y), anchor_clusters, contrast_clusters, anchor_ids, contrast_ids
     )
+    if contrast_bias is not None:  # -inf: nobody's contrast
+        positive, negative = (mask & (contrast_bias != -torch.inf) for mask in (positive, negative))
     scale = torch.as_tensor(logit_scale, dtype=how.dtype)
     result: dict[str, list[Tensor]] = {}
     for one_scale in scale.reshape(-1).unbind():
@@ -264,6 +266,7 @@ def cluster_infonce(
     s = s - positive.to(how.dtype) * margin / temperature
     if contrast_bias is not None:
         s = s + contrast_bias.to(how.dtype)[None, :]
+        positive, negative = (mask & (contrast_bias != -torch.inf) for mask in (positive, negative))
 
     forward_s, forward_positive, forward_negative = s, positive, negative
     if positives is not None:

@@ -57,7 +57,7 @@ def mask_kernel(START, END, ROW_NAMES, COLUMN_NAMES, ADMISSIBLE, POSITIVE, N, M,
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_names = load_names(ROW_NAMES, i, i < N, IDS)
     column_names = load_names(COLUMN_NAMES, j, j < M, IDS)
-    admissible = admissible_pairs(i, j, N, M, row_names, column_names, SELF, IDS)
+    admissible = admissible_pairs(i, j, N, M, row_names, column_names, 0.0, 0.0, SELF, IDS, 0)
     places = i[:, None] * WIDTH + j[None, :]
     tl.store(ADMISSIBLE + places, admissible.to(tl.int8))
     if CLUSTERS:

@@ -15,20 +15,21 @@ template <class Mul> struct Observation {
   using Tile = typename Sweep<Mul>::Tile;
 
   // Of a row or column, of logits t to base 2: the largest of the negatives and of the positives, their sums, and with b, the larger of
-  // the maxima, the sums of 2^(t - b) and of (b - t) 2^(t - b).
-  enum Part : int { MOST_NEGATIVE, MOST_POSITIVE, SUM_NEGATIVE, SUM_POSITIVE, MASS, MOMENT, PARTS };
+  // the maxima, the sums of 2^(t - b) and of (b - t) 2^(t - b); where there is a bias, sums of logits without it.
+  enum Part : int { MOST_NEGATIVE, MOST_POSITIVE, SUM_NEGATIVE, SUM_POSITIVE, MASS, MOMENT, PLAIN_NEGATIVE, PLAIN_POSITIVE, PARTS };
 
   const Sweep<Mul> &s;
   const bool asked, columns;
-  T *const row_parts;    // [scales][PARTS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
-  T *const column_parts; // [threads][scales][PARTS][contrasts.padded]
-  T *const lanes;        // [threads][scales][PARTS][ROWS][W]: of a thread's block
+  const int kept;        // PARTS: those from PLAIN_NEGATIVE on only with a bias
+  T *const row_parts;    // [scales][kept][anchors.padded]; null for self-contrast, where rows add to their owner's columns
+  T *const column_parts; // [threads][scales][kept][contrasts.padded]
+  T *const lanes;        // [threads][scales][kept][ROWS][W]: of a thread's block
 
   Observation(const Sweep<Mul> &sweep, const Forward &call, bool columns, Arena &arena)
-      : s(sweep), asked(call.anchors.observed), columns(columns),
-        row_parts(asked && !s.self ? arena.take<T>(s.scales * PARTS * s.anchors.padded) : nullptr),
-        column_parts(asked && columns ? arena.take<T>(s.threads * s.scales * PARTS * s.contrasts.padded) : nullptr),
-        lanes(asked ? arena.take<T>(s.threads * s.scales * PARTS * ROWS * W) : nullptr) {}
+      : s(sweep), asked(call.anchors.observed), columns(columns), kept(call.problem.contrast_bias ? PARTS : PLAIN_NEGATIVE),
+        row_parts(asked && !s.self ? arena.take<T>(s.scales * kept * s.anchors.padded) : nullptr),
+        column_parts(asked && columns ? arena.take<T>(s.threads * s.scales * kept * s.contrasts.padded) : nullptr),
+        lanes(asked ? arena.take<T>(s.threads * s.scales * kept * ROWS * W) : nullptr) {}
 
   void start(int t) const { // before the thread's first block
     for (int k = 0; columns && k < s.scales; k++) reset(columns_of(t, k), s.contrasts.padded, {0, s.contrasts.padded});
@@ -46,7 +47,7 @@ template <class Mul> struct Observation {
   // The register tile at (i0, j0) of the block [from, to), at all scales.
   FASTCL_NOINLINE void add(const Tile &products, int64_t i0, int64_t j0, int64_t from, int64_t to, int t) const {
     I<T> negative[MR][NV], positive[MR][NV];
-    V<T> logit[MR][NV];
+    V<T> plain[MR][NV], logit[MR][NV];
     for (int r = 0; r < MR; r++)
       for (int v = 0; v < NV; v++) {
         const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
@@ -58,11 +59,13 @@ template <class Mul> struct Observation {
         for (int v = 0; v < NV; v++) {
           const int64_t j = j0 + v * W;
           const V<T> norms = s.anchors.inverse_norms[i0 + r] * load(s.contrasts.inverse_norms + j);
-          logit[r][v] = s.biased(s.logits(load(products[r][v]) * norms, s.scale[k]), j);
+          plain[r][v] = s.logits(load(products[r][v]) * norms, s.scale[k]);
+          logit[r][v] = s.biased(plain[r][v], j);
         }
-      for (int r = 0; r < MR; r++) add_lanes<NV, 1>(lanes_of(t, k) + (i0 - from + r) * W, ROWS * W, &logit[r][0], &negative[r][0], &positive[r][0]);
+      for (int r = 0; r < MR; r++)
+        add_lanes<NV, 1>(lanes_of(t, k) + (i0 - from + r) * W, ROWS * W, &logit[r][0], &plain[r][0], &negative[r][0], &positive[r][0]);
       for (int v = 0; columns && v < NV; v++)
-        add_lanes<MR, NV>(columns_of(t, k) + j0 + v * W, s.contrasts.padded, &logit[0][v], &negative[0][v], &positive[0][v]);
+        add_lanes<MR, NV>(columns_of(t, k) + j0 + v * W, s.contrasts.padded, &logit[0][v], &plain[0][v], &negative[0][v], &positive[0][v]);
     }
   }
 
@@ -76,16 +79,18 @@ template <class Mul> struct Observation {
   }
 
 private:
-  T *columns_of(int t, int k) const { return column_parts + (t * s.scales + k) * PARTS * s.contrasts.padded; }
-  T *rows_of(int t, int k) const { return s.self ? columns_of(t, k) : row_parts + k * PARTS * s.anchors.padded; }
+  T *columns_of(int t, int k) const { return column_parts + (t * s.scales + k) * kept * s.contrasts.padded; }
+  T *rows_of(int t, int k) const { return s.self ? columns_of(t, k) : row_parts + k * kept * s.anchors.padded; }
 
-  T *lanes_of(int t, int k) const { return lanes + (t * s.scales + k) * PARTS * ROWS * W; }
+  T *lanes_of(int t, int k) const { return lanes + (t * s.scales + k) * kept * ROWS * W; }
 
-  static void reset(T *parts, int64_t stride, Range places) {
-    for (int f = 0; f < PARTS; f++)
+  void reset(T *parts, int64_t stride, Range places) const {
+    for (int f = 0; f < kept; f++)
       for (int64_t i = places.from; i < places.to; i++) parts[f * stride + i] = f <= MOST_POSITIVE ? NO_MAXIMUM<T> : T(0);
   }
-  static void merge(T *to, int64_t stride, const T *from, int64_t from_stride) {
+  void merge(T *to, int64_t stride, const T *from, int64_t from_stride) const {
+    for (int f : {SUM_NEGATIVE, SUM_POSITIVE}) to[f * stride] += from[f * from_stride];
+    for (int f = PLAIN_NEGATIVE; f < kept; f++) to[f * stride] += from[f * from_stride];
     const T other = larger_or_nan(from[MOST_NEGATIVE * from_stride], from[MOST_POSITIVE * from_stride]);
     if (other == NO_MAXIMUM<T>) return; // nothing, as of most lanes that positives are looked for in
     const T before = larger_or_nan(to[MOST_NEGATIVE * stride], to[MOST_POSITIVE * stride]), most = larger_or_nan(before, other);
@@ -99,12 +104,11 @@ private:
     to[MASS * stride] = mass + other_mass;
     to[MOMENT * stride] = moment + other_moment;
     for (int f : {MOST_NEGATIVE, MOST_POSITIVE}) to[f * stride] = larger_or_nan(to[f * stride], from[f * from_stride]);
-    for (int f : {SUM_NEGATIVE, SUM_POSITIVE}) to[f * stride] += from[f * from_stride];
   }
 
   // COUNT logits to each lane.
   template <int COUNT, int STEP>
-  static FASTCL_INLINE void add_lanes(T *parts, int64_t stride, const V<T> *logit, const I<T> *negative, const I<T> *positive) {
+  FASTCL_INLINE void add_lanes(T *parts, int64_t stride, const V<T> *logit, const V<T> *plain, const I<T> *negative, const I<T> *positive) const {
     const V<T> least = all<T>(NO_MAXIMUM<T>);
     V<T> most_negative = load(parts + MOST_NEGATIVE * stride), most_positive = load(parts + MOST_POSITIVE * stride);
     const V<T> before = lanes_larger_or_nan<T>(most_negative, most_positive);
@@ -130,6 +134,14 @@ private:
     store(parts + SUM_POSITIVE * stride, sum_positive);
     store(parts + MASS * stride, mass);
     store(parts + MOMENT * stride, moment);
+    if (kept == PLAIN_NEGATIVE) return;
+    V<T> plain_negative = load(parts + PLAIN_NEGATIVE * stride), plain_positive = load(parts + PLAIN_POSITIVE * stride);
+    EACH(k, COUNT) {
+      plain_negative += keep<T>(negative[k * STEP], plain[k * STEP]);
+      plain_positive += keep<T>(positive[k * STEP], plain[k * STEP]);
+    }
+    store(parts + PLAIN_NEGATIVE * stride, plain_negative);
+    store(parts + PLAIN_POSITIVE * stride, plain_positive);
   }
 
   // `parts`: of so many threads, each of all scales.
@@ -139,7 +151,7 @@ private:
     for (int64_t i = mine.from; i < mine.to; i++) {
       T x[PARTS];
       reset(x, 1, {0, 1});
-      for (int thread = 0; thread < threads; thread++) merge(x, 1, parts + (thread * s.scales + k) * PARTS * side.padded + i, side.padded);
+      for (int thread = 0; thread < threads; thread++) merge(x, 1, parts + (thread * s.scales + k) * kept * side.padded + i, side.padded);
       const int64_t row = side.order[i];
       T *const seen = (T *)out.observed + k * side.size + row;
       const auto largest = [](T t) { return t == NO_MAXIMUM<T> ? -T(__builtin_inf()) : T(natural(t)); };
@@ -148,6 +160,8 @@ private:
       seen[MAX_NEG * field] = largest(x[MOST_NEGATIVE]);
       seen[ALL_POS * field] = T(LN2 * double(x[SUM_POSITIVE]));
       seen[ALL_NEG * field] = T(LN2 * double(x[SUM_NEGATIVE]));
+      seen[PLAIN_POS * field] = kept == PARTS ? T(LN2 * double(x[PLAIN_POSITIVE])) : seen[ALL_POS * field];
+      seen[PLAIN_NEG * field] = kept == PARTS ? T(LN2 * double(x[PLAIN_NEGATIVE])) : seen[ALL_NEG * field];
       const bool some = ((const T *)out.positives)[row] + ((const T *)out.negatives)[row] > 0;
       seen[LSE * field] = some ? T(natural(most) + double(log_of(x[MASS]))) : -T(__builtin_inf());
       seen[ENTROPY * field] = some ? T(double(log_of(x[MASS])) + LN2 * double(x[MOMENT] / x[MASS])) : T(0);

@@ -44,7 +44,8 @@ template <class T> struct SoftPass {
 
   // `exchanged`: contrasts are the rows here; the bias stays theirs.
   SoftPass(const Soft &call, const Arranged &at, Arena &arena, bool exchanged)
-      : call(call), p(logits_of(call, exchanged)), s(p, at, arena, false, call.backward && call.anchor_gradient),
+      : call(call), p(logits_of(call, exchanged)),
+        s(p, at, arena, false, call.backward && call.anchor_gradient, exchanged ? call.problem.contrast_bias : nullptr),
         w(weights_of(call), {{at.anchors.order, nullptr, nullptr, nullptr}, {at.contrasts.order, nullptr, nullptr, nullptr}}, arena, false, false),
         bias_of_rows(exchanged && call.problem.contrast_bias), row_bias(bias_of_rows ? arena.take<T>(s.anchors.padded) : nullptr),
         locals(arena.take<Local>(s.threads)) {
@@ -62,7 +63,8 @@ template <class T> struct SoftPass {
       if (arena.base) locals[t] = local;
     }
     for (int64_t i = 0; arena.base && row_bias && i < s.anchors.padded; i++)
-      row_bias[i] = i < s.anchors.size ? T(LOG2E * double(((const T *)call.problem.contrast_bias)[s.anchors.order[i]])) : T(0);
+      row_bias[i] =
+          i < s.anchors.size && !s.left_out(s.anchors, i) ? T(LOG2E * double(((const T *)call.problem.contrast_bias)[s.anchors.order[i]])) : T(0);
   }
 
   void run() const {
@@ -163,7 +165,7 @@ private:
           const I<T> there = lanes_from<T>(j0 + v * W) < all_int<T>(i < rows.to ? s.contrasts.size : 0);
           if (!s.self) outside += keep<T>(there & ~admissible[v], all<T>(1));
           q[v] = keep<T>(admissible[v], q[v]);
-          weighted = keep<T>(admissible[v], weighted);
+          weighted = keep<T>(q[v] != all<T>(0), weighted); // the logit may be -inf
           t[v] = where<T>(admissible[v], t[v], all<T>(NONE));
         }
         logits_sum += weighted;
@@ -206,7 +208,7 @@ private:
     ((T *)out.size)[i] = T(double(s.contrasts.size - s.self) - sums.inadmissible);
     ((T *)out.base)[i] = empty ? T(0) : sums.most;
     ((T *)out.total)[i] = T(sums.total);
-    if (out.inverse_norms) ((T *)out.inverse_norms)[i] = s.anchors.inverse_norms[place];
+    if (out.inverse_norms) ((T *)out.inverse_norms)[i] = s.whole_inverse_norm(s.anchors, place);
   }
 
   // Of a side without fields of its own: zeros.

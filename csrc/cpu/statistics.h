@@ -8,7 +8,7 @@ namespace {
 // What is summed for a row or column. Sums are of 2^(t - maximum), the logit t to base 2; the maxima are running ones
 // where the logits are wide, else 0.
 enum Sum : int { NEGATIVE, NEGATIVE_MAXIMUM, POSITIVE, POSITIVE_MAXIMUM, LOGITS, POSITIVES, INADMISSIBLE, SUMS };
-constexpr int64_t LEAN_SUMS = POSITIVE; // where there are neither clusters nor ids
+constexpr int64_t LEAN_SUMS = POSITIVE; // where there are neither clusters nor pairs that are not to meet
 
 template <class T> FASTCL_INLINE bool is_maximum(int f) { return f == NEGATIVE_MAXIMUM || f == POSITIVE_MAXIMUM; }
 
@@ -52,8 +52,9 @@ template <class Mul> struct StatisticsPass {
   const Observation<Mul> seen; // beside the sums, where somebody asks
 
   StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
-      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums), fields(p.anchor_clusters || p.anchor_ids ? int64_t(SUMS) : LEAN_SUMS),
-        weighting(call.weighted.sums), columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
+      : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums),
+        fields(p.anchor_clusters || p.anchor_ids || s.contrasts.leaves_out ? int64_t(SUMS) : LEAN_SUMS), weighting(call.weighted.sums),
+        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
         column_sums(columns ? arena.take<T>(s.threads * s.scales * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)),
         seen(s, call, columns, arena) {
     for (int t = 0; t < s.threads; t++) {
@@ -261,7 +262,7 @@ private:
           both(POSITIVE, keep<T>(masks.positive, power));
           both(LOGITS, keep<T>(masks.positive, t));
           both(POSITIVES, keep<T>(masks.positive, one));
-          if (s.anchors.id) both(INADMISSIBLE, keep<T>(equal_ids(i0 + r, j0 + v * W, to, masks.admissible), one));
+          if (s.excludes()) both(INADMISSIBLE, keep<T>(excluded(i0 + r, j0 + v * W, to, masks.admissible), one));
         }
         add_to(rows + r * W, x[0] + x[1]);
         if (marked) EACH(f, SUMS) if (f >= LEAN_SUMS && !is_maximum<T>(f)) add_to(rows + f * R + r * W, row_sums.of[f]);
@@ -292,7 +293,7 @@ private:
         positive[r][v] = masks.positive;
         negative[r][v] = masks.admissible & ~masks.positive;
         if (fields == LEAN_SUMS) continue;
-        const V<T> one = all<T>(1), outside = keep<T>(equal_ids(i0 + r, j0 + v * W, to, masks.admissible), one);
+        const V<T> one = all<T>(1), outside = keep<T>(excluded(i0 + r, j0 + v * W, to, masks.admissible), one);
         const V<T> logit = keep<T>(masks.positive, load(t[r][v])), count = keep<T>(masks.positive, one);
         add_to(rows + LOGITS * R + r * W, logit);
         add_to(rows + POSITIVES * R + r * W, count);
@@ -313,8 +314,8 @@ private:
     both(NEGATIVE, negative);
     if (fields > LEAN_SUMS) both(POSITIVE, positive);
   }
-  // Pairs of equal sample ids; self-contrast has none.
-  FASTCL_INLINE I<T> equal_ids(int64_t i, int64_t j, int64_t to, I<T> admissible) const {
+  // Pairs that are not to meet; self-contrast has none but the diagonal.
+  FASTCL_INLINE I<T> excluded(int64_t i, int64_t j, int64_t to, I<T> admissible) const {
     if (s.self) return all_int<T>(0);
     return (lanes_from<T>(j) < all_int<T>(i < to ? s.contrasts.size : 0)) & ~admissible;
   }
@@ -340,7 +341,7 @@ private:
       ((T *)out.negative_share)[row] = negative / (negative + positive);
       ((T *)out.negative_base)[row] = x[NEGATIVE_MAXIMUM];
       ((T *)out.positive_base)[row] = x[POSITIVE_MAXIMUM];
-      if (out.inverse_norms) ((T *)out.inverse_norms)[row] = side.inverse_norms[i];
+      if (out.inverse_norms) ((T *)out.inverse_norms)[row] = s.whole_inverse_norm(side, i);
     }
   }
   static void put(const Statistics &out, Field field, int64_t row, T sum, T maximum) {

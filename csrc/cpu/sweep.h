@@ -128,8 +128,11 @@ template <class Mul> struct Side {
   Rows rows;
   int64_t size, padded;                          // padded: a multiple of NR, with room for a register tile's overhang
   const int32_t *order, *cluster, *id, *matched; // null where there are none; cluster and id of the padding equal nothing
+  bool leaves_out;                               // some contrasts take no part, as their bias is -inf
+  const int32_t *present;                        // [padded]: 0 for these; null: there are none
   bool normalize;
-  T *inverse_norms; // 1 where rows are taken as they are; 0 in the padding
+  T *inverse_norms; // of packed rows; 1 where rows are taken as they are; 0 in the padding
+  T *powers;        // of two: what a normalised row was multiplied by when it was packed; 1 for nearly all. Null: none was
   Unit *columns;    // [padded / NR][units of D][NR]: places are the columns of a product; null: not needed
   Unit *depth;      // [D / NR, up][units of padded][NR]: places are what a product sums over; null: not needed
   int64_t depth_units() const { return (padded + Mul::PAIR - 1) / Mul::PAIR; }
@@ -142,7 +145,9 @@ template <class Mul> struct Sweep {
   static constexpr int64_t NR = NV * W;
   static constexpr int64_t A_CHUNK = (BLOCK + MR) * A_ROW; // one chunk of a block's rows, overhang included
 
-  static constexpr double LARGEST = sizeof(T) == 8 ? __DBL_MAX__ : double(__FLT_MAX__); // beyond it a squared norm is infinite
+  static constexpr double LARGEST = sizeof(T) == 8 ? __DBL_MAX__ : double(__FLT_MAX__);
+  // Norms up to which rows are packed as they are. Beyond, products and gradients of two such rows would leave T's range.
+  static constexpr double FAR = sizeof(T) == 8 ? 0x1p500 : 0x1p40;
 
   int64_t d, units, chunks; // of a row
   int threads, scales;
@@ -152,16 +157,18 @@ template <class Mul> struct Sweep {
   };
   Scale *scale;                 // [scales]
   Side<Mul> anchors, contrasts; // for self-contrast one and the same
-  T *bias;                      // [contrasts.padded], to base 2; null: none
+  T *bias;                      // [contrasts.padded], to base 2, 0 for contrasts that are left out; null: none
   T *largest;                   // [2][threads]: norm of each thread's anchors and contrasts as they enter the logits
   T *scratch;                   // [threads][W][scratch_row]: rows being converted
 
-  // With an arena that only counts, pointers are null and nothing is read or written.
-  Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts)
+  // With an arena that only counts, pointers are null and of a problem's arrays nothing but the bias is read.
+  // anchor_bias: of rows that are contrasts elsewhere; only tells which of them are left out.
+  Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts, const void *anchor_bias = nullptr)
       : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads), scales(p.scales),
         self(p.self_contrast()) {
-    anchors = side(p.anchors, at.anchors, p.normalize_anchors, -3, arena, self, sum_over_anchors || (self && sum_over_contrasts));
-    contrasts = self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, arena, true, sum_over_contrasts);
+    const bool both = sum_over_anchors || (self && sum_over_contrasts);
+    anchors = side(p.anchors, at.anchors, p.normalize_anchors, -3, anchor_bias, arena, self, both);
+    contrasts = self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, p.contrast_bias, arena, true, sum_over_contrasts);
     bias = p.contrast_bias ? arena.template take<T>(contrasts.padded) : nullptr;
     largest = arena.template take<T>(2 * threads);
     scratch = arena.template take<T>(threads * W * scratch_row());
@@ -173,7 +180,7 @@ template <class Mul> struct Sweep {
       scale[k] = {whole, __builtin_isfinite(whole) ? T(exact - double(whole)) : T(0)};
     }
     for (int64_t j = 0; bias && j < contrasts.padded; j++)
-      bias[j] = j < contrasts.size ? T(LOG2E * double(((const T *)p.contrast_bias)[contrasts.order[j]])) : T(0);
+      bias[j] = j < contrasts.size && !left_out(contrasts, j) ? T(LOG2E * double(((const T *)p.contrast_bias)[contrasts.order[j]])) : T(0);
   }
   int64_t scratch_row() const { return round_up(d, 16); }
   T *row_buffer(int t, int64_t l = 0) const { return scratch + (t * W + l) * scratch_row(); }
@@ -244,7 +251,7 @@ template <class Mul> struct Sweep {
   // Whether the register tile needs care: positives, inadmissible pairs, an edge, or a bias.
   FASTCL_INLINE bool mixed(int64_t i0, int64_t j0, int64_t to) const {
     const int64_t i1 = i0 + MR, j1 = j0 + NR;
-    if (i1 > to || j1 > contrasts.size || bias) return true;
+    if (i1 > to || j1 > contrasts.size || bias || anchors.present) return true;
     if (self && i0 < j1 && j0 < i1) return true;
     if (clustered(i0, i1, j0, j1)) return true;
     return anchors.matched && anchors.matched[i1] > anchors.matched[i0] && contrasts.matched[j1] > contrasts.matched[j0];
@@ -260,14 +267,19 @@ template <class Mul> struct Sweep {
     I<T> admissible = column < all_int<T>(i < to ? contrasts.size : 0);
     if (self) admissible &= upper ? column > row : column != row;
     if (anchors.id) admissible &= load_ids<T>(contrasts.id + j) != all_int<T>(anchors.id[i]);
+    if (contrasts.present) admissible &= load_ids<T>(contrasts.present + j) != all_int<T>(0);
+    if (left_out(anchors, i)) admissible = all_int<T>(0);
     I<T> positive = all_int<T>(0);
     if (anchors.cluster) positive = admissible & (load_ids<T>(contrasts.cluster + j) == all_int<T>(anchors.cluster[i]));
     return {admissible, positive};
   }
 
-  // Whether row i may have positives or, by ids, inadmissible pairs among the W columns from j on.
+  static FASTCL_INLINE bool left_out(const Side<Mul> &side, int64_t i) { return side.present && !side.present[i]; }
+  // Whether pairs of places that are there may be inadmissible. Self-contrast has none but the diagonal.
+  FASTCL_INLINE bool excludes() const { return anchors.id || contrasts.present; }
+  // Whether row i may have positives or such pairs among the W columns from j on.
   FASTCL_INLINE bool marked(int64_t i, int64_t j) const {
-    if (anchors.id) return true;
+    if (excludes()) return true;
     const int64_t end = smaller(j + W, contrasts.size);
     return j < end && clustered(i, i + 1, j, end);
   }
@@ -314,17 +326,35 @@ template <class Mul> struct Sweep {
       }
   }
 
-  // Row i's norm into inverse_norms; `most` becomes the largest norm as it enters the logits, or a NaN. Returns the row.
+  // Row i's inverse norm and power; `most` becomes the largest norm as it enters the logits, or a NaN. Returns the row.
   const Unit *measured(const Side<Mul> &s, int64_t i, T *buffer, T &most) const {
     const bool direct = lies_so(s);
     const T *x = direct ? (const T *)s.rows.data + s.order[i] * s.rows.row_stride : buffer;
     if (!direct) read_row(s.rows, s.order[i], d, buffer);
     // in double: an error of the norm would be one of all the row's logits
-    const double norm = __builtin_sqrt(dot<double>(x, x, d));
-    const T a = !s.normalize ? T(1) : norm == 0 || norm * norm > LARGEST ? T(0) : T(1 / larger(norm, NORM_FLOOR));
+    double norm = __builtin_sqrt(dot<double>(x, x, d));
+    T a = 1, power = 1;
+    if (s.normalize) {
+      if (!(norm > 0 && norm <= FAR)) norm = far_norm(x, buffer, norm, power);
+      a = norm == 0 || norm > FAR ? T(0) : T(1 / larger(norm, NORM_FLOOR));
+      s.powers[i] = power;
+    }
     most = larger_or_nan(most, T(norm) * a);
     s.inverse_norms[i] = a;
     return read(s, i, buffer);
+  }
+  // The norm of a row beyond FAR, times the power of two that brings it near 1, or of one whose squares underflow.
+  FASTCL_NOINLINE double far_norm(const T *x, T *buffer, double norm, T &power) const {
+    double most = 0;
+    for (int64_t k = 0; k < d; k++) most = larger(most, __builtin_fabs(double(x[k])));
+    if (norm != norm || !(most <= __DBL_MAX__)) return norm;
+    if (norm <= FAR) return most;                              // whatever it is exactly, it lies below the floor
+    power = T(__builtin_ldexp(1, -__builtin_ilogb(most) + 1)); // no subnormal number
+    for (int64_t k = 0; k < d; k++) buffer[k] = x[k] * power;
+    return __builtin_sqrt(dot<double>(buffer, buffer, d));
+  }
+  T whole_inverse_norm(const Side<Mul> &s, int64_t i) const { // of the row as it came
+    return s.normalize && !left_out(s, i) ? s.inverse_norms[i] * s.powers[i] : s.inverse_norms[i];
   }
 
   // From the gradient of a_i x_i to that of x_i, g - x <x, g> / <x, x>, times a factor.
@@ -334,7 +364,10 @@ template <class Mul> struct Sweep {
     T along = 0;
     const T a = side.inverse_norms[i];
     if (side.normalize && a != 0 && a < T(1 / NORM_FLOOR)) { // below the floor nothing is projected: x / floor is linear
+      const T power = side.powers[i];
       read_row(side.rows, row, d, x);
+      for (int64_t k = 0; power != 1 && k < d; k++) x[k] *= power;
+      factor *= power;
       along = dot<T>(x, g, d) / dot<T>(x, x, d);
       for (int64_t k = 0; k < d; k++) g[k] = factor * (g[k] - along * x[k]);
     } else
@@ -342,7 +375,7 @@ template <class Mul> struct Sweep {
   }
 
 private:
-  Side<Mul> side(const Rows &rows, const Places &at, bool normalize, int32_t none, Arena &arena, bool columns, bool depth) const {
+  Side<Mul> side(const Rows &rows, const Places &at, bool normalize, int32_t none, const void *bias, Arena &arena, bool columns, bool depth) const {
     Side<Mul> s{};
     s.rows = rows;
     s.size = rows.size;
@@ -351,8 +384,12 @@ private:
     s.order = at.order;
     s.matched = at.matched;
     s.inverse_norms = arena.take<T>(s.padded);
+    s.powers = normalize ? arena.take<T>(s.padded) : nullptr;
     s.cluster = ids(at.cluster, s, none, arena);
     s.id = ids(at.id, s, none, arena);
+    s.leaves_out = false;
+    for (int64_t i = 0; bias && i < s.size; i++) s.leaves_out |= is_left_out(bias, i);
+    s.present = s.leaves_out ? present(bias, s, arena) : nullptr;
     s.columns = columns ? arena.take<Unit>(s.padded * units + 1024) : nullptr; // prefetches look beyond the end
     s.depth = depth ? arena.take<Unit>(round_up(d, NR) * s.depth_units() + 1024) : nullptr;
     return s;
@@ -366,8 +403,16 @@ private:
     return to;
   }
 
+  static bool is_left_out(const void *bias, int64_t row) { return ((const T *)bias)[row] == -T(__builtin_inf()); }
+  static const int32_t *present(const void *bias, const Side<Mul> &s, Arena &arena) {
+    int32_t *to = arena.take<int32_t>(s.padded);
+    for (int64_t i = 0; arena.base && i < s.padded; i++) to[i] = i >= s.size || !is_left_out(bias, s.order[i]);
+    return to;
+  }
+
   // A row as units, in place where it lies so, else in the buffer.
   const Unit *read(const Side<Mul> &s, int64_t i, Unit *buffer) const {
+    if (left_out(s, i)) return zeros(buffer); // whatever the row holds
     const Rows &rows = s.rows;
     const int64_t row = s.order[i];
     if constexpr (Mul::PAIR == 2) {
@@ -377,12 +422,21 @@ private:
       else
         for (int64_t k = 0; k < d; k++) out[k] = in[k * rows.column_stride];
       if (d & 1) out[d] = 0;
+      if (const T power = power_of(s, i); power != 1)
+        for (int64_t k = 0; k < d; k++) { // exact, unless the number becomes subnormal and does not matter
+          const T scaled = widened<T>(out[k], true) * power;
+          uint32_t word;
+          memcpy(&word, &scaled, 4);
+          out[k] = uint16_t(word >> 16);
+        }
       if (vanishes(s, i)) // finite numbers become 0, others a NaN
         for (int64_t k = 0; k < d; k++) out[k] = (out[k] & 0x7f80) == 0x7f80 ? 0x7fc0 : 0;
       return buffer;
     } else {
-      if (lies_so(s) && !vanishes(s, i)) return (const T *)rows.data + row * rows.row_stride;
+      const T power = power_of(s, i);
+      if (lies_so(s) && !vanishes(s, i) && power == 1) return (const T *)rows.data + row * rows.row_stride;
       read_row(rows, row, d, buffer);
+      for (int64_t k = 0; power != 1 && k < d; k++) buffer[k] *= power;
       if (vanishes(s, i)) // finite numbers become 0, others a NaN
         for (int64_t k = 0; k < d; k++) buffer[k] *= T(0);
       return buffer;
@@ -393,13 +447,18 @@ private:
   }
   static bool vanishes(const Side<Mul> &s, int64_t i) { return s.normalize && s.inverse_norms[i] == 0; }
 
+  static T power_of(const Side<Mul> &s, int64_t i) { return s.normalize ? s.powers[i] : T(1); }
+
   // W rows at a time. Returns the largest norm, or a NaN.
   T pack_side(const Side<Mul> &s, int t) const {
     const Range mine = share(s.padded, threads, t, NR);
     T most = 0;
     for (int64_t i = mine.from; i < mine.to; i += W) {
       const Unit *rows[W];
-      for (int64_t l = 0; l < W; l++) rows[l] = i + l < s.size ? measured(s, i + l, row_buffer(t, l), most) : nothing(s, i + l, row_buffer(t, l));
+      for (int64_t l = 0; l < W; l++) {
+        const bool there = i + l < s.size && !left_out(s, i + l);
+        rows[l] = there ? measured(s, i + l, row_buffer(t, l), most) : nothing(s, i + l, row_buffer(t, l));
+      }
       if (s.columns) pack_columns(s, i, rows);
       for (int64_t l = 0; s.depth && l < W; l++) pack_depth(s, i + l, rows[l]);
     }
@@ -407,8 +466,11 @@ private:
   }
   const Unit *nothing(const Side<Mul> &s, int64_t i, T *buffer) const {
     s.inverse_norms[i] = 0;
-    memset(buffer, 0, scratch_row() * sizeof(T));
-    return (const Unit *)buffer;
+    return zeros((Unit *)buffer);
+  }
+  const Unit *zeros(Unit *buffer) const {
+    memset((void *)buffer, 0, scratch_row() * sizeof(T));
+    return buffer;
   }
   void pack_columns(const Side<Mul> &s, int64_t i, const Unit *const (&rows)[W]) const { // transposed in registers
     Unit *out = s.columns + i / NR * NR * units + i % NR;

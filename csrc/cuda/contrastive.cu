@@ -27,6 +27,7 @@ void arrange(const Contrast &p, const RowSet &set, const Where &where) {
   call.row_names = set.names ? set.row_names : nullptr;
   call.bias = set.bias;
   call.row_bias = set.bias ? set.row_bias : nullptr;
+  call.leave_out = set.bias && set.leave_out;
   launch("rows", rows_kernel, {blocks_of(set.source.size, ROW_WARPS), 32 * ROW_WARPS}, where, call);
 }
 

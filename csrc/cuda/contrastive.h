@@ -13,6 +13,7 @@ struct RowSet {
   const int *start, *end; // [n], sorted: the other set's rows of the row's cluster; null: there are no positives
   const int *names;       // [n], of the caller's rows: equal and not 0 for pairs that are inadmissible; or null
   const float *bias;      // [n], of the caller's rows, or null
+  bool leave_out;         // rows whose bias is -inf become zeros, whatever they hold
   void *rows;             // [n, width], 16 bytes aligned
   bool arranged;          // `rows` are the source itself
   float *norms;           // [n], in the caller's order; null: not wanted

@@ -235,7 +235,7 @@ template <class Element> class GradientBlock {
           const float bias = p_.row_bias ? row_bias : one_of(p_.column_bias, j, is_column, 0.0f);
           const float c = one_of(p_.c, j, is_column, 1.0f);
           const float similarity = similarity_of(dots_.of(r, f, e), a_[r], c), t = logit_of(similarity, scale_, p_, bias);
-          const bool member = is_row && admissible(i, j, p_.m, p_.self, name, column_name);
+          const bool member = is_row && !is_left_out(bias) && admissible(i, j, p_.m, p_.self, name, column_name);
           const bool pair = member && in_range(j, start, end);
           g[e] = member ? share(p_.side, side_stride(p_.n), i, is_row, t, pair) + share(p_.other, side_stride(p_.m), j, is_column, t, pair) : 0.0f;
           if (member) similarity_sums_[r] += g[e] * similarity; // what is no member may be infinite

@@ -20,6 +20,8 @@ constexpr int ROW_WARPS = 8;      // rows of a block, a warp each
 constexpr float NORM_FLOOR = 1e-12f, LARGEST_INVERSE = 1.0f / NORM_FLOOR;
 // G is lifted until its largest number lies near 2^LARGEST: float16 ends at 2^16, and would flush a share of 1 / N^2.
 constexpr float LARGEST = 11;
+// Norms beyond which rows are stored near 1, by powers of two: products and gradients of two such rows leave the range.
+constexpr float FAR = 1099511627776.0f; // 2^40
 
 __device__ inline float load_as(const void *values, Dtype dtype, int64_t place) {
   if (dtype == Dtype::bfloat16) return to_float(static_cast<const Bfloat16 *>(values)[place]);
@@ -34,9 +36,10 @@ __device__ inline void store_as(void *values, Dtype dtype, int64_t place, float 
 // Of `source` [n, d], in `order`: rows [n, width], zeros behind; and of each row, where there is such a pointer,
 //     norms      1 / max(|x|, NORM_FLOOR), in the caller's order; 0 for a row of zeros
 //     row_norms  the same for the row as it is stored in `rows`; 1 for rows that are taken as they are
-//     row_names, row_bias  the caller's names, and its bias times log2(e)
+//     row_names, row_bias  the caller's names, and its bias times log2(e), of -inf LEFT_OUT
 //
-// scaled: rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size: that
+// Normalised rows whose norm exceeds FAR are stored with norms near 1, multiplied by powers of two.
+// scaled: all rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size: that
 // of a tiny row would take the numbers that others' products are made of below the range of float16. The power is exact
 // but for numbers that it takes below 2^-14, which lose less than 2^-24 of the row's norm.
 struct ArrangeRows {
@@ -51,6 +54,7 @@ struct ArrangeRows {
   int *row_names;
   const float *bias;
   float *row_bias;
+  bool leave_out; // rows whose bias is -inf are read as zeros
 };
 
 __global__ void __launch_bounds__(32 * ROW_WARPS) rows_kernel(const __grid_constant__ ArrangeRows p) {
@@ -58,27 +62,53 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) rows_kernel(const __grid_const
   const int64_t i = int64_t(blockIdx.x) * ROW_WARPS + threadIdx.x / 32;
   if (i >= p.source.size) return; // the whole warp
   const int64_t row = p.order ? p.order[i] : i, begin = row * p.source.row_stride;
-  float inverse = 1, factor = 1;
+  const int size = p.leave_out && p.bias[row] == -infinity() ? 0 : p.d; // that are read
+  float inverse = 1, factor = 1, row_inverse = 1;
   if (p.normalize) {
     float squares = 0;
-    for (int d = lane; d < p.d; d += 32) {
+    for (int d = lane; d < size; d += 32) {
       const float x = load_as(p.source.data, p.source.dtype, begin + d * p.source.column_stride);
       squares += x * x;
     }
     const float norm = __fsqrt_rn(warp_sum(squares));
-    inverse = norm == 0 ? 0.0f : __fdiv_rn(1.0f, norm < NORM_FLOOR ? NORM_FLOOR : norm);
-    if (p.scaled && inverse > 0 && inverse < infinity()) factor = __int_as_float(__float_as_int(inverse) & 0x7F800000);
+    inverse = row_inverse = norm == 0 ? 0.0f : __fdiv_rn(1.0f, norm < NORM_FLOOR ? NORM_FLOOR : norm);
+    if (norm == 0 || norm > FAR) { // hardly ever
+      float largest = 0;
+      for (int d = lane; d < size; d += 32)
+        largest = fmaxf(largest, fabsf(load_as(p.source.data, p.source.dtype, begin + d * p.source.column_stride)));
+      largest = warp_max(largest);
+      if (norm == 0) {
+        if (largest > 0) inverse = row_inverse = LARGEST_INVERSE; // the squares underflow
+      } else {
+        const int exponent = 253 - (__float_as_int(largest) >> 23);
+        factor = __int_as_float((exponent < 1 ? 1 : exponent) << 23);
+        squares = 0;
+        for (int d = lane; d < size; d += 32) {
+          const float x = load_as(p.source.data, p.source.dtype, begin + d * p.source.column_stride) * factor;
+          squares += x * x;
+        }
+        row_inverse = __fdiv_rn(1.0f, __fsqrt_rn(warp_sum(squares)));
+        inverse = row_inverse * factor;
+      }
+    }
+    if (p.scaled && inverse > 0 && inverse < infinity()) {
+      factor = __int_as_float(__float_as_int(inverse) & 0x7F800000);
+      row_inverse = inverse / factor;
+    }
   }
   if (p.rows)
     for (int d = lane; d < p.width; d += 32) {
-      const float x = d < p.d ? load_as(p.source.data, p.source.dtype, begin + d * p.source.column_stride) * factor : 0.0f;
+      const float x = d < size ? load_as(p.source.data, p.source.dtype, begin + d * p.source.column_stride) * factor : 0.0f;
       store_as(p.rows, p.dtype, i * p.width + d, x);
     }
   if (lane != 0) return;
   if (p.norms) p.norms[row] = inverse;
-  if (p.row_norms) p.row_norms[i] = inverse / factor;
+  if (p.row_norms) p.row_norms[i] = row_inverse;
   if (p.row_names) p.row_names[i] = p.names[row];
-  if (p.row_bias) p.row_bias[i] = p.bias[row] * LOG2E;
+  if (p.row_bias) {
+    const float bias = p.bias[row];
+    p.row_bias[i] = bias == -infinity() ? LEFT_OUT : bias == infinity() ? bias - bias : bias * LOG2E;
+  }
 }
 
 // The bases and sums of the columns of a sweep, in the caller's order, from its lines.

@@ -132,8 +132,9 @@ protected:
           const float bias = p_.row_bias ? row_bias : one_of(p_.column_bias, j, is_column, 0.0f);
           float &t = dots_.of(r, f, e);
           t = logit_of(similarity_of(t, a_[r], one_of(p_.c, j, is_column, 1.0f)), scale_, p_, bias);
-          const bool member = is_row && admissible(i, j, p_.m, p_.self, name, column_name);
-          inadmissible += is_column && name != 0 && name == column_name;
+          const bool left_out = is_left_out(bias);
+          const bool member = is_row && !left_out && admissible(i, j, p_.m, p_.self, name, column_name);
+          inadmissible += is_column && (left_out || (name != 0 && name == column_name));
           if (member && in_range(j, start, end)) {
             pairs |= 1u << (2 * f + e);
             positive_top = fmaxf(positive_top, t);

@@ -19,7 +19,7 @@ struct Sweep {
   const void *x, *y;                   // [n, width], [m, width], padded with zeros
   int n, m, width;                     // of bytes
   const float *a, *c;                  // [n], [m]: inverse norms; null: 1
-  const float *row_bias, *column_bias; // at most one of them, times log2(e)
+  const float *row_bias, *column_bias; // at most one of them, times log2(e), or LEFT_OUT
   const int *start, *end;              // [n]: row i's positives are the columns [start_i, end_i); both grow
   const int *row_names, *column_names; // equal names but 0 make a pair inadmissible
   const int64_t *order;                // [n]: the caller's places of rows

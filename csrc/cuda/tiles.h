@@ -49,6 +49,9 @@ __host__ __device__ inline Walk walk(int low, int high, int columns, int width) 
 __host__ __device__ inline bool admissible(int i, int j, int columns, bool self, int row_name, int column_name) {
   return j < columns && !(self && i == j) && !(row_name != 0 && row_name == column_name);
 }
+// The bias of a contrast that is left out. A finite one may be -inf once it is multiplied by log2(e).
+constexpr float LEFT_OUT = __builtin_huge_valf();
+__host__ __device__ inline bool is_left_out(float bias) { return bias == LEFT_OUT; }
 __host__ __device__ inline bool in_range(int j, int start, int end) { return unsigned(j - start) < unsigned(end - start); }
 
 // Where numbers lie. Rows are cut into slices of 128 bytes, which lie in shared memory row by row; the 8 chunks of 16

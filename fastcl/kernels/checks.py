@@ -118,6 +118,17 @@ def check_vector(name: str, value: Any, length: int, device: torch.device) -> No
     check_device(name, value, device)
 
 
+def check_bias(value: Any, length: int, device: torch.device) -> None:
+    """The contrasts' bias: a floating tensor [length], of finite numbers and -inf where looking at them is free."""
+    check_vector("contrast_bias", value, length, device)
+    if length and values_visible(value):
+        most = float(value.detach().amax())  # a NaN if there is one
+        if not most <= LARGEST:
+            raise ValueError(
+                f"contrast_bias: expected numbers in the range of float32, or -inf to leave a contrast out, got {most}"
+            )
+
+
 def check_assignments(
     name: str, value: Any, rows: tuple[int, ...], device: torch.device, like: Tensor | None = None
 ) -> None:

@@ -36,7 +36,7 @@ class _Tile(NamedTuple):
     rows: slice
     similarity: Tensor  # [B, M]
     logits: Tensor  # [S, B, M], -inf where inadmissible
-    inadmissible: Tensor | None  # [B, M]; None: nothing, or the diagonal alone
+    inadmissible: Tensor | None  # [B, M], but for the diagonal; None: nothing, or the diagonal alone
     positive: Tensor | None  # [B, M], bool, or the weights of assignments; None: there are no positives
 
 
@@ -116,13 +116,16 @@ def _rows(p: Problem, saved: Statistics | None = None) -> tuple[Tensor, Tensor, 
     x, a = prepare(p.anchors, p.normalize_anchors, saved and saved.anchor_inverse_norms)
     if p.contrasts is None:
         return x, x, a, x.new_empty(0)
-    y, c = prepare(p.contrasts, p.normalize_contrasts, saved and saved.contrast_inverse_norms)
+    contrasts = p.contrasts
+    if (left_out := p.left_out) is not None:
+        contrasts = contrasts.masked_fill(left_out[:, None], 0)  # whatever these rows hold, NaN too, reaches no product
+    y, c = prepare(contrasts, p.normalize_contrasts, saved and saved.contrast_inverse_norms)
     return x, y, a, c
 
 
 def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
     _, n, _ = p.sizes
-    step = block_rows(p)
+    step, left_out = block_rows(p), p.left_out
     other_clusters = p.anchor_clusters if p.contrasts is None else p.contrast_clusters
     own = None if p.anchor_assignments is None else p.anchor_assignments.to(p.dtype)
     others = own if p.contrast_assignments is None else p.contrast_assignments.to(p.dtype)
@@ -136,8 +139,11 @@ def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
         if own is not None and others is not None:
             positive = pair_weights(own[rows], others)
         inadmissible = _equal(p.anchor_ids, p.contrast_ids, rows)
+        if left_out is not None:
+            everywhere = left_out.repeat(len(similarity), 1)
+            inadmissible = everywhere if inadmissible is None else inadmissible | everywhere
         if p.contrasts is None:
-            for matrix, value in ((logits, -torch.inf), (positive, False)):
+            for matrix, value in ((logits, -torch.inf), (positive, False), (inadmissible, False)):
                 if matrix is not None:
                     matrix.diagonal(offset=start, dim1=-2, dim2=-1).fill_(value)
         if inadmissible is not None:
@@ -189,7 +195,8 @@ class _Accumulator:
             self.sums[k, :, where] = rescaled + (members - finite.unsqueeze(self.dim)).exp_().sum(self.dim)
             self.shifts[k, :, where] = shift
         if self.observed is not None:
-            self.observed[..., where] = merge(self.observed[..., where], _observed(self.p, tile, self.dim))
+            found = _observed(self.p, tile, self.dim)
+            self.observed[..., where] = merge(self.observed[..., where], found)
         if tile.inadmissible is not None:
             self.inadmissible[where] += tile.inadmissible.sum(self.dim)
         if tile.positive is not None:
@@ -212,16 +219,17 @@ class _Accumulator:
 
 
 def _observed(p: Problem, tile: _Tile, dim: int) -> Tensor:
-    """[8, S, B or M]: what a tile adds to its rows (dim -1) or columns."""
+    """[10, S, B or M]: what a tile adds to its rows (dim -1) or columns."""
     out = tile.inadmissible
     admissible = torch.ones_like(tile.similarity, dtype=torch.bool) if out is None else ~out
     if p.contrasts is None:
         admissible.diagonal(offset=tile.rows.start).fill_(False)
     positive = torch.zeros_like(admissible) if tile.positive is None else tile.positive
     negative = admissible & ~positive
+    plain = None if p.contrast_bias is None else tile.similarity * p.logit_scale[:, None, None]
     if dim == -1:
-        return observe(tile.logits, positive, negative)
-    return observe(tile.logits.mT, positive.T, negative.T)
+        return observe(tile.logits, positive, negative, plain)
+    return observe(tile.logits.mT, positive.T, negative.T, None if plain is None else plain.mT)
 
 
 class _SideGradient(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kept import Layout, by_name, layout_size, sums_are_kept
-from .problem import FIELDS, Problem
+from .problem import FIELDS, Problem, largest_bias
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
 STEP = 32  # bytes: rows are padded to multiples of it
@@ -147,14 +147,16 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
         names: Tensor | None,
         bias: Tensor | None,
         norms: Tensor | None,
+        leave_out: bool = False,
     ) -> tuple[int, ...]:
         if source is None:
-            return (0,) * 17
+            return (0,) * 18
         n = len(source)
         source = source.detach().resolve_neg()
         order, ranges = parts.get(prefix + "order"), parts.get(prefix + "range")
         as_it_is = order is None and width == d and source.dtype == dtype and source.is_contiguous()
-        as_it_is = as_it_is and source.data_ptr() % 16 == 0 and not (normalize and dtype == torch.float16)
+        # A normalised row out of range is multiplied by a power of two, one that is left out becomes zeros.
+        as_it_is = as_it_is and source.data_ptr() % 16 == 0 and not (leave_out or normalize)
 
         def new(there: bool, of: torch.dtype = torch.float32) -> Tensor | None:
             return torch.empty(n, dtype=of, device=p.device) if there else None
@@ -166,7 +168,8 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
         return (
             *(DTYPES[source.dtype], source.data_ptr(), n, *source.stride(), normalize, address(order)),
             *((0, 0) if ranges is None else (address(ranges[0]), address(ranges[1]))),
-            *(address(names), address(bias), address(arranged), as_it_is, address(norms), *map(address, place)),
+            *(address(names), address(bias), leave_out, address(arranged), as_it_is, address(norms)),
+            *map(address, place),
         )
 
     names, others = parts.get("names"), parts.get("contrast_names")
@@ -176,7 +179,8 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
     if folded:
         contrasts = rows(p.anchors, p.normalize_anchors, "", others, p.contrast_bias, None)
     else:
-        contrasts = rows(p.contrasts, p.normalize_contrasts, "contrast_", others, p.contrast_bias, c)
+        leave_out = p.contrast_bias is not None  # rows whose bias is -inf become zeros, as they are no anchors too
+        contrasts = rows(p.contrasts, p.normalize_contrasts, "contrast_", others, p.contrast_bias, c, leave_out)
     scale = p.logit_scale.detach().resolve_neg().contiguous()
     longest, largest_bias = _bounds(p)
     memory.extend((scale, longest, largest_bias))
@@ -205,7 +209,7 @@ def _bounds(p: Problem) -> tuple[Tensor | None, Tensor | None]:
         product = other if product is None else product if other is None else product * other
     elif product is not None:
         product = product * product
-    return product, None if p.contrast_bias is None else p.contrast_bias.abs().amax().reshape(1)
+    return product, None if p.contrast_bias is None else largest_bias(p.contrast_bias)
 
 
 def wanted(want: Sequence[str]) -> tuple[int, ...]:

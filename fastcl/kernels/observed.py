@@ -1,11 +1,12 @@
 """Detached statistics of each row, for people to look at, out of the sweep that makes the others.
 
-A backend that is asked to `observe` leaves in `Side.observed` [8, S, N], in this order:
+A backend that is asked to `observe` leaves in `Side.observed` [10, S, N], in this order:
 
     max_pos, max_neg   largest logit over P_i and over N_i; -inf where the set is empty
     sum_pos, sum_neg   sums of the logits
     lse, entropy       log-sum-exp over A_i, and the entropy of that softmax, in nats; -inf and 0 where A_i is empty
     num_pos, num_neg
+    plain_pos, plain_neg   sums of the logits without their bias: taken off a sum, a large bias would leave nothing
 
 Two disjoint parts of a row are merged without the logits: entropies by the grouping property, in which nothing cancels.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NAMES = ("max_pos", "max_neg", "sum_pos", "sum_neg", "lse", "entropy", "num_pos", "num_neg")
+NAMES = ("max_pos", "max_neg", "sum_pos", "sum_neg", "lse", "entropy", "num_pos", "num_neg", "plain_pos", "plain_neg")
 FIELDS = ("max_pos", "max_neg", "sum_neg", "entropy")  # what `contrastive_stats` offers of them
 
 
@@ -24,8 +25,8 @@ def field(observed: Tensor, name: str) -> Tensor:
     return observed[NAMES.index(name)]
 
 
-def observe(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """[8, S, N] of logits [S, N, M], and of the masks [N, M] of P and N."""
+def observe(logits: Tensor, positive: Tensor, negative: Tensor, plain: Tensor | None = None) -> Tensor:
+    """[10, S, N] of logits [S, N, M], of the masks [N, M] of P and N, and of the logits without their bias, if any."""
     (max_pos, sum_pos, num_pos), (max_neg, sum_neg, num_neg) = (
         (_largest(logits.masked_fill(~members, -torch.inf)), torch.where(members, logits, 0).sum(-1), members.sum(-1))
         for members in (positive, negative)
@@ -39,7 +40,9 @@ def observe(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     counts = [count.to(logits.dtype).expand_as(total) for count in (num_pos, num_neg)]
     entropy = torch.where(counts[0] + counts[1] > 0, entropy, 0)
     fields = max_pos, max_neg, sum_pos, sum_neg, shift + total.log(), entropy, *counts
-    return torch.stack(fields)
+    if plain is None:
+        return torch.stack((*fields, sum_pos, sum_neg))
+    return torch.stack((*fields, *(torch.where(members, plain, 0).sum(-1) for members in (positive, negative))))
 
 
 def _largest(members: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ def _largest(members: Tensor) -> Tensor:
 
 
 def nothing(like: Tensor, s: int, n: int) -> Tensor:
-    """[8, S, N] of rows that have met nobody."""
+    """[10, S, N] of rows that have met nobody."""
     observed = like.new_zeros(len(NAMES), s, n)
     for name in ("max_pos", "max_neg", "lse"):
         field(observed, name).fill_(-torch.inf)
@@ -55,16 +58,16 @@ def nothing(like: Tensor, s: int, n: int) -> Tensor:
 
 
 def one_positive(logits: Tensor) -> Tensor:
-    """[8, S, N] of rows that have met one positive each, of logits [S, N]."""
+    """[10, S, N] of rows that have met one positive each, of logits [S, N] without a bias."""
     observed = nothing(logits, *logits.shape)
-    for name in ("max_pos", "sum_pos", "lse"):
+    for name in ("max_pos", "sum_pos", "lse", "plain_pos"):
         field(observed, name).copy_(logits)
     field(observed, "num_pos").fill_(1)
     return observed
 
 
 def merge(one: Tensor, other: Tensor) -> Tensor:
-    """[8, S, N] of the union of disjoint parts."""
+    """[10, S, N] of the union of disjoint parts."""
     lse = torch.logaddexp(field(one, "lse"), field(other, "lse"))
 
     def share(part: Tensor) -> Tensor:
@@ -89,5 +92,7 @@ def merge(one: Tensor, other: Tensor) -> Tensor:
             share(one) + share(other),
             added("num_pos"),
             added("num_neg"),
+            added("plain_pos"),
+            added("plain_neg"),
         )
     )

@@ -176,7 +176,7 @@ def as_outputs(found: Statistics) -> tuple[Tensor, ...]:
 
 
 def observed_by(problem: Problem, found: Statistics) -> Tensor:
-    """`Side.observed` of the anchors [8, S, N]; with `both`, of the contrasts behind them: [8, S, N + M]. Or empty."""
+    """`Side.observed` of the anchors [10, S, N]; with `both`, the contrasts' behind it: [10, S, N + M]. Or empty."""
     sides = [side.observed for side in (found.anchors, found.contrasts) if side.observed is not None]
     if not sides:
         return problem.logit_scale.new_empty(0)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import values_visible
+
 FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
 NORM_FLOOR = 1e-12
 LARGEST_INVERSE = {  # rounded as in `inverse_norms`
@@ -29,7 +31,7 @@ class Problem:
     anchor_clusters: Tensor | None  # [N]; None: there are no positives
     contrast_clusters: Tensor | None  # [M]; None for self-contrast
     logit_scale: Tensor  # [S], of `dtype`
-    contrast_bias: Tensor | None  # [M], of `dtype`
+    contrast_bias: Tensor | None  # [M], of `dtype`; -inf leaves a contrast out of every set (`left_out`)
     anchor_ids: Tensor | None  # [N]; equal ids make a pair inadmissible
     contrast_ids: Tensor | None  # [M]
     normalize_anchors: bool
@@ -60,6 +62,14 @@ class Problem:
         return self.logit_scale.shape[0], self.anchors.shape[0], contrasts.shape[0]
 
     @property
+    def left_out(self) -> Tensor | None:
+        """Bool [M]: the contrasts that a bias of -inf leaves out of every set; None: there is none."""
+        if self.contrast_bias is None:
+            return None
+        left_out = self.contrast_bias == -torch.inf
+        return left_out if self.device.type != "cpu" or bool(left_out.any()) else None  # waits for no device
+
+    @property
     def log_sums(self) -> tuple[str, ...]:
         """The wanted fields that are log-sum-exps."""
         return tuple(field for field in self.want if field != "sum_pos")
@@ -73,7 +83,7 @@ class Side(NamedTuple):
     # [2, L, S, N]: for each wanted log-sum-exp a shift and the sum of exp(s_ij - shift). The backward needs them
     # apart: their log-sum rounds at the size of the logits, the quotient exp(s_ij - shift) / sum does not.
     parts: Tensor
-    observed: Tensor | None = None  # [8, S, N]: see `observed`; None: not asked for
+    observed: Tensor | None = None  # [10, S, N]: see `observed`; None: not asked for
 
 
 def empty_side(p: Problem) -> Side:
@@ -128,7 +138,23 @@ def inverse_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
     inverse: Tensor = norms.clamp(min=NORM_FLOOR).reciprocal_()
-    return inverse.masked_fill_(norms == 0, 0)
+    inverse.masked_fill_(norms == 0, 0)
+    if values_visible(inverse) and int(inverse.count_nonzero()) == len(inverse):
+        return inverse
+    # 0: a row of zeros, or one whose squares leave the dtype's range.
+    powers = powers_of_two(rows.detach())
+    scaled = torch.linalg.vector_norm(rows * powers[:, None], dim=1, dtype=dtype)
+    mended = (powers.to(inverse.dtype) / scaled).clamp(max=LARGEST_INVERSE[inverse.dtype]).masked_fill_(scaled == 0, 0)
+    return torch.where(inverse == 0, mended, inverse)
+
+
+def powers_of_two(rows: Tensor) -> Tensor:
+    """Of rows [N, D], [N]: what brings their largest numbers near 1, exactly, so that their squares are in range."""
+    largest = rows.abs().amax(1)
+    _, exponent = torch.frexp(largest.double())
+    tiny = torch.finfo(largest.dtype).tiny  # its inverse is a number
+    powers = torch.ldexp(torch.ones_like(largest, dtype=torch.float64), 1 - exponent).clamp(tiny, 1 / tiny)
+    return powers.to(largest.dtype)
 
 
 def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> Tensor:
@@ -140,6 +166,11 @@ def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> 
     linear = (inverse_norms == 0) | (inverse_norms >= LARGEST_INVERSE[inverse_norms.dtype])
     along = ((unit * grad).sum(1) / (unit * unit).sum(1)).masked_fill_(linear, 0)
     return torch.addcmul(grad, unit, along[:, None], value=-1).mul_(inverse_norms[:, None])
+
+
+def largest_bias(bias: Tensor) -> Tensor:
+    """The largest |bias| of a contrast that is not left out, [1]."""
+    return bias.masked_fill(bias == -torch.inf, 0).abs().amax().reshape(1)
 
 
 def largest_base(bases: Tensor, there: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ def saved_size(p: Problem) -> int:
 
 def forward(p: Problem) -> Statistics:
     x, y, a, c = _rows(p)
-    logits = _logits(p, x @ y.T)
+    plain = p.logit_scale[:, None, None] * (x @ y.T)
+    logits = _biased(p, plain)
     sets = _sets(p)
-    anchors = _reduce(p, logits, sets)
+    anchors = _reduce(p, logits, plain, sets)
     transposed = {field: members.T for field, members in sets.items()}
-    contrasts = _reduce(p, logits.mT, transposed) if p.both else empty_side(p)
+    contrasts = _reduce(p, logits.mT, plain.mT, transposed) if p.both else empty_side(p)
     return Statistics(anchors, contrasts, a, c, p.logit_scale.new_empty(0))
 
 
@@ -44,7 +45,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         grad_contrasts = over_sets(p, grad_contrasts, saved.contrasts.counts)
     x, y, a, c = _rows(p)
     similarity = x @ y.T  # [N, M]
-    logits = _logits(p, similarity)
+    logits = _biased(p, p.logit_scale[:, None, None] * similarity)
     sets = _sets(p)
     g = _logit_gradient(p, logits, sets, saved.anchors.parts, grad)  # [S, N, M]
     if p.both:
@@ -72,13 +73,14 @@ def _rows(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if p.contrasts is None:
         return x, x, a, x.new_empty(0)
     y = p.contrasts.to(p.dtype)
+    if (left_out := p.left_out) is not None:
+        y = y.masked_fill(left_out[:, None], 0)  # whatever these rows hold, NaN too, reaches no product
     c = inverse_norms(y) if p.normalize_contrasts else y.new_empty(0)
     return x, y * c[:, None] if p.normalize_contrasts else y, a, c
 
 
-def _logits(p: Problem, similarity: Tensor) -> Tensor:
+def _biased(p: Problem, logits: Tensor) -> Tensor:
     """[S, N, M]"""
-    logits = p.logit_scale[:, None, None] * similarity
     return logits if p.contrast_bias is None else logits + p.contrast_bias
 
 
@@ -89,6 +91,8 @@ def _sets(p: Problem) -> dict[str, Tensor]:
         admissible = ~torch.eye(n, dtype=torch.bool, device=p.device)
     else:
         admissible = ~_equal(p.anchor_ids, p.contrast_ids, n, m, p.device)
+    if (left_out := p.left_out) is not None:
+        admissible = admissible & ~left_out
     if p.anchor_assignments is not None:
         r = p.anchor_assignments.to(p.dtype)
         q = r if p.contrast_assignments is None else p.contrast_assignments.to(p.dtype)
@@ -104,7 +108,8 @@ def _equal(left: Tensor | None, right: Tensor | None, n: int, m: int, device: to
     return (left[:, None] == right[None, :]) & (left != -1)[:, None]
 
 
-def _reduce(p: Problem, logits: Tensor, sets: dict[str, Tensor]) -> Side:
+def _reduce(p: Problem, logits: Tensor, plain: Tensor, sets: dict[str, Tensor]) -> Side:
+    """plain: the logits without their bias."""
     fields, shifts, sums = [], [], []
     for field in p.want:
         if field == "sum_pos":
@@ -124,7 +129,7 @@ def _reduce(p: Problem, logits: Tensor, sets: dict[str, Tensor]) -> Side:
         torch.stack(fields) if fields else empty,
         counts,
         torch.stack([torch.stack(shifts), torch.stack(sums)]) if sums else torch.stack([empty, empty]),
-        observe(logits, sets["lse_pos"], sets["lse_neg"]) if p.observe else None,
+        observe(logits, sets["lse_pos"], sets["lse_neg"], plain) if p.observe else None,
     )
 
 

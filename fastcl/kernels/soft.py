@@ -72,6 +72,10 @@ def assignment_gradients(
     normalize = p.normalize_anchors if self_contrast else p.normalize_contrasts
     scale = p.logit_scale.double()[0]
     bias = y.new_zeros(len(y)) if p.contrast_bias is None else p.contrast_bias
+    left_out = p.left_out
+    if left_out is not None:  # their pairs weigh nothing, and what they hold reaches no product
+        bias, q = bias.masked_fill(left_out, 0), q.masked_fill(left_out[:, None], 0)
+        y = y if self_contrast else y.masked_fill(left_out[:, None], 0)
     left = _Factor(p.anchors, p.normalize_anchors, scale, None, sums, weights, True, p.both)
     right = _Factor(y, normalize, None, bias, other_sums, other_weights, False, True)
     ids = (p.anchor_ids, p.contrast_ids)
@@ -82,6 +86,8 @@ def assignment_gradients(
     if needs[1] or self_contrast:
         dq = _product(right, left, p.anchor_assignments)
         _take_off_equal(dq, right, left, p.anchor_assignments, ids[::-1])
+        if left_out is not None:
+            dq.masked_fill_(left_out[:, None], 0)
     if not self_contrast:
         return dr, dq
     assert dr is not None

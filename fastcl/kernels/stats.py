@@ -13,12 +13,12 @@ from . import soft_ops
 from .checks import (
     LARGEST,
     check_assignments,
+    check_bias,
     check_device,
     check_flag,
     check_floating,
     check_ids,
     check_rows,
-    check_vector,
     finite_number,
     scalar_tensor,
     shown,
@@ -99,7 +99,7 @@ class Sweep(NamedTuple):
     quotients: bool = False
 
     def statistics(self, exact: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
-        """The statistics, and what was observed [8, S, N], of the contrasts behind it: [8, S, N + M] with `both`.
+        """The statistics, and what was observed [10, S, N], of the contrasts behind it: [10, S, N + M] with `both`.
 
         exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them.
         """
@@ -264,7 +264,8 @@ def contrastive_stats(
         contrast_clusters: ``[M]`` integers; two sets take both or neither.
         logit_scale: 1 / temperature; a number, a tensor of no dimension, or ``[S]`` scales at once.
         normalize_anchors, normalize_contrasts: cosine similarity.
-        contrast_bias: ``[M]``, finite, added to the contrast's logits (for instance minus a log frequency).
+        contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency). -inf leaves the
+            contrast out of every set and count; as a row of the other direction it has no admissible anchors.
         anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
         want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, and, to look at, without a gradient, of
             ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.
@@ -329,7 +330,7 @@ def contrastive_stats(
                 check_ids(name, value, length, anchors.device)
             ids[name] = None if value is None else value.to(torch.int64).clamp(min=-1)
     if contrast_bias is not None:
-        check_vector("contrast_bias", contrast_bias, m, anchors.device)
+        check_bias(contrast_bias, m, anchors.device)
     scale, wanted = _scale_tensor(logit_scale, anchors, accumulation_dtype(anchors, contrasts)), _check_want(want)
     if anchor_assignments is not None:
         if scale.dim():

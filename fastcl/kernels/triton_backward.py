@@ -189,7 +189,7 @@ def sweep_gradient(
         dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
         similarity = similarities(dots, a, c, NORMED)
         t = base2_logits(similarity, scale, row_bias, column_bias, BIAS)
-        admissible = admissible_pairs(i, j, N, M, row_names, column_names, SELF, IDS)
+        admissible = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
         pairs = admissible & in_cluster(j, start, end)
         g = tile_gradient(
             t, j, is_column, pairs, middle, base, weight, positive_base, positive_weight, extra, OTHER, M,

@@ -15,6 +15,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+# The bias of a contrast that is left out. A finite one may be -inf once it is multiplied by log2(e).
+LEFT_OUT = tl.constexpr(float("inf"))
 # Exponents that a sum may reach, and the bound on logits (to base 2) above which running maxima are taken at once.
 HEADROOM, WIDE = tl.constexpr(64.0), tl.constexpr(150.0)
 LOWEST = tl.constexpr(-1e38)  # of running maxima, before there is any: finite, so that a difference is never NaN
@@ -79,13 +81,22 @@ def mixed_tile(t, first, last, full):
 
 
 @triton.jit
-def admissible_pairs(i, j, N, M, names_i, names_j, SELF: tl.constexpr, IDS: tl.constexpr):
-    """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. Names are those of sample ids, 0 for none."""
+def admissible_pairs(
+    i, j, N, M, names_i, names_j, bias_i, bias_j, SELF: tl.constexpr, IDS: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. Names are those of sample ids, 0 for none.
+
+    Contrasts that are left out (`LEFT_OUT`) are nobody's, whether contrasts are the columns (BIAS 1) or the rows (2).
+    """
     pairs = (j < M)[None, :] & (i < N)[:, None]
     if SELF:
         pairs = pairs & (i[:, None] != j[None, :])
     if IDS:
         pairs = pairs & ((names_i[:, None] != names_j[None, :]) | (names_i == 0)[:, None])
+    if BIAS == 1:
+        pairs = pairs & (bias_j != LEFT_OUT)[None, :]
+    if BIAS == 2:
+        pairs = pairs & (bias_i != LEFT_OUT)[:, None]
     return pairs
 
 
@@ -219,9 +230,9 @@ def base2_logits(similarity, scale, bias_i, bias_j, BIAS: tl.constexpr):
     """s_ij log2(e). BIAS: 0 none, 1 of the columns, 2 of the rows; scale and bias have their log2(e) already."""
     t = similarity * scale
     if BIAS == 1:
-        t = t + bias_j[None, :]
+        t = t + tl.where(bias_j == LEFT_OUT, -INF, bias_j)[None, :]
     if BIAS == 2:
-        t = t + bias_i[:, None]
+        t = t + tl.where(bias_i == LEFT_OUT, -INF, bias_i)[:, None]
     return t
 
 

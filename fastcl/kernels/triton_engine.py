@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import chunked, triton_gradient, triton_launch
 from .observed import NAMES as OBSERVED
-from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, merge_bases
+from .problem import Gradients, Needs, Problem, Side, Statistics, empty_side, largest_bias, merge_bases
 from .triton_launch import INTERPRETED, availability, blocks, on_device, programs, refusal
 from .triton_plan import ROWS_AT_ONCE
 from .triton_rows import Launch, arrange, fields_wanted, kept_in, kept_size
@@ -143,8 +143,7 @@ def _bounds(p: Problem) -> dict[str, Tensor | None]:
         product = other if product is None else product if other is None else product * other
     elif product is not None:
         product = product * product
-    bias = None if p.contrast_bias is None else p.contrast_bias.abs().amax().reshape(1)
-    return {"LONGEST": product, "LARGEST_BIAS": bias}
+    return {"LONGEST": product, "LARGEST_BIAS": None if p.contrast_bias is None else largest_bias(p.contrast_bias)}
 
 
 def _side(p: Problem, statistics: Tensor, pairs: int, bases: Tensor, rows: Launch) -> Side:

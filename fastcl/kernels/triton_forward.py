@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .triton_common import (
     INF,
+    LEFT_OUT,
     LN2,
     LOG2E,
     LOWEST,
@@ -115,6 +116,7 @@ def sweep_rows(
             column_bias = 0.0
             if BIAS == 1:
                 column_bias = tl.load(COLUMN_BIAS + j)
+                num_inadmissible += tl.sum((column_bias == LEFT_OUT).to(tl.int32), 0)
             dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, False, PRECISION, INTERPRETED)
             t = base2_logits(similarities(dots, a, c, NORMED), scale, row_bias, column_bias, BIAS)
             if RUNNING:
@@ -148,13 +150,13 @@ def sweep_rows(
         column_names = load_names(COLUMN_NAMES, j, is_column, IDS)
         dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
         t = base2_logits(similarities(dots, a, c, NORMED), scale, row_bias, column_bias, BIAS)
-        members = admissible_pairs(i, j, N, M, row_names, column_names, SELF, IDS)
-        if IDS:
+        members = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
+        if IDS or BIAS == 1:
             num_inadmissible += tl.sum((is_column[None, :] & ~members).to(tl.int32), 1)
         if CLUSTERS:
             pairs = members & in_cluster(j, start, end)
             members = members & ~pairs
-            if IDS:
+            if IDS or BIAS != 0:
                 num_positive += tl.sum(pairs.to(tl.int32), 1)
             sum_positive += tl.sum(tl.where(pairs, t, 0.0), 1)
             if RUNNING:
@@ -176,7 +178,9 @@ def sweep_rows(
             before = tl.load(COLUMN_SUMS + j, mask=is_column, other=0.0)
             tl.store(COLUMN_SUMS + j, before + tl.sum(e, 0), mask=is_column)
 
-    if CLUSTERS and not IDS:
+    if BIAS == 2:
+        num_inadmissible = tl.where(row_bias == LEFT_OUT, M, num_inadmissible)
+    if CLUSTERS and not IDS and BIAS == 0:
         num_positive = end - start
         if SELF:
             num_positive -= 1  # a row lies in its own range

@@ -32,7 +32,7 @@ def observation_kernel(
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """OBSERVED [8, N], as `observed` describes. A row block a program.
+    """OBSERVED [10, N], as `observed` describes. A row block a program.
 
     Besides the largest logits and the sums, mass and moment: the sums of 2^(t - b) and of (b - t) 2^(t - b), b the
     largest logit so far. Entropy is the logarithm of the one plus the quotient of both: nothing cancels.
@@ -56,6 +56,8 @@ def observation_kernel(
     max_negative = max_positive
     sum_positive = tl.zeros([BLOCK_M], tl.float32)
     sum_negative = sum_positive
+    plain_positive = sum_positive
+    plain_negative = sum_positive
     num_positive = tl.zeros([BLOCK_M], tl.int32)
     num_negative = num_positive
     mass = sum_positive
@@ -71,8 +73,9 @@ def observation_kernel(
         column_bias = load_or(COLUMN_BIAS, j, is_column, 0.0)
         column_names = load_names(COLUMN_NAMES, j, is_column, IDS)
         dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
-        t = base2_logits(similarities(dots, a, c, NORMED), scale, row_bias, column_bias, BIAS)
-        pairs = admissible_pairs(i, j, N, M, row_names, column_names, SELF, IDS)
+        similarity = similarities(dots, a, c, NORMED)
+        t = base2_logits(similarity, scale, row_bias, column_bias, BIAS)
+        pairs = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
         negatives = pairs
         before = tl.maximum(max_negative, max_positive)
         if CLUSTERS:
@@ -80,9 +83,13 @@ def observation_kernel(
             negatives = pairs & ~positives
             num_positive += tl.sum(positives.to(tl.int32), 1)
             sum_positive += tl.sum(tl.where(positives, t, 0.0), 1)
+            if BIAS != 0:
+                plain_positive += tl.sum(tl.where(positives, similarity * scale, 0.0), 1)
             max_positive = tl.maximum(max_positive, tl.max(tl.where(positives, t, -INF), 1))
         num_negative += tl.sum(negatives.to(tl.int32), 1)
         sum_negative += tl.sum(tl.where(negatives, t, 0.0), 1)
+        if BIAS != 0:
+            plain_negative += tl.sum(tl.where(negatives, similarity * scale, 0.0), 1)
         max_negative = tl.maximum(max_negative, tl.max(tl.where(negatives, t, -INF), 1))
         base = tl.maximum(max_negative, max_positive)
         fading = tl.exp2(before - base)
@@ -91,6 +98,9 @@ def observation_kernel(
         moment = tl.where(mass > 0, (moment + (base - before) * mass) * fading, 0.0) + tl.sum(below * e, 1)
         mass = mass * fading + tl.sum(e, 1)
 
+    if BIAS == 0:
+        plain_positive = sum_positive
+        plain_negative = sum_negative
     some = num_positive + num_negative > 0
     total = tl.where(some, mass, 1.0)
     places = i.to(tl.int64)
@@ -112,3 +122,5 @@ def observation_kernel(
     tl.store(places + 5 * size, tl.where(some, (tl.log2(total) + moment / total) * LN2, 0.0), mask=is_row)
     tl.store(places + 6 * size, num_positive.to(tl.float32), mask=is_row)
     tl.store(places + 7 * size, num_negative.to(tl.float32), mask=is_row)
+    tl.store(places + 8 * size, plain_positive * LN2, mask=is_row)
+    tl.store(places + 9 * size, plain_negative * LN2, mask=is_row)

@@ -15,10 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import INF, LN2, LOG2E, load_rows, rounded
+from .triton_common import INF, LEFT_OUT, LN2, LOG2E, load_rows, rounded
 
 # G is lifted until its largest number lies near 2^LARGEST: float16 ends at 2^16, and would flush a share of 1 / N^2.
 LARGEST = tl.constexpr(11.0)
+# Norms beyond which rows are stored near 1, by powers of two: products and gradients of two such rows leave the range.
+FAR = tl.constexpr(2.0**40)
 
 
 # Ids and rows.
@@ -75,7 +77,7 @@ def labels_kernel(
 def rows_kernel(
     SOURCE, ORDER, NUMBERS, OTHER_NUMBERS, SOURCE_NAMES, SOURCE_BIAS,
     ROWS, NORMS, ROW_NORMS, START, END, ROW_NAMES, ROW_BIAS, N, M, WIDTH, ROW_STRIDE, COLUMN_STRIDE, STEPS,
-    NORMALIZE: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, D: tl.constexpr,
+    NORMALIZE: tl.constexpr, SCALED: tl.constexpr, LEAVE_OUT: tl.constexpr, FLOOR: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Of SOURCE [N, WIDTH], in ORDER: ROWS [N, D], zeros behind; and of each row, where there is such an argument,
@@ -83,11 +85,13 @@ def rows_kernel(
     NORMS      1 / max(|x|, FLOOR), in the caller's order; 0 for a row of zeros
     ROW_NORMS  the same for the row as it is stored in ROWS; 1 for rows that are taken as they are
     START, END the range of OTHER_NUMBERS [M] that equals NUMBERS [N]
-    ROW_NAMES, ROW_BIAS  SOURCE_NAMES and SOURCE_BIAS log2(e)
+    ROW_NAMES, ROW_BIAS  SOURCE_NAMES and SOURCE_BIAS log2(e), of -inf LEFT_OUT
 
-    SCALED: rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size:
+    Normalised rows whose norm exceeds FAR are stored with norms near 1, multiplied by powers of two.
+    SCALED: all rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size:
     that of a tiny row would take the numbers that others' products are made of below the range of float16. The power
     is exact but for numbers that it takes below 2^-14, which lose less than 2^-24 of the row's norm.
+    LEAVE_OUT: rows whose bias is -inf are read as zeros, whatever they hold.
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = i < N
@@ -96,31 +100,58 @@ def rows_kernel(
         row = tl.load(ORDER + i, mask=is_row, other=0)
     from_ = SOURCE + row * ROW_STRIDE
     stride = tl.cast(COLUMN_STRIDE, tl.int64)
+    is_read = is_row
+    if LEAVE_OUT:
+        is_read = is_row & (tl.load(SOURCE_BIAS + row, mask=is_row, other=0.0) != -INF)
     inverse = tl.full([BLOCK_M], 1.0, tl.float32)
     factor = tl.full([BLOCK_M], 1.0, tl.float32)
+    row_inverse = inverse
     if NORMALIZE:
         squares = tl.zeros([BLOCK_M], tl.float32)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            x = tl.load(from_[:, None] + d[None, :] * stride, mask=is_row[:, None] & (d < WIDTH)[None, :], other=0.0)
+            x = tl.load(from_[:, None] + d[None, :] * stride, mask=is_read[:, None] & (d < WIDTH)[None, :], other=0.0)
             x = x.to(tl.float32)
             squares += tl.sum(x * x, 1)
         norm = tl.sqrt_rn(squares)
         inverse = tl.div_rn(factor, tl.where(norm < FLOOR, FLOOR, norm))
         inverse = tl.where(norm == 0.0, 0.0, inverse)
+        row_inverse = inverse
+        is_far = norm > FAR
+        if tl.max((is_row & (is_far | (norm == 0.0))).to(tl.int32), 0) != 0:  # hardly ever
+            largest = tl.zeros([BLOCK_M], tl.float32)
+            for d0 in range(0, D, BLOCK_D):
+                d = d0 + tl.arange(0, BLOCK_D)
+                there = is_read[:, None] & (d < WIDTH)[None, :]
+                x = tl.load(from_[:, None] + d[None, :] * stride, mask=there, other=0.0)
+                largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), 1))
+            exponent = tl.maximum(253 - (largest.to(tl.int32, bitcast=True) >> 23), 1)
+            factor = tl.where(is_far, (exponent << 23).to(tl.float32, bitcast=True), factor)
+            squares = tl.zeros([BLOCK_M], tl.float32)
+            for d0 in range(0, D, BLOCK_D):
+                d = d0 + tl.arange(0, BLOCK_D)
+                there = is_read[:, None] & (d < WIDTH)[None, :]
+                x = tl.load(from_[:, None] + d[None, :] * stride, mask=there, other=0.0)
+                x = x.to(tl.float32) * factor[:, None]
+                squares += tl.sum(x * x, 1)
+            one = tl.full([BLOCK_M], 1.0, tl.float32)
+            tiny = tl.where((norm == 0.0) & (largest > 0.0), tl.div_rn(one, one * FLOOR), inverse)
+            row_inverse = tl.where(is_far, tl.div_rn(one, tl.sqrt_rn(squares)), tiny)
+            inverse = row_inverse * factor
         if NORMS is not None:
             tl.store(NORMS + row, inverse, mask=is_row)
         if SCALED:
             power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             factor = tl.where((inverse > 0.0) & (inverse < INF), power, 1.0)
+            row_inverse = inverse / factor
     if ROW_NORMS is not None:
-        tl.store(ROW_NORMS + i, inverse / factor, mask=is_row)
+        tl.store(ROW_NORMS + i, row_inverse, mask=is_row)
     if ROWS is not None:
         dtype: tl.constexpr = ROWS.dtype.element_ty
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            x = tl.load(from_[:, None] + d[None, :] * stride, mask=is_row[:, None] & (d < WIDTH)[None, :], other=0.0)
-            if SCALED:
+            x = tl.load(from_[:, None] + d[None, :] * stride, mask=is_read[:, None] & (d < WIDTH)[None, :], other=0.0)
+            if NORMALIZE:
                 x = x.to(tl.float32) * factor[:, None]
             places = ROWS + i.to(tl.int64)[:, None] * D + d[None, :]
             tl.store(places, rounded(x, dtype, "ieee", INTERPRETED), mask=is_row[:, None])
@@ -131,7 +162,9 @@ def rows_kernel(
     if ROW_NAMES is not None:
         tl.store(ROW_NAMES + i, tl.load(SOURCE_NAMES + row, mask=is_row, other=0), mask=is_row)
     if ROW_BIAS is not None:
-        tl.store(ROW_BIAS + i, tl.load(SOURCE_BIAS + row, mask=is_row, other=0.0) * LOG2E, mask=is_row)
+        bias = tl.load(SOURCE_BIAS + row, mask=is_row, other=0.0)
+        bias = tl.where(bias == -INF, LEFT_OUT, tl.where(bias == INF, float("nan"), bias * LOG2E))
+        tl.store(ROW_BIAS + i, bias, mask=is_row)
 
 
 # The forward's end.

@@ -95,7 +95,7 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
         names = torch.arange(1, len(p.anchors) + 1, dtype=torch.int32, device=p.device)  # each but itself
     clusters = parts.get("clusters"), parts.get(other)
     bias = p.contrast_bias if p.contrasts is None else None
-    anchors = _rows(p.anchors, dtype, order, clusters, names, bias, p.normalize_anchors, normed, a)
+    anchors = _rows(p.anchors, dtype, order, clusters, names, bias, False, p.normalize_anchors, normed, a)
     others = anchors
     if p.contrasts is not None:
         c = inverse_norms(p.contrasts, p.normalize_contrasts)
@@ -106,6 +106,7 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
             clusters[::-1],
             parts.get("contrast_names"),
             p.contrast_bias,
+            p.contrast_bias is not None,
             p.normalize_contrasts,
             normed,
             c,
@@ -123,16 +124,21 @@ def _rows(
     clusters: tuple[Tensor | None, Tensor | None],
     names: Tensor | None,
     bias: Tensor | None,
+    leave_out: bool,
     normalize: bool,
     normed: bool,
     norms: Tensor,
 ) -> Rows:
-    """clusters: of these rows and of the other set's. norms: [n], filled in, or [0]."""
+    """clusters: of these rows and of the other set's. norms: [n], filled in, or [0].
+
+    leave_out: rows whose bias is -inf become zeros, as they are no anchors too.
+    """
     n, d = source.shape
     width = padded(d, INTERPRETED)
     source = source.detach().resolve_neg()
     scaled = normalize and dtype == torch.float16
-    as_it_is = order is None and width == d and source.dtype == dtype and source.is_contiguous() and not scaled
+    as_it_is = order is None and width == d and source.dtype == dtype and source.is_contiguous()
+    as_it_is = as_it_is and not (normalize or leave_out)  # a row out of range is multiplied by a power of two
     own, other = clusters
 
     def new(dtype: torch.dtype, there: bool) -> Tensor | None:
@@ -177,6 +183,7 @@ def _rows(
             "STEPS": 0 if other is None else len(other).bit_length(),
             "NORMALIZE": normalize,
             "SCALED": scaled,
+            "LEAVE_OUT": leave_out,
             "FLOOR": NORM_FLOOR,
             "D": width,
             "BLOCK_M": shape.block_m,

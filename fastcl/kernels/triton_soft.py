@@ -56,7 +56,8 @@ def soft_tile(
         q = load_rows(Q, j0, k, M, CLASSES, BLOCK_N, BLOCK_C, True, ASSIGNMENT_PRECISION, INTERPRETED)
         w = product(r, tl.trans(q), w, ASSIGNMENT_PRECISION, INTERPRETED)
     w = tl.where(w > LARGEST, LARGEST, w)
-    return similarity, t, w, admissible_pairs(i, j, N, M, row_names, column_names, SELF, IDS), c
+    admissible = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
+    return similarity, t, w, admissible, c
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -94,7 +95,7 @@ def soft_statistics_kernel(
         e = tl.where(admissible, tl.exp2(t - new[:, None]), 0.0)
         total = total * tl.exp2(base - new) + tl.sum(e, 1)
         base = new
-        logits += tl.sum(tl.where(admissible, w * t, 0.0), 1)
+        logits += tl.sum(tl.where(admissible & (w != 0), w * t, 0.0), 1)
         weights += tl.sum(tl.where(admissible, w, 0.0), 1)
         size += tl.sum(admissible.to(tl.int32), 1)
     places = STATISTICS + i.to(tl.int64)

@@ -205,7 +205,9 @@ class SampledNCELoss(nn.Module):
         share = terms.sum() if world is None else terms.sum() * world.size
         if self.reduction == "sum":
             return share
-        count = counted.sum() if world is None else world.total(counted.sum())
+        count = counted.sum()
+        if world is not None:  # a term that is NaN or infinite makes the mean NaN on all processes
+            count = world.total(count.double() + (terms.detach() * 0).sum()).to(dtype)
         return share / count.clamp(min=1)
 
     def _terms(self, logits: Tensor, counted: Tensor, others: int) -> tuple[Tensor, Tensor]:

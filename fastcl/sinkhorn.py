@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .kernels.checks import (
 )
 from .kernels.problem import accumulation_dtype
 from .kernels.sinkhorn_ops import sinkhorn as _solve
+from .kernels.sinkhorn_ops import sum_over
 
 LARGEST_EPSILON = 1e36  # potentials are up to some hundred times as large, and have to fit float32
 
@@ -43,6 +45,71 @@ class SinkhornResult:
     """L1 distance of the column sums from the prior, ``[]``; None unless ``tol`` is given"""
     n_iters: int | Tensor
     """iterations done: the argument, or with ``tol`` an int64 tensor ``[]`` on the scores' device"""
+    _solved: tuple[Any, ...] | None = field(default=None, repr=False)  # what `_solve` was given
+
+    @property
+    def transport_cost(self) -> Tensor:
+        r"""The cost of the plan, :math:`-\sum_{ij} P_{ij} S_{ij}`: ``[]``, of a batch ``[B]``.
+
+        float32, float64 for float64 scores. The plan has the total mass 1, and a score of -inf, which has no mass, adds
+        nothing. Differentiable once in scores, epsilon, prior and row_marginal, as exactly as the assignments. Computed
+        when it is asked for, each time anew, from scores and assignments without another N x K matrix; of scores in
+        half precision the problem is solved once more in float32, as their assignments are rounded.
+
+        With ``group`` it is the share of the process's own rows, and the shares add up to the cost: a collective, which
+        all processes of the group have to ask for.
+        """
+        if self._solved is None:
+            raise ValueError("transport_cost: expected a result of fastcl.sinkhorn, got one that was made without scores")
+        scores, epsilon, log_prior, log_rows, *options = self._solved
+        assignments = self.assignments if self.assignments.dim() == 3 else self.assignments[None]
+        if assignments.dtype != epsilon.dtype:
+            scores = scores.to(epsilon.dtype)
+            assignments = _solve(scores, epsilon, log_prior, log_rows, *options)[0]
+        mass = log_rows.exp()
+        total = mass.sum(-1, keepdim=True)
+        if options[-1]:
+            total = sum_over(options[-1], total)
+        costs = -(mass / total * _RowScores.apply(assignments, scores)).sum(-1)
+        return costs if self.assignments.dim() == 3 else costs[0]
+
+
+class _RowScores(torch.autograd.Function):
+    """Mean scores [B, N] of rows under their assignments R [B, N, K], in blocks of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, assignments: Tensor, scores: Tensor) -> Tensor:
+        parts = []
+        for r, s in _blocks(assignments, scores):
+            parts.append(torch.where(s == -torch.inf, 0, r * s).sum(-1))
+        found = torch.cat(parts, 1) if parts else assignments.new_zeros(assignments.shape[:2])
+        ctx.save_for_backward(assignments, scores, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        assignments, scores, found = ctx.saved_tensors
+        of_assignments = of_scores = None
+        if ctx.needs_input_grad[0]:
+            # A row of R adds up to 1: a constant taken off its gradient changes nothing but the rounding.
+            of_assignments = (scores - found[..., None]).mul_(grad[..., None]).masked_fill_(scores == -torch.inf, 0)
+        if ctx.needs_input_grad[1]:
+            of_scores = assignments * grad[..., None]
+        return of_assignments, of_scores
+
+
+BLOCK = 1 << 20  # numbers in a block of assignments
+
+
+def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of matrices [B, N, K] the same rows, a block of numbers at a time; all at once for a compiler, which needs none."""
+    batch, n, k = matrices[0].shape
+    if torch.compiler.is_compiling():
+        yield matrices
+        return
+    step = max(BLOCK // max(batch * k, 1), 1)
+    for i in range(0, n, step):
+        yield tuple(matrix[:, i : i + step] for matrix in matrices)
 
 
 def sinkhorn(
@@ -120,13 +187,14 @@ def sinkhorn(
     log_rows = _log_masses("row_marginal", row_marginal, (batch, n), dtype, scores.device, alone=group is None)
     start = None if init is None else _start(init, dtype).expand(batch, k)
     log_prior = log_prior - log_prior.logsumexp(-1, keepdim=True)
-    outputs = _solve(s, scale, log_prior, log_rows, start, count, tolerance, _group_name(group))
+    solved = (s, scale, log_prior, log_rows, start, count, tolerance, _group_name(group))
+    outputs = _solve(*solved)
     if group is None:
         _check_finite(s, log_prior, log_rows, outputs[2])
     assignments, rows, columns, error = outputs[:4] if batched else (output[0] for output in outputs[:4])
     if tol is None:
-        return SinkhornResult(assignments, rows, columns, None, count)
-    return SinkhornResult(assignments, rows, columns, error, outputs[4])
+        return SinkhornResult(assignments, rows, columns, None, count, solved)
+    return SinkhornResult(assignments, rows, columns, error, outputs[4], solved)
 
 
 def uniform_prior(k: int) -> Tensor:

@@ -29,7 +29,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of vectors in the last dimension. Their derivatives have no product that obeys autocast."""
     with _without_autocast(left.device):
-        return torch.linalg.vecdot(left, right)
+        found: Tensor = torch.linalg.vecdot(left, right)
+    return found
 
 
 class _Product(torch.autograd.Function):

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from . import sinkhorn_blocks, sinkhorn_cuda, sinkhorn_dense, sinkhorn_native, sinkhorn_triton
 from .ops import BACKENDS, _library, _without_autocast, choose_backend, register
-from .sinkhorn_solver import Incoming, Kept, Needs, Passes, Problem, differentiate, solve
+from .sinkhorn_solver import Incoming, Kept, Needs, Passes, Problem, differentiate, named, solve
 
 PASSES: dict[str, Passes] = {"reference": sinkhorn_dense, "chunked": sinkhorn_blocks}
 if "cpu" in BACKENDS:
@@ -140,3 +141,23 @@ def sinkhorn(
         scores, epsilon, log_prior, log_row_marginal, init, n_iters, tol, group, backend
     )
     return outputs[:5]
+
+
+class _SumOver(torch.autograd.Function):
+    """The sum over the processes of a group. Its gradient is the sum of those of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, group: str, values: Tensor) -> Tensor:
+        ctx.group = group
+        whole = values.contiguous().clone()
+        dist.all_reduce(whole, dist.ReduceOp.SUM, named(group))
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _SumOver.apply(ctx.group, grad)
+
+
+def sum_over(group: str, values: Tensor) -> Tensor:
+    found: Tensor = _SumOver.apply(group, values)
+    return found

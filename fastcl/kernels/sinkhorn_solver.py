@@ -120,7 +120,7 @@ class Problem:
         if not self.group:
             return part
         whole = part.contiguous().clone()
-        dist.all_reduce(whole, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, _named(self.group))
+        dist.all_reduce(whole, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, named(self.group))
         return whole
 
 
@@ -369,11 +369,11 @@ def _implicit(passes: Passes, p: Problem, kept: Kept, grad: Incoming, log_mass: 
     log_mass_grad = u_grad - mass * y
     less = d + log_mass_grad
     term = RowTerm(g, rows, torch.zeros_like(mass), mass, beta)
-    log_prior = masses * beta / (dist.get_world_size(_named(p.group)) if p.group else 1)
+    log_prior = masses * beta / (dist.get_world_size(named(p.group)) if p.group else 1)
     return _Adjoint(less, [term], log_prior, log_mass_grad, p.exact.new_zeros(()))
 
 
-def _named(group: str) -> dist.ProcessGroup:
+def named(group: str) -> dist.ProcessGroup:
     named: dist.ProcessGroup = torch._C._distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     return named
 

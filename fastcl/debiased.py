@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .formula import Debiased, LossResult, check_options, inverse_temperature, reduced_loss
 from .kernels.checks import finite_number, positive_number
+from .modules import shown_temperature
 from .posing import Contrasts, pose
 
 
@@ -89,11 +90,8 @@ class HardNegativeLoss(nn.Module):
         return reduced_loss(posed, scale, formula, options, weights=weights, return_stats=return_stats)
 
     def extra_repr(self) -> str:
-        learned = isinstance(self.temperature, nn.Parameter)
-        shown = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
-        number = "meta" if isinstance(shown, Tensor) and shown.is_meta else f"{float(shown):g}"
         options = f"tau_plus={self.tau_plus:g}, beta={self.beta:g}, normalize={self.normalize!r}"
-        return f"temperature={number}{' (learned)' if learned else ''}, {options}, reduction={self.reduction!r}"
+        return f"{shown_temperature(self.temperature)}, {options}, reduction={self.reduction!r}"
 
 
 class DebiasedLoss(HardNegativeLoss):

@@ -20,6 +20,7 @@ from .kernels.checks import (
     positive_number,
 )
 from .memory import MemoryQueue
+from .modules import shown_temperature
 from .posing import Contrasts, pose, pose_assigned
 from .summary import LossStats
 
@@ -239,12 +240,6 @@ class ClusterInfoNCE(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        learned = isinstance(self.temperature, nn.Parameter)
-        if isinstance(self.temperature, Tensor) and self.temperature.is_meta:
-            shown = "meta"
-        else:
-            number = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
-            shown = f"{float(number):g}"
         options = "".join(
             f", {name}={value!r}"
             for name, value in (
@@ -257,7 +252,7 @@ class ClusterInfoNCE(nn.Module):
                 *([("gather", self.gather)] if self.gather is not False else []),
             )
         )
-        return f"temperature={shown}{' (learned)' if learned else ''}{options}"
+        return shown_temperature(self.temperature) + options
 
 
 # Presets.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .distributed import Property, World, dtype_name, has_gradient
 from .kernels.checks import check_device, check_flag, check_option, check_rows, finite_number, positive_number
 from .kernels.problem import accumulation_dtype
+from .modules import ExactModule
 from .sinkhorn import check_count, check_mass_values, power_law_prior, sinkhorn, uniform_prior
 
 Prior = Tensor | Callable[[int], Tensor]
@@ -283,8 +284,8 @@ class PMSNLoss(MSNLoss):
         super().__init__(temperature, prior=prior, **options)
 
 
-class _Prior(nn.Module):
-    """A prior that moves with its loss, or the function that makes it."""
+class _Prior(ExactModule):
+    """A prior that moves with its loss but is not rounded, as half precision knows no small mass; or what makes it."""
 
     masses: Tensor | None
 
@@ -299,13 +300,6 @@ class _Prior(nn.Module):
     def given(self) -> str:
         """What kind of prior there is."""
         return "function" if self.make is not None else "none" if self.masses is None else "masses"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Prior:
-        masses = self.masses
-        super()._apply(fn, recurse)
-        if masses is not None and self.masses is not None:  # moved, but not rounded: half precision knows no small mass
-            self.masses = masses.to(self.masses.device)
-        return self
 
     def forward(self, k: int, device: torch.device) -> Tensor | None:
         masses = self.masses if self.make is None else self.make(k)

@@ -306,9 +306,8 @@ class MemoryBank(Memory):
         super()._refresh()
         if not self._full or torch.compiler.is_compiling():
             return
-        filled = self.filled
-        if type(filled) is Tensor and not filled.is_meta and not unchanged(filled, self._filled_seen):
-            self._found_full(bool(filled.all()))
+        if not unchanged(self.filled, self._filled_seen):
+            self._found_full(bool(self.filled.all()))
 
     @torch.no_grad()
     def update(self, indices: Tensor, embeddings: Tensor, clusters: Tensor | None = None) -> None:

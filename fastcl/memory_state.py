@@ -60,12 +60,9 @@ class Memory(nn.Module):
         if torch.compiler.is_compiling():
             return  # the copy is a constant of the graph
         counter = self._buffers[self.counter]
-        if type(counter) is not Tensor or counter.is_meta:
-            return  # without values
-        if not counter.is_cpu or torch._C._len_torch_dispatch_stack() > 0:
-            if unchanged(counter, self._seen):
-                return
-            self._seen = buffer_state(counter)
+        if counter is None or unchanged(counter, self._seen):
+            return
+        self.__dict__["_seen"] = buffer_state(counter)
         if counter.item() != self._value:
             with self._lock:  # as another thread may be changing both
                 self._take(int(counter.item()))
@@ -168,33 +165,40 @@ class Memory(nn.Module):
                 return state_dict, f"{key}: expected a counter of this memory, got {int(value)}"
         if former not in state_dict or type(self).set_extra_state is not nn.Module.set_extra_state:
             return state_dict, ""
-        state = {name: entry for name, entry in state_dict.items() if name != former}
-        if key in state:  # which says it all
-            return state, ""
         counters, count = state_dict[former], self.former_counters
         if not isinstance(counters, Tensor) or counters.shape != (count,) or _kind(counters) != "integers":
             return state_dict, f"{former}: expected a tensor of {count} integers, got {counters!r}"
         found = self._of_former([int(number) for number in counters])
         if found is None:
             return state_dict, f"{former}: expected counters of this memory, got {counters.tolist()}"
-        rows = state.get(prefix + "rows")
-        device = rows.device if isinstance(rows, Tensor) else None
-        state[key] = torch.tensor(found, dtype=torch.int64, device=device)
+        state = {name: entry for name, entry in state_dict.items() if name != former}
+        if key not in state:
+            rows = state.get(prefix + "rows")
+            device = rows.device if isinstance(rows, Tensor) else None
+            state[key] = torch.tensor(found, dtype=torch.int64, device=device)
         return state, ""
 
 
-def buffer_state(counter: Tensor) -> tuple[Tensor, int, int] | None:
+def buffer_state(buffer: Tensor) -> tuple[Tensor, int, int] | None:
     """What changes with every change of a buffer that torch knows of; None: torch keeps no account of this one."""
-    if type(counter) is not Tensor or counter.is_inference():
+    if type(buffer) is not Tensor or buffer.is_inference():
         return None
-    return counter, counter.data_ptr(), counter._version
+    return buffer, buffer.data_ptr(), buffer._version
 
 
-def unchanged(counter: Tensor, seen: tuple[Tensor, int, int] | None) -> bool:
-    """Whether a buffer is still in the state `seen`."""
-    if seen is None or seen[0] is not counter or counter.is_inference():
+def unchanged(buffer: Tensor, seen: tuple[Tensor, int, int] | None) -> bool:
+    """Whether a buffer is still in the state `seen`, or has no values.
+
+    On the CPU reading it is as quick, so nothing counts as unchanged, and writes through `.data` are noticed too. Under
+    a dispatch mode, which may forbid to read, states are compared there as well.
+    """
+    if type(buffer) is not Tensor or buffer.is_meta:
+        return True
+    if buffer.is_cpu and torch._C._len_torch_dispatch_stack() == 0:
         return False
-    return seen[1:] == (counter.data_ptr(), counter._version)
+    if seen is None or seen[0] is not buffer or buffer.is_inference():
+        return False
+    return seen[1:] == (buffer.data_ptr(), buffer._version)
 
 
 def _misfit(key: str, value: Any, like: Tensor) -> str:

@@ -81,9 +81,11 @@ def test_an_averaged_queue_can_be_used(average) -> None:
         queue = averaged.module.memory
         assert 4 <= len(queue) <= most
         assert queue.embeddings.shape == (len(queue), D)
-        query = rows(3, 1)
-        loss = MoCoLoss(0.1)(query, rows(3, 2), queue)
-        assert torch.equal(loss, MoCoLoss(0.1)(query, rows(3, 2), queue.rows[: len(queue)]))
+        loss = MoCoLoss(0.1)(rows(3, 1), rows(3, 2), queue)
+        query, key = (nn.functional.normalize(rows(3, seed).double(), dim=1) for seed in (1, 2))
+        positive = (query * key).sum(1, keepdim=True) / 0.1
+        logits = torch.cat([positive, query @ queue.embeddings.double().T / 0.1], 1)
+        torch.testing.assert_close(loss.double(), (logits.logsumexp(1) - positive[:, 0]).mean(), rtol=1e-5, atol=0)
     queue.enqueue(rows(SIZE, 5))
     torch.testing.assert_close(queue.embeddings, nn.functional.normalize(rows(SIZE, 5), dim=1))
 
@@ -92,7 +94,7 @@ WRITES = {
     "buffer by buffer": lambda to, of: [b.copy_(a) for b, a in zip(to.buffers(), of.buffers(), strict=True)],
     "past autograd": lambda to, of: [b.data.copy_(a) for b, a in zip(to.buffers(), of.buffers(), strict=True)],
     "through state_dict": lambda to, of: [to.state_dict()[name].copy_(a) for name, a in of.state_dict().items()],
-    "other data": lambda to, of: [setattr(b, "data", a.clone()) for b, a in zip(to.buffers(), of.buffers(), strict=True)],
+    "other data": lambda to, of: [setattr(getattr(to, name), "data", a.clone()) for name, a in of.named_buffers()],
     "other buffers": lambda to, of: [setattr(to, name, a.clone()) for name, a in of.named_buffers()],
 }  # fmt: skip
 
@@ -105,8 +107,6 @@ def test_whatever_writes_into_the_buffers_is_noticed(kind, write) -> None:
     assert len(memory) == SIZE  # so that it is known to be full
     fill(other, 4)
     WRITES[write](memory, other)
-    if kind == "bank" and write == "past autograd":
-        memory.filled.add_(0)  # torch keeps no account of this one, and a bank is not counted anew without need
     copied = copy.deepcopy(memory)  # before anything was read
     check_same(memory, other)
     check_same(pickle.loads(pickle.dumps(copied)), copied)
@@ -135,8 +135,11 @@ def test_a_queue_reads_its_counter_only_after_others_changed_it() -> None:
         assert (len(queue), queue.embeddings.shape, reads.count) == (SIZE, (SIZE, D), 0)
         for _ in range(2):
             queue.enqueued.copy_(other.enqueued)
-            assert [len(queue), len(queue), len(queue.stored(True).rows)] == [6, 6, 6]
-        assert reads.count == 2
+            reads.count = 0
+            assert len(queue) == 6
+            assert reads.count > 0
+            reads.count = 0
+            assert [len(queue), len(queue.stored(True).rows), reads.count] == [6, 6, 0]
         clone = copy.deepcopy(queue)
         assert len(clone) == 6
         queue.reset()
@@ -162,10 +165,10 @@ def test_states_of_former_versions_load(kind, steps, assign) -> None:
     for state in (former_state(memory), former_state(memory) | copy.deepcopy(memory.state_dict())):
         fresh = made(kind)
         fill(fresh, 2, 9)
-        fresh.load_state_dict(state, strict=True, assign=assign)
+        fresh.load_state_dict(copy.deepcopy(state), strict=True, assign=assign)
         check_same(fresh, copy.deepcopy(memory))
         whole = Model(made(kind))
-        prefixed = {f"memory.{name}": value for name, value in copy.deepcopy(state).items()}
+        prefixed = {f"memory.{name}": value for name, value in state.items()}
         whole.load_state_dict(whole.encoder.state_dict(prefix="encoder.") | prefixed, strict=True, assign=assign)
         check_same(whole.memory, copy.deepcopy(memory))
 
@@ -245,12 +248,9 @@ def test_a_call_that_raises_changes_nothing(kind) -> None:
     memory = made(kind)
     fill(memory, 4)
     before = copy.deepcopy(memory.state_dict())
-    bad = torch.zeros(3, dtype=torch.uint4)
+    z, ids, bad = rows(3, 1), torch.arange(3), torch.zeros(3, dtype=torch.uint4)
     with pytest.raises((TypeError, NotImplementedError)):
-        if kind == "queue":
-            memory.enqueue(rows(3, 1), torch.arange(3), bad)
-        else:
-            memory.update(torch.arange(3), rows(3, 1), bad)
+        _ = memory.enqueue(z, ids, bad) if kind == "queue" else memory.update(ids, z, bad)
     for name, kept in memory.state_dict().items():
         assert torch.equal(kept, before[name])
 
@@ -294,7 +294,8 @@ def test_a_compiled_step_with_its_enqueue() -> None:
     assert queue.enqueued.item() == plain.enqueued.item() == 21
     queue.enqueued.fill_(4)
     assert len(queue) == 4  # which a graph learns of when it is asked for outside
-    torch.testing.assert_close(compiled(query, key), loss(query, key, queue.rows[:4]))
+    expected = loss(query, key, queue.rows[:4])
+    torch.testing.assert_close(compiled(query, key), expected)
 
 
 def test_a_label_below_zero() -> None:

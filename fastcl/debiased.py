@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .distributed import tell_others
 from .formula import Debiased, LossResult, check_options, inverse_temperature, reduced_loss
 from .kernels.checks import finite_number, positive_number
 from .modules import shown_temperature
@@ -80,13 +81,17 @@ class HardNegativeLoss(nn.Module):
         return_stats: bool = False,
     ) -> LossResult:
         """The loss; shapes and errors are in the class's description."""
-        options = check_options(False, self.normalize, self.reduction, self.gather)
-        temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
-        posed = pose(
-            embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
-        )
+        try:
+            options = check_options(False, self.normalize, self.reduction, self.gather)
+            temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
+            posed = pose(
+                embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
+            )
+            scale = inverse_temperature(temperature, posed)
+        except Exception as error:
+            tell_others(self.gather, error, embeddings)
+            raise
         formula = Debiased(self.tau_plus, self.beta)
-        scale = inverse_temperature(temperature, posed)
         return reduced_loss(posed, scale, formula, options, weights=weights, return_stats=return_stats)
 
     def extra_repr(self) -> str:

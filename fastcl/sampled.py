@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import Property, World, dtype_name
+from .distributed import Property, World, dtype_name, tell_others
 from .kernels.checks import (
     check_device,
     check_flag,
@@ -144,28 +144,11 @@ class SampledNCELoss(ExactModule):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The loss; shapes and errors are in the class's description."""
-        check_rows("embeddings", embeddings)
-        if not isinstance(bank, MemoryBank):
-            raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}")
-        check_rows("bank", bank.rows, like=embeddings)
-        check_ids("indices", indices, len(embeddings), embeddings.device)
-        check_samples("indices", indices[:, None], len(embeddings), bank.num_samples, embeddings.device)
-        if positives is not None:
-            check_rows("positives", positives, like=embeddings)
-            if positives.shape != embeddings.shape:
-                raise ValueError(
-                    f"positives: expected shape {list(embeddings.shape)}, as embeddings, got {list(positives.shape)}"
-                )
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-        if self.form == "nce" and bank.num_samples < 2:
-            raise ValueError("bank: expected at least 2 rows for form='nce', got 1")
-        if negatives is None:
-            negatives = draw(bank, indices, self.num_negatives, generator)
-        else:
-            check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
-        if self.form == "nce" and negatives.shape[1] == 0:
-            raise ValueError(f"negatives: expected at least one each for form='nce', got {list(negatives.shape)}")
+        try:
+            negatives = self._checked(embeddings, indices, bank, positives, negatives, generator)
+        except Exception as error:
+            tell_others(self.gather, error, embeddings)
+            raise
         world = World.of(self.gather)
         if world is not None:
             alike: dict[str, Property] = {
@@ -207,6 +190,40 @@ class SampledNCELoss(ExactModule):
             return share
         count = counted.sum() if world is None else world.total(counted.sum())
         return share / count.clamp(min=1)
+
+    def _checked(
+        self,
+        embeddings: Tensor,
+        indices: Tensor,
+        bank: MemoryBank,
+        positives: Tensor | None,
+        negatives: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The negatives, once all arguments of `forward` are as they should be."""
+        check_rows("embeddings", embeddings)
+        if not isinstance(bank, MemoryBank):
+            raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}")
+        check_rows("bank", bank.rows, like=embeddings)
+        check_ids("indices", indices, len(embeddings), embeddings.device)
+        check_samples("indices", indices[:, None], len(embeddings), bank.num_samples, embeddings.device)
+        if positives is not None:
+            check_rows("positives", positives, like=embeddings)
+            if positives.shape != embeddings.shape:
+                raise ValueError(
+                    f"positives: expected shape {list(embeddings.shape)}, as embeddings, got {list(positives.shape)}"
+                )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if self.form == "nce" and bank.num_samples < 2:
+            raise ValueError("bank: expected at least 2 rows for form='nce', got 1")
+        if negatives is None:
+            negatives = draw(bank, indices, self.num_negatives, generator)
+        else:
+            check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
+        if self.form == "nce" and negatives.shape[1] == 0:
+            raise ValueError(f"negatives: expected at least one each for form='nce', got {list(negatives.shape)}")
+        return negatives
 
     def _terms(self, logits: Tensor, counted: Tensor, others: int) -> tuple[Tensor, Tensor]:
         """Terms [N] and their derivatives [N, 1 + S] in the logits, the positive's first."""

@@ -8,6 +8,8 @@ from distributed_cases import BF16, F32, F64, MODES, SAMPLES, accumulated, compi
 from strategies import generator
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import fastcl
 from fastcl.functional import cluster_infonce
@@ -183,7 +185,16 @@ def memories(rank: int, world: int) -> dict[str, Any]:
         "loss": fastcl.MoCoLoss(0.1)(x, key, queue),
     }
     queue.enqueue(torch.eye(3))
-    return found | {"rows": queue.rows.clone(), "oldest first": queue.embeddings}
+    return found | {"rows": queue.rows.clone(), "oldest first": queue.embeddings, "shown": shown(rank, world)}
+
+
+def shown(rank: int, world: int) -> list[str]:
+    """Losses with a temperature of which the first process has the only shard."""
+    mesh = init_device_mesh("cpu", (world,))
+    whole = torch.tensor([0.25])
+    temperature = DTensor.from_local(whole if rank == 0 else whole[:0], mesh, [Shard(0)], shape=(1,), stride=(1,))
+    losses = (fastcl.ClusterInfoNCE, fastcl.HardNegativeLoss, fastcl.SampledNCELoss)
+    return [repr(loss(torch.nn.Parameter(temperature))) for loss in losses]
 
 
 def penalised(rank: int | None, world: int) -> dict[str, Any]:

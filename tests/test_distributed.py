@@ -144,6 +144,7 @@ def test_broadcast_buffers_take_the_first_process_memory_along(world: int) -> No
     assert first["loss"] > 0.1
     assert torch.equal(first["rows"][[5, 6, 7]], torch.eye(3))
     assert torch.equal(first["oldest first"], first["rows"])  # the place is 0 again
+    assert all("temperature=DTensor (learned)" in text for text in first["shown"])
     for other in others:
         for name, value in first.items():
             assert torch.equal(other[name], value) if isinstance(value, Tensor) else other[name] == value, name

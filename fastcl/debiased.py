@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .distributed import tell_others
 from .formula import Debiased, LossResult, check_options, inverse_temperature, reduced_loss
 from .kernels.checks import finite_number, positive_number, values_visible
+from .modules import shown_temperature
 from .posing import Contrasts, pose
 
 # Beyond it logits times beta and logits times 1 + beta differ by no more than their roundings.
@@ -83,23 +85,24 @@ class HardNegativeLoss(nn.Module):
         return_stats: bool = False,
     ) -> LossResult:
         """The loss; shapes and errors are in the class's description."""
-        options = check_options(False, self.normalize, self.reduction, self.gather)
-        temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
-        posed = pose(
-            embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
-        )
+        try:
+            options = check_options(False, self.normalize, self.reduction, self.gather)
+            temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
+            posed = pose(
+                embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
+            )
+            scale = inverse_temperature(temperature, posed)
+            if self.beta:
+                _check_beta(self.beta, temperature, scale)
+        except Exception as error:
+            tell_others(self.gather, error, embeddings)
+            raise
         formula = Debiased(self.tau_plus, self.beta)
-        scale = inverse_temperature(temperature, posed)
-        if self.beta:
-            _check_beta(self.beta, temperature, scale)
         return reduced_loss(posed, scale, formula, options, weights=weights, return_stats=return_stats)
 
     def extra_repr(self) -> str:
-        learned = isinstance(self.temperature, nn.Parameter)
-        shown = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
-        number = "meta" if isinstance(shown, Tensor) and shown.is_meta else f"{float(shown):g}"
         options = f"tau_plus={self.tau_plus:g}, beta={self.beta:g}, normalize={self.normalize!r}"
-        return f"temperature={number}{' (learned)' if learned else ''}, {options}, reduction={self.reduction!r}"
+        return f"{shown_temperature(self.temperature)}, {options}, reduction={self.reduction!r}"
 
 
 def _check_beta(beta: float, temperature: float | Tensor, scale: Tensor) -> None:

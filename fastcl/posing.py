@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .kernels.checks import check_assignments, check_bias, check_ids, check_rows, values_visible
 from .kernels.problem import NORM_FLOOR, accumulation_dtype, inverse_norms, powers_of_two
-from .memory import Memory, Stored
+from .memory_state import Memory, Stored
 
 Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
 
@@ -329,7 +329,7 @@ def unit(rows: Tensor) -> Tensor:
     inverse = inverse_norms(rows.detach())[:, None]
     near = inverse > 2.0**-60  # which squares of larger norms than that are out of range
     if values_visible(rows) and int(near.count_nonzero()) == len(rows):
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         return rows / norms.clamp(min=NORM_FLOOR)
     empty = inverse == 0
     rows = rows * torch.where(near | empty, 1, powers_of_two(rows.detach())[:, None])

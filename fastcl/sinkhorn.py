@@ -60,7 +60,9 @@ class SinkhornResult:
         all processes of the group have to ask for.
         """
         if self._solved is None:
-            raise ValueError("transport_cost: expected a result of fastcl.sinkhorn, got one that was made without scores")
+            raise ValueError(
+                "transport_cost: expected a result of fastcl.sinkhorn, got one that was made without scores"
+            )
         scores, epsilon, log_prior, log_rows, *options = self._solved
         assignments = self.assignments if self.assignments.dim() == 3 else self.assignments[None]
         if assignments.dtype != epsilon.dtype:
@@ -70,7 +72,7 @@ class SinkhornResult:
         total = mass.sum(-1, keepdim=True)
         if options[-1]:
             total = sum_over(options[-1], total)
-        costs = -(mass / total * _RowScores.apply(assignments, scores)).sum(-1)
+        costs: Tensor = -(mass / total * _RowScores.apply(assignments, scores)).sum(-1)
         return costs if self.assignments.dim() == 3 else costs[0]
 
 
@@ -102,7 +104,7 @@ BLOCK = 1 << 20  # numbers in a block of assignments
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Of matrices [B, N, K] the same rows, a block of numbers at a time; all at once for a compiler, which needs none."""
+    """Of matrices [B, N, K] the same rows, a block of numbers at a time; under a compiler all at once."""
     batch, n, k = matrices[0].shape
     if torch.compiler.is_compiling():
         yield matrices
@@ -203,7 +205,7 @@ def uniform_prior(k: int) -> Tensor:
     Raises TypeError or ValueError unless k is an integer from 1 to 2**31 - 1.
     """
     k = check_count("k", k)
-    return torch.full((k,), 1 / k)
+    return torch.full((k,), 1 / k, dtype=torch.float32)
 
 
 def power_law_prior(k: int, exponent: float = 0.25) -> Tensor:

@@ -25,8 +25,8 @@ from setuptools.errors import BaseError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "fastcl"
-FAILURE = "_build_failure.py"  # read by fastcl/kernels/native.py
-CUDA_FAILURE = "_cuda_failure.py"  # read by fastcl/kernels/cuda_native.py
+FAILURE = "_build_failure.py"  # read by fastcl/ops/backends/native.py
+CUDA_FAILURE = "_cuda_failure.py"  # read by fastcl/ops/backends/cuda_runtime.py
 LAST_LINES = 20  # of the failed tool's output, which are kept
 
 

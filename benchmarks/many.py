@@ -22,7 +22,7 @@ from benchmarks import machine, side_by_side
 from benchmarks.cases import TEMPERATURE
 from benchmarks.providers import _why_not
 from benchmarks.side_by_side import Contestant, Row
-from fastcl.kernels.ops import BACKENDS
+from fastcl.ops.backends.choose import AVAILABLE
 
 SUITE, PAGE = "distributed", "distributed.md"
 PROCESSES = 2
@@ -125,7 +125,7 @@ def losses(case: Case) -> tuple[dict[str, tuple[Loss, str]], dict[str, str]]:
     """By name, with the package whose version counts; and who is missing, and why."""
     found: dict[str, tuple[Loss, str]] = {}
     for backend in ("cpu", "chunked"):
-        if backend in BACKENDS:
+        if backend in AVAILABLE:
             found[f"fastcl {backend}"] = _fastcl(case, True, backend), "fastcl"
             found[f"fastcl {backend}, ring"] = _fastcl(case, "ring", backend), "fastcl"
     found[EAGER], found[WHOLE] = (partial(eager, case), "torch"), (partial(whole, case), "torch")

@@ -16,7 +16,7 @@ import fastcl
 from benchmarks import side_by_side
 from benchmarks.providers import _why_not
 from benchmarks.side_by_side import Contestant, Row
-from fastcl.kernels.topk_ops import SEARCHES
+from fastcl.ops.topk.op import SEARCHES
 
 SUITE, PAGE = "topk", "topk.md"
 EAGER, FAISS = "eager", "faiss-cpu, flat"

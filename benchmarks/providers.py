@@ -15,7 +15,7 @@ from torch import Tensor
 import fastcl
 from benchmarks import formulas
 from benchmarks.cases import TEMPERATURE, Case, Inputs
-from fastcl.kernels.ops import BACKENDS, MISSING
+from fastcl.ops.backends.choose import AVAILABLE, MISSING
 
 Loss = Callable[[Inputs], Tensor]
 
@@ -50,7 +50,7 @@ def providers(device: torch.device) -> tuple[list[Provider], dict[str, str]]:
     """Who can be measured on `device`, and why others cannot."""
     found = []
     missing = {f"fastcl {name}": reason for name, reason in MISSING.items()}
-    for backend in BACKENDS:
+    for backend in AVAILABLE:
         needed = _DEVICE_OF_BACKEND.get(backend, device.type)
         if backend == "reference":
             continue  # the specification: eager under another name

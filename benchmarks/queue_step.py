@@ -17,7 +17,7 @@ from benchmarks import side_by_side
 from benchmarks.cases import TEMPERATURE
 from benchmarks.providers import _DEVICE_OF_BACKEND, _why_not
 from benchmarks.side_by_side import Contestant, Row
-from fastcl.kernels.ops import BACKENDS
+from fastcl.ops.backends.choose import AVAILABLE
 
 SUITE, PAGE = "queue", "queue.md"
 EAGER, LIGHTLY = "eager", "lightly's memory bank"
@@ -104,7 +104,7 @@ def steps(case: Case, device: torch.device) -> tuple[dict[str, tuple[Callable[..
     """By name what makes the step, and the package whose version counts; and who is missing, and why."""
     found: dict[str, tuple[Callable[..., Step], str]] = {
         f"fastcl {backend}": (partial(_fastcl, backend), "fastcl")
-        for backend in BACKENDS
+        for backend in AVAILABLE
         if backend != "reference" and _DEVICE_OF_BACKEND.get(backend, device.type) == device.type
     }
     found[EAGER] = _eager, "torch"

@@ -20,7 +20,7 @@ import fastcl
 from benchmarks import machine
 from benchmarks.measure import Step, alternate, timer_for
 from benchmarks.providers import _why_not, version
-from fastcl.kernels.sinkhorn_ops import PASSES
+from fastcl.ops.sinkhorn.op import PASSES
 
 SUITE = "sinkhorn"
 EAGER, LOOP, COPY = "eager, log domain", "SwAV's loop", "copy of the scores"

@@ -1,7 +1,8 @@
 """The truth in float64, what an error is, and which errors are admitted.
 
 Nothing here goes through fastcl: the formulas are plain PyTorch in blocks of rows, so that no case is too large for
-float64. The same formulas in float32 are "eager PyTorch", whose own error sets the tolerance (`tests.tolerances`).
+float64. The same formulas in float32 are "eager PyTorch", whose own error sets the tolerance
+(`tests.support.tolerances`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cases import TEMPERATURE, Case, Inputs
-from tests.tolerances import HALF_ROWS, error_bound
+from tests.support.tolerances import HALF_ROWS, error_bound
 
 # A peer may be off by this much of what cancels, and is then marked as imprecise; beyond it is wrong.
 IMPRECISE = 1e-4

@@ -13,7 +13,7 @@ struct Rows {
   Dtype dtype;
 };
 
-// Logits s_ij = logit_scale * a_i * c_j * <x_i, y_j> + bias_j, as in fastcl/kernels/problem.py.
+// Logits s_ij = logit_scale * a_i * c_j * <x_i, y_j> + bias_j, as in fastcl/ops/contrastive/records.py.
 // Arrays of "reals" are double where `wide_reals`, else float.
 struct Problem {
   Rows anchors, contrasts; // contrasts.data null: self-contrast, each anchor against all others

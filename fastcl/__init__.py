@@ -2,17 +2,19 @@
 
 __version__ = "0.1.0"
 
-from . import distributed, functional
-from .debiased import DebiasedLoss, HardNegativeLoss
-from .infonce import ClipLoss, ClusterInfoNCE, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
-from .kernels.ops import use_backend
-from .kernels.stats import ContrastiveStats, contrastive_stats
-from .memory import MemoryBank, MemoryQueue, knn_predict, topk_similarity
-from .prototypes import MSNLoss, PMSNLoss, SwAVLoss
+from . import functional
+from .losses.cluster import ClusterInfoNCE
+from .losses.debiased import DebiasedLoss, HardNegativeLoss
+from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
+from .losses.prototypes import MSNLoss, PMSNLoss, SwAVLoss
+from .losses.sampled import SampledNCELoss, sampled_similarity
+from .losses.summary import LossStats
+from .memory import MemoryBank, MemoryQueue
+from .neighbors import knn_predict, topk_similarity
+from .ops.backends.choose import use_backend
 from .quality import alignment, uniformity
-from .sampled import SampledNCELoss, sampled_similarity
 from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
-from .summary import LossStats
+from .statistics import ContrastiveStats, contrastive_stats
 
 __all__ = [
     "ClipLoss",

@@ -1,10 +1,10 @@
 """The stateless forms of the losses, the statistics that they are made of, nearest rows, and Sinkhorn."""
 
-from .infonce import cluster_infonce
-from .kernels.stats import contrastive_stats
-from .memory import knn_predict, topk_similarity
-from .sampled import sampled_similarity
+from .losses.cluster import cluster_infonce
+from .losses.sampled import sampled_similarity
+from .neighbors import knn_predict, topk_similarity
 from .sinkhorn import sinkhorn
+from .statistics import contrastive_stats
 
 __all__ = [
     "cluster_infonce",

@@ -9,13 +9,13 @@ from importlib import metadata
 import torch
 
 from . import __version__
-from .kernels import cuda_native, native, triton_engine
-from .kernels.checks import ROW_DTYPES
-from .kernels.ops import BACKENDS, MISSING, choose_backend
-from .kernels.problem import accumulation_dtype
-from .kernels.sinkhorn_ops import choose as choose_for_sinkhorn
-from .kernels.soft_ops import choose as choose_for_soft
-from .kernels.topk_ops import choose as choose_for_topk
+from .checks import ROW_DTYPES
+from .ops.backends import cuda_runtime, native, triton_launch
+from .ops.backends.choose import AVAILABLE, MISSING, choose_backend
+from .ops.backends.rows import accumulation_dtype
+from .ops.sinkhorn.op import choose as choose_for_sinkhorn
+from .ops.soft.op import choose as choose_for_soft
+from .ops.topk.op import choose as choose_for_topk
 
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
@@ -36,16 +36,16 @@ def report() -> str:
         *_devices(),
         "",
         "Backends",
-        *(f"  {name:<10} available    {_PURPOSE[name]}" for name in BACKENDS),
+        *(f"  {name:<10} available    {_PURPOSE[name]}" for name in AVAILABLE),
         *(f"  {name:<10} missing      {reason}" for name, reason in MISSING.items()),
         "",
         *_native(),
         "",
         "Triton",
-        f"  {triton_engine.availability()[1]}",
+        f"  {triton_launch.availability()[1]}",
         "",
         "CUDA C++",
-        *(f"  {line}" for line in cuda_native.report()),
+        *(f"  {line}" for line in cuda_runtime.report()),
         "",
         f"Will be used ({_reason()})",
     ]

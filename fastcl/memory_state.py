@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .kernels.checks import check_device, check_rows
+from .checks import check_device, check_rows
 
 
 class Stored(NamedTuple):

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.checks import LARGEST, check_rows, plain_number
-from .kernels.stats import contrastive_stats
-from .posing import unit
+from .checks import LARGEST, check_rows, plain_number
+from .ops.backends.rows import unit
+from .statistics import contrastive_stats
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:

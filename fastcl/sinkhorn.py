@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .kernels.checks import (
+from .checks import (
     INTEGER_DTYPES,
     ROW_DTYPES,
     check_count,
@@ -24,9 +24,9 @@ from .kernels.checks import (
     scalar_tensor,
     values_visible,
 )
-from .kernels.problem import accumulation_dtype
-from .kernels.sinkhorn_ops import sinkhorn as _solve
-from .kernels.sinkhorn_ops import sum_over
+from .ops.backends.rows import accumulation_dtype
+from .ops.sinkhorn.op import sinkhorn as _solve
+from .ops.sinkhorn.op import sum_over
 
 LARGEST_EPSILON = 1e36  # potentials are up to some hundred times as large, and have to fit float32
 

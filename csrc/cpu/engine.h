@@ -1,9 +1,9 @@
 // What the engine of one instruction set offers, as plain pointers: the table that dispatch.cpp chooses from.
 #pragma once
-#include "../problem.h"
-#include "../sinkhorn.h"
-#include "../soft.h"
-#include "../topk.h"
+#include "problem.h"
+#include "cpu/sinkhorn/call.h"
+#include "cpu/soft/call.h"
+#include "cpu/topk/call.h"
 
 namespace fastcl {
 

@@ -1,9 +1,9 @@
 // The entries of one instruction set; the last thing that its translation unit includes.
-#include "gradient.h"
-#include "sinkhorn.h"
-#include "soft.h"
-#include "statistics.h"
-#include "topk.h"
+#include "cpu/contrastive/gradient.h"
+#include "cpu/sinkhorn/passes.h"
+#include "cpu/soft/sweeps.h"
+#include "cpu/contrastive/statistics.h"
+#include "cpu/topk/search.h"
 
 #define FASTCL_STRING_(name) #name
 #define FASTCL_STRING(name) FASTCL_STRING_(name)

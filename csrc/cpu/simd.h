@@ -5,7 +5,7 @@
 //   FASTCL_DOT      1 where rows of bfloat16 are multiplied as they are
 // Everything lives in an unnamed namespace and nothing comes from std: a template or inline function with external
 // linkage would be merged across translation units, and an older machine could then run a newer one's instructions.
-#include "../problem.h"
+#include "problem.h"
 #include <utility> // index_sequence: a type, no code
 #if defined(__FMA__)
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// What csrc/module.cpp calls, and the kernels' files define. Descriptions stand in problem.h, sinkhorn.h and topk.h; there
+// What csrc/bindings/module.cpp calls, and the kernels' files define. Descriptions stand in problem.h, sinkhorn.h and topk.h; there
 // is nothing of CUDA here, so that a compiler without it reads this. Every function throws std::runtime_error.
 #pragma once
 #include <cstdint>

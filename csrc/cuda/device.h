@@ -1,7 +1,7 @@
 // What kernels share: rows of every dtype as float, warp-wide sums, barriers. All of it also compiles for the host, where
 // csrc/tests/emulator.h gives the words of CUDA their meaning.
 #pragma once
-#include "../problem.h"
+#include "problem.h"
 #include "runtime.h"
 #ifndef FASTCL_EMULATOR
 #include <cooperative_groups.h>

@@ -3,7 +3,7 @@
 #pragma once
 #include "device.h"
 #ifdef FASTCL_EMULATOR
-#include "../tests/emulated_products.h"
+#include "tests/emulated_products.h"
 #endif
 
 namespace fastcl::cuda {

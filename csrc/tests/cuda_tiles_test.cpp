@@ -1,5 +1,5 @@
-// The arithmetic of csrc/cuda/tiles.h on the host: who visits what, and where numbers lie.
-#include "../cuda/tiles.h"
+// The arithmetic of csrc/cuda/contrastive/tiles.h on the host: who visits what, and where numbers lie.
+#include "../cuda/contrastive/tiles.h"
 #include <cstdio>
 #include <cstdlib>
 #include <map>

@@ -1,9 +1,9 @@
 // Runs every engine that this machine has, forward and backward and Sinkhorn's passes, over sizes around the register tiles,
 // all dtypes and options, and compares with double loops. Exits with 0 if all agree; else it names the first case that does not.
 //   engine_test PLACE CASES [ENGINE]      PLACE: heap or pages, see memory.h; CASES: how many for each engine
-#include "../cpu/arrange.h"
+#include "../cpu/contrastive/arrange.h"
 #include "../cpu/dispatch.h"
-#include "../cpu/mean.h"
+#include "../cpu/contrastive/mean.h"
 #include "formula.h"
 #include "sinkhorn_cases.h"
 #include "soft_cases.h"

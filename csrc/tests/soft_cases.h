@@ -1,6 +1,6 @@
 // Soft assignments over one random problem, forward and backward, against double loops.
 #pragma once
-#include "../cpu/arrange.h"
+#include "../cpu/contrastive/arrange.h"
 #include "../cpu/engine.h"
 #include "check.h"
 #include "formula.h"

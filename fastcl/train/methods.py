@@ -22,9 +22,10 @@ from fastcl import (
     sinkhorn,
     uniform_prior,
 )
-from fastcl.distributed import World
 from fastcl.train import OptionError
 from fastcl.train.data import ImageData, attributes, read_csv_clusters
+
+from ..distributed import World
 
 
 class Encoder(nn.Sequential):

@@ -1,0 +1,40 @@
+// A call of an engine, described and waiting for its workspace; what the bindings of all families share.
+#pragma once
+#include "bindings/reader.h"
+#include "cpu/dispatch.h"
+#include <functional>
+#include <memory>
+
+namespace fastcl {
+
+// Says how much workspace it wants, and runs on that with the interpreter's lock released.
+class Call {
+public:
+  // work: the call; with a null workspace it only returns the workspace's size in bytes.
+  explicit Call(std::function<int64_t(void *)> work) : work_(std::move(work)) {
+    pybind11::gil_scoped_release release;
+    workspace_ = work_(nullptr);
+  }
+  int64_t workspace() const { return workspace_ + ALIGNMENT; }
+  void run(int64_t address) const {
+    require(address, "workspace: a null pointer");
+    pybind11::gil_scoped_release release;
+    work_(reinterpret_cast<void *>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT));
+  }
+
+private:
+  static constexpr int64_t ALIGNMENT = 64;
+  std::function<int64_t(void *)> work_;
+  int64_t workspace_;
+};
+
+const Engine *engine_named(const std::string &name);
+
+// Of an engine's entry that takes the description alone.
+template <class Description>
+std::unique_ptr<Call> call_of(const std::string &engine, int64_t (*Engine::*entry)(const Description &, void *), const Description &call) {
+  const Engine *const chosen = engine_named(engine);
+  return std::make_unique<Call>([=](void *workspace) { return (chosen->*entry)(call, workspace); });
+}
+
+} // namespace fastcl

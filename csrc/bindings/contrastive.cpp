@@ -1,0 +1,145 @@
+// The contrastive statistics, their gradients and the mean loss: what Python describes.
+#include "bindings/contrastive.h"
+#include "bindings/families.h"
+#include "cpu/contrastive/mean.h"
+
+namespace py = pybind11;
+
+namespace fastcl {
+
+Problem read_problem(const py::tuple &numbers) {
+  Reader in(numbers);
+  Problem p;
+  p.anchors = in.rows();
+  p.contrasts = in.rows();
+  p.dimension = in.integer();
+  p.anchor_clusters = in.address<const int64_t>();
+  p.contrast_clusters = in.address<const int64_t>();
+  p.anchor_ids = in.address<const int64_t>();
+  p.contrast_ids = in.address<const int64_t>();
+  p.logit_scale = in.address<const void>();
+  p.scales = int(in.integer());
+  p.contrast_bias = in.address<const void>();
+  p.normalize_anchors = in.integer();
+  p.normalize_contrasts = in.integer();
+  p.wide_reals = in.integer();
+  p.columns = in.integer();
+  p.threads = int(in.integer());
+  in.end();
+  require(p.anchors.data, "anchors: a null pointer");
+  require(p.logit_scale, "logit_scale: a null pointer");
+  require(p.anchors.size >= 1 && p.dimension >= 1 && p.threads >= 1 && p.scales >= 1, "sizes, scales and threads must be positive");
+  require(p.self_contrast() || p.contrasts.size >= 1, "sizes and threads must be positive");
+  require(p.anchors.size < INT32_MAX / 2 && p.contrasts.size < INT32_MAX / 2, "more than 2^30 rows");
+  if (p.self_contrast()) {
+    require(!p.contrast_clusters && !p.anchor_ids && !p.contrast_ids && !p.contrast_bias && !p.columns, "self-contrast takes clusters only");
+    p.contrasts.size = 0;
+  } else {
+    require(!p.anchor_clusters == !p.contrast_clusters, "clusters of one side only");
+    require(!p.anchor_ids == !p.contrast_ids, "ids of one side only");
+  }
+  return p;
+}
+
+namespace {
+
+Statistics read_statistics(const py::tuple &numbers) {
+  Reader in(numbers);
+  Statistics s;
+  for (void *&field : s.fields) field = in.address();
+  for (void *&shift : s.shifts) shift = in.address();
+  for (void *&sum : s.sums) sum = in.address();
+  s.positives = in.address();
+  s.negatives = in.address();
+  s.negative_share = in.address();
+  s.negative_base = in.address();
+  s.positive_base = in.address();
+  s.observed = in.address();
+  s.inverse_norms = in.address();
+  in.end();
+  for (int f = 0; f < SUM_POS; f++) require(!s.fields[f] || (s.shifts[f] && s.sums[f]), "a log-sum-exp without its parts");
+  require(s.positives && s.negatives && s.negative_share && s.negative_base && s.positive_base, "counts: a null pointer");
+  return s;
+}
+
+WeightedSums read_weighted(Reader &in, const Problem &p) {
+  WeightedSums w;
+  w.sums = in.address();
+  w.valid = in.address();
+  require(!w.sums == !w.valid, "weighted sums without their validity, or the reverse");
+  require(!w.sums || !(p.self_contrast() || p.columns || p.contrast_bias), "weighted sums: two sets without bias, one direction only");
+  require(!w.sums || p.scales == 1, "weighted sums: of one scale only");
+  return w;
+}
+
+// What forward and backward are told alike.
+template <class Description> Description described(const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts, Reader &outputs) {
+  Description call{};
+  call.problem = read_problem(problem);
+  call.anchors = read_statistics(anchors);
+  require(call.problem.columns == !contrasts.is_none(), "columns: statistics of the contrasts wanted but not given, or the reverse");
+  if (!contrasts.is_none()) call.contrasts = read_statistics(contrasts.cast<py::tuple>());
+  call.weighted = read_weighted(outputs, call.problem);
+  return call;
+}
+
+template <class Description> void require_anchors_only(const Description &call) {
+  require(!call.weighted.sums || (call.anchor_gradient && !call.contrast_gradient && !call.scale_gradient && !call.bias_gradient),
+          "weighted sums give the anchors' gradient only");
+}
+
+std::unique_ptr<Call> forward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
+                              const py::tuple &outputs) {
+  Reader in(outputs);
+  const auto call = described<Forward>(problem, anchors, contrasts, in);
+  in.end();
+  return arranged_call(call, engine_named(engine)->forward);
+}
+
+std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts,
+                               const py::tuple &outputs) {
+  Reader in(outputs);
+  auto call = described<Backward>(problem, anchors, contrasts, in);
+  call.single_positives = in.integer();
+  read_gradients(in, call);
+  in.end();
+  require_anchors_only(call);
+  return arranged_call(call, engine_named(engine)->backward);
+}
+
+std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, const py::tuple &outputs) {
+  Reader in(outputs);
+  MeanLoss call{};
+  call.problem = read_problem(problem);
+  call.negatives_only = in.integer();
+  call.kept = in.address();
+  call.weighted = read_weighted(in, call.problem);
+  call.loss = in.address();
+  call.loss_gradient = in.address();
+  call.observed = in.address();
+  call.contrast_observed = in.address();
+  require(!call.contrast_observed || call.problem.columns, "contrast_observed: the contrasts' statistics are not wanted");
+  read_gradients(in, call);
+  in.end();
+  require(call.loss || call.kept, "loss: a null pointer, and no statistics of it");
+  require(call.loss || call.loss_gradient, "loss_gradient: a null pointer, in a call of the gradients alone");
+  require(!call.loss || !call.loss_gradient, "loss_gradient: given before there is a loss");
+  const bool differentiated = call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.bias_gradient;
+  require(!call.kept || !call.loss || !differentiated, "kept: between a call of the loss and one of the gradients");
+  require(!call.weighted.sums || call.kept, "weighted sums: between two calls only");
+  if (!call.loss) require_anchors_only(call);
+  require(call.problem.scales == 1, "a mean loss: of one scale only");
+  const Engine *const chosen = engine_named(engine);
+  return arranged_call(call,
+                       [=](const MeanLoss &c, const Arranged &arranged, void *workspace) { return mean_loss(*chosen, c, arranged, workspace); });
+}
+
+} // namespace
+
+void bind_contrastive(py::module_ &m) {
+  m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
+  m.def("backward", &backward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
+  m.def("mean", &mean, py::arg("engine"), py::arg("problem"), py::arg("outputs"));
+}
+
+} // namespace fastcl

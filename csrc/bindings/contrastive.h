@@ -1,0 +1,29 @@
+// Descriptions that the contrastive statistics and those over soft assignments share.
+#pragma once
+#include "bindings/call.h"
+#include "cpu/contrastive/arrange.h"
+
+namespace fastcl {
+
+Problem read_problem(const pybind11::tuple &numbers);
+
+template <class Description> void read_gradients(Reader &outputs, Description &call) {
+  call.anchor_gradient = outputs.address();
+  call.contrast_gradient = outputs.address();
+  call.scale_gradient = outputs.address();
+  call.bias_gradient = outputs.address();
+  require(!call.contrast_gradient || !call.problem.self_contrast(), "contrast_gradient: self-contrast has none");
+  require(!call.bias_gradient || call.problem.contrast_bias, "bias_gradient: there is no bias");
+}
+
+// Of an engine's entry that takes rows in the order of their clusters as well.
+template <class Description, class Entry> std::unique_ptr<Call> arranged_call(const Description &call, Entry entry) {
+  std::shared_ptr<const Arrangements> arrangements;
+  {
+    pybind11::gil_scoped_release release;
+    arrangements = std::make_shared<const Arrangements>(arrange(call.problem));
+  }
+  return std::make_unique<Call>([=](void *workspace) { return entry(call, arrangements->arranged(), workspace); });
+}
+
+} // namespace fastcl

@@ -1,0 +1,17 @@
+// Each adds its family's calls to the module.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace fastcl {
+
+void bind_contrastive(pybind11::module_ &m);
+void bind_soft(pybind11::module_ &m);
+void bind_sinkhorn(pybind11::module_ &m);
+void bind_topk(pybind11::module_ &m);
+
+void bind_cuda(pybind11::module_ m); // all of the CUDA kernels
+void bind_cuda_contrastive(pybind11::module_ &m);
+void bind_cuda_sinkhorn(pybind11::module_ &m);
+void bind_cuda_topk(pybind11::module_ &m);
+
+} // namespace fastcl

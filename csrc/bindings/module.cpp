@@ -1,0 +1,49 @@
+// The Python module: addresses and integers in, nothing of torch. A call is described first; it then says how much
+// workspace it wants, and runs on that with the interpreter's lock released. A file for each family reads its descriptions.
+#include "bindings/call.h"
+#include "bindings/families.h"
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+using namespace fastcl;
+
+const Engine *fastcl::engine_named(const std::string &name) {
+  for (const Engine *engine : supported_engines())
+    if (engine->name == name) return engine;
+  throw std::invalid_argument("fastcl: no engine " + name + " on this machine");
+}
+
+namespace {
+
+std::vector<std::string> names(const std::vector<const Engine *> &engines) {
+  std::vector<std::string> result;
+  for (const Engine *engine : engines) result.push_back(engine->name);
+  return result;
+}
+
+} // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "fastcl's engines in C++: addresses and integers in, nothing of torch.";
+  py::class_<Call>(m, "Call")
+      .def_property_readonly("workspace", &Call::workspace, "bytes of workspace that `run` needs")
+      .def("run", &Call::run, py::arg("workspace"));
+  bind_contrastive(m);
+  bind_soft(m);
+  bind_sinkhorn(m);
+  bind_topk(m);
+  m.def("built_engines", [] { return names(built_engines()); }, "instruction sets that this build has an engine for");
+  m.def("supported_engines", [] { return names(supported_engines()); }, "those that this machine runs, slowest first");
+  m.def(
+      "choose_engine",
+      [](const std::string &cap) {
+        const Choice choice = choose_engine(cap);
+        return py::make_tuple(choice.engine ? py::object(py::str(choice.engine->name)) : py::object(py::none()), choice.reason);
+      },
+      py::arg("cap"), "(name or None, reason); `cap` names the newest instruction set allowed, or is empty");
+#ifdef FASTCL_CUDA
+  bind_cuda(m.def_submodule("cuda"));
+#endif
+  m.attr("compiler") = FASTCL_COMPILER;
+  m.attr("version") = FASTCL_VERSION;
+}

@@ -1,0 +1,22 @@
+// Rows sorted by cluster, so that positives meet in few tiles, and ids interned to small numbers.
+#pragma once
+#include "cpu/engine.h"
+#include <vector>
+
+namespace fastcl {
+
+struct Arrangement {
+  std::vector<int32_t> order, cluster, id, matched; // as in Places; empty for null
+  Places places() const {
+    const auto pointer = [](const std::vector<int32_t> &v) { return v.empty() ? nullptr : v.data(); };
+    return {pointer(order), pointer(cluster), pointer(id), pointer(matched)};
+  }
+};
+struct Arrangements {
+  Arrangement anchors, contrasts; // contrasts stay empty for self-contrast
+  Arranged arranged() const { return {anchors.places(), contrasts.places()}; }
+};
+
+Arrangements arrange(const Problem &problem);
+
+} // namespace fastcl

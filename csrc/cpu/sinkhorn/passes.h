@@ -1,0 +1,448 @@
+// Sinkhorn's passes: each reads the scores once, a few rows at a time, and takes one exponential of each.
+//
+// Rows belong to threads by place, sums over rows go from a few rows to a block, to a thread, to the whole, always in that
+// order: the same number of threads gives the same bits.
+#pragma once
+#include "call.h"
+#include "cpu/sweep.h"
+
+namespace fastcl::FASTCL_ISA {
+namespace {
+
+// 2^t of t <= 0, or a little more, to the last bit or two; 0 where that is no normal number; a NaN stays.
+template <class T> FASTCL_INLINE V<T> exp2_down(V<T> t) {
+  const V<T> zero = all<T>(0);
+  return where<T>(t >= all<T>(Exponential<T>::LEAST), exp2<T, true>(t), zero > t ? zero : t);
+}
+
+template <class T> FASTCL_INLINE uint16_t narrowed_bfloat(T x) {
+  const float value = float(x);
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  return uint16_t((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+template <class T> FASTCL_INLINE uint16_t narrowed_half(T x) {
+  const float value = float(x);
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  const uint32_t sign = (word >> 16) & 0x8000, magnitude = word & 0x7fffffff;
+  // subnormal: adding 1/2 puts the last place where float16 has it, and rounds
+  float aligned;
+  memcpy(&aligned, &magnitude, 4);
+  aligned += 0.5f;
+  uint32_t subnormal;
+  memcpy(&subnormal, &aligned, 4);
+  subnormal -= 0x3f000000;
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+  const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00; // NaN, or beyond the largest
+  return uint16_t(sign | (magnitude >= 0x477ff000 ? large : finite));
+}
+
+template <class T> struct SinkhornRun {
+  static constexpr int64_t W = Simd<T>::W;
+  static constexpr int64_t GROUP = 4;       // rows whose exponentials meet the columns' sums together
+  static constexpr int64_t LINES = 8;       // rows of which a column's largest is taken before exponentials are
+  static constexpr int64_t BLOCK_ROWS = 64; // rows summed before they join a thread's sum: bounds its rounding error
+  static constexpr T ENOUGH = T(0x1p-24);   // of a row's sum, so that what is lost below 2^-126 was nothing to it
+  static constexpr T NOTHING = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__);
+
+  struct Split { // a potential in two parts, padded
+    T *high, *low;
+  };
+  struct Row { // whole vectors lie where they lay, the last few numbers in `tail`
+    const T *whole, *tail;
+  };
+  struct Local {              // of a thread
+    T *scores, *gradient, *e; // [LINES or GROUP][padded]
+    T *tails;                 // [2][LINES][W]
+    T *block, *total;         // [padded]
+    T *shift;                 // [padded]
+  };
+
+  const Sinkhorn &c;
+  const int64_t n, k, whole, padded; // whole: the columns that fill vectors
+  T scale, to_base_2;
+  Split potential;     // of columns
+  T *weights, *shifts; // [padded]
+  Split *term_potentials;
+  T **term_shifts, **term_weights;
+  Local *locals;
+
+  SinkhornRun(const Sinkhorn &call, Arena &arena)
+      : c(call), n(call.scores.size), k(call.columns), whole(k / W * W), padded(round_up(k, W)), scale(0), to_base_2(0) {
+    potential = by_columns() ? split_space(arena) : Split{nullptr, nullptr};
+    weights = c.weights ? arena.template take<T>(padded) : nullptr;
+    shifts = c.pass == SinkhornPass::column_products ? arena.template take<T>(padded) : nullptr;
+    const int64_t terms = c.term_count;
+    term_potentials = arena.template take<Split>(terms);
+    term_shifts = arena.template take<T *>(terms);
+    term_weights = arena.template take<T *>(terms);
+    for (int64_t t = 0; t < terms; t++) {
+      const bool row_term = c.terms[t].p;
+      const Split split = row_term ? split_space(arena) : Split{nullptr, nullptr};
+      T *const shift = row_term ? nullptr : arena.template take<T>(padded);
+      T *const weight = arena.template take<T>(padded);
+      if (!arena.base) continue;
+      term_potentials[t] = split, term_shifts[t] = shift, term_weights[t] = weight;
+    }
+    locals = arena.template take<Local>(c.threads);
+    for (int t = 0; t < c.threads; t++) {
+      Local local{};
+      if (!lies_so(c.scores)) local.scores = arena.template take<T>(LINES * padded);
+      if (c.gradient.data && !lies_so(c.gradient)) local.gradient = arena.template take<T>(GROUP * padded);
+      local.tails = arena.template take<T>(2 * LINES * W);
+      if (c.pass != SinkhornPass::column_sums) local.e = arena.template take<T>(GROUP * padded);
+      if (c.by_column || c.pass == SinkhornPass::column_sums) {
+        local.block = arena.template take<T>(padded);
+        local.total = arena.template take<T>(padded);
+      }
+      if (c.pass == SinkhornPass::column_sums) local.shift = arena.template take<T>(padded);
+      if (arena.base) locals[t] = local;
+    }
+    if (!arena.base) return;
+    scale = *(const T *)c.inverse_epsilon;
+    to_base_2 = T(LOG2E * double(scale));
+    if (potential.high) split_columns(c.potential, potential);
+    if (weights) pad((const T *)c.weights, weights, T(0));
+    if (shifts) pad_shifts((const T *)c.column_shift, shifts);
+    for (int64_t t = 0; t < terms; t++) {
+      pad((const T *)c.terms[t].w, term_weights[t], T(0));
+      if (term_shifts[t]) pad_shifts((const T *)c.terms[t].shift, term_shifts[t]);
+      else split_columns(c.terms[t].potential, term_potentials[t]);
+    }
+  }
+
+  void run() const {
+    with_team(c.threads, [&](const Team &team) {
+      team.run([&](int t) {
+        const Range mine = share(n, c.threads, t, LINES);
+        switch (c.pass) {
+        case SinkhornPass::column_sums: return column_sums(t, mine);
+        case SinkhornPass::row_pass: return by_groups(t, mine, [&](int64_t i, int64_t rows) { row_pass(t, i, rows); });
+        case SinkhornPass::products: return by_groups(t, mine, [&](int64_t i, int64_t rows) { products(t, i, rows); });
+        case SinkhornPass::column_products:
+          for (int64_t i = mine.from; i < mine.to; i++) column_products(t, i);
+          return;
+        case SinkhornPass::assignment_gradient: return by_groups(t, mine, [&](int64_t i, int64_t rows) { assignment_gradient(t, i, rows); });
+        case SinkhornPass::score_gradient:
+          for (int64_t i = mine.from; i < mine.to; i++) score_gradient(t, i);
+          return;
+        }
+      });
+      if (c.pass == SinkhornPass::column_sums) team.run([&](int t) { merge_column_sums(share(padded, c.threads, t, W)); });
+      else if (c.by_column) team.run([&](int t) { merge_totals(share(padded, c.threads, t, W)); });
+    });
+  }
+
+private:
+  bool by_columns() const { return c.pass != SinkhornPass::column_sums && c.pass != SinkhornPass::column_products; }
+  static bool lies_so(const Rows &rows) { return rows.column_stride == 1 && rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32); }
+  Split split_space(Arena &arena) const {
+    T *const high = arena.template take<T>(padded);
+    return {high, arena.template take<T>(padded)};
+  }
+  static void split_one(double x, T &high, T &low) {
+    high = T(x);
+    low = __builtin_isfinite(high) ? T(x - double(high)) : T(0);
+  }
+  void split_columns(const double *from, const Split &to) const {
+    for (int64_t j = 0; j < k; j++) split_one(from[j], to.high[j], to.low[j]);
+    for (int64_t j = k; j < padded; j++) to.high[j] = -T(__builtin_inf()), to.low[j] = 0; // no column, no weight
+  }
+  void pad(const T *from, T *to, T rest) const {
+    memcpy(to, from, k * sizeof(T));
+    for (int64_t j = k; j < padded; j++) to[j] = rest;
+  }
+  void pad_shifts(const T *from, T *to) const {
+    for (int64_t j = 0; j < padded; j++) to[j] = j >= k ? -NOTHING : from[j] < NOTHING ? T(0) : from[j];
+  }
+
+  Row row(const Rows &rows, int64_t i, T *buffer, T *tail) const {
+    if (lies_so(rows)) {
+      const T *const at = (const T *)rows.data + i * rows.row_stride;
+      for (int64_t j = whole; j < padded; j++) tail[j - whole] = j < k ? at[j] : T(0);
+      return {at, tail};
+    }
+    read_row(rows, i, k, buffer);
+    for (int64_t j = k; j < padded; j++) buffer[j] = 0;
+    return {buffer, buffer + whole};
+  }
+  Row scores(int t, int64_t i, int64_t line) const {
+    const Local &l = locals[t];
+    return row(c.scores, i, l.scores + line * padded, l.tails + line * W);
+  }
+  Row gradient(int t, int64_t i, int64_t line) const {
+    const Local &l = locals[t];
+    return row(c.gradient, i, l.gradient + line * padded, l.tails + (LINES + line) * W);
+  }
+  template <class F> FASTCL_INLINE void each(F f) const { // vectors by their first column, and whether it is the last, a part
+    for (int64_t j = 0; j < whole; j += W) f(j, false);
+    if (whole < padded) f(whole, true);
+  }
+  static FASTCL_INLINE V<T> at(const Row &row, int64_t j, bool last) { return last ? load(row.tail) : loadu(row.whole + j); }
+
+  template <class F> void by_groups(int t, Range mine, F work) const {
+    const Local &l = locals[t];
+    if (l.total) memset(l.total, 0, padded * sizeof(T));
+    for (int64_t block = mine.from; block < mine.to; block += BLOCK_ROWS) {
+      const int64_t end = smaller(mine.to, block + BLOCK_ROWS);
+      if (l.block) memset(l.block, 0, padded * sizeof(T));
+      for (int64_t i = block; i < end; i += GROUP) work(i, smaller(end - i, GROUP));
+      if (l.total)
+        for (int64_t j = 0; j < padded; j += W) add_to(l.total + j, load(l.block + j));
+    }
+  }
+  // block_j += sum_r factor_r e_rj
+  FASTCL_INLINE void add_columns(const Local &l, const T *factors, int64_t rows) const {
+    for (int64_t j = 0; j < padded; j += W) {
+      V<T> sum = load(l.block + j);
+      if (rows == GROUP) EACH(r, GROUP) sum += factors[r] * load(l.e + r * padded + j);
+      else
+        for (int64_t r = 0; r < rows; r++) sum += factors[r] * load(l.e + r * padded + j);
+      store(l.block + j, sum);
+    }
+  }
+  void merge_totals(Range mine) const {
+    for (int64_t j = mine.from; j < mine.to; j++) {
+      T sum = 0;
+      for (int t = 0; t < c.threads; t++) sum += locals[t].total[j];
+      if (j < k) ((T *)c.by_column)[j] = sum;
+    }
+  }
+
+  void column_sums(int t, Range mine) const {
+    const Local &l = locals[t];
+    for (int64_t j = 0; j < padded; j++) l.shift[j] = NOTHING, l.total[j] = 0;
+    for (int64_t i = mine.from; i < mine.to; i += LINES) {
+      const int64_t rows = smaller(mine.to - i, LINES);
+      Row lines[LINES];
+      T high[LINES], low[LINES];
+      for (int64_t r = 0; r < LINES; r++) { // a line too many repeats the first, without weight
+        lines[r] = r < rows ? scores(t, i + r, r) : lines[0];
+        split_one(r < rows ? c.potential[i + r] : -__builtin_inf(), high[r], low[r]);
+      }
+      each([&](int64_t j, bool last) {
+        V<T> x[LINES], most = load(l.shift + j);
+        const V<T> before = most;
+        EACH(r, LINES) {
+          x[r] = (at(lines[r], j, last) + high[r]) + low[r];
+          most = x[r] > most ? x[r] : most;
+        }
+        V<T> total = load(l.total + j) * exp2_down<T>((before - most) * to_base_2);
+        EACH(r, LINES) total += exp2_down<T>((x[r] - most) * to_base_2);
+        store(l.shift + j, most);
+        store(l.total + j, total);
+      });
+    }
+  }
+  void merge_column_sums(Range mine) const {
+    for (int64_t j = mine.from; j < smaller(mine.to, k); j++) {
+      T most = NOTHING, sum = 0;
+      for (int t = 0; t < c.threads; t++) most = larger(most, locals[t].shift[j]);
+      for (int t = 0; t < c.threads; t++) sum += locals[t].total[j] * exp2_of(T((locals[t].shift[j] - most) * to_base_2));
+      ((T *)c.column_shift)[j] = most == NOTHING ? -T(__builtin_inf()) : most;
+      ((T *)c.column_sum)[j] = sum;
+    }
+  }
+
+  // e_j = exp((S_j + g_j - shift) / epsilon) of a row; calls use(j, last, e_j).
+  template <class F> FASTCL_INLINE void exponentials(const Row &s, T shift, F use) const {
+    each([&](int64_t j, bool last) {
+      const V<T> x = (at(s, j, last) + load(potential.high + j)) + load(potential.low + j);
+      use(j, last, exp2_down<T>((x - shift) * to_base_2));
+    });
+  }
+  T largest(const Row &s) const {
+    V<T> most[2] = {all<T>(NOTHING), all<T>(NOTHING)};
+    int64_t j = 0;
+    const auto x = [&](int64_t j, bool last) { return (at(s, j, last) + load(potential.high + j)) + load(potential.low + j); };
+    for (; j + 2 * W <= whole; j += 2 * W) EACH(v, 2) {
+        const V<T> y = x(j + v * W, false);
+        most[v] = y > most[v] ? y : most[v];
+      }
+    for (; j < padded; j += W) {
+      const V<T> y = x(j, j == whole);
+      most[0] = y > most[0] ? y : most[0];
+    }
+    T lanes[W] __attribute__((aligned(FASTCL_BYTES))), result = NOTHING;
+    store(lanes, most[0] > most[1] ? most[0] : most[1]);
+    for (int64_t l = 0; l < W; l++) result = larger(result, lanes[l]);
+    return result;
+  }
+
+  // The exponentials of a group of rows, and their sums: each part of the potential is loaded once for all.
+  void group_exponentials(const Local &l, const Row (&s)[GROUP], const T (&shifts)[GROUP], T (&totals)[GROUP]) const {
+    V<T> sums[GROUP];
+    EACH(r, GROUP) sums[r] = all<T>(0);
+    each([&](int64_t j, bool last) {
+      const V<T> high = load(potential.high + j), low = load(potential.low + j);
+      EACH(r, GROUP) {
+        const V<T> x = exp2_down<T>((((at(s[r], j, last) + high) + low) - shifts[r]) * to_base_2);
+        store(l.e + r * padded + j, x);
+        sums[r] += x;
+      }
+    });
+    EACH(r, GROUP) totals[r] = sum<T>(sums[r]);
+  }
+
+  void row_pass(int t, int64_t i, int64_t rows) const {
+    const Local &l = locals[t];
+    const T *const above = (const T *)c.above;
+    T factors[GROUP], shifts[GROUP], totals[GROUP];
+    Row lines[GROUP];
+    for (int64_t r = 0; r < GROUP; r++) { // a row too many repeats the first
+      lines[r] = r < rows ? scores(t, i + r, r) : lines[0];
+      shifts[r] = r < rows ? above ? above[i + r] : largest(lines[r]) : shifts[0];
+    }
+    group_exponentials(l, lines, shifts, totals);
+    for (int64_t r = 0; r < rows; r++) {
+      T shift = shifts[r], total = totals[r];
+      T *const e = l.e + r * padded;
+      if (above && !(total > ENOUGH)) { // the bound lies too far above the row, or is none
+        shift = largest(lines[r]);
+        V<T> sums = all<T>(0);
+        exponentials(lines[r], shift, [&](int64_t j, bool, V<T> x) {
+          store(e + j, x);
+          sums += x;
+        });
+        total = sum<T>(sums);
+      }
+      ((T *)c.row_shift)[i + r] = shift;
+      ((T *)c.row_sum)[i + r] = total;
+      factors[r] = c.mass ? ((const T *)c.mass)[i + r] / total : T(0);
+      if (c.matrix) write_row(i + r, e, 1 / total);
+    }
+    if (c.mass) add_columns(l, factors, rows);
+  }
+
+  void products(int t, int64_t i, int64_t rows) const {
+    const Local &l = locals[t];
+    T factors[GROUP];
+    for (int64_t r = 0; r < rows; r++) {
+      V<T> sums = all<T>(0);
+      T *const e = l.e + r * padded;
+      exponentials(scores(t, i + r, r), ((const T *)c.row_shift)[i + r], [&](int64_t j, bool, V<T> x) {
+        store(e + j, x);
+        sums += x * load(weights + j);
+      });
+      const T total = ((const T *)c.row_sum)[i + r], y = sum<T>(sums) / total;
+      ((T *)c.by_row)[i + r] = y;
+      factors[r] = ((const T *)c.mass)[i + r] * y / total;
+    }
+    add_columns(l, factors, rows);
+  }
+
+  void column_products(int t, int64_t i) const {
+    const Row s = scores(t, i, 0);
+    T high, low;
+    split_one(c.potential[i], high, low);
+    V<T> sums = all<T>(0);
+    each([&](int64_t j, bool last) {
+      const V<T> x = (at(s, j, last) + high) + low;
+      sums += exp2_down<T>((x - load(shifts + j)) * to_base_2) * load(weights + j);
+    });
+    ((T *)c.by_row)[i] = sum<T>(sums);
+  }
+
+  void assignment_gradient(int t, int64_t i, int64_t rows) const {
+    const Local &l = locals[t];
+    T factors[GROUP], taken[GROUP];
+    Row gradients[GROUP];
+    for (int64_t r = 0; r < rows; r++) {
+      const bool given = c.gradient.data;
+      if (given) gradients[r] = gradient(t, i + r, r);
+      V<T> sums = all<T>(0);
+      T *const e = l.e + r * padded;
+      exponentials(scores(t, i + r, r), ((const T *)c.row_shift)[i + r], [&](int64_t j, bool last, V<T> x) {
+        store(e + j, x);
+        if (given) sums += x * at(gradients[r], j, last);
+      });
+      const T total = ((const T *)c.row_sum)[i + r], d = sum<T>(sums) / total;
+      ((T *)c.by_row)[i + r] = d;
+      factors[r] = 1 / total;
+      taken[r] = d + ((const T *)c.less)[i + r];
+    }
+    if (!c.gradient.data) {
+      for (int64_t r = 0; r < rows; r++) factors[r] *= -taken[r];
+      return add_columns(l, factors, rows);
+    }
+    each([&](int64_t j, bool last) {
+      V<T> sum = load(l.block + j);
+      for (int64_t r = 0; r < rows; r++) sum += load(l.e + r * padded + j) * factors[r] * (at(gradients[r], j, last) - taken[r]);
+      store(l.block + j, sum);
+    });
+  }
+
+  void score_gradient(int t, int64_t i) const {
+    const Local &l = locals[t];
+    const Row s = scores(t, i, 0);
+    const bool given = c.gradient.data;
+    const Row g = given ? gradient(t, i, 0) : Row{};
+    const T inverse = 1 / ((const T *)c.row_sum)[i], less = ((const T *)c.less)[i];
+    V<T> moment = all<T>(0);
+    exponentials(s, ((const T *)c.row_shift)[i],
+                 [&](int64_t j, bool last, V<T> x) { store(l.e + j, x * inverse * ((given ? at(g, j, last) : all<T>(0)) - less)); });
+    for (int64_t m = 0; m < c.term_count; m++) {
+      const SinkhornTerm &term = c.terms[m];
+      const T *const w = term_weights[m];
+      if (term.p) {
+        const Split &split = term_potentials[m];
+        const T shift = ((const T *)term.shift)[i], p = ((const T *)term.p)[i], q = ((const T *)term.q)[i];
+        each([&](int64_t j, bool last) {
+          const V<T> x = (at(s, j, last) + load(split.high + j)) + load(split.low + j);
+          store(l.e + j, load(l.e + j) - exp2_down<T>((x - shift) * to_base_2) * (p + q * load(w + j)));
+        });
+      } else {
+        T high, low;
+        split_one(term.potential[i], high, low);
+        each([&](int64_t j, bool last) {
+          const V<T> x = (at(s, j, last) + high) + low;
+          store(l.e + j, load(l.e + j) - exp2_down<T>((x - load(term_shifts[m] + j)) * to_base_2) * load(w + j));
+        });
+      }
+    }
+    each([&](int64_t j, bool last) {
+      const V<T> x = load(l.e + j), product = x * at(s, j, last);
+      moment += where<T>(x == all<T>(0), all<T>(0), product); // a score of -inf has no weight
+    });
+    ((T *)c.by_row)[i] = sum<T>(moment);
+    write_row(i, l.e, scale);
+  }
+
+  // matrix_i = factor * x, in the scores' dtype.
+  void write_row(int64_t i, const T *x, T factor) const {
+    switch (c.scores.dtype) {
+    case Dtype::float64: return write_as<double>(i, x, factor, [](T y) { return double(y); });
+    case Dtype::float32: return write_as<float>(i, x, factor, [](T y) { return float(y); });
+    case Dtype::bfloat16: return write_as<uint16_t>(i, x, factor, [](T y) { return narrowed_bfloat(y); });
+    case Dtype::float16: return write_as<uint16_t>(i, x, factor, [](T y) { return narrowed_half(y); });
+    }
+  }
+  template <class To, class Convert> void write_as(int64_t i, const T *x, T factor, Convert convert) const {
+    To *const to = (To *)c.matrix + i * k;
+    // Not past the caches: memory that is new to the process lies in them, as the system has just cleared it.
+    if constexpr (sizeof(To) == sizeof(T)) {
+      int64_t j = 0;
+      for (; j < whole; j += W) storeu((T *)to + j, load(x + j) * factor);
+      for (; j < k; j++) to[j] = To(x[j] * factor);
+    } else
+      for (int64_t j = 0; j < k; j++) to[j] = convert(x[j] * factor);
+  }
+};
+
+int64_t sinkhorn(const Sinkhorn &call, void *workspace) {
+  Arena arena{(char *)workspace};
+  if (call.wide_reals) {
+    const SinkhornRun<double> run(call, arena);
+    if (workspace) run.run();
+  } else {
+    const SinkhornRun<float> run(call, arena);
+    if (workspace) run.run();
+  }
+  return arena.used;
+}
+
+} // namespace
+} // namespace fastcl::FASTCL_ISA

@@ -1,0 +1,56 @@
+// Workspace, threads, and how work is cut between them.
+#pragma once
+#include "simd.h"
+
+// What GCC makes of `omp parallel` and `omp barrier`, written out: whichever OpenMP runtime torch brings has these, while
+// another compiler would call what its own runtime alone has.
+extern "C" {
+void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+void GOMP_barrier();
+int omp_get_thread_num();
+int omp_get_num_threads();
+}
+
+namespace fastcl::FASTCL_ISA {
+namespace {
+
+// Workspace comes from Python as one buffer; with no buffer, the arena only counts.
+struct Arena {
+  char *base;
+  int64_t used = 0;
+  template <class T> T *take(int64_t count) {
+    T *p = base ? (T *)(base + used) : nullptr;
+    used += round_up(count * int64_t(sizeof(T)), 64);
+    return p;
+  }
+};
+
+struct Team {
+  int threads, index, members;                // the plan's threads; this member of how many that came
+  template <class F> void run(F work) const { // every member reaches the end before any goes on
+    for (int t = index; t < threads; t += members) work(t);
+    if (members > 1) GOMP_barrier();
+  }
+};
+template <class F> void with_team(int threads, F body) {
+  if (threads == 1) return body(Team{1, 0, 1}); // without OpenMP: a forked child must not touch its parent's threads
+  struct Call {
+    F &body;
+    int threads;
+  } call{body, threads};
+  const auto member = [](void *data) {
+    const Call &call = *(Call *)data;
+    call.body(Team{call.threads, omp_get_thread_num(), omp_get_num_threads()});
+  };
+  GOMP_parallel(member, &call, threads, 0);
+}
+struct Range {
+  int64_t from, to;
+};
+FASTCL_INLINE Range share(int64_t size, int parts, int part, int64_t unit = 1) { // cut at multiples of `unit`
+  const int64_t units = (size + unit - 1) / unit;
+  return {smaller(size, units * part / parts * unit), smaller(size, units * (part + 1) / parts * unit)};
+}
+
+} // namespace
+} // namespace fastcl::FASTCL_ISA

@@ -1,1 +1,0 @@
-"""The operators and the backends that compute them. Nothing here knows a loss."""

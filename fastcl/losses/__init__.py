@@ -1,0 +1,1 @@
+"""The losses that people call: formulas of statistics, and what they share."""

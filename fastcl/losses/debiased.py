@@ -1,0 +1,138 @@
+"""Losses that correct for negatives of the anchor's own class, and weigh the hard ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import finite_number, positive_number, values_visible
+from ..distributed import tell_others
+from .batch import Contrasts, pose
+from .formulas import Debiased
+from .modules import shown_temperature
+from .reduce import LossResult, check_options, inverse_temperature, reduced_loss
+
+# Beyond it logits times beta and logits times 1 + beta differ by no more than their roundings.
+LARGEST_BETA = {torch.float32: 2.0**22, torch.float64: 2.0**51}
+
+
+class HardNegativeLoss(nn.Module):
+    r"""Contrastive loss with debiased, hard negatives (Robinson et al. 2021), in the log domain.
+
+    With logits :math:`s_{ij} = \langle \hat x_i, \hat y_j \rangle / t` of the positives P_i and the N negatives N_i of
+    anchor i, each negative weighs in proportion to :math:`e^{\beta s_{ij}}`, and a part :math:`\tau^+` of the negatives
+    is taken to be of the anchor's class:
+
+    .. math::
+        N_g = \max\left( \frac{N}{1 - \tau^+} \left(
+            \frac{\sum_{j \in N_i} e^{(1 + \beta) s_{ij}}}{\sum_{j \in N_i} e^{\beta s_{ij}}}
+            - \tau^+ \operatorname{mean}_{j \in P_i} e^{s_{ij}} \right), N e^{-1/t} \right), \qquad
+        l_i = \log\Big( \sum_{j \in P_i} e^{s_{ij}} + N_g \Big) - \operatorname{mean}_{j \in P_i} s_{ij}
+
+    With one positive that is the paper's loss; :math:`\beta = 0` is :class:`DebiasedLoss`, and :math:`\tau^+ = 0` with
+    it :class:`ClusterInfoNCE`. Nothing overflows, whatever the temperature.
+
+    Args:
+        temperature: t > 0, number, tensor or ``nn.Parameter``, as in :class:`ClusterInfoNCE`.
+        tau_plus: :math:`\tau^+`, the probability of a class, in [0, 1).
+        beta: concentration on hard negatives, from 0 to 2^22 (float64 rows: 2^51).
+        normalize: cosine similarity. Without it the floor :math:`N e^{-1/t}` remains that of unit rows.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that have a positive.
+        gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
+            `torch.distributed`; without one a no-op. Each process returns its share of the loss of the whole batch,
+            times their number: the mean over processes is that loss (docs/distributed.md).
+
+    Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
+    contrast_ids=None, weights=None, temperature=None, return_stats=False)``, dtypes, result and errors are those of
+    :class:`ClusterInfoNCE`. ``tau_plus`` or ``beta`` out of range: ``ValueError``.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        tau_plus: float = 0.1,
+        beta: float = 1.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__()
+        tau_plus, beta = finite_number("tau_plus", tau_plus), finite_number("beta", beta)
+        if not 0 <= tau_plus < 1:
+            raise ValueError(f"tau_plus: expected a number of at least 0 and below 1, got {tau_plus}")
+        if beta < 0:
+            raise ValueError(f"beta: expected a number of at least 0, got {beta}")
+        check_options(False, normalize, reduction, gather)
+        self.temperature = positive_number("temperature", temperature)  # registered where it is an nn.Parameter
+        self.tau_plus = tau_plus
+        self.beta = beta
+        self.normalize = normalize
+        self.reduction = reduction
+        self.gather = gather
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        clusters: Tensor | None = None,
+        *,
+        positives: Tensor | None = None,
+        contrasts: Contrasts | None = None,
+        contrast_clusters: Tensor | None = None,
+        ids: Tensor | None = None,
+        contrast_ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> LossResult:
+        """The loss; shapes and errors are in the class's description."""
+        try:
+            options = check_options(False, self.normalize, self.reduction, self.gather)
+            temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
+            posed = pose(
+                embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
+            )
+            scale = inverse_temperature(temperature, posed)
+            if self.beta:
+                _check_beta(self.beta, temperature, scale)
+        except Exception as error:
+            tell_others(self.gather, error, embeddings)
+            raise
+        formula = Debiased(self.tau_plus, self.beta)
+        return reduced_loss(posed, scale, formula, options, weights=weights, return_stats=return_stats)
+
+    def extra_repr(self) -> str:
+        options = f"tau_plus={self.tau_plus:g}, beta={self.beta:g}, normalize={self.normalize!r}"
+        return f"{shown_temperature(self.temperature)}, {options}, reduction={self.reduction!r}"
+
+
+def _check_beta(beta: float, temperature: float | Tensor, scale: Tensor) -> None:
+    """That the logits at 1 + beta can be told from those at beta, in the dtype of `scale`, 1 / temperature."""
+    most = LARGEST_BETA[scale.dtype]
+    if not isinstance(temperature, Tensor) or values_visible(temperature):
+        number = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+        most = min(most, torch.finfo(scale.dtype).max * number - 1)
+    if beta > most:
+        raise ValueError(f"beta: expected at most {most:g} for {scale.dtype} and this temperature, got {beta:g}")
+
+
+class DebiasedLoss(HardNegativeLoss):
+    r"""The debiased contrastive loss (Chuang et al. 2020): :class:`HardNegativeLoss` without hard negatives.
+
+    .. math::
+        N_g = \max\left( \frac{1}{1 - \tau^+} \Big( \sum_{j \in N_i} e^{s_{ij}}
+            - N \tau^+ \operatorname{mean}_{j \in P_i} e^{s_{ij}} \Big), N e^{-1/t} \right)
+
+    Arguments, shapes, dtypes and errors are those of :class:`HardNegativeLoss`, whose ``beta`` is 0 here.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        tau_plus: float = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__(temperature, tau_plus, 0.0, normalize=normalize, reduction=reduction, gather=gather)

@@ -1,0 +1,159 @@
+"""Losses as formulas of the statistics of logits: what each asks for, and the loss of a row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..statistics import ContrastiveStats
+
+
+class Formula(Protocol):
+    """A NamedTuple of its options. No properties, as torch 2.6 does not compile those of tuples."""
+
+    def wanted(self) -> tuple[str, ...]:
+        """The statistics that `terms` asks for."""
+
+    def mean_of_differences(self) -> bool:
+        """Whether the loss of a row is lse - sum_pos / num_pos of what is wanted, and nothing else."""
+
+    def exact(self) -> bool:
+        """Whether log-sum-exps are wanted in float64, as `terms` takes the difference of their exponentials."""
+
+    def _asdict(self) -> dict[str, Any]:
+        """Its options, by name, as of a NamedTuple."""
+
+    def scales(self, scale: Tensor) -> Tensor:
+        """The logit scales at which they are wanted: [], or [S]."""
+
+    def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each row and whether it counts, both [R]. What one that does not holds is of no use."""
+
+
+class InfoNCE(NamedTuple):
+    """The table of `ClusterInfoNCE`."""
+
+    form: str
+    denominator: str
+    margin: float
+
+    def wanted(self) -> tuple[str, ...]:
+        if self.form == "inside":
+            return "lse_pos", "lse_neg"
+        if self.denominator == "negatives":
+            return "lse_neg", "sum_pos"
+        return ("lse_all", "sum_pos") if self.margin == 0 else ("lse_pos", "lse_neg", "sum_pos")
+
+    def mean_of_differences(self) -> bool:
+        return self.form == "outside" and self.margin == 0
+
+    def exact(self) -> bool:
+        return False
+
+    def scales(self, scale: Tensor) -> Tensor:
+        return scale
+
+    def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
+        counted = stats.num_pos > 0
+        num_pos = stats.num_pos.clamp(min=1)
+        if self.form == "outside" and self.denominator == "all" and self.margin == 0:
+            assert stats.lse_all is not None
+            assert stats.sum_pos is not None
+            return stats.lse_all - stats.sum_pos / num_pos, counted
+        if self.denominator == "negatives":
+            counted = counted & (stats.num_neg > 0)
+        lse_pos, lse_neg, sum_pos = _harmless(stats, counted)
+        mean_pos = sum_pos / num_pos
+        shift = scale * self.margin
+        if self.form == "outside" and self.denominator == "negatives":
+            return lse_neg - mean_pos + shift, counted
+        log_ratio = lse_neg - lse_pos + shift
+        if self.denominator == "all":
+            # log(neg + pos) - log(pos) = log(1 + neg / pos) does not cancel as the positives come to dominate.
+            log_ratio = torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
+        return log_ratio + (num_pos.log() if self.form == "inside" else lse_pos - mean_pos), counted
+
+
+LEAST_WEIGHT = {torch.float32: 1e-30, torch.float64: 1e-200}  # that an anchor counts with; its inverse is finite
+
+
+class Weighted(NamedTuple):
+    """That of `ClusterInfoNCE` with assignments: sum_pos and num_pos are sums of weights, at a scale of their own."""
+
+    def wanted(self) -> tuple[str, ...]:
+        return "lse_all", "sum_pos"
+
+    def mean_of_differences(self) -> bool:
+        return False  # num_pos has a gradient too
+
+    def exact(self) -> bool:
+        return False
+
+    def scales(self, scale: Tensor) -> Tensor:
+        return scale
+
+    def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
+        assert stats.lse_all is not None
+        assert stats.sum_pos is not None
+        counted = ~(stats.num_pos < LEAST_WEIGHT[stats.num_pos.dtype])  # a row of NaN counts
+        num_pos, sum_pos = torch.where(counted, stats.num_pos, 1), torch.where(counted, stats.sum_pos, 0)
+        return stats.lse_all - sum_pos / num_pos, counted
+
+
+class Debiased(NamedTuple):
+    """Those of `DebiasedLoss` (beta = 0) and `HardNegativeLoss`, in the log domain."""
+
+    tau_plus: float
+    beta: float
+
+    def wanted(self) -> tuple[str, ...]:
+        return "lse_pos", "lse_neg", "sum_pos"
+
+    def mean_of_differences(self) -> bool:
+        return False
+
+    def exact(self) -> bool:
+        return True
+
+    def scales(self, scale: Tensor) -> Tensor:
+        return torch.stack((scale, self.beta * scale, (1 + self.beta) * scale)) if self.beta else scale
+
+    def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
+        counted, some = stats.num_pos > 0, stats.num_neg > 0
+        num_pos, log_n = stats.num_pos.clamp(min=1), stats.num_neg.clamp(min=1).log()
+        lse_pos, _, sum_pos = _harmless(stats, counted)
+        _, lse_neg, _ = _harmless(stats, some)
+        if self.beta:
+            lse_pos, sum_pos = lse_pos[0], sum_pos[0]
+            lse_neg = lse_neg[2] - lse_neg[1] + log_n
+        least = log_n - scale  # of N negatives, when all are opposite to the anchor
+        log_ng = lse_neg
+        if self.tau_plus:
+            log_false = math.log(self.tau_plus) + log_n + lse_pos - num_pos.log()
+            log_ng = _log_difference(lse_neg, log_false) - math.log1p(-self.tau_plus)
+        log_ng = torch.maximum(log_ng, least)
+        log_ratio = torch.where(some, log_ng - lse_pos, -torch.inf)
+        return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio)) + (lse_pos - sum_pos / num_pos), counted
+
+
+def _log_difference(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) - exp(b)), and -inf where b >= a."""
+    no_less = b >= a  # False for NaN, which the result shows
+    d = torch.where(no_less, -1, b - a)  # harmless, as the derivative of what is masked would be seen
+    close = d > -math.log(2)
+    nearly, hardly = torch.where(close, d, -0.5), torch.where(close, -1, d)
+    log_rest = torch.where(close, (-nearly.expm1()).log(), (-hardly.exp()).log1p())
+    return torch.where(no_less, -torch.inf, a + log_rest)
+
+
+def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
+    """lse_pos, lse_neg, sum_pos, harmless numbers in rows that do not count or are not wanted.
+
+    Masking the result of a formula alone would let the NaN of its derivative through.
+    """
+    zero, ignored = stats.num_pos.new_zeros(()), ~counted
+    fields = (stats.lse_pos, stats.lse_neg, stats.sum_pos)
+    return [zero if field is None else field.masked_fill(ignored, 0) for field in fields]

@@ -1,0 +1,221 @@
+"""Presets of `ClusterInfoNCE` with the calls of the libraries that people come from."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_flag, check_ids, check_rows, positive_number
+from ..distributed import tell_others
+from ..memory import MemoryQueue
+from .batch import pose
+from .cluster import ClusterInfoNCE
+from .formulas import InfoNCE
+from .reduce import LossResult, check_options, reduced_loss, scalar
+from .summary import LossStats
+
+CLIP_OUTPUTS = ("contrastive_loss", "stats")
+
+
+# Presets.
+
+
+class _TwoViewLoss(ClusterInfoNCE):
+    def forward(self, z0: Tensor, z1: Tensor, *, return_stats: bool = False) -> LossResult:  # type: ignore[override]
+        try:
+            check_rows("z0", z0)
+            check_rows("z1", z1, like=z0)
+            if z1.shape != z0.shape:
+                raise ValueError(f"z1: expected shape {list(z0.shape)}, as z0, got {list(z1.shape)}")
+        except Exception as error:
+            tell_others(self.gather, error, z0)
+            raise
+        return super().forward(torch.stack((z0, z1), dim=1), return_stats=return_stats)
+
+
+class NTXentLoss(_TwoViewLoss):
+    """SimCLR's loss of two views (Chen et al. 2020): ``NTXentLoss(temperature=0.5)(z0, z1)``, both ``[N, D]``.
+
+    The mean over all 2 N rows of ``logsumexp_j(s_ij) - s_ip``, p the row's other view, j over all rows but i. Dtypes,
+    result and errors are those of :class:`ClusterInfoNCE`; with ``reduction="none"`` the result is ``[N, 2]``.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        *,
+        margin: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__(temperature, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
+
+
+class DCLLoss(_TwoViewLoss):
+    """The decoupled loss of two views (Yeh et al. 2022): ``DCLLoss(temperature=0.1)(z0, z1)``, both ``[N, D]``.
+
+    As :class:`NTXentLoss`, but the log-sum-exp runs over the negatives alone.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        margin: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__(
+            temperature,
+            denominator="negatives",
+            margin=margin,
+            normalize=normalize,
+            reduction=reduction,
+            gather=gather,
+        )
+
+
+class SupConLoss(ClusterInfoNCE):
+    """Supervised contrastive loss (Khosla et al. 2020): ``SupConLoss(temperature=0.07)(features, labels)``.
+
+    The mean over anchors i that have a positive of ``logsumexp_{j != i}(s_ij) - mean_{j in P_i}(s_ij)`` (L_out; L_in
+    with ``form="inside"``). Features are ``[N, V, D]`` or ``[N, D]``, labels ``[N]`` integers or None (SimCLR). There
+    is no ``base_temperature``. Dtypes, result and errors are those of :class:`ClusterInfoNCE`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        form: str = "outside",
+        margin: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__(temperature, form=form, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
+
+    def forward(  # type: ignore[override]
+        self, features: Tensor, labels: Tensor | None = None, *, return_stats: bool = False
+    ) -> LossResult:
+        try:
+            check_rows("features", features, dims=(2, 3))
+            if labels is not None:
+                check_ids("labels", labels, features.shape[0], features.device)
+            elif features.dim() == 2 or features.shape[1] == 1:
+                got = list(features.shape)
+                raise ValueError(f"labels: expected labels for features of a single view {got}, got None")
+        except Exception as error:
+            tell_others(self.gather, error, features)
+            raise
+        return super().forward(features, labels, return_stats=return_stats)
+
+
+class ClipLoss(nn.Module):
+    """CLIP's loss (Radford et al. 2021): ``ClipLoss()(image_features, text_features, logit_scale)``.
+
+    Features are ``[N, D]`` and taken as they come, as open_clip's are normalised by the model; ``logit_scale`` is
+    1 / temperature (open_clip passes ``logit_scale.exp()``), a number or a tensor of one element. The loss is the mean
+    of the cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal;
+    with ``output_dict=True`` it comes as ``{"contrastive_loss": loss}``, as open_clip's training loop asks for it. With
+    ``return_stats=True`` a :class:`LossStats` comes too: ``(loss, stats)``, or as ``"stats"`` of the dictionary.
+    ``logit_bias``, as open_clip's SigLIP models return it, is not read: one number added to every logit cancels in both
+    softmaxes. The loss stays CLIP's, not SigLIP's loss of sigmoids, and each module warns of it once (not under
+    ``torch.compile``). Dtypes and errors are those of :class:`ClusterInfoNCE`, and so is ``gather``.
+    """
+
+    _warned = False
+
+    def __init__(self, *, gather: bool | str = False) -> None:
+        super().__init__()
+        check_options(True, False, "mean", gather)
+        self.gather = gather
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        return_stats: bool = False,
+    ) -> LossResult | dict[str, Tensor | LossStats]:
+        try:
+            check_flag("output_dict", output_dict)
+            logit_scale = positive_number("logit_scale", logit_scale)
+            check_rows("image_features", image_features)
+            check_rows("text_features", text_features, like=image_features)
+            if len(text_features) != len(image_features):
+                expected = f"{len(image_features)} rows, as in image_features"
+                raise ValueError(f"text_features: expected {expected}, got {len(text_features)}")
+            posed = pose(image_features, None, None, text_features, None, None, None, None)
+            formula, options = InfoNCE("outside", "all", 0.0), check_options(True, False, "mean", self.gather)
+            scale = scalar("logit_scale", logit_scale, posed)
+        except Exception as error:
+            tell_others(self.gather, error, image_features)
+            raise
+        if logit_bias is not None and not torch.compiler.is_compiling() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "logit_bias: expected None; its value is not used, as one number added to every logit cancels in both "
+                "softmaxes. This is CLIP's softmax loss, not SigLIP's sigmoid loss.",
+                stacklevel=4,  # the line that called the module
+            )
+        found = reduced_loss(posed, scale, formula, options, return_stats=return_stats)
+        if not output_dict:
+            return found
+        return {"contrastive_loss": found} if isinstance(found, Tensor) else dict(zip(CLIP_OUTPUTS, found, strict=True))
+
+
+class MoCoLoss(ClusterInfoNCE):
+    """MoCo's loss (He et al. 2020): ``MoCoLoss(temperature=0.07)(query, key, queue)``.
+
+    The mean of ``log(exp(s_i) + sum_k exp(s_ik)) - s_i``, s_i the logit of query i with its key and s_ik with row k of
+    the queue. Queries and keys are ``[N, D]``; the queue is a :class:`MemoryQueue` without clusters, its rows taken as
+    stored, or a tensor ``[K, D]`` (all negatives; K may be 0). Dtypes, result and errors are those of
+    :class:`ClusterInfoNCE`. With ``gather`` only the mean is taken over all processes: queues are each process's own,
+    and a tensor, which would be gathered, is a ``ValueError``.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        margin: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool | str = False,
+    ) -> None:
+        super().__init__(temperature, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, queue: Tensor | MemoryQueue, *, return_stats: bool = False
+    ) -> LossResult:
+        try:
+            check_rows("query", query)
+            check_rows("key", key, like=query)
+            if key.shape != query.shape:
+                raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
+            if isinstance(queue, MemoryQueue):
+                if queue.cluster_ids is not None:
+                    raise ValueError("queue: expected one without clusters, as all of its rows are negatives")
+            elif not isinstance(queue, Tensor):
+                kind = type(queue).__name__
+                raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {kind}")
+            elif self.gather is not False:
+                raise ValueError(f"queue: expected a MemoryQueue with gather={self.gather!r}, got a tensor")
+            check_rows("queue", queue.rows if isinstance(queue, MemoryQueue) else queue, like=query)
+        except Exception as error:
+            tell_others(self.gather, error, query)
+            raise
+        if isinstance(queue, MemoryQueue):
+            return super().forward(query, positives=key, contrasts=queue, return_stats=return_stats)
+        nobody = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
+        return super().forward(
+            query, positives=key, contrasts=queue, contrast_clusters=nobody, return_stats=return_stats
+        )

@@ -1,0 +1,429 @@
+"""Losses on assignments to prototypes: SwAV, MSN and PMSN, their targets from `sinkhorn` with any prior."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checks import (
+    INTEGER_DTYPES,
+    ROW_DTYPES,
+    SMALLEST,
+    check_count,
+    check_device,
+    check_flag,
+    check_mass_values,
+    check_option,
+    check_rows,
+    check_tensor,
+    finite_number,
+    plain_number,
+)
+from ..distributed import Property, World, dtype_name, tell_others
+from ..ops.backends.rows import accumulation_dtype, unit
+from ..ops.products import inner_products, product
+from ..sinkhorn import power_law_prior, sinkhorn, uniform_prior
+from .gathered import has_gradient
+from .modules import ExactModule
+
+Prior = Tensor | Callable[[int], Tensor]
+KL = ("mean_prior", "prior_mean")
+LARGEST_PRIOR_WEIGHT = 1e30  # its products with derivatives stay in float32's range
+
+
+class SwAVLoss(nn.Module):
+    r"""Swapped prediction: each crop predicts the assignments of the other high-resolution crops.
+
+    With scores S^c ``[B, K]`` of crop c and the prototypes, and Q^h the Sinkhorn assignments of high-resolution crop h
+    (no gradient),
+
+    .. math:: \frac{1}{H (C - 1)} \sum_{h \le H} \sum_{c \ne h} \frac{1}{B} \sum_i
+              - \sum_k Q^h_{ik} \log \mathrm{softmax}_k (S^c_i / \text{temperature})
+
+    for H high-resolution crops among C.
+
+    Args:
+        temperature: of the predictions.
+        epsilon, n_iters: of `sinkhorn`. With ``n_iters=0`` the assignments are softmax(S / epsilon), each row for
+            itself: the prior, the queue and the other processes' rows then have no influence on them.
+        prior: of the prototypes: None (uniform), ``[K]``, or a function that is called with K.
+        gather: assignments over the rows of all processes of the default group; without one a no-op. Each process
+            returns its share, so that after DDP's averaging the gradient is that of the whole batch.
+
+    Shapes of ``forward(high_resolution, low_resolution=(), queue_scores=None)``:
+
+    - high_resolution: list of H >= 1 scores ``[B, K]`` (cosine similarities with the prototypes); at least two crops
+      in all.
+    - low_resolution: list of scores ``[B, K]`` that only predict.
+    - queue_scores: None, or for each high-resolution crop scores ``[M, K]`` of stored features: rows that join its
+      assignment problem and are then dropped.
+
+    Returns a scalar: float32, float64 for float64 scores.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments" (2020).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        epsilon: float = 0.05,
+        n_iters: int = 3,
+        prior: Prior | None = None,
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = plain_number("temperature", temperature)
+        self.epsilon = plain_number("epsilon", epsilon)
+        self.n_iters = check_count("n_iters", n_iters, least=0)
+        self.prior = _Prior(prior)
+        check_flag("gather", gather)
+        self.gather = gather
+
+    def forward(
+        self,
+        high_resolution: Sequence[Tensor],
+        low_resolution: Sequence[Tensor] = (),
+        queue_scores: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        world = World.of(self.gather)
+        try:
+            high, low, stored = _crops(high_resolution, low_resolution, queue_scores)
+            if world is not None:
+                self.prior(high[0].shape[1], high[0].device)  # whatever may be wrong with it
+        except Exception as error:
+            tell_others(self.gather, error, high_resolution)
+            raise
+        crops = [*high, *low]
+        rows = [len(high[0])]
+        if world is not None:
+            rows = self._agreed(world, high, low, stored)
+        predictions = [F.log_softmax(_wide(crop) / self.temperature, dim=1) for crop in crops]
+        loss = predictions[0].new_zeros(())
+        for h, (crop, rest) in enumerate(zip(high, stored, strict=True)):
+            target = self.assignments(crop, rest)
+            for c, prediction in enumerate(predictions):
+                if c != h:
+                    loss = loss - inner_products(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
+        return loss * _share(world, rows) / (len(high) * (len(crops) - 1))
+
+    def _agreed(
+        self, world: World, high: list[Tensor], low: list[Tensor], stored: Sequence[Tensor | None]
+    ) -> list[int]:
+        """Each process's rows, of calls that are alike."""
+        dtypes = [None if one is None else dtype_name(one.dtype) for one in (*high, *low, *stored)]
+        alike: dict[str, Property] = {
+            "high-resolution crops": len(high),
+            "low-resolution crops": len(low),
+            "prototypes": high[0].shape[1],
+            "dtypes (their hash)": zlib.crc32(repr(dtypes).encode()),
+            "queue_scores given": any(one is not None for one in stored),
+            "temperature": self.temperature,
+            "epsilon": self.epsilon,
+            "n_iters": self.n_iters,
+            "prior given": self.prior.given,
+        }
+        return world.agree("SwAVLoss", {"rows": len(high[0])}, alike, high[0].device)[0]
+
+    def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
+        """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient.
+
+        float32, float64 for float64 scores.
+        """
+        check_rows("scores", scores)
+        rows = _wide(scores.detach())
+        if queue_scores is not None:
+            check_rows("queue_scores", queue_scores, like=scores)
+        if self.n_iters == 0:
+            return (rows / self.epsilon).softmax(1)
+        if queue_scores is not None:
+            wider = torch.promote_types(rows.dtype, queue_scores.dtype)
+            rows = torch.cat([rows.to(wider), queue_scores.detach().to(wider)])
+        prior = self.prior(rows.shape[1], rows.device)
+        result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self.gather))
+        return result.assignments[: len(scores)]
+
+
+class MSNLoss(nn.Module):
+    r"""Masked siamese networks: anchors predict sharpened assignments of their targets, and match a prior on average.
+
+    With p = softmax(cosine similarity with the prototypes / temperature), targets
+    :math:`q \propto p^{1 / \text{sharpening}}` without gradient, after ``n_iters`` of Sinkhorn on log q at epsilon 1
+    with the same prior,
+
+    .. math:: \frac{1}{BV} \sum_i - \sum_k q_{ik} \log p_{ik} + \text{prior\_weight} \cdot
+              \mathrm{KL}(\bar p \,\|\, \text{prior}), \qquad \bar p = \frac{1}{BV} \sum_i p_i
+
+    With the uniform prior the second term is log K minus the entropy of the mean: MSN's mean entropy maximisation. With
+    another it is PMSN's prior matching.
+
+    Args:
+        temperature: of anchors and targets.
+        sharpening: T of the targets; smaller is sharper, 1 leaves them.
+        n_iters: of Sinkhorn on the targets; 0: none.
+        prior: of targets and regulariser: None (uniform), ``[K]``, or a function that is called with K.
+        prior_weight: of the KL term, from 0 to 1e30.
+        kl: ``"mean_prior"`` as above, or ``"prior_mean"``: KL(prior || mean), which is infinite at a prototype that has
+            mass but no prediction.
+        gather: targets and mean over the rows of all processes of the default group; without one a no-op. Each
+            process returns its share, so that after DDP's averaging the gradient is that of the whole batch.
+
+    Shapes of ``forward(anchors, targets, prototypes)``:
+
+    - anchors: ``[B * V, D]``, V views of the targets one after the other: row v * B + b belongs to target b.
+    - targets: ``[B, D]``, without gradient.
+    - prototypes: ``[K, D]``.
+
+    Returns a scalar: float32, float64 for float64 anchors. A prototype without prior mass is no target; its share of
+    the mean prediction counts in the KL as if its mass were 1e-12.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Assran et al., "Masked siamese networks for label-efficient learning" (2022), and "The hidden uniform
+    cluster prior in self-supervised learning" (2023).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        sharpening: float = 0.25,
+        n_iters: int = 3,
+        prior: Prior | None = None,
+        prior_weight: float = 1.0,
+        kl: str = "mean_prior",
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = plain_number("temperature", temperature)
+        self.sharpening = plain_number("sharpening", sharpening)
+        if self.temperature * self.sharpening < SMALLEST:
+            least = SMALLEST / self.temperature
+            raise ValueError(f"sharpening: expected at least {least:g} with this temperature, got {sharpening}")
+        self.n_iters = check_count("n_iters", n_iters, least=0)
+        self.prior = _Prior(prior)
+        self.prior_weight = finite_number("prior_weight", prior_weight)
+        if not 0 <= self.prior_weight <= LARGEST_PRIOR_WEIGHT:
+            expected = f"a number >= 0 and at most {LARGEST_PRIOR_WEIGHT:g}"
+            raise ValueError(f"prior_weight: expected {expected}, got {prior_weight}")
+        check_option("kl", kl, KL)
+        self.kl = kl
+        check_flag("gather", gather)
+        self.gather = gather
+
+    def forward(self, anchors: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
+        world = World.of(self.gather)
+        try:
+            check_rows("anchors", anchors)
+            check_rows("targets", targets, like=anchors)
+            check_rows("prototypes", prototypes, like=anchors)
+            if len(prototypes) == 0:
+                raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
+            if world is not None:
+                self.prior(len(prototypes), prototypes.device)  # whatever may be wrong with it
+        except Exception as error:
+            tell_others(self.gather, error, anchors, targets, prototypes)
+            raise
+        b, rows = len(targets), len(anchors)
+        every_rows = [rows]
+        if world is not None:
+            every_rows = self._agreed(world, anchors, targets, prototypes)
+        elif b == 0 or rows == 0 or rows % b:
+            raise ValueError(f"anchors: expected a multiple of the {b} targets' rows, got shape {list(anchors.shape)}")
+        centres = _centres(anchors, prototypes)
+        predictions = F.log_softmax(_cosines(anchors, centres) / self.temperature, dim=1)
+        if centres.dtype != accumulation_dtype(targets, prototypes):
+            goals = self.assignments(targets, prototypes)
+        else:
+            goals = self._assignments(targets, centres.detach())
+        goals = goals.to(predictions.dtype)
+        entropies = inner_products(goals, predictions.unflatten(0, (rows // b if b else 1, b)))
+        share = _share(world, every_rows)
+        loss: Tensor = -entropies.sum() / max(rows, 1) * share
+        if self.prior_weight:
+            loss = loss + self.prior_weight * self._divergence(_mean(predictions.exp(), share, world))
+        return loss
+
+    def _agreed(self, world: World, anchors: Tensor, targets: Tensor, prototypes: Tensor) -> list[int]:
+        """Each process's anchors, of calls that are alike; a process may have none, and no targets then."""
+        alike: dict[str, Property] = {
+            "prototypes": len(prototypes),
+            "dimension": prototypes.shape[1],
+            "dtype of predictions": dtype_name(accumulation_dtype(anchors, prototypes)),
+            "dtype of targets": dtype_name(accumulation_dtype(targets, prototypes)),
+            "temperature": self.temperature,
+            "sharpening": self.sharpening,
+            "n_iters": self.n_iters,
+            "prior given": self.prior.given,
+            "prior_weight": float(self.prior_weight),
+            "kl": self.kl,
+            "anchors or prototypes with a gradient": has_gradient(anchors) or has_gradient(prototypes),
+        }
+        sizes = {"anchors": len(anchors), "targets": len(targets)}
+        rows, of_targets = world.agree("MSNLoss", sizes, alike, anchors.device)
+        views = {divmod(n, b) if b else (n, -1) for n, b in zip(rows, of_targets, strict=True)} - {(0, -1)}
+        if len(views) > 1 or any(rest or not count for count, rest in views):
+            raise ValueError(
+                f"anchors: expected the same multiple of the targets' rows on all processes, got {rows} anchors and "
+                f"{of_targets} targets, by rank"
+            )
+        return rows
+
+    def assignments(self, targets: Tensor, prototypes: Tensor) -> Tensor:
+        """What the anchors are to predict: ``[B, K]`` for targets ``[B, D]`` and prototypes ``[K, D]``; no gradient."""
+        check_rows("targets", targets)
+        check_rows("prototypes", prototypes, like=targets)
+        for name, rows in (("targets", targets), ("prototypes", prototypes)):
+            if len(rows) == 0 and (rows is prototypes or _group(self.gather) is None):
+                raise ValueError(f"{name}: expected at least one row, got shape {list(rows.shape)}")
+        return self._assignments(targets, _centres(targets, prototypes.detach()))
+
+    @torch.no_grad()
+    def _assignments(self, targets: Tensor, centres: Tensor) -> Tensor:
+        logits = _cosines(targets, centres) / (self.temperature * self.sharpening)
+        if self.n_iters == 0:
+            return logits.softmax(1)
+        # In rows Sinkhorn starts from what the softmax would have divided by: log q, not the logits.
+        prior = self.prior(len(centres), logits.device)
+        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self.gather)}
+        return sinkhorn(logits.log_softmax(1), prior=prior, **options).assignments
+
+    def _divergence(self, mean: Tensor) -> Tensor:
+        prior = self.prior(len(mean), mean.device)
+        prior = (uniform_prior(len(mean)).to(mean.device) if prior is None else prior).to(mean.dtype)
+        prior = prior / prior.sum()
+        if self.kl == "mean_prior":
+            # Predictions may underflow to a mean of 0, where the derivative of x log x is infinite.
+            log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+            terms: Tensor = mean * log_mean - mean * prior.clamp(min=1e-12).log()
+            return terms.sum()
+        present = prior != 0
+        safe = torch.where(present, mean, 1)
+        return torch.where(present, torch.special.xlogy(prior, prior) - prior * safe.log(), 0).sum()
+
+
+class PMSNLoss(MSNLoss):
+    """`MSNLoss` with a power-law prior of exponent 0.25 over the prototypes, or another that is given.
+
+    Source: Assran et al., "The hidden uniform cluster prior in self-supervised learning" (2023).
+    """
+
+    def __init__(self, temperature: float = 0.1, *, prior: Prior = power_law_prior, **options: Any) -> None:
+        super().__init__(temperature, prior=prior, **options)
+
+
+class _Prior(ExactModule):
+    """A prior that moves with its loss but is not rounded, as half precision knows no small mass; or what makes it."""
+
+    masses: Tensor | None
+
+    def __init__(self, prior: Prior | None) -> None:
+        super().__init__()
+        if prior is not None and not isinstance(prior, Tensor) and not callable(prior):
+            raise TypeError(f"prior: expected a tensor, a function or None, got {type(prior).__name__}")
+        if isinstance(prior, Tensor):
+            _check_prior(prior)
+        self.make = None if isinstance(prior, Tensor) else prior
+        self.register_buffer("masses", prior.detach() if isinstance(prior, Tensor) else None, persistent=False)
+
+    @property
+    def given(self) -> str:
+        """What kind of prior there is."""
+        return "function" if self.make is not None else "none" if self.masses is None else "masses"
+
+    def forward(self, k: int, device: torch.device) -> Tensor | None:
+        masses = self.masses if self.make is None else self.make(k)
+        if masses is None:
+            return None
+        if isinstance(masses, Tensor):
+            _check_prior(masses)
+        if not isinstance(masses, Tensor) or tuple(masses.shape) != (k,):
+            got = list(masses.shape) if isinstance(masses, Tensor) else type(masses).__name__
+            raise ValueError(f"prior: expected a tensor of shape [{k}], one mass for each prototype, got {got}")
+        if masses.is_meta:
+            check_device("prior", masses, device)
+        check_mass_values("prior", masses, alone=True)
+        return masses.to(device)
+
+
+def _check_prior(masses: Tensor) -> None:
+    check_tensor("prior", masses)
+    if masses.dtype not in ROW_DTYPES and masses.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"prior: expected float64, float32, bfloat16, float16 or integers, got {masses.dtype}")
+
+
+def _scores(name: str, value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+    for i, scores in enumerate(value):
+        check_rows(f"{name}[{i}]", scores)
+    return list(value)
+
+
+def _crops(
+    high_resolution: Sequence[Tensor], low_resolution: Sequence[Tensor], queue_scores: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor] | list[None]]:
+    """What SwAV's `forward` is given, checked."""
+    high, low = _scores("high_resolution", high_resolution), _scores("low_resolution", low_resolution)
+    if not high or len(high) + len(low) < 2:
+        raise ValueError(
+            "high_resolution: expected at least one crop, and with low_resolution at least two, "
+            f"got {len(high)} and {len(low)}"
+        )
+    for name, group in (("high_resolution", high), ("low_resolution", low)):
+        for i, crop in enumerate(group):
+            if crop.shape != high[0].shape:
+                expected = list(high[0].shape)
+                raise ValueError(f"{name}[{i}]: expected shape {expected}, got {list(crop.shape)}")
+            check_device(f"{name}[{i}]", crop, high[0].device)
+    stored: list[Tensor] | list[None] = [None] * len(high)
+    if queue_scores is not None:
+        stored = _scores("queue_scores", queue_scores)
+        if len(stored) != len(high):
+            raise ValueError(f"queue_scores: expected scores for each of {len(high)} crops, got {len(stored)}")
+        for i, scores in enumerate(stored):
+            check_rows(f"queue_scores[{i}]", scores, like=high[i])
+    return high, low, stored
+
+
+def _wide(scores: Tensor) -> Tensor:
+    return scores.to(accumulation_dtype(scores))
+
+
+def _centres(rows: Tensor, prototypes: Tensor) -> Tensor:
+    """The prototypes [K, D] over their norms, in the dtype of their products with these rows."""
+    return unit(prototypes.to(accumulation_dtype(rows, prototypes)))
+
+
+def _cosines(rows: Tensor, centres: Tensor) -> Tensor:
+    """Cosine similarities [N, K] of rows [N, D] with `_centres` [K, D]."""
+    return product(unit(rows.to(centres.dtype)), centres)
+
+
+def _group(gather: bool) -> Any:
+    world = World.of(gather)
+    return None if world is None else world.group
+
+
+def _share(world: World | None, rows: list[int]) -> float:
+    """W times this process's share of all rows: the mean over processes of such losses is that over all rows."""
+    return 1.0 if world is None else world.size * rows[world.rank] / max(sum(rows), 1)
+
+
+def _mean(predictions: Tensor, share: float, world: World | None) -> Tensor:
+    """Mean prediction [K] of all processes' rows, differentiable.
+
+    With W processes, each of which returns the whole divergence, the mean over processes of the gradients is that of
+    the divergence, as the derivative of the mean sums equal incoming gradients over processes.
+    """
+    own = predictions.sum(0) / max(len(predictions), 1) * share
+    return own if world is None else world.total(own) / world.size

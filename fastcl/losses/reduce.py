@@ -1,0 +1,246 @@
+"""What all losses do with a formula: one sweep, weights, reduction over the rows that count."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_flag, check_option, check_vector, scalar_tensor, values_visible
+from ..distributed import MODES, Property, World, tell_others
+from ..ops.backends.rows import accumulation_dtype
+from ..ops.library import uncompiled
+from ..statistics import Sweep
+from .batch import Posed, per_row
+from .formulas import Formula
+from .gathered import has_gradient, statistics
+from .summary import LossStats, summary
+
+REDUCTIONS = ("mean", "sum", "none")
+LossResult = Tensor | tuple[Tensor, LossStats]  # the latter with return_stats
+
+
+# What all losses do with a formula.
+
+
+class Options(NamedTuple):
+    symmetric: bool
+    normalize: bool
+    reduction: str
+    gather: bool | str = False
+
+
+def check_options(symmetric: bool, normalize: bool, reduction: str, gather: bool | str) -> Options:
+    check_flag("symmetric", symmetric)
+    check_flag("normalize", normalize)
+    check_option("reduction", reduction, REDUCTIONS)
+    check_option("gather", gather, MODES)
+    return Options(symmetric, normalize, reduction, gather)
+
+
+def scalar(name: str, value: float | Tensor, posed: Posed) -> Tensor:
+    """In the dtype of the logits."""
+    dtype = accumulation_dtype(posed.anchors, posed.contrasts, posed.positives)
+    return scalar_tensor(name, value, posed.anchors.device, dtype)
+
+
+def inverse_temperature(temperature: float | Tensor, posed: Posed) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return 1 / scalar("temperature", temperature, posed)
+    return scalar("temperature", 1 / temperature, posed)
+
+
+def reduced_loss(
+    posed: Posed,
+    scale: Tensor,
+    formula: Formula,
+    options: Options,
+    contrast_bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    return_stats: bool = False,
+) -> LossResult:
+    """The formula's terms out of one sweep, weighted and reduced over the rows that count.
+
+    return_stats: also a summary for people to look at, out of the same sweep.
+    """
+    world = World.of(options.gather)
+    try:
+        if world is not None and return_stats is True:
+            raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
+        sweep, weights, unit = _checked_sweep(posed, scale, formula, options, contrast_bias, weights, return_stats)
+    except Exception as error:
+        tell_others(options.gather, error, posed.anchors)
+        raise
+    if world is not None:
+        share: Tensor = _of_all(world, sweep, posed, scale, formula, options, weights, unit)
+        return share
+    loss, observed = _loss(sweep, posed, scale, formula, options, weights)
+    return loss if observed is None else (loss, _summary(sweep, observed, posed, scale, options))
+
+
+def _checked_sweep(
+    posed: Posed,
+    scale: Tensor,
+    formula: Formula,
+    options: Options,
+    contrast_bias: Tensor | None,
+    weights: Tensor | None,
+    return_stats: bool,
+) -> tuple[Sweep, Tensor | None, float | Tensor | None]:
+    """And the weights of the rows, with the unit that they are divided by."""
+    check_flag("return_stats", return_stats)
+    if options.symmetric and posed.contrasts is None:
+        raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
+    rows = posed.anchors.shape[0]
+    others = rows if posed.contrasts is None else posed.contrasts.shape[0]
+    if options.symmetric and options.reduction == "none" and others != rows:
+        raise ValueError(
+            f"reduction: expected 'mean' or 'sum' for symmetric with {rows} anchors and {others} contrasts, got 'none'"
+        )
+    unit: float | Tensor | None = None
+    if weights is not None:
+        check_vector("weights", weights, posed.shape[0], posed.anchors.device)
+        weights, unit = _at_unit(weights, posed.dtype, options.reduction)
+        weights = per_row(weights, posed.views)
+    sweep = Sweep(
+        posed.anchors,
+        posed.contrasts,
+        posed.anchor_clusters,
+        posed.contrast_clusters,
+        formula.scales(scale),
+        options.normalize,
+        options.normalize and posed.contrasts is not None and not posed.as_stored,
+        formula.wanted(),
+        posed.positives,
+        contrast_bias,
+        posed.anchor_ids,
+        posed.contrast_ids,
+        both=options.symmetric,
+        observe=return_stats,
+        anchor_assignments=posed.anchor_assignments,
+        contrast_assignments=posed.contrast_assignments,
+        quotients=True,
+    )
+    return sweep, weights, unit
+
+
+def _loss(
+    sweep: Sweep, posed: Posed, scale: Tensor, formula: Formula, options: Options, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """And what was observed."""
+    if formula.mean_of_differences() and options.reduction == "mean" and weights is None:
+        found = sweep.mean_loss()  # the formula below in one node of autograd's graph
+        if found is not None:
+            return found[0].to(posed.dtype), found[1]
+    stats, observed = sweep.statistics(formula.exact())
+    loss = _reduce(*formula.terms(stats, scale), weights, options.reduction, posed)
+    if stats.reverse is not None:
+        reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed)
+        loss = (loss + reverse) / 2
+    return loss, observed
+
+
+@torch.no_grad()
+def _summary(sweep: Sweep, observed: Tensor, posed: Posed, scale: Tensor, options: Options) -> LossStats:
+    n = len(posed.anchors)
+
+    def of_rows(start: int, end: int | None, shape: tuple[int, ...]) -> LossStats:
+        return summary(observed[..., start:end], scale.detach(), shape, options.reduction, posed.dtype)
+
+    found = of_rows(0, n, posed.shape)
+    return found._replace(reverse=of_rows(n, None, (observed.shape[-1] - n,))) if sweep.both else found
+
+
+@uncompiled  # processes would have to agree upon their graphs
+def _of_all(
+    world: World,
+    sweep: Sweep,
+    posed: Posed,
+    scale: Tensor,
+    formula: Formula,
+    options: Options,
+    weights: Tensor | None,
+    unit: float | Tensor | None,
+) -> Tensor:
+    """This process's share of the loss of all processes' rows, times their number, so that the mean is that loss.
+
+    With reduction "none" the terms of its own rows, as they are. unit: what the weights were divided by.
+    """
+    alike: dict[str, Property] = {
+        **{name: value if isinstance(value, str) else float(value) for name, value in formula._asdict().items()},
+        "reduction": options.reduction,
+        "weights given": weights is not None,
+        "weights with a gradient": has_gradient(weights),
+    }
+    stats = statistics(world, options.gather, sweep, posed, formula.exact(), type(formula).__name__, alike)
+    sides = [(*formula.terms(stats, scale), weights)]
+    if stats.reverse is not None:
+        sides.append((*formula.terms(stats.reverse, scale), None))
+    totals: list[Any] = [None] * len(sides)
+    if options.reduction == "mean":  # of both directions at once, and exact, also where they are numbers of rows
+        masses = []
+        for k, (terms, counted, of_rows) in enumerate(sides):
+            mass = _mass(counted, of_rows).double()
+            # A term that is NaN or infinite makes the mean NaN on all processes.
+            masses.append((mass if unit is None or k else mass * unit) + _nan_of(terms, counted))
+        totals = list(world.total(torch.stack(masses)).unbind())
+        if unit is not None:
+            totals[0] = totals[0] / unit
+        totals = [total.to(posed.dtype) for total in totals]
+    shares = [_reduce(*side, options.reduction, posed, total) for side, total in zip(sides, totals, strict=True)]
+    share = shares[0] if len(shares) == 1 else (shares[0] + shares[1]) / 2
+    return share if options.reduction == "none" else share * world.size
+
+
+def _reduce(
+    terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed, total: Tensor | None = None
+) -> Tensor:
+    """total: what the mean divides by, where that is not the `_mass` of these rows alone."""
+    terms = torch.where(counted, terms, 0).to(posed.dtype)
+    if weights is not None:
+        terms = terms * weights
+    if reduction == "none":
+        return terms.reshape(posed.shape)
+    if reduction == "sum":
+        return terms.sum()
+    total = _mass(counted, weights) if total is None else total
+    if weights is None:
+        return terms.sum() / total.clamp(min=1)
+    return terms.sum() / torch.where(total > 0, total, 1)
+
+
+def _nan_of(terms: Tensor, counted: Tensor) -> Tensor:
+    """0, or NaN if a term that counts is not finite; without a gradient."""
+    return torch.where(counted, terms.detach() * 0, 0).sum()
+
+
+ORDINARY_WEIGHTS = 1e-20, 1e20  # so large is the largest; neither their sum nor its inverse leaves float32's range
+
+
+def _at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float | Tensor | None]:
+    """Checked weights [N] in `dtype`; for a mean, which has no unit, divided by a power of two that is returned.
+
+    None: they are as they came.
+    """
+    values = weights.detach().double()
+    if values_visible(weights) and len(weights):
+        least, most = (float(value) for value in values.aminmax())
+        if not (least >= 0 and most < math.inf):
+            bad = values[~((values >= 0) & values.isfinite())][0].item()
+            raise ValueError(f"weights: expected finite numbers of at least 0, got {bad}")
+        if reduction != "mean" or most == 0 or ORDINARY_WEIGHTS[0] <= most <= ORDINARY_WEIGHTS[1]:
+            return weights.to(dtype), None
+        unit: float | Tensor = math.ldexp(1.0, math.frexp(most)[1] - 1)
+    elif reduction != "mean" or len(weights) == 0:
+        return weights.to(dtype), None
+    else:
+        _, exponent = torch.frexp(values.amax())
+        unit = torch.ldexp(values.new_ones(()), exponent.clamp(-1000, 1000))
+    return (weights.double() / unit).to(dtype), unit
+
+
+def _mass(counted: Tensor, weights: Tensor | None) -> Tensor:
+    """How many rows count, or their weights' sum."""
+    return counted.sum() if weights is None else (counted * weights).sum()

@@ -1,0 +1,336 @@
+"""Losses against a few rows of a bank, drawn for each anchor: instance discrimination, PIRL."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import (
+    check_count,
+    check_flag,
+    check_ids,
+    check_indices,
+    check_option,
+    check_rows,
+    check_tensor,
+    finite_number,
+    positive_number,
+    scalar_tensor,
+)
+from ..distributed import Property, World, dtype_name, tell_others
+from ..memory import MemoryBank
+from ..ops.backends.rows import accumulation_dtype, unit
+from ..ops.sampled import backward_op, forward_op
+from .modules import ExactModule, shown_temperature
+
+FORMS = ("nce", "infonce")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def sampled_similarity(queries: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
+    """Inner products of each query with keys of its own: ``result[i, s] = <queries[i], keys[indices[i, s]]>``.
+
+    Gathered and multiplied in blocks: the ``[N, S, D]`` of gathered rows is never stored, neither here nor for the
+    backward.
+
+    Args:
+        queries: ``[N, D]``; float64, float32, bfloat16 or float16, taken as they come.
+        keys: ``[M, D]``.
+        indices: ``[N, S]`` integers from 0 to M - 1.
+
+    Returns:
+        ``[N, S]``, float32; float64 where a set of rows is float64. Differentiable once in queries and keys.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: on a second derivative.
+    """
+    check_rows("queries", queries)
+    check_rows("keys", keys, like=queries)
+    check_samples("indices", indices, len(queries), len(keys), queries.device)
+    result: Tensor = forward_op(queries, keys, indices.to(torch.int64))
+    return result
+
+
+class SampledNCELoss(ExactModule):
+    r"""Noise-contrastive estimation against negatives drawn from a bank, anew for each anchor and call.
+
+    With logits :math:`s = \langle \hat x_i, y \rangle / \text{temperature}`, s_i that of the positive, S negatives and
+    a bank of M samples, the loss of an anchor is
+
+    ============= ============================================================================================
+    form          loss of anchor i
+    ============= ============================================================================================
+    ``"nce"``     :math:`-\log h(s_i) - \sum_n \log(1 - h(s_n))`, :math:`h(s) = \frac{e^s / Z}{e^s / Z + S / (M - 1)}`
+    ``"infonce"`` :math:`-s_i + \log(e^{s_i} + \sum_n e^{s_n})`
+    ============= ============================================================================================
+
+    ``SampledNCELoss(0.07)(z, indices, bank)`` is instance discrimination: the positive is the anchor's own row of the
+    bank. In the manner of PIRL, for an image's embedding f and its pretext version's g: ``w * loss(g, indices, bank) +
+    (1 - w) * loss(f, indices, bank)`` with ``form="infonce"``, a cross-entropy; the paper's own loss has a further term
+    for each negative. Update the bank afterwards: ``bank.update(indices, z)``.
+
+    M counts all rows of the bank, in S / (M - 1) and in the estimate of Z, also while only some of them were ever
+    updated, from which negatives are then drawn: h is a probability in the papers' sense once the bank is full.
+
+    Args:
+        temperature: number, tensor or ``nn.Parameter``.
+        num_negatives: S, drawn evenly from the bank's rows but the anchor's own, with replacement.
+        form: above.
+        log_normalizer: log Z of ``"nce"``. None: estimated by the first call, from the negatives of its anchors that
+            count and have finite logits, and kept: a float64 buffer, which ``.half()`` and the like leave as it is.
+        normalize: whether embeddings and ``positives`` are normalised; stored rows are taken as they are.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, over anchors that count: those whose positive there is.
+        gather: mean and estimate of Z over the anchors of all processes of the default group; without one a no-op. Each
+            process returns its share, times their number. Banks are each process's own: the same on all of them where
+            they are updated with gathered rows (:func:`fastcl.distributed.gather_rows`).
+
+    Shapes of ``forward(embeddings, indices, bank, *, positives=None, negatives=None, generator=None)``:
+
+    - embeddings: ``[N, D]``. float64, float32, bfloat16, float16.
+    - indices: ``[N]`` integers: which samples the anchors are.
+    - bank: :class:`MemoryBank`. An anchor whose row was never updated does not count, unless ``positives`` are given.
+    - positives: ``[N, D]``, in place of the bank's rows.
+    - negatives: ``[N, S]`` indices into the bank, in place of a draw.
+    - generator: of the draw, on the bank's device.
+
+    Returns:
+        A scalar, or ``[N]`` with ``reduction="none"`` (0 where an anchor does not count). float32; float64 for float64
+        embeddings.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: on a second derivative.
+
+    Sources: Wu et al. 2018 (instance discrimination), Misra and van der Maaten 2020 (PIRL).
+    """
+
+    log_normalizer: Tensor
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        num_negatives: int = 4096,
+        form: str = "nce",
+        log_normalizer: float | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = positive_number("temperature", temperature)
+        num_negatives = check_count("num_negatives", num_negatives)
+        check_option("form", form, FORMS)
+        check_flag("normalize", normalize)
+        check_option("reduction", reduction, REDUCTIONS)
+        check_flag("gather", gather)
+        self.gather = gather
+        known = math.nan if log_normalizer is None else finite_number("log_normalizer", log_normalizer)
+        self.register_buffer("log_normalizer", torch.tensor(known, dtype=torch.float64))
+        self.num_negatives, self.form, self.normalize, self.reduction = num_negatives, form, normalize, reduction
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        indices: Tensor,
+        bank: MemoryBank,
+        *,
+        positives: Tensor | None = None,
+        negatives: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss; shapes and errors are in the class's description."""
+        try:
+            negatives = self._checked(embeddings, indices, bank, positives, negatives, generator)
+        except Exception as error:
+            tell_others(self.gather, error, embeddings)
+            raise
+        world = World.of(self.gather)
+        if world is not None:
+            alike: dict[str, Property] = {
+                "form": self.form,
+                "reduction": self.reduction,
+                "normalize": self.normalize,
+                "dimension": embeddings.shape[1],
+                "dtype of embeddings": dtype_name(embeddings.dtype),
+                "dtype of sums": dtype_name(accumulation_dtype(embeddings, bank.rows)),
+                "bank's samples": bank.num_samples,
+                "negatives": negatives.shape[1],
+                "positives given": positives is not None,
+            }
+            world.agree("SampledNCELoss", {}, alike, embeddings.device)
+        indices = indices.to(torch.int64)
+        x = unit(embeddings) if self.normalize else embeddings.to(accumulation_dtype(embeddings, bank.rows))
+        key = unit(positives) if positives is not None and self.normalize else positives
+        temperature = scalar_tensor("temperature", self.temperature, x.device, accumulation_dtype(x, bank.rows))
+        counted = bank.filled[indices] if key is None else torch.ones_like(indices, dtype=torch.bool)
+        places = torch.cat((indices[:, None], negatives.to(torch.int64)), 1)
+        with torch.no_grad():
+            logits: Tensor = forward_op(x, bank.rows, places)
+            if key is not None:
+                logits[:, 0] = (x * key).sum(1)
+            logits /= temperature
+            terms, slopes = self._terms(logits, counted, bank.num_samples - 1)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, key, temperature)):
+            with torch.no_grad():
+                slopes = torch.where(counted[:, None], slopes / temperature, 0)
+                of_temperature = -torch.where(counted[:, None], slopes * logits, 0).sum(1)
+                of_x, of_key = _slopes(x, key, bank.rows, places, slopes)
+            terms = _Terms.apply(terms, x, key, temperature, of_x, of_key, of_temperature)
+        dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        terms = torch.where(counted, terms, 0).to(dtype)
+        if self.reduction == "none":
+            return terms
+        share = terms.sum() if world is None else terms.sum() * world.size
+        if self.reduction == "sum":
+            return share
+        count = counted.sum()
+        if world is not None:  # a term that is NaN or infinite makes the mean NaN on all processes
+            count = world.total(count.double() + (terms.detach() * 0).sum()).to(dtype)
+        return share / count.clamp(min=1)
+
+    def _checked(
+        self,
+        embeddings: Tensor,
+        indices: Tensor,
+        bank: MemoryBank,
+        positives: Tensor | None,
+        negatives: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The negatives, once all arguments of `forward` are as they should be."""
+        check_rows("embeddings", embeddings)
+        if not isinstance(bank, MemoryBank):
+            raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}")
+        check_rows("bank", bank.rows, like=embeddings)
+        check_ids("indices", indices, len(embeddings), embeddings.device)
+        check_samples("indices", indices[:, None], len(embeddings), bank.num_samples, embeddings.device)
+        if positives is not None:
+            check_rows("positives", positives, like=embeddings)
+            if positives.shape != embeddings.shape:
+                raise ValueError(
+                    f"positives: expected shape {list(embeddings.shape)}, as embeddings, got {list(positives.shape)}"
+                )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if self.form == "nce" and bank.num_samples < 2:
+            raise ValueError("bank: expected at least 2 rows for form='nce', got 1")
+        if negatives is None:
+            negatives = draw(bank, indices, self.num_negatives, generator)
+        else:
+            check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
+        if self.form == "nce" and negatives.shape[1] == 0:
+            raise ValueError(f"negatives: expected at least one each for form='nce', got {list(negatives.shape)}")
+        return negatives
+
+    def _terms(self, logits: Tensor, counted: Tensor, others: int) -> tuple[Tensor, Tensor]:
+        """Terms [N] and their derivatives [N, 1 + S] in the logits, the positive's first."""
+        positive, negative = logits[:, 0], logits[:, 1:]
+        if self.form == "infonce":
+            slopes = torch.softmax(logits, 1)
+            slopes[:, 0] = -slopes[:, 1:].sum(1)  # 1 less, without the rounding
+            return logits.logsumexp(1) - positive, slopes
+        log_odds = self._normalizer(logits, counted, others) + math.log(negative.shape[1] / others)
+        slopes = torch.sigmoid(logits - log_odds)
+        slopes[:, 0] = -torch.sigmoid(log_odds - positive)
+        softplus = nn.functional.softplus
+        return softplus(log_odds - positive) + softplus(negative - log_odds).sum(1), slopes
+
+    def _normalizer(self, logits: Tensor, counted: Tensor, others: int) -> Tensor:
+        """log Z: as known, else others * mean(exp(s)) of these negatives, from now on."""
+        usable = (counted & logits.isfinite().all(1))[:, None]
+        negative = torch.where(usable, logits[:, 1:], -torch.inf)
+        # Without a usable row the estimate is NaN, and the next call makes one.
+        count, log_sum = usable.sum().to(negative.dtype) * negative.shape[1], negative.flatten().logsumexp(0)
+        world = World.of(self.gather)
+        if world is not None:
+            counts, log_sums = world.all_rows(torch.stack([count, log_sum])[None], [1] * world.size).unbind(1)
+            count, log_sum = counts.sum(), log_sums.logsumexp(0)
+        estimate = log_sum - (count / others).log()
+        known = self.log_normalizer
+        self.log_normalizer.copy_(torch.where(known.isnan(), estimate.to(known), known))
+        return self.log_normalizer.to(logits)
+
+    def extra_repr(self) -> str:
+        options = f"num_negatives={self.num_negatives}, form={self.form!r}, normalize={self.normalize!r}"
+        return f"{shown_temperature(self.temperature)}, {options}, reduction={self.reduction!r}"
+
+
+def _slopes(
+    x: Tensor, key: Tensor | None, stored: Tensor, places: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Derivatives [N, D] of term i in rows i of x and key, from those in the inner products [N, 1 + S]."""
+    if key is None:
+        return backward_op(x, stored, places, slopes, [True, False])[0], None
+    own, of_negatives = slopes[:, :1], slopes[:, 1:].contiguous()
+    of_x, _ = backward_op(x, stored, places[:, 1:], of_negatives, [True, False])
+    return of_x + own * key, own * x
+
+
+class _Terms(torch.autograd.Function):
+    """Terms [N], of which term i has these derivatives in row i of x, in row i of key, and in the temperature.
+
+    They are taken in the forward, as the bank's rows may have changed by the time of the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, terms: Tensor, x: Tensor, key: Tensor | None, temperature: Tensor, *slopes: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, key, temperature, *slopes)
+        return terms.view_as(terms)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # With gradients on, somebody wants to differentiate this: that will tell that it cannot be done.
+        scaled = _Scaled.apply if torch.is_grad_enabled() else _scaled
+        return None, *scaled(grad, *ctx.saved_tensors), None, None, None
+
+
+def _scaled(
+    grad: Tensor, x: Tensor, key: Tensor | None, temperature: Tensor, *slopes: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    of_x, of_key, of_temperature = slopes
+    assert of_x is not None
+    assert of_temperature is not None
+    dx = (grad[:, None] * of_x).to(x.dtype)
+    dkey = None if key is None or of_key is None else (grad[:, None] * of_key).to(key.dtype)
+    return dx, dkey, (grad * of_temperature).sum().to(temperature.dtype)
+
+
+class _Scaled(torch.autograd.Function):
+    """`_scaled` as a function of what the slopes were found from, of which there is no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        return _scaled(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise RuntimeError("fastcl.SampledNCELoss: second derivatives are not supported")
+
+
+def draw(bank: MemoryBank, indices: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """int64 ``[N, count]``: evenly from the bank's rows but the anchor's own, of those that were ever updated."""
+    known = bank.ids
+    if len(known) < 2:
+        raise ValueError(f"bank: expected at least 2 rows that were updated, to draw negatives from, got {len(known)}")
+    indices = indices.to(torch.int64)
+    place = torch.searchsorted(known, indices.contiguous()).clamp(max=len(known) - 1)
+    own = known[place] == indices
+    drawn = torch.randint(0, 2**62, (len(indices), count), generator=generator, device=known.device)
+    drawn %= (len(known) - own.long())[:, None]
+    drawn += (own[:, None] & (drawn >= place[:, None])).long()
+    return known[drawn]
+
+
+def check_samples(name: str, value: Any, n: int, m: int, device: torch.device) -> None:
+    """A tensor [n, S] of integers from 0 to m - 1."""
+    check_tensor(name, value)
+    if value.dim() != 2 or value.shape[0] != n:
+        raise ValueError(f"{name}: expected shape [{n}, S], got {list(value.shape)}")
+    check_indices(name, value, m, device)

@@ -1,0 +1,1 @@
+"""Operators: a folder for each family, a file for each backend."""

@@ -1,0 +1,111 @@
+"""Backend ``cuda``: whether the kernels of ``csrc/cuda`` are there, and what every call of them shares.
+
+They are a part of the native module where nvcc was there when it was built. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from . import native
+
+OLDEST_DEVICE = (8, 0)
+
+# (architecture, operator) for which a recorded measurement on that architecture says that these kernels are faster than
+# Triton's, and on which their GPU tests have passed: those are chosen by themselves. None is measured yet.
+MEASURED_FASTER: frozenset[tuple[int, str]] = frozenset()
+
+
+def _failed_build() -> Any:
+    try:
+        return import_module("fastcl._cuda_failure")  # written by setup.py
+    except ImportError:
+        return None
+
+
+def kernels() -> Any:
+    """The part of the native module with the kernels, or None."""
+    return getattr(native.native_module(), "cuda", None)
+
+
+def availability() -> tuple[bool, str]:
+    """Whether the backend is there, and how or why not. That there is a device, or a driver, is not asked."""
+    module = native.native_module()
+    if module is None:
+        return False, native.engine()[1]
+    if kernels() is None:
+        failure = _failed_build()
+        return False, f"not built ({failure.REASON})" if failure else "not part of this build of the native module"
+    if kernels().emulated:
+        return True, f"built for {kernels().targets}"
+    if torch.version.cuda is None:
+        return False, f"this torch is built without CUDA (the kernels are there: {kernels().targets})"
+    return True, f"built with {kernels().targets}"
+
+
+def report() -> list[str]:
+    """What ``python -m fastcl.info`` tells."""
+    lines = [availability()[1]]
+    if failure := _failed_build():
+        lines += [f"  {line}" for line in failure.LOG.splitlines()]
+    if kernels() is not None and not kernels().emulated:
+        lines.append(f"CUDA {_number(kernels().runtime_version())} inside; {driver_failure() or _driver()}")
+    chosen = ", ".join(f"{op} on sm_{number}" for number, op in sorted(MEASURED_FASTER))
+    lines.append(f"chosen by itself: {chosen or 'nowhere; no GPU has measured it yet'}; elsewhere by name")
+    return lines
+
+
+def _driver() -> str:
+    return f"the driver is for CUDA {_number(kernels().driver_version())}"
+
+
+def _number(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@cache
+def driver_failure() -> str:
+    """What is wrong with the driver, or that there is no device; empty: nothing."""
+    failure: str = kernels().driver_failure()
+    return failure
+
+
+def refusal(device: torch.device) -> str:
+    """Why rows on `device` are not for this backend; empty if they are."""
+    if kernels().emulated:
+        return "" if device.type == "cpu" else f"is emulated and takes tensors on the CPU, got tensors on {device}"
+    if device.type != "cuda":
+        failure = driver_failure()
+        return f"takes tensors on a CUDA device, got tensors on {device}" + (f" ({failure})" if failure else "")
+    if failure := driver_failure():
+        return f"cannot run: {failure}"
+    if torch.cuda.get_device_capability(device) < OLDEST_DEVICE:
+        return "needs a device of compute capability 8.0 or newer, {} has {}.{}".format(
+            device, *torch.cuda.get_device_capability(device)
+        )
+    return ""
+
+
+def measured_faster(device: torch.device, op: str) -> bool:
+    """Whether the backend is to be chosen by itself."""
+    return (
+        device.type == "cuda" and bool(MEASURED_FASTER) and (architecture(device), op) in MEASURED_FASTER
+    ) and not refusal(device)
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def where(device: torch.device) -> tuple[int, int]:
+    """(device, stream) as csrc/bindings reads them: the current stream of that device."""
+    if device.type == "cpu":  # emulated
+        return 0, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream

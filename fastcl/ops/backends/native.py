@@ -1,0 +1,86 @@
+"""The native module of ``csrc``: whether it is there, and how it is told of tensors.
+
+It knows addresses, sizes and strides, and does not link torch; it comes with the package where a compiler was there
+when it was built.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _load() -> tuple[Any, str]:
+    try:  # after torch, whose OpenMP runtime it uses
+        return import_module("fastcl._native"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def _load_failure() -> Any:
+    try:
+        return import_module("fastcl._build_failure")  # written by setup.py
+    except ImportError:
+        return None
+
+
+_native, _failure = _load()
+_failed_build = _load_failure()
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
+
+
+@cache
+def engine() -> tuple[str | None, str]:
+    """The instruction set of the engine that is used and why that one, or None and why there is none.
+
+    The environment variable ``FASTCL_CPU_ISA``, read once, names the newest that may be used: ``baseline``, ``avx2``,
+    ``avx512`` or ``avx512_bf16``.
+    """
+    if _native is None:
+        return None, build_failure() or f"the native module does not load ({_failure})"
+    name, reason = _native.choose_engine(os.environ.get("FASTCL_CPU_ISA", ""))
+    wrong = name is None and _native.built_engines()
+    return name, f"FASTCL_CPU_ISA: {reason}" if wrong else reason
+
+
+def build_failure() -> str:
+    """Why the package was built without the native module; empty if it was built with it, or nobody tried."""
+    return f"not built ({_failed_build.REASON})" if _failed_build else ""
+
+
+def build_log() -> str:
+    """The end of what the compiler or CMake said when the native module failed to build."""
+    log: str = _failed_build.LOG if _failed_build else ""
+    return log
+
+
+def wrong_cap() -> str:
+    """What is wrong with FASTCL_CPU_ISA; empty if nothing is, or there is no engine for it to choose from."""
+    name, reason = engine()
+    return reason if name is None and _native is not None and _native.built_engines() else ""
+
+
+def native_module() -> Any:
+    """The module of ``csrc``, or None."""
+    return _native
+
+
+# Descriptions of calls, number by number as csrc/bindings reads them.
+
+
+def address(tensor: Tensor | None, offset: int = 0) -> int:
+    return 0 if tensor is None else tensor.data_ptr() + offset * tensor.element_size()
+
+
+def describe_rows(rows: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0, 0) if rows is None else (DTYPES[rows.dtype], rows.data_ptr(), rows.shape[0], *rows.stride())
+
+
+def run(call: Any) -> None:
+    workspace = torch.empty(call.workspace, dtype=torch.uint8, device="cpu")  # a name, so that it outlives the call
+    call.run(workspace.data_ptr())

@@ -1,0 +1,255 @@
+"""What the Triton kernels share: the walk over tiles, masks, products, logits.
+
+Nothing else in these kernels decides which tile is visited, which place of it counts, or how a number is rounded to the
+rows' dtype. `tests/ops/contrastive/test_triton_maps.py` checks walk and masks against lists of pairs.
+
+Rows lie contiguous, D (a multiple of 16) numbers each, sorted by cluster. Row i's positives are then the columns
+[start_i, end_i), and both bounds grow with i: no kernel compares cluster ids.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+# The bias of a contrast that is left out. A finite one may be -inf once it is multiplied by log2(e).
+LEFT_OUT = tl.constexpr(float("inf"))
+# Exponents that a sum may reach, and the bound on logits (to base 2) above which running maxima are taken at once.
+HEADROOM, WIDE = tl.constexpr(64.0), tl.constexpr(150.0)
+LOWEST = tl.constexpr(-1e38)  # of running maxima, before there is any: finite, so that a difference is never NaN
+
+
+# Which tiles.
+
+
+@triton.jit
+def column_walk(
+    START,
+    END,
+    i0,
+    N,
+    M,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SELF: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    """The tiles of columns that the rows [i0, i0 + BLOCK_M) meet: (interior, mixed, first, hole, last, full).
+
+    `mixed` of them (`mixed_tile` says which) hold a positive, the diagonal, or the ragged end. The other `interior`
+    ones (`interior_tile`) hold none: whole tiles of admissible negatives. With ids every tile is mixed, as equal ids
+    lie anywhere.
+
+    Mixed are the tiles [first, last), and the ragged last one if it is not among them; `hole` of the `full` whole tiles
+    are in that run.
+    """
+    full = M // BLOCK_N
+    low = 0
+    high = 0
+    if IDS:
+        high = M
+    elif CLUSTERS:  # in self-contrast a row lies in its own range, and so does the diagonal
+        low = tl.load(START + i0)
+        high = tl.load(END + tl.minimum(i0 + BLOCK_M, N) - 1)
+    elif SELF:
+        low = i0
+        high = tl.minimum(i0 + BLOCK_M, N)
+    first = low // BLOCK_N
+    last = tl.where(high > low, tl.cdiv(high, BLOCK_N), first)
+    hole = tl.minimum(last, full) - tl.minimum(first, full)
+    ragged = ((full * BLOCK_N < M) & (last <= full)).to(tl.int32)
+    return full - hole, last - first + ragged, first, hole, last, full
+
+
+@triton.jit
+def interior_tile(t, first, hole):
+    """The interior tile visited at step t: those before the run of mixed tiles, then those after it."""
+    return t + tl.where(t >= first, hole, 0)
+
+
+@triton.jit
+def mixed_tile(t, first, last, full):
+    """The mixed tile visited at step t: the run, then the ragged last tile."""
+    return tl.where(first + t < last, first + t, full)
+
+
+# Which places of a mixed tile.
+
+
+@triton.jit
+def admissible_pairs(
+    i, j, N, M, names_i, names_j, bias_i, bias_j, SELF: tl.constexpr, IDS: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. Names are those of sample ids, 0 for none.
+
+    Contrasts that are left out (`LEFT_OUT`) are nobody's, whether contrasts are the columns (BIAS 1) or the rows (2).
+    """
+    pairs = (j < M)[None, :] & (i < N)[:, None]
+    if SELF:
+        pairs = pairs & (i[:, None] != j[None, :])
+    if IDS:
+        pairs = pairs & ((names_i[:, None] != names_j[None, :]) | (names_i == 0)[:, None])
+    if BIAS == 1:
+        pairs = pairs & (bias_j != LEFT_OUT)[None, :]
+    if BIAS == 2:
+        pairs = pairs & (bias_i != LEFT_OUT)[:, None]
+    return pairs
+
+
+@triton.jit
+def in_cluster(j, start, end):
+    """Bool [BLOCK_M, BLOCK_N]: start_i <= j < end_i, by one comparison."""
+    return (j[None, :] - start[:, None]).to(tl.uint32, bitcast=True) < (end - start).to(tl.uint32, bitcast=True)[
+        :, None
+    ]
+
+
+# Products.
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x in `dtype`, rounded to nearest, as an operand of a product or to be stored.
+
+    The interpreter keeps bfloat16 as integers: its products multiply bit patterns, and its casts to bfloat16 truncate.
+    There x stays float32 and moves to the grid of `dtype`, which is what the hardware computes with.
+    """
+    if not INTERPRETED:
+        x = x.to(dtype)
+    else:
+        x = x.to(tl.float32)
+        if dtype == tl.float16:
+            x = x.to(tl.float16).to(tl.float32)
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+        if dtype == tl.float32:
+            if PRECISION == "tf32":
+                bits = x.to(tl.uint32, bitcast=True) & 0xFFFFE000  # the hardware reads no further
+                x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + a @ b in float32; a and b come from `rounded`."""
+    if INTERPRETED:
+        acc += tl.dot(a, b, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def load_rows(
+    X,
+    row,
+    column,
+    N,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """X[row : row + ROWS, column : column + COLUMNS], 0 beyond row N. D is padded: there is no end of columns."""
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, COLUMNS)
+    places = X + (tl.cast(row, tl.int64) * D + column) + (r[:, None] * D + c[None, :])
+    if MASKED:
+        x = tl.load(places, mask=(row + r < N)[:, None], other=0.0)
+    else:
+        x = tl.load(places)
+    return rounded(x, X.dtype.element_ty, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def inner_products(
+    X,
+    Y,
+    x,
+    y,
+    i0,
+    j0,
+    N,
+    M,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """<x_i, y_j> [BLOCK_M, BLOCK_N]: of the tiles at hand where they hold all of D, else streamed along D."""
+    dots = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BLOCK_K == D:
+        dots = product(x, tl.trans(y), dots, PRECISION, INTERPRETED)
+    else:
+        for k in range(0, D, BLOCK_K):
+            a = load_rows(X, i0, k, N, D, BLOCK_M, BLOCK_K, True, PRECISION, INTERPRETED)
+            b = load_rows(Y, j0, k, M, D, BLOCK_N, BLOCK_K, MASKED, PRECISION, INTERPRETED)
+            dots = product(a, tl.trans(b), dots, PRECISION, INTERPRETED)
+    return dots
+
+
+# Logits.
+
+
+@triton.jit
+def fixed_shift(scale, LONGEST, LARGEST_BIAS):
+    """What to take off all logits (to base 2), and whether that keeps their sums in range; of a scale with log2(e).
+
+    No logit is larger than the bound. LONGEST [1]: the product of both sides' longest rows, if not all are normalised.
+    A bound that is not a number is too wide.
+    """
+    bound = tl.abs(scale) * 1.002
+    if LONGEST is not None:
+        bound = bound * tl.load(LONGEST)
+    if LARGEST_BIAS is not None:
+        bound += tl.load(LARGEST_BIAS) * LOG2E
+    return tl.maximum(bound - HEADROOM, 0.0), bound <= WIDE
+
+
+@triton.jit
+def similarities(dots, a, c, NORMED: tl.constexpr):
+    """a_i c_j <x_i, y_j>, from inner products; a_i and c_j are multiplied first, so that i and j may change places."""
+    if NORMED:
+        dots = dots * (a[:, None] * c[None, :])
+    return dots
+
+
+@triton.jit
+def base2_logits(similarity, scale, bias_i, bias_j, BIAS: tl.constexpr):
+    """s_ij log2(e). BIAS: 0 none, 1 of the columns, 2 of the rows; scale and bias have their log2(e) already."""
+    t = similarity * scale
+    if BIAS == 1:
+        t = t + tl.where(bias_j == LEFT_OUT, -INF, bias_j)[None, :]
+    if BIAS == 2:
+        t = t + tl.where(bias_i == LEFT_OUT, -INF, bias_i)[:, None]
+    return t
+
+
+@triton.jit
+def load_or(P, places, mask, default: tl.constexpr):
+    """P[places], `default` outside of the mask or where there is no P."""
+    if P is not None:
+        values = tl.load(P + places, mask=mask, other=default)
+    else:
+        values = tl.zeros(places.shape, tl.float32) + default
+    return values
+
+
+@triton.jit
+def load_names(P, places, mask, IDS: tl.constexpr):
+    if IDS:
+        values = tl.load(P + places, mask=mask, other=0)
+    else:
+        values = tl.zeros(places.shape, tl.int32)
+    return values

@@ -1,0 +1,131 @@
+"""Whether Triton is there, and how its kernels are launched. Triton itself is imported by the first launch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import import_module, metadata, util
+from typing import Any
+
+import torch
+
+from . import triton_interpreter
+from .triton_tiles import Tile
+
+FLOOR = (3, 2)  # torch 2.6 brings it
+OLDEST_DEVICE = (8, 0)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+
+PROGRAMS_INTERPRETED = 2
+
+
+def triton_version() -> str:
+    """Of Triton as it is installed; PyTorch's own builds go by another name."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        packages = metadata.packages_distributions().get("triton", [])
+        return metadata.version(packages[0]) if packages else "0.0 (without metadata)"
+
+
+@cache
+def availability() -> tuple[bool, str]:
+    """Whether the backend is there, and how or why not."""
+    if util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    version = triton_version()
+    floor = ".".join(map(str, FLOOR))
+    if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
+        return False, f"Triton {version} is older than {floor}"
+    if INTERPRETED:
+        return True, f"Triton {version} (at least {floor}), interpreted on the CPU: TRITON_INTERPRET is set"
+    if torch.version.cuda is None:
+        return False, "this torch is built without CUDA, and TRITON_INTERPRET is not set"
+    return True, f"Triton {version} (at least {floor})"
+
+
+def refusal(device: torch.device) -> str:
+    """Why rows on `device` are not for this backend; empty if they are."""
+    if INTERPRETED:
+        return "" if device.type == "cpu" else f"is interpreted and takes tensors on the CPU, got tensors on {device}"
+    if device.type != "cuda":
+        return f"takes tensors on a CUDA device, got tensors on {device}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST_DEVICE:
+        return "needs a device of compute capability 8.0 or newer, {} has {}.{}".format(
+            device, *torch.cuda.get_device_capability(device)
+        )
+    return ""
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, and on that device's current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+MODULES = {
+    "statistics_kernel": "contrastive.triton.statistics_kernels",
+    "two_way_kernel": "contrastive.triton.statistics_kernels",
+    "running_kernel": "contrastive.triton.statistics_kernels",
+    "weighted_kernel": "contrastive.triton.statistics_kernels",
+    "gradient_kernel": "contrastive.triton.gradient_kernels",
+    "observation_kernel": "contrastive.triton.observation_kernels",
+    "topk_kernel": "topk.triton_kernels",
+    "soft_statistics_kernel": "soft.triton_kernels",
+    "soft_gradient_kernel": "soft.triton_kernels",
+}
+PER_ROW = "contrastive.triton.per_row_kernels"  # of all others
+
+
+@cache
+def kernel_named(name: str) -> Any:
+    module = "sinkhorn.triton_kernels" if name.startswith("sinkhorn_") else MODULES.get(name, PER_ROW)
+    return getattr(import_module(f"fastcl.ops.{module}"), name)
+
+
+def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -> None:
+    kernel = kernel_named(name)
+    arguments = {name: given[name] for name in kernel.arg_names}
+    # Fused multiply-adds would round a logit in one place and not in another.
+    with _interpreting():
+        kernel[tuple(grid)](**arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False)
+
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """The interpreter replaces parts of Triton while it runs a kernel, so there can be one at a time."""
+    if not INTERPRETED:
+        yield
+        return
+    with _interpreter, triton_interpreter.kernels_run():
+        yield
+
+
+_interpreter = threading.Lock()
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@cache
+def programs(device: torch.device) -> int:
+    """Of a kernel whose programs go on from row block to row block."""
+    if device.type != "cuda":
+        return PROGRAMS_INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def blocks(size: int, block: int) -> int:
+    return -(-size // block)

@@ -1,0 +1,121 @@
+"""Tile shapes of the Triton kernels: a static table by kernel, architecture, dtype and dimension.
+
+Compiler-chosen, unmeasured. Each entry is among the largest shapes that compile for its architecture without spills and
+within the shared memory of the chip (`tests/backends/test_triton_compiled.py` compiles them all); none has been timed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+WHOLE = 256  # rows of at most so many numbers are held whole by a tile; longer ones are streamed, and gradients split
+KINDS = ("forward", "running", "two_way", "weighted", "backward")
+# The table's. A device between two of them takes the older one's shapes, one beyond them the last one's.
+ARCHITECTURES = (80, 90, 100)
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int  # of D, in the product of rows and columns
+    block_d: int  # of D, in the product of the gradient's tile with columns; D itself where there is no such product
+    warps: int
+    stages: int
+
+
+def padded(d: int, interpreted: bool = False) -> int:
+    """D as rows are stored for the kernels: a tile's width, or a multiple of the widths in which rows are cut."""
+    whole = WHOLE // 2 if interpreted else WHOLE
+    if d <= whole:
+        return max(32, 1 << (d - 1).bit_length())
+    part = whole // 2
+    return -(-d // part) * part
+
+
+def tile(
+    kind: str,
+    architecture: int,
+    dtype: torch.dtype,
+    d: int,
+    careful: bool = False,
+    tf32: bool = False,
+    interpreted: bool = False,
+) -> Tile:
+    """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`.
+
+    careful: there are sample ids or a bias, whose masks and loads take registers. tf32: how float32 is multiplied.
+    """
+    sums = kind in ("weighted", "backward")
+    if interpreted:
+        part = d if d <= WHOLE // 2 else min(d & -d, 512)
+        return Tile(64, 64, part, part if sums else d, 4, 1)
+    known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
+    if dtype.itemsize > 2:
+        return _single_sums(known, d, careful, tf32) if sums else _single(kind, known, d, careful)
+    if sums:
+        return _half_sums(known, d, careful)
+    return _half(kind, known, d, careful)
+
+
+def neighbours(shape: Tile) -> list[Tile]:
+    """Shapes to time against one of the table's. Logits round as with it: D is cut alike, and rows do not become so few
+    that another instruction multiplies them."""
+    wide, narrow = shape.block_n * 2, shape.block_n // 2
+    tried = [
+        shape._replace(block_n=wide),
+        shape._replace(block_n=narrow),
+        shape._replace(warps=12 - shape.warps),  # 4 or 8
+        shape._replace(stages=shape.stages + 1),
+        shape._replace(stages=max(shape.stages - 1, 1)),
+    ]
+    if shape.block_m >= 128:
+        half = shape._replace(block_m=shape.block_m // 2)
+        tried += [half, half._replace(warps=4), half._replace(block_n=wide)]
+    return [tile for tile in dict.fromkeys(tried) if tile != shape and 16 <= tile.block_n <= 256]
+
+
+def row_tile(d: int, interpreted: bool = False) -> Tile:
+    """Of the kernels that visit each row once: `block_m` rows, `block_d` of their numbers at a time."""
+    return Tile(64 if interpreted else 16, 0, 0, min(d & -d, 512 if interpreted else 128), 4, 1)
+
+
+# Of the kernels that visit each row once, and have a few numbers of each.
+ROWS_AT_ONCE = Tile(1024, 0, 0, 0, 4, 1)
+
+
+def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
+    if careful or (architecture == 80 and kind == "two_way" and d > WHOLE):
+        return Tile(64, 32, min(d, 64), d, 4, 2)
+    if d > WHOLE:
+        return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, 64, d, 8, 3)
+    if architecture == 80 and kind != "two_way":
+        return Tile(64, 64, d, d, 4, 2)
+    return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, d, d, 8, 2)
+
+
+def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
+    if careful:
+        return Tile(64, 32, min(d, 64), min(d, 128), 8, 1)
+    if d > WHOLE:
+        return Tile(128, 32, 64, 128, 8, 2)
+    if architecture == 90:
+        return Tile(128, 64 if d <= 128 else 32, d, d, 8, 2)
+    return Tile(64, 64, d, d, 8, 2)
+
+
+def _single(kind: str, architecture: int, d: int, careful: bool) -> Tile:
+    # What spills with four warps or with eight was found by compiling.
+    if careful:
+        eight = d > 64 or (d == 64 and (kind != "two_way" or architecture == 80))
+    else:
+        eight = d > 64 and kind == "running" and architecture == 80
+    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 8 if eight else 4, 2)
+
+
+def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
+    # Which of the tensor cores' instructions multiplies depends on the rows, and logits must round as in `_single`.
+    rows = 64 if tf32 and d > 64 and architecture > 80 else 32
+    stages = 2 if rows == 64 and architecture == 100 else 1
+    return Tile(rows, 32, min(d, 32), min(d, 64), 8 if d > (64 if careful and not tf32 else 32) else 4, stages)

@@ -1,0 +1,1 @@
+"""Statistics of contrastive logits: the operator, its backends, and what they exchange."""

@@ -1,0 +1,241 @@
+"""Plain PyTorch in blocks of rows, on any device. Memory O((N + M) (D + block)); the logits are never stored whole.
+
+Forward and backward cut the same blocks and multiply the same rows, so the backward's logits are the forward's to the
+bit, and softmax weights sum to one however large the logits are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.rows import CPU_BLOCK, FEWEST_ROWS, GPU_BLOCK, inverse_norms, through_normalization
+from .observed import merge, nothing, observe
+from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, over_sets, pair_weights
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    similarity: Tensor  # [B, M]
+    logits: Tensor  # [S, B, M], -inf where inadmissible
+    inadmissible: Tensor | None  # [B, M], but for the diagonal; None: nothing, or the diagonal alone
+    positive: Tensor | None  # [B, M], bool, or the weights of assignments; None: there are no positives
+
+
+def saved_size(p: Problem) -> int:
+    return 0
+
+
+def forward(p: Problem) -> Statistics:
+    x, y, a, c = _rows(p)
+    _, n, m = p.sizes
+    anchors = _Accumulator(p, n, dim=-1)
+    contrasts = _Accumulator(p, m, dim=-2) if p.both else None
+    for tile in _tiles(p, x, y):
+        anchors.add(tile, tile.rows)
+        if contrasts is not None:
+            contrasts.add(tile, slice(0, m))
+    return Statistics(
+        anchors.result(), empty_side(p) if contrasts is None else contrasts.result(), a, c, p.logit_scale.new_empty(0)
+    )
+
+
+def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    grad = over_sets(p, grad, saved.anchors.counts)
+    if p.both:
+        grad_contrasts = over_sets(p, grad_contrasts, saved.contrasts.counts)
+    x, y, _, _ = _rows(p, saved)
+    self_contrast = p.contrasts is None
+    dx = torch.zeros_like(x) if needs.anchors else None
+    dy = torch.zeros_like(y) if needs.contrasts and not self_contrast else dx if self_contrast else None
+    # In float64 until an extra positive's share has met it, which it cancels as training converges.
+    d_scale = torch.zeros_like(p.logit_scale, dtype=torch.float64) if needs.logit_scale else None
+    d_bias = y.new_zeros(y.shape[0]) if needs.contrast_bias else None
+    rows = _SideGradient(saved.anchors.parts[0], _softmax_weights(p, saved.anchors, grad), grad)
+    columns = None
+    if p.both:
+        weights = _softmax_weights(p, saved.contrasts, grad_contrasts)
+        columns = _SideGradient(saved.contrasts.parts[0], weights, grad_contrasts)
+    for tile in _tiles(p, x, y):
+        g = torch.zeros_like(tile.logits)
+        _add_logit_gradient(g, p, tile, rows, tile.rows, -1)
+        if columns is not None:
+            _add_logit_gradient(g, p, tile, columns, slice(None), -2)
+        if d_scale is not None:
+            d_scale += (g * tile.similarity).sum((1, 2), dtype=torch.float64)
+        if d_bias is not None:
+            d_bias += g.sum((0, 1))
+        dt = g.mul_(p.logit_scale[:, None, None]).sum(0) if g.shape[0] > 1 else g[0].mul_(p.logit_scale)
+        if dx is not None:
+            dx[tile.rows].addmm_(dt, y)
+        if dy is not None:
+            dy.addmm_(dt.T, x[tile.rows])
+    if dx is not None and p.normalize_anchors:
+        dx = through_normalization(dx, x, saved.anchor_inverse_norms)
+    if dy is not None and not self_contrast and p.normalize_contrasts:
+        dy = through_normalization(dy, y, saved.contrast_inverse_norms)
+    return Gradients(dx, None if self_contrast else dy, d_scale, d_bias)
+
+
+def block_rows(p: Problem) -> int:
+    """Rows of a block: as many as make up a block of logits, at least FEWEST_ROWS."""
+    s, _, m = p.sizes
+    block = CPU_BLOCK if p.device.type == "cpu" else GPU_BLOCK
+    return max(block // max(s * m, 1), FEWEST_ROWS)
+
+
+def _rows(p: Problem, saved: Statistics | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Anchors and contrasts in the accumulation dtype, normalised there where asked for, and their inverse norms."""
+
+    def prepare(rows: Tensor, normalize: bool, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = rows.to(p.dtype)
+        if not normalize:
+            return rows, rows.new_empty(0)
+        inverse = inverse_norms(rows) if known is None else known
+        return rows * inverse[:, None], inverse
+
+    x, a = prepare(p.anchors, p.normalize_anchors, saved and saved.anchor_inverse_norms)
+    if p.contrasts is None:
+        return x, x, a, x.new_empty(0)
+    contrasts = p.contrasts
+    if (left_out := p.left_out) is not None:
+        contrasts = contrasts.masked_fill(left_out[:, None], 0)  # whatever these rows hold, NaN too, reaches no product
+    y, c = prepare(contrasts, p.normalize_contrasts, saved and saved.contrast_inverse_norms)
+    return x, y, a, c
+
+
+def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
+    _, n, _ = p.sizes
+    step, left_out = block_rows(p), p.left_out
+    other_clusters = p.anchor_clusters if p.contrasts is None else p.contrast_clusters
+    own = None if p.anchor_assignments is None else p.anchor_assignments.to(p.dtype)
+    others = own if p.contrast_assignments is None else p.contrast_assignments.to(p.dtype)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        similarity = x[rows] @ y.T
+        logits = similarity * p.logit_scale[:, None, None]
+        if p.contrast_bias is not None:
+            logits += p.contrast_bias
+        positive = _equal(p.anchor_clusters, other_clusters, rows)
+        if own is not None and others is not None:
+            positive = pair_weights(own[rows], others)
+        inadmissible = _equal(p.anchor_ids, p.contrast_ids, rows)
+        if left_out is not None:
+            everywhere = left_out.repeat(len(similarity), 1)
+            inadmissible = everywhere if inadmissible is None else inadmissible | everywhere
+        if p.contrasts is None:
+            for matrix, value in ((logits, -torch.inf), (positive, False), (inadmissible, False)):
+                if matrix is not None:
+                    matrix.diagonal(offset=start, dim1=-2, dim2=-1).fill_(value)
+        if inadmissible is not None:
+            logits.masked_fill_(inadmissible, -torch.inf)
+            if positive is not None:
+                positive.masked_fill_(inadmissible, 0)
+        yield _Tile(rows, similarity, logits, inadmissible, positive)
+
+
+def _equal(left: Tensor | None, right: Tensor | None, rows: slice) -> Tensor | None:
+    if left is None or right is None:
+        return None
+    ids = left[rows, None]
+    return (ids == right) & (ids != -1)
+
+
+def _members(field: str, tile: _Tile) -> Tensor:
+    """The logits of the field's set, -inf elsewhere: [S, B, M]."""
+    if field == "lse_all" or (field == "lse_neg" and tile.positive is None):
+        return tile.logits
+    if tile.positive is None:
+        return torch.full_like(tile.logits, -torch.inf)
+    return tile.logits.masked_fill(tile.positive if field == "lse_neg" else ~tile.positive, -torch.inf)
+
+
+class _Accumulator:
+    """Statistics of `size` rows (dim -1 reduced) or columns (dim -2 reduced) of the tiles that are added to it."""
+
+    def __init__(self, p: Problem, size: int, dim: int) -> None:
+        s, n, m = p.sizes
+        self.p = p
+        self.dim = dim
+        self.pairs = (m if dim == -1 else n) - (p.contrasts is None)  # in a row of tiles, before ids are looked at
+        new = p.logit_scale.new_zeros
+        self.sum_pos = new(s, size)
+        self.positives, self.inadmissible = new(size), new(size)
+        self.shifts = new(len(p.log_sums), s, size).fill_(-torch.inf)
+        self.sums = new(len(p.log_sums), s, size)
+        self.observed = nothing(p.logit_scale, s, size) if p.observe else None
+
+    def add(self, tile: _Tile, where: slice) -> None:
+        if tile.logits.shape[self.dim] == 0:
+            return
+        for k, field in enumerate(self.p.log_sums):
+            members = _members(field, tile)
+            shift = torch.maximum(self.shifts[k, :, where], members.amax(self.dim))
+            finite = shift.masked_fill(shift == -torch.inf, 0)
+            rescaled = self.sums[k, :, where] * (self.shifts[k, :, where] - finite).exp()
+            self.sums[k, :, where] = rescaled + (members - finite.unsqueeze(self.dim)).exp_().sum(self.dim)
+            self.shifts[k, :, where] = shift
+        if self.observed is not None:
+            found = _observed(self.p, tile, self.dim)
+            self.observed[..., where] = merge(self.observed[..., where], found)
+        if tile.inadmissible is not None:
+            self.inadmissible[where] += tile.inadmissible.sum(self.dim)
+        if tile.positive is not None:
+            self.positives[where] += tile.positive.sum(self.dim)
+            if "sum_pos" in self.p.want:
+                weighted = tile.logits if tile.positive.dtype == torch.bool else tile.positive * tile.logits
+                self.sum_pos[:, where] += torch.where(tile.positive != 0, weighted, 0).sum(self.dim)
+
+    def result(self) -> Side:
+        shifts = self.shifts.masked_fill_(self.shifts == -torch.inf, 0)
+        log_sums = dict(zip(self.p.log_sums, shifts + self.sums.log(), strict=True))
+        fields = [log_sums.get(field, self.sum_pos) for field in self.p.want]
+        others = self.pairs - self.inadmissible - (self.positives if self.p.anchor_assignments is None else 0)
+        return Side(
+            torch.stack(fields) if fields else self.sum_pos.new_empty((0, *self.sum_pos.shape)),
+            torch.stack([self.positives, others]),
+            torch.stack([shifts, self.sums]),
+            self.observed,
+        )
+
+
+def _observed(p: Problem, tile: _Tile, dim: int) -> Tensor:
+    """[10, S, B or M]: what a tile adds to its rows (dim -1) or columns."""
+    out = tile.inadmissible
+    admissible = torch.ones_like(tile.similarity, dtype=torch.bool) if out is None else ~out
+    if p.contrasts is None:
+        admissible.diagonal(offset=tile.rows.start).fill_(False)
+    positive = torch.zeros_like(admissible) if tile.positive is None else tile.positive
+    negative = admissible & ~positive
+    plain = None if p.contrast_bias is None else tile.similarity * p.logit_scale[:, None, None]
+    if dim == -1:
+        return observe(tile.logits, positive, negative, plain)
+    return observe(tile.logits.mT, positive.T, negative.T, None if plain is None else plain.mT)
+
+
+class _SideGradient(NamedTuple):
+    """What the gradient of the logits is made of, on one side."""
+
+    shifts: Tensor  # [L, S, N]
+    weights: Tensor  # [L, S, N]
+    grad: Tensor  # [W, S, N]
+
+
+def _softmax_weights(p: Problem, side: Side, grad: Tensor) -> Tensor:
+    """grad / sum for each log-sum-exp [L, S, N], 0 where the sum is empty."""
+    grads = [grad[p.want.index(field)] for field in p.log_sums]
+    sums = side.parts[1]
+    return torch.where(sums == 0, 0, torch.stack(grads) / sums) if grads else sums
+
+
+def _add_logit_gradient(g: Tensor, p: Problem, tile: _Tile, side: _SideGradient, where: slice, dim: int) -> None:
+    """Adds dL/ds of one side to g [S, B, M]: the softmax part, then the positive part, in the tile."""
+    for k, field in enumerate(p.log_sums):
+        exponents = _members(field, tile) - side.shifts[k, :, where].unsqueeze(dim)
+        g.addcmul_(exponents.exp_(), side.weights[k, :, where].unsqueeze(dim))
+    if "sum_pos" in p.want and tile.positive is not None:
+        g.addcmul_(tile.positive.to(g.dtype), side.grad[p.want.index("sum_pos")][:, where].unsqueeze(dim))

@@ -1,0 +1,265 @@
+"""Backend ``cpu``: the contrastive statistics by the C++ SIMD engines of ``csrc/cpu``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..backends import native
+from ..backends.native import address, describe_rows
+from . import chunked
+from .observed import NAMES as OBSERVED
+from .records import FIELDS, Gradients, Needs, Problem, Side, Statistics, empty_side, largest_base
+
+_VECTORS = ("anchor_clusters", "contrast_clusters", "logit_scale", "contrast_bias", "anchor_ids", "contrast_ids")
+_PLACES = {name: k for k, name in enumerate(FIELDS)}
+_MEAN_KEPT = 9  # as in csrc/cpu/contrastive/mean.h
+_NOTHING = Needs(False, False, False, False, False)
+
+
+def saved_size(p: Problem) -> int:
+    """How many numbers the forward keeps for the backward.
+
+    Of each row the negatives' share of the sum over all, and the largest logits to base 2 among negatives and among
+    positives: [3, S, N], with `both` then [3, S, M]. For a backward of the anchors alone also the softmax-weighted sums
+    of contrasts [N, D] and whether they are valid [1].
+    """
+    s, n, m = p.sizes
+    return 3 * s * (n + m if p.both else n) + _weighted_size(p)
+
+
+def plane_count(p: Problem) -> int:
+    return 3
+
+
+def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `saved`, what is true of blocks of contrasts only once it is merged: [3, S, N] and, with `both`, [3, S, M]."""
+    s, n, m = p.sizes
+    rows, columns = saved[: 3 * s * n], saved[3 * s * n :][: 3 * s * m if p.both else 0]
+    return rows.view(3, s, n), columns.view(3, s, m if p.both else 0)
+
+
+def merge_planes(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
+    """Those [B, 3, S, N] of B blocks as one, [3, S, N].
+
+    counts: the blocks' [B, 2, N]. sums: over all, of one base [B, S, N]; None where lse_all is not wanted, and nobody
+    asks for a share of it.
+    """
+    share = torch.zeros_like(found[0, 0])
+    if sums is not None:
+        total = sums.sum(0)
+        negative = torch.where(sums != 0, found[:, 0] * sums, 0).sum(0)
+        share = torch.where(total != 0, negative / total, 0)
+    positives, negatives = (counts > 0).unbind(1)
+    return torch.stack([share, largest_base(found[:, 1], negatives), largest_base(found[:, 2], positives)])
+
+
+def _weighted(p: Problem) -> bool:
+    return p.anchors_only and p.sizes[0] == 1
+
+
+def _weighted_size(p: Problem) -> int:
+    return p.anchors.shape[0] * p.anchors.shape[1] + 1 if _weighted(p) else 0
+
+
+def forward(p: Problem) -> Statistics:
+    p = addressable(p)
+    _, n, m = p.sizes
+    new = p.logit_scale.new_empty
+    saved = new(saved_size(p))
+    if n == 0 or m == 0:
+        return chunked.forward(p)._replace(saved=saved)
+    a = new(n if p.normalize_anchors else 0)
+    c = new(m if p.normalize_contrasts and p.contrasts is not None else 0)
+    anchors = _new_side(p, n)
+    contrasts = _new_side(p, m) if p.both else empty_side(p)
+    swept = two_sets_if_biased(p)  # a name, so that its ids outlive the call
+    own, other = _sides(p, anchors, contrasts, saved)
+    sides = (*own, address(a)), other and (*other, address(c))
+    native.run(native.native_module().forward(native.engine()[0], describe(swept), *sides, _weighted_sums(p, saved)))
+    return Statistics(anchors, contrasts, a, c, saved)
+
+
+def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    p = addressable(p)
+    s, n, m = p.sizes
+    if n == 0 or m == 0:
+        return chunked.backward(p, saved, grad, grad_contrasts, needs)
+    anchors = saved.anchors._replace(fields=grad.contiguous())
+    contrasts = saved.contrasts._replace(fields=grad_contrasts.contiguous())
+    swept = two_sets_if_biased(p)
+    folded = swept is not p  # two sets that are one: both gradients are the anchors'
+    new = p.logit_scale.new_empty
+    rows = new(p.anchors.shape) if needs.anchors else None
+    columns = None
+    if swept.contrasts is not None and (needs.anchors if folded else needs.contrasts):
+        columns = new(swept.contrasts.shape)
+    scale = new(s, dtype=torch.float64) if needs.logit_scale else None
+    bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
+    own, other = _sides(p, anchors, contrasts, saved.saved)
+    anchors_alone = rows is not None and columns is None and scale is None and bias is None
+    weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)
+    outputs = (*weighted, p.paired is None, *map(address, (rows, columns, scale, bias)))
+    native.run(
+        native.native_module().backward(native.engine()[0], describe(swept), (*own, 0), other and (*other, 0), outputs)
+    )
+    if folded and rows is not None and columns is not None:
+        rows, columns = rows.add_(columns), None
+    return Gradients(rows, columns, scale, bias)
+
+
+def takes_mean_loss(p: Problem) -> bool:
+    """Whether `mean_loss` is the whole of it: one scale, and nothing that is folded or joined in Python."""
+    biased = p.contrasts is None and p.contrast_bias is not None
+    return p.paired is None and not biased and len(p.logit_scale) == 1
+
+
+def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | None]:
+    """The mean of lse_i - sum_pos_i / num_pos_i that is `direct.DirectMean`'s, its gradients, and what was observed."""
+    p = addressable(p)
+    loss, seen = _new_mean(p)
+    return loss, _mean(p, None, loss, None, seen, needs), torch.cat(seen, -1) if seen else None
+
+
+def mean_forward(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The mean alone, what `mean_backward` needs to know of it, and what was observed."""
+    p = addressable(p)
+    _, n, m = p.sizes
+    loss, seen = _new_mean(p)
+    kept = p.logit_scale.new_empty(_MEAN_KEPT * (n + m if p.both else n) + _weighted_size(p))
+    _mean(p, kept, loss, None, seen, _NOTHING)
+    return loss, kept, torch.cat(seen, -1) if seen else None
+
+
+def mean_backward(p: Problem, kept: Tensor, grad: Tensor, needs: Needs) -> Gradients:
+    """Gradients of the mean, times `grad` []."""
+    return _mean(addressable(p), kept, None, grad, (), needs)
+
+
+def _new_mean(p: Problem) -> tuple[Tensor, list[Tensor]]:
+    _, n, m = p.sizes
+    seen = [_new_observed(p, size) for size in ((n, m) if p.both else (n,)) if p.observe]
+    return p.logit_scale.new_empty(()), seen
+
+
+def _mean(
+    p: Problem, kept: Tensor | None, loss: Tensor | None, grad: Tensor | None, seen: Sequence[Tensor], needs: Needs
+) -> Gradients:
+    """One call of the engine: the loss, where there is room for it, and the gradients that are needed."""
+    new = p.logit_scale.new_empty
+    rows = new(p.anchors.shape) if needs.anchors else None
+    columns = new(p.contrasts.shape) if needs.contrasts and p.contrasts is not None else None
+    scale = new(1, dtype=torch.float64) if needs.logit_scale else None
+    bias = new(len(p.contrast_bias)) if needs.contrast_bias and p.contrast_bias is not None else None
+    anchors_alone = rows is not None and columns is None and scale is None and bias is None
+    weighted = 0, 0
+    if kept is not None and (loss is not None or anchors_alone):
+        weighted = _weighted_sums(p, kept, _MEAN_KEPT)
+    observed = [*map(address, seen), 0, 0][:2]
+    outputs = (
+        *(p.want[0] == "lse_neg", address(kept), *weighted, address(loss), address(grad), *observed),
+        *map(address, (rows, columns, scale, bias)),
+    )
+    native.run(native.native_module().mean(native.engine()[0], describe(p), outputs))
+    return Gradients(rows, columns, scale, bias)
+
+
+def addressable(p: Problem) -> Problem:
+    """Rows may have any strides; what is small lies contiguous, and nothing is negated lazily."""
+    changed = {}
+    for name in _VECTORS:
+        value = getattr(p, name)
+        if value is not None and not (value.is_contiguous() and not value.is_neg()):
+            changed[name] = value.resolve_neg().contiguous()
+    for name in ("anchors", "contrasts", "anchor_assignments", "contrast_assignments"):
+        value = getattr(p, name)
+        if value is not None and value.is_neg():
+            changed[name] = value.resolve_neg()
+    return replace(p, **changed) if changed else p
+
+
+def two_sets_if_biased(p: Problem) -> Problem:
+    """A bias breaks the symmetry of self-contrast: the rows then meet themselves as a second set."""
+    if p.contrasts is not None or p.contrast_bias is None:
+        return p
+    own = torch.arange(p.anchors.shape[0], device="cpu")
+    return replace(
+        p,
+        contrasts=p.anchors,
+        contrast_clusters=p.anchor_clusters,
+        anchor_ids=own,
+        contrast_ids=own,
+        normalize_contrasts=p.normalize_anchors,
+    )
+
+
+def _new_side(p: Problem, size: int) -> Side:
+    s, new = p.sizes[0], p.logit_scale.new_empty
+    observed = _new_observed(p, size) if p.observe else None
+    return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size), observed)
+
+
+def _new_observed(p: Problem, size: int) -> Tensor:
+    return p.logit_scale.new_empty(len(OBSERVED), p.sizes[0], size)
+
+
+def describe(p: Problem, depth: int | None = None) -> tuple[int, ...]:
+    """depth: of all products of a pair, where there are more than one."""
+    anchors, (n, d) = p.anchors, p.anchors.shape
+    m = n if p.contrasts is None else p.contrasts.shape[0]
+    return (
+        *describe_rows(anchors),
+        *describe_rows(p.contrasts),
+        d,
+        address(p.anchor_clusters),
+        address(p.contrast_clusters),
+        address(p.anchor_ids),
+        address(p.contrast_ids),
+        address(p.logit_scale),
+        len(p.logit_scale),
+        address(p.contrast_bias),
+        p.normalize_anchors,
+        p.normalize_contrasts,
+        p.logit_scale.dtype == torch.float64,
+        p.both,
+        # So many threads that each has work for longer than it takes to wake it.
+        max(1, min(torch.get_num_threads(), n * m * (depth or d) >> 20)),
+    )
+
+
+def _sides(p: Problem, anchors: Side, contrasts: Side, saved: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Where the statistics of both sides are."""
+    s, n, m = p.sizes
+    own = _side(p.want, anchors, s, n, address(saved))
+    if not p.both:
+        return own, None
+    return own, _side(p.want, contrasts, s, m, address(saved, 3 * s * n))
+
+
+def _side(want: Sequence[str], side: Side, s: int, size: int, saved: int) -> tuple[int, ...]:
+    counts, row = side.counts.data_ptr(), size * side.counts.element_size()
+    block = s * row
+    field, shift = side.fields.data_ptr(), side.parts.data_ptr()
+    sums = shift + block * (len(want) - ("sum_pos" in want))
+    fields, shifts, totals = [0, 0, 0, 0], [0, 0, 0], [0, 0, 0]
+    for name in want:  # in the order of FIELDS, of which sum_pos, the last, has no parts
+        k = _PLACES[name]
+        fields[k] = field
+        field += block
+        if name != "sum_pos":
+            shifts[k], totals[k] = shift, sums
+            shift, sums = shift + block, sums + block
+    rest = saved, saved + block, saved + 2 * block, address(side.observed)
+    return *fields, *shifts, *totals, counts, counts + row, *rest
+
+
+def _weighted_sums(p: Problem, saved: Tensor, numbers: int = 3) -> tuple[int, int]:
+    """Where they are, and where it says whether they are valid, behind so many numbers of each row."""
+    if not _weighted(p):
+        return 0, 0
+    n, d = p.anchors.shape
+    return address(saved, numbers * n), address(saved, numbers * n + n * d)

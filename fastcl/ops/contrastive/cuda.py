@@ -1,0 +1,139 @@
+"""Backend ``cuda``: the contrastive statistics by the CUDA C++ kernels of ``csrc/cuda``.
+
+One call of the native module launches all kernels of a forward or backward on the current stream. Nothing here waits
+for the device: sizes come from shapes, everything that depends on values is decided on the device, and scalars travel
+as tensors, so that a CUDA graph can replay the calls with other ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..backends import cuda_runtime
+from . import chunked
+from .cuda_rows import DTYPES, address, arrange, find_clusters, find_names, kept_in, kept_size, wanted
+from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, merge_bases
+
+__all__ = ["backward", "forward", "merge_planes", "plane_count", "planes", "saved_size"]
+
+# Log-sums (to base 2) that spread over no more share one exponential. Range would allow 120, but an exponent of 60 has
+# been rounded to 2^-19: a relative error of 1e-6 where terms cancel.
+ONE_EXPONENTIAL = 16.0
+
+
+def saved_size(p: Problem) -> int:
+    """How many numbers the forward keeps for the backward (`cuda_rows.kept`)."""
+    return 0 if p.dtype == torch.float64 else kept_size(p)
+
+
+def plane_count(p: Problem) -> int:
+    return 0 if p.dtype == torch.float64 else 3
+
+
+def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what is kept, the bases: what is true of blocks of contrasts only once it is merged."""
+    parts = kept_in(p, saved)
+    bases = parts["bases"]
+    return bases, parts["contrast_bases"] if p.both else bases[..., :0]
+
+
+merge_planes = merge_bases
+
+
+def forward(p: Problem) -> Statistics:
+    s, n, m = p.sizes
+    if p.dtype == torch.float64 or n == 0 or m == 0:
+        return chunked.forward(p)._replace(saved=p.logit_scale.new_zeros(saved_size(p)))
+    new = p.logit_scale.new_empty
+    saved = new(saved_size(p))
+    parts = kept_in(p, saved)
+    find_clusters(p, parts)
+    find_names(p, parts)
+    a = new(n if p.normalize_anchors else 0)
+    c = new(m if p.normalize_contrasts and p.contrasts is not None else 0)
+    arranged = arrange(p, parts, a, c)
+    anchors, contrasts = _new_side(p, n), _new_side(p, m) if p.both else empty_side(p)
+    kernels, where = cuda_runtime.kernels(), cuda_runtime.where(p.device)
+    statistics, others = new(s, 7, n), new(s, 7, m if p.both else 0)
+    lines = new(kernels.line_count(n, where), 2, m) if p.both else None
+    own = _side(anchors, parts["bases"], statistics)
+    other = _side(contrasts, parts["contrast_bases"], others) if p.both else _NO_SIDE
+    kernels.contrast_forward(
+        where, arranged.numbers, wanted(p.want), own, other, address(lines), address(parts.get("weighted"))
+    )
+    if p.observe:  # by a sweep of its own, in blocks of plain PyTorch: there is no kernel
+        swept = chunked.forward(replace(p, want=()))
+        anchors = anchors._replace(observed=swept.anchors.observed)
+        contrasts = contrasts._replace(observed=swept.contrasts.observed)
+    return Statistics(anchors, contrasts, a, c, saved)
+
+
+def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    s, n, m = p.sizes
+    if p.dtype == torch.float64 or n == 0 or m == 0:
+        return chunked.backward(p, saved, grad, grad_contrasts, needs)
+    new = p.logit_scale.new_empty
+    kernels, where = cuda_runtime.kernels(), cuda_runtime.where(p.device)
+    parts = kept_in(p, saved.saved)
+    arranged = arrange(p, parts, None, None)
+
+    def weights(size: int) -> tuple[Tensor, Tensor, Tensor]:
+        stride = -(-size // 4) * 4
+        return new(s, 7, size), new(3, s, kernels.extreme_blocks(size)), new(s, 5, stride)
+
+    def rows(source: Tensor | None, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient as it is summed, and as it leaves: rounded, where nothing is to be added yet."""
+        if source is None or not needed:
+            return None, None
+        dtype = p.dtype if p.partial or p.paired is not None else source.dtype
+        out = torch.empty(source.shape, dtype=dtype, device=p.device)
+        return new(len(source), arranged.width), out
+
+    anchors = saved.anchors._replace(fields=grad.contiguous())
+    contrasts = saved.contrasts._replace(fields=grad_contrasts.contiguous())
+    of_anchors, of_contrasts = weights(n), weights(m) if p.both else ()
+    own = _side(anchors, parts["bases"], None, of_anchors)
+    other = _side(contrasts, parts["contrast_bases"], None, of_contrasts) if p.both else _NO_SIDE
+    anchor_sums, anchor_rows = rows(p.anchors, needs.anchors)
+    contrast_sums, contrast_rows = rows(p.contrasts, needs.contrasts)
+    similarity_sums = new(s, n) if needs.logit_scale else None
+    bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
+    scalars = new(4, s)
+    alone = needs.anchors and not (needs.contrasts or needs.logit_scale)
+    weighted = parts.get("weighted") if alone else None
+    outputs = (
+        *map(address, (scalars, anchor_sums, contrast_sums, anchor_rows, contrast_rows)),
+        *(DTYPES[p.dtype if out is None else out.dtype] for out in (anchor_rows, contrast_rows)),
+        address(saved.anchor_inverse_norms) if p.normalize_anchors else 0,
+        address(saved.contrast_inverse_norms) if p.contrasts is not None and p.normalize_contrasts else 0,
+        arranged.folded,
+        address(similarity_sums),
+        address(bias),
+        address(weighted),
+    )
+    kernels.contrast_backward(where, arranged.numbers, wanted(p.want), own, other, outputs, ONE_EXPONENTIAL)
+    scale = None
+    if similarity_sums is not None:  # as training converges they cancel
+        scale = similarity_sums.sum(1, dtype=torch.float64)
+        if p.contrasts is None and not arranged.folded:
+            scale = scale / 2
+    return Gradients(anchor_rows, contrast_rows, scale, bias)
+
+
+def _new_side(p: Problem, size: int) -> Side:
+    s, new = p.sizes[0], p.logit_scale.new_empty
+    return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size))
+
+
+_NO_SIDE = (0,) * 8
+
+
+def _side(side: Side, bases: Tensor, statistics: Tensor | None, weights: Sequence[Tensor] = ()) -> tuple[int, ...]:
+    """As csrc/bindings reads it."""
+    others = [address(tensor) for tensor in weights] or [0, 0, 0]
+    return *map(address, (*side[:3], bases, statistics)), *others

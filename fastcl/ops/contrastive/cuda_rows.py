@@ -1,0 +1,217 @@
+"""Rows as the CUDA kernels read them, and the numbers in which ``csrc/bindings/module.cpp`` is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .kept import Layout, by_name, layout_size, sums_are_kept
+from .records import FIELDS, Problem, largest_bias
+
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
+STEP = 32  # bytes: rows are padded to multiples of it
+
+
+# What the backward finds again.
+
+
+def kept(p: Problem) -> Layout:
+    """What the forward keeps, by name: of either set the order of rows, each row's range in the other set, and names
+    of sample ids; of either side the bases, to base 2, of the sums over all, negatives and positives; or what
+    `sums_are_kept` is about, in the order of rows."""
+    s, n, m = p.sizes
+    found: Layout = {"bases": (torch.float32, (3, s, n))}
+    if p.both:
+        found["contrast_bases"] = (torch.float32, (3, s, m))
+    for prefix, size in (("", n), ("contrast_", m)):
+        if prefix and p.contrasts is None:
+            continue
+        if p.anchor_clusters is not None:
+            found[prefix + "order"] = (torch.int64, (size,))
+            found[prefix + "range"] = (torch.int32, (2, size))
+        if p.anchor_ids is not None:
+            found[prefix + "names"] = (torch.int32, (size,))
+    if sums_are_kept(p):
+        found["weighted"] = (torch.float32, (n, padded(p)))
+    return found
+
+
+def kept_size(p: Problem) -> int:
+    """In numbers of float32."""
+    return layout_size(kept(p))
+
+
+def kept_in(p: Problem, saved: Tensor) -> dict[str, Tensor]:
+    """`saved` [kept_size], float32, taken apart."""
+    return by_name(kept(p), saved)
+
+
+def product_dtype(p: Problem) -> torch.dtype:
+    return p.anchors.dtype if p.contrasts is None else torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
+
+
+def padded(p: Problem) -> int:
+    """The numbers of a row as it is stored for the kernels."""
+    step = STEP // product_dtype(p).itemsize
+    return -(-p.anchors.shape[1] // step) * step
+
+
+# Clusters and ids.
+
+
+def find_clusters(p: Problem, parts: dict[str, Tensor]) -> None:
+    """Fills in the order of rows by cluster, and each row's range of positives among the other set's.
+
+    A cluster's number is the place of its first anchor, so that results do not depend on the names of clusters. An
+    anchor without one is a cluster of its own. Contrasts that are nobody's positive come last. Both ends of ranges
+    grow from row to row.
+    """
+    if p.anchor_clusters is None:
+        return
+    n = len(p.anchor_clusters)
+    known, first = torch.sort(p.anchor_clusters, stable=True)
+    labels = _found(p.anchor_clusters, known, first, torch.arange(n, device=p.device))
+    own, order = torch.sort(labels, stable=True)
+    parts["order"].copy_(order)
+    other = own
+    if p.contrast_clusters is not None:
+        other, order = torch.sort(_found(p.contrast_clusters, known, first, n), stable=True)
+        parts["contrast_order"].copy_(order)
+        _ranges(other, own, parts["contrast_range"])
+    _ranges(own, other, parts["range"])
+
+
+def _ranges(rows: Tensor, others: Tensor, ranges: Tensor) -> None:
+    torch.searchsorted(others, rows, out_int32=True, out=ranges[0])
+    torch.searchsorted(others, rows, out_int32=True, right=True, out=ranges[1])
+
+
+def find_names(p: Problem, parts: dict[str, Tensor]) -> None:
+    """Fills in int32 names of sample ids: equal for equal ids, 0 for one that the contrasts do not have."""
+    if p.anchor_ids is None or p.contrast_ids is None:
+        return
+    known = p.contrast_ids.sort().values
+    places = torch.arange(1, len(known) + 1, device=p.device)
+    parts["names"].copy_(_found(p.anchor_ids, known, places, 0))
+    parts["contrast_names"].copy_(_found(p.contrast_ids, known, places, 0))
+
+
+def _found(ids: Tensor, known: Tensor, values: Tensor, otherwise: Tensor | int) -> Tensor:
+    """Of each id the value at its first place among the known ones, ascending; -1 is never found."""
+    ids = ids.contiguous()
+    place = torch.searchsorted(known, ids).clamp_(max=len(known) - 1)
+    return torch.where((known[place] == ids) & (ids != -1), values[place], otherwise)
+
+
+# Rows.
+
+
+def exact(dtype: torch.dtype) -> bool:
+    """Whether products keep all of float32, as torch's own follow `torch.set_float32_matmul_precision`.
+
+    Newer versions of torch keep it by device, and the old question raises where the new setting was used.
+    """
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
+    return dtype != torch.float32 or not tf32
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """What the kernels are told of a problem's rows. Keeps the memory alive that it names."""
+
+    numbers: tuple[int, ...]
+    width: int
+    folded: bool  # the rows meet themselves as a second set
+    memory: list[Tensor | None] = field(repr=False)
+
+
+def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | None) -> Arranged:
+    """parts: `kept_in`, filled in. a, c: where the inverse norms of rows [n], [m] go; None: nowhere."""
+    dtype, d, width = product_dtype(p), p.anchors.shape[1], padded(p)
+    folded = p.contrasts is None and p.contrast_bias is not None  # a bias breaks the symmetry of self-contrast
+    normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
+    memory: list[Tensor | None] = []
+
+    def rows(
+        source: Tensor | None,
+        normalize: bool,
+        prefix: str,
+        names: Tensor | None,
+        bias: Tensor | None,
+        norms: Tensor | None,
+        leave_out: bool = False,
+    ) -> tuple[int, ...]:
+        if source is None:
+            return (0,) * 18
+        n = len(source)
+        source = source.detach().resolve_neg()
+        order, ranges = parts.get(prefix + "order"), parts.get(prefix + "range")
+        as_it_is = order is None and width == d and source.dtype == dtype and source.is_contiguous()
+        # A normalised row out of range is multiplied by a power of two, one that is left out becomes zeros.
+        as_it_is = as_it_is and source.data_ptr() % 16 == 0 and not (leave_out or normalize)
+
+        def new(there: bool, of: torch.dtype = torch.float32) -> Tensor | None:
+            return torch.empty(n, dtype=of, device=p.device) if there else None
+
+        arranged = source if as_it_is else torch.empty(n, width, dtype=dtype, device=p.device)
+        bias = None if bias is None else bias.detach().resolve_neg().contiguous()
+        place = new(normed), new(names is not None, torch.int32), new(bias is not None)
+        memory.extend((source, order, ranges, names, bias, arranged, *place))
+        return (
+            *(DTYPES[source.dtype], source.data_ptr(), n, *source.stride(), normalize, address(order)),
+            *((0, 0) if ranges is None else (address(ranges[0]), address(ranges[1]))),
+            *(address(names), address(bias), leave_out, address(arranged), as_it_is, address(norms)),
+            *map(address, place),
+        )
+
+    names, others = parts.get("names"), parts.get("contrast_names")
+    if folded:
+        names = others = torch.arange(1, len(p.anchors) + 1, dtype=torch.int32, device=p.device)  # each but itself
+    anchors = rows(p.anchors, p.normalize_anchors, "", names, None, a)
+    if folded:
+        contrasts = rows(p.anchors, p.normalize_anchors, "", others, p.contrast_bias, None)
+    else:
+        leave_out = p.contrast_bias is not None  # rows whose bias is -inf become zeros, as they are no anchors too
+        contrasts = rows(p.contrasts, p.normalize_contrasts, "contrast_", others, p.contrast_bias, c, leave_out)
+    scale = p.logit_scale.detach().resolve_neg().contiguous()
+    longest, largest_bias = _bounds(p)
+    memory.extend((scale, longest, largest_bias))
+    scalars = (
+        d,
+        width,
+        DTYPES[dtype],
+        len(scale),
+        address(scale),
+        address(longest),
+        address(largest_bias),
+        exact(dtype),
+    )
+    return Arranged((*anchors, *contrasts, *scalars), width, folded, memory)
+
+
+def _bounds(p: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """What bounds the logits, besides the scale: the product of both sides' longest rows, and the largest bias."""
+
+    def longest(rows: Tensor, normalized: bool) -> Tensor | None:
+        return None if normalized else torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).amax().reshape(1)
+
+    product = longest(p.anchors, p.normalize_anchors)
+    if p.contrasts is not None:
+        other = longest(p.contrasts, p.normalize_contrasts)
+        product = other if product is None else product if other is None else product * other
+    elif product is not None:
+        product = product * product
+    return product, None if p.contrast_bias is None else largest_bias(p.contrast_bias)
+
+
+def wanted(want: Sequence[str]) -> tuple[int, ...]:
+    """The place of each of FIELDS among those wanted, -1 for others, and the number of log-sum-exps."""
+    return *(want.index(name) if name in want else -1 for name in FIELDS), len(set(want) - {"sum_pos"})

@@ -1,0 +1,235 @@
+"""The operator past torch's dispatcher, for where `intercepted` finds nobody who looks on.
+
+A small batch takes less time than the operator's way through torch, than taking its stacked outputs apart, and than
+the nodes that a formula of them leaves in autograd's graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..library import intercepted, no_second_derivatives
+from . import cpu
+from .op import (
+    BOTH,
+    DIFFERENTIABLE,
+    TENSORS,
+    WANT,
+    as_outputs,
+    by_argument,
+    differentiate,
+    differentiate_saved,
+    forward_op,
+    observed_by,
+    of_backward,
+    posed,
+    run_forward,
+    save,
+    statistics,
+)
+from .records import Needs, Side
+
+# Rows times contrasts times dimension, up to which a gradient costs less than the way to it.
+AT_ONCE = 1 << 25
+
+
+class DirectStats(torch.autograd.Function):
+    """Each statistic is an output of its own, as `taken_apart` lists them; then what was observed."""
+
+    @staticmethod
+    def forward(ctx: Any, *args_and_options: Any) -> tuple[Tensor, ...]:
+        *args, one_scale, exact = args_and_options
+        *outputs, observed = run_forward(*args)
+        save(ctx, args, outputs)
+        values = taken_apart(outputs, one_scale, args[WANT], args[BOTH], exact)
+        ctx.mark_non_differentiable(*_counts_among(values, len(args[WANT])), observed)
+        return *values, observed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = len(ctx.options[WANT - TENSORS])
+        both_sides = stacked(grads[:wanted]), stacked(grads[wanted + 2 : 2 * wanted + 2])
+        return *differentiate(ctx, *both_sides), None, None
+
+
+class DirectMean(torch.autograd.Function):
+    """Mean over the rows that count of lse_i - sum_pos_i / num_pos_i, of fields that are wanted as (lse, sum_pos).
+
+    With `both`, the mean of that over the anchors and that over the contrasts. What was observed is a second output,
+    where it is asked for. A row counts if it has a positive and, for lse_neg, a negative.
+
+    The derivatives in the fields are functions of the counts alone: so the native engine has both, and loss and
+    gradient of a small batch in one call, after which the backward only scales.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args_and_grad_mode: Any) -> Tensor | tuple[Tensor, Tensor]:
+        *args, grad_mode = args_and_grad_mode
+        problem, backend = posed(args)
+        ctx.native = backend is cpu and cpu.takes_mean_loss(problem)
+        if not ctx.native:
+            found = statistics(problem, backend)
+            observed = observed_by(problem, found) if problem.observe else None
+            save(ctx, args, as_outputs(found))
+            sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
+            ctx.counted = [_counted(side.counts, problem.want[0] == "lse_neg") for side in sides]
+            means = [_mean(side, rows) for side, rows in zip(sides, ctx.counted, strict=True)]
+            return _with(ctx, means[0] if len(means) == 1 else (means[0] + means[1]) / 2, observed)
+        differentiated = grad_mode and any(ctx.needs_input_grad)
+        ctx.at_once = not differentiated or problem.anchors.numel() * problem.sizes[2] <= AT_ONCE
+        ctx.set_materialize_grads(False)
+        ctx.options = args[TENSORS:]
+        kept: Sequence[Tensor | None]
+        if ctx.at_once:
+            needs = Needs(*[differentiated and ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
+            loss, kept, observed = cpu.mean_loss(problem, needs)
+        else:
+            loss, *kept, observed = cpu.mean_forward(problem)
+        ctx.save_for_backward(*args[:TENSORS], *kept)  # the arguments: torch looks whether they were changed
+        return _with(ctx, loss, observed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, options = ctx.saved_tensors, ctx.options  # once: those of a checkpoint cannot be had again
+        needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
+        if not ctx.native:
+            return *_derived(saved, options, needs, grad, ctx.counted), None
+        if not ctx.at_once and intercepted(saved[0], grad):  # the operators, which can be seen, from the start
+            with torch.no_grad():
+                *outputs, _ = forward_op(*saved[:TENSORS], *options)
+            kept = of_backward(outputs)
+            sides = (kept[0], kept[2]) if options[BOTH - TENSORS] else (kept[0],)
+            counted = [_which(counts, options[WANT - TENSORS][0] == "lse_neg") for counts in sides]
+            return *_derived((*saved[:TENSORS], *kept), options, needs, grad, counted), None
+        arguments = (_scaled if ctx.at_once else _gradients, options, needs, grad, *saved)
+        found = (_Last.apply if torch.is_grad_enabled() else _call)(*arguments)
+        return *by_argument(found), None
+
+
+def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    if observed is None:
+        return loss
+    ctx.mark_non_differentiable(observed)
+    return loss, observed
+
+
+def _scaled(_: Any, __: Any, grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward has found, times `grad`, each in its argument's dtype."""
+    return _as_arguments([found if found is None else found * grad for found in saved[TENSORS:]], saved)
+
+
+def _gradients(options: Any, needs: Sequence[bool], grad: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
+    problem, _ = posed((*saved[:TENSORS], *options))
+    return _as_arguments(cpu.mean_backward(problem, saved[TENSORS], grad, Needs(*needs)), saved)
+
+
+def _as_arguments(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    arguments = [saved[i] for i in DIFFERENTIABLE.values()]
+    return tuple(
+        None if gradient is None or argument is None else gradient.to(argument.dtype)
+        for gradient, argument in zip(gradients, arguments, strict=True)
+    )
+
+
+def _call(work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
+    return work(*args)
+
+
+class _Last(torch.autograd.Function):
+    """A derivative in a graph that is kept in order to be differentiated again, which cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
+        return work(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        no_second_derivatives()
+
+
+def _derived(
+    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor, counted: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments from that of the mean, of what `op.save` has kept."""
+    counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
+    of_fields: list[Tensor | None] = [None, None]
+    for k, (side, rows) in enumerate(zip((counts, contrast_counts), counted, strict=False)):
+        of_fields[k] = _derivative(side, rows, len(counted)) * grad
+    return differentiate_saved(saved, options, needs, *of_fields)
+
+
+def _which(counts: Tensor, need_negatives: bool) -> Tensor:
+    """Which rows count, bool [N]."""
+    return (counts.amin(0) if need_negatives else counts[0]) > 0
+
+
+def _counted(counts: Tensor, need_negatives: bool) -> Tensor | None:
+    """The same; None: all of them, the common case, which then takes the fewest operators."""
+    rows = _which(counts, need_negatives)
+    return None if bool(rows.all()) else rows
+
+
+def _mean(side: Side, counted: Tensor | None) -> Tensor:
+    (lse, sum_pos), num_pos = side.fields.unbind(0), side.counts[0]
+    if counted is None:
+        return torch.addcdiv(lse, sum_pos, num_pos, value=-1).mean()
+    terms = torch.addcdiv(lse, sum_pos, num_pos.clamp(min=1), value=-1)
+    return torch.where(counted, terms, 0).sum() / counted.sum().clamp(min=1)
+
+
+def _derivative(counts: Tensor, counted: Tensor | None, means: int) -> Tensor:
+    """Of the mean of so many `_mean`s, in the fields [2, 1, N] of one of them."""
+    n = counts.shape[1]
+    if counted is None:
+        result = counts.new_full((2, 1, n), 1 / (n * means))
+        result[1].div_(counts[0]).neg_()
+        return result
+    rows = counted.to(counts.dtype)
+    weights = rows / (rows.sum().clamp(min=1) * means)
+    return torch.stack((weights, weights / -counts[0].clamp(min=1)))[:, None]
+
+
+def taken_apart(
+    outputs: Sequence[Tensor], one_scale: bool, want: Sequence[str], both: bool, exact: bool
+) -> tuple[Tensor, ...]:
+    """Of each side the wanted fields, [N] with one scale, else [S, N], then num_pos and num_neg.
+
+    exact: fields are float64, and log-sum-exps not rounded: their parts are known to the last bit but one.
+    """
+    fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *_ = outputs
+    if exact:
+        fields, contrast_fields = _unrounded(fields, parts, want), _unrounded(contrast_fields, contrast_parts, want)
+    values = (*(fields.flatten(0, 1) if one_scale else fields).unbind(0), *counts.unbind(0))
+    if not both:
+        return values
+    other = contrast_fields.flatten(0, 1) if one_scale else contrast_fields
+    return *values, *other.unbind(0), *contrast_counts.unbind(0)
+
+
+def _unrounded(fields: Tensor, parts: Tensor, want: Sequence[str]) -> Tensor:
+    wide = fields.double()
+    shift, total = parts.detach().double()
+    log_sums = iter((shift + total.log()).unbind(0))
+    exact = [rounded if field == "sum_pos" else next(log_sums) for field, rounded in zip(want, wide, strict=True)]
+    if not exact:
+        return wide
+    rest = torch.stack(exact).detach() - wide.detach()
+    return wide + torch.where(rest.isfinite(), rest, 0)  # whose derivative is that of the fields
+
+
+def _counts_among(values: Sequence[Tensor], wanted: int) -> tuple[Tensor, ...]:
+    return tuple(value for k, value in enumerate(values) if k % (wanted + 2) >= wanted)
+
+
+def stacked(grads: Sequence[Tensor | None]) -> Tensor | None:
+    some = next((grad for grad in grads if grad is not None), None)
+    if some is None:
+        return None
+    stacked = torch.stack([torch.zeros_like(some) if grad is None else grad for grad in grads])
+    return stacked if stacked.dim() == 3 else stacked[:, None]

@@ -1,0 +1,145 @@
+"""The specification in code: every logit at once, every set a mask, the gradient written out.
+
+Memory O(S N M). Exact in float64; the other backends are held to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.rows import inverse_norms, through_normalization
+from .observed import observe
+from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, over_sets, pair_weights
+
+
+def saved_size(p: Problem) -> int:
+    return 0
+
+
+def forward(p: Problem) -> Statistics:
+    x, y, a, c = _rows(p)
+    plain = p.logit_scale[:, None, None] * (x @ y.T)
+    logits = _biased(p, plain)
+    sets = _sets(p)
+    anchors = _reduce(p, logits, plain, sets)
+    transposed = {field: members.T for field, members in sets.items()}
+    contrasts = _reduce(p, logits.mT, plain.mT, transposed) if p.both else empty_side(p)
+    return Statistics(anchors, contrasts, a, c, p.logit_scale.new_empty(0))
+
+
+def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    grad = over_sets(p, grad, saved.anchors.counts)
+    if p.both:
+        grad_contrasts = over_sets(p, grad_contrasts, saved.contrasts.counts)
+    x, y, a, c = _rows(p)
+    similarity = x @ y.T  # [N, M]
+    logits = _biased(p, p.logit_scale[:, None, None] * similarity)
+    sets = _sets(p)
+    g = _logit_gradient(p, logits, sets, saved.anchors.parts, grad)  # [S, N, M]
+    if p.both:
+        transposed = {field: members.T for field, members in sets.items()}
+        g = g + _logit_gradient(p, logits.mT, transposed, saved.contrasts.parts, grad_contrasts).mT
+    dt = (p.logit_scale[:, None, None] * g).sum(0)
+    dx, dy = dt @ y, dt.T @ x
+    if p.contrasts is None:
+        dx = dx + dy
+    elif p.normalize_contrasts:
+        dy = through_normalization(dy, y, c)
+    return Gradients(
+        through_normalization(dx, x, a) if p.normalize_anchors else dx,
+        None if p.contrasts is None else dy,
+        (g * similarity).sum((1, 2), dtype=torch.float64),  # as training converges they cancel
+        g.sum((0, 1)) if needs.contrast_bias else None,
+    )
+
+
+def _rows(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Anchors and contrasts as they enter the product, and their inverse norms (empty where not normalised)."""
+    x = p.anchors.to(p.dtype)
+    a = inverse_norms(x) if p.normalize_anchors else x.new_empty(0)
+    x = x * a[:, None] if p.normalize_anchors else x
+    if p.contrasts is None:
+        return x, x, a, x.new_empty(0)
+    y = p.contrasts.to(p.dtype)
+    if (left_out := p.left_out) is not None:
+        y = y.masked_fill(left_out[:, None], 0)  # whatever these rows hold, NaN too, reaches no product
+    c = inverse_norms(y) if p.normalize_contrasts else y.new_empty(0)
+    return x, y * c[:, None] if p.normalize_contrasts else y, a, c
+
+
+def _biased(p: Problem, logits: Tensor) -> Tensor:
+    """[S, N, M]"""
+    return logits if p.contrast_bias is None else logits + p.contrast_bias
+
+
+def _sets(p: Problem) -> dict[str, Tensor]:
+    """The set [N, M] that each field runs over: A, P or N = A without P; of assignments, the weights of its pairs."""
+    _, n, m = p.sizes
+    if p.contrasts is None:
+        admissible = ~torch.eye(n, dtype=torch.bool, device=p.device)
+    else:
+        admissible = ~_equal(p.anchor_ids, p.contrast_ids, n, m, p.device)
+    if (left_out := p.left_out) is not None:
+        admissible = admissible & ~left_out
+    if p.anchor_assignments is not None:
+        r = p.anchor_assignments.to(p.dtype)
+        q = r if p.contrast_assignments is None else p.contrast_assignments.to(p.dtype)
+        return {"lse_all": admissible, "sum_pos": torch.where(admissible, pair_weights(r, q), 0)}
+    other = p.anchor_clusters if p.contrasts is None else p.contrast_clusters
+    positive = admissible & _equal(p.anchor_clusters, other, n, m, p.device)
+    return {"lse_all": admissible, "lse_pos": positive, "lse_neg": admissible & ~positive, "sum_pos": positive}
+
+
+def _equal(left: Tensor | None, right: Tensor | None, n: int, m: int, device: torch.device) -> Tensor:
+    if left is None or right is None:
+        return torch.zeros(n, m, dtype=torch.bool, device=device)
+    return (left[:, None] == right[None, :]) & (left != -1)[:, None]
+
+
+def _reduce(p: Problem, logits: Tensor, plain: Tensor, sets: dict[str, Tensor]) -> Side:
+    """plain: the logits without their bias."""
+    fields, shifts, sums = [], [], []
+    for field in p.want:
+        if field == "sum_pos":
+            fields.append(torch.where(sets[field] != 0, sets[field] * logits, 0).sum(-1))
+            continue
+        members = logits.masked_fill(~sets[field], -torch.inf)
+        shift = _largest(members)
+        total = (members - shift[..., None]).exp().sum(-1)
+        fields.append(shift + total.log())
+        shifts.append(shift)
+        sums.append(total)
+    positives, admissible = sets["sum_pos"].sum(-1), sets["lse_all"].sum(-1)
+    others = admissible - positives if p.anchor_assignments is None else admissible
+    counts = torch.stack([positives.to(p.dtype), others.to(p.dtype)])
+    empty = logits.new_empty((0, *logits.shape[:2]))
+    return Side(
+        torch.stack(fields) if fields else empty,
+        counts,
+        torch.stack([torch.stack(shifts), torch.stack(sums)]) if sums else torch.stack([empty, empty]),
+        observe(logits, sets["lse_pos"], sets["lse_neg"], plain) if p.observe else None,
+    )
+
+
+def _largest(members: Tensor) -> Tensor:
+    """The maximum over the last dimension; 0 where there is no finite one, so that exp(-inf - shift) is 0."""
+    if members.shape[-1] == 0:
+        return members.new_zeros(members.shape[:-1])
+    largest = members.amax(-1)
+    return largest.masked_fill(largest == -torch.inf, 0)
+
+
+def _logit_gradient(p: Problem, logits: Tensor, sets: dict[str, Tensor], parts: Tensor, grad: Tensor) -> Tensor:
+    """dL/ds [S, N, M]: softmax part and positive part meet here, before any rounding to the rows' dtype."""
+    g = torch.zeros_like(logits)
+    for k, field in enumerate(p.want):
+        if field == "sum_pos":
+            g = g + grad[k][..., None] * sets[field]
+            continue
+        shift, total = parts[:, p.log_sums.index(field)]
+        weight = torch.where(total == 0, 0, grad[k] / total)
+        members = logits.masked_fill(~sets[field], -torch.inf)
+        g = g + weight[..., None] * (members - shift[..., None]).exp()
+    return g

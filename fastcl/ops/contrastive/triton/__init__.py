@@ -1,0 +1,6 @@
+"""Backend ``triton``: the contrastive statistics by Triton kernels. Triton itself is imported by the first call."""
+
+from .gradient import backward
+from .statistics import forward, merge_planes, plane_count, planes, saved_size
+
+__all__ = ["backward", "forward", "merge_planes", "plane_count", "planes", "saved_size"]

@@ -1,0 +1,246 @@
+"""The backward of backend ``triton``: sweeps for the gradients of either set of rows, and what goes into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import triton_launch
+from ...backends.rows import LARGEST_INVERSE
+from ...backends.triton_launch import INTERPRETED, blocks, on_device
+from ...backends.triton_tiles import ROWS_AT_ONCE, row_tile
+from .. import chunked
+from ..records import Gradients, Needs, Problem, Side, Statistics
+from .rows import Launch, Rows, arrange, fields_wanted, kept_in
+
+
+def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    _, n, m = p.sizes
+    if p.dtype == torch.float64 or n == 0 or m == 0:
+        return chunked.backward(p, saved, grad, grad_contrasts, needs)
+    with on_device(p.device):
+        return _backward(p, saved, grad, grad_contrasts, needs)
+
+
+# Log-sums (to base 2) that spread over no more share one exponential. Range would allow 120, but an exponent of 60 has
+# been rounded to 2^-19: a relative error of 1e-6 where terms cancel.
+ONE_EXPONENTIAL = 16.0
+
+
+def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    parts = kept_in(p, saved.saved)
+    arranged, _, _ = arrange(p, parts, again=True)
+    folded = p.contrasts is None and arranged.biased  # two sets that are one: both gradients are the anchors'
+    own = _Weights(p, saved.anchors, parts["bases"], grad, arranged.anchors)
+    other = None
+    if p.both:
+        other = _Weights(p, saved.contrasts, parts["contrast_bases"], grad_contrasts, arranged.contrasts)
+    lifts = _Lifts(p, own, other, arranged.self_contrast)
+    own_side = lifts.side(own, other)
+    other_side = own_side if arranged.self_contrast else None if other is None else lifts.side(other, own)
+
+    sweeps = []
+    if needs.anchors or needs.logit_scale:
+        launch = Launch.of(arranged, arranged.anchors, arranged.contrasts)
+        sweeps.append(_Sweep(launch, own_side, other_side, needs.logit_scale, False))
+    by_columns = (needs.contrasts and p.contrasts is not None) or (folded and needs.anchors)
+    if by_columns or (needs.contrast_bias and arranged.biased):
+        launch = Launch.of(arranged, arranged.contrasts, arranged.anchors)
+        sweeps.append(_Sweep(launch, other_side, own_side, False, needs.contrast_bias))
+    weighted = None if needs.contrasts or needs.logit_scale else parts.get("weighted")
+    for k in range(p.sizes[0]):
+        for sweep in sweeps:
+            sweep.run(p, k, lifts, weighted)
+
+    rows = columns = scale = bias = None
+    if needs.logit_scale:
+        scale = sweeps[0].similarity_sums.sum(1) / lifts.lift
+        if arranged.self_contrast:
+            scale = scale / 2
+    if needs.contrast_bias and arranged.biased:
+        sums = (sweeps[-1].sums / lifts.lift[:, None]).sum(0)
+        order = arranged.contrasts.order
+        bias = sums if order is None else torch.empty_like(sums).index_copy_(0, order, sums)
+    if needs.anchors:
+        gradient = sweeps[0].gradient
+        if folded:
+            gradient = gradient + sweeps[1].gradient  # both in the order of the same clusters
+        norms = saved.anchor_inverse_norms if p.normalize_anchors else None
+        rows = finish(p, p.anchors, arranged.anchors, gradient, sweeps[0].factor, norms)
+    if needs.contrasts and p.contrasts is not None:
+        last = sweeps[-1]
+        norms = saved.contrast_inverse_norms if p.normalize_contrasts else None
+        columns = finish(p, p.contrasts, arranged.contrasts, last.gradient, last.factor, norms)
+    return Gradients(rows, columns, scale, bias)
+
+
+class _Weights:
+    """What one side's statistics and their gradients make of each of its sums, in the order of its rows."""
+
+    def __init__(self, p: Problem, side: Side, bases: Tensor, grad: Tensor, rows: Rows) -> None:
+        _, s, n = bases.shape
+        self.count = blocks(n, ROWS_AT_ONCE.block_m)
+        self.values = bases.new_empty(s, 7, n)
+        self.extremes = bases.new_empty(3, s, self.count)
+        triton_launch.launch(
+            "weights_kernel",
+            ROWS_AT_ONCE,
+            (self.count, s),
+            {
+                "GRAD": grad.contiguous(),
+                "COUNTS": side.counts,
+                "PARTS": side.parts,
+                "BASES": bases,
+                "ORDER": rows.order,
+                "WEIGHTS": self.values,
+                "EXTREMES": self.extremes,
+                "N": n,
+                "BLOCK": ROWS_AT_ONCE.block_m,
+                **fields_wanted(p),
+            },
+        )
+
+
+class _Lifts:
+    """Of each scale, [S], what both sides' gradients decide together; filled in by the first `side`."""
+
+    def __init__(self, p: Problem, own: _Weights, other: _Weights | None, self_contrast: bool) -> None:
+        s = p.logit_scale.shape[0]
+        self._scale = p.logit_scale
+        self.two_sides = self_contrast or other is not None
+        self._filled = False
+        self.one = torch.empty(s, dtype=torch.int32, device=p.device)  # 1 where one exponential serves both sides
+        self.middle, self.lift, self.factor = (torch.empty_like(self._scale) for _ in range(3))
+
+    def side(self, own: _Weights, other: _Weights | None) -> Tensor:
+        """[S, 5, n] as `gradient_kernel` takes it."""
+        s, _, n = own.values.shape
+        result = own.values.new_empty(s, 5, n)
+        first, self._filled = not self._filled, True
+        triton_launch.launch(
+            "side_kernel",
+            ROWS_AT_ONCE,
+            (own.count, s),
+            {
+                "WEIGHTS": own.values,
+                "EXTREMES": own.extremes,
+                "OTHER_EXTREMES": None if other is None else other.extremes,
+                "SCALE": self._scale if first else None,
+                "SIDE": result,
+                "ONE": self.one if first else None,
+                "MIDDLE": self.middle if first else None,
+                "LIFT": self.lift if first else None,
+                "FACTOR": self.factor if first else None,
+                "N": n,
+                "COUNT": own.count,
+                "OTHER_COUNT": 0 if other is None else other.count,
+                "TWO_SIDES": self.two_sides,
+                "CLOSE": ONE_EXPONENTIAL,
+                "BLOCK": ROWS_AT_ONCE.block_m,
+            },
+        )
+        return result
+
+
+class _Sweep:
+    """The gradients that one set of rows owns, summed over the scales."""
+
+    def __init__(self, launch: Launch, own: Tensor | None, other: Tensor | None, scaled: bool, summed: bool) -> None:
+        self.launch, self.own, self.other = launch, own, other
+        self.scaled, self.summed = scaled, summed
+        self._gradients: Tensor | None = None
+        self._similarity_sums: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self.factor: Tensor | None = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """[n, padded D] float32, in the sorted order, to be multiplied by `factor`."""
+        assert self._gradients is not None
+        return self._gradients
+
+    @property
+    def similarity_sums(self) -> Tensor:
+        """[S, n]"""
+        return torch.stack(self._similarity_sums)
+
+    @property
+    def sums(self) -> Tensor:
+        """[S, n]"""
+        return torch.stack(self._sums)
+
+    def run(self, p: Problem, k: int, lifts: _Lifts, weighted: Tensor | None) -> None:
+        """`weighted`: what the forward has left of it, for rows without a positive."""
+        launch, rows = self.launch, self.launch.rows.rows
+        new = lifts.lift.new_empty
+        gradient, factor = new(rows.shape), lifts.factor[k : k + 1]
+        if weighted is not None and self.own is not None:
+            d = weighted.shape[1]
+            if d < rows.shape[1]:
+                gradient[:, d:].zero_()
+            torch.mul(weighted, self.own[k, 1, :, None], out=gradient[:, :d])
+            if not launch.flags["CLUSTERS"]:
+                self._gradients, self.factor = gradient, factor
+                return
+        similarity_sums = new(launch.size) if self.scaled else None
+        sums = new(launch.size) if self.summed else None
+        arguments: dict[str, Any] = {
+            "SCALE": p.logit_scale[k : k + 1],
+            "SIDE": None if self.own is None else self.own[k],
+            "OTHER": None if self.other is None else self.other[k],
+            "MIDDLE": lifts.middle[k : k + 1],
+            "ONE": lifts.one[k : k + 1],
+            "GRADIENT": gradient,
+            "SIMILARITY_SUMS": similarity_sums,
+            "SUMS": sums,
+            "OWN": self.own is not None,
+            "OTHERS": self.other is not None,
+            "SOME": weighted is not None,
+        }
+        both = [arguments | {"ONE_EXPONENTIAL": one} for one in ((1, 0) if lifts.two_sides else (0,))]
+        launch.sweep("backward", "gradient_kernel", launch.grid, *both)
+        if p.logit_scale.shape[0] == 1:
+            self._gradients, self.factor = gradient, factor
+        elif self._gradients is None:
+            self._gradients, self.factor = gradient.mul_(factor), torch.ones_like(factor)
+        else:
+            self._gradients.addcmul_(gradient, factor)
+        if similarity_sums is not None:
+            self._similarity_sums.append(similarity_sums)
+        if sums is not None:
+            self._sums.append(sums)
+
+
+def finish(
+    p: Problem, source: Tensor, rows: Rows, gradient: Tensor, factor: Tensor | None, norms: Tensor | None
+) -> Tensor:
+    """The gradient in the caller's order, projected off normalised rows; rounded, where nothing is to be added yet."""
+    n, width = rows.rows.shape
+    out = torch.empty(
+        source.shape, dtype=p.dtype if p.partial or p.paired is not None else source.dtype, device=source.device
+    )
+    shape = row_tile(width, INTERPRETED)
+    triton_launch.launch(
+        "finish_kernel",
+        shape,
+        (blocks(n, shape.block_m),),
+        {
+            "GRADIENT": gradient,
+            "X": rows.rows,
+            "NORMS": norms,
+            "ORDER": rows.order,
+            "FACTOR": factor,
+            "OUT": out,
+            "N": n,
+            "WIDTH": source.shape[1],
+            "LARGEST_INVERSE": LARGEST_INVERSE[p.dtype],
+            "D": width,
+            "BLOCK_M": shape.block_m,
+            "BLOCK_D": shape.block_d,
+            "INTERPRETED": INTERPRETED,
+        },
+    )
+    return out

@@ -1,0 +1,350 @@
+"""Rows as the Triton kernels read them: sorted by cluster, padded, with what belongs to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import triton_launch, triton_tuning
+from ...backends.rows import NORM_FLOOR
+from ...backends.triton_launch import INTERPRETED, architecture, blocks, device_name
+from ...backends.triton_tiles import ROWS_AT_ONCE, Tile, padded, row_tile, tile
+from ..kept import Layout, by_name, layout_size, sums_are_kept
+from ..records import Problem
+
+# What the backward finds again.
+
+
+def kept(p: Problem) -> Layout:
+    """What the forward keeps, by name: the order of rows, their clusters and names, and of either side the bases, to
+    base 2, of the sums over all, negatives and positives; or what `sums_are_kept` is about, in the order of rows."""
+    s, n, m = p.sizes
+    found: Layout = {}
+    if p.anchor_clusters is not None:
+        found |= {"order": (torch.int64, (n,)), "clusters": (torch.int32, (n,))}
+        if p.contrasts is not None:
+            found |= {"contrast_order": (torch.int64, (m,)), "contrast_clusters": (torch.int32, (m,))}
+    if p.anchor_ids is not None:
+        found |= {"names": (torch.int32, (n,)), "contrast_names": (torch.int32, (m,))}
+    found["bases"] = (torch.float32, (3, s, n))
+    if p.both:
+        found["contrast_bases"] = (torch.float32, (3, s, m))
+    if sums_are_kept(p):
+        found["weighted"] = (torch.float32, (n, p.anchors.shape[1]))
+    return found
+
+
+def kept_size(p: Problem) -> int:
+    """In numbers of float32."""
+    return layout_size(kept(p))
+
+
+def kept_in(p: Problem, saved: Tensor) -> dict[str, Tensor]:
+    """`saved` [kept_size], float32, taken apart."""
+    return by_name(kept(p), saved)
+
+
+# Rows.
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One set of rows, sorted by cluster."""
+
+    rows: Tensor  # [n, padded D], contiguous
+    order: Tensor | None  # [n] int64: the caller's place of each; None: the caller's order
+    inverse_norms: Tensor | None  # [n], of the rows as they are here
+    start: Tensor | None  # [n] int32: the other set's rows of the row's cluster, [start, end). Both grow.
+    end: Tensor | None
+    names: Tensor | None  # [n] int32, of sample ids: equal for equal ids, 0 for none
+    bias: Tensor | None  # [n], times log2(e)
+
+
+@dataclass(frozen=True)
+class Arranged:
+    anchors: Rows
+    contrasts: Rows  # the anchors' very own in self-contrast
+    self_contrast: bool
+    normed: bool
+    biased: bool
+    precision: str
+
+
+def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[Arranged, Tensor, Tensor]:
+    """The problem's rows, and the inverse norms in the caller's order, [0] where rows are taken as they are.
+
+    parts: `kept_in`, filled in unless this is done `again`, in the backward, where the norms are not returned either.
+    """
+    if not again:
+        number_clusters(p.anchor_clusters, p.contrast_clusters, parts)
+        name_ids(p.anchor_ids, p.contrast_ids, parts)
+    dtype = p.anchors.dtype if p.contrasts is None else torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
+    self_contrast = p.contrasts is None and p.contrast_bias is None
+    normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
+
+    def inverse_norms(rows: Tensor, normalize: bool) -> Tensor:
+        return rows.new_empty(len(rows) if normalize and not again else 0, dtype=torch.float32)
+
+    a, c = inverse_norms(p.anchors, p.normalize_anchors), inverse_norms(p.anchors, False)
+    other = "clusters" if p.contrasts is None else "contrast_clusters"
+    order, names = parts.get("order"), parts.get("names")
+    if p.contrasts is None and not self_contrast:  # a bias breaks the symmetry: the rows meet themselves as another set
+        names = torch.arange(1, len(p.anchors) + 1, dtype=torch.int32, device=p.device)  # each but itself
+    clusters = parts.get("clusters"), parts.get(other)
+    bias = p.contrast_bias if p.contrasts is None else None
+    anchors = _rows(p.anchors, dtype, order, clusters, names, bias, False, p.normalize_anchors, normed, a)
+    others = anchors
+    if p.contrasts is not None:
+        c = inverse_norms(p.contrasts, p.normalize_contrasts)
+        others = _rows(
+            p.contrasts,
+            dtype,
+            parts.get("contrast_order"),
+            clusters[::-1],
+            parts.get("contrast_names"),
+            p.contrast_bias,
+            p.contrast_bias is not None,
+            p.normalize_contrasts,
+            normed,
+            c,
+        )
+    elif not self_contrast:
+        anchors = replace(anchors, bias=None)
+    biased = p.contrast_bias is not None
+    return Arranged(anchors, others, self_contrast, normed, biased, precision_of(dtype)), a, c
+
+
+def _rows(
+    source: Tensor,
+    dtype: torch.dtype,
+    order: Tensor | None,
+    clusters: tuple[Tensor | None, Tensor | None],
+    names: Tensor | None,
+    bias: Tensor | None,
+    leave_out: bool,
+    normalize: bool,
+    normed: bool,
+    norms: Tensor,
+) -> Rows:
+    """clusters: of these rows and of the other set's. norms: [n], filled in, or [0].
+
+    leave_out: rows whose bias is -inf become zeros, as they are no anchors too.
+    """
+    n, d = source.shape
+    width = padded(d, INTERPRETED)
+    source = source.detach().resolve_neg()
+    scaled = normalize and dtype == torch.float16
+    as_it_is = order is None and width == d and source.dtype == dtype and source.is_contiguous()
+    as_it_is = as_it_is and not (normalize or leave_out)  # a row out of range is multiplied by a power of two
+    own, other = clusters
+
+    def new(dtype: torch.dtype, there: bool) -> Tensor | None:
+        return torch.empty(n, dtype=dtype, device=source.device) if there else None
+
+    start, end = (new(torch.int32, own is not None) for _ in range(2))
+    rows = Rows(
+        source if as_it_is else torch.empty(n, width, dtype=dtype, device=source.device),
+        order,
+        new(torch.float32, normed),
+        start,
+        end,
+        new(torch.int32, names is not None),
+        new(torch.float32, bias is not None),
+    )
+    if as_it_is and not normed and own is None and names is None and bias is None:
+        return rows
+    shape = row_tile(width, INTERPRETED)
+    triton_launch.launch(
+        "rows_kernel",
+        shape,
+        (blocks(n, shape.block_m),),
+        {
+            "SOURCE": source,
+            "ORDER": order,
+            "NUMBERS": own,
+            "OTHER_NUMBERS": other,
+            "SOURCE_NAMES": names,
+            "SOURCE_BIAS": None if bias is None else bias.resolve_neg().contiguous(),
+            "ROWS": None if as_it_is else rows.rows,
+            "NORMS": norms if norms.numel() else None,
+            "ROW_NORMS": rows.inverse_norms,
+            "START": start,
+            "END": end,
+            "ROW_NAMES": rows.names,
+            "ROW_BIAS": rows.bias,
+            "N": n,
+            "M": 0 if other is None else len(other),
+            "WIDTH": d,
+            "ROW_STRIDE": source.stride(0),
+            "COLUMN_STRIDE": source.stride(1),
+            "STEPS": 0 if other is None else len(other).bit_length(),
+            "NORMALIZE": normalize,
+            "SCALED": scaled,
+            "LEAVE_OUT": leave_out,
+            "FLOOR": NORM_FLOOR,
+            "D": width,
+            "BLOCK_M": shape.block_m,
+            "BLOCK_D": shape.block_d,
+            "INTERPRETED": INTERPRETED,
+        },
+    )
+    return rows
+
+
+# Clusters and ids.
+
+
+def number_clusters(anchors: Tensor | None, contrasts: Tensor | None, parts: dict[str, Tensor]) -> None:
+    """Fills in the order of rows and their clusters, as numbers in ascending order, where there are any.
+
+    A cluster's number is the place of its first anchor, so that results do not depend on the names of clusters. An
+    anchor without one is a cluster of its own. Contrasts that are nobody's positive come last.
+    """
+    if anchors is None:
+        return
+    known, order = torch.sort(anchors, stable=True)
+    for ids, prefix in ((anchors, ""), (contrasts, "contrast_")):
+        if ids is not None:
+            labels = torch.empty(len(ids), dtype=torch.int32, device=ids.device)
+            _label(ids, known, order, labels, ids is anchors)
+            torch.sort(labels, stable=True, out=(parts[prefix + "clusters"], parts[prefix + "order"]))
+
+
+def name_ids(left: Tensor | None, right: Tensor | None, parts: dict[str, Tensor]) -> None:
+    """Fills in int32 names of ids, places among the right ones."""
+    if left is None or right is None:
+        return
+    known = right.sort().values
+    for ids, name in ((left, "names"), (right, "contrast_names")):
+        _label(ids, known, None, parts[name], False)
+
+
+def _label(ids: Tensor, known: Tensor, order: Tensor | None, labels: Tensor, own: bool) -> None:
+    triton_launch.launch(
+        "labels_kernel",
+        ROWS_AT_ONCE,
+        (blocks(len(ids), ROWS_AT_ONCE.block_m),),
+        {
+            "VALUES": ids.contiguous(),
+            "SORTED": known,
+            "ORDER": order,
+            "LABELS": labels,
+            "N": len(ids),
+            "M": len(known),
+            "STEPS": len(known).bit_length(),
+            "OWN": own,
+            "BLOCK": ROWS_AT_ONCE.block_m,
+        },
+    )
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of products of float32 rows, as torch's own follow `torch.set_float32_matmul_precision`.
+
+    Newer versions of torch keep it by device, and the old question raises where the new setting was used.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What all kernels of a call are told alike."""
+
+    rows: Rows
+    columns: Rows
+    flags: dict[str, Any]
+
+    @classmethod
+    def of(cls, arranged: Arranged, rows: Rows, columns: Rows) -> Launch:
+        flags = {
+            "CLUSTERS": rows.start is not None,
+            "IDS": rows.names is not None,
+            "NORMED": arranged.normed,
+            "BIAS": 0 if not arranged.biased else 1 if columns.bias is not None else 2,
+            "PRECISION": arranged.precision,
+            "INTERPRETED": INTERPRETED,
+            "SELF": arranged.self_contrast,
+        }
+        return cls(rows, columns, flags)
+
+    @property
+    def size(self) -> int:
+        return self.rows.rows.shape[0]
+
+    def row_blocks(self, shape: Tile) -> tuple[int]:
+        """The grid of a program for each row block."""
+        return (blocks(self.size, shape.block_m),)
+
+    def grid(self, shape: Tile) -> tuple[int, int]:
+        """The grid of a program for each row block and part of D."""
+        return blocks(self.size, shape.block_m), blocks(self.rows.rows.shape[1], shape.block_d)
+
+    def tile(self, kind: str, trial: triton_tuning.Trial | None = None, careful: bool = False) -> Tile:
+        """The table's, or what was found to be faster where that is asked for. careful: whatever the flags say."""
+        rows = self.rows.rows
+        careful = careful or self.flags["IDS"] or self.flags["BIAS"] != 0
+        tf32 = self.flags["PRECISION"] == "tf32"
+        found = tile(kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, tf32, INTERPRETED)
+        of_rows = f"{str(rows.dtype)[6:]}{' TF32' if tf32 else ''}, D = {rows.shape[1]}"
+        key = f"{kind}, {device_name(rows.device)}, {of_rows}{', careful' if careful else ''}"
+        return triton_tuning.choose(key, found, self.size * len(self.columns.rows), trial)
+
+    def sweep(
+        self,
+        kind: str,
+        kernel: str,
+        grid: Callable[[Tile], Sequence[int]],
+        *arguments: dict[str, Any],
+        cleared: Tensor | None = None,
+    ) -> None:
+        """A launch with each of the arguments, after clearing what it adds to."""
+
+        def launch(shape: Tile) -> None:
+            if cleared is not None:
+                cleared.zero_()
+            for given in arguments:
+                self.run(kernel, shape, grid(shape), given)
+
+        launch(self.tile(kind, launch))
+
+    def run(self, kernel: str, shape: Tile, grid: Sequence[int], arguments: dict[str, Any]) -> None:
+        """`arguments` and those that each of these kernels takes, by name."""
+        rows, columns = self.rows, self.columns
+        given = {
+            "X": rows.rows,
+            "Y": columns.rows,
+            "A": rows.inverse_norms,
+            "C": columns.inverse_norms,
+            "ROW_BIAS": rows.bias,
+            "COLUMN_BIAS": columns.bias,
+            "START": rows.start,
+            "END": rows.end,
+            "ROW_NAMES": rows.names,
+            "COLUMN_NAMES": columns.names,
+            "ORDER": rows.order,
+            "N": rows.rows.shape[0],
+            "M": columns.rows.shape[0],
+            "D": rows.rows.shape[1],
+            "BLOCK_M": shape.block_m,
+            "BLOCK_N": shape.block_n,
+            "BLOCK_K": shape.block_k,
+            "BLOCK_D": shape.block_d,
+            **self.flags,
+            **arguments,
+        }
+        triton_launch.launch(kernel, shape, grid, given)
+
+
+def fields_wanted(p: Problem) -> dict[str, int]:
+    """The place of each field among those wanted, -1 for others, as the kernels take it."""
+    names = {"ALL": "lse_all", "POS": "lse_pos", "NEG": "lse_neg", "SUM": "sum_pos"}
+    places = {key: p.want.index(name) if name in p.want else -1 for key, name in names.items()}
+    return places | {"LOG_SUMS": len(p.log_sums)}

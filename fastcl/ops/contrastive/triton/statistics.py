@@ -1,0 +1,150 @@
+"""Backend ``triton``: the forward's kernels, prepared and launched.
+
+Triton itself is imported by the first call. Nothing here waits for the device: sizes come from shapes, everything that
+depends on values (shifts, which kernel applies) is decided on the device, and scalars travel as tensors, so that a CUDA
+graph can replay the calls with other ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import triton_launch
+from ...backends.triton_launch import blocks, on_device, programs
+from ...backends.triton_tiles import ROWS_AT_ONCE
+from .. import chunked
+from ..observed import NAMES as OBSERVED
+from ..records import Problem, Side, Statistics, empty_side, largest_bias, merge_bases
+from .rows import Launch, arrange, fields_wanted, kept_in, kept_size
+
+
+def saved_size(p: Problem) -> int:
+    """How many numbers the forward keeps for the backward (`rows.kept`)."""
+    return 0 if p.dtype == torch.float64 else kept_size(p)
+
+
+def plane_count(p: Problem) -> int:
+    return 0 if p.dtype == torch.float64 else 3
+
+
+def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what is kept, the bases: what is true of blocks of contrasts only once it is merged."""
+    parts = kept_in(p, saved)
+    bases = parts["bases"]
+    return bases, parts["contrast_bases"] if p.both else bases[..., :0]
+
+
+merge_planes = merge_bases
+
+
+def forward(p: Problem) -> Statistics:
+    _, n, m = p.sizes
+    if p.dtype == torch.float64 or n == 0 or m == 0:
+        return chunked.forward(p)._replace(saved=p.logit_scale.new_zeros(saved_size(p)))
+    with on_device(p.device):
+        return _forward(p)
+
+
+def _observed(p: Problem, rows: Launch) -> Tensor:
+    """`Side.observed` of the launch's rows, by a sweep of its own."""
+    s = p.sizes[0]
+    observed = p.logit_scale.new_empty(s, len(OBSERVED), rows.size)
+    shape = rows.tile("running", careful=True)  # the numbers of a row take registers, as masks do
+    for k in range(s):
+        arguments = {"SCALE": p.logit_scale[k : k + 1], "OBSERVED": observed[k]}
+        rows.run("observation_kernel", shape, rows.row_blocks(shape), arguments)
+    return observed.transpose(0, 1).contiguous()
+
+
+# Forward.
+
+
+def _forward(p: Problem) -> Statistics:
+    saved = p.logit_scale.new_zeros(saved_size(p))
+    parts = kept_in(p, saved)
+    arranged, a, c = arrange(p, parts)
+    s, n, m = p.sizes
+    new = p.logit_scale.new_empty
+    statistics = new(s, 7, n)
+    rows = Launch.of(arranged, arranged.anchors, arranged.contrasts)
+    if "weighted" in parts:
+        arguments: dict[str, Any] = {"SCALE": p.logit_scale, "STATISTICS": statistics, "WEIGHTED": parts["weighted"]}
+        rows.sweep("weighted", "weighted_kernel", rows.grid, arguments | {"WIDTH": p.anchors.shape[1]})
+        return Statistics(_side(p, statistics, m, parts["bases"], rows), empty_side(p), a, c, saved)
+    others = new(s, 7, m if p.both else 0)
+    columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None
+    bounds = _bounds(p)
+    for k in range(s):
+        scalars: dict[str, Any] = bounds | {"SCALE": p.logit_scale[k : k + 1]}
+        if columns is None:
+            arguments = scalars | {"STATISTICS": statistics[k], "MIXED_ONLY": False}
+            rows.sweep("forward", "statistics_kernel", rows.row_blocks, arguments)
+        else:
+            _two_ways(rows, columns, scalars, statistics[k], others[k])
+        for launch, result in ((rows, statistics[k]), (columns, others[k])):
+            if launch is not None:
+                shape = launch.tile("running")  # seldom does anything that could be timed
+                apart = "lse_pos" in p.want or "lse_neg" in p.want
+                arguments = scalars | {"STATISTICS": result, "APART": apart}
+                launch.run("running_kernel", shape, launch.row_blocks(shape), arguments)
+    contrasts = empty_side(p) if columns is None else _side(p, others, n, parts["contrast_bases"], columns)
+    return Statistics(_side(p, statistics, m, parts["bases"], rows), contrasts, a, c, saved)
+
+
+def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics: Tensor, others: Tensor) -> None:
+    """Both sides from one sweep. The few tiles that hold positives are visited once more for the columns."""
+    number = min(*rows.row_blocks(rows.tile("two_way")), programs(statistics.device))
+    sums = statistics.new_empty(number, columns.size)
+    arguments = scalars | {"STATISTICS": statistics, "PARTIAL_SUMS": sums}
+    rows.sweep("two_way", "two_way_kernel", lambda shape: (number,), arguments, cleared=sums)
+    shape = columns.tile("forward")
+    arguments = scalars | {"STATISTICS": others, "MIXED_ONLY": True}
+    columns.run("statistics_kernel", shape, columns.row_blocks(shape), arguments)
+    total = sums.sum(0)
+    order = columns.rows.order
+    if order is None:
+        others[1].copy_(total)
+    else:
+        others[1].index_copy_(0, order, total)
+
+
+def _bounds(p: Problem) -> dict[str, Tensor | None]:
+    """What bounds the logits, besides the scale: the product of both sides' longest rows, and the largest bias."""
+
+    def longest(rows: Tensor, normalized: bool) -> Tensor | None:
+        return None if normalized else torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).amax().reshape(1)
+
+    product = longest(p.anchors, p.normalize_anchors)
+    if p.contrasts is not None:
+        other = longest(p.contrasts, p.normalize_contrasts)
+        product = other if product is None else product if other is None else product * other
+    elif product is not None:
+        product = product * product
+    return {"LONGEST": product, "LARGEST_BIAS": None if p.contrast_bias is None else largest_bias(p.contrast_bias)}
+
+
+def _side(p: Problem, statistics: Tensor, pairs: int, bases: Tensor, rows: Launch) -> Side:
+    """One side's fields, from the kernels' statistics [S, 7, n], and the bases [3, S, n] of its sums."""
+    s, _, n = statistics.shape
+    new = statistics.new_empty
+    side = Side(new(len(p.want), s, n), new(2, n), new(2, len(p.log_sums), s, n))
+    triton_launch.launch(
+        "fields_kernel",
+        ROWS_AT_ONCE,
+        (blocks(n, ROWS_AT_ONCE.block_m), s),
+        {
+            "STATISTICS": statistics,
+            "FIELDS": side.fields,
+            "COUNTS": side.counts,
+            "PARTS": side.parts,
+            "BASES": bases,
+            "N": n,
+            "PAIRS": pairs,
+            "BLOCK": ROWS_AT_ONCE.block_m,
+            **fields_wanted(p),
+        },
+    )
+    return side._replace(observed=_observed(p, rows)) if p.observe else side

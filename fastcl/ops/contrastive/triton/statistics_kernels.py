@@ -1,0 +1,333 @@
+"""Triton kernels of the forward: statistics of each row over the columns, and of both over each other in one sweep.
+
+A program owns rows. Negatives and positives are summed apart, so that every field is a combination of
+
+    STATISTICS  [7, N]  base and sum of 2^(t - base) over the negatives, the same over the positives, sum of the
+                        positives' logits, number of positives, number of inadmissible pairs
+
+with t = s log2(e). Two ways to keep the sums in range:
+
+- `statistics_kernel` and `two_way_kernel` subtract one fixed shift from all logits. It follows from a bound on them.
+- `running_kernel`, and `weighted_kernel` for columns that need no gradient, keep running maxima. The former does row
+  blocks again that have a sum so small that terms below 2^-126, which are flushed to zero, could matter, or that the
+  shift has rounded their exponents; and all of them where the bound is so wide that this would be the rule.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...backends.triton_kernels import (
+    INF,
+    LEFT_OUT,
+    LN2,
+    LOG2E,
+    LOWEST,
+    admissible_pairs,
+    base2_logits,
+    column_walk,
+    fixed_shift,
+    in_cluster,
+    inner_products,
+    interior_tile,
+    load_names,
+    load_or,
+    load_rows,
+    mixed_tile,
+    product,
+    rounded,
+    similarities,
+)
+
+# Terms below 2^-126 are lost: together they must stay below 2^-24 of a sum of so many terms.
+TINY = tl.constexpr(2.0**-102)
+# A difference of so many bits is no rougher than 2^-20.
+ROUGH = tl.constexpr(16.0)
+# Of exponentials, at most 1, times inverse norms, below 2 in float16, which ends at 2^16 and flushes below 2^-24.
+LIFT = tl.constexpr(2.0**14)
+
+
+@triton.jit
+def raised(base, t):
+    """A base no smaller than the largest of t [BLOCK_M, BLOCK_N], and what sums to the old one are multiplied by."""
+    new = tl.maximum(base, tl.max(t, 1))
+    return new, tl.exp2(base - new)
+
+
+@triton.jit
+def row_places(ORDER, i, N):
+    """Where the rows i of the sorted order belong in the caller's."""
+    places = i.to(tl.int64)
+    if ORDER is not None:
+        places = tl.load(ORDER + i, mask=i < N, other=0)
+    return places
+
+
+@triton.jit
+def sweep_rows(
+    block,
+    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, scale, shift,
+    STATISTICS, COLUMN_SUMS, WEIGHTED, d0, WIDTH, N, M,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
+    RUNNING: tl.constexpr, MIXED_ONLY: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The statistics of one row block, where d0 = 0.
+
+    COLUMN_SUMS [M], where there are any, gain the negatives' sums by column. WEIGHTED [N, WIDTH], which takes running
+    maxima: the numbers [d0, d0 + BLOCK_D) of sum_j 2^(t_ij - base_i) c_j y_j over the negatives.
+    """
+    i0 = block * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)
+    is_row = i < N
+    a = load_or(A, i, is_row, 0.0)
+    row_bias = load_or(ROW_BIAS, i, is_row, 0.0)
+    row_names = load_names(ROW_NAMES, i, is_row, IDS)
+    interior, mixed, first, hole, last, full = column_walk(START, END, i0, N, M, BLOCK_M, BLOCK_N, SELF, CLUSTERS, IDS)
+    x = 0.0
+    if BLOCK_K == D:
+        x = load_rows(X, i0, 0, N, D, BLOCK_M, BLOCK_K, True, PRECISION, INTERPRETED)
+    if RUNNING:
+        base = tl.full([BLOCK_M], LOWEST, tl.float32)
+    else:
+        base = tl.where(is_row, shift, INF)  # there is no row beyond N, whose exponentials would count in a column
+    positive_base = base
+    negative = tl.zeros([BLOCK_M], tl.float32)
+    positive = tl.zeros([BLOCK_M], tl.float32)
+    sum_positive = tl.zeros([BLOCK_M], tl.float32)
+    num_positive = tl.zeros([BLOCK_M], tl.int32)
+    num_inadmissible = tl.zeros([BLOCK_M], tl.int32)
+    if WEIGHTED is not None:
+        weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if not MIXED_ONLY:
+        for step in range(0, interior):
+            j0 = interior_tile(step, first, hole) * BLOCK_N
+            j = j0 + tl.arange(0, BLOCK_N)
+            y = 0.0
+            if BLOCK_K == D:
+                y = load_rows(Y, j0, 0, M, D, BLOCK_N, BLOCK_K, False, PRECISION, INTERPRETED)
+            if COLUMN_SUMS is not None:
+                before = tl.load(COLUMN_SUMS + j)
+            c = 0.0
+            if NORMED:
+                c = tl.load(C + j)
+            column_bias = 0.0
+            if BIAS == 1:
+                column_bias = tl.load(COLUMN_BIAS + j)
+                num_inadmissible += tl.sum((column_bias == LEFT_OUT).to(tl.int32), 0)
+            dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, False, PRECISION, INTERPRETED)
+            t = base2_logits(similarities(dots, a, c, NORMED), scale, row_bias, column_bias, BIAS)
+            if RUNNING:
+                base, fading = raised(base, t)
+                negative = negative * fading
+            e = tl.exp2(t - base[:, None])
+            negative += tl.sum(e, 1)
+            if WEIGHTED is not None:
+                weighted = weighted * fading[:, None]
+                weighted = add_weighted(
+                    weighted, e, c, Y, y, j0, d0, M, D, BLOCK_N, BLOCK_K, BLOCK_D, False, NORMED,
+                    PRECISION, INTERPRETED,
+                )  # fmt: skip
+            if COLUMN_SUMS is not None:
+                tl.store(COLUMN_SUMS + j, before + tl.sum(e, 0))
+
+    start = tl.zeros([BLOCK_M], tl.int32)
+    end = start
+    if CLUSTERS:
+        start = tl.load(START + i, mask=is_row, other=0)
+        end = tl.load(END + i, mask=is_row, other=0)
+    for step in range(0, mixed):
+        j0 = mixed_tile(step, first, last, full) * BLOCK_N
+        j = j0 + tl.arange(0, BLOCK_N)
+        is_column = j < M
+        y = 0.0
+        if BLOCK_K == D:
+            y = load_rows(Y, j0, 0, M, D, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
+        c = load_or(C, j, is_column, 0.0)
+        column_bias = load_or(COLUMN_BIAS, j, is_column, 0.0)
+        column_names = load_names(COLUMN_NAMES, j, is_column, IDS)
+        dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
+        t = base2_logits(similarities(dots, a, c, NORMED), scale, row_bias, column_bias, BIAS)
+        members = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
+        if IDS or BIAS == 1:
+            num_inadmissible += tl.sum((is_column[None, :] & ~members).to(tl.int32), 1)
+        if CLUSTERS:
+            pairs = members & in_cluster(j, start, end)
+            members = members & ~pairs
+            if IDS or BIAS != 0:
+                num_positive += tl.sum(pairs.to(tl.int32), 1)
+            sum_positive += tl.sum(tl.where(pairs, t, 0.0), 1)
+            if RUNNING:
+                positive_base, fading = raised(positive_base, tl.where(pairs, t, -INF))
+                positive = positive * fading
+            positive += tl.sum(tl.where(pairs, tl.exp2(t - positive_base[:, None]), 0.0), 1)
+        if RUNNING:
+            base, fading = raised(base, tl.where(members, t, -INF))
+            negative = negative * fading
+        e = tl.where(members, tl.exp2(t - base[:, None]), 0.0)
+        negative += tl.sum(e, 1)
+        if WEIGHTED is not None:
+            weighted = weighted * fading[:, None]
+            weighted = add_weighted(
+                weighted, e, c, Y, y, j0, d0, M, D, BLOCK_N, BLOCK_K, BLOCK_D, True, NORMED,
+                PRECISION, INTERPRETED,
+            )  # fmt: skip
+        if COLUMN_SUMS is not None:
+            before = tl.load(COLUMN_SUMS + j, mask=is_column, other=0.0)
+            tl.store(COLUMN_SUMS + j, before + tl.sum(e, 0), mask=is_column)
+
+    if BIAS == 2:
+        num_inadmissible = tl.where(row_bias == LEFT_OUT, M, num_inadmissible)
+    if CLUSTERS and not IDS and BIAS == 0:
+        num_positive = end - start
+        if SELF:
+            num_positive -= 1  # a row lies in its own range
+    if RUNNING:
+        base = tl.where(base > LOWEST, base, 0.0)
+        positive_base = tl.where(positive_base > LOWEST, positive_base, 0.0)
+    if d0 == 0:
+        places = STATISTICS + row_places(ORDER, i, N)
+        size = tl.cast(N, tl.int64)
+        tl.store(places, base, mask=is_row)
+        tl.store(places + size, negative, mask=is_row)
+        tl.store(places + 2 * size, positive_base, mask=is_row)
+        tl.store(places + 3 * size, positive, mask=is_row)
+        tl.store(places + 4 * size, sum_positive * LN2, mask=is_row)
+        tl.store(places + 5 * size, num_positive.to(tl.float32), mask=is_row)
+        if SELF:
+            num_inadmissible += 1
+        tl.store(places + 6 * size, num_inadmissible.to(tl.float32), mask=is_row)
+    if WEIGHTED is not None:
+        d = d0 + tl.arange(0, BLOCK_D)
+        weights = WEIGHTED + i.to(tl.int64)[:, None] * WIDTH + d[None, :]
+        tl.store(weights, weighted / LIFT, mask=is_row[:, None] & (d < WIDTH)[None, :])
+
+
+@triton.jit
+def add_weighted(
+    weighted, e, c, Y, y, j0, d0, M,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, NORMED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """weighted + sum_j e_ij c_j y_j, times LIFT."""
+    dtype: tl.constexpr = Y.dtype.element_ty
+    if NORMED:
+        e = e * (c * LIFT)[None, :]
+    else:
+        e = e * LIFT
+    if BLOCK_D == D and BLOCK_K == D:
+        columns = y
+    else:
+        columns = load_rows(Y, j0, d0, M, D, BLOCK_N, BLOCK_D, MASKED, PRECISION, INTERPRETED)
+    return product(rounded(e, dtype, PRECISION, INTERPRETED), columns, weighted, PRECISION, INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def statistics_kernel(
+    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE,
+    LONGEST, LARGEST_BIAS, STATISTICS, N, M,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
+    MIXED_ONLY: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A row block a program. MIXED_ONLY: of the negatives only those in mixed tiles, for who has their sums already."""
+    scale = tl.load(SCALE) * LOG2E
+    shift, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
+    if narrow:
+        sweep_rows(
+            tl.program_id(0),
+            X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
+            scale, shift, STATISTICS, None, None, 0, 0, N, M,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS,
+            False, MIXED_ONLY, PRECISION, INTERPRETED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def two_way_kernel(
+    X, Y, A, C, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE,
+    LONGEST, LARGEST_BIAS, STATISTICS, PARTIAL_SUMS, N, M,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """PARTIAL_SUMS [programs, M], zeroed: each program's share of the columns' sums over their negatives.
+
+    A program takes every so many-th row block, one after the other, and nobody else writes to its row: no atomics, and
+    always the same order of additions.
+    """
+    scale = tl.load(SCALE) * LOG2E
+    shift, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
+    if narrow:
+        own = PARTIAL_SUMS + tl.program_id(0).to(tl.int64) * M
+        for block in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
+            sweep_rows(
+                block,
+                X, Y, A, C, None, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
+                scale, shift, STATISTICS, own, None, 0, 0, N, M,
+                D, BLOCK_M, BLOCK_N, BLOCK_K, D, False, CLUSTERS, IDS, NORMED, BIAS,
+                False, False, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            tl.debug_barrier()  # what one thread has stored, another may load in the next block
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def running_kernel(
+    X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE,
+    LONGEST, LARGEST_BIAS, STATISTICS, N, M,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A row block a program, where the fixed shift was of no use.
+
+    APART: the sums over negatives and over positives are wanted each, not only that over both.
+    """
+    scale = tl.load(SCALE) * LOG2E
+    shift, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
+    needed = 1 - narrow.to(tl.int32)
+    if narrow:
+        i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        is_row = i < N
+        places = STATISTICS + row_places(ORDER, i, N)
+        size = tl.cast(N, tl.int64)
+        negative = tl.load(places + size, mask=is_row, other=0.0)
+        positive = tl.load(places + 3 * size, mask=is_row, other=0.0)
+        num_positive = tl.load(places + 5 * size, mask=is_row, other=0.0)
+        num_negative = M - tl.load(places + 6 * size, mask=is_row, other=0.0) - num_positive
+        # A shift far above a row's log-sum rounds its exponents more coarsely than its logits are.
+        enough = tl.maximum(M * TINY, tl.where(shift > ROUGH, tl.exp2((shift + ROUGH) * -0.5), 0.0))
+        if APART:
+            poor = ((num_negative > 0) & (negative < enough)) | ((num_positive > 0) & (positive < enough))
+        else:
+            poor = (num_negative + num_positive > 0) & (negative + positive < enough)
+        needed = tl.max((poor & is_row).to(tl.int32), 0)
+    if needed != 0:
+        sweep_rows(
+            tl.program_id(0),
+            X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
+            scale, 0.0, STATISTICS, None, None, 0, 0, N, M,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS, True, False, PRECISION, INTERPRETED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def weighted_kernel(
+    X, Y, A, C, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE, STATISTICS, WEIGHTED, WIDTH, N, M,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Statistics, with running maxima, and the softmax-weighted sums of columns, of which the rows' gradient is made.
+
+    A program: a row block, and BLOCK_D numbers of the sums.
+    """
+    sweep_rows(
+        tl.program_id(0),
+        X, Y, A, C, None, None, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, tl.load(SCALE) * LOG2E, 0.0,
+        STATISTICS, None, WEIGHTED, tl.program_id(1) * BLOCK_D, WIDTH, N, M,
+        D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D,
+        False, CLUSTERS, IDS, NORMED, 0, True, False, PRECISION, INTERPRETED,
+    )  # fmt: skip

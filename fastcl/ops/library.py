@@ -1,0 +1,122 @@
+"""Registers operators with torch: their kernels, shapes for tracing, and derivatives that have none themselves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, but without importing the whole compiler where nobody has."""
+    disabled: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    # Code that is being compiled leaves it out already here.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
+
+
+# Schemas.
+
+LIBRARY = torch.library.Library("fastcl", "DEF")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Rows reach a backend in the dtype they have; its products must not be rounded behind its back."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+# Derivatives.
+
+
+_PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+
+
+def intercepted(*tensors: Tensor | None) -> bool:
+    """Whether somebody wants to see the operator (a tracer, a mode, a transform), or a tensor is not a plain one."""
+    if (
+        torch.compiler.is_compiling()  # first: what follows cannot be traced
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    for tensor in tensors:  # noqa: SIM110 - a generator would cost as much again
+        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() != _PLAIN_KEYS:
+            return True
+    return False
+
+
+def no_second_derivatives(of: str = "contrastive_stats") -> None:
+    raise RuntimeError(f"fastcl.{of}: second derivatives are not supported")
+
+
+def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The Autograd kernel: `function` where there is something to differentiate, else straight on to the backend."""
+
+    def kernel(*args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(f"{op}: derivatives by torch.func are not supported, those by autograd are")
+            return function.apply(*args)
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"{op}: forward-mode derivatives are not supported")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+def _last(op: Any, public: str) -> type[torch.autograd.Function]:
+    """Of a derivative, which has none itself."""
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs: tuple[Tensor, ...] = op(*args)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> None:
+            no_second_derivatives(public)
+
+    return Derivative
+
+
+Kernel = Callable[..., Any]
+
+
+def register(
+    name: str,
+    function: type[torch.autograd.Function],
+    forward: tuple[Kernel, Kernel],
+    backward: tuple[Kernel, Kernel],
+    public: str,
+) -> None:
+    """Kernels of the operators ``name_fwd`` and ``name_bwd``, which are defined: what runs, and its shapes for tracing.
+
+    function: the derivative of the first. That of the second raises, in the name of what is `public`.
+    """
+    for kind, (kernel, fake) in (("fwd", forward), ("bwd", backward)):
+        op = getattr(torch.ops.fastcl, f"{name}_{kind}")
+        derivative = function if kind == "fwd" else _last(op, public)
+        LIBRARY.impl(f"{name}_{kind}", kernel, "CompositeExplicitAutograd")
+        LIBRARY.impl(f"{name}_{kind}", _differentiable(op, derivative), "Autograd")
+        torch.library.register_fake(f"fastcl::{name}_{kind}", fake, lib=LIBRARY)

@@ -1,0 +1,1 @@
+"""Sinkhorn's algorithm: the operators, the solver, and each backend's passes."""

@@ -1,0 +1,403 @@
+"""Sinkhorn's iteration and its gradients, over the passes that a backend offers.
+
+P_ij = exp((S_ij + f_i + g_j) / epsilon), row masses a, column masses b, all with a leading batch dimension B. With
+lse(t) = epsilon log sum exp(t / epsilon), one iteration is
+
+    g_j = epsilon log b_j - lse_i(S_ij + f_i),      then      f_i = epsilon log a_i - lse_j(S_ij + g_j)
+
+and after it P = a R with R the softmax over j of (S + g) / epsilon. Its columns have the masses m_j = sum_i a_i R_ij,
+so the next column update is g_j += epsilon (log b_j - log m_j): rows and the next columns come from one exponential and
+one read of the scores.
+m_j cannot underflow where b_j >= 1e-30 and the row masses spread over less than that: after a column update column j
+holds b_j, and a row update takes P_ij to a_i P_ij / sum_j P_ij, whose denominator is at most sum_j b_j = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .reference import ColumnTerm, Normalizer, RowTerm, Scores
+
+
+class Passes(Protocol):
+    """What a backend offers; described in `reference`.
+
+    One may also offer `solve(problem) -> Solution | None`: what `pass_by_pass` does in one call, where it can.
+    """
+
+    def column_sums(self, x: Scores, f: Tensor) -> Normalizer: ...
+    def row_pass(
+        self, x: Scores, g: Tensor, above: Tensor | None, mass: Tensor | None, assignments: bool
+    ) -> tuple[Normalizer, Tensor | None, Tensor | None]: ...
+    def products(self, x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]: ...
+    def column_products(self, x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Tensor: ...
+    def assignment_gradient(
+        self, x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+    def score_gradient(
+        self,
+        x: Scores,
+        g: Tensor,
+        rows: Normalizer,
+        grad: Tensor | None,
+        less: Tensor,
+        terms: Sequence[RowTerm | ColumnTerm],
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Iterations(Protocol):
+    """What a backend may offer besides, as `iterate`: all iterations at once, from the first g [B, K] in float64 on.
+
+    Fills `kept` but for its first rows and columns, and returns the assignments [B, N, K], the columns' error [B] and
+    the number of iterations []; or None for a problem that it does not take.
+    """
+
+    def __call__(self, p: Problem, g: Tensor, mass: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor] | None: ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be solved. Masses are of the dtype of epsilon: float32, float64 for float64 scores."""
+
+    scores: Tensor  # [B, N, K]: this process's rows
+    epsilon: Tensor  # []
+    log_prior: Tensor  # [B, K], normalised; -inf: no mass
+    log_row_marginal: Tensor  # [B, N]; not normalised, as the other processes' rows count
+    init: Tensor | None  # [B, K]: a column potential
+    n_iters: int
+    tol: float | None
+    group: str  # name of the process group that shares the rows; "": none
+
+    @property
+    def steps(self) -> int:
+        """How many iterations are kept: all, or with a tolerance the last one."""
+        return self.n_iters if self.tol is None else 1
+
+    # What does not change from iteration to iteration is computed once: on few scores such operations take as long as
+    # the passes.
+    @cached_property
+    def x(self) -> Scores:
+        return Scores(self.scores, self.exact.reciprocal().to(self.epsilon.dtype))
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """Epsilon in float64, and with it the potentials. They are O(N + K) numbers."""
+        return self.epsilon.double()
+
+    def log_row_mass(self) -> Tensor:
+        total = self.over_processes(self.log_row_marginal.exp().sum(-1))
+        return self.log_row_marginal - total.log()[:, None]
+
+    @cached_property
+    def massless(self) -> Tensor:
+        return self.log_prior == -torch.inf
+
+    def start(self) -> Tensor:
+        """f = 0; a row without mass takes no part, from the first column update on."""
+        return self.exact.new_zeros(self.log_row_marginal.shape).masked_fill(
+            self.log_row_marginal == -torch.inf, -torch.inf
+        )
+
+    def start_columns(self) -> Tensor | None:
+        return None if self.init is None else self.without_mass(self.init.to(self.exact.dtype))
+
+    def without_mass(self, g: Tensor) -> Tensor:
+        return g.masked_fill(self.massless, -torch.inf)
+
+    def row_update(self, rows: Normalizer, log_mass: Tensor) -> Tensor:
+        """f [B, N] from the rows' normalizer."""
+        return self.exact * log_mass - rows.total(self.exact)
+
+    def over_processes(self, part: Tensor, largest: bool = False) -> Tensor:
+        """The sum (or maximum) over the processes of the group."""
+        if not self.group:
+            return part
+        whole = part.contiguous().clone()
+        dist.all_reduce(whole, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, named(self.group))
+        return whole
+
+
+class Kept(NamedTuple):
+    """What the backward finds again, stacked: the normalizers and potentials of T kept iterations."""
+
+    rows: Tensor  # [T + 1, 2, B, N]: shift and sum of each row update, first of the one from `init`
+    columns: Tensor  # [2 T + 2, B, K] float64: shift and sum of the first column update; g of each iteration; m of each
+
+    @classmethod
+    def like(cls, p: Problem) -> Kept:
+        batch, n, k = p.scores.shape
+        rows = p.epsilon.new_zeros(p.steps + 1, 2, batch, n)
+        return cls(rows, p.epsilon.new_zeros(2 * p.steps + 2, batch, k, dtype=torch.float64))
+
+    @property
+    def steps(self) -> int:
+        return self.rows.shape[0] - 1
+
+    @property
+    def first(self) -> Normalizer:
+        shift, total = self.columns[:2].to(self.rows.dtype)
+        return Normalizer(shift, total)
+
+    def step(self, t: int) -> tuple[Tensor, Normalizer, Tensor]:
+        """g [B, K], normalizer of the rows [B, N] and column masses [B, K] of iteration t, counted from 0."""
+        shift, total = self.rows[t + 1]
+        masses = self.columns[2 + self.steps + t].to(self.rows.dtype)
+        return self.columns[2 + t], Normalizer(shift, total), masses
+
+
+class Solution(NamedTuple):
+    assignments: Tensor  # [B, N, K]
+    row_potential: Tensor  # [B, N]
+    col_potential: Tensor  # [B, K]
+    error: Tensor  # [B]: L1 error of the columns; 0 without a tolerance
+    n_iters: Tensor  # [] int64
+    kept: Kept
+
+
+def solve(passes: Passes, p: Problem) -> Solution:
+    at_once = getattr(passes, "solve", None)
+    solution: Solution | None = None if at_once is None else at_once(p)
+    return pass_by_pass(passes, p) if solution is None else solution
+
+
+def pass_by_pass(passes: Passes, p: Problem) -> Solution:
+    x, log_mass = p.x, p.log_row_mass()
+    mass, prior = log_mass.exp(), p.log_prior.exp()
+    kept = Kept.like(p)
+    f, g = p.start(), p.start_columns()
+    if g is not None:
+        rows, _, _ = passes.row_pass(x, g, None, None, False)
+        kept.rows[0, 0], kept.rows[0, 1] = rows
+        f = p.row_update(rows, log_mass)
+    columns = _column_sums(passes, p, f)
+    kept.columns[0], kept.columns[1] = columns
+    g = p.without_mass(p.exact * p.log_prior - columns.total(p.exact))
+    iterate: Iterations | None = None if p.group else getattr(passes, "iterate", None)
+    if iterate is not None and (ended := iterate(p, g, mass, kept)) is not None:
+        g, rows, _ = kept.step(kept.steps - 1)
+        f = p.row_update(rows, log_mass)
+        return Solution(ended[0], f.to(p.epsilon.dtype), g.to(p.epsilon.dtype), *ended[1:], kept)
+    error = prior.new_zeros(prior.shape[0])
+    done, assignments = 0, None
+    for t in range(p.n_iters):
+        last = t + 1 == p.n_iters and p.tol is None
+        # After a column update no entry exceeds its column's mass, so none exceeds 1: S + g <= -f.
+        rows, part, assignments = passes.row_pass(x, g, -f, None if last else mass, last)
+        f = p.row_update(rows, log_mass)
+        done += 1
+        place = t if p.tol is None else 0
+        kept.rows[place + 1, 0], kept.rows[place + 1, 1] = rows
+        kept.columns[2 + place] = g
+        if part is None:
+            break
+        masses = p.over_processes(part)
+        kept.columns[2 + kept.steps + place] = masses
+        if p.tol is not None:
+            error = (masses - prior).abs().sum(-1)
+            if done == p.n_iters or not bool((error >= p.tol).any()):  # NaN ends it too
+                break
+        floor = torch.finfo(masses.dtype).tiny
+        g = p.without_mass(g + p.exact * (p.log_prior - masses.clamp(min=floor).to(g.dtype).log()))
+    if assignments is None:
+        _, _, assignments = passes.row_pass(x, g, rows.shift, None, True)
+        assert assignments is not None
+    return Solution(
+        assignments,
+        f.to(p.epsilon.dtype),
+        g.to(p.epsilon.dtype),
+        error,
+        torch.full((), done, dtype=torch.int64, device=p.scores.device),  # by a kernel: a graph can capture that
+        kept,
+    )
+
+
+def _column_sums(passes: Passes, p: Problem, f: Tensor) -> Normalizer:
+    part = passes.column_sums(p.x, f)
+    if not p.group:
+        return part
+    largest = p.over_processes(part.shift, largest=True)
+    scale = torch.where(part.sum > 0, ((part.shift - largest) * p.x.inverse_epsilon).exp(), 0)
+    return Normalizer(largest, p.over_processes(part.sum * scale))
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed."""
+
+    scores: bool
+    epsilon: bool
+    log_prior: bool
+    log_row_marginal: bool
+
+
+class Gradients(NamedTuple):
+    scores: Tensor | None  # [B, N, K]
+    epsilon: Tensor | None  # []
+    log_prior: Tensor  # [B, K]: of this process's copy
+    log_row_marginal: Tensor  # [B, N]
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Gradients that come back for what `solve` returned."""
+
+    assignments: Tensor | None  # [B, N, K]
+    row_potential: Tensor  # [B, N]
+    col_potential: Tensor  # [B, K]
+
+
+class _Adjoint(NamedTuple):
+    """The gradients of the logarithms of the masses, and what the gradient of S / epsilon is made of."""
+
+    less: Tensor  # [B, N]
+    terms: list[RowTerm | ColumnTerm]
+    log_prior: Tensor
+    log_mass: Tensor  # [B, N]
+    from_init: Tensor  # [] gradient of 1 / epsilon by way of init / epsilon, float64
+
+
+def differentiate(passes: Passes, p: Problem, kept: Kept, error: Tensor, grad: Incoming, needs: Needs) -> Gradients:
+    """Gradients: implicit where a tolerance was met, else exact for the iterations that were done."""
+    log_mass = p.log_row_mass()
+    if p.tol is not None and not bool((error >= p.tol).any()):  # as the iterations ended: NaN counts as met
+        adjoint = _implicit(passes, p, kept, grad, log_mass)
+    else:
+        if p.tol is not None:
+            # The iterations were not kept, as nobody knew how many there would be: they are done again.
+            p = replace(p, tol=None)
+            kept = solve(passes, p).kept
+        adjoint = _unrolled(passes, p, kept, grad, log_mass)
+    scores = epsilon = None
+    if needs.scores or needs.epsilon:
+        g, rows, _ = kept.step(kept.steps - 1)
+        scores, moment = passes.score_gradient(p.x, g, rows, grad.assignments, adjoint.less, adjoint.terms)
+        f = p.row_update(rows, log_mass)
+        potentials = _product(grad.row_potential, f).sum() + _product(grad.col_potential, g).sum()
+        total = potentials / p.exact - (moment.double().sum() + adjoint.from_init) / p.exact.square()
+        epsilon = total.to(p.epsilon.dtype)
+    over_all = p.over_processes(adjoint.log_mass.sum(-1))
+    log_row_marginal = adjoint.log_mass - log_mass.exp() * over_all[:, None]
+    return Gradients(scores, epsilon, adjoint.log_prior, log_row_marginal)
+
+
+def _product(grad: Tensor, potential: Tensor) -> Tensor:
+    """A potential of -inf stays so whatever happens, and has no gradient."""
+    return torch.where(potential.isinf(), 0, grad * potential)
+
+
+def _scaled(p: Problem, grad: Incoming, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u = f / epsilon and v = g / epsilon, in which the adjoint goes back, from those of f and g."""
+    u = torch.where(log_mass == -torch.inf, 0, p.epsilon * grad.row_potential)
+    v = torch.where(p.log_prior == -torch.inf, 0, p.epsilon * grad.col_potential)
+    return u, v
+
+
+def _unrolled(passes: Passes, p: Problem, kept: Kept, grad: Incoming, log_mass: Tensor) -> _Adjoint:
+    """Back through the iterations.
+
+    C, the softmax over i of (S + f) / epsilon, is a R / m of the iteration before: no exponential of its own.
+    """
+    x, mass = p.x, log_mass.exp()
+    u_grad, v_grad = _scaled(p, grad, log_mass)
+    g, rows, _ = kept.step(kept.steps - 1)
+    d, part = passes.assignment_gradient(x, g, rows, grad.assignments, u_grad)
+    less = d + u_grad
+    v_grad = v_grad + part  # of this process's rows
+    log_prior, log_mass_grad = v_grad, u_grad
+    terms: list[RowTerm | ColumnTerm] = []
+    for t in range(kept.steps - 2, -1, -1):
+        g, rows, masses = kept.step(t)
+        w = torch.where(masses > 0, p.over_processes(v_grad) / masses, 0)
+        y, v_grad = passes.products(x, g, rows, mass, w)
+        u_grad = -mass * y
+        terms.append(RowTerm(g, rows, u_grad, mass, w))
+        log_prior, log_mass_grad = log_prior + v_grad, log_mass_grad + u_grad
+    v_grad = p.over_processes(v_grad)
+    from_init = p.exact.new_zeros(())
+    start = p.start_columns()
+    if start is None:
+        terms.append(ColumnTerm(p.start(), kept.first, v_grad))
+    else:
+        rows = Normalizer(kept.rows[0, 0], kept.rows[0, 1])
+        f = p.row_update(rows, log_mass)
+        u_grad = -passes.column_products(x, f, kept.first, v_grad)
+        terms.append(ColumnTerm(f, kept.first, v_grad))
+        terms.append(RowTerm(start, rows, u_grad, torch.zeros_like(u_grad), torch.zeros_like(v_grad)))
+        log_mass_grad = log_mass_grad + u_grad
+        _, v_grad = passes.assignment_gradient(x, start, rows, None, u_grad)
+        from_init = _product(v_grad, start).sum()
+    return _Adjoint(less, terms, log_prior, log_mass_grad, from_init)
+
+
+CG_ITERATIONS = 500
+
+
+def _implicit(passes: Passes, p: Problem, kept: Kept, grad: Incoming, log_mass: Tensor) -> _Adjoint:
+    """By the implicit function theorem at the fixed point.
+
+    With X = S / epsilon, u = f / epsilon, v = g / epsilon and P's margins a and m, du and dv solve
+
+        a_i du_i + sum_j P_ij dv_j = da_i - sum_j P_ij dX_ij,      sum_i P_ij du_i + m_j dv_j = db_j - sum_i P_ij dX_ij.
+
+    The adjoint system, reduced to the columns, is (diag m - R' diag(a) R) beta = r with R = P / a; scaled by sqrt m it
+    is the identity less a symmetric matrix, singular along sqrt m alone: a constant moved from u to v changes nothing.
+    """
+    x, mass = p.x, log_mass.exp()
+    g, rows, masses = kept.step(0)
+    u_grad, v_grad = _scaled(p, grad, log_mass)
+    d, part = passes.assignment_gradient(x, g, rows, grad.assignments, u_grad)
+    right = p.over_processes(v_grad + part)
+    root = masses.sqrt()
+    inverse_root = torch.where(masses > 0, masses.rsqrt(), 0)
+    null = root / torch.linalg.vector_norm(root, dim=-1, keepdim=True)
+
+    def project(z: Tensor) -> Tensor:
+        return z.sub(null * (null * z).sum(-1, keepdim=True))
+
+    def system(z: Tensor) -> Tensor:
+        _, columns = passes.products(x, g, rows, mass, z * inverse_root)
+        return project(z - p.over_processes(columns) * inverse_root)
+
+    beta = _conjugate_gradients(system, project(right * inverse_root)) * inverse_root
+    y, _ = passes.products(x, g, rows, mass, beta)
+    log_mass_grad = u_grad - mass * y
+    less = d + log_mass_grad
+    term = RowTerm(g, rows, torch.zeros_like(mass), mass, beta)
+    log_prior = masses * beta / (dist.get_world_size(named(p.group)) if p.group else 1)
+    return _Adjoint(less, [term], log_prior, log_mass_grad, p.exact.new_zeros(()))
+
+
+def named(group: str) -> dist.ProcessGroup:
+    named: dist.ProcessGroup = torch._C._distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    return named
+
+
+class _System(Protocol):
+    def __call__(self, z: Tensor) -> Tensor: ...
+
+
+def _conjugate_gradients(system: _System, right: Tensor) -> Tensor:
+    """z [B, K] of system(z) = right, each batch on its own, to the precision of the dtype."""
+    z: Tensor
+    z, residual, direction = torch.zeros_like(right), right, right
+    square = (residual * residual).sum(-1, keepdim=True)
+    enough = square * (8 * torch.finfo(right.dtype).eps) ** 2
+    for _ in range(CG_ITERATIONS):
+        open_ = square > enough
+        if not bool(open_.any()):
+            break
+        image = system(direction)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        step = torch.where(open_ & (curvature > 0), square / curvature, 0)
+        z = z + step * direction
+        residual = residual - step * image
+        before, square = square, (residual * residual).sum(-1, keepdim=True)
+        square = torch.where(step > 0, square, 0)  # a direction without curvature is rounding: that batch is done
+        direction = residual + torch.where(before > 0, square / before, 0) * direction
+    return z

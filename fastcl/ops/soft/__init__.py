@@ -1,0 +1,1 @@
+"""Statistics over soft assignments: the operator and its backends."""

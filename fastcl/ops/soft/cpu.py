@@ -1,0 +1,86 @@
+"""Statistics over soft assignments on backend ``cpu``: the C++ engines, driven through addresses of tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import native
+from ..contrastive import chunked
+from ..contrastive import cpu as contrastive_cpu
+from ..contrastive.records import Gradients, Needs, Problem, Side, Statistics, empty_side
+
+
+def forward(p: Problem) -> Statistics:
+    p = contrastive_cpu.addressable(p)
+    _, n, m = p.sizes
+    if n == 0 or m == 0:
+        return chunked.forward(p)
+    new = p.logit_scale.new_empty
+    a = new(n if p.normalize_anchors else 0)
+    c = new(
+        m if p.normalize_contrasts and p.contrasts is not None else 0
+    ).zero_()  # written with `both`; nobody reads it
+    anchors = _new_side(p, n)
+    contrasts = _new_side(p, m) if p.both else empty_side(p)
+    _run(p, _side(anchors, a), _side(contrasts, c) if p.both else None, None)
+    return Statistics(anchors, contrasts, a, c, new(0))
+
+
+def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
+    """Gradients from those of the anchors' fields [2, 1, N] and, with `both`, of the contrasts' fields [2, 1, M]."""
+    p = contrastive_cpu.addressable(p)
+    _, n, m = p.sizes
+    if n == 0 or m == 0:
+        return chunked.backward(p, saved, grad, grad_contrasts, needs)
+    new = p.logit_scale.new_empty
+    bias = needs.contrast_bias and p.contrast_bias is not None
+    folded = (
+        p.contrasts is None and p.contrast_bias is not None
+    )  # two sets that are one: both gradients are the anchors'
+    rows = new(p.anchors.shape) if needs.anchors else None
+    columns = None
+    if needs.anchors if folded else needs.contrasts and p.contrasts is not None:
+        columns = new((p.anchors if p.contrasts is None else p.contrasts).shape)
+    scale = new(1, dtype=torch.float64) if needs.logit_scale else None
+    d_bias = new(m) if bias else None
+    own = _gradient_side(saved.anchors, grad)
+    other = _gradient_side(saved.contrasts, grad_contrasts) if p.both else None
+    _run(p, own, other, tuple(map(native.address, (rows, columns, scale, d_bias))))
+    if folded and rows is not None and columns is not None:
+        rows, columns = rows.add_(columns), None
+    return Gradients(rows, columns, scale, d_bias)
+
+
+def _new_side(p: Problem, size: int) -> Side:
+    """Its parts are the largest logit to base 2, and the sum of the powers of 2 relative to it."""
+    new = p.logit_scale.new_empty
+    return Side(new(2, 1, size), new(2, size), new(2, 1, 1, size))
+
+
+def _run(p: Problem, anchors: tuple[int, ...], contrasts: tuple[int, ...] | None, gradients: Any) -> None:
+    swept = contrastive_cpu.two_sets_if_biased(p)
+    own = p.anchor_assignments
+    other = own if swept is not p else p.contrast_assignments
+    assert own is not None
+    assignments = (*native.describe_rows(own), *native.describe_rows(other), own.shape[1])
+    problem = contrastive_cpu.describe(swept, p.anchors.shape[1] + own.shape[1])
+    call = native.native_module().soft(native.engine()[0], problem, assignments, anchors, contrasts, gradients)
+    native.run(call)
+
+
+# Descriptions, number by number as csrc/bindings reads them.
+
+
+def _side(side: Side, inverse_norms: Tensor) -> tuple[int, ...]:
+    """Where the forward is to write."""
+    (lse, total), counts, (base, power) = side.fields, side.counts, side.parts
+    norms = inverse_norms if len(inverse_norms) else None
+    return (*map(native.address, (lse, total, *counts, base, power, norms)), 0, 0)
+
+
+def _gradient_side(side: Side, grad: Tensor) -> tuple[int, ...]:
+    """Where the backward is to read."""
+    return (0, 0, 0, 0, *map(native.address, side.parts), 0, *map(native.address, grad))

@@ -1,0 +1,1 @@
+"""The largest inner products: the operator and its backends."""

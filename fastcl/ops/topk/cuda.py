@@ -1,0 +1,46 @@
+"""The largest inner products on backend ``cuda``: a kernel over row blocks and parts of the keys, and a merge.
+
+Rows have any strides. Those of one 16-bit dtype are multiplied on tensor cores, others in float32. Not yet measured on
+a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import cuda_runtime
+from ..backends.native import address, describe_rows
+from ..backends.rows import accumulation_dtype
+from . import chunked
+from .triton import names
+
+MOST, LEAST = 256, 16  # slots; a larger k goes through blocks
+ROWS, TILE = 64, 64  # of a block, as a rule; keys of a tile
+WAVES = 4  # blocks for each multiprocessor
+TILES = 16  # that a block sees, at least
+
+
+def topk(
+    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (n, d), m = queries.shape, keys.shape[0]
+    if k > MOST or accumulation_dtype(queries, keys) == torch.float64:
+        return chunked.topk(queries, keys, k, query_ids, key_ids)
+    where = cuda_runtime.where(queries.device)
+    slots = max(LEAST, 1 << (k - 1).bit_length())
+    blocks = WAVES * cuda_runtime.kernels().processors(where[0])
+    parts = max(1, min(blocks // max(-(-n // ROWS), 1), -(-m // (TILES * TILE))))
+    span = -(-m // parts)
+    parts = -(-m // span)
+    best = torch.empty((n, parts, slots), dtype=torch.int64, device=queries.device)
+    queries, keys = queries.resolve_neg(), keys.resolve_neg()
+    renumbered = names(query_ids, key_ids)
+    if n:
+        call = (
+            *(*describe_rows(queries), *describe_rows(keys), d),
+            *map(address, renumbered),
+            *(slots, span, parts, best.data_ptr()),
+        )
+        cuda_runtime.kernels().topk(where, call)
+    return chunked.unpacked(torch.topk(best.flatten(1), k).values)

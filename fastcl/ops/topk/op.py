@@ -1,0 +1,73 @@
+"""The operator of the largest inner products: schema, shape for tracing, and the backends that have it.
+
+It has no derivative: values are those of stored or detached rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..backends.choose import choose_backend
+from ..backends.rows import accumulation_dtype
+from ..library import LIBRARY, without_autocast
+from . import chunked, cpu, cuda, reference, triton
+
+
+class Search(Protocol):
+    """Of queries [N, D] and keys [M, D], ids int64 [N] and [M] of which -1 equals nothing: (values [N, k], int64
+    indices [N, k])."""
+
+    def __call__(
+        self, queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+SEARCHES: dict[str, Search] = {
+    "reference": reference.topk,
+    "chunked": chunked.topk,
+    "cpu": cpu.topk,
+    "triton": triton.topk,
+    "cuda": cuda.topk,
+}
+
+LIBRARY.define(
+    "topk(Tensor queries, Tensor keys, int k, Tensor? query_ids, Tensor? key_ids, str backend) "
+    "-> (Tensor values, Tensor indices)"
+)
+_op = torch.ops.fastcl.topk
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend on `device`: of the chosen one, or `chunked` where that has no search of its own."""
+    name = choose_backend(device, dtype, "topk")
+    return name if name in SEARCHES else "chunked"
+
+
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `choose_backend`
+
+
+def _impl(queries: Tensor, keys: Tensor, k: int, *others: Any) -> tuple[Tensor, Tensor]:
+    *ids, backend = others
+    with without_autocast(queries.device):
+        return SEARCHES[backend](queries, keys, k, *ids)
+
+
+def _fake(queries: Tensor, keys: Tensor, k: int, *others: Any) -> tuple[Tensor, Tensor]:
+    shape, dtype = (queries.shape[0], k), accumulation_dtype(queries, keys)
+    return queries.new_empty(shape, dtype=dtype), queries.new_empty(shape, dtype=torch.int64)
+
+
+LIBRARY.impl("topk", _impl, "CompositeExplicitAutograd")
+torch.library.register_fake("fastcl::topk", _fake, lib=LIBRARY)
+
+
+def topk(
+    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Checked arguments, as in `Search`."""
+    backend = choose(queries.device, accumulation_dtype(queries, keys))
+    values, indices = _op(queries.detach(), keys.detach(), k, query_ids, key_ids, backend)
+    return values, indices

@@ -1,0 +1,91 @@
+"""The largest inner products on backend ``triton``: a kernel over row blocks and parts of the columns, and a merge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import triton_launch
+from ..backends.rows import accumulation_dtype
+from ..backends.triton_launch import INTERPRETED, architecture, blocks, on_device, programs
+from ..backends.triton_tiles import Tile, padded
+from ..contrastive.triton.rows import precision_of
+from . import chunked
+
+MOST = 256  # slots that a program's registers hold; a larger k goes through blocks
+WAVES = 4  # programs for each multiprocessor
+TILES = 16  # of columns that a program sees, at least
+
+
+def shape(architecture: int, dtype: torch.dtype, d: int, slots: int, interpreted: bool = False) -> Tile:
+    """Compiler-chosen, unmeasured, as in `triton_tiles`: no spills on any architecture of its table."""
+    if interpreted:
+        return Tile(32, 64, d if d <= 128 else d & -d, d, 4, 1)
+    few = slots <= 64
+    if dtype.itemsize > 2:
+        return Tile(32 if few else 16, 32, min(d, 32), d, 4, 2)
+    return Tile(64 if few else 16, 128 if few else 64, d if d <= 128 else 64, d, 8, 2)
+
+
+def topk(
+    queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (n, d), m = queries.shape, keys.shape[0]
+    if k > MOST or accumulation_dtype(queries, keys) == torch.float64:
+        return chunked.topk(queries, keys, k, query_ids, key_ids)
+    device, dtype = queries.device, torch.promote_types(queries.dtype, keys.dtype)
+    width = padded(d, INTERPRETED)
+    slots = max(16, 1 << (k - 1).bit_length())
+    tile = shape(architecture(device), dtype, width, slots, INTERPRETED)
+    rows = blocks(n, tile.block_m)
+    parts = max(1, min(WAVES * programs(device) // max(rows, 1), blocks(m, TILES * tile.block_n)))
+    span = blocks(blocks(m, parts), tile.block_n) * tile.block_n
+    parts = blocks(m, span)
+    best = torch.empty((n, parts, slots), dtype=torch.int64, device=device)
+    row_names, column_names = names(query_ids, key_ids)
+    arguments = {
+        "X": _packed(queries, dtype, width),
+        "Y": _packed(keys, dtype, width),
+        "ROW_NAMES": row_names,
+        "COLUMN_NAMES": column_names,
+        "BEST": best,
+        "N": n,
+        "M": m,
+        "SPAN": span,
+        "K": k,
+        "D": width,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "SLOTS": slots,
+        "IDS": row_names is not None,
+        "PRECISION": precision_of(dtype),
+        "INTERPRETED": INTERPRETED,
+    }
+    if n:
+        with on_device(device):
+            triton_launch.launch("topk_kernel", tile, (rows, parts), arguments)
+    return chunked.unpacked(torch.topk(best.flatten(1), k).values)
+
+
+def names(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """int32 names of ids: places among the right ones, found without asking the device how many there are."""
+    if left is None or right is None:
+        return None, None
+    known = right.sort().values
+    names = []
+    for ids in (left, right):
+        place = torch.searchsorted(known, ids.contiguous(), out_int32=True)
+        there = known[place.clamp(max=len(known) - 1)] == ids
+        names.append(torch.where(there & (ids != -1), place, -1))
+    return names[0], names[1]
+
+
+def _packed(rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """[n, width] contiguous, zeros behind the row."""
+    rows = rows.resolve_neg().to(dtype)
+    if width == rows.shape[1]:
+        return rows.contiguous()
+    result = rows.new_zeros(rows.shape[0], width)
+    result[:, : rows.shape[1]] = rows
+    return result

@@ -1,0 +1,385 @@
+"""Statistics of contrastive logits: what every loss is a formula of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    LARGEST,
+    check_assignments,
+    check_bias,
+    check_device,
+    check_flag,
+    check_floating,
+    check_ids,
+    check_rows,
+    finite_number,
+    scalar_tensor,
+    shown,
+    values_visible,
+)
+from .ops.backends.choose import choose_backend
+from .ops.backends.rows import accumulation_dtype
+from .ops.contrastive.direct import DirectMean, DirectStats, taken_apart
+from .ops.contrastive.observed import FIELDS as OBSERVED
+from .ops.contrastive.observed import field as observed_field
+from .ops.contrastive.op import forward_op
+from .ops.contrastive.records import FIELDS
+from .ops.library import intercepted
+from .ops.soft import op as soft_op
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastiveStats:
+    """Statistics of each anchor over its contrasts, or of each contrast over its anchors. None where not wanted.
+
+    Shapes are ``[N]``, or ``[S, N]`` (counts: ``[N]``) where several scales were asked for. Natural logarithms.
+    An empty set has log-sum-exp ``-inf`` and sum 0; gradients of such entries are taken for zero.
+    """
+
+    lse_all: Tensor | None
+    """log-sum-exp of the logits over all admissible contrasts"""
+    lse_pos: Tensor | None
+    """the same over the positives"""
+    lse_neg: Tensor | None
+    """the same over the negatives"""
+    sum_pos: Tensor | None
+    """sum of the logits over the positives"""
+    max_pos: Tensor | None
+    """largest logit of the positives, -inf where there are none; detached, as the next three"""
+    max_neg: Tensor | None
+    """the same of the negatives"""
+    sum_neg: Tensor | None
+    """sum of the logits over the negatives"""
+    entropy: Tensor | None
+    """entropy of the softmax over all admissible contrasts, natural logarithm; 0 where there are none"""
+    num_pos: Tensor
+    """number of positives, in the fields' dtype; of assignments the sum of their weights, which has a gradient"""
+    num_neg: Tensor
+    """number of negatives, in the fields' dtype; of assignments that of admissible contrasts less ``num_pos``"""
+    reverse: ContrastiveStats | None
+    """the statistics of each contrast over the anchors, ``[M]``, where ``both=True``"""
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool ``[N]``: whether every wanted field of the row is over a non-empty set."""
+        valid = torch.ones_like(self.num_pos, dtype=torch.bool)
+        if self.lse_all is not None or self.entropy is not None:
+            valid = valid & (self.num_pos + self.num_neg > 0)
+        if self.lse_pos is not None or self.sum_pos is not None or self.max_pos is not None:
+            valid = valid & (self.num_pos > 0)
+        if self.lse_neg is not None or self.max_neg is not None or self.sum_neg is not None:
+            valid = valid & (self.num_neg > 0)
+        return valid
+
+
+class Sweep(NamedTuple):
+    """Checked arguments of `contrastive_stats`: ids int64, of which -1 alone equals nothing; scale [] or [S]."""
+
+    anchors: Tensor  # [N, D]
+    contrasts: Tensor | None  # [M, D]
+    anchor_clusters: Tensor | None  # [N]
+    contrast_clusters: Tensor | None  # [M]
+    logit_scale: Tensor
+    normalize_anchors: bool
+    normalize_contrasts: bool
+    want: Sequence[str]
+    # [N, D], normalised if the anchors are: one more positive of each anchor and nobody else's contrast
+    positives: Tensor | None = None
+    contrast_bias: Tensor | None = None  # [M]
+    anchor_ids: Tensor | None = None  # [N]
+    contrast_ids: Tensor | None = None  # [M]
+    both: bool = False
+    observe: bool = False  # also what `observed` describes
+    anchor_assignments: Tensor | None = None  # [N, C], in place of clusters; then lse_all and sum_pos may be wanted
+    contrast_assignments: Tensor | None = None  # [M, C]
+    # Only quotients of sum_pos and num_pos of assignments are looked at: both stay at a scale that float32 can hold.
+    quotients: bool = False
+
+    def statistics(self, exact: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
+        """The statistics, and what was observed [10, S, N], of the contrasts behind it: [10, S, N + M] with `both`.
+
+        exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them.
+        """
+        if self.anchor_assignments is not None:
+            return self._weighted(), None
+        order = [field for field in FIELDS if field in self.want]
+        arguments = self._arguments(order)
+        one_scale = self.logit_scale.dim() == 0
+        if self._looked_at():
+            *outputs, observed = forward_op(*arguments)
+            values = taken_apart(outputs, one_scale, order, self.both, exact)
+        else:
+            *values, observed = DirectStats.apply(*arguments, one_scale, exact)
+        if not self.observe:
+            return self.named(values, order), None
+        return self.named(values, order, observed), observed
+
+    def named(self, values: Sequence[Tensor], order: Sequence[str], observed: Tensor | None = None) -> ContrastiveStats:
+        """Values as `taken_apart` lists them, of the fields in `order`, and what was observed, where that is wanted."""
+        n, scale = len(self.anchors), 0 if self.logit_scale.dim() == 0 else slice(None)
+
+        def side(values: Sequence[Tensor], rows: slice, reverse: ContrastiveStats | None) -> ContrastiveStats:
+            *fields, num_pos, num_neg = values
+            by_name = dict(zip(order, fields, strict=True))
+            for name in OBSERVED:
+                if observed is not None and name in self.want:
+                    by_name[name] = observed_field(observed, name)[scale, rows]
+            lse_all, lse_pos, lse_neg, sum_pos = (by_name.get(field) for field in FIELDS)
+            max_pos, max_neg, sum_neg, entropy = (by_name.get(field) for field in OBSERVED)
+            return ContrastiveStats(
+                lse_all, lse_pos, lse_neg, sum_pos, max_pos, max_neg, sum_neg, entropy, num_pos, num_neg, reverse
+            )
+
+        size = len(order) + 2
+        other = side(values[size:], slice(n, None), None) if self.both else None
+        return side(values[:size], slice(n), other)
+
+    def _weighted(self) -> ContrastiveStats:
+        anchors, contrasts, bias = self.anchors, self.contrasts, self.contrast_bias
+        dtype = accumulation_dtype(anchors, contrasts)
+        assert self.anchor_assignments is not None
+        own, unit = soft_op.at_unit(self.anchor_assignments)
+        other, other_unit = (
+            (None, unit) if self.contrast_assignments is None else soft_op.at_unit(self.contrast_assignments)
+        )
+        sides = soft_op.statistics(
+            anchors,
+            contrasts,
+            own,
+            other,
+            self.logit_scale.to(dtype).reshape(1),
+            None if bias is None else bias.to(dtype),
+            self.anchor_ids,
+            self.contrast_ids,
+            self.normalize_anchors,
+            self.normalize_contrasts,
+            self.both,
+            soft_op.choose(anchors.device, dtype),
+        )
+
+        def named(side: soft_op.Weighted, reverse: ContrastiveStats | None) -> ContrastiveStats:
+            lse_all, *sums = side.fields.unbind(0)
+            if not self.quotients:
+                sums = [(value.double() * (unit * other_unit)).to(dtype) for value in sums]
+            sum_pos, num_pos = sums
+            wanted = [
+                field if name in self.want else None for name, field in (("lse_all", lse_all), ("sum_pos", sum_pos))
+            ]
+            unknown = None, None, None, None
+            return ContrastiveStats(wanted[0], None, None, wanted[1], *unknown, num_pos, side.size - num_pos, reverse)
+
+        return named(sides[0], named(sides[1], None) if self.both else None)
+
+    def mean_loss(self) -> tuple[Tensor, Tensor | None] | None:
+        """`DirectMean` of one log-sum-exp and sum_pos, in one node; None where the formula itself has to be seen.
+
+        And what was observed, as in `statistics`.
+        """
+        others = self.anchors if self.contrasts is None else self.contrasts
+        if len(self.anchors) == 0 or len(others) == 0 or self._looked_at():
+            return None
+        found = DirectMean.apply(*self._arguments(list(self.want)), torch.is_grad_enabled())
+        return found if self.observe else (found, None)
+
+    def _arguments(self, want: list[str]) -> tuple[Any, ...]:
+        """Those of the operator, in its order."""
+        anchors, contrasts, bias = self.anchors, self.contrasts, self.contrast_bias
+        dtype = accumulation_dtype(anchors, contrasts, self.positives)
+        scales = self.logit_scale.to(dtype).reshape(-1)
+        # Contrasts without a gradient, as in a queue, spare the backward its sweep where the forward knows of it.
+        anchors_only = (
+            contrasts is not None
+            and torch.is_grad_enabled()
+            and anchors.requires_grad
+            and not (self.both or contrasts.requires_grad or scales.requires_grad or bias is not None)
+        )
+        return (
+            anchors,
+            contrasts,
+            self.positives,
+            self.anchor_clusters,
+            self.contrast_clusters,
+            scales,
+            None if bias is None else bias.to(dtype),
+            self.anchor_ids,
+            self.contrast_ids,
+            self.normalize_anchors,
+            self.normalize_contrasts,
+            want,
+            self.both,
+            anchors_only,
+            self.observe,
+            choose_backend(anchors.device, dtype),
+        )
+
+    def _looked_at(self) -> bool:
+        found = intercepted(self.anchors, self.contrasts, self.positives, self.logit_scale, self.contrast_bias)
+        if found and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+            raise NotImplementedError(
+                "fastcl.contrastive_stats: torch.jit.trace is not supported, torch.export and torch.compile are"
+            )
+        return found
+
+
+def contrastive_stats(
+    anchors: Tensor,
+    contrasts: Tensor | None = None,
+    anchor_clusters: Tensor | None = None,
+    contrast_clusters: Tensor | None = None,
+    *,
+    logit_scale: float | Tensor = 1.0,
+    normalize_anchors: bool = False,
+    normalize_contrasts: bool = False,
+    contrast_bias: Tensor | None = None,
+    anchor_ids: Tensor | None = None,
+    contrast_ids: Tensor | None = None,
+    want: Iterable[str] = ("lse_all", "sum_pos"),
+    both: bool = False,
+    anchor_assignments: Tensor | None = None,
+    contrast_assignments: Tensor | None = None,
+) -> ContrastiveStats:
+    r"""Statistics of contrastive logits, in one pass that never stores them.
+
+    The logits are
+
+    .. math:: s_{ij} = \text{logit\_scale} \cdot a_i \, c_j \, \langle x_i, y_j \rangle + \text{bias}_j
+
+    with :math:`a`, :math:`c` either 1 or, for cosine similarity, the rows' inverse norms (norms floored at 1e-12; a row
+    of zeros has similarity 0 and gradient 0). For anchor i, A_i are its admissible contrasts (self-contrast: all
+    j != i; two sets: all j but those of the anchor's sample id), P_i those of A_i in the anchor's cluster, N_i the
+    rest of A_i.
+
+    A contrastive loss is a formula of the result. SupCon, for instance::
+
+        s = contrastive_stats(z, anchor_clusters=labels, logit_scale=1 / 0.07, normalize_anchors=True)
+        loss = (s.lse_all - s.sum_pos / s.num_pos)[s.valid].mean()
+
+    Args:
+        anchors: ``[N, D]``; float64, float32, bfloat16 or float16.
+        contrasts: ``[M, D]``, or None for self-contrast: the contrasts are the anchors, normalised as they are.
+        anchor_clusters: ``[N]`` integers; negative: in no cluster, equal to nothing. None: there are no positives.
+        contrast_clusters: ``[M]`` integers; two sets take both or neither.
+        logit_scale: 1 / temperature; a number, a tensor of no dimension, or ``[S]`` scales at once.
+        normalize_anchors, normalize_contrasts: cosine similarity.
+        contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency). -inf leaves the
+            contrast out of every set and count; as a row of the other direction it has no admissible anchors.
+        anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
+        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, and, to look at, without a gradient, of
+            ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.
+        both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
+        anchor_assignments: ``[N, C]`` floating, >= 0, in place of clusters: contrast j is a positive of weight
+            w_ij = <r_i, r_j>. ``sum_pos`` is then the sum of w_ij s_ij over A_i, ``num_pos`` that of w_ij, and
+            ``lse_all`` as before; ``want`` may name no others, and logit_scale is a single one.
+        contrast_assignments: ``[M, C]``, with two sets.
+
+    Returns:
+        :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale, contrast_bias and
+        assignments. Of a row without weight, gradients of ``sum_pos`` and ``num_pos`` that are not finite, as a
+        division by its ``num_pos`` makes them, are taken for zero.
+        float32; float64 where a set of rows is float64. Rows of two dtypes are multiplied in the wider one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: on a second derivative.
+    """
+    check_rows("anchors", anchors)
+    n = anchors.shape[0]
+    for name, flag in (
+        ("normalize_anchors", normalize_anchors), ("normalize_contrasts", normalize_contrasts), ("both", both)
+    ):  # fmt: skip
+        check_flag(name, flag)
+    if contrasts is not None:
+        check_rows("contrasts", contrasts, like=anchors)
+        m = contrasts.shape[0]
+    else:
+        m = n
+        for name, value in (
+            ("contrast_clusters", contrast_clusters), ("anchor_ids", anchor_ids), ("contrast_ids", contrast_ids)
+        ):  # fmt: skip
+            if value is not None:
+                raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
+        if both:
+            raise ValueError("both: expected False for self-contrast (contrasts=None), got True")
+        if normalize_contrasts and not normalize_anchors:
+            raise ValueError(
+                "normalize_contrasts: self-contrast (contrasts=None) normalises both sides or none; "
+                "expected normalize_anchors=True with it, got False"
+            )
+    if anchor_assignments is not None or contrast_assignments is not None:
+        for name, value in (("anchor_clusters", anchor_clusters), ("contrast_clusters", contrast_clusters)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None with assignments, got a value")
+        check_assignments("anchor_assignments", anchor_assignments, (n,), anchors.device)
+        if contrasts is not None:
+            check_assignments("contrast_assignments", contrast_assignments, (m,), anchors.device, anchor_assignments)
+        elif contrast_assignments is not None:
+            raise ValueError("contrast_assignments: expected None for self-contrast (contrasts=None), got a value")
+    ids = {}
+    for left, right, values in (
+        ("anchor_clusters", "contrast_clusters", (anchor_clusters, contrast_clusters)),
+        ("anchor_ids", "contrast_ids", (anchor_ids, contrast_ids)),
+    ):
+        if contrasts is not None and (values[0] is None) != (values[1] is None):
+            given, absent = (left, right) if values[1] is None else (right, left)
+            raise ValueError(f"{absent}: expected a tensor, as {given} is given, got None")
+        for name, value, length in zip((left, right), values, (n, m), strict=True):
+            if value is not None:
+                check_ids(name, value, length, anchors.device)
+            ids[name] = None if value is None else value.to(torch.int64).clamp(min=-1)
+    if contrast_bias is not None:
+        check_bias(contrast_bias, m, anchors.device)
+    scale, wanted = _scale_tensor(logit_scale, anchors, accumulation_dtype(anchors, contrasts)), _check_want(want)
+    if anchor_assignments is not None:
+        if scale.dim():
+            raise ValueError(f"logit_scale: expected one scale with assignments, got shape {list(scale.shape)}")
+        if not {"lse_all", "sum_pos"}.issuperset(wanted):
+            raise ValueError(f"want: expected some of 'lse_all', 'sum_pos' with assignments, got {wanted!r}")
+    return Sweep(
+        anchors,
+        contrasts,
+        ids["anchor_clusters"],
+        ids["contrast_clusters"],
+        scale,
+        normalize_anchors,
+        normalize_contrasts,
+        wanted,
+        contrast_bias=contrast_bias,
+        anchor_ids=ids["anchor_ids"],
+        contrast_ids=ids["contrast_ids"],
+        both=both,
+        observe=any(field in OBSERVED for field in wanted),
+        anchor_assignments=anchor_assignments,
+        contrast_assignments=contrast_assignments,
+    ).statistics()[0]
+
+
+def _check_want(want: Iterable[str]) -> tuple[str, ...]:
+    known = (*FIELDS, *OBSERVED)
+    expected = f"want: expected some of {', '.join(map(repr, known))}"
+    if isinstance(want, (str, Tensor)) or not isinstance(want, Iterable):
+        raise TypeError(f"{expected} in a tuple or list, got {shown(want)}")
+    fields = tuple(want)
+    if not all(isinstance(field, str) and field in known for field in fields):
+        raise ValueError(f"{expected}, got {shown(fields)}")
+    return fields
+
+
+def _scale_tensor(value: float | Tensor, anchors: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        check_floating("logit_scale", value)
+        if value.dim() > 1 or value.numel() == 0:
+            raise ValueError(f"logit_scale: expected shape [] or [S], got {list(value.shape)}")
+        if values_visible(value) and not bool((value.abs() <= LARGEST).all()):
+            raise ValueError(f"logit_scale: expected finite numbers in the range of float32, got {value.tolist()}")
+        if value.dim() == 1:
+            check_device("logit_scale", value, anchors.device)
+            return value
+    else:
+        value = finite_number("logit_scale", value)
+    return scalar_tensor("logit_scale", value, anchors.device, dtype)

@@ -1,0 +1,201 @@
+"""Every entry of the Triton kernels' table of tiles compiles for its architecture: no spills, within shared memory,
+with the tensor cores' instructions, and with logits that are rounded alike in all kernels. No GPU is needed.
+
+By default a few entries; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about half an hour on two cores).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastcl.ops.backends.triton_tiles import ARCHITECTURES, KINDS, WHOLE, padded, tile
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+# Bytes that a block can have on the smallest chip of the family, and that Triton does not check.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+DIMENSIONS = (32, 64, 128, 256, 512)  # beyond WHOLE all are cut alike
+ROWS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"))
+ALL = [
+    (architecture, dtype, precision, d, careful)
+    for architecture in ARCHITECTURES
+    for dtype, precision in ROWS
+    for d in DIMENSIONS
+    for careful in (False, True)
+]
+# Each kernel in each variant once, with and without ids; and the products of each architecture and dtype.
+SOME = {
+    (90, "bfloat16", "ieee", 256, False): KINDS,
+    (90, "bfloat16", "ieee", 128, True): KINDS,
+    (90, "float32", "ieee", 128, False): ("forward", "backward"),
+    (90, "float32", "tf32", 128, False): ("forward", "backward"),
+    (100, "bfloat16", "ieee", 128, False): ("forward", "backward"),
+    (80, "float16", "ieee", 512, False): ("forward", "weighted"),
+}
+ENTRIES = dict.fromkeys(ALL, KINDS) if os.environ.get("FASTCL_COMPILE_ALL") else SOME
+PER_ROW = ("labels", "rows", "fields", "weights", "side", "finish")
+
+
+def jobs(
+    architecture: int, dtype: str, precision: str, d: int, careful: bool, kinds: tuple[str, ...] = KINDS
+) -> list[dict[str, Any]]:
+    """The kernels of the table's entries, in the variants that take the most registers and in the commonest."""
+    common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d, "careful": careful}
+    own_set = {"SELF": not careful}
+    both = [
+        {"absent": ["SIMILARITY_SUMS", "SUMS"], "flags": own_set},
+        {"flags": own_set | {"ONE_EXPONENTIAL": 0}},
+        {"flags": {"BIAS": 2 * careful}},
+    ]
+    variants = {
+        "forward": [{"flags": own_set}],
+        "running": [{"flags": own_set}],
+        "two_way": [{}],
+        "weighted": [{}],
+        "backward": both,
+    }
+    return [common | {"kind": kind} | variant for kind in kinds for variant in variants[kind]]
+
+
+def compiled(asked: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, root / "tests" / "compile_triton.py", json.dumps(asked)],
+        env=os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(asked)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[list[dict[str, Any]]]]]:
+    """Of each entry; a compiler on each core."""
+    cache = tmp_path_factory.mktemp("compiled")
+    asked = {entry: jobs(*entry, kinds) for entry, kinds in ENTRIES.items()}
+    common = {"architecture": 90, "dtype": "float16", "d": 128, "careful": True}
+    asked["per row"] = [common | {"kind": kind} for kind in PER_ROW]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {entry: pool.submit(compiled, these, cache) for entry, these in asked.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: "-".join(map(str, entry)))
+def test_compiles_without_spills(entry, results) -> None:
+    architecture, dtype, precision, d, _ = entry
+    products = set()
+    for result in results[entry].result():
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+        block_m, block_n, block_k, block_d, warps, _ = result["tile"]
+        # What rounds a logit must not be fused in one kernel and not in another: no multiply-add but those of products
+        # without tensor cores, in the loops over interior and mixed tiles.
+        numbers = block_k + (block_d if result["kind"] in ("weighted", "backward") else 0)
+        expected = 2 * block_m * block_n * numbers // (32 * warps) if (dtype, precision) == ("float32", "ieee") else 0
+        assert result["multiply_adds"] == expected, result
+        assert result["fusible"] == 0, result
+        products.add((*result["products"], block_k))
+    # The backward repeats the forward's logits to the bit: the same instructions, with sums in the same order.
+    assert len(products) == 1, products
+    if dtype != "float32" or (precision == "tf32" and d > 64):  # else in few rows, half of what wgmma takes
+        assert PRODUCT[architecture] in products.pop()
+
+
+def test_kernels_of_single_rows_compile_without_spills(results) -> None:
+    for result in results["per row"].result():
+        assert result["stack"] == result["local"] == 0, result
+        assert result["fusible"] == 0, result
+
+
+OBSERVATIONS = SOME if not os.environ.get("FASTCL_COMPILE_ALL") else dict.fromkeys(ALL)
+
+
+@pytest.mark.parametrize("entry", list(OBSERVATIONS)[::2] if OBSERVATIONS is SOME else OBSERVATIONS)
+def test_observation_compiles_without_spills(entry, tmp_path) -> None:
+    names = ("architecture", "dtype", "precision", "d", "careful")
+    for result in compiled([{"kind": "observation"} | dict(zip(names, entry, strict=True))], tmp_path):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[result["architecture"]], result
+
+
+def test_all_kernels_form_logits_in_one_way() -> None:
+    """By the same functions, of products in the same order along D."""
+    from fastcl.ops.contrastive.triton import gradient_kernels as triton_backward
+    from fastcl.ops.contrastive.triton import statistics_kernels as triton_forward
+
+    for name in ("inner_products", "similarities", "base2_logits"):
+        assert getattr(triton_forward, name) is getattr(triton_backward, name)
+    for architecture, dtype, precision, d, careful in ALL:
+        tf32 = precision == "tf32"
+        tiles = [tile(kind, architecture, getattr(torch, dtype), d, careful, tf32) for kind in KINDS]
+        assert len({t.block_k for t in tiles}) == 1, (architecture, dtype, precision, d, careful)
+
+
+SEARCHES = [
+    (architecture, dtype, d, slots)
+    for architecture in ARCHITECTURES
+    for dtype in ("bfloat16", "float32")
+    for d in DIMENSIONS
+    for slots in (32, 64, 256)
+]
+SOME_SEARCHES = [(90, "bfloat16", 128, 64), (80, "float32", 256, 256), (100, "bfloat16", 512, 256)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "d", "slots"), SEARCHES if os.environ.get("FASTCL_COMPILE_ALL") else SOME_SEARCHES
+)
+def test_topk_compiles_without_spills(architecture, dtype, d, slots, tmp_path) -> None:
+    job = {"kind": "topk", "architecture": architecture, "dtype": dtype, "d": d, "flags": {"SLOTS": slots}}
+    for result in compiled([job | {"careful": True}, job], tmp_path):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+
+
+# Of rows and of assignments. Any pair may be a positive: every tile is a careful one.
+SOFT = [
+    (architecture, dtype, precision, d, assignments)
+    for architecture in ARCHITECTURES
+    for dtype, precision in ROWS
+    for d in DIMENSIONS
+    for assignments in ("float32", dtype)
+]
+SOME_SOFT = [(90, "bfloat16", "ieee", 256, "float32"), (80, "float32", "ieee", 128, "float32")]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "precision", "d", "assignments"),
+    dict.fromkeys(SOFT) if os.environ.get("FASTCL_COMPILE_ALL") else SOME_SOFT,
+)
+def test_soft_assignments_compile_without_spills(architecture, dtype, precision, d, assignments, tmp_path) -> None:
+    common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d, "careful": True}
+    half = {} if assignments == "float32" else {"assignments": assignments}
+    self_contrast = {"flags": {"SELF": True, "IDS": False, "BIAS": 0}, "careful": False}
+    asked = [common | half | {"kind": kind} for kind in ("soft_forward", "soft_backward")]
+    results = compiled(asked + [job | self_contrast for job in asked], tmp_path)
+    for result in results:
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+        assert result["fusible"] == 0, result
+    assert len({result["tile"][2] for result in results}) == 1  # logits are sums in the same order along D
+
+
+def test_rows_are_padded_to_what_tiles_take() -> None:
+    for d in range(1, 4097):
+        width = padded(d)
+        assert width >= d
+        assert width % 16 == 0
+        assert width < 2 * d or width == 32
+        assert width & (width - 1) == 0 if width <= WHOLE else width % 128 == 0

@@ -1,0 +1,204 @@
+"""Losses of rows that are spread over processes (gloo), against the formula and against one process with all rows."""
+
+import os
+import time
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+import fastcl
+from fastcl.functional import cluster_infonce
+from tests.support.distributed_calls import everything, penalised
+from tests.support.distributed_cases import (
+    MODES,
+    SAMPLES,
+    WHERE,
+    Model,
+    arguments_of,
+    batches,
+    infonce_problems,
+    other_losses,
+    places,
+    spread,
+)
+from tests.support.judging import judge
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
+PROBLEMS = infonce_problems()
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@cache
+def found(world: int) -> list[dict[str, Any]]:
+    """What each of so many processes has found, by subject."""
+    results, errors = spread(everything, world)
+    assert not errors, errors[min(errors)][1]
+    return results
+
+
+@pytest.fixture(params=[2, 4])
+def world(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_is_the_formula(name: str, world: int) -> None:
+    problem, _ = PROBLEMS[name]
+    arguments = arguments_of(name, problem)
+    merged = {}
+    for mode in MODES:
+        parts = [results["run_infonce"][f"{name}, {mode}"] for results in found(world)]
+        unreduced = problem.reduction == "none"
+        losses = [loss for loss, _ in parts]
+        loss = torch.cat(losses) if unreduced else torch.stack(losses).mean(0)
+        gradients: dict[str, Tensor] = {}
+        for leaf in problem.leaves:
+            every = [part[leaf] for _, part in parts]
+            if leaf == "temperature":
+                whole = torch.stack(every).sum(0)
+            else:
+                whole = torch.full_like(arguments[leaf], torch.nan)
+                for rank, gradient in enumerate(every):
+                    whole[places(problem, arguments, rank, world)[WHERE[leaf]]] = gradient
+            gradients[leaf] = whole if unreduced else whole / world
+        merged[str(mode)] = loss, gradients
+    judge(arguments, problem.leaves, merged)
+
+
+def test_both_ways_of_travelling_give_the_same_numbers(world: int) -> None:
+    """Within roundings of float64: a block's sums are merged, wherever the blocks are cut."""
+    for results in found(world):
+        for name, (problem, _) in PROBLEMS.items():
+            if problem.dtype == torch.float64:
+                (loss, gradients), (other, others) = (results["run_infonce"][f"{name}, {mode}"] for mode in MODES)
+                torch.testing.assert_close(loss, other, **CLOSE)
+                for leaf, gradient in gradients.items():
+                    torch.testing.assert_close(gradient, others[leaf], **CLOSE)
+
+
+def test_other_losses_are_those_of_one_process(world: int) -> None:
+    whole = other_losses(False, None, world)
+    for mode in MODES:
+        parts = [results["run_others"][mode] for results in found(world)]
+        for name, (value, gradients) in whole.items():
+            mean = torch.stack([part[name][0] for part in parts]).mean(0)
+            torch.testing.assert_close(mean, value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+            for leaf, expected in gradients.items():
+                every = [part[name][1][leaf] for part in parts]
+                shared = leaf in ("prototypes", "temperature")
+                got = (torch.stack(every).sum(0) if shared else torch.cat(every)) / world
+                what = f"{name}, gradient of {leaf}"
+                torch.testing.assert_close(got, expected, **CLOSE, msg=lambda text, what=what: f"{what}: {text}")
+
+
+def test_wrapped_and_accumulated_gradients_are_those_of_one_process(world: int) -> None:
+    """The temperature's among them, which is averaged with the rest because it is inside the wrapped module."""
+    model = Model(False)
+    for left, right in batches():
+        model(left, right).backward()
+    for results in found(world):
+        for gradients in results["accumulated"].values():
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(gradients[name], parameter.grad, **CLOSE)
+
+
+def test_queues_hold_the_same_rows_in_the_same_order(world: int) -> None:
+    first, *others = [results["queues"] for results in found(world)]
+    assert first["nothing"] == (0, 3)
+    assert first["flags"].tolist() == [rank % 2 == 0 for rank in range(world)]
+    assert not first["graph"]
+    assert first["dtypes"]
+    assert first["state"]["sample_ids"].unique().tolist() == [r for r, n in enumerate(SAMPLES[world]) if n]
+    for other in others:
+        for name, value in first["state"].items():
+            assert torch.equal(other["state"][name], value), name
+
+
+def test_calls_that_differ_raise_on_every_process(world: int) -> None:
+    for results in found(world):
+        said = results["disagreements"]
+        assert f"{list(range(3, 3 + world))}" in said["dimension"]
+        for name, error in said.items():
+            assert name.split(":")[0] in error, name
+
+
+def test_an_error_of_one_process_is_told_to_the_others(world: int) -> None:
+    *others, last = [results["own_errors"] for results in found(world)]
+    assert len(last) == 23
+    for name, (kind, text) in last.items():
+        assert "gather: expected the same call" not in text, name
+        told = f"gather: expected the same call on all processes, got an error on rank {world - 1}: {kind}: {text}"
+        for said in others:
+            assert said[name] == ["ValueError", told], name
+
+
+def test_broadcast_buffers_take_the_first_process_memory_along(world: int) -> None:
+    """Rows, how many of them and the next one's place; whether a bank has clusters."""
+    first, *others = [results["memories"] for results in found(world)]
+    assert first["lengths"] == (8, 6)
+    assert first["clusters"] == [40, 41, 42, 43, 44, 45]
+    assert first["loss"] > 0.1
+    assert torch.equal(first["rows"][[5, 6, 7]], torch.eye(3))
+    assert torch.equal(first["oldest first"], first["rows"])  # the place is 0 again
+    assert all("temperature=DTensor (learned)" in text for text in first["shown"])
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(other[name], value) if isinstance(value, Tensor) else other[name] == value, name
+
+
+def test_second_derivatives_are_right_or_raise(world: int) -> None:
+    whole = penalised(None, world)
+    every = [results["penalised"] for results in found(world)]
+    for name, expected in whole.items():
+        parts = [part.pop(name) for part in every]
+        torch.testing.assert_close(torch.cat(parts), expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    for part in every:
+        for name, said in part.items():
+            assert "second derivatives are not supported" in str(said), name
+
+
+def test_no_more_collectives_than_needed(world: int) -> None:
+    for results in found(world):
+        assert results["collectives"] == {"both ways": 6, "views": 4, "clusters, ids and bias": 5}
+
+
+def test_compiled_functions_leave_the_loss_out_and_second_derivatives_raise(world: int) -> None:
+    for results in found(world):
+        assert results["compiled"]["equal"]
+        assert "second derivatives are not supported" in results["compiled"]["second derivative"]
+
+
+def dies(rank: int, world: int) -> None:
+    z = torch.randn(4, 2, 3, requires_grad=True)
+    loss = cluster_infonce(z, gather="ring" if world == 2 else True)
+    if rank == 1:
+        os._exit(3)
+    loss.backward()
+
+
+def test_a_process_that_dies_ends_the_others(world: int) -> None:
+    start = time.monotonic()
+    _, errors = spread(dies, world, seconds=10)
+    survivors = [rank for rank in range(world) if rank != 1]
+    assert sorted(errors) == survivors
+    assert all(name == "RuntimeError" or "Error" in name for name, _ in errors.values()), errors
+    assert "Hanging" not in {name for name, _ in errors.values()}, time.monotonic() - start
+
+
+@pytest.mark.parametrize("gather", MODES)
+def test_alone_it_does_nothing(gather: Any, tmp_path: Any) -> None:
+    """Without a process group, and in a group of one."""
+    z = torch.randn(6, 2, 4)
+    loss = cluster_infonce(z)
+    assert torch.equal(cluster_infonce(z, gather=gather), loss)
+    assert fastcl.distributed.gather_rows(z).data_ptr() == z.data_ptr()
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        assert torch.equal(cluster_infonce(z, gather=gather), loss)
+        assert torch.equal(fastcl.distributed.gather_rows(z), z)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,79 @@
+"""Sinkhorn's fixed iterations in one native call are those made pass by pass."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastcl.ops.backends.native import native_module
+from fastcl.ops.sinkhorn import solver as sinkhorn_solver
+from fastcl.ops.sinkhorn.op import PASSES
+from fastcl.ops.sinkhorn.solver import Problem
+from tests.support.backends import VARIANTS, running
+from tests.support.strategies import DTYPES, generator
+
+pytestmark = pytest.mark.skipif("cpu" not in PASSES, reason="no native module")
+ENGINES = [variant for variant in VARIANTS if variant.startswith("cpu")]
+
+
+def problem(n: int, k: int, seed: int, dtype: torch.dtype, n_iters: int, init: bool, epsilon: float) -> Problem:
+    """Two problems; some rows and columns without mass, scores that are a strided view."""
+    g = generator(seed)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    scores = torch.randn(2, k, n + 1, generator=g).to(dtype).transpose(1, 2)[:, :n]
+    masses = [torch.rand(2, size, generator=g, dtype=real) + 0.1 for size in (k, n)]
+    for part in masses:
+        part[0, 1::5] = 0
+    log_prior, log_rows = ((part / part.sum(-1, keepdim=True)).log() for part in masses)
+    start = torch.randn(2, k, generator=g, dtype=real) if init else None
+    return Problem(scores, torch.tensor(epsilon, dtype=real), log_prior, log_rows, start, n_iters, None, "")
+
+
+@pytest.mark.parametrize("variant", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "k", "n_iters", "init", "epsilon"),
+    [
+        (1, 1, 1, False, 0.05),
+        (37, 19, 3, False, 0.05),
+        (37, 19, 4, True, 1.0),
+        (64, 131, 1, True, 0.3),
+        (300, 512, 3, False, 0.003),
+    ],
+)
+def test_the_same_as_pass_by_pass(variant, dtype, n, k, n_iters, init, epsilon) -> None:
+    """To the bit, but for the logarithms between the passes, which PyTorch may round otherwise in their last place."""
+    p = problem(n, k, n + k, dtype, n_iters, init, epsilon)
+    with running(variant):
+        once = PASSES["cpu"].solve(p)
+        parts = sinkhorn_solver.pass_by_pass(PASSES["cpu"], p)
+    assert once.n_iters == parts.n_iters
+    assert once.assignments.dtype == p.scores.dtype
+    assert not once.error.any()
+    # A potential's last place in float64 is nothing in float32; in float64, differences are divided by epsilon.
+    tolerance = (
+        {"rtol": 1e-6, "atol": 1e-7} if p.epsilon.dtype == torch.float32 else {"rtol": 1e-14 / epsilon, "atol": 1e-15}
+    )
+    for name in ("assignments", "row_potential", "col_potential"):
+        one, other = (getattr(s, name) for s in (once, parts))
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **tolerance, msg=name)
+    for name in ("rows", "columns"):
+        one, other = (getattr(s.kept, name) for s in (once, parts))
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_what_is_not_for_it() -> None:
+    p = problem(5, 4, 0, torch.float32, 3, False, 0.1)
+    assert PASSES["cpu"].solve(replace(p, tol=1e-3)) is None
+    empty = replace(p, scores=p.scores[:, :0], log_row_marginal=p.log_row_marginal[:, :0])
+    assert PASSES["cpu"].solve(empty) is None
+
+
+def test_null_pointers_are_refused() -> None:
+    native = native_module()
+    engine = native.supported_engines()[0]
+    with pytest.raises(ValueError, match="null pointer"):
+        native.sinkhorn_solve(engine, 0.1, (1, 8, 2, 3, 1, 3, 8, False, 1, 0, 8, 8, 8, 0, 1, 8, 2, 8, 3, 8, 8))
+    with pytest.raises(ValueError, match="must be positive"):
+        native.sinkhorn_solve(engine, 0.1, (1, 8, 2, 3, 1, 3, 8, False, 1, 8, 8, 8, 8, 0, 0, 8, 2, 8, 3, 8, 8))

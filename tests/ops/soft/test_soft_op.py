@@ -1,0 +1,154 @@
+"""The operator of soft assignments: registration, compilation, backends, memory, threads."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcl
+from fastcl.functional import cluster_infonce
+from fastcl.ops.soft import assignments as soft_assignments
+from fastcl.ops.soft import op as soft_op
+from tests.losses.test_cluster_assignments import check_loss, library, objective, problem
+from tests.ops.test_library import allocated
+from tests.support.backends import BACKENDS, ENGINES, running
+from tests.support.oracle import differentiate
+from tests.support.strategies import generator
+
+FORWARD = torch.ops.fastcl.soft_stats_fwd.default
+BACKWARD = torch.ops.fastcl.soft_stats_bwd.default
+
+# The operator
+
+
+def operator_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) -> tuple[Any, ...]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    g = generator(3)
+    arguments: dict[str, Any] = {
+        "anchors": torch.randn(5, 3, generator=g).to(dtype),
+        "contrasts": None,
+        "anchor_assignments": torch.rand(5, 4, generator=g).to(dtype),
+        "contrast_assignments": None,
+        "logit_scale": torch.tensor([2.0], dtype=wide),
+        "contrast_bias": None,
+        "anchor_ids": None,
+        "contrast_ids": None,
+        "normalize_anchors": False,
+        "normalize_contrasts": False,
+        "both": False,
+    }
+    if case == "everything":
+        arguments |= {
+            "contrasts": torch.randn(7, 3, generator=g).to(dtype),
+            "contrast_assignments": torch.rand(7, 4, generator=g),
+            "contrast_bias": torch.rand(7, generator=g).to(wide),
+            "anchor_ids": torch.tensor([0, 1, 2, 3, -1]),
+            "contrast_ids": torch.tensor([0, -1, -1, 2, -1, 1, 5]),
+            "normalize_anchors": True,
+            "normalize_contrasts": True,
+            "both": True,
+        }
+    if grad:
+        for value in arguments.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.requires_grad_()
+    arguments["backend"] = backend
+    return tuple(arguments[argument.name] for argument in FORWARD._schema.arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", ["required", "everything"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(case, dtype, backend) -> None:
+    with fastcl.use_backend(backend):
+        name = soft_op.choose(torch.device("cpu"), dtype)
+    for grad in (False, True):
+        torch.library.opcheck(FORWARD, operator_arguments(case, name, dtype, grad))
+    arguments = operator_arguments(case, name, dtype, False)
+    outputs = FORWARD(*arguments)
+    gradients = (torch.ones_like(outputs[0]), torch.ones_like(outputs[3]))
+    for needs in ([True] * 6, [True, False, False, False, True, False], [False, False, True, False, False, False]):
+        present = [need and value is not None for need, value in zip(needs, arguments, strict=False)]
+        torch.library.opcheck(BACKWARD, (*arguments, *outputs, *gradients, present))
+    for output in (*outputs, *BACKWARD(*arguments, *outputs, *gradients, [True] * 6)):
+        assert output.is_contiguous()
+
+
+def test_compiles() -> None:
+    arguments = problem(8, 3, 4, dtype=torch.float32)
+    x, r = arguments["embeddings"].requires_grad_(), arguments["assignments"].requires_grad_()
+
+    def step(x: Tensor, r: Tensor) -> Tensor:
+        return cluster_infonce(x, assignments=r, weights=torch.ones(8))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for a, b in zip(torch.autograd.grad(compiled(x, r), [x, r]), torch.autograd.grad(step(x, r), [x, r]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_backend_without_assignments_is_replaced_by_blocks() -> None:
+    assert soft_op.choose(torch.device("cpu"), torch.float64) in ("cpu", "chunked")
+    with fastcl.use_backend("reference"):
+        assert soft_op.choose(torch.device("cpu"), torch.float32) == "reference"
+
+
+def test_blocks_of_the_assignments_gradient(monkeypatch) -> None:
+    """Its factors are formed a block of rows at a time."""
+    arguments = problem(23, 6, 4, m=19, ids=True, dtype=torch.float64, symmetric=True)
+    leaves = ("assignments", "contrast_assignments")
+    _, whole = differentiate(library, arguments, leaves, objective)
+    monkeypatch.setattr(soft_assignments, "BLOCK", 24)
+    _, cut = differentiate(library, arguments, leaves, objective)
+    for name in leaves:
+        torch.testing.assert_close(whole[name], cut[name])
+
+
+def test_sample_ids_of_many_places(monkeypatch) -> None:
+    """What equal ids rule out is taken off in a few products, also where hardly any pair is left."""
+    formed: list[Any] = []
+    form = soft_assignments._Factor.at
+    monkeypatch.setattr(
+        soft_assignments._Factor, "at", lambda factor, index: formed.append(index) or form(factor, index)
+    )
+    few = soft_assignments.FEW
+    for n in (few, few + 1, 12 * few):
+        arguments = problem(n + 3, 6, 4, m=n + 5, ids=True, dtype=torch.float64, symmetric=True)
+        arguments["ids"] = torch.tensor([0, -1, 1, *[2] * n])
+        arguments["contrast_ids"] = torch.tensor([2] * n + [-1, 0, 0, 1, 3])
+        formed.clear()
+        check_loss(arguments, ("chunked",))
+        assert len(formed) < 2 * 2 * (few + 10)
+
+
+# Memory and determinism
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("chunked", "cpu")])
+def test_no_weights_are_stored(backend) -> None:
+    n = 4096
+    x = torch.randn(n, 16, generator=generator(0)).requires_grad_()
+    r = torch.rand(n, 8, generator=generator(1)).requires_grad_()
+    with fastcl.use_backend(backend):
+        largest, _ = allocated(lambda: cluster_infonce(x, assignments=r).backward())
+    assert largest < n * n  # bytes; all weights would be four times that
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_do_not_depend_on_the_number_of_threads(engine) -> None:
+    arguments = problem(197, 24, 40, m=197, symmetric=True, bias=True)
+    leaves = ("embeddings", "contrasts", "contrast_bias")
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            with running(f"cpu-{engine}"), mock.patch.object(torch, "get_num_threads", return_value=threads):
+                loss, gradients = differentiate(library, arguments, leaves, objective)
+            found.append([loss, *gradients.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)

@@ -1,0 +1,283 @@
+"""What a user installs: sdist and wheel, into an environment that holds nothing else."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastcl
+
+ROOT = Path(__file__).parents[2]
+OURS = ("FASTCL_BACKEND", "FASTCL_CPU_ISA", "FASTCL_CUDA", "FASTCL_NATIVE", "FASTCL_REQUIRE_NATIVE")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS", *OURS)}
+ENVIRONMENT["FASTCL_CUDA"] = "0"  # minutes a build; `test_cuda_build.py` is about that
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+needs_engines = pytest.mark.skipif(
+    COMPILER is None or platform.machine() != "x86_64" or not sys.platform.startswith("linux"),
+    reason="builds the engines, for Linux on x86-64",
+)
+MODULE = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
+
+USE = """
+import sys, torch, fastcl
+z = torch.randn(8, 2, 4, requires_grad=True)
+fastcl.ClusterInfoNCE()(z).backward()
+assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
+print(fastcl.__file__)
+"""
+
+
+def attempt(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True
+    )
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    done = attempt(*command, cwd=cwd, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def copy_source(to: Path) -> Path:
+    """A copy of what git would ship."""
+    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_bytes((ROOT / name).read_bytes())
+    return to
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist, and the wheel built from the sdist; the tree still has what an editable install without it left."""
+    where = tmp_path_factory.mktemp("built")
+    source = copy_source(where / "source")
+    (source / "fastcl" / "_build_failure.py").write_text("REASON = LOG = 'stale'")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", where / "dist", source, cwd=where)
+    return next((where / "dist").glob("*.tar.gz")), next((where / "dist").glob("*.whl"))
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> Path:
+    """The Python of a new environment that can import what this one has installed, but no editable fastcl."""
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "clean", cwd=tmp_path)
+    python = tmp_path / "clean" / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    (Path(site) / "test_environment.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read
+    return python
+
+
+def install(python: Path, what: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+    )
+    return attempt(*pip, "--ignore-installed", *options, what, cwd=python.parent, **environment)
+
+
+def without_compiler(where: Path) -> dict[str, str]:
+    tools = where / "tools"
+    if not tools.exists():
+        tools.mkdir()
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        (tools / "ninja").symlink_to(shutil.which("ninja", path=path))
+    return {"PATH": str(tools), "CC": "/nonexistent", "CXX": "/nonexistent"}
+
+
+def test_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
+    names = set(zipfile.ZipFile(built[1]).namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastcl").rglob("*.py")}
+    assert modules <= names
+    assert "fastcl/py.typed" in names
+    assert "fastcl/_build_failure.py" not in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"fastcl"}
+    if COMPILER:
+        assert f"fastcl/{MODULE}" in names
+
+
+def test_sdist_holds_what_a_build_needs(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[0]) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert {"pyproject.toml", "setup.py", "CMakeLists.txt", "constraints.txt", "README.md", "LICENSE"} <= names
+    assert sources | {"fastcl/losses/cluster.py", "tests/conftest.py"} <= names
+    assert "fastcl/_build_failure.py" not in names
+    assert not [name for name in names if name.endswith((".so", ".o"))]
+
+
+def test_metadata_leaves_the_user_free_to_have_any_torch(built: tuple[Path, Path]) -> None:
+    wheel = zipfile.ZipFile(built[1])
+    metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("METADATA"))).decode()
+    required = [line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.6", "numpy"]
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_install_into_an_empty_environment(built: tuple[Path, Path], tmp_path: Path) -> None:
+    sdist, wheel = built
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    constraints = ROOT / "constraints.txt"
+    run(python, "-m", "pip", "install", "-q", "-c", constraints, sdist, cwd=tmp_path)
+    assert str(tmp_path / "venv") in run(python, "-W", "error", "-c", USE, cwd=tmp_path)
+    run(python, "-m", "pip", "uninstall", "-q", "-y", "fastcl", cwd=tmp_path)
+    run(python, "-m", "pip", "install", "-q", "--no-deps", wheel, cwd=tmp_path)
+    assert str(tmp_path / "venv") in run(python, "-W", "error", "-c", USE, cwd=tmp_path)
+
+    assert "chunked" in run(python, "-W", "error", "-m", "fastcl.info", cwd=tmp_path)
+    trainer = subprocess.run(
+        [str(python), "-m", "fastcl.train"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert trainer.returncode != 0
+    assert 'pip install "fastcl[train]"' in trainer.stderr
+    assert "Traceback" not in trainer.stderr
+
+
+def test_setup_imports_no_torch(tmp_path: Path) -> None:
+    source = copy_source(tmp_path / "source")
+    code = """
+import runpy, sys
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+print(any(name.split(".")[0] in ("torch", "fastcl") for name in sys.modules))
+"""
+    assert run(sys.executable, "-c", code, cwd=source).splitlines()[-2:] == [fastcl.__version__, "False"]
+
+
+# The native module
+
+
+@needs_engines
+def test_wheel_is_used_where_there_is_no_compiler(built: tuple[Path, Path], clean: Path, tmp_path: Path) -> None:
+    done = install(clean, built[1])
+    assert done.returncode == 0, done.stderr
+    nothing = without_compiler(tmp_path)
+    assert str(clean.parent.parent) in run(clean, "-W", "error", "-c", USE, cwd=tmp_path, **nothing)
+    report = run(clean, "-W", "error", "-m", "fastcl.info", cwd=tmp_path, **nothing)
+    assert re.search(r"contrastive_stats +cpu +float32 +cpu", report), report
+    assert f"for fastcl {fastcl.__version__}" in report
+
+
+@needs_engines
+def test_module_exports_its_entry_alone_and_brings_no_openmp(built: tuple[Path, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(built[1]) as wheel:
+        module = wheel.extract(f"fastcl/{MODULE}", tmp_path)
+    needed = [line.split()[1] for line in run("objdump", "-p", module, cwd=tmp_path).splitlines() if "NEEDED" in line]
+    assert not [name for name in needed if "omp" in name]
+    dynamic = [line.split() for line in run("nm", "-D", module, cwd=tmp_path).splitlines()]
+    assert ["U", "GOMP_parallel"] in dynamic
+    assert [name for *_, kind, name in dynamic if kind in "TDBRVWu" and len(_) == 1] == ["PyInit__native"]
+
+
+@needs_engines
+def test_wheel_is_one_for_this_platform_and_fit_for_manylinux(built: tuple[Path, Path], tmp_path: Path) -> None:
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert built[1].name == f"fastcl-{fastcl.__version__}-{tag}-{tag}-linux_x86_64.whl"
+    pytest.importorskip("auditwheel")
+    shown = run(sys.executable, "-m", "auditwheel", "show", built[1], cwd=tmp_path)
+    assert re.search(r"manylinux_2_\d+_x86_64", shown), shown
+
+
+def test_without_compiler_the_install_succeeds_and_remembers_why(clean: Path, tmp_path: Path) -> None:
+    source = copy_source(tmp_path / "source")
+    nothing = without_compiler(tmp_path)
+    done = install(clean, source, "-v", **nothing)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("fastcl is installed WITHOUT its native module") == 1
+    assert str(clean.parent.parent) in run(clean, "-W", "error", "-c", USE, cwd=tmp_path, **nothing)
+    report = run(clean, "-W", "error", "-m", "fastcl.info", cwd=tmp_path, **nothing)
+    assert re.search(r"contrastive_stats +cpu +float32 +chunked", report), report
+    assert re.search(r"none: not built \(configuring: .*/nonexistent", report), report
+
+    done = install(clean, source, FASTCL_REQUIRE_NATIVE="1", **nothing)
+    assert done.returncode != 0
+    assert "FASTCL_REQUIRE_NATIVE=1, but configuring: " in done.stdout + done.stderr
+
+    done = install(clean, source, "-v", FASTCL_NATIVE="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = run(clean, "-m", "fastcl.info", cwd=tmp_path)
+    assert "none: not built (FASTCL_NATIVE=0 was set when fastcl was installed)" in report
+
+
+@pytest.mark.parametrize("name", ["FASTCL_NATIVE", "FASTCL_REQUIRE_NATIVE"])
+def test_switches_of_the_build_are_checked(name: str, tmp_path: Path) -> None:
+    source = copy_source(tmp_path / "source")
+    done = attempt(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **{name: "yes"})
+    assert done.returncode != 0
+    assert f"{name}: expected 0 or 1, got 'yes'" in done.stderr
+
+
+@needs_engines
+@pytest.mark.slow
+def test_another_architecture_gets_a_module_without_engines(clean: Path, tmp_path: Path) -> None:
+    source = copy_source(tmp_path / "source")
+    other = "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64"
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, CMAKE_ARGS=other, FASTCL_REQUIRE_NATIVE="1")
+    run(clean, "-W", "error", "-c", USE, cwd=source)
+    report = run(clean, "-W", "error", "-m", "fastcl.info", cwd=source)
+    assert "used: none (this build carries no engine: it was not built for x86-64)" in report
+    assert re.search(r"contrastive_stats +cpu +float32 +chunked", report), report
+
+
+SMALL_PROJECT = """
+cmake_minimum_required(VERSION 3.18)
+project(fastcl LANGUAGES CXX)
+find_package(Python COMPONENTS Interpreter Development.Module REQUIRED)
+Python_add_library(_native MODULE WITH_SOABI csrc/module.cpp)
+"""
+
+
+@needs_compiler
+def test_a_build_in_the_tree_replaces_what_the_last_one_left(tmp_path: Path) -> None:
+    """Failures and successes in turn, as editable installs have them; also where CMake's cache is of another tree."""
+    source = copy_source(tmp_path / "source")
+    (source / "CMakeLists.txt").write_text(SMALL_PROJECT)  # so that it compiles in no time
+    module, failure = source / "fastcl" / MODULE, source / "fastcl" / "_build_failure.py"
+
+    def build(text: str, **environment: str) -> str:
+        (source / "csrc" / "module.cpp").write_text(text)
+        done = attempt(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stderr
+
+    assert "error: " in build("int broken = ;")
+    assert not module.exists()
+    assert "compiling: " in failure.read_text()
+    assert "int broken = ;" in failure.read_text()  # the compiler's own words
+
+    assert build("int works;") == ""
+    assert module.exists()
+    assert not failure.exists()
+    first = module.read_bytes()
+    build("int works_too(int x) { return x + 1; }")  # rebuilt as the source has changed
+    assert module.read_bytes() != first
+
+    build("int works;", FASTCL_NATIVE="0")
+    assert not module.exists()
+    assert "FASTCL_NATIVE=0" in failure.read_text()
+
+    moved = source.rename(tmp_path / "moved")
+    (moved / "csrc" / "module.cpp").write_text("int works;")
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=moved)
+    assert (moved / "fastcl" / MODULE).exists()
+    (cache,) = moved.glob("build/*/CMakeCache.txt")
+    cache.write_text(cache.read_text().replace(str(moved), "/elsewhere"))
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=moved)
+    assert (moved / "fastcl" / MODULE).exists()

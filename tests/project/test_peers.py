@@ -1,0 +1,107 @@
+"""Agreement with the peers themselves, each as its package has it; skipped where it is not installed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcl
+from tests.losses.test_formulas_of_papers import weighted_dcl
+from tests.losses.test_presets import agree, draw
+
+PAIRS = torch.arange(7).repeat_interleave(2)
+LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 0, 3, 3, 1, 2])
+
+
+def package(module: str) -> Any:
+    """The module. A package whose own requirements are broken is as good as absent."""
+    return pytest.importorskip(module, exc_type=ImportError)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_metric_learning_ntxent_of_one_positive(temperature, backend) -> None:
+    losses = package("pytorch_metric_learning.losses")
+    x = draw(14, 6)
+    views = x.view(7, 2, 6)
+    agree(
+        fastcl.NTXentLoss(temperature)(views[:, 0], views[:, 1]),
+        losses.NTXentLoss(temperature=temperature)(x, PAIRS),
+        [x],
+    )
+
+
+@pytest.mark.parametrize("labels", [PAIRS, LABELS], ids=["one positive", "several"])
+def test_metric_learning_supcon(labels, backend) -> None:
+    losses = package("pytorch_metric_learning.losses")
+    x = draw(14, 6)
+    agree(fastcl.SupConLoss(0.1)(x, labels), losses.SupConLoss(temperature=0.1)(x, labels), [x])
+
+
+def test_metric_learning_cross_batch_memory(backend) -> None:
+    """Of several batches: a memory of labelled rows beside the batch itself."""
+    losses = package("pytorch_metric_learning.losses")
+    memory = losses.CrossBatchMemory(losses.SupConLoss(temperature=0.1), 6, memory_size=42).double()
+    queue = fastcl.MemoryQueue(28, 6, dtype=torch.float64, clusters=True)
+    loss = fastcl.ClusterInfoNCE(0.1)
+    for seed in range(4):
+        x = draw(14, 6, seed=seed)
+        unit = torch.nn.functional.normalize(x, dim=1)
+        expected = memory(unit, LABELS)
+        clusters = {"contrast_clusters": LABELS, "ids": torch.arange(14), "contrast_ids": torch.arange(14)}
+        # The batch meets its own copy in the memory, from which no gradient comes; no row meets itself.
+        got = loss(x, LABELS, contrasts=[x.detach(), queue], **clusters)
+        agree(got, expected, [x])
+        queue.enqueue(x.detach(), LABELS)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_lightly_ntxent(temperature, backend) -> None:
+    loss = package("lightly.loss")
+    z0, z1 = draw(9, 5), draw(9, 5, seed=1)
+    agree(fastcl.NTXentLoss(temperature)(z0, z1), loss.NTXentLoss(temperature)(z0, z1), [z0, z1])
+
+
+def test_lightly_ntxent_with_a_memory_bank(backend) -> None:
+    """MoCo, over more steps than the bank has room for."""
+    loss = package("lightly.loss")
+    peer = loss.NTXentLoss(0.2, memory_bank_size=(12, 5)).double()
+    bank = getattr(peer, "memory_bank", peer).bank
+    queue = fastcl.MemoryQueue(12, 5, dtype=torch.float64)
+    queue.enqueue(bank if bank.shape == (12, 5) else bank.T)
+    for step in range(5):
+        query, key = draw(4, 5, seed=2 * step), draw(4, 5, seed=2 * step + 1).detach()
+        agree(fastcl.MoCoLoss(0.2)(query, key, queue), peer(query, key), [query])
+        queue.enqueue(key)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_lightly_dcl(temperature, backend) -> None:
+    loss = package("lightly.loss")
+    z0, z1 = draw(9, 5), draw(9, 5, seed=1)
+    agree(fastcl.DCLLoss(temperature)(z0, z1), loss.DCLLoss(temperature)(z0, z1), [z0, z1])
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")  # of lightly's weights
+def test_lightly_dclw(backend) -> None:
+    dcl = package("lightly.loss.dcl_loss")
+    z0, z1 = draw(9, 5), draw(9, 5, seed=1)
+    peer = dcl.DCLLoss(0.1, weight_fn=dcl.negative_mises_fisher_weights)
+    agree(weighted_dcl(z0, z1, 0.1, 0.5), peer(z0, z1), [z0, z1])
+
+
+@pytest.mark.parametrize("output_dict", [False, True])
+def test_open_clip(output_dict, backend) -> None:
+    peer = package("open_clip").ClipLoss()
+    image, text = (torch.nn.functional.normalize(draw(9, 5, seed=seed), dim=1).detach() for seed in (0, 1))
+    log_scale = torch.tensor(2.0, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (image, text, log_scale)]
+    results = []
+    for loss in (fastcl.ClipLoss(), peer):
+        result = loss(image, text, logit_scale=log_scale.exp(), output_dict=output_dict)
+        if output_dict:
+            assert set(result) == {"contrastive_loss"}
+            result = result["contrastive_loss"]
+        results.append(result)
+    assert isinstance(results[0], Tensor)
+    agree(*results, leaves)

@@ -1,0 +1,142 @@
+"""Compiles Triton kernels ahead of time for a GPU that need not be there: ``python compile_triton.py JOBS``, as JSON.
+
+A process of its own: Triton is told by the environment whether it interprets, before it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastcl.ops.backends import triton_launch, triton_tiles
+from fastcl.ops.soft import triton as soft_triton
+from fastcl.ops.topk import triton as topk_triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    "START": "*i32", "END": "*i32", "ROW_NAMES": "*i32", "COLUMN_NAMES": "*i32", "ORDER": "*i64", "ONE": "*i32",
+    "N": "i32", "M": "i32", "WIDTH": "i32",
+    "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
+    "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
+    "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
+    "BEST": "*i64", "SPAN": "i32", "K": "i32",
+}  # fmt: skip
+ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+KERNELS = {
+    "forward": "statistics_kernel",
+    "running": "running_kernel",
+    "two_way": "two_way_kernel",
+    "weighted": "weighted_kernel",
+    "backward": "gradient_kernel",
+    "observation": "observation_kernel",
+    "labels": "labels_kernel",
+    "rows": "rows_kernel",
+    "fields": "fields_kernel",
+    "weights": "weights_kernel",
+    "side": "side_kernel",
+    "finish": "finish_kernel",
+    "topk": "topk_kernel",
+    "soft_forward": "soft_statistics_kernel",
+    "soft_backward": "soft_gradient_kernel",
+}
+WHOLE_ROWS = ("rows", "finish")
+PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
+
+
+def compiled(job: dict[str, Any]) -> dict[str, Any]:
+    """kind, architecture, dtype, d, precision; `flags`: constants of the kernel; `absent`: arguments that are None."""
+    dtype, d, careful = getattr(torch, job["dtype"]), job["d"], job.get("careful", False)
+    if job["kind"] in WHOLE_ROWS:
+        shape = triton_tiles.row_tile(d)
+    elif job["kind"] == "topk":
+        shape = topk_triton.shape(job["architecture"], dtype, d, job["flags"]["SLOTS"])
+    elif job["kind"].startswith("soft_"):
+        shape = soft_triton.tile_for(job["kind"], job["architecture"], dtype, d, job["precision"] == "tf32")
+    elif job["kind"] not in (*triton_tiles.KINDS, "observation"):
+        shape = triton_tiles.ROWS_AT_ONCE
+    elif "tile" in job:
+        shape = triton_tiles.Tile(*job["tile"])
+    else:
+        observing = job["kind"] == "observation"
+        kind = "running" if observing else job["kind"]
+        of_masks = careful or observing
+        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, job["precision"] == "tf32")
+    constants = {
+        "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
+        "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,
+        "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "SOME": False,
+        "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
+        "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
+        "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
+        "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
+        "ASSIGNMENT_PRECISION": job.get("precision", "ieee") if "assignments" not in job else "ieee",
+    } | job.get("flags", {})  # fmt: skip
+    absent = set(job.get("absent", ()))
+    if not careful:
+        absent |= {"ROW_BIAS", "COLUMN_BIAS", "ROW_NAMES", "COLUMN_NAMES", "LONGEST", "LARGEST_BIAS"}
+    kernel = triton_launch.kernel_named(KERNELS[job["kind"]])
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants or name in absent:
+            signature[name], constexprs[name] = "constexpr", constants.get(name)
+            continue
+        of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS")
+        of_assignments = name in ("R", "Q") and "assignments" in job
+        dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
+        signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
+        if name not in ("N", "M", "SPAN", "K"):  # as at run time: memory of torch's begins at multiples of 16 bytes
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return built(job, kernel, shape, signature, constexprs, attributes)
+
+
+def built(
+    job: dict[str, Any],
+    kernel: Any,
+    shape: triton_tiles.Tile,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    attributes: dict[tuple[int, ...], Any],
+) -> dict[str, Any]:
+    """The job, and what became of it."""
+    result = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", job["architecture"], 32),
+        options={"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(result.asm["cubin"])
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return job | {
+        "tile": tuple(shape),
+        "registers": found["reg"],
+        "stack": found["stack"],
+        "local": found["local"],
+        "shared": result.metadata.shared,
+        "products": [name for name in PRODUCTS if name in result.asm["ptx"]],
+        "multiply_adds": result.asm["ptx"].count("fma.rn.f32") + result.asm["ptx"].count("fma.rn.f32x2"),  # of two
+        "fusible": len(re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32", result.asm["ptx"])),
+    }
+
+
+if __name__ == "__main__":
+    for line in json.loads(sys.argv[1]):
+        print(json.dumps(compiled(line)), flush=True)

@@ -1,0 +1,344 @@
+"""What test_distributed.py's processes run: calls of `cluster_infonce` shared out among them, and other losses.
+
+A process holds its share of the samples, and of the contrasts the ones that belong with them.
+"""
+
+import json
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, multiprocessing
+from torch import distributed as dist
+
+import fastcl
+from fastcl.functional import cluster_infonce
+from tests.support.judging import combination
+from tests.support.strategies import LossProblem, generator, loss_problem
+
+SAMPLES = {2: (3, 6), 4: (3, 0, 4, 2)}  # of each process
+MODES = (True, "ring")
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def infonce_problems() -> dict[str, tuple[LossProblem, str | None]]:
+    """By name, with the backend (None: the one that is chosen)."""
+    sets = {"contrasts": "paired", "m": 9}
+    kinds: dict[str, dict[str, Any]] = {
+        "views": {"pattern": None},
+        "clusters across processes": {"pattern": "huge"},
+        "some in no cluster": {"pattern": "negatives", "weights": True, "bias": True},
+        "one view": {"views": 0, "pattern": "pairs", "denominator": "negatives", "reduction": "sum"},
+        "inside, margin": {"form": "inside", "margin": 0.2, "reduction": "none"},
+        "keys": {"pattern": "random", "positives": True, "margin": 0.1},
+        "two sets": {**sets, "views": 0, "pattern": None},
+        "both ways": {**sets, "views": 0, "pattern": None, "symmetric": True},
+        "both ways, clusters": {
+            "contrasts": "paired", "views": 2, "m": 22, "pattern": "negatives", "symmetric": True, "ids": True,
+            "bias": True, "weights": True,
+        },
+        "both ways, unreduced": {**sets, "views": 0, "symmetric": True, "reduction": "none", "form": "inside"},
+        "both ways, decoupled": {**sets, "views": 0, "symmetric": True, "denominator": "negatives"},
+        "contrasts of samples": {"contrasts": "clustered", "m": 13, "pattern": None, "ids": True, "weights": True},
+        "contrasts of clusters": {"contrasts": "clustered", "m": 13, "views": 0, "pattern": "huge", "bias": True},
+        "a list": {"contrasts": "list", "m": 21, "pattern": "random", "positives": True},
+        "inner products": {"normalize": False, "temperature": 0.5},
+    }  # fmt: skip
+    found = {}
+    for name, options in kinds.items():
+        for dtype in (F64, F32):
+            found[f"{name}, {dtype}"] = loss_problem(dtype=dtype, contrast_dtype=dtype, **options), None
+    converged = {"n": 9, "d": 48, "kind": "converged", "temperature": 0.05, "pattern": None}
+    for dtype in (F32, BF16):
+        one = loss_problem(dtype=dtype, contrast_dtype=dtype, **converged)
+        two = loss_problem(dtype=dtype, contrast_dtype=dtype, **converged, **sets | {"symmetric": True, "views": 0})
+        for backend in [
+            name for name in ("reference", "chunked", "cpu") if name in fastcl.ops.backends.choose.AVAILABLE
+        ]:
+            found[f"converged, {dtype}, {backend}"] = one, backend
+            found[f"converged both ways, {dtype}, {backend}"] = two, backend
+    found["two dtypes"] = loss_problem(dtype=F16, contrast_dtype=F32, **sets, views=0, symmetric=True), None
+    found["cold"] = loss_problem(temperature=0.005, d=16), None
+    found["cold both ways"] = loss_problem(temperature=0.005, d=16, symmetric=True, **sets, views=0), None
+    return found
+
+
+def arguments_of(name: str, problem: LossProblem) -> dict[str, Any]:
+    """As `problem.arguments()`; of inner products, some rows so long that their logits leave what one base covers."""
+    arguments = problem.arguments()
+    if name.startswith("inner products"):
+        arguments["embeddings"][:4] *= 30
+    return arguments
+
+
+def places(problem: LossProblem, arguments: dict[str, Any], rank: int, world: int) -> dict[str, Tensor]:
+    """Which of the whole's samples, rows and contrasts are this process's."""
+    counts, views = SAMPLES[world], max(problem.views, 1)
+    first = sum(counts[:rank])
+    samples = torch.arange(first, first + counts[rank])
+    rows = (samples[:, None] * views + torch.arange(views)).flatten()
+    m, flat = problem.m, problem.n * views
+    if problem.contrasts == "clustered":
+        contrasts = torch.arange(rank, m, world)
+        if problem.pattern is None:  # clusters are places of samples, and named as the process knows them
+            of = arguments["contrast_clusters"]
+            owner = torch.searchsorted(torch.tensor(counts).cumsum(0), of, right=True)
+            contrasts = torch.where(of < 0, torch.arange(m) % world == rank, owner == rank).nonzero()[:, 0]
+    else:
+        contrasts = torch.cat([rows, torch.arange(flat, max(m, flat))[rank::world]])
+    return {"samples": samples, "rows": rows, "contrasts": contrasts}
+
+
+WHERE = {
+    "embeddings": "samples", "clusters": "samples", "positives": "samples", "weights": "samples", "ids": "samples",
+    "contrasts": "contrasts", "contrast_clusters": "contrasts", "contrast_ids": "contrasts",
+    "contrast_bias": "contrasts",
+}  # fmt: skip
+
+
+def share(problem: LossProblem, arguments: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
+    mine, where = dict(arguments), places(problem, arguments, rank, world)
+    for name, kind in WHERE.items():
+        value = mine.get(name)
+        if isinstance(value, list):
+            rows = torch.cat(value)[where[kind]]
+            mine[name] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        elif value is not None:
+            mine[name] = value[where[kind]]
+    if problem.contrasts == "clustered" and problem.pattern is None and len(mine["contrast_clusters"]):
+        known = mine["contrast_clusters"]
+        mine["contrast_clusters"] = torch.where(known < 0, known, known - sum(SAMPLES[world][:rank]))
+    return mine
+
+
+def run_infonce(rank: int, world: int) -> dict[str, Any]:
+    """Loss and gradients of each problem and mode."""
+    results = {}
+    for name, (problem, backend) in infonce_problems().items():
+        arguments = arguments_of(name, problem)
+        mine = share(problem, arguments, rank, world)
+        for mode in MODES:
+            leaves = {leaf: mine[leaf].detach().clone().requires_grad_() for leaf in problem.leaves}
+            with fastcl.use_backend(backend or fastcl.ops.backends.choose.choose_backend(torch.device("cpu"), F32)):
+                loss = cluster_infonce(**(mine | leaves), gather=mode)
+                total = loss
+                if problem.reduction == "none":
+                    factors = combination(arguments["embeddings"].shape[:-1])
+                    total = (loss * factors[places(problem, arguments, rank, world)["samples"]].to(loss.dtype)).sum()
+                gradients = torch.autograd.grad(total, list(leaves.values()))
+            results[f"{name}, {mode}"] = loss.detach(), dict(zip(leaves, gradients, strict=True))
+    return results
+
+
+# Losses that have no formula in oracle.py: one process with everything is what they are held to.
+
+
+def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
+    """Loss and gradients in float64; of all samples (rank None), or of this process's."""
+    g = generator(3)
+    n, d = 9, 5
+    first = 0 if rank is None else sum(SAMPLES[world][:rank])
+    mine = slice(first, n if rank is None else first + SAMPLES[world][rank])
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=F64, generator=g)[mine].requires_grad_()
+
+    z0, z1, features = rows(n, d), rows(n, d), rows(n, 2, d)
+    labels = torch.randint(-1, 3, (n,), generator=g)[mine]
+    stored, theirs = torch.randn(7, d, dtype=F64, generator=g), torch.randint(-1, 3, (7,), generator=g)
+    prototypes = torch.randn(6, d, dtype=F64, generator=g).requires_grad_()
+    temperature = torch.tensor(0.3, dtype=F64).requires_grad_()
+    negatives = torch.randint(0, n, (n, 4), generator=g)[mine]
+    queue = fastcl.MemoryQueue(7, d, dtype=F64)
+    queue.enqueue(stored)
+    clustered = fastcl.MemoryQueue(8, d, dtype=F64, clusters=True, ids=True)
+    clustered.enqueue(stored, theirs, torch.arange(7) % 4)
+    bank = fastcl.MemoryBank(n, d, dtype=F64)
+    bank.update(torch.arange(n), torch.randn(n, d, dtype=F64, generator=g))
+    ids = torch.arange(n)[mine]
+    nce = fastcl.SampledNCELoss(0.3, num_negatives=4, gather=gather is not False)
+    scores = [torch.nn.functional.normalize(z, dim=1) @ prototypes.T for z in (z0, z1)]
+    prior = fastcl.power_law_prior(6).double()
+    of_queue = torch.randn(9, d, dtype=F64, generator=g) @ prototypes.T
+    assigned = torch.rand(n, 3, dtype=F64, generator=g)[mine].requires_grad_()
+    bias = torch.randn(n, dtype=F64, generator=g)[mine].requires_grad_()
+    both = gather is not False
+    losses: dict[str, Callable[[], Tensor]] = {
+        "NTXent": lambda: fastcl.NTXentLoss(temperature, gather=gather)(z0, z1),
+        "DCL": lambda: fastcl.DCLLoss(temperature, gather=gather)(z0, z1),
+        "SupCon": lambda: fastcl.SupConLoss(temperature, gather=gather)(features, labels),
+        "Clip": lambda: fastcl.ClipLoss(gather=gather)(z0, z1, 1 / temperature),
+        "Debiased": lambda: fastcl.DebiasedLoss(temperature, gather=gather)(features, labels),
+        "HardNegative": lambda: fastcl.HardNegativeLoss(temperature, gather=gather)(z0, labels, contrasts=z1),
+        "MoCo": lambda: fastcl.MoCoLoss(temperature, gather=gather)(z0, z1, queue),
+        "a queue with clusters": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(
+            z0, labels, contrasts=clustered, ids=ids
+        ),
+        "a queue beside rows": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(
+            z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2, positives=z1.detach()
+        ),
+        "an instance each": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(z0, ids, contrasts=[z1, bank]),
+        "nobody has a positive": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(z0, ids),
+        "assignments": lambda: fastcl.ClusterInfoNCE(temperature, gather=both)(features, assignments=assigned),
+        "assignments, both ways": lambda: fastcl.ClusterInfoNCE(temperature, gather=both, symmetric=True)(
+            z0, assignments=assigned, contrasts=z1, contrast_bias=bias, ids=ids % 4, contrast_ids=ids % 3
+        ),
+        "assignments, their products too small": lambda: fastcl.ClusterInfoNCE(temperature, gather=both)(
+            features, assignments=assigned * torch.logspace(-170, -169, n, dtype=F64)[mine, None]
+        ),
+        "SampledNCE": lambda: nce(z0, ids, bank, negatives=negatives),
+        "SwAV": lambda: fastcl.SwAVLoss(0.3, gather=both)(scores),
+        "SwAV with a queue": lambda: fastcl.SwAVLoss(0.3, gather=both)(
+            scores, [], [of_queue[mine], of_queue[mine] * 0.5]
+        ),
+        "MSN": lambda: fastcl.MSNLoss(0.3, gather=both)(torch.cat([z0, z1]), z1, prototypes),
+        "PMSN": lambda: fastcl.PMSNLoss(0.3, prior=prior, n_iters=0, kl="prior_mean", gather=both)(z0, z1, prototypes),
+    }
+    leaves = {
+        "z0": z0, "z1": z1, "features": features, "assigned": assigned, "bias": bias, "prototypes": prototypes,
+        "temperature": temperature,
+    }  # fmt: skip
+    results = {}
+    for name, loss in losses.items():
+        value = loss()
+        gradients = torch.autograd.grad(
+            value, list(leaves.values()), allow_unused=True, materialize_grads=True, retain_graph=True
+        )
+        results[name] = value.detach(), dict(zip(leaves, gradients, strict=True))
+    return results
+
+
+def run_others(rank: int, world: int) -> dict[Any, dict[str, Any]]:
+    return {mode: other_losses(mode, rank, world) for mode in MODES}
+
+
+# What else processes do.
+
+
+class Model(torch.nn.Module):
+    """An encoder and a loss with a learned temperature, as DistributedDataParallel wraps it."""
+
+    def __init__(self, gather: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = torch.nn.Linear(6, 4, dtype=F64)
+        temperature = torch.nn.Parameter(torch.tensor(0.3, dtype=F64))
+        self.loss = fastcl.ClusterInfoNCE(temperature, symmetric=True, gather=gather)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        loss: Tensor = self.loss(self.encoder(left), contrasts=self.encoder(right))
+        return loss
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    g = generator(1)
+    return [tuple(torch.randn(2, 9, 6, dtype=F64, generator=g).unbind(0)) for _ in range(2)]  # type: ignore[misc]
+
+
+def accumulated(rank: int, world: int) -> dict[Any, dict[str, Tensor]]:
+    """Gradients of two batches, the first without synchronising."""
+    first = sum(SAMPLES[world][:rank])
+    mine = slice(first, first + SAMPLES[world][rank])
+    results = {}
+    for mode in MODES:
+        model = torch.nn.parallel.DistributedDataParallel(Model(mode))
+        (left, right), (other_left, other_right) = batches()
+        with model.no_sync():
+            model(left[mine], right[mine]).backward()
+        model(other_left[mine], other_right[mine]).backward()
+        results[mode] = {name: parameter.grad for name, parameter in model.module.named_parameters()}
+    return results
+
+
+def queues(rank: int, world: int) -> dict[str, Any]:
+    """Fed with gathered rows, of which each process brings others and another number of them."""
+    g = generator(rank)
+    queue = fastcl.MemoryQueue(11, 3, clusters=True, ids=True)
+    for _ in range(3):
+        n = SAMPLES[world][rank]
+        z = torch.randn(n, 3, generator=g, requires_grad=True)
+        found = fastcl.distributed.gather_rows(z, torch.randint(0, 4, (n,), generator=g), torch.full((n,), rank))
+        queue.enqueue(*found)
+    nothing = fastcl.distributed.gather_rows(torch.empty(0, 3))
+    every_dtype = all(
+        torch.equal(
+            fastcl.distributed.gather_rows(torch.arange(3 + rank).to(dtype)),
+            torch.cat([torch.arange(3 + q).to(dtype) for q in range(world)]),
+        )
+        for dtype in fastcl.distributed._DTYPES
+    )
+    turned = torch.arange(12).reshape(2, 3, 2).mT[: SAMPLES[world][rank]]
+    shaped = fastcl.distributed.gather_rows(turned)
+    every_dtype &= torch.equal(shaped, torch.cat([torch.arange(12).reshape(2, 3, 2).mT[:n] for n in SAMPLES[world]]))
+    flags = fastcl.distributed.gather_rows(torch.tensor([rank % 2 == 0]))
+    return {
+        "state": queue.state_dict(),
+        "nothing": nothing.shape,
+        "flags": flags,
+        "graph": found[0].requires_grad,
+        "dtypes": every_dtype,
+    }
+
+
+def compiled(rank: int, world: int) -> dict[str, Any]:
+    """A compiled function breaks its graph at the loss; a second derivative raises."""
+    z = torch.randn(5, 2, 3, generator=generator(rank)).requires_grad_()
+    expected = cluster_infonce(z, gather="ring") * 2
+    got = torch.compile(lambda z: cluster_infonce(z * 1, gather="ring") * 2, backend="eager")(z)
+    equal = torch.equal(got, expected)
+    gradients = [torch.autograd.grad(loss, z, create_graph=True)[0] for loss in (got, expected)]
+    said = ""
+    try:
+        torch.autograd.grad(gradients[0].sum(), z)
+    except RuntimeError as error:
+        said = str(error)
+    return {"equal": equal and torch.equal(*gradients), "second derivative": said}
+
+
+# Processes.
+
+
+def _process(rank: int, world: int, folder: str, work: Callable[[int, int], Any], seconds: float) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", f"file://{folder}/meeting", timedelta(seconds=seconds), rank=rank, world_size=world
+        )
+        torch.save(work(rank, world), Path(folder, f"{rank}.pt"))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException as error:
+        Path(folder, f"{rank}.error").write_text(json.dumps([type(error).__name__, traceback.format_exc()]))
+        os._exit(1)  # a process group that has failed may wait for the others on its way out
+
+
+def spread(work: Callable[[int, int], Any], world: int, seconds: float = 60) -> tuple[list[Any], dict[int, list[str]]]:
+    """What `work(rank, world)` returns in each of so many processes (None where it failed), and their errors."""
+    context = multiprocessing.get_context("forkserver")  # imports torch once, then forks
+    context.set_forkserver_preload(["torch", "torch.distributed", "distributed_calls"])
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_process, args=(rank, world, folder, work, seconds)) for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(4 * seconds)
+        hanging = [process for process in processes if process.is_alive()]
+        for process in hanging:
+            process.kill()
+        results, errors = [], {}
+        for rank in range(world):
+            path = Path(folder, f"{rank}.pt")
+            results.append(torch.load(path, weights_only=False) if path.exists() else None)
+            failed = Path(folder, f"{rank}.error")
+            if failed.exists():
+                errors[rank] = json.loads(failed.read_text())
+        for process in hanging:
+            errors[processes.index(process)] = ["Hanging", ""]
+        return results, errors

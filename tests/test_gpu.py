@@ -11,6 +11,7 @@ from stats_checks import as_dict, objective
 from strategies import DTYPES, FIELDS, cluster_ids, generator, rows
 from tolerances import accumulation_dtype, check
 from torch import Tensor
+from waiting import waiting_is_an_error
 
 import fastcl
 from fastcl.functional import cluster_infonce
@@ -230,11 +231,8 @@ def test_bit_identical_from_run_to_run_and_on_a_side_stream(backend) -> None:
 def test_never_waits_for_the_device() -> None:
     arguments = problem()
     training_step(*arguments)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         training_step(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("_kernels")

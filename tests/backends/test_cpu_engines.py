@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import fastcl
 from fastcl.ops.backends import native
-from tests.support.backends import ENGINES, using_engine
+from tests.support.backends import BACKENDS, ENGINES, using_engine
 from tests.support.strategies import DTYPES, FIELDS, cluster_ids, generator, rows
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason=native.engine()[1])
@@ -285,3 +286,28 @@ def test_autograd_from_several_threads_at_once(engine) -> None:
     assert len(got) == 20
     for result in got:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_python_threads_compute_what_one_does(name) -> None:
+    """Each has its own threads of OpenMP below it; the interpreter takes one at a time."""
+    slow = name == "triton"  # interpreted
+    z = torch.randn(2 if slow else 4, 5 if slow else 300, 2, 32, generator=generator(0))
+
+    def losses(start: threading.Barrier | None, k: int) -> list[Tensor]:
+        found = []
+        if start is not None:
+            start.wait()
+        with fastcl.use_backend(name):
+            for temperature in (0.1,) if slow else (0.01, 0.1, 1.0):
+                leaf = z[k].clone().requires_grad_()
+                loss = fastcl.ClusterInfoNCE(temperature)(leaf)
+                loss.backward()
+                found += [loss.detach(), leaf.grad]
+        return found
+
+    with ThreadPoolExecutor(len(z)) as pool:
+        together = list(pool.map(losses, [threading.Barrier(len(z))] * len(z), range(len(z))))
+    for k, found in enumerate(together):
+        for got, expected in zip(found, losses(None, k), strict=True):
+            assert torch.equal(got, expected)

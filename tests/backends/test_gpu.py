@@ -15,6 +15,7 @@ from tests.support.oracle import contrastive_stats as plain_stats
 from tests.support.stats_checks import as_dict, objective
 from tests.support.strategies import DTYPES, FIELDS, cluster_ids, generator, rows
 from tests.support.tolerances import accumulation_dtype, check
+from tests.support.waiting import waiting_is_an_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -233,11 +234,8 @@ def test_bit_identical_from_run_to_run_and_on_a_side_stream(backend) -> None:
 def test_never_waits_for_the_device() -> None:
     arguments = problem()
     training_step(*arguments)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         training_step(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("_kernels")

@@ -60,9 +60,7 @@ class SinkhornResult:
         all processes of the group have to ask for.
         """
         if self._solved is None:
-            raise ValueError(
-                "transport_cost: expected a result of fastcl.sinkhorn, got one that was made without scores"
-            )
+            raise ValueError("transport_cost: expected a result of fastcl.sinkhorn, got one without scores")
         scores, epsilon, log_prior, log_rows, *options = self._solved
         assignments = self.assignments if self.assignments.dim() == 3 else self.assignments[None]
         if assignments.dtype != epsilon.dtype:
@@ -104,7 +102,7 @@ BLOCK = 1 << 20  # numbers in a block of assignments
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Of matrices [B, N, K] the same rows, a block of numbers at a time; under a compiler all at once."""
+    """The same rows of matrices [B, N, K], a block of numbers at a time; all at once while compiling."""
     batch, n, k = matrices[0].shape
     if torch.compiler.is_compiling():
         yield matrices

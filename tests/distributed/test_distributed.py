@@ -26,6 +26,7 @@ from tests.support.distributed_cases import (
     spread,
 )
 from tests.support.judging import judge
+from tests.support.strategies import generator
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 PROBLEMS = infonce_problems()
@@ -170,6 +171,21 @@ def test_compiled_functions_leave_the_loss_out_and_second_derivatives_raise(worl
     for results in found(world):
         assert results["compiled"]["equal"]
         assert "second derivatives are not supported" in results["compiled"]["second derivative"]
+
+
+def test_a_nan_of_one_process_reaches_the_loss_of_all(world: int) -> None:
+    """Where rows are exchanged, or what a mean divides by."""
+    for results in found(world):
+        for name, loss in results["not_a_number"].items():
+            assert loss.isnan(), name
+
+
+def test_weights_of_a_mean_have_no_unit(world: int) -> None:
+    x, y = (torch.randn(4 * world, 3, generator=generator(seed)) for seed in (0, 1))
+    weights = torch.cat([torch.linspace(1, 2, 4, dtype=torch.float64) * 10.0**rank for rank in range(world)])
+    expected = cluster_infonce(x.double(), contrasts=y.double(), weights=weights)
+    got = torch.stack([results["light_weights"] for results in found(world)]).mean()
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
 
 
 def dies(rank: int, world: int) -> None:

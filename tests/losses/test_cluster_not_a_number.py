@@ -126,11 +126,12 @@ def test_in_compiled_functions(backend: str) -> None:
     x, y = rows(N, 0), rows(N, 1)
     queue, assignments = with_a(torch.nan, rows(M, 2), 3), with_a(torch.nan, rows(N, 2).abs(), 3)
     prior = torch.tensor([torch.nan, 1.0, 2.0])
+    msn = fastcl.MSNLoss(prior=prior, n_iters=0, kl="prior_mean")
     calls: dict[str, Any] = {
         "queue": lambda: fastcl.MoCoLoss(0.3)(x, y, queue),
         "assignments": lambda: cluster_infonce(x, contrasts=y, assignments=assignments),
         "prior": lambda: fastcl.sinkhorn(x[:, :3], prior=prior).assignments.sum(),
-        "prior of the regulariser": lambda: fastcl.MSNLoss(prior=prior, n_iters=0, kl="prior_mean")(x, y, x[:3]),
+        "prior of the regulariser": lambda: msn(x, y, x[:3]),
     }
     with fastcl.use_backend(backend):
         for name, call in calls.items():

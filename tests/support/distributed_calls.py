@@ -301,19 +301,66 @@ def collectives(rank: int, world: int) -> dict[str, int]:
     return results
 
 
-def everything(rank: int, world: int) -> dict[str, Any]:
-    return {
-        work.__name__: work(rank, world)
-        for work in (
-            run_infonce,
-            run_others,
-            accumulated,
-            queues,
-            memories,
-            disagreements,
-            own_errors,
-            compiled,
-            penalised,
-            collectives,
+def not_a_number(rank: int, world: int) -> dict[str, Tensor]:
+    """Losses of a call in which the last process alone has a NaN."""
+
+    def draw(rows: int, columns: int, bad: bool = False) -> Tensor:
+        values = torch.randn(rows, columns)
+        if bad and rank == world - 1:
+            values[1, 1] = torch.nan
+        return values
+
+    def memories() -> tuple[fastcl.MemoryQueue, fastcl.MemoryBank]:
+        queue, bank = fastcl.MemoryQueue(8, 3), fastcl.MemoryBank(6, 3)
+        queue.enqueue(draw(8, 3, True))
+        bank.update(torch.arange(6), draw(6, 3, True))
+        return queue, bank
+
+    torch.manual_seed(rank)
+    n, prototypes = 4, torch.randn(5, 3, generator=generator(0))
+    queue, bank = memories()
+    indices, negatives = torch.arange(n), torch.arange(6).expand(n, 6)
+    results = {}
+    for mode in MODES:
+        for form in ("outside", "inside"):
+            loss = fastcl.ClusterInfoNCE(gather=mode, form=form)
+            results[f"anchors, {form}, {mode}"] = loss(draw(n, 3, True), contrasts=draw(n, 3))
+            results[f"contrasts, {form}, {mode}"] = loss(draw(n, 3), contrasts=draw(n, 3, True))
+            results[f"views, {form}, {mode}"] = loss(draw(2 * n, 3, True).unflatten(0, (n, 2)))
+        results[f"sum, {mode}"] = fastcl.ClusterInfoNCE(gather=mode, reduction="sum")(
+            draw(n, 3), contrasts=draw(n, 3, True)
         )
-    }
+        results[f"weights, {mode}"] = fastcl.ClusterInfoNCE(gather=mode)(
+            draw(n, 3, True), contrasts=draw(n, 3), weights=torch.full((n,), 10.0 ** (rank - 42))
+        )
+        for loss in (fastcl.DebiasedLoss(gather=mode), fastcl.HardNegativeLoss(gather=mode)):
+            name = type(loss).__name__
+            results[f"{name}, {mode}"] = loss(draw(n, 3), contrasts=draw(n, 3, True))
+        results[f"queue, {mode}"] = fastcl.MoCoLoss(gather=mode)(draw(n, 3), draw(n, 3), queue)
+    results["assignments"] = fastcl.ClusterInfoNCE(gather=True)(
+        draw(n, 3), contrasts=draw(n, 3, True), assignments=torch.rand(n, 4)
+    )
+    results["SwAV"] = fastcl.SwAVLoss(gather=True)([draw(n, 5, True), draw(n, 5)], [draw(n, 5)])
+    results["SwAV, queue"] = fastcl.SwAVLoss(gather=True)([draw(n, 5)] * 2, [], [draw(n, 5, True), draw(n, 5)])
+    results["MSN, targets"] = fastcl.MSNLoss(gather=True)(draw(n, 3), draw(n, 3, True), prototypes)
+    results["MSN, anchors"] = fastcl.MSNLoss(gather=True)(draw(n, 3, True), draw(n, 3), prototypes)
+    for form in ("nce", "infonce"):
+        results[f"sampled, {form}"] = fastcl.SampledNCELoss(gather=True, form=form)(
+            draw(n, 3), indices, bank, negatives=negatives
+        )
+    return {name: value.detach() for name, value in results.items()}
+
+
+def light_weights(rank: int, world: int) -> Tensor:
+    """A weighted mean whose weights are tiny, and of other sizes on each process."""
+    x, y = (torch.randn(4 * world, 3, generator=generator(seed))[4 * rank : 4 * rank + 4] for seed in (0, 1))
+    weights = torch.linspace(1, 2, 4, dtype=F64) * 10.0 ** (rank - 300)
+    return cluster_infonce(x, contrasts=y, weights=weights, gather=True)
+
+
+def everything(rank: int, world: int) -> dict[str, Any]:
+    subjects = (
+        run_infonce, run_others, accumulated, queues, memories, disagreements, own_errors, compiled, penalised,
+        collectives, not_a_number, light_weights,
+    )  # fmt: skip
+    return {work.__name__: work(rank, world) for work in subjects}

@@ -320,7 +320,7 @@ def _process(rank: int, world: int, folder: str, work: Callable[[int, int], Any]
 def spread(work: Callable[[int, int], Any], world: int, seconds: float = 60) -> tuple[list[Any], dict[int, list[str]]]:
     """What `work(rank, world)` returns in each of so many processes (None where it failed), and their errors."""
     context = multiprocessing.get_context("forkserver")  # imports torch once, then forks
-    context.set_forkserver_preload(["torch", "torch.distributed", "distributed_calls"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "tests.support.distributed_calls"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_process, args=(rank, world, folder, work, seconds)) for rank in range(world)

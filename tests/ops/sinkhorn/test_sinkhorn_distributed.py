@@ -56,7 +56,8 @@ def solved(rank: int | None, group: Any, tol: float | None, warm: bool) -> dict[
     result = fastcl.sinkhorn(
         **leaves, n_iters=4 if tol is None else 2000, tol=tol, init=p["init"] if warm else None, group=group
     )
-    total = (result.assignments * share(p["weight"], rank)).sum()
+    cost = result.transport_cost
+    total = (result.assignments * share(p["weight"], rank)).sum() + 3 * cost
     if tol is None:  # the fixed point's potentials are known up to a constant
         total = total + (result.row_potential * share(p["row_weight"], rank)).sum()
         # Every process has the column potentials: so that they count once, each takes its part.
@@ -69,6 +70,7 @@ def solved(rank: int | None, group: Any, tol: float | None, warm: bool) -> dict[
         "row_potential": result.row_potential.detach(),
         "col_potential": result.col_potential.detach(),
         "n_iters": torch.as_tensor(result.n_iters),
+        "transport_cost": cost.detach(),
     } | named
 
 
@@ -116,7 +118,7 @@ def test_two_processes_solve_what_one_solves(tol, warm) -> None:
     close = {"rtol": 1e-7, "atol": 1e-9}
     for name in ("assignments", "row_potential", "d scores", "d row_marginal"):
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name], **close)
-    for name in ("d epsilon", "d prior"):  # each process has its share
+    for name in ("d epsilon", "d prior", "transport_cost"):  # each process has its share
         torch.testing.assert_close(sum(part[name] for part in parts), whole[name], **close)
     for part in parts:
         torch.testing.assert_close(part["col_potential"], whole["col_potential"], **close)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .kernels.checks import (
     ROW_DTYPES,
-    check_device,
     check_flag,
     check_ids,
     check_rows,
@@ -21,124 +19,7 @@ from .kernels.checks import (
 )
 from .kernels.problem import inverse_norms
 from .kernels.topk_ops import topk
-
-
-class Stored(NamedTuple):
-    """Rows of a memory as a loss takes them: without gradient, normalised already."""
-
-    rows: Tensor  # [M, D]
-    clusters: Tensor | None  # [M] int64, -1: none; None: the memory keeps none
-    ids: Tensor | None  # [M] int64, -1: none
-    clustered: bool  # clusters came from the user, who has to name the anchors' too
-
-
-class Memory(nn.Module):
-    """What queue and bank share: rows that are state, and a loss's view of them.
-
-    Counters are Python's numbers, so that nobody waits for a device to tell how many rows there are.
-    """
-
-    rows: Tensor
-
-    def stored(self, kept: bool) -> Stored:
-        """The valid rows. kept: a backward will want them again, so that they must outlive changes of the memory."""
-        raise NotImplementedError
-
-    @property
-    def dim(self) -> int:
-        return self.rows.shape[1]
-
-    def _check_embeddings(self, embeddings: Any) -> None:
-        check_rows("embeddings", embeddings)
-        if embeddings.shape[1] != self.dim:
-            raise ValueError(f"embeddings: expected rows of dimension {self.dim}, got shape {list(embeddings.shape)}")
-        check_device("embeddings", embeddings, self.rows.device)
-
-    # Loading a state is all or nothing: where something is missing or does not fit, none of this module's tensors is
-    # copied and no counter changes. Superfluous keys are for torch to report, which alone knows of strict=False.
-
-    def get_extra_state(self) -> Any:
-        return torch.tensor(self._counters(), device="cpu")
-
-    def set_extra_state(self, state: Any) -> None:
-        self._set_counters([int(number) for number in state])
-
-    def _counters(self) -> list[int]:
-        raise NotImplementedError
-
-    def _set_counters(self, counters: list[int]) -> None:
-        raise NotImplementedError
-
-    def _fit(self, counters: list[int]) -> bool:
-        raise NotImplementedError
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        kept = {k: v for k, v in self._buffers.items() if k not in self._non_persistent_buffers_set}
-        own = {prefix + name: value for name, value in (self._parameters | kept).items() if value is not None}
-        extra = prefix + "_extra_state"
-        absent = [key for key in (*own, extra) if key not in state_dict]
-        wrong = [_misfit(key, state_dict[key], like) for key, like in own.items() if key in state_dict]
-        if local_metadata.get("assign_to_params_buffers", False):
-            places = {prefix + name: value for name, value in kept.items() if value is not None}
-            wrong += [_unassignable(key, state_dict[key], like) for key, like in places.items() if key in state_dict]
-        if not absent and not any(wrong):
-            wrong.append(self._wrong_counters(extra, state_dict[extra]))
-        if absent or any(wrong):
-            missing_keys += absent
-            error_msgs += [message for message in wrong if message]
-            for key in state_dict:
-                known = key in own or key == extra or key[len(prefix) :].split(".")[0] in self._modules
-                if key.startswith(prefix) and not known:
-                    unexpected_keys.append(key)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _wrong_counters(self, key: str, counters: Any) -> str:
-        """What is wrong with them, nothing if they fit."""
-        shape = (len(self._counters()),)
-        if not isinstance(counters, Tensor) or counters.shape != shape or _kind(counters) != "integers":
-            return f"{key}: expected a tensor of {shape[0]} integers, got {counters!r}"
-        if not self._fit([int(number) for number in counters]):
-            return f"{key}: expected counters of this memory, got {counters.tolist()}"
-        return ""
-
-
-def _misfit(key: str, value: Any, like: Tensor) -> str:
-    """Why a value cannot take the place of `like`, nothing if it can."""
-    if not isinstance(value, Tensor):
-        return f"{key}: expected a tensor, got {type(value).__name__}"
-    if value.shape != like.shape:
-        return f"{key}: expected shape {list(like.shape)}, got {list(value.shape)}"
-    return "" if _kind(value) == _kind(like) else f"{key}: expected {_kind(like)}, got {value.dtype}"
-
-
-def _unassignable(key: str, value: Any, like: Tensor) -> str:
-    """Why a value cannot become the place into which later rows are written, nothing if it can (``assign=True``)."""
-    if not isinstance(value, Tensor) or value.shape != like.shape or _kind(value) != _kind(like):
-        return ""  # that has been said
-    if value.dtype == like.dtype and value.is_contiguous() and not value.requires_grad:
-        return ""
-    what = f"{value.dtype}" + ", requiring a gradient" * value.requires_grad + ", strided" * (not value.is_contiguous())
-    return f"{key}: with assign=True expected {like.dtype} in one piece, without gradient, got {what}"
-
-
-def _kind(values: Tensor) -> str:
-    if values.dtype == torch.bool:
-        return "truth values"
-    if values.is_complex():
-        return "complex numbers"
-    return "floating numbers" if values.is_floating_point() else "integers"
+from .memory_state import Memory, Stored, buffer_state, unchanged
 
 
 class MemoryQueue(Memory):
@@ -150,8 +31,8 @@ class MemoryQueue(Memory):
 
     Rows are detached, normalised in float32 and then rounded to ``dtype``. A batch that is larger than the queue leaves
     its last ``size`` rows. What a loss was computed from does not change under its backward: enqueueing may come before
-    it. Content, place and number of rows are in ``state_dict``. Every process keeps a queue of its own: inside a
-    ``DistributedDataParallel`` module, pass ``broadcast_buffers=False`` there.
+    it. Content, place and number of rows are buffers, and in ``state_dict``. Every process keeps a queue of its own:
+    inside a ``DistributedDataParallel`` module, pass ``broadcast_buffers=False`` there.
 
     Args:
         size: rows that it holds at most, >= 1.
@@ -168,6 +49,9 @@ class MemoryQueue(Memory):
 
     cluster_ids: Tensor
     sample_ids: Tensor
+    enqueued: Tensor  # rows that ever came: the next place is this modulo size
+    counter = "enqueued"
+    former_counters = 2  # place and count
 
     def __init__(
         self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, clusters: bool = False, ids: bool = False
@@ -180,6 +64,7 @@ class MemoryQueue(Memory):
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
         for name, wanted in (("cluster_ids", clusters), ("sample_ids", ids)):
             self.register_buffer(name, torch.full((size,), -1, dtype=torch.int64) if wanted else None)
+        self.register_buffer("enqueued", torch.zeros((), dtype=torch.int64))
         self._next, self._count = 0, 0  # where the next row goes, and how many there are
 
     @property
@@ -187,6 +72,7 @@ class MemoryQueue(Memory):
         return self.rows.shape[0]
 
     def __len__(self) -> int:
+        self._refresh()
         return self._count
 
     def __bool__(self) -> bool:  # an empty queue is a queue
@@ -208,17 +94,25 @@ class MemoryQueue(Memory):
         return None if self.sample_ids is None else self._in_order(self.sample_ids)
 
     def _in_order(self, values: Tensor) -> Tensor:
+        self._refresh()
         if self._count < self.size:  # nothing has been overwritten yet, and the oldest row is the first
             return values[: self._count].clone()
         return values.roll(-self._next, 0)
 
     def stored(self, kept: bool) -> Stored:
-        def valid(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[: self._count].clone()
-
-        rows = self.rows[: self._count]
-        clusters, ids = valid(self.cluster_ids), valid(self.sample_ids)
-        return Stored(rows.clone() if kept else rows, clusters, ids, clusters is not None)
+        self._refresh()
+        count, buffers = self._count, self._buffers  # nn.Module's __getattr__ takes as long as a small operation
+        rows, clusters, ids = buffers["rows"], buffers["cluster_ids"], buffers["sample_ids"]
+        assert rows is not None
+        if count < rows.shape[0]:
+            rows = rows[:count]
+            clusters, ids = (None if values is None else values[:count] for values in (clusters, ids))
+        return Stored(
+            rows.clone() if kept else rows,
+            None if clusters is None else clusters.clone(),
+            None if ids is None else ids.clone(),
+            clusters is not None,
+        )
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, clusters: Tensor | None = None, ids: Tensor | None = None) -> None:
@@ -239,12 +133,26 @@ class MemoryQueue(Memory):
         for value, place in ((clusters, self.cluster_ids), (ids, self.sample_ids)):
             if value is not None:
                 parts.append((place, value[len(value) - count :].to(torch.int64).clamp(min=-1)))
-        before_end = min(count, self.size - self._next)
-        for place, values in parts:
-            place[self._next : self._next + before_end] = values[:before_end]
-            place[: count - before_end] = values[before_end:]
-        self._next = (self._next + count) % self.size
-        self._count = min(self._count + count, self.size)
+        with self._alone():
+            self._refresh()
+            before_end = min(count, self.size - self._next)
+            for place, values in parts:
+                place[self._next : self._next + before_end] = values[:before_end]
+                if before_end < count:
+                    place[: count - before_end] = values[before_end:]
+            self._next = (self._next + count) % self.size
+            self._count = min(self._count + count, self.size)
+            self._count_on(count)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Empties the queue: no rows, zeros in their places, no clusters, no ids."""
+        with self._alone():
+            self.rows.zero_()
+            for ids in (self.cluster_ids, self.sample_ids):
+                if ids is not None:
+                    ids.fill_(-1)
+            self._count_from_zero()
 
     def nearest(self, embeddings: Tensor) -> Tensor:
         """The stored row ``[N, dim]`` that is nearest to each of the embeddings ``[N, dim]`` (NNCLR); a copy.
@@ -253,21 +161,26 @@ class MemoryQueue(Memory):
         around; then places say nothing of age. ValueError while the queue is empty.
         """
         self._check_embeddings(embeddings)
+        self._refresh()
         if self._count == 0:
             raise ValueError("nearest: expected at least one row in the queue, got none")
         rows = self.rows[: self._count]
         _, indices = topk_similarity(embeddings, rows, 1)  # a query's length does not change who is nearest
         return rows[indices[:, 0]]
 
-    def _counters(self) -> list[int]:
-        return [self._next, self._count]
+    def _take(self, value: int) -> None:
+        super()._take(value)
+        value = max(value, 0)
+        self._next, self._count = value % self.size, min(value, self.size)
 
-    def _set_counters(self, counters: list[int]) -> None:
-        self._next, self._count = counters
+    def _valid(self, value: int) -> bool:
+        return value >= 0
 
-    def _fit(self, counters: list[int]) -> bool:
+    def _of_former(self, counters: list[int]) -> int | None:
         place, count = counters
-        return 0 <= place < self.size and (count == self.size or place == count) and count >= 0
+        if not (0 <= place < self.size and (count == self.size or place == count) and count >= 0):
+            return None
+        return count if count < self.size else count + place
 
     def extra_repr(self) -> str:
         stored = "".join(
@@ -275,7 +188,7 @@ class MemoryQueue(Memory):
             for name, place in (("clusters", self.cluster_ids), ("ids", self.sample_ids))
             if place is not None
         )
-        return f"{self.size}, {self.dim}, dtype={self.rows.dtype}{stored}, len={self._count}"
+        return f"{self.size}, {self.dim}, dtype={self.rows.dtype}{stored}, len={len(self)}"
 
 
 class MemoryBank(Memory):
@@ -289,7 +202,7 @@ class MemoryBank(Memory):
     bank that never got any, the indices: ``ClusterInfoNCE(0.07)(z, indices, contrasts=bank)`` is instance
     discrimination, an anchor's own row its positive.
 
-    Rows are kept in ``dtype``, and meet in float32. All state is in ``state_dict``.
+    Rows are kept in ``dtype``, and meet in float32. All state is buffers, and in ``state_dict``.
 
     Args:
         num_samples: rows, >= 1.
@@ -305,6 +218,10 @@ class MemoryBank(Memory):
 
     cluster_ids: Tensor
     filled: Tensor
+    clustered: Tensor  # 1 once a cluster came, else 0
+    _filled_seen: tuple[Tensor, int, int] | None = None  # the state of `filled` in which every row was found filled
+    counter = "clustered"
+    former_counters = 1
 
     def __init__(
         self, num_samples: int, dim: int, *, momentum: float = 0.5, dtype: torch.dtype = torch.float32
@@ -318,6 +235,7 @@ class MemoryBank(Memory):
         self.register_buffer("rows", torch.zeros(num_samples, dim, dtype=dtype))
         self.register_buffer("cluster_ids", torch.full((num_samples,), -1, dtype=torch.int64))
         self.register_buffer("filled", torch.zeros(num_samples, dtype=torch.bool))
+        self.register_buffer("clustered", torch.zeros((), dtype=torch.int64))
         self._clustered = False  # whether a cluster ever came
         self._full = False  # whether every row is known to be filled
 
@@ -327,8 +245,11 @@ class MemoryBank(Memory):
 
     def __len__(self) -> int:
         """How many rows were ever updated."""
-        count = self.num_samples if self._full else int(self.filled.sum())
-        self._full = count == self.num_samples
+        self._refresh()
+        if self._full:
+            return self.num_samples
+        count = int(self.filled.sum())
+        self._found_full(count == self.num_samples)
         return count
 
     def __bool__(self) -> bool:
@@ -361,6 +282,7 @@ class MemoryBank(Memory):
         return ids
 
     def stored(self, kept: bool) -> Stored:
+        self._refresh()
         indices = self._filled_rows()
         if len(indices) < self.num_samples:
             clusters = self.cluster_ids[indices] if self._clustered else indices
@@ -372,8 +294,20 @@ class MemoryBank(Memory):
         if self._full:
             return torch.arange(self.num_samples, device=self.rows.device)
         indices = self.filled.nonzero()[:, 0]
-        self._full = len(indices) == self.num_samples
+        self._found_full(len(indices) == self.num_samples)
         return indices
+
+    def _found_full(self, full: bool) -> None:
+        self._full = full
+        if not torch.compiler.is_compiling():
+            self._filled_seen = buffer_state(self.filled) if full else None
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        if not self._full or torch.compiler.is_compiling():
+            return
+        if not unchanged(self.filled, self._filled_seen):
+            self._found_full(bool(self.filled.all()))
 
     @torch.no_grad()
     def update(self, indices: Tensor, embeddings: Tensor, clusters: Tensor | None = None) -> None:
@@ -388,21 +322,38 @@ class MemoryBank(Memory):
             check_ids("clusters", clusters, len(embeddings), self.rows.device)
         if len(embeddings) == 0:
             return
+        # All that can fail comes before the first change.
         indices = indices.to(torch.int64)
+        ids = None if clusters is None else clusters.to(torch.int64).clamp(min=-1)
         new = unit_rows(embeddings, self.rows.dtype)
         indices, order = torch.sort(indices, stable=True)
         # of rows that take several updates: which one this is
         turn = torch.arange(len(indices), device=indices.device) - torch.searchsorted(indices, indices)
-        for k in range(int(turn.max()) + 1):
-            chosen = turn == k
-            place, update = indices[chosen], new[order[chosen]]
-            mixed = self.momentum * self.rows[place].to(update.dtype) + (1 - self.momentum) * update
-            mixed = torch.where(self.filled[place][:, None], mixed * inverse_norms(mixed)[:, None], update)
-            self.rows[place] = mixed.to(self.rows.dtype)
-            self.filled[place] = True
-            if clusters is not None:
-                self.cluster_ids[place] = clusters[order[chosen]].to(torch.int64).clamp(min=-1)
-        self._clustered = self._clustered or clusters is not None
+        with self._alone():
+            self._refresh()
+            for k in range(int(turn.max()) + 1):
+                chosen = turn == k
+                place, update = indices[chosen], new[order[chosen]]
+                mixed = self.momentum * self.rows[place].to(update.dtype) + (1 - self.momentum) * update
+                mixed = torch.where(self.filled[place][:, None], mixed * inverse_norms(mixed)[:, None], update)
+                self.rows[place] = mixed.to(self.rows.dtype)
+                self.filled[place] = True
+                if ids is not None:
+                    self.cluster_ids[place] = ids[order[chosen]]
+            self._found_full(self._full)
+            if ids is not None and not self._clustered:
+                self._clustered = True
+                self._count_on(1)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Empties the bank: no row was ever updated, no cluster ever came."""
+        with self._alone():
+            self.rows.zero_()
+            self.cluster_ids.fill_(-1)
+            self.filled.zero_()
+            self._found_full(False)
+            self._count_from_zero()
 
     def _check_indices(self, indices: Any, length: int | None = None) -> None:
         if isinstance(indices, Tensor) and length is None:
@@ -415,14 +366,15 @@ class MemoryBank(Memory):
                 wrong = least if least < 0 else most
                 raise ValueError(f"indices: expected numbers from 0 to {self.num_samples - 1}, got {wrong}")
 
-    def _counters(self) -> list[int]:
-        return [int(self._clustered)]
+    def _take(self, value: int) -> None:
+        super()._take(value)
+        self._clustered = value != 0
 
-    def _set_counters(self, counters: list[int]) -> None:
-        self._clustered, self._full = bool(counters[0]), False
+    def _valid(self, value: int) -> bool:
+        return value in (0, 1)
 
-    def _fit(self, counters: list[int]) -> bool:
-        return counters[0] in (0, 1)
+    def _of_former(self, counters: list[int]) -> int | None:
+        return counters[0] if counters[0] in (0, 1) else None
 
     def extra_repr(self) -> str:
         return f"{self.num_samples}, {self.dim}, momentum={self.momentum:g}, dtype={self.rows.dtype}"
@@ -506,7 +458,7 @@ def knn_predict(
     Args:
         queries: ``[N, D]``; normalised here, as are the keys. Any floating dtype.
         keys: ``[M, D]``.
-        labels: ``[M]`` integers from 0 to num_classes - 1.
+        labels: ``[M]`` integers from 0 to num_classes - 1, at least 0 without num_classes.
         k: from 1 to M.
         temperature: > 0.
         num_classes: C; None: one more than the largest label.
@@ -526,7 +478,11 @@ def knn_predict(
     least, most = 0, -1
     if len(labels) and (num_classes is None or values_visible(labels)):
         least, most = extremes(labels)
-    num_classes = max(most, 0) + 1 if num_classes is None else check_size("num_classes", num_classes)
+    if num_classes is None:
+        if least < 0:
+            raise ValueError(f"labels: expected numbers of at least 0, got {least}")
+        num_classes = max(most, 0) + 1
+    num_classes = check_size("num_classes", num_classes)
     if least < 0 or most >= num_classes:
         wrong = least if least < 0 else most
         raise ValueError(f"labels: expected numbers from 0 to {num_classes - 1}, got {wrong}")

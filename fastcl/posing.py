@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .kernels.checks import check_assignments, check_ids, check_rows, check_vector
 from .kernels.problem import NORM_FLOOR, accumulation_dtype, inverse_norms
-from .memory import Memory, Stored
+from .memory_state import Memory, Stored
 
 Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
 

@@ -27,7 +27,7 @@ def test_a_resumed_run_has_the_numbers_of_a_whole_one(npz, tmp_path, method) -> 
     assert main(["--resume", str(tmp_path / "part")]) == 0
     whole, part = (weights(tmp_path / name) for name in ("whole", "part"))
     assert whole.keys() == part.keys()
-    assert {"queue.rows", "queue.sample_ids", "queue._extra_state", "slow.0.0.weight"} <= whole.keys()
+    assert {"queue.rows", "queue.sample_ids", "queue.enqueued", "slow.0.0.weight"} <= whole.keys()
     for name, value in whole.items():
         assert torch.equal(value, part[name]), name
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "part")]

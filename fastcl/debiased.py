@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .distributed import tell_others
 from .formula import Debiased, LossResult, check_options, inverse_temperature, reduced_loss
 from .kernels.checks import finite_number, positive_number
+from .modules import shown_temperature
 from .posing import Contrasts, pose
 
 
@@ -79,21 +81,22 @@ class HardNegativeLoss(nn.Module):
         return_stats: bool = False,
     ) -> LossResult:
         """The loss; shapes and errors are in the class's description."""
-        options = check_options(False, self.normalize, self.reduction, self.gather)
-        temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
-        posed = pose(
-            embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
-        )
+        try:
+            options = check_options(False, self.normalize, self.reduction, self.gather)
+            temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
+            posed = pose(
+                embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
+            )
+            scale = inverse_temperature(temperature, posed)
+        except Exception as error:
+            tell_others(self.gather, error, embeddings)
+            raise
         formula = Debiased(self.tau_plus, self.beta)
-        scale = inverse_temperature(temperature, posed)
         return reduced_loss(posed, scale, formula, options, weights=weights, return_stats=return_stats)
 
     def extra_repr(self) -> str:
-        learned = isinstance(self.temperature, nn.Parameter)
-        shown = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
-        number = "meta" if isinstance(shown, Tensor) and shown.is_meta else f"{float(shown):g}"
         options = f"tau_plus={self.tau_plus:g}, beta={self.beta:g}, normalize={self.normalize!r}"
-        return f"temperature={number}{' (learned)' if learned else ''}, {options}, reduction={self.reduction!r}"
+        return f"{shown_temperature(self.temperature)}, {options}, reduction={self.reduction!r}"
 
 
 class DebiasedLoss(HardNegativeLoss):

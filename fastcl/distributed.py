@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from .kernels.stats import ContrastiveStats, Sweep
 from .posing import Posed, of_parts, offset, paired_clusters
 
 MODES = (False, True, "ring")
+FAILED = -1  # in place of a call's name: this process has raised an error, whose text follows
 MOST_NUMBERS = 128  # that processes tell each other: as many everywhere, also where they call different things
 Property = int | float | str  # of a string the first 8 characters, of ASCII
 
@@ -48,15 +50,11 @@ def gather_rows(rows: Tensor, *others: Tensor) -> Any:
         TypeError, ValueError: naming the argument, what was expected and what came; where processes disagree, on all.
     """
     given = (rows, *others)
-    for k, tensor in enumerate(given):
-        name = "rows" if k == 0 else f"others[{k - 1}]"
-        check_tensor(name, tensor)
-        if tensor.dim() == 0:
-            raise ValueError(f"{name}: expected shape [N, ...], got []")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected real numbers, integers or truth values, got {tensor.dtype}")
-    if len(given) > MOST_TENSORS:
-        raise ValueError(f"others: expected at most {MOST_TENSORS - 1} tensors, got {len(others)}")
+    try:
+        _check_gathered(given)
+    except Exception as error:
+        tell_others(True, error, rows)
+        raise
     found = [tensor.detach() for tensor in given]
     world = World.of(True)
     if world is not None:
@@ -68,6 +66,18 @@ def gather_rows(rows: Tensor, *others: Tensor) -> Any:
         )
         found = [_all_bytes(world, tensor, sizes) for tensor, sizes in zip(found, lengths, strict=True)]
     return found[0] if not others else tuple(found)
+
+
+def _check_gathered(given: tuple[Any, ...]) -> None:
+    for k, tensor in enumerate(given):
+        name = "rows" if k == 0 else f"others[{k - 1}]"
+        check_tensor(name, tensor)
+        if tensor.dim() == 0:
+            raise ValueError(f"{name}: expected shape [N, ...], got []")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected real numbers, integers or truth values, got {tensor.dtype}")
+    if len(given) > MOST_TENSORS:
+        raise ValueError(f"others: expected at most {MOST_TENSORS - 1} tensors, got {len(given) - 1}")
 
 
 def _kind(tensor: Tensor) -> dict[str, Property]:
@@ -122,7 +132,8 @@ class World(NamedTuple):
         call: what this process calls. Of one call, names and the types of values are the same on all processes.
 
         One collective of a few integers, on which the host waits: shapes depend on them. It comes before any other
-        collective of the call, and before anything that depends on what is compared.
+        collective of the call, and before anything that depends on what is compared. A process that raises an error of
+        its own instead calls `tell_others`.
         """
         found: list[list[int]] = _agree(self, call, sizes, alike, device)
         return found
@@ -157,11 +168,40 @@ def _agree(
     assert len(own) <= MOST_NUMBERS
     mine = torch.tensor(own + [0] * (MOST_NUMBERS - len(own)), dtype=torch.int64, device=device)
     everyone = _all_gather(world.group, mine).unflatten(0, (world.size, -1)).tolist()
+    for rank, numbers in enumerate(everyone):
+        if numbers[0] == FAILED:
+            raise ValueError(
+                f"gather: expected the same call on all processes, got an error on rank {rank}: {_text(numbers)}"
+            )
     for k, (name, value) in enumerate(known.items()):
         values = [_from_integer(numbers[k], value) for numbers in everyone]
         if len(set(values)) > 1:
             raise ValueError(f"gather: expected the same call on all processes, got {name} = {values}, by rank")
     return [[numbers[len(known) + k] for numbers in everyone] for k in range(len(sizes))]
+
+
+def tell_others(gather: Any, error: Exception, *arguments: Any) -> None:
+    """For a process whose own checks have failed: the others, who are in `World.agree` or get there, raise as well.
+
+    error: what this process is about to raise. arguments: the first tensor among them is on the group's device.
+    """
+    world = World.of(gather) if gather is True or gather == "ring" else None
+    if world is not None:
+        listed = (part for value in arguments for part in (value if isinstance(value, (list, tuple)) else [value]))
+        device = next((part.device for part in listed if isinstance(part, Tensor)), torch.device("cpu"))
+        _tell(world, f"{type(error).__name__}: {error}", device)
+
+
+@uncompiled
+def _tell(world: World, message: str, device: torch.device) -> None:
+    text = message.encode()[: 8 * (MOST_NUMBERS - 1)].ljust(8 * (MOST_NUMBERS - 1), b"\0")
+    numbers = [FAILED, *struct.unpack(f"<{MOST_NUMBERS - 1}q", text)]
+    with suppress(RuntimeError):  # of a group that has failed: this process's own error says more
+        _all_gather(world.group, torch.tensor(numbers, dtype=torch.int64, device=device))
+
+
+def _text(numbers: list[int]) -> str:
+    return struct.pack(f"<{MOST_NUMBERS - 1}q", *numbers[1:]).rstrip(b"\0").decode(errors="replace")
 
 
 def _as_integer(value: Property) -> int:

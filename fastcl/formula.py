@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .distributed import MODES, Property, World, has_gradient, statistics
+from .distributed import MODES, Property, World, has_gradient, statistics, tell_others
 from .kernels.blocks import uncompiled
 from .kernels.checks import check_flag, check_option, check_vector, scalar_tensor, values_visible
 from .kernels.problem import accumulation_dtype
@@ -211,6 +211,31 @@ def reduced_loss(
 
     return_stats: also a summary for people to look at, out of the same sweep.
     """
+    world = World.of(options.gather)
+    try:
+        if world is not None and return_stats is True:
+            raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
+        sweep, weights = _checked_sweep(posed, scale, formula, options, contrast_bias, weights, return_stats)
+    except Exception as error:
+        tell_others(options.gather, error, posed.anchors)
+        raise
+    if world is not None:
+        share: Tensor = _of_all(world, sweep, posed, scale, formula, options, weights)
+        return share
+    loss, observed = _loss(sweep, posed, scale, formula, options, weights)
+    return loss if observed is None else (loss, _summary(sweep, observed, posed, scale, options))
+
+
+def _checked_sweep(
+    posed: Posed,
+    scale: Tensor,
+    formula: Formula,
+    options: Options,
+    contrast_bias: Tensor | None,
+    weights: Tensor | None,
+    return_stats: bool,
+) -> tuple[Sweep, Tensor | None]:
+    """And the weights of the rows."""
     check_flag("return_stats", return_stats)
     if options.symmetric and posed.contrasts is None:
         raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
@@ -247,14 +272,7 @@ def reduced_loss(
         contrast_assignments=posed.contrast_assignments,
         quotients=True,
     )
-    world = World.of(options.gather)
-    if world is not None:
-        if return_stats:
-            raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
-        share: Tensor = _of_all(world, sweep, posed, scale, formula, options, weights)
-        return share
-    loss, observed = _loss(sweep, posed, scale, formula, options, weights)
-    return loss if observed is None else (loss, _summary(sweep, observed, posed, scale, options))
+    return sweep, weights
 
 
 def _loss(

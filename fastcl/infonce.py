@@ -10,6 +10,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from .distributed import tell_others
 from .formula import InfoNCE, LossResult, Weighted, check_options, inverse_temperature, reduced_loss, scalar
 from .kernels.checks import (
     check_flag,
@@ -20,6 +21,7 @@ from .kernels.checks import (
     positive_number,
 )
 from .memory import MemoryQueue
+from .modules import shown_temperature
 from .posing import Contrasts, pose, pose_assigned
 from .summary import LossStats
 
@@ -76,22 +78,32 @@ def cluster_infonce(
     tensors as in ``forward`` there; a scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``. With
     ``return_stats=True`` a pair of that and a :class:`LossStats`.
     """
-    temperature = positive_number("temperature", temperature)
-    formula = _check_formula(form, denominator, margin)
-    options = check_options(symmetric, normalize, reduction, gather)
-    if assignments is not None or contrast_assignments is not None:
-        _check_replaced(clusters=clusters, contrast_clusters=contrast_clusters, positives=positives)
-        if return_stats:
-            raise ValueError("return_stats: expected False with assignments, which make no set of positives, got True")
-        _check_soft_formula(form=(form, "outside"), denominator=(denominator, "all"), margin=(formula.margin, 0.0))
-        if gather == "ring":
-            raise ValueError("gather: expected False or True with assignments, got 'ring'")
-        soft = pose_assigned(embeddings, assignments, contrasts, contrast_assignments, ids, contrast_ids, contrast_bias)
-        return reduced_loss(soft, inverse_temperature(temperature, soft), Weighted(), options, contrast_bias, weights)
-    posed = pose(
-        embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, normalize
-    )
-    scale = inverse_temperature(temperature, posed)
+    try:
+        temperature = positive_number("temperature", temperature)
+        formula: InfoNCE | Weighted = _check_formula(form, denominator, margin)
+        options = check_options(symmetric, normalize, reduction, gather)
+        if assignments is not None or contrast_assignments is not None:
+            _check_replaced(clusters=clusters, contrast_clusters=contrast_clusters, positives=positives)
+            if return_stats:
+                raise ValueError(
+                    "return_stats: expected False with assignments, which make no set of positives, got True"
+                )
+            _check_soft_formula(form=(form, "outside"), denominator=(denominator, "all"), margin=(margin, 0.0))
+            if gather == "ring":
+                raise ValueError("gather: expected False or True with assignments, got 'ring'")
+            formula = Weighted()
+            posed = pose_assigned(
+                embeddings, assignments, contrasts, contrast_assignments, ids, contrast_ids, contrast_bias
+            )
+        else:
+            posed = pose(
+                embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias,
+                normalize,
+            )  # fmt: skip
+        scale = inverse_temperature(temperature, posed)
+    except Exception as error:
+        tell_others(gather, error, embeddings)
+        raise
     return reduced_loss(posed, scale, formula, options, contrast_bias, weights, return_stats)
 
 
@@ -239,12 +251,6 @@ class ClusterInfoNCE(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        learned = isinstance(self.temperature, nn.Parameter)
-        if isinstance(self.temperature, Tensor) and self.temperature.is_meta:
-            shown = "meta"
-        else:
-            number = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
-            shown = f"{float(number):g}"
         options = "".join(
             f", {name}={value!r}"
             for name, value in (
@@ -257,7 +263,7 @@ class ClusterInfoNCE(nn.Module):
                 *([("gather", self.gather)] if self.gather is not False else []),
             )
         )
-        return f"temperature={shown}{' (learned)' if learned else ''}{options}"
+        return shown_temperature(self.temperature) + options
 
 
 # Presets.
@@ -265,10 +271,14 @@ class ClusterInfoNCE(nn.Module):
 
 class _TwoViewLoss(ClusterInfoNCE):
     def forward(self, z0: Tensor, z1: Tensor, *, return_stats: bool = False) -> LossResult:  # type: ignore[override]
-        check_rows("z0", z0)
-        check_rows("z1", z1, like=z0)
-        if z1.shape != z0.shape:
-            raise ValueError(f"z1: expected shape {list(z0.shape)}, as z0, got {list(z1.shape)}")
+        try:
+            check_rows("z0", z0)
+            check_rows("z1", z1, like=z0)
+            if z1.shape != z0.shape:
+                raise ValueError(f"z1: expected shape {list(z0.shape)}, as z0, got {list(z1.shape)}")
+        except Exception as error:
+            tell_others(self.gather, error, z0)
+            raise
         return super().forward(torch.stack((z0, z1), dim=1), return_stats=return_stats)
 
 
@@ -339,11 +349,16 @@ class SupConLoss(ClusterInfoNCE):
     def forward(  # type: ignore[override]
         self, features: Tensor, labels: Tensor | None = None, *, return_stats: bool = False
     ) -> LossResult:
-        check_rows("features", features, dims=(2, 3))
-        if labels is not None:
-            check_ids("labels", labels, features.shape[0], features.device)
-        elif features.dim() == 2 or features.shape[1] == 1:
-            raise ValueError(f"labels: expected labels for features of a single view {list(features.shape)}, got None")
+        try:
+            check_rows("features", features, dims=(2, 3))
+            if labels is not None:
+                check_ids("labels", labels, features.shape[0], features.device)
+            elif features.dim() == 2 or features.shape[1] == 1:
+                got = list(features.shape)
+                raise ValueError(f"labels: expected labels for features of a single view {got}, got None")
+        except Exception as error:
+            tell_others(self.gather, error, features)
+            raise
         return super().forward(features, labels, return_stats=return_stats)
 
 
@@ -374,17 +389,20 @@ class ClipLoss(nn.Module):
         *,
         return_stats: bool = False,
     ) -> LossResult | dict[str, Tensor | LossStats]:
-        check_flag("output_dict", output_dict)
-        logit_scale = positive_number("logit_scale", logit_scale)
-        check_rows("image_features", image_features)
-        check_rows("text_features", text_features, like=image_features)
-        if len(text_features) != len(image_features):
-            raise ValueError(
-                f"text_features: expected {len(image_features)} rows, as in image_features, got {len(text_features)}"
-            )
-        posed = pose(image_features, None, None, text_features, None, None, None, None)
-        formula, options = InfoNCE("outside", "all", 0.0), check_options(True, False, "mean", self.gather)
-        scale = scalar("logit_scale", logit_scale, posed)
+        try:
+            check_flag("output_dict", output_dict)
+            logit_scale = positive_number("logit_scale", logit_scale)
+            check_rows("image_features", image_features)
+            check_rows("text_features", text_features, like=image_features)
+            if len(text_features) != len(image_features):
+                expected = f"{len(image_features)} rows, as in image_features"
+                raise ValueError(f"text_features: expected {expected}, got {len(text_features)}")
+            posed = pose(image_features, None, None, text_features, None, None, None, None)
+            formula, options = InfoNCE("outside", "all", 0.0), check_options(True, False, "mean", self.gather)
+            scale = scalar("logit_scale", logit_scale, posed)
+        except Exception as error:
+            tell_others(self.gather, error, image_features)
+            raise
         found = reduced_loss(posed, scale, formula, options, return_stats=return_stats)
         if not output_dict:
             return found
@@ -415,20 +433,25 @@ class MoCoLoss(ClusterInfoNCE):
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, queue: Tensor | MemoryQueue, *, return_stats: bool = False
     ) -> LossResult:
-        check_rows("query", query)
-        check_rows("key", key, like=query)
-        if key.shape != query.shape:
-            raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
+        try:
+            check_rows("query", query)
+            check_rows("key", key, like=query)
+            if key.shape != query.shape:
+                raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
+            if isinstance(queue, MemoryQueue):
+                if queue.cluster_ids is not None:
+                    raise ValueError("queue: expected one without clusters, as all of its rows are negatives")
+            elif not isinstance(queue, Tensor):
+                kind = type(queue).__name__
+                raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {kind}")
+            elif self.gather is not False:
+                raise ValueError(f"queue: expected a MemoryQueue with gather={self.gather!r}, got a tensor")
+            check_rows("queue", queue.rows if isinstance(queue, MemoryQueue) else queue, like=query)
+        except Exception as error:
+            tell_others(self.gather, error, query)
+            raise
         if isinstance(queue, MemoryQueue):
-            if queue.cluster_ids is not None:
-                raise ValueError("queue: expected one without clusters, as all of its rows are negatives")
-            check_rows("queue", queue.rows, like=query)
             return super().forward(query, positives=key, contrasts=queue, return_stats=return_stats)
-        if not isinstance(queue, Tensor):
-            raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {type(queue).__name__}")
-        if self.gather is not False:
-            raise ValueError(f"queue: expected a MemoryQueue with gather={self.gather!r}, got a tensor")
-        check_rows("queue", queue, like=query)
         nobody = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
         return super().forward(
             query, positives=key, contrasts=queue, contrast_clusters=nobody, return_stats=return_stats

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .distributed import Property, World, dtype_name, has_gradient
+from .distributed import Property, World, dtype_name, has_gradient, tell_others
 from .kernels.checks import check_device, check_flag, check_option, check_rows, finite_number, positive_number
 from .kernels.problem import accumulation_dtype
+from .modules import ExactModule
 from .sinkhorn import check_count, check_mass_values, power_law_prior, sinkhorn, uniform_prior
 
 Prior = Tensor | Callable[[int], Tensor]
@@ -76,25 +77,15 @@ class SwAVLoss(nn.Module):
         low_resolution: Sequence[Tensor] = (),
         queue_scores: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        high, low = _scores("high_resolution", high_resolution), _scores("low_resolution", low_resolution)
-        crops = [*high, *low]
-        if not high or len(crops) < 2:
-            raise ValueError(
-                "high_resolution: expected at least one crop, and with low_resolution at least two, "
-                f"got {len(high)} and {len(low)}"
-            )
-        for name, group in (("high_resolution", high), ("low_resolution", low)):
-            for i, crop in enumerate(group):
-                if crop.shape != high[0].shape:
-                    expected = list(high[0].shape)
-                    raise ValueError(f"{name}[{i}]: expected shape {expected}, got {list(crop.shape)}")
-                check_device(f"{name}[{i}]", crop, high[0].device)
-        stored: list[Tensor] | list[None] = [None] * len(high)
-        if queue_scores is not None:
-            stored = _scores("queue_scores", queue_scores)
-            if len(stored) != len(high):
-                raise ValueError(f"queue_scores: expected scores for each of {len(high)} crops, got {len(stored)}")
         world = World.of(self.gather)
+        try:
+            high, low, stored = _crops(high_resolution, low_resolution, queue_scores)
+            if world is not None:
+                self.prior(high[0].shape[1], high[0].device)  # whatever may be wrong with it
+        except Exception as error:
+            tell_others(self.gather, error, high_resolution)
+            raise
+        crops = [*high, *low]
         rows = [len(high[0])]
         if world is not None:
             rows = self._agreed(world, high, low, stored)
@@ -202,13 +193,19 @@ class MSNLoss(nn.Module):
         self.gather = gather
 
     def forward(self, anchors: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
-        check_rows("anchors", anchors)
-        check_rows("targets", targets, like=anchors)
-        check_rows("prototypes", prototypes, like=anchors)
-        b, rows = len(targets), len(anchors)
         world = World.of(self.gather)
-        if len(prototypes) == 0:
-            raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
+        try:
+            check_rows("anchors", anchors)
+            check_rows("targets", targets, like=anchors)
+            check_rows("prototypes", prototypes, like=anchors)
+            if len(prototypes) == 0:
+                raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
+            if world is not None:
+                self.prior(len(prototypes), prototypes.device)  # whatever may be wrong with it
+        except Exception as error:
+            tell_others(self.gather, error, anchors, targets, prototypes)
+            raise
+        b, rows = len(targets), len(anchors)
         every_rows = [rows]
         if world is not None:
             every_rows = self._agreed(world, anchors, targets, prototypes)
@@ -283,8 +280,8 @@ class PMSNLoss(MSNLoss):
         super().__init__(temperature, prior=prior, **options)
 
 
-class _Prior(nn.Module):
-    """A prior that moves with its loss, or the function that makes it."""
+class _Prior(ExactModule):
+    """A prior that moves with its loss but is not rounded, as half precision knows no small mass; or what makes it."""
 
     masses: Tensor | None
 
@@ -299,13 +296,6 @@ class _Prior(nn.Module):
     def given(self) -> str:
         """What kind of prior there is."""
         return "function" if self.make is not None else "none" if self.masses is None else "masses"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Prior:
-        masses = self.masses
-        super()._apply(fn, recurse)
-        if masses is not None and self.masses is not None:  # moved, but not rounded: half precision knows no small mass
-            self.masses = masses.to(self.masses.device)
-        return self
 
     def forward(self, k: int, device: torch.device) -> Tensor | None:
         masses = self.masses if self.make is None else self.make(k)
@@ -330,6 +320,32 @@ def _scores(name: str, value: Any) -> list[Tensor]:
     for i, scores in enumerate(value):
         check_rows(f"{name}[{i}]", scores)
     return list(value)
+
+
+def _crops(
+    high_resolution: Sequence[Tensor], low_resolution: Sequence[Tensor], queue_scores: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor] | list[None]]:
+    """What SwAV's `forward` is given, checked."""
+    high, low = _scores("high_resolution", high_resolution), _scores("low_resolution", low_resolution)
+    if not high or len(high) + len(low) < 2:
+        raise ValueError(
+            "high_resolution: expected at least one crop, and with low_resolution at least two, "
+            f"got {len(high)} and {len(low)}"
+        )
+    for name, group in (("high_resolution", high), ("low_resolution", low)):
+        for i, crop in enumerate(group):
+            if crop.shape != high[0].shape:
+                expected = list(high[0].shape)
+                raise ValueError(f"{name}[{i}]: expected shape {expected}, got {list(crop.shape)}")
+            check_device(f"{name}[{i}]", crop, high[0].device)
+    stored: list[Tensor] | list[None] = [None] * len(high)
+    if queue_scores is not None:
+        stored = _scores("queue_scores", queue_scores)
+        if len(stored) != len(high):
+            raise ValueError(f"queue_scores: expected scores for each of {len(high)} crops, got {len(stored)}")
+        for i, scores in enumerate(stored):
+            check_rows(f"queue_scores[{i}]", scores, like=high[i])
+    return high, low, stored
 
 
 def _wide(scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import Property, World, dtype_name
+from .distributed import Property, World, dtype_name, tell_others
 from .kernels.checks import (
     check_device,
     check_flag,
@@ -24,6 +24,7 @@ from .kernels.checks import (
 from .kernels.problem import accumulation_dtype
 from .kernels.sampled_ops import backward_op, forward_op
 from .memory import MemoryBank, check_size, extremes
+from .modules import ExactModule, shown_temperature
 from .posing import unit
 
 FORMS = ("nce", "infonce")
@@ -55,7 +56,7 @@ def sampled_similarity(queries: Tensor, keys: Tensor, indices: Tensor) -> Tensor
     return result
 
 
-class SampledNCELoss(nn.Module):
+class SampledNCELoss(ExactModule):
     r"""Noise-contrastive estimation against negatives drawn from a bank, anew for each anchor and call.
 
     With logits :math:`s = \langle \hat x_i, y \rangle / \text{temperature}`, s_i that of the positive, S negatives and
@@ -80,7 +81,7 @@ class SampledNCELoss(nn.Module):
         num_negatives: S, drawn evenly from the bank's rows but the anchor's own, with replacement.
         form: above.
         log_normalizer: log Z of ``"nce"``. None: estimated by the first call, from the negatives of its anchors that
-            count and have finite logits, and kept (a buffer).
+            count and have finite logits, and kept: a float64 buffer, which ``.half()`` and the like leave as it is.
         normalize: whether embeddings and ``positives`` are normalised; stored rows are taken as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over anchors that count: those whose positive there is.
         gather: mean and estimate of Z over the anchors of all processes of the default group; without one a no-op. Each
@@ -129,7 +130,7 @@ class SampledNCELoss(nn.Module):
         check_flag("gather", gather)
         self.gather = gather
         known = math.nan if log_normalizer is None else finite_number("log_normalizer", log_normalizer)
-        self.register_buffer("log_normalizer", torch.tensor(known))
+        self.register_buffer("log_normalizer", torch.tensor(known, dtype=torch.float64))
         self.num_negatives, self.form, self.normalize, self.reduction = num_negatives, form, normalize, reduction
 
     def forward(
@@ -143,28 +144,11 @@ class SampledNCELoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The loss; shapes and errors are in the class's description."""
-        check_rows("embeddings", embeddings)
-        if not isinstance(bank, MemoryBank):
-            raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}")
-        check_rows("bank", bank.rows, like=embeddings)
-        check_ids("indices", indices, len(embeddings), embeddings.device)
-        check_samples("indices", indices[:, None], len(embeddings), bank.num_samples, embeddings.device)
-        if positives is not None:
-            check_rows("positives", positives, like=embeddings)
-            if positives.shape != embeddings.shape:
-                raise ValueError(
-                    f"positives: expected shape {list(embeddings.shape)}, as embeddings, got {list(positives.shape)}"
-                )
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-        if self.form == "nce" and bank.num_samples < 2:
-            raise ValueError("bank: expected at least 2 rows for form='nce', got 1")
-        if negatives is None:
-            negatives = draw(bank, indices, self.num_negatives, generator)
-        else:
-            check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
-        if self.form == "nce" and negatives.shape[1] == 0:
-            raise ValueError(f"negatives: expected at least one each for form='nce', got {list(negatives.shape)}")
+        try:
+            negatives = self._checked(embeddings, indices, bank, positives, negatives, generator)
+        except Exception as error:
+            tell_others(self.gather, error, embeddings)
+            raise
         world = World.of(self.gather)
         if world is not None:
             alike: dict[str, Property] = {
@@ -207,6 +191,40 @@ class SampledNCELoss(nn.Module):
         count = counted.sum() if world is None else world.total(counted.sum())
         return share / count.clamp(min=1)
 
+    def _checked(
+        self,
+        embeddings: Tensor,
+        indices: Tensor,
+        bank: MemoryBank,
+        positives: Tensor | None,
+        negatives: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The negatives, once all arguments of `forward` are as they should be."""
+        check_rows("embeddings", embeddings)
+        if not isinstance(bank, MemoryBank):
+            raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}")
+        check_rows("bank", bank.rows, like=embeddings)
+        check_ids("indices", indices, len(embeddings), embeddings.device)
+        check_samples("indices", indices[:, None], len(embeddings), bank.num_samples, embeddings.device)
+        if positives is not None:
+            check_rows("positives", positives, like=embeddings)
+            if positives.shape != embeddings.shape:
+                raise ValueError(
+                    f"positives: expected shape {list(embeddings.shape)}, as embeddings, got {list(positives.shape)}"
+                )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if self.form == "nce" and bank.num_samples < 2:
+            raise ValueError("bank: expected at least 2 rows for form='nce', got 1")
+        if negatives is None:
+            negatives = draw(bank, indices, self.num_negatives, generator)
+        else:
+            check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
+        if self.form == "nce" and negatives.shape[1] == 0:
+            raise ValueError(f"negatives: expected at least one each for form='nce', got {list(negatives.shape)}")
+        return negatives
+
     def _terms(self, logits: Tensor, counted: Tensor, others: int) -> tuple[Tensor, Tensor]:
         """Terms [N] and their derivatives [N, 1 + S] in the logits, the positive's first."""
         positive, negative = logits[:, 0], logits[:, 1:]
@@ -231,16 +249,13 @@ class SampledNCELoss(nn.Module):
             counts, log_sums = world.all_rows(torch.stack([count, log_sum])[None], [1] * world.size).unbind(1)
             count, log_sum = counts.sum(), log_sums.logsumexp(0)
         estimate = log_sum - (count / others).log()
-        known = self.log_normalizer.to(estimate)
-        self.log_normalizer.copy_(torch.where(known.isnan(), estimate, known))
+        known = self.log_normalizer
+        self.log_normalizer.copy_(torch.where(known.isnan(), estimate.to(known), known))
         return self.log_normalizer.to(logits)
 
     def extra_repr(self) -> str:
-        learned = " (learned)" if isinstance(self.temperature, nn.Parameter) else ""
-        shown = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
-        number = "meta" if isinstance(shown, Tensor) and shown.is_meta else f"{float(shown):g}"
         options = f"num_negatives={self.num_negatives}, form={self.form!r}, normalize={self.normalize!r}"
-        return f"temperature={number}{learned}, {options}, reduction={self.reduction!r}"
+        return f"{shown_temperature(self.temperature)}, {options}, reduction={self.reduction!r}"
 
 
 def _slopes(

@@ -131,7 +131,7 @@ def uniform_prior(k: int) -> Tensor:
     Raises TypeError or ValueError unless k is an integer >= 1.
     """
     k = check_count("k", k)
-    return torch.full((k,), 1 / k)
+    return torch.full((k,), 1 / k, dtype=torch.float32)
 
 
 def power_law_prior(k: int, exponent: float = 0.25) -> Tensor:

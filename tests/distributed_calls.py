@@ -8,6 +8,8 @@ from distributed_cases import BF16, F32, F64, MODES, SAMPLES, accumulated, compi
 from strategies import generator
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import fastcl
 from fastcl.functional import cluster_infonce
@@ -111,6 +113,90 @@ def disagreements(rank: int, world: int) -> dict[str, str]:
     return said
 
 
+def own_errors(rank: int, world: int) -> dict[str, list[str]]:
+    """Type and text of what each process says where the arguments of the last one are wrong in themselves."""
+    x, y, p = torch.randn(4, 3), torch.randn(4, 3), torch.randn(5, 3)
+    wrong = rank == world - 1
+    narrow = x[:, :2] if wrong else x
+    bank = fastcl.MemoryBank(4, 3)
+    bank.update(torch.arange(4), x)
+    queue = fastcl.MemoryQueue(4, 3)
+    queue.enqueue(x)
+    prior = torch.ones(5)
+    prior[0] = -1 if wrong else 1
+    scores = torch.randn(4, 5)
+    index = torch.arange(4)
+    calls: dict[str, Callable[[], Any]] = {
+        "MSN, prototypes": lambda: fastcl.MSNLoss(gather=True)(x, y, p[:, :2] if wrong else p),
+        "MSN, targets": lambda: fastcl.MSNLoss(gather=True)(x, narrow, p),
+        "MSN, all": lambda: fastcl.MSNLoss(gather=True)(narrow, narrow, p),
+        "MSN, prior": lambda: fastcl.MSNLoss(gather=True, prior=prior)(x, y, p),
+        "PMSN, kl": lambda: fastcl.PMSNLoss(gather=True, prior=lambda k: prior[: k - wrong].abs())(x, y, p),
+        "SwAV, crops": lambda: fastcl.SwAVLoss(gather=True)([scores, scores[: 4 - wrong]]),
+        "SwAV, queue": lambda: fastcl.SwAVLoss(gather=True)([scores] * 2, [], [scores[:, wrong:]] * 2),
+        "SwAV, prior": lambda: fastcl.SwAVLoss(gather=True, prior=prior)([scores, scores]),
+        "SwAV, no list": lambda: fastcl.SwAVLoss(gather=True)(3 if wrong else [scores, scores]),
+        "SampledNCE, bank": lambda: fastcl.SampledNCELoss(gather=True)(narrow, index, bank),
+        "SampledNCE, positives": lambda: fastcl.SampledNCELoss(gather=True)(x, index, bank, positives=narrow),
+        "SampledNCE, indices": lambda: fastcl.SampledNCELoss(gather=True)(x, index + wrong, bank),
+        "two sets": lambda: cluster_infonce(x, contrasts=narrow, gather="ring"),
+        "temperature": lambda: cluster_infonce(x, contrasts=y, temperature=0.0 if wrong else 0.1, gather=True),
+        "assignments": lambda: cluster_infonce(x, assignments=scores[wrong:].abs(), gather=True),
+        "weights": lambda: cluster_infonce(x, contrasts=y, weights=prior[:4], gather=True),
+        "return_stats": lambda: cluster_infonce(x, contrasts=y, return_stats=wrong, gather=True),
+        "views": lambda: fastcl.NTXentLoss(gather=True)(x, narrow),
+        "labels": lambda: fastcl.SupConLoss(gather=True)(x, index[wrong:]),
+        "CLIP": lambda: fastcl.ClipLoss(gather="ring")(x, narrow, 10.0),
+        "MoCo": lambda: fastcl.MoCoLoss(gather=True)(narrow, narrow, queue),
+        "hard negatives": lambda: fastcl.HardNegativeLoss(gather=True)(x, contrasts=narrow),
+        "gather_rows": lambda: fastcl.distributed.gather_rows(x, 3 if wrong else y),
+    }
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (TypeError, ValueError) as error:  # noqa: PERF203 - what raises is what is looked for
+            said[name] = [type(error).__name__, str(error)]
+    return said
+
+
+def memories(rank: int, world: int) -> dict[str, Any]:
+    """Queue and bank in a wrapped model, after the first process alone has loaded a state."""
+    model = torch.nn.ModuleDict(
+        {"encoder": torch.nn.Linear(3, 3), "queue": fastcl.MemoryQueue(8, 3), "bank": fastcl.MemoryBank(6, 3)}
+    )
+    model.forward = lambda x: model["encoder"](x)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    model["queue"].enqueue(torch.randn(rank + 1, 3))  # each process its own, and another number of them
+    if rank == 0:
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        g = generator(4)
+        state["queue.rows"], state["queue.enqueued"] = torch.randn(8, 3, generator=g), torch.tensor(13)
+        state["bank.rows"], state["bank.filled"] = torch.randn(6, 3, generator=g), torch.ones(6, dtype=torch.bool)
+        state["bank.cluster_ids"], state["bank.clustered"] = torch.arange(6) + 40, torch.tensor(1)
+        model.load_state_dict(state)
+    wrapped(torch.randn(2, 3))
+    g = generator(5)
+    x, key = torch.randn(4, 3, generator=g), torch.randn(4, 3, generator=g)
+    queue, bank = model["queue"], model["bank"]
+    found = {
+        "lengths": (len(queue), len(bank)),
+        "clusters": bank.clusters.tolist(),
+        "loss": fastcl.MoCoLoss(0.1)(x, key, queue),
+    }
+    queue.enqueue(torch.eye(3))
+    return found | {"rows": queue.rows.clone(), "oldest first": queue.embeddings, "shown": shown(rank, world)}
+
+
+def shown(rank: int, world: int) -> list[str]:
+    """Losses with a temperature of which the first process has the only shard."""
+    mesh = init_device_mesh("cpu", (world,))
+    whole = torch.tensor([0.25])
+    temperature = DTensor.from_local(whole if rank == 0 else whole[:0], mesh, [Shard(0)], shape=(1,), stride=(1,))
+    losses = (fastcl.ClusterInfoNCE, fastcl.HardNegativeLoss, fastcl.SampledNCELoss)
+    return [repr(loss(torch.nn.Parameter(temperature))) for loss in losses]
+
+
 def penalised(rank: int | None, world: int) -> dict[str, Any]:
     """Second derivatives: what they are, summed over processes' functions, or what is said of them.
 
@@ -207,5 +293,16 @@ def collectives(rank: int, world: int) -> dict[str, int]:
 def everything(rank: int, world: int) -> dict[str, Any]:
     return {
         work.__name__: work(rank, world)
-        for work in (run_infonce, run_others, accumulated, queues, disagreements, compiled, penalised, collectives)
+        for work in (
+            run_infonce,
+            run_others,
+            accumulated,
+            queues,
+            memories,
+            disagreements,
+            own_errors,
+            compiled,
+            penalised,
+            collectives,
+        )
     }

@@ -126,6 +126,30 @@ def test_calls_that_differ_raise_on_every_process(world: int) -> None:
             assert name.split(":")[0] in error, name
 
 
+def test_an_error_of_one_process_is_told_to_the_others(world: int) -> None:
+    *others, last = [results["own_errors"] for results in found(world)]
+    assert len(last) == 23
+    for name, (kind, text) in last.items():
+        assert "gather: expected the same call" not in text, name
+        told = f"gather: expected the same call on all processes, got an error on rank {world - 1}: {kind}: {text}"
+        for said in others:
+            assert said[name] == ["ValueError", told], name
+
+
+def test_broadcast_buffers_take_the_first_process_memory_along(world: int) -> None:
+    """Rows, how many of them and the next one's place; whether a bank has clusters."""
+    first, *others = [results["memories"] for results in found(world)]
+    assert first["lengths"] == (8, 6)
+    assert first["clusters"] == [40, 41, 42, 43, 44, 45]
+    assert first["loss"] > 0.1
+    assert torch.equal(first["rows"][[5, 6, 7]], torch.eye(3))
+    assert torch.equal(first["oldest first"], first["rows"])  # the place is 0 again
+    assert all("temperature=DTensor (learned)" in text for text in first["shown"])
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(other[name], value) if isinstance(value, Tensor) else other[name] == value, name
+
+
 def test_second_derivatives_are_right_or_raise(world: int) -> None:
     whole = penalised(None, world)
     every = [results["penalised"] for results in found(world)]

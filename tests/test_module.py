@@ -8,6 +8,7 @@ import torch
 from oracle import cluster_infonce
 from strategies import generator, loss_problem
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import fastcl
 from fastcl.functional import cluster_infonce as library_loss
@@ -124,8 +125,21 @@ def test_gradient_descent_separates_clusters(backend) -> None:
     assert s[same].min() > s[~same].max()
 
 
-def test_repr_of_a_module_on_meta() -> None:
-    """As models that are built without memory print themselves."""
+LEARNED = (
+    fastcl.ClusterInfoNCE, fastcl.NTXentLoss, fastcl.MoCoLoss, fastcl.HardNegativeLoss, fastcl.DebiasedLoss,
+    fastcl.SampledNCELoss,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LEARNED)
+def test_repr_reads_no_values_that_are_not_there(loss) -> None:
+    """As models that are built without memory, or traced, print themselves."""
     with torch.device("meta"):
-        module = fastcl.ClusterInfoNCE(nn.Parameter(torch.tensor(0.1)))
-    assert "meta" in repr(module)
+        module = loss(nn.Parameter(torch.tensor(0.1)))
+    assert "temperature=meta (learned)" in repr(module)
+    with FakeTensorMode() as mode:
+        for temperature in (torch.rand(()) + 1, mode.from_tensor(torch.ones(1))):
+            assert "temperature=FakeTensor" in repr(loss(temperature))
+        assert "temperature=FakeTensor (learned)" in repr(loss(nn.Parameter(torch.rand(1))))
+    assert "temperature=0.25," in repr(loss(torch.tensor([0.25])))
+    assert "temperature=0.25 (learned)," in repr(loss(nn.Parameter(torch.tensor(0.25, dtype=torch.bfloat16))))

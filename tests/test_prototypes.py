@@ -1,5 +1,6 @@
 """SwAV, MSN and PMSN against the papers' formulas in float64, and against lightly where the two agree."""
 
+import copy
 import math
 
 import pytest
@@ -220,6 +221,23 @@ def test_a_prior_is_moved_but_not_rounded() -> None:
     masses = torch.rand(1000) ** 8 * 1e-4
     loss = fastcl.MSNLoss(prior=masses).half()
     assert torch.equal(loss.prior.masses, masses)
+    assert torch.equal(copy.deepcopy(loss).bfloat16().prior.masses, masses)
+    assert loss.double().prior.masses.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_priors_do_not_follow_the_default_dtype(dtype: torch.dtype) -> None:
+    made = [make(7) for make in (fastcl.uniform_prior, fastcl.power_law_prior)]
+    counts = fastcl.prior_from_counts(torch.arange(1, 8))
+    torch.set_default_dtype(dtype)
+    try:
+        again = [make(7) for make in (fastcl.uniform_prior, fastcl.power_law_prior)]
+        again.append(fastcl.prior_from_counts(torch.arange(1, 8)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(again, [*made, counts], strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
 
 
 def test_no_rows_beside_a_queue() -> None:

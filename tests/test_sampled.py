@@ -1,5 +1,7 @@
 """Products with sampled rows, and noise-contrastive estimation on them, against the plain formulas."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -166,12 +168,62 @@ def test_the_normalizer_is_estimated_once_and_kept() -> None:
     first = loss(x, indices, bank, negatives=samples())
     logits = (nn.functional.normalize(x, dim=1)[:, None] * bank.rows[samples()]).sum(2) / 0.5
     estimate = ((M - 1) * logits.exp().mean()).log()
-    torch.testing.assert_close(loss.log_normalizer, estimate)
+    torch.testing.assert_close(loss.log_normalizer, estimate.double())
+    kept = loss.log_normalizer.clone()
     loss(rows(N, 5), indices, bank)
-    torch.testing.assert_close(loss.log_normalizer, estimate)
+    assert torch.equal(loss.log_normalizer, kept)
     other = SampledNCELoss(0.5)
     other.load_state_dict(loss.state_dict())
     torch.testing.assert_close(other(x, indices, bank, negatives=samples()), first)
+
+
+CASTS = {
+    "bfloat16": lambda loss: loss.bfloat16(),
+    "half": lambda loss: nn.ModuleList([loss]).half()[0],
+    "to": lambda loss: loss.to(torch.float32),
+    "a copy": lambda loss: copy.deepcopy(loss).half(),
+    "loaded": lambda loss: loaded(loss, assign=False),
+    "assigned": lambda loss: loaded(loss, assign=True),
+}
+
+
+def loaded(loss: SampledNCELoss, assign: bool) -> SampledNCELoss:
+    fresh = SampledNCELoss(0.5).half()
+    fresh.load_state_dict(loss.state_dict(), assign=assign)
+    return fresh
+
+
+@pytest.mark.parametrize("given", [12.3456, None])
+@pytest.mark.parametrize("cast", CASTS)
+def test_no_cast_rounds_the_normalizer(cast, given) -> None:
+    """Given or estimated, rows of float64 meet it in float64."""
+    bank, x, indices, negatives = a_bank(torch.float64), rows(N, 0, torch.float64), torch.arange(N), samples()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss = SampledNCELoss(0.5, log_normalizer=given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    unit = nn.functional.normalize(x, dim=1)
+    logits = (unit[:, None] * bank.rows[negatives]).sum(2) / 0.5
+    log_z = given if given is not None else ((M - 1) * logits.exp().mean()).log().item()
+    loss = CASTS[cast](loss)
+    temperature = torch.tensor(0.5, dtype=torch.float64)
+    truth = formula("nce", unit, bank.rows[indices], bank.rows[negatives], temperature, log_z, False).mean()
+    for _ in range(2):
+        assert error(loss(x, indices, bank, negatives=negatives), truth) < 1e-14
+        assert loss.log_normalizer.item() == pytest.approx(log_z, rel=1e-15)
+        loss = CASTS[cast](loss)
+        loss(x.float(), indices, bank, negatives=negatives)  # reads it in float32, and leaves it
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_states_with_a_normalizer_of_float32_load(assign) -> None:
+    loss = SampledNCELoss(0.5)
+    loss.load_state_dict({"log_normalizer": torch.tensor(2.5)}, assign=assign)
+    assert (loss.log_normalizer.item(), loss.log_normalizer.dtype) == (2.5, torch.float64)
+    loss.load_state_dict({"log_normalizer": torch.tensor(torch.nan)}, assign=assign)
+    loss(rows(N, 0, torch.float64), torch.arange(N), a_bank(torch.float64), negatives=samples())
+    assert loss.log_normalizer.dtype == torch.float64
 
 
 @pytest.mark.parametrize("known", [M, M - 5, 2])

@@ -1,0 +1,53 @@
+"""What modules of losses share: buffers that keep their dtype, and how a temperature is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+
+class ExactModule(nn.Module):
+    """A module whose own buffers move with it but keep their dtype: masses of a prior, the logarithm of a constant.
+
+    `.half()`, `.to(dtype)` and a loaded state would round them. Its parameters are the user's, and are cast.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactModule:
+        exact = {id(buffer) for buffer in self._buffers.values() if buffer is not None}
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in exact:
+                return fn(tensor)
+            try:
+                found = fn(tensor)
+            except TypeError:  # a device without float64 (MPS)
+                return fn(tensor.float())
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        super()._apply(moved, recurse)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *reports: Any
+    ) -> None:
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *reports)
+        for name, dtype in dtypes.items():  # with assign=True the state's tensor has become the buffer
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.dtype != dtype:
+                self._buffers[name] = buffer.to(dtype)
+
+
+def shown_temperature(temperature: float | Tensor) -> str:
+    """For `extra_repr`. Only a plain tensor is read: others are sharded, or have no values."""
+    learned = " (learned)" if isinstance(temperature, Parameter) else ""
+    if isinstance(temperature, Tensor):
+        if temperature.is_meta:
+            return f"temperature=meta{learned}"
+        if type(temperature.data) is not Tensor or temperature.numel() != 1:
+            return f"temperature={type(temperature.data).__name__}{learned}"
+        temperature = temperature.detach().item()
+    return f"temperature={temperature:g}{learned}"

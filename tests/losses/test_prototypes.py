@@ -178,7 +178,7 @@ SCORES, ROWS = torch.zeros(4, 3), torch.ones(4, 2)
         (lambda: fastcl.SwAVLoss(temperature=0), ValueError, "temperature: expected a positive number"),
         (lambda: fastcl.SwAVLoss(temperature=torch.ones(1)), TypeError, "temperature: expected a number"),
         (lambda: fastcl.SwAVLoss(epsilon=-1), ValueError, "epsilon: expected a positive number"),
-        (lambda: fastcl.SwAVLoss(n_iters=0), ValueError, "n_iters: expected an integer >= 1"),
+        (lambda: fastcl.SwAVLoss(n_iters=-1), ValueError, "n_iters: expected at least"),
         (lambda: fastcl.SwAVLoss(gather=1), TypeError, "gather: expected True or False"),
         (lambda: fastcl.SwAVLoss(prior=3), TypeError, "prior: expected a tensor, a function or None"),
         (lambda: fastcl.SwAVLoss()(SCORES), TypeError, "high_resolution: expected a list of tensors"),

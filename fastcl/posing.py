@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels.checks import check_assignments, check_bias, check_ids, check_rows, values_visible
-from .kernels.problem import NORM_FLOOR, accumulation_dtype, inverse_norms, powers_of_two
+from .kernels.problem import DOWN, FAR, NORM_FLOOR, accumulation_dtype, inverse_norms
 from .memory import Memory, Stored
 
 Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
@@ -327,12 +327,12 @@ def unit(rows: Tensor) -> Tensor:
     """Rows over their norms, differentiable, in the accumulation dtype; zeros stay zeros and get no gradient."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     inverse = inverse_norms(rows.detach())[:, None]
-    near = inverse > 2.0**-60  # which squares of larger norms than that are out of range
+    near = inverse > 1 / FAR[inverse.dtype]
     if values_visible(rows) and int(near.count_nonzero()) == len(rows):
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         return rows / norms.clamp(min=NORM_FLOOR)
     empty = inverse == 0
-    rows = rows * torch.where(near | empty, 1, powers_of_two(rows.detach())[:, None])
+    rows = torch.where(near | empty, rows, rows * DOWN[inverse.dtype])
     norms = torch.linalg.vector_norm(torch.where(empty, 1, rows), dim=1, keepdim=True)
     return torch.where(empty, rows.detach() * 0, rows / norms.clamp(min=NORM_FLOOR))
 

@@ -16,6 +16,9 @@ NORM_FLOOR = 1e-12
 LARGEST_INVERSE = {  # rounded as in `inverse_norms`
     dtype: torch.tensor(NORM_FLOOR, dtype=dtype).reciprocal().item() for dtype in (torch.float32, torch.float64)
 }
+# Powers of two that bring the largest rows to where their squares are in range, as they leave all rows beyond FAR.
+DOWN = {torch.float32: 2.0**-80, torch.float64: 2.0**-600}
+FAR = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 
 
 @dataclass(frozen=True)
@@ -141,20 +144,11 @@ def inverse_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     inverse.masked_fill_(norms == 0, 0)
     if values_visible(inverse) and int(inverse.count_nonzero()) == len(inverse):
         return inverse
-    # 0: a row of zeros, or one whose squares leave the dtype's range.
-    powers = powers_of_two(rows.detach())
-    scaled = torch.linalg.vector_norm(rows * powers[:, None], dim=1, dtype=dtype)
-    mended = (powers.to(inverse.dtype) / scaled).clamp(max=LARGEST_INVERSE[inverse.dtype]).masked_fill_(scaled == 0, 0)
-    return torch.where(inverse == 0, mended, inverse)
-
-
-def powers_of_two(rows: Tensor) -> Tensor:
-    """Of rows [N, D], [N]: what brings their largest numbers near 1, exactly, so that their squares are in range."""
-    largest = rows.abs().amax(1)
-    _, exponent = torch.frexp(largest.double())
-    tiny = torch.finfo(largest.dtype).tiny  # its inverse is a number
-    powers = torch.ldexp(torch.ones_like(largest, dtype=torch.float64), 1 - exponent).clamp(tiny, 1 / tiny)
-    return powers.to(largest.dtype)
+    # 0: a row of zeros, or one whose squares leave the dtype's range: too small to be told from zeros, or too large.
+    small = (rows != 0).any(1).to(inverse.dtype) * LARGEST_INVERSE[inverse.dtype]
+    power = DOWN[inverse.dtype]
+    large = torch.linalg.vector_norm(rows * power, dim=1, dtype=dtype).reciprocal() * power
+    return torch.where(norms == 0, small, torch.where(inverse == 0, large, inverse))
 
 
 def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def infonce_problems() -> dict[str, tuple[LossProblem, str | None]]:
         "contrasts of samples": {"contrasts": "clustered", "m": 13, "pattern": None, "ids": True, "weights": True},
         "contrasts of clusters": {"contrasts": "clustered", "m": 13, "views": 0, "pattern": "huge", "bias": True},
         "a list": {"contrasts": "list", "m": 21, "pattern": "random", "positives": True},
+        "left out of their own": {"pattern": "huge", "bias": True},
+        "left out both ways": {**sets, "views": 0, "pattern": None, "symmetric": True, "bias": True},
         "inner products": {"normalize": False, "temperature": 0.5},
     }  # fmt: skip
     found = {}
@@ -69,10 +71,16 @@ def infonce_problems() -> dict[str, tuple[LossProblem, str | None]]:
 
 
 def arguments_of(name: str, problem: LossProblem) -> dict[str, Any]:
-    """As `problem.arguments()`; of inner products, some rows so long that their logits leave what one base covers."""
+    """As `problem.arguments()`; of inner products, some rows so long that their logits leave what one base covers.
+
+    Of those that are left out, the first contrasts and every third one.
+    """
     arguments = problem.arguments()
     if name.startswith("inner products"):
         arguments["embeddings"][:4] *= 30
+    if name.startswith("left out"):
+        arguments["contrast_bias"][1::3] = -torch.inf
+        arguments["contrast_bias"][:2] = -torch.inf
     return arguments
 
 
@@ -166,7 +174,9 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
     prior = fastcl.power_law_prior(6).double()
     of_queue = torch.randn(9, d, dtype=F64, generator=g) @ prototypes.T
     assigned = torch.rand(n, 3, dtype=F64, generator=g)[mine].requires_grad_()
-    bias = torch.randn(n, dtype=F64, generator=g)[mine].requires_grad_()
+    bias = (
+        torch.randn(n, dtype=F64, generator=g).masked_fill(torch.arange(n) % 4 == 1, -torch.inf)[mine].requires_grad_()
+    )
     both = gather is not False
     losses: dict[str, Callable[[], Tensor]] = {
         "NTXent": lambda: fastcl.NTXentLoss(temperature, gather=gather)(z0, z1),

@@ -12,12 +12,12 @@ def unit(rows: Tensor) -> Tensor:
     """Rows over their norms, differentiable, in the accumulation dtype; zeros stay zeros and get no gradient."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     inverse = inverse_norms(rows.detach())[:, None]
-    near = inverse > 2.0**-60  # which squares of larger norms than that are out of range
+    near = inverse > 1 / FAR[inverse.dtype]
     if values_visible(rows) and int(near.count_nonzero()) == len(rows):
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         return rows / norms.clamp(min=NORM_FLOOR)
     empty = inverse == 0
-    rows = rows * torch.where(near | empty, 1, powers_of_two(rows.detach())[:, None])
+    rows = torch.where(near | empty, rows, rows * DOWN[inverse.dtype])
     norms = torch.linalg.vector_norm(torch.where(empty, 1, rows), dim=1, keepdim=True)
     return torch.where(empty, rows.detach() * 0, rows / norms.clamp(min=NORM_FLOOR))
 
@@ -33,6 +33,9 @@ NORM_FLOOR = 1e-12
 LARGEST_INVERSE = {  # rounded as in `inverse_norms`
     dtype: torch.tensor(NORM_FLOOR, dtype=dtype).reciprocal().item() for dtype in (torch.float32, torch.float64)
 }
+# Powers of two that bring the largest rows to where their squares are in range, as they leave all rows beyond FAR.
+DOWN = {torch.float32: 2.0**-80, torch.float64: 2.0**-600}
+FAR = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 
 
 def accumulation_dtype(*rows: Tensor | None) -> torch.dtype:
@@ -50,20 +53,11 @@ def inverse_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     inverse.masked_fill_(norms == 0, 0)
     if values_visible(inverse) and int(inverse.count_nonzero()) == len(inverse):
         return inverse
-    # 0: a row of zeros, or one whose squares leave the dtype's range.
-    powers = powers_of_two(rows.detach())
-    scaled = torch.linalg.vector_norm(rows * powers[:, None], dim=1, dtype=dtype)
-    mended = (powers.to(inverse.dtype) / scaled).clamp(max=LARGEST_INVERSE[inverse.dtype]).masked_fill_(scaled == 0, 0)
-    return torch.where(inverse == 0, mended, inverse)
-
-
-def powers_of_two(rows: Tensor) -> Tensor:
-    """Of rows [N, D], [N]: what brings their largest numbers near 1, exactly, so that their squares are in range."""
-    largest = rows.abs().amax(1)
-    _, exponent = torch.frexp(largest.double())
-    tiny = torch.finfo(largest.dtype).tiny  # its inverse is a number
-    powers = torch.ldexp(torch.ones_like(largest, dtype=torch.float64), 1 - exponent).clamp(tiny, 1 / tiny)
-    return powers.to(largest.dtype)
+    # 0: a row of zeros, or one whose squares leave the dtype's range: too small to be told from zeros, or too large.
+    small = (rows != 0).any(1).to(inverse.dtype) * LARGEST_INVERSE[inverse.dtype]
+    power = DOWN[inverse.dtype]
+    large = torch.linalg.vector_norm(rows * power, dim=1, dtype=dtype).reciprocal() * power
+    return torch.where(norms == 0, small, torch.where(inverse == 0, large, inverse))
 
 
 def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> Tensor:

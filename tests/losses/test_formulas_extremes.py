@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import generator
 from torch import Tensor
 
 import fastcl
 from fastcl.functional import cluster_infonce
+from tests.support.strategies import generator
 
 N, D = 12, 8
 LABELS = torch.arange(N) % 3

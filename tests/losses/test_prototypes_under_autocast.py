@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from strategies import generator
 from torch import Tensor
 
 import fastcl
-from fastcl.kernels.products import product
+from fastcl.ops.products import product
+from tests.support.strategies import generator
 
 N, M, D, K = 90, 33, 20, 17
 

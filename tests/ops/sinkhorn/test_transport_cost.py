@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
-from conftest import BACKENDS
-from sinkhorn_oracle import log_domain
-from strategies import generator
 from torch import Tensor
 
 import fastcl
+from tests.support.backends import BACKENDS
+from tests.support.sinkhorn_oracle import log_domain
+from tests.support.strategies import generator
 
 N, K = 13, 7
 

@@ -193,7 +193,7 @@ def test_a_loss_without_a_gradient_reads_the_rows_in_place() -> None:
     queue = a_queue(torch.float32)
     assert queue.stored(kept=False).rows.data_ptr() == queue.rows.data_ptr()
     with torch.no_grad():
-        posed = fastcl.posing.pose(rows(N, 0), None, rows(N, 1), queue, None, None, None, None)
+        posed = fastcl.losses.batch.pose(rows(N, 0), None, rows(N, 1), queue, None, None, None, None)
     assert posed.contrasts.data_ptr() == queue.rows.data_ptr()
 
 

@@ -208,7 +208,7 @@ def _reduce(
     total = _mass(counted, weights) if total is None else total
     if weights is None:
         return terms.sum() / total.clamp(min=1)
-    return terms.sum() / torch.where(total > 0, total, 1)
+    return terms.sum() / torch.where(total == 0, 1, total)
 
 
 def _nan_of(terms: Tensor, counted: Tensor) -> Tensor:

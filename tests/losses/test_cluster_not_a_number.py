@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl import checks
 from fastcl.functional import cluster_infonce
 from fastcl.losses.formulas import _log_difference
 from tests.support.backends import VARIANTS, running
@@ -120,16 +121,15 @@ def test_statistics_of_both_sides(normalize: bool, temperature: float, variant: 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
 def test_in_compiled_functions(backend: str) -> None:
-    """Where values are not looked at, NaN in weights of positives and in priors shows too."""
+    """Where values are not looked at, a NaN in a prior shows too."""
     if backend not in fastcl.ops.backends.choose.AVAILABLE:
         pytest.skip(f"no backend {backend}")
     x, y = rows(N, 0), rows(N, 1)
-    queue, assignments = with_a(torch.nan, rows(M, 2), 3), with_a(torch.nan, rows(N, 2).abs(), 3)
+    queue = with_a(torch.nan, rows(M, 2), 3)
     prior = torch.tensor([torch.nan, 1.0, 2.0])
     msn = fastcl.MSNLoss(prior=prior, n_iters=0, kl="prior_mean")
     calls: dict[str, Any] = {
         "queue": lambda: fastcl.MoCoLoss(0.3)(x, y, queue),
-        "assignments": lambda: cluster_infonce(x, contrasts=y, assignments=assignments),
         "prior": lambda: fastcl.sinkhorn(x[:, :3], prior=prior).assignments.sum(),
         "prior of the regulariser": lambda: msn(x, y, x[:3]),
     }
@@ -137,6 +137,16 @@ def test_in_compiled_functions(backend: str) -> None:
         for name, call in calls.items():
             torch.compiler.reset()
             assert torch.compile(call, fullgraph=True, backend="aot_eager")().isnan(), name
+
+
+def test_assignments(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of positives on a device, where nobody looks at values."""
+    monkeypatch.setattr(checks, "values_visible", lambda tensor: False)
+    x, weights = rows(N, 0).requires_grad_(), with_a(torch.nan, rows(N, 2).abs(), 3)
+    for options in ({}, {"contrasts": rows(N, 1)}):
+        loss = cluster_infonce(x, assignments=weights, **options)
+        assert loss.isnan()
+        assert torch.autograd.grad(loss, x)[0].isnan().any()
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0])

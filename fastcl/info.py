@@ -13,9 +13,6 @@ from .checks import ROW_DTYPES
 from .ops.backends import cuda_runtime, native, triton_launch
 from .ops.backends.choose import AVAILABLE, MISSING, choose_backend
 from .ops.backends.rows import accumulation_dtype
-from .ops.sinkhorn.op import choose as choose_for_sinkhorn
-from .ops.soft.op import choose as choose_for_soft
-from .ops.topk.op import choose as choose_for_topk
 
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
@@ -73,18 +70,20 @@ def _native() -> list[str]:
 
 def _choices() -> list[str]:
     devices = ("cpu", "cuda") if _cuda_devices() else ("cpu",)
-    choices = (
-        ("contrastive_stats", choose_backend),
-        ("soft assignments", choose_for_soft),
-        ("sinkhorn", choose_for_sinkhorn),
-        ("topk_similarity", choose_for_topk),
-    )
-    return [
-        f"  {what:<18} {device:<5} {str(rows.dtype)[6:]:<9} {choose(torch.device(device), accumulation_dtype(rows))}"
-        for what, choose in choices
-        for device in devices
-        for rows in (torch.empty(0, dtype=dtype) for dtype in ROW_DTYPES)
-    ]
+    families = {
+        "contrastive_stats": "contrastive_stats",
+        "soft assignments": "soft_assignments",
+        "sinkhorn": "sinkhorn",
+        "topk_similarity": "topk",
+    }
+    found = []
+    for what, family in families.items():
+        for device in devices:
+            for dtype in ROW_DTYPES:
+                sums = accumulation_dtype(torch.empty(0, dtype=dtype))
+                chosen = choose_backend(torch.device(device), sums, family)
+                found.append(f"  {what:<18} {device:<5} {str(dtype)[6:]:<9} {chosen}")
+    return found
 
 
 def _reason() -> str:

@@ -160,7 +160,7 @@ class Sweep(NamedTuple):
             self.normalize_anchors,
             self.normalize_contrasts,
             self.both,
-            soft_op.choose(anchors.device, dtype),
+            choose_backend(anchors.device, dtype, "soft_assignments"),
         )
 
         def named(side: soft_op.Weighted, reverse: ContrastiveStats | None) -> ContrastiveStats:

@@ -23,6 +23,7 @@ from ..checks import (
 from ..distributed import Property, World, dtype_name, tell_others
 from ..memory import MemoryBank
 from ..ops.backends.rows import accumulation_dtype, unit
+from ..ops.library import once_differentiable
 from ..ops.sampled import backward_op, forward_op
 from .modules import ExactModule, shown_temperature
 
@@ -286,9 +287,7 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # With gradients on, somebody wants to differentiate this: that will tell that it cannot be done.
-        scaled = _Scaled.apply if torch.is_grad_enabled() else _scaled
-        return None, *scaled(grad, *ctx.saved_tensors), None, None, None
+        return None, *once_differentiable("SampledNCELoss", _scaled, grad, *ctx.saved_tensors), None, None, None
 
 
 def _scaled(
@@ -300,18 +299,6 @@ def _scaled(
     dx = (grad[:, None] * of_x).to(x.dtype)
     dkey = None if key is None or of_key is None else (grad[:, None] * of_key).to(key.dtype)
     return dx, dkey, (grad * of_temperature).sum().to(temperature.dtype)
-
-
-class _Scaled(torch.autograd.Function):
-    """`_scaled` as a function of what the slopes were found from, of which there is no derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        return _scaled(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> None:
-        raise RuntimeError("fastcl.SampledNCELoss: second derivatives are not supported")
 
 
 def draw(bank: MemoryBank, indices: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:

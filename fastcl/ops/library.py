@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,42 +63,46 @@ def intercepted(*tensors: Tensor | None) -> bool:
     return False
 
 
-def no_second_derivatives(of: str = "contrastive_stats") -> None:
-    raise RuntimeError(f"fastcl.{of}: second derivatives are not supported")
+class _Last(torch.autograd.Function):
+    """Runs `work`, a derivative that has none itself: in a graph that is kept to be differentiated again it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, public: str, work: Callable[..., Any], *args: Any) -> Any:
+        ctx.public = public
+        return work(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise RuntimeError(f"fastcl.{ctx.public}: second derivatives are not supported")
 
 
-def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """The Autograd kernel: `function` where there is something to differentiate, else straight on to the backend."""
+def once_differentiable(public: str, work: Callable[..., Any], *args: Any) -> Any:
+    """work(*args) in a backward. With gradients enabled its result enters a graph, which raises when differentiated.
+
+    public: the name that the error gives.
+    """
+    return _Last.apply(public, work, *args) if torch.is_grad_enabled() else work(*args)
+
+
+def _below_autograd(op: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _differentiable(op: Any, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The Autograd kernel: `apply` where there is something to differentiate, else straight on to the backend."""
 
     def kernel(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             if torch._C._are_functorch_transforms_active():
                 raise NotImplementedError(f"{op}: derivatives by torch.func are not supported, those by autograd are")
-            return function.apply(*args)
+            return apply(*args)
         if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(f"{op}: forward-mode derivatives are not supported")
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return _below_autograd(op, *args)
 
     return kernel
-
-
-def _last(op: Any, public: str) -> type[torch.autograd.Function]:
-    """Of a derivative, which has none itself."""
-
-    class Derivative(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs: tuple[Tensor, ...] = op(*args)
-            return outputs
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> None:
-            no_second_derivatives(public)
-
-    return Derivative
 
 
 Kernel = Callable[..., Any]
@@ -116,7 +121,7 @@ def register(
     """
     for kind, (kernel, fake) in (("fwd", forward), ("bwd", backward)):
         op = getattr(torch.ops.fastcl, f"{name}_{kind}")
-        derivative = function if kind == "fwd" else _last(op, public)
+        apply = function.apply if kind == "fwd" else partial(_Last.apply, public, partial(_below_autograd, op))
         LIBRARY.impl(f"{name}_{kind}", kernel, "CompositeExplicitAutograd")
-        LIBRARY.impl(f"{name}_{kind}", _differentiable(op, derivative), "Autograd")
+        LIBRARY.impl(f"{name}_{kind}", _differentiable(op, apply), "Autograd")
         torch.library.register_fake(f"fastcl::{name}_{kind}", fake, lib=LIBRARY)

@@ -74,7 +74,7 @@ def driver_failure() -> str:
     return failure
 
 
-def refusal(device: torch.device) -> str:
+def unsupported_reason(device: torch.device) -> str:
     """Why rows on `device` are not for this backend; empty if they are."""
     if kernels().emulated:
         return "" if device.type == "cpu" else f"is emulated and takes tensors on the CPU, got tensors on {device}"
@@ -94,7 +94,7 @@ def measured_faster(device: torch.device, op: str) -> bool:
     """Whether the backend is to be chosen by itself."""
     return (
         device.type == "cuda" and bool(MEASURED_FASTER) and (architecture(device), op) in MEASURED_FASTER
-    ) and not refusal(device)
+    ) and not unsupported_reason(device)
 
 
 @cache

@@ -47,7 +47,7 @@ def availability() -> tuple[bool, str]:
     return True, f"Triton {version} (at least {floor})"
 
 
-def refusal(device: torch.device) -> str:
+def unsupported_reason(device: torch.device) -> str:
     """Why rows on `device` are not for this backend; empty if they are."""
     if INTERPRETED:
         return "" if device.type == "cpu" else f"is interpreted and takes tensors on the CPU, got tensors on {device}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import inverse_norms
-from ..library import no_second_derivatives, uncompiled, without_autocast
+from ..library import once_differentiable, uncompiled, without_autocast
 from . import paired
 from .direct import stacked, taken_apart
 from .op import BACKENDS
@@ -108,18 +109,19 @@ class BlockStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # somebody wants to differentiate this: that will tell that it cannot be done
-            found: tuple[Tensor | None, ...] = _Gradients.apply(ctx, len(grads), *grads, *ctx.saved_tensors)
-        else:
-            found = BlockStats.gradients(ctx, *grads)
+        work = partial(BlockStats.gradients, ctx, len(grads))
+        found: tuple[Tensor | None, ...] = once_differentiable("contrastive_stats", work, *grads, *ctx.saved_tensors)
         return found
 
     @staticmethod
     @uncompiled
-    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Of the inputs, from those of the values."""
+    def gradients(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of the inputs, from those of the values, the first `count` tensors; the others are what the forward saved."""
         call: Call = ctx.call
-        anchors, positives, clusters, ids, scales, *sets = ctx.saved_tensors
+        grads = tensors[:count]
+        anchors, positives, clusters, ids, scales, *sets = tensors[count:]
+        assert anchors is not None
+        assert scales is not None
         sweep = _Sweep(call, anchors, positives, clusters, ids, scales, Set(*sets[:4]), Set(*sets[4:]))
         sweep.kept = ctx.kept
         wanted = len(call.want)
@@ -134,26 +136,13 @@ class BlockStats(torch.autograd.Function):
         with without_autocast(anchors.device):
             found, stored_bias = sweep.backward(of_sides[0], of_sides[1], needs[1], needs[2], needs[5], needs[13])
         rows, contrasts, scale, bias, extra = (
-            None if gradient is None else gradient.to(like.dtype)
+            None if gradient is None or like is None else gradient.to(like.dtype)
             for gradient, like in zip(found, (anchors, sets[0], scales, scales, positives), strict=True)
         )
         return (
             None, rows if needs[1] else None, extra, None, None, scale if needs[5] else None,
             contrasts if needs[6] else None, None, None, bias if needs[9] else None, None, None, None, stored_bias,
         )  # fmt: skip
-
-
-class _Gradients(torch.autograd.Function):
-    """`BlockStats.gradients` as a function of its inputs, of which there is no derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, of: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: tuple[Tensor | None, ...] = BlockStats.gradients(of, *tensors[:count])
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> None:
-        no_second_derivatives()
 
 
 class _Kept(NamedTuple):

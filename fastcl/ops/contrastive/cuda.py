@@ -27,11 +27,11 @@ ONE_EXPONENTIAL = 16.0
 
 def saved_size(p: Problem) -> int:
     """How many numbers the forward keeps for the backward (`cuda_rows.kept`)."""
-    return 0 if p.dtype == torch.float64 else kept_size(p)
+    return kept_size(p)
 
 
 def plane_count(p: Problem) -> int:
-    return 0 if p.dtype == torch.float64 else 3
+    return 3
 
 
 def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ merge_planes = merge_bases
 
 def forward(p: Problem) -> Statistics:
     s, n, m = p.sizes
-    if p.dtype == torch.float64 or n == 0 or m == 0:
+    if n == 0 or m == 0:
         return chunked.forward(p)._replace(saved=p.logit_scale.new_zeros(saved_size(p)))
     new = p.logit_scale.new_empty
     saved = new(saved_size(p))
@@ -75,7 +75,7 @@ def forward(p: Problem) -> Statistics:
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
     """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
     s, n, m = p.sizes
-    if p.dtype == torch.float64 or n == 0 or m == 0:
+    if n == 0 or m == 0:
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     new = p.logit_scale.new_empty
     kernels, where = cuda_runtime.kernels(), cuda_runtime.where(p.device)

@@ -6,13 +6,13 @@ the nodes that a formula of them leaves in autograd's graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..library import intercepted, no_second_derivatives
+from ..library import intercepted, once_differentiable
 from . import cpu
 from .op import (
     BOTH,
@@ -108,8 +108,7 @@ class DirectMean(torch.autograd.Function):
             counted = [_which(counts, options[WANT - TENSORS][0] == "lse_neg") for counts in sides]
             return *_derived((*saved[:TENSORS], *kept), options, needs, grad, counted), None
         arguments = (_scaled if ctx.at_once else _gradients, options, needs, grad, *saved)
-        found = (_Last.apply if torch.is_grad_enabled() else _call)(*arguments)
-        return *by_argument(found), None
+        return *by_argument(once_differentiable("contrastive_stats", *arguments)), None
 
 
 def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -135,22 +134,6 @@ def _as_arguments(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | N
         None if gradient is None or argument is None else gradient.to(argument.dtype)
         for gradient, argument in zip(gradients, arguments, strict=True)
     )
-
-
-def _call(work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
-    return work(*args)
-
-
-class _Last(torch.autograd.Function):
-    """A derivative in a graph that is kept in order to be differentiated again, which cannot be done."""
-
-    @staticmethod
-    def forward(ctx: Any, work: Callable[..., tuple[Tensor | None, ...]], *args: Any) -> tuple[Tensor | None, ...]:
-        return work(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> None:
-        no_second_derivatives()
 
 
 def _derived(

@@ -37,17 +37,6 @@ _forward = torch.ops.fastcl.sinkhorn_fwd
 _backward = torch.ops.fastcl.sinkhorn_bwd
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of Sinkhorn on `device`: of the chosen one, or `chunked` where that has no passes of its own."""
-    name = choose_backend(device, dtype, "sinkhorn")
-    if name in ("triton", "cuda") and dtype == torch.float64:
-        return "chunked"
-    return name if name in PASSES else "chunked"
-
-
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `choose_backend`
-
-
 def _forward_impl(*args: Any) -> tuple[Tensor, ...]:
     *problem, backend = args
     p = Problem(*problem)
@@ -131,7 +120,7 @@ def sinkhorn(
     group: str,
 ) -> tuple[Tensor, ...]:
     """Assignments [B, N, K], potentials [B, N] and [B, K], error [B], count []; arguments checked, as in Problem."""
-    backend = choose(scores.device, epsilon.dtype)
+    backend = choose_backend(scores.device, epsilon.dtype, "sinkhorn")
     outputs: tuple[Tensor, ...] = _forward(
         scores, epsilon, log_prior, log_row_marginal, init, n_iters, tol, group, backend
     )

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..backends import triton_launch
-from ..backends.choose import choose_backend
 from ..contrastive import chunked, reference
 from ..contrastive.records import Gradients, Needs, Problem, Side, Statistics
 from ..library import LIBRARY, register, without_autocast
@@ -58,19 +56,6 @@ class Weighted(NamedTuple):
 
     fields: Tensor  # [3, N]: lse_all, sum_pos, num_pos
     size: Tensor  # of A_i
-
-
-def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend on `device`: of the chosen one, or where that knows no assignments `triton`, else `chunked`."""
-    name = choose_backend(device, dtype)
-    if name == "cuda" and "triton" in ENGINES and not triton_launch.refusal(device):
-        name = "triton"
-    if name == "triton" and dtype == torch.float64:
-        return "chunked"
-    return name if name in ENGINES else "chunked"
-
-
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `choose_backend`
 
 
 def _posed(args: Sequence[Any]) -> tuple[Problem, Engine]:

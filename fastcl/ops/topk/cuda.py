@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..backends import cuda_runtime
 from ..backends.native import address, describe_rows
-from ..backends.rows import accumulation_dtype
 from . import chunked
 from .triton import names
 
-MOST, LEAST = 256, 16  # slots; a larger k goes through blocks
+LEAST = 16  # slots
 ROWS, TILE = 64, 64  # of a block, as a rule; keys of a tile
 WAVES = 4  # blocks for each multiprocessor
 TILES = 16  # that a block sees, at least
@@ -25,8 +24,6 @@ def topk(
     queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (n, d), m = queries.shape, keys.shape[0]
-    if k > MOST or accumulation_dtype(queries, keys) == torch.float64:
-        return chunked.topk(queries, keys, k, query_ids, key_ids)
     where = cuda_runtime.where(queries.device)
     slots = max(LEAST, 1 << (k - 1).bit_length())
     blocks = WAVES * cuda_runtime.kernels().processors(where[0])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..backends.choose import choose_backend
+from ..backends.choose import choose_backend, for_neighbours
 from ..backends.rows import accumulation_dtype
 from ..library import LIBRARY, without_autocast
 from . import chunked, cpu, cuda, reference, triton
@@ -40,15 +40,6 @@ LIBRARY.define(
 _op = torch.ops.fastcl.topk
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend on `device`: of the chosen one, or `chunked` where that has no search of its own."""
-    name = choose_backend(device, dtype, "topk")
-    return name if name in SEARCHES else "chunked"
-
-
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `choose_backend`
-
-
 def _impl(queries: Tensor, keys: Tensor, k: int, *others: Any) -> tuple[Tensor, Tensor]:
     *ids, backend = others
     with without_autocast(queries.device):
@@ -68,6 +59,6 @@ def topk(
     queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Checked arguments, as in `Search`."""
-    backend = choose(queries.device, accumulation_dtype(queries, keys))
+    backend = for_neighbours(choose_backend(queries.device, accumulation_dtype(queries, keys), "topk"), k)
     values, indices = _op(queries.detach(), keys.detach(), k, query_ids, key_ids, backend)
     return values, indices

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from ..backends import triton_launch
-from ..backends.rows import accumulation_dtype
 from ..backends.triton_launch import INTERPRETED, architecture, blocks, on_device, programs
 from ..backends.triton_tiles import Tile, padded
 from ..contrastive.triton.rows import precision_of
 from . import chunked
 
-MOST = 256  # slots that a program's registers hold; a larger k goes through blocks
 WAVES = 4  # programs for each multiprocessor
 TILES = 16  # of columns that a program sees, at least
 
@@ -31,8 +29,6 @@ def topk(
     queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (n, d), m = queries.shape, keys.shape[0]
-    if k > MOST or accumulation_dtype(queries, keys) == torch.float64:
-        return chunked.topk(queries, keys, k, query_ids, key_ids)
     device, dtype = queries.device, torch.promote_types(queries.dtype, keys.dtype)
     width = padded(d, INTERPRETED)
     slots = max(16, 1 << (k - 1).bit_length())

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import fastcl
-from fastcl.ops.backends import cuda_runtime
+from fastcl.ops.backends import choose, cuda_runtime
 from fastcl.ops.sinkhorn import cuda as sinkhorn_cuda
-from fastcl.ops.sinkhorn.op import choose
 from tests.ops.sinkhorn import test_sinkhorn
 from tests.support.emulated import emulating
 from tests.support.sinkhorn_passes import (
@@ -66,8 +65,8 @@ def test_chunks_add_up(which, monkeypatch) -> None:
 
 def test_whom_it_serves() -> None:
     with fastcl.use_backend("cuda"):
-        assert choose(torch.device("cpu"), torch.float32) == "cuda"
-        assert choose(torch.device("cpu"), torch.float64) == "chunked"
+        assert choose.choose_backend(torch.device("cpu"), torch.float32, "sinkhorn") == "cuda"
+        assert choose.choose_backend(torch.device("cpu"), torch.float64, "sinkhorn") == "chunked"
 
 
 # All iterations in one launch

@@ -11,7 +11,6 @@ import fastcl
 from fastcl.ops.backends import choose, cuda_runtime, triton_launch
 from fastcl.ops.sinkhorn import cuda as sinkhorn_cuda
 from fastcl.ops.sinkhorn import triton as sinkhorn_triton
-from fastcl.ops.sinkhorn.op import choose as choose_sinkhorn
 from tests.support.strategies import generator
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -30,8 +29,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_the_fastest_is_the_default() -> None:
-    assert choose_sinkhorn(torch.device("cuda", 0), torch.float32) == HERE
-    assert choose_sinkhorn(torch.device("cuda", 0), torch.float64) == "chunked"
+    assert choose.choose_backend(torch.device("cuda", 0), torch.float32, "sinkhorn") == HERE
+    assert choose.choose_backend(torch.device("cuda", 0), torch.float64, "sinkhorn") == "chunked"
 
 
 def solved(scores: Tensor, device: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:

@@ -6,7 +6,6 @@ import torch
 import fastcl
 from fastcl.ops.backends import choose, triton_launch
 from fastcl.ops.sinkhorn import triton as sinkhorn_triton
-from fastcl.ops.sinkhorn.op import choose as choose_sinkhorn
 from tests.support.sinkhorn_passes import (
     PASSES,
     assignment_gradient,
@@ -60,5 +59,5 @@ def test_chunks_add_up(which, k, monkeypatch) -> None:
 
 def test_whom_it_serves() -> None:
     with fastcl.use_backend("triton"):
-        assert choose_sinkhorn(torch.device("cpu"), torch.float32) == "triton"
-        assert choose_sinkhorn(torch.device("cpu"), torch.float64) == "chunked"
+        assert choose.choose_backend(torch.device("cpu"), torch.float32, "sinkhorn") == "triton"
+        assert choose.choose_backend(torch.device("cpu"), torch.float64, "sinkhorn") == "chunked"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import fastcl
 from fastcl.functional import cluster_infonce
+from fastcl.ops.backends import choose
 from fastcl.ops.soft import assignments as soft_assignments
-from fastcl.ops.soft import op as soft_op
 from tests.losses.test_cluster_assignments import check_loss, library, objective, problem
 from tests.ops.test_library import allocated
 from tests.support.backends import BACKENDS, ENGINES, running
@@ -63,7 +63,7 @@ def operator_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(case, dtype, backend) -> None:
     with fastcl.use_backend(backend):
-        name = soft_op.choose(torch.device("cpu"), dtype)
+        name = choose.choose_backend(torch.device("cpu"), dtype, "soft_assignments")
     for grad in (False, True):
         torch.library.opcheck(FORWARD, operator_arguments(case, name, dtype, grad))
     arguments = operator_arguments(case, name, dtype, False)
@@ -89,9 +89,9 @@ def test_compiles() -> None:
 
 
 def test_a_backend_without_assignments_is_replaced_by_blocks() -> None:
-    assert soft_op.choose(torch.device("cpu"), torch.float64) in ("cpu", "chunked")
+    assert choose.choose_backend(torch.device("cpu"), torch.float64, "soft_assignments") in ("cpu", "chunked")
     with fastcl.use_backend("reference"):
-        assert soft_op.choose(torch.device("cpu"), torch.float32) == "reference"
+        assert choose.choose_backend(torch.device("cpu"), torch.float32, "soft_assignments") == "reference"
 
 
 def test_blocks_of_the_assignments_gradient(monkeypatch) -> None:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 
 import fastcl
 from fastcl import topk_similarity
+from fastcl.ops.backends import choose
 from fastcl.ops.topk import cuda as topk_cuda
-from fastcl.ops.topk.op import choose
 from tests.ops.topk import test_topk
 from tests.support.emulated import emulating
 from tests.support.strategies import generator
@@ -77,7 +77,7 @@ def test_the_same_bits_in_whatever_order_threads_run(monkeypatch) -> None:
 
 def test_whom_it_serves() -> None:
     """A larger k, and float64, go through blocks."""
-    assert choose(torch.device("cpu"), torch.float32) == "cuda"
+    assert choose.choose_backend(torch.device("cpu"), torch.float32, "topk") == "cuda"
     keys = torch.randn(400, 3, generator=generator(0))
     for rows, k in ((keys, 300), (keys.double(), 3)):
         exact = (rows[:5] @ rows.T).sort(dim=1, descending=True, stable=True)

@@ -19,7 +19,7 @@ from .rows import Launch, Rows, arrange, fields_wanted, kept_in
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
     """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
     _, n, m = p.sizes
-    if p.dtype == torch.float64 or n == 0 or m == 0:
+    if n == 0 or m == 0:
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     with on_device(p.device):
         return _backward(p, saved, grad, grad_contrasts, needs)

@@ -23,11 +23,11 @@ from .rows import Launch, arrange, fields_wanted, kept_in, kept_size
 
 def saved_size(p: Problem) -> int:
     """How many numbers the forward keeps for the backward (`rows.kept`)."""
-    return 0 if p.dtype == torch.float64 else kept_size(p)
+    return kept_size(p)
 
 
 def plane_count(p: Problem) -> int:
-    return 0 if p.dtype == torch.float64 else 3
+    return 3
 
 
 def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ merge_planes = merge_bases
 
 def forward(p: Problem) -> Statistics:
     _, n, m = p.sizes
-    if p.dtype == torch.float64 or n == 0 or m == 0:
+    if n == 0 or m == 0:
         return chunked.forward(p)._replace(saved=p.logit_scale.new_zeros(saved_size(p)))
     with on_device(p.device):
         return _forward(p)

@@ -80,7 +80,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "cont
 
 
 def _asked_for(device: torch.device) -> str | None:
-    """The backend that `use_backend` or ``FASTCL_BACKEND`` names. ValueError if it does not take tensors on `device`."""
+    """The backend that `use_backend` or ``FASTCL_BACKEND`` names; ValueError if it does not take `device`."""
     chosen, source = _chosen.get(), "use_backend"
     if chosen is None and os.environ.get("FASTCL_BACKEND"):
         source = "FASTCL_BACKEND"

@@ -75,3 +75,12 @@ def through_normalization(grad: Tensor, unit: Tensor, inverse_norms: Tensor) -> 
 CPU_BLOCK = 1 << 20
 GPU_BLOCK = 1 << 25
 FEWEST_ROWS = 16  # a product of fewer rows runs at the memory's speed
+
+
+def tf32_allowed() -> bool:
+    """Whether products of float32 rows may be rounded to TF32, as `torch.set_float32_matmul_precision` tells torch.
+
+    Newer versions of torch keep it by device, and the old question raises where the new setting was used.
+    """
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if setting is None else bool(setting == "tf32")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import triton_interpreter
+from .rows import tf32_allowed
 from .triton_tiles import Tile
 
 FLOOR = (3, 2)  # torch 2.6 brings it
@@ -129,3 +130,8 @@ def programs(device: torch.device) -> int:
 
 def blocks(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """The `input_precision` of products of rows."""
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"

@@ -12,7 +12,7 @@ from ..backends import native
 from ..backends.native import address, describe_rows
 from . import chunked
 from .observed import NAMES as OBSERVED
-from .records import FIELDS, Gradients, Needs, Problem, Side, Statistics, empty_side, largest_base
+from .records import FIELDS, Gradients, Needs, Problem, Side, Statistics, empty_side, largest_base, new_side
 
 _VECTORS = ("anchor_clusters", "contrast_clusters", "logit_scale", "contrast_bias", "anchor_ids", "contrast_ids")
 _PLACES = {name: k for k, name in enumerate(FIELDS)}
@@ -198,9 +198,8 @@ def two_sets_if_biased(p: Problem) -> Problem:
 
 
 def _new_side(p: Problem, size: int) -> Side:
-    s, new = p.sizes[0], p.logit_scale.new_empty
-    observed = _new_observed(p, size) if p.observe else None
-    return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size), observed)
+    side = new_side(p, size)
+    return side._replace(observed=_new_observed(p, size)) if p.observe else side
 
 
 def _new_observed(p: Problem, size: int) -> Tensor:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda_runtime
+from ..backends.native import DTYPES, address
 from . import chunked
-from .cuda_rows import DTYPES, address, arrange, find_clusters, find_names, kept_in, kept_size, wanted
-from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, merge_bases
+from .cuda_rows import KEPT, arrange, find_clusters, find_names, wanted
+from .kept import plane_count
+from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, merge_bases, new_side
 
 __all__ = ["backward", "forward", "merge_planes", "plane_count", "planes", "saved_size"]
 
@@ -25,23 +27,7 @@ __all__ = ["backward", "forward", "merge_planes", "plane_count", "planes", "save
 ONE_EXPONENTIAL = 16.0
 
 
-def saved_size(p: Problem) -> int:
-    """How many numbers the forward keeps for the backward (`cuda_rows.kept`)."""
-    return kept_size(p)
-
-
-def plane_count(p: Problem) -> int:
-    return 3
-
-
-def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what is kept, the bases: what is true of blocks of contrasts only once it is merged."""
-    parts = kept_in(p, saved)
-    bases = parts["bases"]
-    return bases, parts["contrast_bases"] if p.both else bases[..., :0]
-
-
-merge_planes = merge_bases
+saved_size, planes, merge_planes = KEPT.size, KEPT.planes, merge_bases
 
 
 def forward(p: Problem) -> Statistics:
@@ -50,13 +36,13 @@ def forward(p: Problem) -> Statistics:
         return chunked.forward(p)._replace(saved=p.logit_scale.new_zeros(saved_size(p)))
     new = p.logit_scale.new_empty
     saved = new(saved_size(p))
-    parts = kept_in(p, saved)
+    parts = KEPT.parts(p, saved)
     find_clusters(p, parts)
     find_names(p, parts)
     a = new(n if p.normalize_anchors else 0)
     c = new(m if p.normalize_contrasts and p.contrasts is not None else 0)
     arranged = arrange(p, parts, a, c)
-    anchors, contrasts = _new_side(p, n), _new_side(p, m) if p.both else empty_side(p)
+    anchors, contrasts = new_side(p, n), new_side(p, m) if p.both else empty_side(p)
     kernels, where = cuda_runtime.kernels(), cuda_runtime.where(p.device)
     statistics, others = new(s, 7, n), new(s, 7, m if p.both else 0)
     lines = new(kernels.line_count(n, where), 2, m) if p.both else None
@@ -79,7 +65,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     new = p.logit_scale.new_empty
     kernels, where = cuda_runtime.kernels(), cuda_runtime.where(p.device)
-    parts = kept_in(p, saved.saved)
+    parts = KEPT.parts(p, saved.saved)
     arranged = arrange(p, parts, None, None)
 
     def weights(size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,11 +109,6 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         if p.contrasts is None and not arranged.folded:
             scale = scale / 2
     return Gradients(anchor_rows, contrast_rows, scale, bias)
-
-
-def _new_side(p: Problem, size: int) -> Side:
-    s, new = p.sizes[0], p.logit_scale.new_empty
-    return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size))
 
 
 _NO_SIDE = (0,) * 8

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .kept import Layout, by_name, layout_size, sums_are_kept
-from .records import FIELDS, Problem, largest_bias
+from ..backends.ids import places_of_ids
+from ..backends.native import DTYPES, address
+from ..backends.rows import tf32_allowed
+from .kept import Layout, Store, logit_bounds, sums_are_kept
+from .records import FIELDS, Problem
 
-DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/problem.h
 STEP = 32  # bytes: rows are padded to multiples of it
 
 
@@ -39,14 +41,7 @@ def kept(p: Problem) -> Layout:
     return found
 
 
-def kept_size(p: Problem) -> int:
-    """In numbers of float32."""
-    return layout_size(kept(p))
-
-
-def kept_in(p: Problem, saved: Tensor) -> dict[str, Tensor]:
-    """`saved` [kept_size], float32, taken apart."""
-    return by_name(kept(p), saved)
+KEPT = Store(kept)
 
 
 def product_dtype(p: Problem) -> torch.dtype:
@@ -91,12 +86,9 @@ def _ranges(rows: Tensor, others: Tensor, ranges: Tensor) -> None:
 
 def find_names(p: Problem, parts: dict[str, Tensor]) -> None:
     """Fills in int32 names of sample ids: equal for equal ids, 0 for one that the contrasts do not have."""
-    if p.anchor_ids is None or p.contrast_ids is None:
-        return
-    known = p.contrast_ids.sort().values
-    places = torch.arange(1, len(known) + 1, device=p.device)
-    parts["names"].copy_(_found(p.anchor_ids, known, places, 0))
-    parts["contrast_names"].copy_(_found(p.contrast_ids, known, places, 0))
+    for name, places in zip(("names", "contrast_names"), places_of_ids(p.anchor_ids, p.contrast_ids), strict=True):
+        if places is not None:
+            torch.add(places, 1, out=parts[name])
 
 
 def _found(ids: Tensor, known: Tensor, values: Tensor, otherwise: Tensor | int) -> Tensor:
@@ -107,20 +99,6 @@ def _found(ids: Tensor, known: Tensor, values: Tensor, otherwise: Tensor | int) 
 
 
 # Rows.
-
-
-def exact(dtype: torch.dtype) -> bool:
-    """Whether products keep all of float32, as torch's own follow `torch.set_float32_matmul_precision`.
-
-    Newer versions of torch keep it by device, and the old question raises where the new setting was used.
-    """
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    tf32 = torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
-    return dtype != torch.float32 or not tf32
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -134,7 +112,7 @@ class Arranged:
 
 
 def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | None) -> Arranged:
-    """parts: `kept_in`, filled in. a, c: where the inverse norms of rows [n], [m] go; None: nowhere."""
+    """parts: `KEPT.parts`, filled in. a, c: where the inverse norms of rows [n], [m] go; None: nowhere."""
     dtype, d, width = product_dtype(p), p.anchors.shape[1], padded(p)
     folded = p.contrasts is None and p.contrast_bias is not None  # a bias breaks the symmetry of self-contrast
     normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
@@ -182,7 +160,7 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
         leave_out = p.contrast_bias is not None  # rows whose bias is -inf become zeros, as they are no anchors too
         contrasts = rows(p.contrasts, p.normalize_contrasts, "contrast_", others, p.contrast_bias, c, leave_out)
     scale = p.logit_scale.detach().resolve_neg().contiguous()
-    longest, largest_bias = _bounds(p)
+    longest, largest_bias = logit_bounds(p)
     memory.extend((scale, longest, largest_bias))
     scalars = (
         d,
@@ -192,24 +170,9 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
         address(scale),
         address(longest),
         address(largest_bias),
-        exact(dtype),
+        dtype != torch.float32 or not tf32_allowed(),
     )
     return Arranged((*anchors, *contrasts, *scalars), width, folded, memory)
-
-
-def _bounds(p: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """What bounds the logits, besides the scale: the product of both sides' longest rows, and the largest bias."""
-
-    def longest(rows: Tensor, normalized: bool) -> Tensor | None:
-        return None if normalized else torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).amax().reshape(1)
-
-    product = longest(p.anchors, p.normalize_anchors)
-    if p.contrasts is not None:
-        other = longest(p.contrasts, p.normalize_contrasts)
-        product = other if product is None else product if other is None else product * other
-    elif product is not None:
-        product = product * product
-    return product, None if p.contrast_bias is None else largest_bias(p.contrast_bias)
 
 
 def wanted(want: Sequence[str]) -> tuple[int, ...]:

@@ -82,10 +82,15 @@ class Side(NamedTuple):
     observed: Tensor | None = None  # [10, S, N]: see `observed`; None: not asked for
 
 
+def new_side(p: Problem, size: int) -> Side:
+    """A side of `size` rows to be filled in."""
+    s, new = p.sizes[0], p.logit_scale.new_empty
+    return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size))
+
+
 def empty_side(p: Problem) -> Side:
     """The side that is not wanted."""
-    s, new = p.sizes[0], p.logit_scale.new_empty
-    return Side(new(len(p.want), s, 0), new(2, 0), new(2, len(p.log_sums), s, 0))
+    return new_side(p, 0)
 
 
 class Statistics(NamedTuple):

@@ -20,13 +20,11 @@ from torch import Tensor
 
 from ..backends import cuda_runtime
 from ..backends.native import DTYPES, address
-from .reference import ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum, split
+from .reference import CHUNK, LEAST_CHUNK, ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum, split
 
 if TYPE_CHECKING:
     from .solver import Kept, Problem
 
-CHUNK = 512  # rows of which a sum is formed at once, at most: bounds its rounding error
-LEAST_CHUNK = 16  # rows at least, where there are as many: what a chunk leaves behind is written and read again
 BLOCKS = 2  # that a multiprocessor should have to choose from
 
 
@@ -50,14 +48,14 @@ def iterate(p: Problem, g: Tensor, mass: Tensor, kept: Kept) -> tuple[Tensor, Te
         return None
     open_ended = p.tol is not None
     kept.columns[2] = g
-    matrix, partial, error = _matrix(x), _new(x, batch, chunks, k), _new(x, batch)
+    matrix, partial, error = x.new_matrix(), x.new(batch, chunks, k), x.new(batch)
     potentials = g.new_empty(2, batch, k) if open_ended else None
     if potentials is not None:
         potentials[0] = g
     else:
         error.zero_()
     done = torch.empty((), dtype=torch.int64, device=error.device)
-    error_parts = _new(x, batch, -(-k // 32))
+    error_parts = x.new(batch, -(-k // 32))
     scores = x.values.resolve_neg()
     inputs = [value.contiguous() for value in (x.inverse_epsilon, p.epsilon, mass, p.log_prior)]
     outputs = (kept.rows[1:], kept.columns[2], kept.columns[2 + kept.steps], potentials, error, partial, error_parts)
@@ -73,9 +71,9 @@ def iterate(p: Problem, g: Tensor, mass: Tensor, kept: Kept) -> tuple[Tensor, Te
 def column_sums(x: Scores, f: Tensor) -> Normalizer:
     batch, n, k = x.values.shape
     if n == 0 or batch == 0:
-        return Normalizer(_new(x, batch, k).fill_(-torch.inf), _new(x, batch, k).zero_())
+        return Normalizer(x.new(batch, k).fill_(-torch.inf), x.new(batch, k).zero_())
     chunk, chunks = _chunk(x, -(-k // 32))
-    shift, total = partial = _new(x, 2, batch, chunks, k)
+    shift, total = partial = x.new(2, batch, chunks, k)
     _call(Step.COLUMN_SUMS, x, f, partial=partial, chunk=chunk)
     largest = shift.amax(1)
     scale = ((shift - finite(largest)[:, None]) * x.inverse_epsilon).exp()
@@ -85,19 +83,19 @@ def column_sums(x: Scores, f: Tensor) -> Normalizer:
 def row_pass(
     x: Scores, g: Tensor, above: Tensor | None, mass: Tensor | None, assignments: bool
 ) -> tuple[Normalizer, Tensor | None, Tensor | None]:
-    rows = Normalizer(*_new(x, 2, *x.values.shape[:2]))
-    matrix = _matrix(x) if assignments else None
+    rows = Normalizer(*x.new(2, *x.values.shape[:2]))
+    matrix = x.new_matrix() if assignments else None
     columns = _reduced(Step.NORMALIZE, x, g, rows, mass=mass, matrix=matrix, sums=mass is not None)
     return rows, None if mass is None else columns, matrix
 
 
 def products(x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    y = _new(x, *x.values.shape[:2])
+    y = x.new(*x.values.shape[:2])
     return y, _reduced(Step.PRODUCTS, x, g, rows, mass=mass, weights=w, by_row=y)
 
 
 def column_products(x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Tensor:
-    y = _new(x, *x.values.shape[:2])
+    y = x.new(*x.values.shape[:2])
     if y.numel():
         shift = Normalizer(finite(columns.shift), columns.sum)
         _call(Step.COLUMN_PRODUCTS, x, f, rows=shift, weights=per_sum(w, columns), by_row=y)
@@ -107,7 +105,7 @@ def column_products(x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Ten
 def assignment_gradient(
     x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor
 ) -> tuple[Tensor, Tensor]:
-    d = _new(x, *x.values.shape[:2])
+    d = x.new(*x.values.shape[:2])
     if grad is None:
         d.zero_()
     return d, _reduced(Step.GRADIENT, x, g, rows, less=less, gradient=grad, by_row=d)
@@ -116,7 +114,7 @@ def assignment_gradient(
 def score_gradient(
     x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor, terms: Sequence[RowTerm | ColumnTerm]
 ) -> tuple[Tensor, Tensor]:
-    matrix, moment = _matrix(x), _new(x, *x.values.shape[:2])
+    matrix, moment = x.new_matrix(), x.new(*x.values.shape[:2])
     of_rows = [term for term in terms if isinstance(term, RowTerm)]
     of_columns = [term for term in terms if isinstance(term, ColumnTerm)]
     stacks: list[Tensor | None] = [None] * 10
@@ -166,9 +164,9 @@ def _reduced(
     """The columns' sums [B, K] of a pass, which fills what it reduces rows to; of nothing without `sums`."""
     batch, n, k = x.values.shape
     if n == 0 or batch == 0:
-        return _new(x, batch, k).zero_()
+        return x.new(batch, k).zero_()
     chunk, chunks = _chunk(x, 1 if k <= cuda_runtime.kernels().sinkhorn_whole else -(-k // 32))
-    partial = _new(x, batch, chunks, k) if sums else None
+    partial = x.new(batch, chunks, k) if sums else None
     _call(
         step,
         x,
@@ -183,7 +181,7 @@ def _reduced(
         matrix=matrix,
         chunk=chunk,
     )
-    return _new(x, 0) if partial is None else partial.sum(1)
+    return x.new(0) if partial is None else partial.sum(1)
 
 
 def _chunk(x: Scores, others: int) -> tuple[int, int]:
@@ -233,11 +231,3 @@ def _call(
 
 def _strided(matrix: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0, 0) if matrix is None else (DTYPES[matrix.dtype], matrix.data_ptr(), *matrix.stride())
-
-
-def _matrix(x: Scores) -> Tensor:
-    return torch.empty(x.values.shape, dtype=x.values.dtype, device=x.values.device)
-
-
-def _new(x: Scores, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.values.device)

@@ -28,6 +28,13 @@ class Scores:
     def dtype(self) -> torch.dtype:
         return self.inverse_epsilon.dtype
 
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.values.device)
+
+    def new_matrix(self) -> Tensor:
+        """[B, N, K] of the scores' dtype, contiguous"""
+        return torch.empty(self.values.shape, dtype=self.values.dtype, device=self.values.device)
+
     def block(self, rows: slice) -> Scores:
         return replace(self, values=self.values[:, rows])
 
@@ -35,6 +42,10 @@ class Scores:
         """S + potential; [B, N, K]"""
         high, low = split(potential, self.dtype)
         return (self.values.to(self.dtype) + high).add_(low)
+
+
+CHUNK = 512  # rows that the GPU's kernels sum at once, at most: bounds the rounding error
+LEAST_CHUNK = 16  # rows at least, where there are as many: the sums of a chunk are written and read again
 
 
 def split(potential: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

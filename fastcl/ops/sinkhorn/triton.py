@@ -19,11 +19,9 @@ from torch import Tensor
 from ..backends import triton_launch
 from ..backends.triton_launch import blocks, launch, on_device
 from ..backends.triton_tiles import Tile
-from .reference import ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum
+from .reference import CHUNK, LEAST_CHUNK, ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum
 
 WHOLE, WHOLE_SPREAD = 8192, 2048  # where the columns lie side by side, and where not: addresses take registers then
-CHUNK = 512  # rows of which a sum is formed at once, at most: bounds its rounding error
-LEAST_CHUNK = 16  # rows at least, where there are as many: what a chunk leaves behind is written and read again
 WARPS = 32  # that a multiprocessor should have to choose from
 NORMALIZE, PRODUCTS, GRADIENT, COLUMN_PRODUCTS = range(4)  # as in `triton_kernels`
 
@@ -57,12 +55,12 @@ def columns_tile(interpreted: bool) -> Tile:
 def column_sums(x: Scores, f: Tensor) -> Normalizer:
     batch, n, k = x.values.shape
     if n == 0 or batch == 0:
-        return Normalizer(_new(x, batch, k).fill_(-torch.inf), _new(x, batch, k).zero_())
+        return Normalizer(x.new(batch, k).fill_(-torch.inf), x.new(batch, k).zero_())
     shape = columns_tile(triton_launch.INTERPRETED)
     tiles = blocks(k, shape.block_n)
     chunk = _chunk(x, shape, tiles * batch)
     chunks = blocks(n, chunk)
-    shift, total = _new(x, 2, batch, chunks, k)
+    shift, total = x.new(2, batch, chunks, k)
     given = {**_potential(f), "PART_SHIFT": shift, "PART_SUM": total, "CHUNK": chunk, "CHUNKS": chunks}
     _launch("sinkhorn_column_sums_kernel", x, shape, tiles * chunks * batch, **given)
     shift = torch.where(total == 0, -torch.inf, shift)  # else the largest term is 1
@@ -74,20 +72,20 @@ def column_sums(x: Scores, f: Tensor) -> Normalizer:
 def row_pass(
     x: Scores, g: Tensor, above: Tensor | None, mass: Tensor | None, assignments: bool
 ) -> tuple[Normalizer, Tensor | None, Tensor | None]:
-    rows = Normalizer(*_new(x, 2, *x.values.shape[:2]))
-    matrix = _matrix(x) if assignments else None
+    rows = Normalizer(*x.new(2, *x.values.shape[:2]))
+    matrix = x.new_matrix() if assignments else None
     columns = _reduce(x, NORMALIZE, g, rows, mass=mass, matrix=matrix, sums=mass is not None)
     return rows, None if mass is None else columns, matrix
 
 
 def products(x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    y = _new(x, *x.values.shape[:2])
+    y = x.new(*x.values.shape[:2])
     return y, _reduce(x, PRODUCTS, g, rows, by_row=y, mass=mass, w=w)
 
 
 def column_products(x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Tensor:
     batch, n, _ = x.values.shape
-    y = _new(x, batch, n)
+    y = x.new(batch, n)
     shape = part_rows_tile(triton_launch.INTERPRETED)
     shift, weight = finite(columns.shift).contiguous(), per_sum(w, columns).contiguous()
     given: dict[str, Any] = {
@@ -105,7 +103,7 @@ def column_products(x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Ten
 def assignment_gradient(
     x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor
 ) -> tuple[Tensor, Tensor]:
-    d = _new(x, *x.values.shape[:2])
+    d = x.new(*x.values.shape[:2])
     return d, _reduce(x, GRADIENT, g, rows, by_row=d, less=less, grad=grad)
 
 
@@ -113,12 +111,12 @@ def score_gradient(
     x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor, terms: Sequence[RowTerm | ColumnTerm]
 ) -> tuple[Tensor, Tensor]:
     batch, n, k = x.values.shape
-    matrix, moment = _matrix(x), _new(x, batch, n)
+    matrix, moment = x.new_matrix(), x.new(batch, n)
     of_rows = [term for term in terms if isinstance(term, RowTerm)]
     of_columns = [term for term in terms if isinstance(term, ColumnTerm)]
 
     def stacked(values: list[Tensor], size: int) -> Tensor:
-        return torch.stack(values) if values else _new(x, 0, batch, size)
+        return torch.stack(values) if values else x.new(0, batch, size)
 
     shape = score_gradient_tile(triton_launch.INTERPRETED)
     _launch(
@@ -165,7 +163,7 @@ def _reduce(
     """Fills what a pass reduces rows to, and returns the columns' sums [B, K]; of nothing without `sums`."""
     batch, n, k = x.values.shape
     if n == 0 or batch == 0:
-        return _new(x, batch, k).zero_()
+        return x.new(batch, k).zero_()
     interpreted = triton_launch.INTERPRETED
     spread = any(given is not None and given.stride(2) != 1 for given in (x.values, grad))
     whole = whole_rows_tile(k, spread, interpreted)
@@ -173,7 +171,7 @@ def _reduce(
     tiles = 1 if whole else blocks(k, shape.block_n)
     chunk = _chunk(x, shape, tiles * batch)
     chunks = blocks(n, chunk)
-    partial = _new(x, batch, chunks, k) if sums else None
+    partial = x.new(batch, chunks, k) if sums else None
     vectors = {"SHIFT": rows.shift, "SUM": rows.sum, "MASS": mass, "W": w, "LESS": less}
     given: dict[str, Any] = {name: None if value is None else value.contiguous() for name, value in vectors.items()}
     given |= {**_potential(g), "BY_ROW": by_row, "PASS": which}
@@ -188,7 +186,7 @@ def _reduce(
             _launch("sinkhorn_rows_kernel", x, part, blocks(n, part.block_m) * batch, grad, **given)
         if sums or matrix is not None:
             _launch("sinkhorn_columns_kernel", x, shape, tiles * chunks * batch, grad, **given, **of_chunks)
-    return _new(x, 0) if partial is None else partial.sum(1)
+    return x.new(0) if partial is None else partial.sum(1)
 
 
 def _chunk(x: Scores, shape: Tile, others: int) -> int:
@@ -231,11 +229,3 @@ def _launch(name: str, x: Scores, shape: Tile, programs: int, grad: Tensor | Non
         known |= dict(zip((prefix + "BATCH", prefix + "ROW", prefix + "COLUMN"), tensor.stride(), strict=True))
     with on_device(scores.device):
         launch(name, shape, (programs,), {**given, **known})
-
-
-def _matrix(x: Scores) -> Tensor:
-    return torch.empty(x.values.shape, dtype=x.values.dtype, device=x.values.device)
-
-
-def _new(x: Scores, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.values.device)

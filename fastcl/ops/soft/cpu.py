@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import native
 from ..contrastive import chunked
 from ..contrastive import cpu as contrastive_cpu
-from ..contrastive.records import Gradients, Needs, Problem, Side, Statistics, empty_side
+from ..contrastive.records import Gradients, Needs, Problem, Side, Statistics, empty_side, new_side
 
 
 def forward(p: Problem) -> Statistics:
@@ -23,8 +23,8 @@ def forward(p: Problem) -> Statistics:
     c = new(
         m if p.normalize_contrasts and p.contrasts is not None else 0
     ).zero_()  # written with `both`; nobody reads it
-    anchors = _new_side(p, n)
-    contrasts = _new_side(p, m) if p.both else empty_side(p)
+    anchors = new_side(p, n)
+    contrasts = new_side(p, m) if p.both else empty_side(p)
     _run(p, _side(anchors, a), _side(contrasts, c) if p.both else None, None)
     return Statistics(anchors, contrasts, a, c, new(0))
 
@@ -52,12 +52,6 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     if folded and rows is not None and columns is not None:
         rows, columns = rows.add_(columns), None
     return Gradients(rows, columns, scale, d_bias)
-
-
-def _new_side(p: Problem, size: int) -> Side:
-    """Its parts are the largest logit to base 2, and the sum of the powers of 2 relative to it."""
-    new = p.logit_scale.new_empty
-    return Side(new(2, 1, size), new(2, size), new(2, 1, 1, size))
 
 
 def _run(p: Problem, anchors: tuple[int, ...], contrasts: tuple[int, ...] | None, gradients: Any) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.triton_launch import INTERPRETED, architecture, on_device
+from ..backends.triton_launch import INTERPRETED, architecture, on_device, precision_of
 from ..backends.triton_tiles import Tile, padded, tile
 from ..contrastive import chunked
 from ..contrastive.records import Gradients, Needs, Problem, Side, Statistics, empty_side
 from ..contrastive.triton.gradient import finish
-from ..contrastive.triton.rows import Arranged, Launch, arrange, kept_in, kept_size, precision_of
+from ..contrastive.triton.rows import KEPT, Arranged, Launch, arrange
 
 # Of G times norms, below 2 in float16, whose range ends at 2^16.
 LARGEST = 2.0**13
@@ -87,7 +87,7 @@ def _bound(side: Side, grad: Tensor) -> Tensor:
 class _Call:
     def __init__(self, p: Problem) -> None:
         self.p = p
-        parts = kept_in(p, p.logit_scale.new_zeros(kept_size(p)))
+        parts = KEPT.parts(p, p.logit_scale.new_zeros(KEPT.size(p)))
         self.arranged: Arranged
         self.arranged, self.a, self.c = arrange(p, parts)
         own, other = p.anchor_assignments, p.contrast_assignments

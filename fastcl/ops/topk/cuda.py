@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda_runtime
+from ..backends.ids import places_of_ids
 from ..backends.native import address, describe_rows
 from . import chunked
-from .triton import names
 
 LEAST = 16  # slots
 ROWS, TILE = 64, 64  # of a block, as a rule; keys of a tile
@@ -32,11 +32,11 @@ def topk(
     parts = -(-m // span)
     best = torch.empty((n, parts, slots), dtype=torch.int64, device=queries.device)
     queries, keys = queries.resolve_neg(), keys.resolve_neg()
-    renumbered = names(query_ids, key_ids)
+    names = places_of_ids(query_ids, key_ids)
     if n:
         call = (
             *(*describe_rows(queries), *describe_rows(keys), d),
-            *map(address, renumbered),
+            *map(address, names),
             *(slots, span, parts, best.data_ptr()),
         )
         cuda_runtime.kernels().topk(where, call)

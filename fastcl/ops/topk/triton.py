@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..backends import triton_launch
-from ..backends.triton_launch import INTERPRETED, architecture, blocks, on_device, programs
+from ..backends.ids import places_of_ids
+from ..backends.triton_launch import INTERPRETED, architecture, blocks, on_device, precision_of, programs
 from ..backends.triton_tiles import Tile, padded
-from ..contrastive.triton.rows import precision_of
 from . import chunked
 
 WAVES = 4  # programs for each multiprocessor
@@ -38,7 +38,7 @@ def topk(
     span = blocks(blocks(m, parts), tile.block_n) * tile.block_n
     parts = blocks(m, span)
     best = torch.empty((n, parts, slots), dtype=torch.int64, device=device)
-    row_names, column_names = names(query_ids, key_ids)
+    row_names, column_names = places_of_ids(query_ids, key_ids)
     arguments = {
         "X": _packed(queries, dtype, width),
         "Y": _packed(keys, dtype, width),
@@ -62,19 +62,6 @@ def topk(
         with on_device(device):
             triton_launch.launch("topk_kernel", tile, (rows, parts), arguments)
     return chunked.unpacked(torch.topk(best.flatten(1), k).values)
-
-
-def names(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """int32 names of ids: places among the right ones, found without asking the device how many there are."""
-    if left is None or right is None:
-        return None, None
-    known = right.sort().values
-    names = []
-    for ids in (left, right):
-        place = torch.searchsorted(known, ids.contiguous(), out_int32=True)
-        there = known[place.clamp(max=len(known) - 1)] == ids
-        names.append(torch.where(there & (ids != -1), place, -1))
-    return names[0], names[1]
 
 
 def _packed(rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from ...backends.triton_launch import INTERPRETED, blocks, on_device
 from ...backends.triton_tiles import ROWS_AT_ONCE, row_tile
 from .. import chunked
 from ..records import Gradients, Needs, Problem, Side, Statistics
-from .rows import Launch, Rows, arrange, fields_wanted, kept_in
+from .rows import KEPT, Launch, Rows, arrange, fields_wanted
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
@@ -31,7 +31,7 @@ ONE_EXPONENTIAL = 16.0
 
 
 def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
-    parts = kept_in(p, saved.saved)
+    parts = KEPT.parts(p, saved.saved)
     arranged, _, _ = arrange(p, parts, again=True)
     folded = p.contrasts is None and arranged.biased  # two sets that are one: both gradients are the anchors'
     own = _Weights(p, saved.anchors, parts["bases"], grad, arranged.anchors)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...backends import triton_launch, triton_tuning
 from ...backends.rows import NORM_FLOOR
-from ...backends.triton_launch import INTERPRETED, architecture, blocks, device_name
+from ...backends.triton_launch import INTERPRETED, architecture, blocks, device_name, precision_of
 from ...backends.triton_tiles import ROWS_AT_ONCE, Tile, padded, row_tile, tile
-from ..kept import Layout, by_name, layout_size, sums_are_kept
+from ..kept import Layout, Store, sums_are_kept
 from ..records import Problem
 
 # What the backward finds again.
@@ -38,15 +38,7 @@ def kept(p: Problem) -> Layout:
     return found
 
 
-def kept_size(p: Problem) -> int:
-    """In numbers of float32."""
-    return layout_size(kept(p))
-
-
-def kept_in(p: Problem, saved: Tensor) -> dict[str, Tensor]:
-    """`saved` [kept_size], float32, taken apart."""
-    return by_name(kept(p), saved)
-
+KEPT = Store(kept)
 
 # Rows.
 
@@ -77,7 +69,7 @@ class Arranged:
 def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[Arranged, Tensor, Tensor]:
     """The problem's rows, and the inverse norms in the caller's order, [0] where rows are taken as they are.
 
-    parts: `kept_in`, filled in unless this is done `again`, in the backward, where the norms are not returned either.
+    parts: `KEPT.parts`, filled in unless this is done `again`, in the backward, which returns no norms either.
     """
     if not again:
         number_clusters(p.anchor_clusters, p.contrast_clusters, parts)
@@ -240,18 +232,6 @@ def _label(ids: Tensor, known: Tensor, order: Tensor | None, labels: Tensor, own
             "BLOCK": ROWS_AT_ONCE.block_m,
         },
     )
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """Of products of float32 rows, as torch's own follow `torch.set_float32_matmul_precision`.
-
-    Newer versions of torch keep it by device, and the old question raises where the new setting was used.
-    """
-    if dtype != torch.float32:
-        return "ieee"
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    tf32 = torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 @dataclass(frozen=True)

@@ -9,35 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...backends import triton_launch
 from ...backends.triton_launch import blocks, on_device, programs
 from ...backends.triton_tiles import ROWS_AT_ONCE
 from .. import chunked
+from ..kept import logit_bounds
 from ..observed import NAMES as OBSERVED
-from ..records import Problem, Side, Statistics, empty_side, largest_bias, merge_bases
-from .rows import Launch, arrange, fields_wanted, kept_in, kept_size
+from ..records import Problem, Side, Statistics, empty_side, merge_bases, new_side
+from .rows import KEPT, Launch, arrange, fields_wanted
 
-
-def saved_size(p: Problem) -> int:
-    """How many numbers the forward keeps for the backward (`rows.kept`)."""
-    return kept_size(p)
-
-
-def plane_count(p: Problem) -> int:
-    return 3
-
-
-def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what is kept, the bases: what is true of blocks of contrasts only once it is merged."""
-    parts = kept_in(p, saved)
-    bases = parts["bases"]
-    return bases, parts["contrast_bases"] if p.both else bases[..., :0]
-
-
-merge_planes = merge_bases
+saved_size, planes, merge_planes = KEPT.size, KEPT.planes, merge_bases
 
 
 def forward(p: Problem) -> Statistics:
@@ -64,7 +47,7 @@ def _observed(p: Problem, rows: Launch) -> Tensor:
 
 def _forward(p: Problem) -> Statistics:
     saved = p.logit_scale.new_zeros(saved_size(p))
-    parts = kept_in(p, saved)
+    parts = KEPT.parts(p, saved)
     arranged, a, c = arrange(p, parts)
     s, n, m = p.sizes
     new = p.logit_scale.new_empty
@@ -76,7 +59,8 @@ def _forward(p: Problem) -> Statistics:
         return Statistics(_side(p, statistics, m, parts["bases"], rows), empty_side(p), a, c, saved)
     others = new(s, 7, m if p.both else 0)
     columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None
-    bounds = _bounds(p)
+    longest, largest_bias = logit_bounds(p)
+    bounds = {"LONGEST": longest, "LARGEST_BIAS": largest_bias}
     for k in range(s):
         scalars: dict[str, Any] = bounds | {"SCALE": p.logit_scale[k : k + 1]}
         if columns is None:
@@ -111,26 +95,10 @@ def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics
         others[1].index_copy_(0, order, total)
 
 
-def _bounds(p: Problem) -> dict[str, Tensor | None]:
-    """What bounds the logits, besides the scale: the product of both sides' longest rows, and the largest bias."""
-
-    def longest(rows: Tensor, normalized: bool) -> Tensor | None:
-        return None if normalized else torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).amax().reshape(1)
-
-    product = longest(p.anchors, p.normalize_anchors)
-    if p.contrasts is not None:
-        other = longest(p.contrasts, p.normalize_contrasts)
-        product = other if product is None else product if other is None else product * other
-    elif product is not None:
-        product = product * product
-    return {"LONGEST": product, "LARGEST_BIAS": None if p.contrast_bias is None else largest_bias(p.contrast_bias)}
-
-
 def _side(p: Problem, statistics: Tensor, pairs: int, bases: Tensor, rows: Launch) -> Side:
     """One side's fields, from the kernels' statistics [S, 7, n], and the bases [3, S, n] of its sums."""
     s, _, n = statistics.shape
-    new = statistics.new_empty
-    side = Side(new(len(p.want), s, n), new(2, n), new(2, len(p.log_sums), s, n))
+    side = new_side(p, n)
     triton_launch.launch(
         "fields_kernel",
         ROWS_AT_ONCE,

@@ -25,7 +25,7 @@ std::vector<std::string> names(const std::vector<const Engine *> &engines) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastcl's engines in C++: addresses and integers in, nothing of torch.";
-  py::class_<Call>(m, "Call")
+  py::class_<Call>(m, "Call", py::module_local()) // of this module alone: tests load another one beside it
       .def_property_readonly("workspace", &Call::workspace, "bytes of workspace that `run` needs")
       .def("run", &Call::run, py::arg("workspace"));
   bind_contrastive(m);

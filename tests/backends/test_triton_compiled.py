@@ -70,7 +70,7 @@ def jobs(
 def compiled(asked: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, root / "tests" / "compile_triton.py", json.dumps(asked)],
+        [sys.executable, root / "tests" / "support" / "compile_triton.py", json.dumps(asked)],
         env=os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,

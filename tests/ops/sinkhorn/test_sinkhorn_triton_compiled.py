@@ -51,7 +51,7 @@ def test_compiles_without_spills(architecture, tmp_path) -> None:
     ]
     root = Path(__file__).parents[3]
     done = subprocess.run(
-        [sys.executable, root / "tests" / "compile_sinkhorn.py", json.dumps(jobs)],
+        [sys.executable, root / "tests" / "support" / "compile_sinkhorn.py", json.dumps(jobs)],
         env=os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -253,3 +253,27 @@ def load_names(P, places, mask, IDS: tl.constexpr):
     else:
         values = tl.zeros(places.shape, tl.int32)
     return values
+
+
+@triton.jit
+def masked_logits(
+    X, Y, C, COLUMN_BIAS, COLUMN_NAMES, x, a, row_bias, scale, i0, j0, N, M,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Of a tile where any pair may be inadmissible: y, c, the columns' bias and names, similarities, logits to base 2.
+
+    Its rows are [i0, i0 + BLOCK_M), with x, a and row_bias, its columns [j0, j0 + BLOCK_N). y is 0 where rows are
+    streamed along D.
+    """
+    j = j0 + tl.arange(0, BLOCK_N)
+    is_column = j < M
+    y = 0.0
+    if BLOCK_K == D:
+        y = load_rows(Y, j0, 0, M, D, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
+    c = load_or(C, j, is_column, 0.0)
+    column_bias = load_or(COLUMN_BIAS, j, is_column, 0.0)
+    column_names = load_names(COLUMN_NAMES, j, is_column, IDS)
+    dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
+    similarity = similarities(dots, a, c, NORMED)
+    return y, c, column_bias, column_names, similarity, base2_logits(similarity, scale, row_bias, column_bias, BIAS)

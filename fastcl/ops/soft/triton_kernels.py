@@ -16,14 +16,12 @@ from ..backends.triton_kernels import (
     LOG2E,
     LOWEST,
     admissible_pairs,
-    base2_logits,
-    inner_products,
     load_names,
     load_or,
     load_rows,
+    masked_logits,
     product,
     rounded,
-    similarities,
 )
 
 LARGEST = tl.constexpr(3.4028234663852886e38)  # what overflows becomes this, so that 0 times it is 0
@@ -40,16 +38,10 @@ def soft_tile(
     """Of the columns [j0, j0 + BLOCK_N): similarities, logits to base 2, weights, which pairs are admissible, c."""
     i = i0 + tl.arange(0, BLOCK_M)
     j = j0 + tl.arange(0, BLOCK_N)
-    is_column = j < M
-    y = 0.0
-    if BLOCK_K == D:
-        y = load_rows(Y, j0, 0, M, D, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
-    c = load_or(C, j, is_column, 0.0)
-    column_bias = load_or(COLUMN_BIAS, j, is_column, 0.0)
-    column_names = load_names(COLUMN_NAMES, j, is_column, IDS)
-    dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
-    similarity = similarities(dots, a, c, NORMED)
-    t = base2_logits(similarity, scale, row_bias, column_bias, BIAS)
+    _, c, column_bias, column_names, similarity, t = masked_logits(
+        X, Y, C, COLUMN_BIAS, COLUMN_NAMES, x, a, row_bias, scale, i0, j0, N, M,
+        D, BLOCK_M, BLOCK_N, BLOCK_K, IDS, NORMED, BIAS, PRECISION, INTERPRETED,
+    )  # fmt: skip
     w = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, CLASSES, BLOCK_C):
         r = load_rows(R, i0, k, N, CLASSES, BLOCK_M, BLOCK_C, True, ASSIGNMENT_PRECISION, INTERPRETED)

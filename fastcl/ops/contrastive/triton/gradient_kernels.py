@@ -28,6 +28,7 @@ from ...backends.triton_kernels import (
     load_names,
     load_or,
     load_rows,
+    masked_logits,
     mixed_tile,
     product,
     rounded,
@@ -180,15 +181,10 @@ def sweep_gradient(
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M
-        y = 0.0
-        if BLOCK_K == D:
-            y = load_rows(Y, j0, 0, M, D, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
-        c = load_or(C, j, is_column, 0.0)
-        column_bias = load_or(COLUMN_BIAS, j, is_column, 0.0)
-        column_names = load_names(COLUMN_NAMES, j, is_column, IDS)
-        dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
-        similarity = similarities(dots, a, c, NORMED)
-        t = base2_logits(similarity, scale, row_bias, column_bias, BIAS)
+        y, c, column_bias, column_names, similarity, t = masked_logits(
+            X, Y, C, COLUMN_BIAS, COLUMN_NAMES, x, a, row_bias, scale, i0, j0, N, M,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, IDS, NORMED, BIAS, PRECISION, INTERPRETED,
+        )  # fmt: skip
         admissible = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
         pairs = admissible & in_cluster(j, start, end)
         g = tile_gradient(

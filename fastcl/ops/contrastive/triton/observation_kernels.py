@@ -15,13 +15,11 @@ from ...backends.triton_kernels import (
     LOG2E,
     LOWEST,
     admissible_pairs,
-    base2_logits,
     in_cluster,
-    inner_products,
     load_names,
     load_or,
     load_rows,
-    similarities,
+    masked_logits,
 )
 
 
@@ -65,16 +63,10 @@ def observation_kernel(
 
     for j0 in range(0, M, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        is_column = j < M
-        y = 0.0
-        if BLOCK_K == D:
-            y = load_rows(Y, j0, 0, M, D, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
-        c = load_or(C, j, is_column, 0.0)
-        column_bias = load_or(COLUMN_BIAS, j, is_column, 0.0)
-        column_names = load_names(COLUMN_NAMES, j, is_column, IDS)
-        dots = inner_products(X, Y, x, y, i0, j0, N, M, D, BLOCK_M, BLOCK_N, BLOCK_K, True, PRECISION, INTERPRETED)
-        similarity = similarities(dots, a, c, NORMED)
-        t = base2_logits(similarity, scale, row_bias, column_bias, BIAS)
+        _, _, column_bias, column_names, similarity, t = masked_logits(
+            X, Y, C, COLUMN_BIAS, COLUMN_NAMES, x, a, row_bias, scale, i0, j0, N, M,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, IDS, NORMED, BIAS, PRECISION, INTERPRETED,
+        )  # fmt: skip
         pairs = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
         negatives = pairs
         before = tl.maximum(max_negative, max_positive)

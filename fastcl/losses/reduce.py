@@ -230,6 +230,10 @@ def _at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tenso
         if not (least >= 0 and most < math.inf):
             bad = values[~((values >= 0) & values.isfinite())][0].item()
             raise ValueError(f"weights: expected finite numbers of at least 0, got {bad}")
+        if reduction != "mean" and most > torch.finfo(dtype).max:
+            raise ValueError(
+                f"weights: expected numbers in the range of {dtype} with reduction={reduction!r}, got {most}"
+            )
         if reduction != "mean" or most == 0 or ORDINARY_WEIGHTS[0] <= most <= ORDINARY_WEIGHTS[1]:
             return weights.to(dtype), None
         unit: float | Tensor = math.ldexp(1.0, math.frexp(most)[1] - 1)

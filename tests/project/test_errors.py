@@ -195,7 +195,11 @@ LOSS = {
     "endless margin": ({"margin": 10**400}, "margin", "1000"),
     "sparse embeddings": ({"embeddings": x(4, 3).to_sparse(), **TWO_SETS}, "embeddings", "sparse"),
     "sparse temperature": ({"temperature": torch.tensor(0.1).to_sparse()}, "temperature", "sparse"),
-    "weights beyond float32": ({"weights": torch.full((4,), 1e39, dtype=torch.float64), **TWO_SETS}, "weights", "inf"),
+    "weights beyond float32": (
+        {"weights": torch.full((4,), 1e39, dtype=torch.float64), "reduction": "sum", **TWO_SETS},
+        "weights",
+        r"1e\+39",
+    ),
     "weights inf": ({"weights": torch.tensor([1.0, 1.0, torch.inf, 1.0]), **TWO_SETS}, "weights", "inf"),
     "positives as list": ({"positives": [1.0], **TWO_SETS}, "positives", "list"),
     "integer positives": ({"positives": ids(12).reshape(4, 3), **TWO_SETS}, "positives", "int64"),

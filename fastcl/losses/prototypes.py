@@ -142,12 +142,12 @@ class SwAVLoss(nn.Module):
         rows = _wide(scores.detach())
         if queue_scores is not None:
             check_rows("queue_scores", queue_scores, like=scores)
+        prior = self.prior(rows.shape[1], rows.device)
         if self.n_iters == 0:
             return (rows / self.epsilon).softmax(1)
         if queue_scores is not None:
             wider = torch.promote_types(rows.dtype, queue_scores.dtype)
             rows = torch.cat([rows.to(wider), queue_scores.detach().to(wider)])
-        prior = self.prior(rows.shape[1], rows.device)
         result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self.gather))
         return result.assignments[: len(scores)]
 

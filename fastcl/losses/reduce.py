@@ -220,9 +220,9 @@ ORDINARY_WEIGHTS = 1e-20, 1e20  # so large is the largest; neither their sum nor
 
 
 def _at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float | Tensor | None]:
-    """Checked weights [N] in `dtype`; for a mean, which has no unit, divided by a power of two that is returned.
+    """Checked weights [N] in `dtype`, divided by a power of two that is returned; None: they are not divided.
 
-    None: they are as they came.
+    Only a mean, which depends on the weights' ratios alone, takes divided ones.
     """
     values = weights.detach().double()
     if values_visible(weights) and len(weights):

@@ -49,7 +49,7 @@ def summary(observed: Tensor, scale: Tensor, shape: tuple[int, ...], reduction: 
         return torch.where(there, values, 0).sum() / there.sum()
 
     nearest = (field(seen, "max_pos") > field(seen, "max_neg")).to(dtype)
-    nearest = torch.where(field(seen, "lse").isfinite(), nearest, torch.nan)  # of NaN no logit is the largest
+    nearest = torch.where(field(seen, "lse").isfinite(), nearest, torch.nan)  # with NaN there is no largest logit
     return LossStats(
         reduced(nearest, num_pos > 0),
         reduced(similarity("plain_pos", num_pos), num_pos > 0),

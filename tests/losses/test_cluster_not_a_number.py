@@ -1,4 +1,4 @@
-"""A NaN in a row that takes part shows in the loss and in what is observed beside it; it is never taken for nothing."""
+"""A NaN in a row that takes part shows in the loss and in its statistics; it is never taken for an empty set."""
 
 from collections.abc import Iterator
 from typing import Any

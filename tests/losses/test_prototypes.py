@@ -245,3 +245,44 @@ def test_no_rows_beside_a_queue() -> None:
     loss = fastcl.SwAVLoss()([scores, scores], queue_scores=[torch.randn(4, 5)] * 2)
     loss.backward()
     assert loss.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_zeros_get_no_gradient(dtype: torch.dtype) -> None:
+    """Similarity 0 and gradient 0, of anchors, targets and prototypes."""
+    anchors, targets, prototypes = (
+        torch.randn(n, 8, generator=generator(n), dtype=torch.float64).to(dtype) for n in (12, 6, 5)
+    )
+    anchors[2] = targets[3] = prototypes[1] = 0
+    leaves = anchors.requires_grad_(), prototypes.requires_grad_()
+    loss = fastcl.MSNLoss(prior_weight=0.5)(anchors, targets, prototypes)
+    of_anchors, of_prototypes = torch.autograd.grad(loss, leaves)
+    assert not of_anchors[2].any()
+    assert not of_prototypes[1].any()
+    wide = [t.detach().double() for t in (anchors, targets, prototypes)]
+    tiny = torch.tensor(1e-300, dtype=torch.float64)  # far below the floor of the norm: cosines are 0 up to rounding
+    expected = fastcl.MSNLoss(prior_weight=0.5)(*(torch.where(t == 0, tiny, t) for t in wide))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for gradient in (of_anchors, of_prototypes):
+        assert gradient.abs().max() < 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_targets_of_half_precision_scores_are_not_rounded(dtype: torch.dtype) -> None:
+    scores = [(torch.randn(200, 40, generator=generator(seed)) * 0.3).to(dtype) for seed in (0, 1)]
+    loss = fastcl.SwAVLoss()
+    assert loss.assignments(scores[0]).dtype == torch.float32
+    assert (loss.assignments(scores[0]).sum(1) - 1).abs().max() < 1e-6
+    expected = fastcl.SwAVLoss()([one.double() for one in scores])
+    torch.testing.assert_close(loss(scores).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_swav_without_iterations_takes_a_softmax(queue: bool) -> None:
+    scores = [torch.randn(30, 7, generator=generator(seed), dtype=torch.float64) for seed in (0, 1)]
+    stored = [torch.randn(9, 7, generator=generator(seed), dtype=torch.float64) for seed in (2, 3)] if queue else None
+    loss = fastcl.SwAVLoss(0.2, epsilon=0.1, n_iters=0)
+    terms = [-((scores[h] / 0.1).softmax(1) * (scores[1 - h] / 0.2).log_softmax(1)).sum(1).mean() for h in range(2)]
+    torch.testing.assert_close(loss(scores, queue_scores=stored), (terms[0] + terms[1]) / 2)
+    with pytest.raises(ValueError, match=r"prior: expected a tensor of shape \[7\]"):
+        fastcl.SwAVLoss(n_iters=0, prior=torch.ones(3))(scores)

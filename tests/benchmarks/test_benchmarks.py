@@ -22,6 +22,8 @@ from benchmarks.cases import BOTH, FORWARD, GPU_SUITES, KINDS, QUICK, SUITES, TE
 from benchmarks.measure import alternate, clock_timer, percentiles, training_step
 from benchmarks.providers import CannotPoseError, Provider
 from benchmarks.run import TIMED, Row, Setting
+from fastcl.ops.backends import choose
+from fastcl.ops.contrastive.op import BACKENDS
 from tests.support import oracle
 
 CPU = torch.device("cpu")
@@ -495,8 +497,9 @@ def test_peers_for_a_gpu_are_posed_the_two_sets(name: str, monkeypatch: pytest.M
 
 
 def test_backends_appear_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(providers.BACKENDS, "new", providers.BACKENDS["chunked"])
-    monkeypatch.setitem(providers.BACKENDS, "triton", providers.BACKENDS["chunked"])
+    for name in ("new", "triton"):
+        monkeypatch.setitem(choose.AVAILABLE, name, "")
+        monkeypatch.setitem(BACKENDS, name, BACKENDS["chunked"])
     found, missing = providers.providers(CPU)
     names = [provider.name for provider in found]
     assert "fastcl new" in names

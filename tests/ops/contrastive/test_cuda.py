@@ -301,7 +301,7 @@ def test_rows_by_cluster_and_names() -> None:
     own, other = torch.randint(-1, 6, (40,), generator=g), torch.randint(-1, 9, (50,), generator=g)
     x, y = rows("random", own, 3, g, unit=True).float(), rows("random", other, 3, g, unit=True).float()
     p = op.Problem(x, y, None, own, other, torch.ones(1), None, own, other, False, False, FIELDS, True)
-    parts = cuda_rows.kept_in(p, torch.full((cuda_rows.kept_size(p),), torch.nan))
+    parts = cuda_rows.KEPT.parts(p, torch.full((cuda_rows.KEPT.size(p),), torch.nan))
     cuda_rows.find_clusters(p, parts)
     cuda_rows.find_names(p, parts)
     equal = (own[:, None] == other) & (own != -1)[:, None]

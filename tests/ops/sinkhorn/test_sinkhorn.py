@@ -156,11 +156,11 @@ def compare(case: Case) -> None:
     terms = plan * cotangents[0].abs()
     largest = terms.sum(1) + cotangents[1].abs() * case.epsilon
     by_column = terms.sum(0) + cotangents[2].abs() * case.epsilon
-    potentials = 1 + case.scores.double().abs().max() / case.epsilon
-    # What cancels: potentials come from log-sums as large as the scores; the gradient of a softmax is a difference of
-    # weighted terms, that in epsilon a sum of such times scores / epsilon^2, those in the masses sums of them over a
-    # row or column and over the iterations. In float64, where the truth rounds as eager does, exponents as large as the
-    # potentials are rounded in all of them.
+    potentials = 1 + case.scores.double().abs().max() / case.epsilon + math.log(max(case.scores.shape))
+    # What cancels: potentials come from log-sums as large as the scores and the log of how many there are; the gradient
+    # of a softmax is a difference of weighted terms, that in epsilon a sum of such times scores / epsilon^2, those in
+    # the masses sums of them over a row or column and over the iterations. In float64, where the truth rounds as eager
+    # does, exponents as large as the potentials are rounded in all of them.
     exponents = potentials if case.accumulation == torch.float64 else 1.0
     magnitudes = (
         plan * exponents if case.accumulation == torch.float64 else None,

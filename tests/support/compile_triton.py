@@ -79,7 +79,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,
         "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "SOME": False,
         "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
-        "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
+        "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "LEAVE_OUT": careful, "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
         "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
         "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
         "ASSIGNMENT_PRECISION": job.get("precision", "ieee") if "assignments" not in job else "ieee",

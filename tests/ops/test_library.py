@@ -78,10 +78,10 @@ SIMPLE = {
 
 
 def op_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) -> tuple[Any, ...]:
-    """Arguments of the forward operator: what is required, self-contrast with options, a queue, or everything."""
+    """Arguments of the forward operator."""
     arguments: dict[str, Any] = {"anchors": x(5, 3, dtype=dtype)} | SIMPLE
     if dtype == torch.float64 and backend not in choose.FLOAT64:
-        backend = "chunked"  # as the chooser has it
+        backend = "chunked"
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     if case == "self-contrast":
         arguments |= {

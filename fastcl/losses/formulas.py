@@ -30,7 +30,7 @@ class Formula(Protocol):
         """The logit scales at which they are wanted: [], or [S]."""
 
     def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each row and whether it counts, both [R]. What one that does not holds is of no use."""
+        """The loss of each row and whether it counts, both [R]. Losses of other rows are undefined."""
 
 
 class InfoNCE(NamedTuple):

@@ -215,7 +215,7 @@ class MoCoLoss(ClusterInfoNCE):
             raise
         if isinstance(queue, MemoryQueue):
             return super().forward(query, positives=key, contrasts=queue, return_stats=return_stats)
-        nobody = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
+        no_cluster = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
         return super().forward(
-            query, positives=key, contrasts=queue, contrast_clusters=nobody, return_stats=return_stats
+            query, positives=key, contrasts=queue, contrast_clusters=no_cluster, return_stats=return_stats
         )

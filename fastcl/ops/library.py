@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable`, but without importing the whole compiler where nobody has."""
+    """`torch.compiler.disable`, but does not import the compiler unless something else already has."""
     disabled: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:

@@ -49,7 +49,7 @@ def engine() -> tuple[str | None, str]:
 
 
 def build_failure() -> str:
-    """Why the package was built without the native module; empty if it was built with it, or nobody tried."""
+    """Why the package was built without the native module; empty if it was, or if no build was tried."""
     return f"not built ({_failed_build.REASON})" if _failed_build else ""
 
 

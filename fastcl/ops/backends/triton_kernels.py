@@ -86,7 +86,7 @@ def admissible_pairs(
 ):  # fmt: skip
     """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. Names are those of sample ids, 0 for none.
 
-    Contrasts that are left out (`LEFT_OUT`) are nobody's, whether contrasts are the columns (BIAS 1) or the rows (2).
+    No anchor meets contrasts that are left out (`LEFT_OUT`), be contrasts the columns (BIAS 1) or the rows (2).
     """
     pairs = (j < M)[None, :] & (i < N)[:, None]
     if SELF:

@@ -50,7 +50,7 @@ def _largest(members: Tensor) -> Tensor:
 
 
 def nothing(like: Tensor, s: int, n: int) -> Tensor:
-    """[10, S, N] of rows that have met nobody."""
+    """[10, S, N] of rows that have met no contrast yet."""
     observed = like.new_zeros(len(NAMES), s, n)
     for name in ("max_pos", "max_neg", "lse"):
         field(observed, name).fill_(-torch.inf)

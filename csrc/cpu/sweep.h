@@ -111,6 +111,7 @@ template <class Mul> struct Sweep {
   };
   Scale *scale;                 // [scales]
   Side<Mul> anchors, contrasts; // for self-contrast one and the same
+  bool restricted;              // some pairs are kept apart, by ids or a bias of -inf
   T *bias;                      // [contrasts.padded], to base 2, 0 for contrasts that are left out; null: none
   T *largest;                   // [2][threads]: norm of each thread's anchors and contrasts as they enter the logits
   T *scratch;                   // [threads][W][scratch_row]: rows being converted
@@ -123,6 +124,7 @@ template <class Mul> struct Sweep {
     const bool both = sum_over_anchors || (self && sum_over_contrasts);
     anchors = side(p.anchors, at.anchors, p.normalize_anchors, -3, anchor_bias, arena, self, both);
     contrasts = self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, p.contrast_bias, arena, true, sum_over_contrasts);
+    restricted = anchors.id || anchors.present || contrasts.present;
     bias = p.contrast_bias ? arena.template take<T>(contrasts.padded) : nullptr;
     largest = arena.template take<T>(2 * threads);
     scratch = arena.template take<T>(threads * W * scratch_row());
@@ -220,12 +222,18 @@ template <class Mul> struct Sweep {
     const I<T> column = lanes_from<T>(j), row = all_int<T>(i);
     I<T> admissible = column < all_int<T>(i < to ? contrasts.size : 0);
     if (self) admissible &= upper ? column > row : column != row;
-    if (anchors.id) admissible &= load_ids<T>(contrasts.id + j) != all_int<T>(anchors.id[i]);
-    if (contrasts.present) admissible &= load_ids<T>(contrasts.present + j) != all_int<T>(0);
-    if (left_out(anchors, i)) admissible = all_int<T>(0);
+    if (restricted) admissible &= meeting(i, j);
     I<T> positive = all_int<T>(0);
     if (anchors.cluster) positive = admissible & (load_ids<T>(contrasts.cluster + j) == all_int<T>(anchors.cluster[i]));
     return {admissible, positive};
+  }
+  // Those that neither ids nor a bias of -inf keep apart. Rare, so `masks` pays for one test of all of it.
+  FASTCL_NOINLINE I<T> meeting(int64_t i, int64_t j) const {
+    if (left_out(anchors, i)) return all_int<T>(0);
+    I<T> result = all_int<T>(-1);
+    if (anchors.id) result &= load_ids<T>(contrasts.id + j) != all_int<T>(anchors.id[i]);
+    if (contrasts.present) result &= load_ids<T>(contrasts.present + j) != all_int<T>(0);
+    return result;
   }
 
   static FASTCL_INLINE bool left_out(const Side<Mul> &side, int64_t i) { return side.present && !side.present[i]; }

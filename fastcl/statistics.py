@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ from .checks import (
 from .ops.backends.choose import choose_backend
 from .ops.backends.rows import accumulation_dtype
 from .ops.contrastive.direct import DirectMean, DirectStats, taken_apart
-from .ops.contrastive.observed import FIELDS as OBSERVED
-from .ops.contrastive.observed import field as observed_field
+from .ops.contrastive.fields import ALL, FIELDS, NEGATIVES, OBSERVED, POSITIVES, TABLE
+from .ops.contrastive.observed import part as observed_part
 from .ops.contrastive.op import forward_op
-from .ops.contrastive.records import FIELDS
+from .ops.contrastive.records import Problem, Rows, flatten
 from .ops.library import intercepted
 from .ops.soft import op as soft_op
 
@@ -42,189 +42,147 @@ class ContrastiveStats:
     An empty set has log-sum-exp ``-inf`` and sum 0; gradients of such entries are taken for zero.
     """
 
-    lse_all: Tensor | None
-    """log-sum-exp of the logits over all admissible contrasts"""
-    lse_pos: Tensor | None
-    """the same over the positives"""
-    lse_neg: Tensor | None
-    """the same over the negatives"""
-    sum_pos: Tensor | None
-    """sum of the logits over the positives"""
-    max_pos: Tensor | None
-    """largest logit of the positives, -inf where there are none; detached, as the next three"""
-    max_neg: Tensor | None
-    """the same of the negatives"""
-    sum_neg: Tensor | None
-    """sum of the logits over the negatives"""
-    entropy: Tensor | None
-    """entropy of the softmax over all admissible contrasts, natural logarithm; 0 where there are none"""
     num_pos: Tensor
     """number of positives, in the fields' dtype; of assignments the sum of their weights, which has a gradient"""
     num_neg: Tensor
     """number of negatives, in the fields' dtype; of assignments that of admissible contrasts less ``num_pos``"""
-    reverse: ContrastiveStats | None
+    lse_all: Tensor | None = None
+    """log-sum-exp of the logits over all admissible contrasts"""
+    lse_pos: Tensor | None = None
+    """log-sum-exp over the positives"""
+    lse_neg: Tensor | None = None
+    """log-sum-exp over the negatives"""
+    sum_pos: Tensor | None = None
+    """sum of the logits over the positives"""
+    sum_all: Tensor | None = None
+    """sum of the logits over all admissible contrasts; the only sweep-free field: it costs O((N + M) D)"""
+    max_pos: Tensor | None = None
+    """largest logit of the positives, -inf where there are none; detached, as the next three"""
+    max_neg: Tensor | None = None
+    """largest logit of the negatives, -inf where there are none"""
+    sum_neg: Tensor | None = None
+    """sum of the logits over the negatives"""
+    entropy: Tensor | None = None
+    """entropy of the softmax over all admissible contrasts, natural logarithm; 0 where there are none"""
+    reverse: ContrastiveStats | None = None
     """the statistics of each contrast over the anchors, ``[M]``, where ``both=True``"""
 
     @property
     def valid(self) -> Tensor:
         """Bool ``[N]``: whether every wanted field of the row is over a non-empty set."""
+        sizes = {ALL: self.num_pos + self.num_neg, POSITIVES: self.num_pos, NEGATIVES: self.num_neg}
         valid = torch.ones_like(self.num_pos, dtype=torch.bool)
-        if self.lse_all is not None or self.entropy is not None:
-            valid = valid & (self.num_pos + self.num_neg > 0)
-        if self.lse_pos is not None or self.sum_pos is not None or self.max_pos is not None:
-            valid = valid & (self.num_pos > 0)
-        if self.lse_neg is not None or self.max_neg is not None or self.sum_neg is not None:
-            valid = valid & (self.num_neg > 0)
+        for over in {field.over for name, field in TABLE.items() if getattr(self, name) is not None}:
+            valid = valid & (sizes[over] > 0)
         return valid
 
 
-class Sweep(NamedTuple):
-    """Checked arguments of `contrastive_stats`: ids int64, of which -1 alone equals nothing; scale [] or [S]."""
+def statistics(p: Problem, exact: bool = False, quotients: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
+    """The wanted statistics of a checked problem, and what was observed: [10, S, N], or [10, S, N + M] with `both`.
 
-    anchors: Tensor  # [N, D]
-    contrasts: Tensor | None  # [M, D]
-    anchor_clusters: Tensor | None  # [N]
-    contrast_clusters: Tensor | None  # [M]
-    logit_scale: Tensor
-    normalize_anchors: bool
-    normalize_contrasts: bool
-    want: Sequence[str]
-    # [N, D], normalised if the anchors are: one more positive of each anchor and nobody else's contrast
-    positives: Tensor | None = None
-    contrast_bias: Tensor | None = None  # [M]
-    anchor_ids: Tensor | None = None  # [N]
-    contrast_ids: Tensor | None = None  # [M]
-    both: bool = False
-    observe: bool = False  # also what `observed` describes
-    anchor_assignments: Tensor | None = None  # [N, C], in place of clusters; then lse_all and sum_pos may be wanted
-    contrast_assignments: Tensor | None = None  # [M, C]
-    # Only quotients of sum_pos and num_pos of assignments are looked at: both stay at a scale that float32 can hold.
-    quotients: bool = False
+    exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them.
+    quotients: of assignments, only quotients of sum_pos and num_pos are used: both stay at a scale that float32 holds.
+    """
+    if p.anchors.assignments is not None:
+        return _weighted(p, quotients), None
+    order = [field for field in FIELDS if field in p.want]
+    arguments = _arguments(p, order)
+    one_scale = p.logit_scale.dim() == 0
+    if _is_intercepted(p):
+        *outputs, observed = forward_op(*arguments)
+        values = taken_apart(outputs, one_scale, order, p.both, exact)
+    else:
+        *values, observed = DirectStats.apply(*arguments, one_scale, exact)
+    if not p.observe:
+        return named(p, values), None
+    return named(p, values, observed), observed
 
-    def statistics(self, exact: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
-        """The statistics, and what was observed [10, S, N], of the contrasts behind it: [10, S, N + M] with `both`.
 
-        exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them.
-        """
-        if self.anchor_assignments is not None:
-            return self._weighted(), None
-        order = [field for field in FIELDS if field in self.want]
-        arguments = self._arguments(order)
-        one_scale = self.logit_scale.dim() == 0
-        if self._looked_at():
-            *outputs, observed = forward_op(*arguments)
-            values = taken_apart(outputs, one_scale, order, self.both, exact)
-        else:
-            *values, observed = DirectStats.apply(*arguments, one_scale, exact)
-        if not self.observe:
-            return self.named(values, order), None
-        return self.named(values, order, observed), observed
+def mean_loss(p: Problem) -> tuple[Tensor, Tensor | None] | None:
+    """`DirectMean` of one log-sum-exp and sum_pos in one node, and what was observed as in `statistics`.
 
-    def named(self, values: Sequence[Tensor], order: Sequence[str], observed: Tensor | None = None) -> ContrastiveStats:
-        """Values as `taken_apart` lists them, of the fields in `order`, and what was observed, where that is wanted."""
-        n, scale = len(self.anchors), 0 if self.logit_scale.dim() == 0 else slice(None)
+    None where the formula itself has to be traced, or a set is empty.
+    """
+    if len(p.anchors.values) == 0 or len(p.others.values) == 0 or _is_intercepted(p):
+        return None
+    found = DirectMean.apply(*_arguments(p, list(p.want)), torch.is_grad_enabled())
+    return found if p.observe else (found, None)
 
-        def side(values: Sequence[Tensor], rows: slice, reverse: ContrastiveStats | None) -> ContrastiveStats:
-            *fields, num_pos, num_neg = values
-            by_name = dict(zip(order, fields, strict=True))
-            for name in OBSERVED:
-                if observed is not None and name in self.want:
-                    by_name[name] = observed_field(observed, name)[scale, rows]
-            lse_all, lse_pos, lse_neg, sum_pos = (by_name.get(field) for field in FIELDS)
-            max_pos, max_neg, sum_neg, entropy = (by_name.get(field) for field in OBSERVED)
-            return ContrastiveStats(
-                lse_all, lse_pos, lse_neg, sum_pos, max_pos, max_neg, sum_neg, entropy, num_pos, num_neg, reverse
-            )
 
-        size = len(order) + 2
-        other = side(values[size:], slice(n, None), None) if self.both else None
-        return side(values[:size], slice(n), other)
+def named(p: Problem, values: Sequence[Tensor], observed: Tensor | None = None) -> ContrastiveStats:
+    """Values as `taken_apart` lists them, and what was observed, by name where wanted."""
+    n, scale = len(p.anchors.values), 0 if p.logit_scale.dim() == 0 else slice(None)
+    order = [field for field in FIELDS if field in p.want]
 
-    def _weighted(self) -> ContrastiveStats:
-        anchors, contrasts, bias = self.anchors, self.contrasts, self.contrast_bias
-        dtype = accumulation_dtype(anchors, contrasts)
-        assert self.anchor_assignments is not None
-        own, unit = soft_op.at_unit(self.anchor_assignments)
-        other, other_unit = (
-            (None, unit) if self.contrast_assignments is None else soft_op.at_unit(self.contrast_assignments)
+    def side(values: Sequence[Tensor], rows: slice, reverse: ContrastiveStats | None) -> ContrastiveStats:
+        *fields, num_pos, num_neg = values
+        by_name = dict(zip(order, fields, strict=True))
+        for name in OBSERVED:
+            if observed is not None and name in p.want:
+                by_name[name] = observed_part(observed, name)[scale, rows]
+        return ContrastiveStats(num_pos, num_neg, **by_name, reverse=reverse)
+
+    size = len(order) + 2
+    other = side(values[size:], slice(n, None), None) if p.both else None
+    return side(values[:size], slice(n), other)
+
+
+def _weighted(p: Problem, quotients: bool) -> ContrastiveStats:
+    """Statistics over assignments."""
+    dtype = p.dtype
+    units = []
+
+    def at_unit(rows: Rows) -> Rows:
+        assert rows.assignments is not None
+        assignments, unit = soft_op.at_unit(rows.assignments)
+        units.append(unit)
+        bias = None if rows.bias is None else rows.bias.to(dtype)
+        return Rows(rows.values, None, rows.ids, bias, assignments, rows.normalize)
+
+    anchors, contrasts = at_unit(p.anchors), None if p.contrasts is None else at_unit(p.contrasts)
+    problem = Problem(anchors, contrasts, None, p.logit_scale.to(dtype).reshape(1), ["lse_all", "sum_pos"], p.both)
+    own, other = soft_op.statistics(problem, choose_backend(p.device, dtype, "soft_assignments"))
+    unit = units[0] * units[-1]
+
+    def side(found: soft_op.Weighted, reverse: ContrastiveStats | None) -> ContrastiveStats:
+        lse_all, *sums = found.fields.unbind(0)
+        if not quotients:
+            sums = [(value.double() * unit).to(dtype) for value in sums]
+        sum_pos, num_pos = sums
+        fields = {"lse_all": lse_all, "sum_pos": sum_pos}
+        wanted = {name: field for name, field in fields.items() if name in p.want}
+        return ContrastiveStats(num_pos, found.size - num_pos, **wanted, reverse=reverse)
+
+    return side(own, side(other, None) if p.both else None)
+
+
+def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
+    """Those of the operator, in its order."""
+    anchors, contrasts = p.anchors, p.contrasts
+    dtype = p.dtype
+    scales, bias = p.logit_scale.to(dtype).reshape(-1), p.others.bias
+    # Contrasts without a gradient, as in a queue, spare the backward its sweep where the forward knows of it.
+    anchors_only = (
+        contrasts is not None
+        and torch.is_grad_enabled()
+        and anchors.values.requires_grad
+        and not (p.both or contrasts.values.requires_grad or scales.requires_grad or bias is not None)
+    )
+    if bias is not None and bias.dtype != dtype:  # not by _replace, which torch 2.6 does not compile
+        others = p.others
+        others = Rows(others.values, others.clusters, others.ids, bias.to(dtype), None, others.normalize)
+        anchors, contrasts = (others, None) if contrasts is None else (anchors, others)
+    problem = Problem(anchors, contrasts, p.positives, scales, want, p.both, anchors_only, p.observe)
+    return *flatten(problem), choose_backend(p.device, dtype)
+
+
+def _is_intercepted(p: Problem) -> bool:
+    found = intercepted(p.anchors.values, p.others.values, p.positives, p.logit_scale, p.others.bias)
+    if found and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            "fastcl.contrastive_stats: torch.jit.trace is not supported, torch.export and torch.compile are"
         )
-        sides = soft_op.statistics(
-            anchors,
-            contrasts,
-            own,
-            other,
-            self.logit_scale.to(dtype).reshape(1),
-            None if bias is None else bias.to(dtype),
-            self.anchor_ids,
-            self.contrast_ids,
-            self.normalize_anchors,
-            self.normalize_contrasts,
-            self.both,
-            choose_backend(anchors.device, dtype, "soft_assignments"),
-        )
-
-        def named(side: soft_op.Weighted, reverse: ContrastiveStats | None) -> ContrastiveStats:
-            lse_all, *sums = side.fields.unbind(0)
-            if not self.quotients:
-                sums = [(value.double() * (unit * other_unit)).to(dtype) for value in sums]
-            sum_pos, num_pos = sums
-            wanted = [
-                field if name in self.want else None for name, field in (("lse_all", lse_all), ("sum_pos", sum_pos))
-            ]
-            unknown = None, None, None, None
-            return ContrastiveStats(wanted[0], None, None, wanted[1], *unknown, num_pos, side.size - num_pos, reverse)
-
-        return named(sides[0], named(sides[1], None) if self.both else None)
-
-    def mean_loss(self) -> tuple[Tensor, Tensor | None] | None:
-        """`DirectMean` of one log-sum-exp and sum_pos, in one node; None where the formula itself has to be seen.
-
-        And what was observed, as in `statistics`.
-        """
-        others = self.anchors if self.contrasts is None else self.contrasts
-        if len(self.anchors) == 0 or len(others) == 0 or self._looked_at():
-            return None
-        found = DirectMean.apply(*self._arguments(list(self.want)), torch.is_grad_enabled())
-        return found if self.observe else (found, None)
-
-    def _arguments(self, want: list[str]) -> tuple[Any, ...]:
-        """Those of the operator, in its order."""
-        anchors, contrasts, bias = self.anchors, self.contrasts, self.contrast_bias
-        dtype = accumulation_dtype(anchors, contrasts, self.positives)
-        scales = self.logit_scale.to(dtype).reshape(-1)
-        # Contrasts without a gradient, as in a queue, spare the backward its sweep where the forward knows of it.
-        anchors_only = (
-            contrasts is not None
-            and torch.is_grad_enabled()
-            and anchors.requires_grad
-            and not (self.both or contrasts.requires_grad or scales.requires_grad or bias is not None)
-        )
-        return (
-            anchors,
-            contrasts,
-            self.positives,
-            self.anchor_clusters,
-            self.contrast_clusters,
-            scales,
-            None if bias is None else bias.to(dtype),
-            self.anchor_ids,
-            self.contrast_ids,
-            self.normalize_anchors,
-            self.normalize_contrasts,
-            want,
-            self.both,
-            anchors_only,
-            self.observe,
-            choose_backend(anchors.device, dtype),
-        )
-
-    def _looked_at(self) -> bool:
-        found = intercepted(self.anchors, self.contrasts, self.positives, self.logit_scale, self.contrast_bias)
-        if found and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-            raise NotImplementedError(
-                "fastcl.contrastive_stats: torch.jit.trace is not supported, torch.export and torch.compile are"
-            )
-        return found
+    return found
 
 
 def contrastive_stats(
@@ -270,8 +228,8 @@ def contrastive_stats(
         contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency). -inf leaves the
             contrast out of every set and count; as a row of the other direction it has no admissible anchors.
         anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
-        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, and, to look at, without a gradient, of
-            ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.
+        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, ``"sum_all"``, and, for reading only, without
+            a gradient, of ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.
         both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
         anchor_assignments: ``[N, C]`` floating, >= 0, in place of clusters: contrast j is a positive of weight
             w_ij = <r_i, r_j>. ``sum_pos`` is then the sum of w_ij s_ij over A_i, ``num_pos`` that of w_ij, and
@@ -340,27 +298,18 @@ def contrastive_stats(
             raise ValueError(f"logit_scale: expected one scale with assignments, got shape {list(scale.shape)}")
         if not {"lse_all", "sum_pos"}.issuperset(wanted):
             raise ValueError(f"want: expected some of 'lse_all', 'sum_pos' with assignments, got {wanted!r}")
-    return Sweep(
-        anchors,
-        contrasts,
-        ids["anchor_clusters"],
-        ids["contrast_clusters"],
-        scale,
-        normalize_anchors,
-        normalize_contrasts,
-        wanted,
-        contrast_bias=contrast_bias,
-        anchor_ids=ids["anchor_ids"],
-        contrast_ids=ids["contrast_ids"],
-        both=both,
-        observe=any(field in OBSERVED for field in wanted),
-        anchor_assignments=anchor_assignments,
-        contrast_assignments=contrast_assignments,
-    ).statistics()[0]
+    clusters, sample_ids, bias = ids["anchor_clusters"], ids["anchor_ids"], contrast_bias if contrasts is None else None
+    own = Rows(anchors, clusters, sample_ids, bias, anchor_assignments, normalize_anchors)
+    others = None
+    if contrasts is not None:
+        clusters, sample_ids = ids["contrast_clusters"], ids["contrast_ids"]
+        others = Rows(contrasts, clusters, sample_ids, contrast_bias, contrast_assignments, normalize_contrasts)
+    observe = any(field in OBSERVED for field in wanted)
+    return statistics(Problem(own, others, None, scale, wanted, both, observe=observe))[0]
 
 
 def _check_want(want: Iterable[str]) -> tuple[str, ...]:
-    known = (*FIELDS, *OBSERVED)
+    known = tuple(TABLE)
     expected = f"want: expected some of {', '.join(map(repr, known))}"
     if isinstance(want, (str, Tensor)) or not isinstance(want, Iterable):
         raise TypeError(f"{expected} in a tuple or list, got {shown(want)}")

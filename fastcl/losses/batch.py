@@ -11,49 +11,54 @@ from torch import Tensor
 from ..checks import check_assignments, check_bias, check_ids, check_rows
 from ..memory_state import Memory, Stored
 from ..ops.backends.rows import accumulation_dtype, unit
+from ..ops.contrastive.records import Rows
 
 Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
 
 
-class Posed(NamedTuple):
-    """The rows of a loss, flattened, and who is whose positive. Ids are int64, of which -1 alone equals nothing.
+class Batch(NamedTuple):
+    """The rows of a loss, views flattened, with the cluster and ids of each. Without clusters only `positives` are."""
 
-    No clusters: nothing is positive but `positives`.
-    """
-
-    anchors: Tensor  # [R, D], R = N or N * V
-    contrasts: Tensor | None  # [M, D]
+    anchors: Rows  # R rows, R = N or N * V
+    contrasts: Rows | None  # M rows
     positives: Tensor | None  # [R, D]
-    anchor_clusters: Tensor | None  # [R]
-    contrast_clusters: Tensor | None  # [M]
-    anchor_ids: Tensor | None  # [R]
-    contrast_ids: Tensor | None  # [M]
     shape: tuple[int, ...]  # [N] or [N, V]
     views: int  # V, 1 without views
-    dtype: torch.dtype  # of the loss
-    as_stored: bool  # contrasts are taken as they are, whatever the loss does with its anchors
-    anchor_assignments: Tensor | None = None  # [R, C], in place of clusters: weights of positives
-    contrast_assignments: Tensor | None = None  # [M, C]
-    by_sample: bool = False  # clusters are places of samples, which mean others in another process
-    paired: bool = False  # so are the contrasts', those of the anchors' rows one after the other, further ones -1
+    by_sample: bool = False  # clusters are indices of samples, which mean other samples in another process
+    # Contrast i has the cluster of anchor row i and further contrasts have -1, all of them by sample.
+    aligned: bool = False
     parts: tuple[tuple[int, bool], ...] = ()  # of each of the contrasts: how many rows, and whether they are stored
 
+    def dtype(self) -> torch.dtype:
+        """Of the loss."""
+        return torch.float64 if self.anchors.values.dtype == torch.float64 else torch.float32
 
-def pose(
-    embeddings: Tensor,
-    clusters: Tensor | None,
-    positives: Tensor | None,
-    contrasts: Contrasts | None,
-    contrast_clusters: Tensor | None,
-    ids: Tensor | None,
-    contrast_ids: Tensor | None,
-    contrast_bias: Tensor | None,
-    normalize: bool = True,
-) -> Posed:
-    """Checks the tensors of `cluster_infonce`, flattens views and settles the cluster of every row.
+    def others(self) -> Rows:
+        """The rows that are contrasts; in self-contrast the anchors."""
+        return self.anchors if self.contrasts is None else self.contrasts
 
-    normalize: where stored rows and tensors meet in one set, the tensors are normalised here.
+
+class Tensors(NamedTuple):
+    """The tensors of a call of `cluster_infonce`, as they came; shapes are described there."""
+
+    embeddings: Tensor
+    clusters: Tensor | None = None
+    positives: Tensor | None = None
+    contrasts: Contrasts | None = None
+    contrast_clusters: Tensor | None = None
+    ids: Tensor | None = None
+    contrast_ids: Tensor | None = None
+    contrast_bias: Tensor | None = None
+    assignments: Tensor | None = None
+    contrast_assignments: Tensor | None = None
+
+
+def batch(given: Tensors, normalize: bool) -> Batch:
+    """Checks the tensors of a call without assignments, flattens views and settles the cluster of every row.
+
+    normalize: cosine similarity; stored rows are taken as they are all the same.
     """
+    embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, *_ = given
     check_rows("embeddings", embeddings, dims=(2, 3))
     shape, device = tuple(embeddings.shape[:-1]), embeddings.device
     n, views = shape[0], shape[1] if len(shape) == 2 else 1
@@ -93,65 +98,71 @@ def pose(
 
     if clusters is None:
         anchor_clusters = per_row(torch.arange(n, device=device), views)
-    elif views == 1 and parts is None:  # nobody else belongs with a row in no cluster
+    elif views == 1 and parts is None:  # a row in no cluster has no positive
         anchor_clusters = clusters.to(torch.int64).clamp(min=-1)
     else:  # private clusters -2, -3, ... are unlike any of the user's, who says "no cluster" by a negative number
         wide = clusters.to(torch.int64)
         private = torch.arange(-2, -2 - n, -1, device=device)
         anchor_clusters = per_row(torch.where(wide < 0, private, wide), views)
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    by_sample = clusters is None
     if parts is None:
-        found = anchors, None, positives, anchor_clusters, None, None, None, shape, views, dtype
-        return Posed(*found, as_stored=False, by_sample=clusters is None, paired=clusters is None)
+        own = Rows(anchors, anchor_clusters, bias=contrast_bias, normalize=normalize)
+        return Batch(own, None, positives, shape, views, by_sample, aligned=by_sample)
     if contrast_clusters is not None:
-        own = contrast_clusters.to(torch.int64).clamp(min=-1)
+        of_tensors = contrast_clusters.to(torch.int64).clamp(min=-1)
     else:
         count = sum(part.length() for part in parts if part.stored is None)
-        own = torch.cat((anchor_clusters, anchor_clusters.new_full((max(count - rows, 0),), -1)))[:count]
+        of_tensors = torch.cat((anchor_clusters, anchor_clusters.new_full((max(count - rows, 0),), -1)))[:count]
     own_ids = None if contrast_ids is None else contrast_ids.to(torch.int64).clamp(min=-1)
     clustered = clusters is not None or any(part.stored is None for part in parts)
-    return Posed(
-        anchors,
-        _rows(parts, normalize),
+    stored = any(part.stored is not None for part in parts)
+    return Batch(
+        Rows(
+            anchors,
+            anchor_clusters if clustered else None,
+            None if ids is None else per_row(ids.to(torch.int64).clamp(min=-1), views),
+            normalize=normalize,
+        ),
+        Rows(
+            _rows(parts, normalize),
+            _joined(parts, None if by_sample else "clusters", of_tensors) if clustered else None,
+            None if ids is None else _joined(parts, "ids", own_ids),
+            contrast_bias,
+            normalize=normalize and not stored,
+        ),
         positives,
-        anchor_clusters if clustered else None,
-        _joined(parts, "clusters" if clusters is not None else None, own) if clustered else None,
-        None if ids is None else per_row(ids.to(torch.int64).clamp(min=-1), views),
-        None if ids is None else _joined(parts, "ids", own_ids),
         shape,
         views,
-        dtype,
-        any(part.stored is not None for part in parts),
-        by_sample=clusters is None,
-        paired=clusters is None and contrast_clusters is None,
+        by_sample,
+        aligned=by_sample and contrast_clusters is None,
         parts=tuple((part.length(), part.stored is not None) for part in parts),
     )
 
 
-def of_parts(values: Tensor | None, posed: Posed, stored: bool) -> Tensor | None:
-    """Of values [M, ...] of all contrasts those of the stored ones, or of the others."""
-    if values is None or all(kind == stored for _, kind in posed.parts):
+def of_parts(values: Tensor | None, rows: Batch, stored: bool) -> Tensor | None:
+    """Of values [M, ...] of all contrasts those of the stored contrasts, or those of the tensors."""
+    if values is None or all(kind == stored for _, kind in rows.parts):
         return values
-    pieces = values.split([length for length, _ in posed.parts])
-    return torch.cat([piece for piece, (_, kind) in zip(pieces, posed.parts, strict=True) if kind == stored])
+    pieces = values.split([length for length, _ in rows.parts])
+    return torch.cat([piece for piece, (_, kind) in zip(pieces, rows.parts, strict=True) if kind == stored])
 
 
-def offset(posed: Posed, first: int) -> tuple[Tensor | None, Tensor | None]:
+def offset(rows: Batch, first: int) -> tuple[Tensor | None, Tensor | None]:
     """Clusters of anchors and of contrasts, where this process's samples are numbered from `first` on."""
-    samples = posed.shape[0]
+    samples = rows.shape[0]
 
     def moved(ids: Tensor | None) -> Tensor | None:
         if ids is None:
             return None
-        if posed.by_sample:  # places that no sample has are nobody's, here as there
+        if rows.by_sample:  # an index that no sample has matches none, in every process
             ids = torch.where(ids >= samples, -1, torch.where(ids >= 0, ids + first, ids))
         return torch.where(ids < -1, ids - first, ids)  # private clusters
 
-    return moved(posed.anchor_clusters), moved(posed.contrast_clusters)
+    return moved(rows.anchors.clusters), None if rows.contrasts is None else moved(rows.contrasts.clusters)
 
 
-def paired_clusters(samples: list[int], views: int, contrasts: list[int], device: torch.device) -> Tensor:
-    """Of all processes' contrasts the clusters after `offset`, where they are `Posed.paired`, from numbers of them."""
+def aligned_clusters(samples: list[int], views: int, contrasts: list[int], device: torch.device) -> Tensor:
+    """Clusters of all processes' contrasts after `offset`, of a `Batch` that is `aligned`, from the numbers of rows."""
     found, first = [], 0
     for n, m in zip(samples, contrasts, strict=True):
         places = per_row(torch.arange(first, first + n, device=device), views)
@@ -160,16 +171,9 @@ def paired_clusters(samples: list[int], views: int, contrasts: list[int], device
     return torch.cat(found)
 
 
-def pose_assigned(
-    embeddings: Tensor,
-    assignments: Tensor | None,
-    contrasts: Contrasts | None,
-    contrast_assignments: Tensor | None,
-    ids: Tensor | None,
-    contrast_ids: Tensor | None,
-    contrast_bias: Tensor | None,
-) -> Posed:
-    """`pose` with assignments in place of clusters."""
+def assigned_batch(given: Tensors, normalize: bool) -> Batch:
+    """`batch` with assignments in place of clusters."""
+    embeddings, _, _, contrasts, _, ids, contrast_ids, contrast_bias, assignments, contrast_assignments = given
     check_rows("embeddings", embeddings, dims=(2, 3))
     shape, device = tuple(embeddings.shape[:-1]), embeddings.device
     n, views = shape[0], shape[1] if len(shape) == 2 else 1
@@ -189,8 +193,6 @@ def pose_assigned(
         own = assignments.flatten(0, 1) if by_view else per_row(wide(assignments), views)
     else:
         anchors, own, rows = embeddings, assignments, n
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    posed = Posed(anchors, None, None, None, None, None, None, shape, views, dtype, False, own)
     if contrasts is None:
         if contrast_bias is not None:
             check_bias(contrast_bias, rows, device)
@@ -199,7 +201,8 @@ def pose_assigned(
         ):  # fmt: skip
             if value is not None:
                 raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
-        return posed
+        of_anchors = Rows(anchors, bias=contrast_bias, assignments=own, normalize=normalize)
+        return Batch(of_anchors, None, None, shape, views)
     if any(part.stored is not None for part in parts):
         raise ValueError("contrasts: expected tensors, as queues and banks store no assignments, got a queue or bank")
     count = sum(part.length() for part in parts)
@@ -215,18 +218,21 @@ def pose_assigned(
     else:
         own = wide(own)
         contrast_assignments = own if count == rows else torch.cat((own, own.new_zeros(count - rows, own.shape[1])))
-        posed = posed._replace(anchor_assignments=own)
     if (ids is None) != (contrast_ids is None):
-        given, absent = ("ids", "contrast_ids") if contrast_ids is None else ("contrast_ids", "ids")
-        raise ValueError(f"{absent}: expected a tensor, as {given} is given, got None")
+        there, absent = ("ids", "contrast_ids") if contrast_ids is None else ("contrast_ids", "ids")
+        raise ValueError(f"{absent}: expected a tensor, as {there} is given, got None")
     if ids is not None and contrast_ids is not None:
         check_ids("ids", ids, n, device)
         check_ids("contrast_ids", contrast_ids, count, device)
-        posed = posed._replace(
-            anchor_ids=per_row(ids.to(torch.int64).clamp(min=-1), views),
-            contrast_ids=contrast_ids.to(torch.int64).clamp(min=-1),
-        )
-    return posed._replace(contrasts=_rows(parts, False), contrast_assignments=contrast_assignments)
+        ids = per_row(ids.to(torch.int64).clamp(min=-1), views)
+        contrast_ids = contrast_ids.to(torch.int64).clamp(min=-1)
+    return Batch(
+        Rows(anchors, None, ids, None, own, normalize),
+        Rows(_rows(parts, False), None, contrast_ids, contrast_bias, contrast_assignments, normalize),
+        None,
+        shape,
+        views,
+    )
 
 
 class _Part(NamedTuple):

@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
 from torch import Tensor, nn
 
-from ..checks import check_flag, check_option, finite_number, positive_number
+from ..checks import check_flag, positive_number
 from ..distributed import tell_others
-from .batch import Contrasts, pose, pose_assigned
-from .formulas import InfoNCE, Weighted
+from .batch import Batch, Contrasts, Tensors, assigned_batch, batch
+from .formulas import InfoNCE, Weighted, infonce
 from .modules import shown_temperature
-from .reduce import LossResult, check_options, inverse_temperature, reduced_loss
+from .options import LossOptions, OptionKeywords, options_of, parse_options, shown_options, takes_options
+from .reduce import LossResult, inverse_temperature, reduced_loss
 
-FORMS = ("outside", "inside")
-DENOMINATORS = ("all", "negatives")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @overload
 def cluster_infonce(
-    embeddings: Tensor, clusters: Tensor | None = None, *, temperature: float | Tensor = 0.1, form: str = "outside",
-    denominator: str = "all", margin: float = 0.0, symmetric: bool = False, normalize: bool = True,
-    reduction: str = "mean", gather: bool | str = False, positives: Tensor | None = None,
-    contrasts: Contrasts | None = None, contrast_clusters: Tensor | None = None, ids: Tensor | None = None,
-    contrast_ids: Tensor | None = None, contrast_bias: Tensor | None = None, weights: Tensor | None = None,
-    assignments: Tensor | None = None, contrast_assignments: Tensor | None = None, return_stats: Literal[False] = False,
+    embeddings: Tensor, clusters: Tensor | None = None, *, temperature: float | Tensor = 0.1,
+    positives: Tensor | None = None, contrasts: Contrasts | None = None, contrast_clusters: Tensor | None = None,
+    ids: Tensor | None = None, contrast_ids: Tensor | None = None, contrast_bias: Tensor | None = None,
+    weights: Tensor | None = None, assignments: Tensor | None = None, contrast_assignments: Tensor | None = None,
+    return_stats: Literal[False] = False, **options: Unpack[OptionKeywords],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def cluster_infonce(
-    embeddings: Tensor, clusters: Tensor | None = None, *, temperature: float | Tensor = 0.1, form: str = "outside",
-    denominator: str = "all", margin: float = 0.0, symmetric: bool = False, normalize: bool = True,
-    reduction: str = "mean", gather: bool | str = False, positives: Tensor | None = None,
-    contrasts: Contrasts | None = None, contrast_clusters: Tensor | None = None, ids: Tensor | None = None,
-    contrast_ids: Tensor | None = None, contrast_bias: Tensor | None = None, weights: Tensor | None = None,
-    assignments: Tensor | None = None, contrast_assignments: Tensor | None = None, return_stats: bool,
+    embeddings: Tensor, clusters: Tensor | None = None, *, temperature: float | Tensor = 0.1,
+    positives: Tensor | None = None, contrasts: Contrasts | None = None, contrast_clusters: Tensor | None = None,
+    ids: Tensor | None = None, contrast_ids: Tensor | None = None, contrast_bias: Tensor | None = None,
+    weights: Tensor | None = None, assignments: Tensor | None = None, contrast_assignments: Tensor | None = None,
+    return_stats: bool, **options: Unpack[OptionKeywords],
 ) -> LossResult: ...  # fmt: skip
+@takes_options()
 def cluster_infonce(
     embeddings: Tensor,
     clusters: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.1,
-    form: str = "outside",
-    denominator: str = "all",
-    margin: float = 0.0,
-    symmetric: bool = False,
-    normalize: bool = True,
-    reduction: str = "mean",
-    gather: bool | str = False,
     positives: Tensor | None = None,
     contrasts: Contrasts | None = None,
     contrast_clusters: Tensor | None = None,
@@ -57,41 +50,49 @@ def cluster_infonce(
     assignments: Tensor | None = None,
     contrast_assignments: Tensor | None = None,
     return_stats: bool = False,
+    **options: Unpack[OptionKeywords],
 ) -> LossResult:
     """The stateless form of :class:`ClusterInfoNCE`; formulas, shapes, dtypes, errors and sources are described there.
 
     The mean over anchors i of ``logsumexp_{j in A_i}(s_ij) - mean_{j in P_i}(s_ij)`` at the defaults, with logits
-    s_ij = <x_i, y_j> / (|x_i| |y_j| temperature), contrasts A_i and positives P_i. Options as in the constructor there,
-    tensors as in ``forward`` there; a scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``. With
+    s_ij = <x_i, y_j> / (|x_i| |y_j| temperature), contrasts A_i and positives P_i. Options are those of the constructor
+    there, tensors those of ``forward`` there; a scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``. With
     ``return_stats=True`` a pair of that and a :class:`LossStats`.
     """
+    given = Tensors(
+        embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, assignments,
+        contrast_assignments,
+    )  # fmt: skip
+    try:
+        parsed = parse_options("cluster_infonce", options)
+    except Exception as error:
+        tell_others(options.get("gather", False), error, embeddings)
+        raise
+    return loss_of(given, parsed, temperature, weights, return_stats)
+
+
+def loss_of(
+    given: Tensors,
+    options: LossOptions,
+    temperature: float | Tensor,
+    weights: Tensor | None = None,
+    return_stats: bool = False,
+) -> LossResult:
+    """`cluster_infonce` of its tensors and its options, which are checked here."""
     try:
         temperature = positive_number("temperature", temperature)
-        checked = _check_formula(form, denominator, margin)
-        formula: InfoNCE | Weighted = checked
-        options = check_options(symmetric, normalize, reduction, gather)
-        if assignments is not None or contrast_assignments is not None:
-            _check_replaced(clusters=clusters, contrast_clusters=contrast_clusters, positives=positives)
-            check_flag("return_stats", return_stats)
-            if return_stats:
-                raise ValueError("return_stats: expected False with assignments, got True")
-            _check_soft_formula(form=(form, "outside"), denominator=(denominator, "all"), margin=(checked.margin, 0.0))
-            if gather == "ring":
-                raise ValueError("gather: expected False or True with assignments, got 'ring'")
-            formula = Weighted()
-            posed = pose_assigned(
-                embeddings, assignments, contrasts, contrast_assignments, ids, contrast_ids, contrast_bias
-            )
+        options = options.checked()
+        formula: InfoNCE | Weighted
+        if given.assignments is None and given.contrast_assignments is None:
+            formula = infonce(options)
+            rows = batch(given, options.normalize)
         else:
-            posed = pose(
-                embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias,
-                normalize,
-            )  # fmt: skip
-        scale = inverse_temperature(temperature, posed)
+            formula, rows = Weighted(), _assigned(given, options, return_stats)
+        scale = inverse_temperature(temperature, rows)
     except Exception as error:
-        tell_others(gather, error, embeddings)
+        tell_others(options.gather, error, given.embeddings)
         raise
-    return reduced_loss(posed, scale, formula, options, contrast_bias, weights, return_stats)
+    return reduced_loss(rows, scale, formula, options, weights, return_stats)
 
 
 class ClusterInfoNCE(nn.Module):
@@ -117,6 +118,9 @@ class ClusterInfoNCE(nn.Module):
         form: ``"outside"`` (SupCon's L_out) or ``"inside"`` (L_in).
         denominator: ``"all"``, or ``"negatives"`` for the decoupled loss.
         margin: cosine margin >= 0 taken off every positive, wherever it occurs (NT-Xent-AM).
+        label_smoothing: a in [0, 1): :math:`(1 - a)` times the loss plus :math:`a (\log \sum_{j \in A_i} e^{s_{ij}} -
+            \operatorname{mean}_{j \in A_i} s_{ij})`. With one positive that is ``torch.nn.functional.cross_entropy``'s
+            option. Only with ``form="outside"``, ``denominator="all"`` and no margin; not with assignments.
         symmetric: two sets: the mean of the loss of the anchors and that of the contrasts over the anchors.
         normalize: cosine similarity; False takes the inner products of the rows as they come.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that count: those with a positive and a
@@ -171,31 +175,20 @@ class ClusterInfoNCE(nn.Module):
     Yeh et al. 2022 (decoupled).
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.1,
-        *,
-        form: str = "outside",
-        denominator: str = "all",
-        margin: float = 0.0,
-        symmetric: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        gather: bool | str = False,
-    ) -> None:
+    gather: bool | str
+
+    # Which options the constructor takes, and the values of others: a preset has its own.
+    _takes: ClassVar[tuple[str, ...]] = LossOptions._fields
+    _fixed: ClassVar[OptionKeywords] = {}
+
+    @takes_options()
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Unpack[OptionKeywords]) -> None:
         super().__init__()
-        formula = _check_formula(form, denominator, margin)
-        check_options(symmetric, normalize, reduction, gather)
-        self.temperature = positive_number(
-            "temperature", temperature
-        )  # nn.Module registers it where it is an nn.Parameter
-        self.form = form
-        self.denominator = denominator
-        self.margin = formula.margin
-        self.symmetric = symmetric
-        self.normalize = normalize
-        self.reduction = reduction
-        self.gather = gather
+        parsed = parse_options(type(self).__name__, options, self._takes, self._fixed).checked()
+        # nn.Module registers it where it is an nn.Parameter.
+        self.temperature = positive_number("temperature", temperature)
+        for name in LossOptions._fields:
+            setattr(self, name, getattr(parsed, name))
 
     def forward(
         self,
@@ -215,64 +208,33 @@ class ClusterInfoNCE(nn.Module):
         return_stats: bool = False,
     ) -> LossResult:
         """The loss; shapes and errors are in the class's description."""
-        return cluster_infonce(
-            embeddings,
-            clusters,
-            temperature=self.temperature if temperature is None else temperature,
-            form=self.form,
-            denominator=self.denominator,
-            margin=self.margin,
-            symmetric=self.symmetric,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            gather=self.gather,
-            positives=positives,
-            contrasts=contrasts,
-            contrast_clusters=contrast_clusters,
-            ids=ids,
-            contrast_ids=contrast_ids,
-            contrast_bias=contrast_bias,
-            weights=weights,
-            assignments=assignments,
-            contrast_assignments=contrast_assignments,
-            return_stats=return_stats,
-        )
+        given = Tensors(
+            embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias,
+            assignments, contrast_assignments,
+        )  # fmt: skip
+        temperature = self.temperature if temperature is None else temperature
+        return loss_of(given, options_of(self), temperature, weights, return_stats)
 
     def extra_repr(self) -> str:
-        options = "".join(
-            f", {name}={value!r}"
-            for name, value in (
-                ("form", self.form),
-                ("denominator", self.denominator),
-                ("margin", self.margin),
-                ("symmetric", self.symmetric),
-                ("normalize", self.normalize),
-                ("reduction", self.reduction),
-                *([("gather", self.gather)] if self.gather is not False else []),
-            )
-        )
-        return shown_temperature(self.temperature) + options
+        return shown_temperature(self.temperature) + shown_options(self)
 
 
-# Options.
+# Assignments.
 
 
-def _check_formula(form: str, denominator: str, margin: float) -> InfoNCE:
-    check_option("form", form, FORMS)
-    check_option("denominator", denominator, DENOMINATORS)
-    margin = finite_number("margin", margin)
-    if margin < 0:
-        raise ValueError(f"margin: expected a number of at least 0, got {margin}")
-    return InfoNCE(form, denominator, margin)
-
-
-def _check_replaced(**arguments: Tensor | None) -> None:
-    for name, value in arguments.items():
-        if value is not None:
+def _assigned(given: Tensors, options: LossOptions, return_stats: bool) -> Batch:
+    """The batch of a call with assignments; ValueError for what they replace or do not go with."""
+    for name in ("clusters", "contrast_clusters", "positives"):
+        if getattr(given, name) is not None:
             raise ValueError(f"{name}: expected None with assignments, got a value")
-
-
-def _check_soft_formula(**options: tuple[object, object]) -> None:
-    for name, (value, expected) in options.items():
+    check_flag("return_stats", return_stats)
+    if return_stats:
+        raise ValueError("return_stats: expected False with assignments, got True")
+    defaults = LossOptions()
+    for name in ("form", "denominator", "margin", "label_smoothing"):
+        value, expected = getattr(options, name), getattr(defaults, name)
         if value != expected:
             raise ValueError(f"{name}: expected {expected!r} with assignments, got {value!r}")
+    if options.gather == "ring":
+        raise ValueError("gather: expected False or True with assignments, got 'ring'")
+    return assigned_batch(given, options.normalize)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from ..checks import finite_number, positive_number, values_visible
 from ..distributed import tell_others
-from .batch import Contrasts, pose
+from .batch import Contrasts, Tensors, batch
 from .formulas import Debiased
 from .modules import shown_temperature
-from .reduce import LossResult, check_options, inverse_temperature, reduced_loss
+from .options import LossOptions
+from .reduce import LossResult, inverse_temperature, reduced_loss
 
 # Beyond it logits times beta and logits times 1 + beta differ by no more than their roundings.
 LARGEST_BETA = {torch.float32: 2.0**22, torch.float64: 2.0**51}
@@ -63,7 +64,7 @@ class HardNegativeLoss(nn.Module):
             raise ValueError(f"tau_plus: expected a number of at least 0 and below 1, got {tau_plus}")
         if beta < 0:
             raise ValueError(f"beta: expected a number of at least 0, got {beta}")
-        check_options(False, normalize, reduction, gather)
+        LossOptions(normalize=normalize, reduction=reduction, gather=gather).checked()
         self.temperature = positive_number("temperature", temperature)  # registered where it is an nn.Parameter
         self.tau_plus = tau_plus
         self.beta = beta
@@ -87,19 +88,18 @@ class HardNegativeLoss(nn.Module):
     ) -> LossResult:
         """The loss; shapes and errors are in the class's description."""
         try:
-            options = check_options(False, self.normalize, self.reduction, self.gather)
+            options = LossOptions(normalize=self.normalize, reduction=self.reduction, gather=self.gather).checked()
             temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
-            posed = pose(
-                embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, None, self.normalize
-            )
-            scale = inverse_temperature(temperature, posed)
+            given = Tensors(embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids)
+            rows = batch(given, options.normalize)
+            scale = inverse_temperature(temperature, rows)
             if self.beta:
                 _check_beta(self.beta, temperature, scale)
         except Exception as error:
             tell_others(self.gather, error, embeddings)
             raise
         formula = Debiased(self.tau_plus, self.beta)
-        return reduced_loss(posed, scale, formula, options, weights=weights, return_stats=return_stats)
+        return reduced_loss(rows, scale, formula, options, weights, return_stats)
 
     def extra_repr(self) -> str:
         options = f"tau_plus={self.tau_plus:g}, beta={self.beta:g}, normalize={self.normalize!r}"

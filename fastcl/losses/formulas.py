@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import ContrastiveStats
+from .options import LossOptions
 
 
 class Formula(Protocol):
@@ -39,8 +40,11 @@ class InfoNCE(NamedTuple):
     form: str
     denominator: str
     margin: float
+    label_smoothing: float = 0.0
 
     def wanted(self) -> tuple[str, ...]:
+        if self.label_smoothing:
+            return "lse_all", "sum_pos", "sum_all"
         if self.form == "inside":
             return "lse_pos", "lse_neg"
         if self.denominator == "negatives":
@@ -48,7 +52,7 @@ class InfoNCE(NamedTuple):
         return ("lse_all", "sum_pos") if self.margin == 0 else ("lse_pos", "lse_neg", "sum_pos")
 
     def mean_of_differences(self) -> bool:
-        return self.form == "outside" and self.margin == 0
+        return self.form == "outside" and self.margin == 0 and self.label_smoothing == 0
 
     def exact(self) -> bool:
         return False
@@ -62,7 +66,12 @@ class InfoNCE(NamedTuple):
         if self.form == "outside" and self.denominator == "all" and self.margin == 0:
             assert stats.lse_all is not None
             assert stats.sum_pos is not None
-            return stats.lse_all - stats.sum_pos / num_pos, counted
+            target = stats.sum_pos / num_pos
+            if self.label_smoothing:
+                assert stats.sum_all is not None
+                mean_all = stats.sum_all / (num_pos + stats.num_neg)
+                target = torch.lerp(target, mean_all, self.label_smoothing)
+            return stats.lse_all - target, counted
         if self.denominator == "negatives":
             counted = counted & (stats.num_neg > 0)
         lse_pos, lse_neg, sum_pos = _harmless(stats, counted)
@@ -75,6 +84,11 @@ class InfoNCE(NamedTuple):
             # log(neg + pos) - log(pos) = log(1 + neg / pos) does not cancel as the positives come to dominate.
             log_ratio = torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
         return log_ratio + (num_pos.log() if self.form == "inside" else lse_pos - mean_pos), counted
+
+
+def infonce(options: LossOptions) -> InfoNCE:
+    """The formula that a loss's options choose."""
+    return InfoNCE(options.form, options.denominator, options.margin, options.label_smoothing)
 
 
 LEAST_WEIGHT = {torch.float32: 1e-30, torch.float64: 1e-200}  # that an anchor counts with; its inverse is finite

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..distributed import Gathered, Property, Ring, World, dtype_name
 from ..ops.backends.choose import choose_backend
-from ..ops.backends.rows import accumulation_dtype
-from ..ops.contrastive.blocks import BlockStats, Call, Set
-from ..ops.contrastive.records import FIELDS
-from ..statistics import ContrastiveStats, Sweep
-from .batch import Posed, of_parts, offset, paired_clusters
+from ..ops.contrastive.blocks import BlockStats, Call
+from ..ops.contrastive.fields import FIELDS
+from ..ops.contrastive.records import Problem, Rows, flatten, flatten_rows
+from ..statistics import ContrastiveStats, named, statistics
+from .batch import Batch, aligned_clusters, of_parts, offset
 
 # What losses do with all of it.
 
@@ -25,91 +25,87 @@ def has_gradient(tensor: Tensor | None) -> bool:
     return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
 
-def statistics(
-    world: World, gather: bool | str, sweep: Sweep, posed: Posed, exact: bool, call: str, alike: Mapping[str, Property]
+def gathered_statistics(
+    world: World, gather: bool | str, p: Problem, batch: Batch, exact: bool, call: str, alike: Mapping[str, Property]
 ) -> ContrastiveStats:
-    """`Sweep.statistics` where tensors of the contrasts, or the anchors in self-contrast, are those of all processes.
+    """`statistics` where tensors of the contrasts, or the anchors in self-contrast, are those of all processes.
 
     call, alike: what is called, and what else processes have to agree upon.
     """
-    anchors, contrasts, bias = sweep.anchors, sweep.contrasts, sweep.contrast_bias
-    dtype = accumulation_dtype(anchors, contrasts, sweep.positives)
-    stored = any(kind for _, kind in posed.parts)
-    nothing_travels = contrasts is not None and stored and all(kind for _, kind in posed.parts)
-    rows: Tensor | None = anchors
+    anchors, contrasts, bias, dtype = p.anchors, p.contrasts, p.others.bias, p.dtype
+    stored = any(kind for _, kind in batch.parts)
+    nothing_travels = contrasts is not None and stored and all(kind for _, kind in batch.parts)
+    rows: Tensor | None = anchors.values
     if contrasts is not None:
-        rows = None if nothing_travels else of_parts(contrasts, posed, False)
-    backend = choose_backend(anchors.device, dtype)
+        rows = None if nothing_travels else of_parts(contrasts.values, batch, False)
+    backend = choose_backend(p.device, dtype)
     tensors = {
-        "anchors": anchors, "contrasts": rows, "positives": sweep.positives, "logit scale": sweep.logit_scale,
-        "contrast_bias": bias, "assignments": sweep.anchor_assignments,
-        "contrast_assignments": sweep.contrast_assignments,
+        "anchors": anchors.values, "contrasts": rows, "positives": p.positives, "logit scale": p.logit_scale,
+        "contrast_bias": bias, "assignments": anchors.assignments,
+        "contrast_assignments": None if contrasts is None else contrasts.assignments,
     }  # fmt: skip
     properties: dict[str, Property] = {
         "gather": str(gather),
         "contrasts": "none" if contrasts is None else "stored" if nothing_travels else "both" if stored else "tensors",
-        "views": posed.views,
-        "dimension": anchors.shape[1],
-        "dtype of anchors": dtype_name(anchors.dtype),
+        "views": batch.views,
+        "dimension": anchors.values.shape[1],
+        "dtype of anchors": dtype_name(anchors.values.dtype),
         "dtype of contrasts": "none" if rows is None else dtype_name(rows.dtype),
         "dtype of sums": dtype_name(dtype),
-        "symmetric": sweep.both,
-        "normalised anchors": sweep.normalize_anchors,
-        "normalised contrasts": sweep.normalize_contrasts,
+        "symmetric": p.both,
+        "normalised anchors": anchors.normalize,
+        "normalised contrasts": contrasts is not None and contrasts.normalize,
         "backend": backend,
-        "clusters given": not posed.by_sample,
-        "default clusters of contrasts": posed.paired,
-        "ids given": sweep.contrast_ids is not None,
-        "positives given": sweep.positives is not None,
+        "clusters given": not batch.by_sample,
+        "default clusters of contrasts": batch.aligned,
+        "ids given": p.others.ids is not None,
+        "positives given": p.positives is not None,
         "contrast_bias given": bias is not None,
-        "assignments": -1 if sweep.anchor_assignments is None else sweep.anchor_assignments.shape[1],
+        "assignments": -1 if anchors.assignments is None else anchors.assignments.shape[1],
     }
     # Who needs a gradient of anything takes part in the backward, whose collectives wait for all.
     needs = {name: has_gradient(tensor) for name, tensor in tensors.items()}
     samples, sizes = world.agree(
         call,
-        {"samples": posed.shape[0], "contrasts": 0 if rows is None else len(rows)},
+        {"samples": batch.shape[0], "contrasts": 0 if rows is None else len(rows)},
         {**alike, **properties, **{f"{name} with a gradient": need for name, need in needs.items()}},
-        anchors.device,
+        p.device,
     )
-    if sweep.anchor_assignments is not None:
-        return _assigned(world, [n * posed.views for n in samples], sizes, sweep, sweep.anchor_assignments, exact)
+    if anchors.assignments is not None:
+        return _assigned(world, [n * batch.views for n in samples], sizes, p, anchors.assignments)
     if rows is None:
-        return sweep.statistics(exact)[0]
-    if sweep.both and stored:
+        return statistics(p, exact)[0]
+    if p.both and stored:
         raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")
-    travelling_bias = None if bias is None else of_parts(bias.to(dtype), posed, False)
-    order = [field for field in FIELDS if field in sweep.want]
-    first = sum(samples[: world.rank])
-    clusters, contrast_clusters = offset(posed, first)
+    clusters, contrast_clusters = offset(batch, sum(samples[: world.rank]))
+    anchors = anchors._replace(clusters=clusters, bias=None if anchors.bias is None else anchors.bias.to(dtype))
 
-    def set_of(of_stored: bool) -> Set:
+    def some(of_stored: bool) -> Rows | None:
+        """The contrasts that are stored, or the others."""
         if contrasts is None or (of_stored and not stored):
-            return Set(None, None, None, None if of_stored else travelling_bias)
-        parts = (
-            of_parts(values, posed, of_stored) for values in (contrasts, contrast_clusters, sweep.contrast_ids, bias)
+            return None
+        of_bias = of_parts(bias, batch, of_stored)
+        return Rows(
+            contrasts.values if (values := of_parts(contrasts.values, batch, of_stored)) is None else values,
+            of_parts(contrast_clusters, batch, of_stored),
+            of_parts(contrasts.ids, batch, of_stored),
+            None if of_bias is None else of_bias.to(dtype),
+            normalize=contrasts.normalize,
         )
-        of_rows, of_clusters, of_ids, of_bias = parts
-        return Set(of_rows, of_clusters, of_ids, None if of_bias is None else of_bias.to(dtype))
 
     called = Call(
         exchange=(Ring if gather == "ring" else Gathered)(world, sizes),
-        normalize_anchors=sweep.normalize_anchors,
-        normalize_contrasts=sweep.normalize_contrasts,
-        want=tuple(order),
-        both=sweep.both,
         backend=backend,
         exact=exact,
-        one_scale=sweep.logit_scale.dim() == 0,
+        one_scale=p.logit_scale.dim() == 0,
         contrasts_need=needs["contrasts"],
         bias_needs=needs["contrast_bias"],
-        clusters=paired_clusters(samples, posed.views, sizes, anchors.device) if posed.paired else None,
+        clusters=aligned_clusters(samples, batch.views, sizes, p.device) if batch.aligned else None,
     )
-    scales = sweep.logit_scale.to(dtype).reshape(-1)
-    values = BlockStats.apply(
-        called, anchors, sweep.positives, clusters, sweep.anchor_ids, scales, *set_of(False), *set_of(True)
-    )
-    return sweep.named(values, order)
+    scales = p.logit_scale.to(dtype).reshape(-1)
+    want = [field for field in FIELDS if field in p.want]
+    travelling = replace(p, anchors=anchors, contrasts=some(False), logit_scale=scales, want=want)
+    return named(p, BlockStats.apply(called, *flatten(travelling), *flatten_rows(some(True))))
 
 
 class _AllRows(torch.autograd.Function):
@@ -139,55 +135,46 @@ class _SummedRows(torch.autograd.Function):
         return None, _AllRows.apply(ctx.exchange, grad)
 
 
-def _assigned(
-    world: World, rows: list[int], sizes: list[int], sweep: Sweep, own: Tensor, exact: bool
-) -> ContrastiveStats:
+def _assigned(world: World, rows: list[int], sizes: list[int], p: Problem, own: Tensor) -> ContrastiveStats:
     """`statistics` of assignments: sums of weights, which have derivatives, are not merged but swept over all rows."""
-    # In the dtype of the sums, so that gradients are rounded after they have been added.
-    dtype = accumulation_dtype(sweep.anchors, sweep.contrasts)
-    anchors, own = sweep.anchors.to(dtype), own.to(dtype)
-    contrasts = anchors if sweep.contrasts is None else sweep.contrasts.to(dtype)
-    theirs = own if sweep.contrast_assignments is None else sweep.contrast_assignments.to(dtype)
-    bias = None if sweep.contrast_bias is None else sweep.contrast_bias.to(dtype)
+    dtype = p.dtype  # of the sums, so that gradients are rounded after they have been added
+    anchors, own = p.anchors.values.to(dtype), own.to(dtype)
+    contrasts = anchors if p.contrasts is None else p.contrasts.values.to(dtype)
+    theirs = own if p.contrasts is None or p.others.assignments is None else p.others.assignments.to(dtype)
+    bias = None if p.others.bias is None else p.others.bias.to(dtype)
     by_row, by_contrast = Gathered(world, rows), Gathered(world, sizes)
 
     def everywhere(exchange: Gathered, values: Tensor) -> Tensor:
         found: Tensor = _AllRows.apply(exchange, values)
         return found
 
-    ids, contrast_ids = sweep.anchor_ids, sweep.contrast_ids
-    if sweep.contrasts is None:  # every row but itself
+    ids, contrast_ids = p.anchors.ids, p.others.ids
+    if p.contrasts is None:  # every row but itself
         contrast_ids = torch.arange(by_row.total, device=anchors.device)
         ids = contrast_ids[by_row.own]
     elif contrast_ids is not None:
         contrast_ids = by_contrast.spread(contrast_ids)
-    found = sweep._replace(
-        anchors=anchors,
-        contrasts=everywhere(by_contrast, contrasts),
-        anchor_assignments=own,
-        contrast_assignments=everywhere(by_contrast, theirs),
-        contrast_bias=None if bias is None else everywhere(by_contrast, bias),
-        anchor_ids=ids,
-        contrast_ids=contrast_ids,
-        normalize_contrasts=sweep.normalize_anchors,
-        both=False,
-    ).statistics(exact)[0]
-    if not sweep.both:
+    normalize = p.anchors.normalize
+    others = Rows(
+        everywhere(by_contrast, contrasts),
+        None,
+        contrast_ids,
+        None if bias is None else everywhere(by_contrast, bias),
+        everywhere(by_contrast, theirs),
+        normalize,
+    )
+    problem = replace(p, anchors=Rows(anchors, None, ids, None, own, normalize), contrasts=others, both=False)
+    found = statistics(problem, quotients=True)[0]
+    if not p.both:
         return found
     # A contrast's bias is alike in all of its logits, and no loss of assignments sees it; but it may be left out.
-    if sweep.contrast_bias is not None:
-        left_out = (sweep.contrast_bias == -torch.inf)[:, None]
+    if p.others.bias is not None:
+        left_out = (p.others.bias == -torch.inf)[:, None]
         contrasts, theirs = contrasts.masked_fill(left_out, 0), theirs.masked_fill(left_out, 0)
-    reverse = sweep._replace(
-        anchors=contrasts,
-        contrasts=everywhere(by_row, anchors),
-        anchor_assignments=theirs,
-        contrast_assignments=everywhere(by_row, own),
-        contrast_bias=None,
-        anchor_ids=sweep.contrast_ids,
-        contrast_ids=None if sweep.anchor_ids is None else by_row.spread(sweep.anchor_ids),
-        normalize_anchors=sweep.normalize_contrasts,
-        normalize_contrasts=sweep.normalize_anchors,
-        both=False,
+    own_ids = None if p.anchors.ids is None else by_row.spread(p.anchors.ids)
+    reverse = replace(
+        problem,
+        anchors=Rows(contrasts, None, p.others.ids, None, theirs, p.others.normalize),
+        contrasts=Rows(everywhere(by_row, anchors), None, own_ids, None, everywhere(by_row, own), normalize),
     )
-    return replace(found, reverse=reverse.statistics(exact)[0])
+    return replace(found, reverse=statistics(reverse, quotients=True)[0])

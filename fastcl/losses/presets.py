@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,19 @@ from torch import Tensor, nn
 from ..checks import check_flag, check_ids, check_rows, positive_number
 from ..distributed import tell_others
 from ..memory import MemoryQueue
-from .batch import pose
+from .batch import Tensors, batch
 from .cluster import ClusterInfoNCE
-from .formulas import InfoNCE
-from .reduce import LossResult, check_options, reduced_loss, scalar
+from .formulas import infonce
+from .options import LossOptions, OptionKeywords, takes_options
+from .reduce import LossResult, reduced_loss, scalar
 from .summary import LossStats
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+OPTIONS = ("margin", "label_smoothing", "normalize", "reduction", "gather")
+DECOUPLED_OPTIONS = ("margin", "normalize", "reduction", "gather")
 CLIP_OUTPUTS = ("contrastive_loss", "stats")
-
-
-# Presets.
 
 
 class _TwoViewLoss(ClusterInfoNCE):
@@ -42,16 +46,11 @@ class NTXentLoss(_TwoViewLoss):
     result and errors are those of :class:`ClusterInfoNCE`; with ``reduction="none"`` the result is ``[N, 2]``.
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.5,
-        *,
-        margin: float = 0.0,
-        normalize: bool = True,
-        reduction: str = "mean",
-        gather: bool | str = False,
-    ) -> None:
-        super().__init__(temperature, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
+    _takes = OPTIONS
+
+    @takes_options(*OPTIONS)
+    def __init__(self, temperature: float | Tensor = 0.5, **options: Unpack[OptionKeywords]) -> None:
+        super().__init__(temperature, **options)
 
 
 class DCLLoss(_TwoViewLoss):
@@ -60,23 +59,12 @@ class DCLLoss(_TwoViewLoss):
     As :class:`NTXentLoss`, but the log-sum-exp runs over the negatives alone.
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.1,
-        *,
-        margin: float = 0.0,
-        normalize: bool = True,
-        reduction: str = "mean",
-        gather: bool | str = False,
-    ) -> None:
-        super().__init__(
-            temperature,
-            denominator="negatives",
-            margin=margin,
-            normalize=normalize,
-            reduction=reduction,
-            gather=gather,
-        )
+    _fixed: ClassVar[OptionKeywords] = {"denominator": "negatives"}
+    _takes = DECOUPLED_OPTIONS
+
+    @takes_options(*DECOUPLED_OPTIONS)
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Unpack[OptionKeywords]) -> None:
+        super().__init__(temperature, **options)
 
 
 class SupConLoss(ClusterInfoNCE):
@@ -87,17 +75,11 @@ class SupConLoss(ClusterInfoNCE):
     is no ``base_temperature``. Dtypes, result and errors are those of :class:`ClusterInfoNCE`.
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        *,
-        form: str = "outside",
-        margin: float = 0.0,
-        normalize: bool = True,
-        reduction: str = "mean",
-        gather: bool | str = False,
-    ) -> None:
-        super().__init__(temperature, form=form, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
+    _takes = ("form", *OPTIONS)
+
+    @takes_options(*_takes)
+    def __init__(self, temperature: float | Tensor = 0.07, **options: Unpack[OptionKeywords]) -> None:
+        super().__init__(temperature, **options)
 
     def forward(  # type: ignore[override]
         self, features: Tensor, labels: Tensor | None = None, *, return_stats: bool = False
@@ -125,15 +107,16 @@ class ClipLoss(nn.Module):
     ``return_stats=True`` a :class:`LossStats` comes too: ``(loss, stats)``, or as ``"stats"`` of the dictionary.
     ``logit_bias``, as open_clip's SigLIP models return it, is not read: one number added to every logit cancels in both
     softmaxes. The loss stays CLIP's, not SigLIP's loss of sigmoids, and each module warns of it once (not under
-    ``torch.compile``). Dtypes and errors are those of :class:`ClusterInfoNCE`, and so is ``gather``.
+    ``torch.compile``). Dtypes and errors are those of :class:`ClusterInfoNCE`, and so are ``label_smoothing`` and
+    ``gather``.
     """
 
     _warned = False
 
-    def __init__(self, *, gather: bool | str = False) -> None:
+    def __init__(self, *, label_smoothing: float = 0.0, gather: bool | str = False) -> None:
         super().__init__()
-        check_options(True, False, "mean", gather)
-        self.gather = gather
+        options = LossOptions(label_smoothing=label_smoothing, gather=gather).checked()
+        self.label_smoothing, self.gather = options.label_smoothing, options.gather
 
     def forward(
         self,
@@ -153,9 +136,12 @@ class ClipLoss(nn.Module):
             if len(text_features) != len(image_features):
                 expected = f"{len(image_features)} rows, as in image_features"
                 raise ValueError(f"text_features: expected {expected}, got {len(text_features)}")
-            posed = pose(image_features, None, None, text_features, None, None, None, None)
-            formula, options = InfoNCE("outside", "all", 0.0), check_options(True, False, "mean", self.gather)
-            scale = scalar("logit_scale", logit_scale, posed)
+            options = LossOptions(
+                label_smoothing=self.label_smoothing, symmetric=True, normalize=False, gather=self.gather
+            ).checked()
+            rows = batch(Tensors(image_features, contrasts=text_features), options.normalize)
+            formula = infonce(options)
+            scale = scalar("logit_scale", logit_scale, rows)
         except Exception as error:
             tell_others(self.gather, error, image_features)
             raise
@@ -166,7 +152,7 @@ class ClipLoss(nn.Module):
                 "softmaxes. This is CLIP's softmax loss, not SigLIP's sigmoid loss.",
                 stacklevel=4,  # the line that called the module
             )
-        found = reduced_loss(posed, scale, formula, options, return_stats=return_stats)
+        found = reduced_loss(rows, scale, formula, options, return_stats=return_stats)
         if not output_dict:
             return found
         return {"contrastive_loss": found} if isinstance(found, Tensor) else dict(zip(CLIP_OUTPUTS, found, strict=True))
@@ -182,16 +168,11 @@ class MoCoLoss(ClusterInfoNCE):
     and a tensor, which would be gathered, is a ``ValueError``.
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        *,
-        margin: float = 0.0,
-        normalize: bool = True,
-        reduction: str = "mean",
-        gather: bool | str = False,
-    ) -> None:
-        super().__init__(temperature, margin=margin, normalize=normalize, reduction=reduction, gather=gather)
+    _takes = OPTIONS
+
+    @takes_options(*OPTIONS)
+    def __init__(self, temperature: float | Tensor = 0.07, **options: Unpack[OptionKeywords]) -> None:
+        super().__init__(temperature, **options)
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, queue: Tensor | MemoryQueue, *, return_stats: bool = False

@@ -3,164 +3,118 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_flag, check_option, check_vector, scalar_tensor, values_visible
-from ..distributed import MODES, Property, World, tell_others
+from ..checks import check_flag, check_vector, scalar_tensor, values_visible
+from ..distributed import Property, World, tell_others
 from ..ops.backends.rows import accumulation_dtype
+from ..ops.contrastive.records import Problem
 from ..ops.library import uncompiled
-from ..statistics import Sweep
-from .batch import Posed, per_row
+from ..statistics import mean_loss, statistics
+from .batch import Batch, per_row
 from .formulas import Formula
-from .gathered import has_gradient, statistics
+from .gathered import gathered_statistics, has_gradient
+from .options import LossOptions
 from .summary import LossStats, summary
 
-REDUCTIONS = ("mean", "sum", "none")
 LossResult = Tensor | tuple[Tensor, LossStats]  # the latter with return_stats
 
 
-# What all losses do with a formula.
-
-
-class Options(NamedTuple):
-    symmetric: bool
-    normalize: bool
-    reduction: str
-    gather: bool | str = False
-
-
-def check_options(symmetric: bool, normalize: bool, reduction: str, gather: bool | str) -> Options:
-    check_flag("symmetric", symmetric)
-    check_flag("normalize", normalize)
-    check_option("reduction", reduction, REDUCTIONS)
-    check_option("gather", gather, MODES)
-    return Options(symmetric, normalize, reduction, gather)
-
-
-def scalar(name: str, value: float | Tensor, posed: Posed) -> Tensor:
+def scalar(name: str, value: float | Tensor, rows: Batch) -> Tensor:
     """In the dtype of the logits."""
-    dtype = accumulation_dtype(posed.anchors, posed.contrasts, posed.positives)
-    return scalar_tensor(name, value, posed.anchors.device, dtype)
+    dtype = accumulation_dtype(rows.anchors.values, rows.others().values, rows.positives)
+    return scalar_tensor(name, value, rows.anchors.values.device, dtype)
 
 
-def inverse_temperature(temperature: float | Tensor, posed: Posed) -> Tensor:
+def inverse_temperature(temperature: float | Tensor, rows: Batch) -> Tensor:
     if isinstance(temperature, Tensor):
-        return 1 / scalar("temperature", temperature, posed)
-    return scalar("temperature", 1 / temperature, posed)
+        return 1 / scalar("temperature", temperature, rows)
+    return scalar("temperature", 1 / temperature, rows)
 
 
 def reduced_loss(
-    posed: Posed,
+    rows: Batch,
     scale: Tensor,
     formula: Formula,
-    options: Options,
-    contrast_bias: Tensor | None = None,
+    options: LossOptions,
     weights: Tensor | None = None,
     return_stats: bool = False,
 ) -> LossResult:
-    """The formula's terms out of one sweep, weighted and reduced over the rows that count.
+    """The formula's terms from one sweep, weighted and reduced over the rows that count.
 
-    return_stats: also a summary for people to look at, out of the same sweep.
+    return_stats: also a summary of the same sweep.
     """
     world = World.of(options.gather)
     try:
         if world is not None and return_stats is True:
             raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
-        sweep, weights, unit = _checked_sweep(posed, scale, formula, options, contrast_bias, weights, return_stats)
+        check_flag("return_stats", return_stats)
+        problem = _problem(rows, scale, formula, options, return_stats)
+        unit: float | Tensor | None = None
+        if weights is not None:
+            check_vector("weights", weights, rows.shape[0], problem.device)
+            weights, unit = _at_unit(weights, rows.dtype(), options.reduction)
+            weights = per_row(weights, rows.views)
     except Exception as error:
-        tell_others(options.gather, error, posed.anchors)
+        tell_others(options.gather, error, rows.anchors.values)
         raise
     if world is not None:
-        share: Tensor = _of_all(world, sweep, posed, scale, formula, options, weights, unit)
+        share: Tensor = _of_all(world, problem, rows, scale, formula, options, weights, unit)
         return share
-    loss, observed = _loss(sweep, posed, scale, formula, options, weights)
-    return loss if observed is None else (loss, _summary(sweep, observed, posed, scale, options))
+    loss, observed = _loss(problem, rows, scale, formula, options, weights)
+    return loss if observed is None else (loss, _summary(problem, observed, rows, scale, options))
 
 
-def _checked_sweep(
-    posed: Posed,
-    scale: Tensor,
-    formula: Formula,
-    options: Options,
-    contrast_bias: Tensor | None,
-    weights: Tensor | None,
-    return_stats: bool,
-) -> tuple[Sweep, Tensor | None, float | Tensor | None]:
-    """And the weights of the rows, with the unit that they are divided by."""
-    check_flag("return_stats", return_stats)
-    if options.symmetric and posed.contrasts is None:
+def _problem(rows: Batch, scale: Tensor, formula: Formula, options: LossOptions, observe: bool) -> Problem:
+    if options.symmetric and rows.contrasts is None:
         raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
-    rows = posed.anchors.shape[0]
-    others = rows if posed.contrasts is None else posed.contrasts.shape[0]
-    if options.symmetric and options.reduction == "none" and others != rows:
+    n, m = len(rows.anchors.values), len(rows.others().values)
+    if options.symmetric and options.reduction == "none" and m != n:
         raise ValueError(
-            f"reduction: expected 'mean' or 'sum' for symmetric with {rows} anchors and {others} contrasts, got 'none'"
+            f"reduction: expected 'mean' or 'sum' for symmetric with {n} anchors and {m} contrasts, got 'none'"
         )
-    unit: float | Tensor | None = None
-    if weights is not None:
-        check_vector("weights", weights, posed.shape[0], posed.anchors.device)
-        weights, unit = _at_unit(weights, posed.dtype, options.reduction)
-        weights = per_row(weights, posed.views)
-    sweep = Sweep(
-        posed.anchors,
-        posed.contrasts,
-        posed.anchor_clusters,
-        posed.contrast_clusters,
-        formula.scales(scale),
-        options.normalize,
-        options.normalize and posed.contrasts is not None and not posed.as_stored,
-        formula.wanted(),
-        posed.positives,
-        contrast_bias,
-        posed.anchor_ids,
-        posed.contrast_ids,
-        both=options.symmetric,
-        observe=return_stats,
-        anchor_assignments=posed.anchor_assignments,
-        contrast_assignments=posed.contrast_assignments,
-        quotients=True,
-    )
-    return sweep, weights, unit
+    want, scales = formula.wanted(), formula.scales(scale)
+    return Problem(rows.anchors, rows.contrasts, rows.positives, scales, want, options.symmetric, observe=observe)
 
 
 def _loss(
-    sweep: Sweep, posed: Posed, scale: Tensor, formula: Formula, options: Options, weights: Tensor | None
+    problem: Problem, rows: Batch, scale: Tensor, formula: Formula, options: LossOptions, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """And what was observed."""
+    """The loss, and what was observed."""
     if formula.mean_of_differences() and options.reduction == "mean" and weights is None:
-        found = sweep.mean_loss()  # the formula below in one node of autograd's graph
+        found = mean_loss(problem)  # the formula below in one node of autograd's graph
         if found is not None:
-            return found[0].to(posed.dtype), found[1]
-    stats, observed = sweep.statistics(formula.exact())
-    loss = _reduce(*formula.terms(stats, scale), weights, options.reduction, posed)
+            return found[0].to(rows.dtype()), found[1]
+    stats, observed = statistics(problem, formula.exact(), quotients=True)
+    loss = _reduce(*formula.terms(stats, scale), weights, options.reduction, rows)
     if stats.reverse is not None:
-        reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, posed)
+        reverse = _reduce(*formula.terms(stats.reverse, scale), None, options.reduction, rows)
         loss = (loss + reverse) / 2
     return loss, observed
 
 
 @torch.no_grad()
-def _summary(sweep: Sweep, observed: Tensor, posed: Posed, scale: Tensor, options: Options) -> LossStats:
-    n = len(posed.anchors)
+def _summary(problem: Problem, observed: Tensor, rows: Batch, scale: Tensor, options: LossOptions) -> LossStats:
+    n = len(rows.anchors.values)
 
     def of_rows(start: int, end: int | None, shape: tuple[int, ...]) -> LossStats:
-        return summary(observed[..., start:end], scale.detach(), shape, options.reduction, posed.dtype)
+        return summary(observed[..., start:end], scale.detach(), shape, options.reduction, rows.dtype())
 
-    found = of_rows(0, n, posed.shape)
-    return found._replace(reverse=of_rows(n, None, (observed.shape[-1] - n,))) if sweep.both else found
+    found = of_rows(0, n, rows.shape)
+    return found._replace(reverse=of_rows(n, None, (observed.shape[-1] - n,))) if problem.both else found
 
 
 @uncompiled  # processes would have to agree upon their graphs
 def _of_all(
     world: World,
-    sweep: Sweep,
-    posed: Posed,
+    problem: Problem,
+    rows: Batch,
     scale: Tensor,
     formula: Formula,
-    options: Options,
+    options: LossOptions,
     weights: Tensor | None,
     unit: float | Tensor | None,
 ) -> Tensor:
@@ -174,7 +128,7 @@ def _of_all(
         "weights given": weights is not None,
         "weights with a gradient": has_gradient(weights),
     }
-    stats = statistics(world, options.gather, sweep, posed, formula.exact(), type(formula).__name__, alike)
+    stats = gathered_statistics(world, options.gather, problem, rows, formula.exact(), type(formula).__name__, alike)
     sides = [(*formula.terms(stats, scale), weights)]
     if stats.reverse is not None:
         sides.append((*formula.terms(stats.reverse, scale), None))
@@ -188,21 +142,21 @@ def _of_all(
         totals = list(world.total(torch.stack(masses)).unbind())
         if unit is not None:
             totals[0] = totals[0] / unit
-        totals = [total.to(posed.dtype) for total in totals]
-    shares = [_reduce(*side, options.reduction, posed, total) for side, total in zip(sides, totals, strict=True)]
+        totals = [total.to(rows.dtype()) for total in totals]
+    shares = [_reduce(*side, options.reduction, rows, total) for side, total in zip(sides, totals, strict=True)]
     share = shares[0] if len(shares) == 1 else (shares[0] + shares[1]) / 2
     return share if options.reduction == "none" else share * world.size
 
 
 def _reduce(
-    terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, posed: Posed, total: Tensor | None = None
+    terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, rows: Batch, total: Tensor | None = None
 ) -> Tensor:
     """total: what the mean divides by, where that is not the `_mass` of these rows alone."""
-    terms = torch.where(counted, terms, 0).to(posed.dtype)
+    terms = torch.where(counted, terms, 0).to(rows.dtype())
     if weights is not None:
         terms = terms * weights
     if reduction == "none":
-        return terms.reshape(posed.shape)
+        return terms.reshape(rows.shape)
     if reduction == "sum":
         return terms.sum()
     total = _mass(counted, weights) if total is None else total

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.contrastive.observed import field
+from ..ops.contrastive.observed import part
 
 
 class LossStats(NamedTuple):
@@ -37,10 +37,10 @@ class LossStats(NamedTuple):
 def summary(observed: Tensor, scale: Tensor, shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> LossStats:
     """Of one side: `observed` [10, S, N], the first scale of which is the loss's, `scale` []."""
     seen = observed[:, 0]
-    num_pos, num_neg = field(seen, "num_pos"), field(seen, "num_neg")
+    num_pos, num_neg = part(seen, "num_pos"), part(seen, "num_neg")
 
     def similarity(name: str, count: Tensor) -> Tensor:
-        return field(seen, name) / (count.clamp(min=1) * scale)
+        return part(seen, name) / (count.clamp(min=1) * scale)
 
     def reduced(values: Tensor, there: Tensor) -> Tensor:
         values = values.to(dtype)
@@ -48,11 +48,11 @@ def summary(observed: Tensor, scale: Tensor, shape: tuple[int, ...], reduction: 
             return torch.where(there, values, torch.nan).reshape(shape)
         return torch.where(there, values, 0).sum() / there.sum()
 
-    nearest = (field(seen, "max_pos") > field(seen, "max_neg")).to(dtype)
-    nearest = torch.where(field(seen, "lse").isfinite(), nearest, torch.nan)  # with NaN there is no largest logit
+    nearest = (part(seen, "max_pos") > part(seen, "max_neg")).to(dtype)
+    nearest = torch.where(part(seen, "lse").isfinite(), nearest, torch.nan)  # with NaN there is no largest logit
     return LossStats(
         reduced(nearest, num_pos > 0),
         reduced(similarity("plain_pos", num_pos), num_pos > 0),
         reduced(similarity("plain_neg", num_neg), num_neg > 0),
-        reduced(field(seen, "entropy"), num_pos + num_neg > 0),
+        reduced(part(seen, "entropy"), num_pos + num_neg > 0),
     )

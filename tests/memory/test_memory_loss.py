@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastcl
 from fastcl import ClusterInfoNCE, MemoryBank, MemoryQueue, MoCoLoss
+from fastcl.losses.batch import Tensors, batch
 from fastcl.ops.contrastive import op
 from tests.support.strategies import generator
 from tests.support.tolerances import check
@@ -193,8 +194,9 @@ def test_a_loss_without_a_gradient_reads_the_rows_in_place() -> None:
     queue = a_queue(torch.float32)
     assert queue.stored(kept=False).rows.data_ptr() == queue.rows.data_ptr()
     with torch.no_grad():
-        posed = fastcl.losses.batch.pose(rows(N, 0), None, rows(N, 1), queue, None, None, None, None)
-    assert posed.contrasts.data_ptr() == queue.rows.data_ptr()
+        given = Tensors(rows(N, 0), positives=rows(N, 1), contrasts=queue)
+        contrasts = batch(given, normalize=True).contrasts
+    assert contrasts.values.data_ptr() == queue.rows.data_ptr()
 
 
 def test_compiled_without_a_break() -> None:

@@ -57,19 +57,13 @@ def backend_in_use() -> str:
 
 # Registration
 
-DIFFERENTIABLE = ("anchors", "contrasts", "logit_scale", "contrast_bias", "paired")
+DIFFERENTIABLE = ("anchor_values", "contrast_values", "logit_scale", "contrast_bias", "positives")
 
 SIMPLE = {
-    "contrasts": None,
-    "paired": None,
-    "anchor_clusters": None,
-    "contrast_clusters": None,
+    **{argument.name: None for argument in FORWARD._schema.arguments},
     "logit_scale": torch.tensor([2.0]),
-    "contrast_bias": None,
-    "anchor_ids": None,
-    "contrast_ids": None,
-    "normalize_anchors": False,
-    "normalize_contrasts": False,
+    "anchor_normalize": False,
+    "contrast_normalize": False,
     "want": ["lse_all", "sum_pos"],
     "both": False,
     "anchors_only": False,
@@ -79,47 +73,47 @@ SIMPLE = {
 
 def op_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) -> tuple[Any, ...]:
     """Arguments of the forward operator."""
-    arguments: dict[str, Any] = {"anchors": x(5, 3, dtype=dtype)} | SIMPLE
+    arguments: dict[str, Any] = SIMPLE | {"anchor_values": x(5, 3, dtype=dtype)}
     if dtype == torch.float64 and backend not in choose.FLOAT64:
         backend = "chunked"
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     if case == "self-contrast":
         arguments |= {
             "anchor_clusters": torch.tensor([0, 0, 1, 1, -1]),
-            "normalize_anchors": True,
-            "contrast_bias": x(5),
+            "anchor_normalize": True,
+            "anchor_bias": x(5),
             "want": list(FIELDS),
         }
     if case == "queue":
         arguments |= {
-            "contrasts": x(9, 3, seed=1, dtype=dtype),
-            "paired": x(5, 3, seed=3, dtype=dtype),
-            "normalize_anchors": True,
+            "contrast_values": x(9, 3, seed=1, dtype=dtype),
+            "positives": x(5, 3, seed=3, dtype=dtype),
+            "anchor_normalize": True,
             "want": ["lse_all", "lse_neg"],
             "anchors_only": True,
             "observe": True,
         }
     if case == "everything":
         arguments |= {
-            "contrasts": x(7, 3, seed=1, dtype=dtype),
-            "paired": x(5, 3, seed=3, dtype=dtype),
+            "contrast_values": x(7, 3, seed=1, dtype=dtype),
+            "positives": x(5, 3, seed=3, dtype=dtype),
             "anchor_clusters": torch.tensor([0, 0, 1, 1, -1]),
             "contrast_clusters": torch.tensor([0, 1, 2, 1, 0, -1, -1]),
             "logit_scale": torch.tensor([2.0, 0.5]),
             "contrast_bias": x(7, seed=2),
             "anchor_ids": torch.tensor([0, 1, 2, 3, -1]),
             "contrast_ids": torch.tensor([0, -1, -1, 2, -1, 1, 5]),
-            "normalize_anchors": True,
-            "normalize_contrasts": True,
+            "anchor_normalize": True,
+            "contrast_normalize": True,
             "want": list(FIELDS),
             "both": True,
             "observe": True,
         }
-    for name in ("logit_scale", "contrast_bias"):
+    for name in ("logit_scale", "anchor_bias", "contrast_bias"):
         if arguments[name] is not None:
             arguments[name] = arguments[name].to(accumulation)
     if grad:
-        for name in ("anchors", "paired") if arguments["anchors_only"] else DIFFERENTIABLE:
+        for name in ("anchor_values", "positives") if arguments["anchors_only"] else (*DIFFERENTIABLE, "anchor_bias"):
             if arguments[name] is not None:
                 arguments[name] = arguments[name].detach().clone().requires_grad_()
     arguments["backend"] = backend
@@ -156,14 +150,14 @@ def backward_arguments(case: str, backend: str, dtype: torch.dtype, needs: list[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck_of_the_backward(case, dtype, backend) -> None:
     everything = case == "everything"
-    present = [True, everything, True, case != "required", everything]
-    for needs in (present, [True, False, False, False, False], [False, False, True, False, everything]):
+    present = [True, everything, True, case != "required", everything, False, False]
+    for needs in (present, [True, *[False] * 6], [False, False, True, False, everything, False, False]):
         torch.library.opcheck(BACKWARD, backward_arguments(case, backend, dtype, needs))
 
 
 def test_opcheck_of_the_backward_with_inputs_that_need_gradients(backend) -> None:
     """All but the derivative, which raises (below)."""
-    arguments = list(backward_arguments("everything", backend, torch.float32, [True] * 5))
+    arguments = list(backward_arguments("everything", backend, torch.float32, [True] * 5 + [False] * 2))
     arguments[0].requires_grad_()
     torch.library.opcheck(
         BACKWARD, tuple(arguments), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
@@ -174,14 +168,14 @@ def test_gradients_have_the_strides_that_tracing_is_told(backend) -> None:
     """Compiled code reads the gradients by the strides of the fake ones, whatever the strides of the rows."""
     names = [argument.name for argument in FORWARD._schema.arguments]
     arguments = list(op_arguments("everything", backend, torch.float32, False))
-    for name in ("anchors", "contrasts", "paired"):
+    for name in ("anchor_values", "contrast_values", "positives"):
         index = names.index(name)
         arguments[index] = arguments[index].T.contiguous().T
         assert not arguments[index].is_contiguous()
     fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *norms, _ = outputs = FORWARD(*arguments)
     saved = (counts, parts, contrast_counts, contrast_parts, *norms)
     gradients = (torch.ones_like(fields), torch.ones_like(contrast_fields))
-    for output in (*outputs, *BACKWARD(*arguments, *saved, *gradients, [True] * 5)):
+    for output in (*outputs, *BACKWARD(*arguments, *saved, *gradients, [True] * 5 + [False] * 2)):
         assert output.is_contiguous()
 
 

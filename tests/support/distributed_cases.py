@@ -50,6 +50,10 @@ def infonce_problems() -> dict[str, tuple[LossProblem, str | None]]:
         "left out of their own": {"pattern": "huge", "bias": True},
         "left out both ways": {**sets, "views": 0, "pattern": None, "symmetric": True, "bias": True},
         "inner products": {"normalize": False, "temperature": 0.5},
+        "smoothed": {"pattern": "negatives", "bias": True, "label_smoothing": 0.2},
+        "smoothed both ways": {
+            **sets, "views": 0, "symmetric": True, "ids": True, "bias": True, "label_smoothing": 0.2,
+        },
     }  # fmt: skip
     found = {}
     for name, options in kinds.items():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
+FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos", "sum_all")
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def contrastive_stats(
                 "lse_pos": _lse(t, pos),
                 "lse_neg": _lse(t, neg),
                 "sum_pos": _sum(t, pos),
+                "sum_all": _sum(t, pos | neg),
             }
             for name in want:
                 result.setdefault(prefix + name, []).append(everything[name])
@@ -218,7 +219,13 @@ def loss_masks(
 
 
 def loss_rows(
-    s: Tensor, positive: Tensor, negative: Tensor, form: str, denominator: str, part: str | None
+    s: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    form: str,
+    denominator: str,
+    part: str | None,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row, 0 where it does not count, and which rows count, from logits that have their margin already."""
     counts = positive.any(1) & (negative.any(1) if denominator == "negatives" else positive.any(1))
@@ -226,6 +233,9 @@ def loss_rows(
     size = positive.sum(1).to(s.dtype)
     bottom = _lse(s, negative if denominator == "negatives" else positive | negative)
     top = _sum(s, positive) / size if form == "outside" else _lse(s, positive) - size.log()
+    if label_smoothing:
+        everything = positive | negative
+        top = (1 - label_smoothing) * top + label_smoothing * _sum(s, everything) / everything.sum(1)
     rows = {"denominator": bottom, "positives": top}.get(part, bottom - top)
     return s.new_zeros(len(counts)).masked_scatter(counts, rows), counts
 
@@ -238,6 +248,7 @@ def cluster_infonce(
     form: str = "outside",
     denominator: str = "all",
     margin: float = 0.0,
+    label_smoothing: float = 0.0,
     symmetric: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
@@ -280,12 +291,13 @@ def cluster_infonce(
         forward_positive = torch.cat([positive, torch.ones(len(x), 1, dtype=torch.bool)], 1)
         forward_negative = torch.cat([negative, torch.zeros(len(x), 1, dtype=torch.bool)], 1)
 
-    rows, counts = loss_rows(forward_s, forward_positive, forward_negative, form, denominator, how.part)
+    formula = (form, denominator, how.part, label_smoothing)
+    rows, counts = loss_rows(forward_s, forward_positive, forward_negative, *formula)
     w = torch.ones(samples) if weights is None else weights
     w = w.to(how.dtype).repeat_interleave(views)
     result = _reduce(rows, counts, w, reduction, how.part)
     if symmetric:
-        reverse, reverse_counts = loss_rows(s.T, positive.T, negative.T, form, denominator, how.part)
+        reverse, reverse_counts = loss_rows(s.T, positive.T, negative.T, *formula)
         ones = torch.ones_like(reverse)
         result = (result + _reduce(reverse, reverse_counts, ones, reduction, how.part)) / 2
     return result.reshape(shape) if reduction == "none" else result

@@ -21,7 +21,7 @@ INTEGERS = (
 )
 PATTERNS = ("pairs", "huge", "negatives", "distinct", "same", "random")
 KINDS = ("random", "converged")
-FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
+FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos", "sum_all")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -183,6 +183,7 @@ class LossProblem:
     positives: bool
     weights: bool
     seed: int
+    label_smoothing: float = 0.0
 
     def arguments(self) -> dict[str, Any]:
         g = generator(self.seed)
@@ -211,6 +212,7 @@ class LossProblem:
             "form": self.form,
             "denominator": self.denominator,
             "margin": self.margin,
+            "label_smoothing": self.label_smoothing,
             "symmetric": self.symmetric,
             "normalize": self.normalize,
             "reduction": self.reduction,
@@ -268,6 +270,9 @@ def loss_problems(draw: st.DrawFn) -> LossProblem:
     symmetric = contrasts is not None and draw(st.booleans())
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     needs_clusters = contrasts is None and views < 2
+    form, denominator = draw(st.sampled_from(["outside", "inside"])), draw(st.sampled_from(["all", "negatives"]))
+    margin = draw(st.sampled_from([0.0, 0.0, 0.2]))
+    smoothed = (form, denominator, margin) == ("outside", "all", 0.0) and draw(st.booleans())
     if contrasts is None:
         m = 0
     elif symmetric and reduction == "none":
@@ -286,9 +291,10 @@ def loss_problems(draw: st.DrawFn) -> LossProblem:
         dtype=dtype,
         contrast_dtype=dtype if contrasts is None else draw(st.sampled_from([dtype, dtype, *DTYPES])),
         contrasts=contrasts,
-        form=draw(st.sampled_from(["outside", "inside"])),
-        denominator=draw(st.sampled_from(["all", "negatives"])),
-        margin=draw(st.sampled_from([0.0, 0.0, 0.2])),
+        form=form,
+        denominator=denominator,
+        margin=margin,
+        label_smoothing=0.1 if smoothed else 0.0,
         symmetric=symmetric,
         normalize=draw(st.booleans()),
         reduction=reduction,

@@ -266,13 +266,12 @@ private:
       EACH(v, NV) {
         const V<T> norm = s.anchors.inverse_norms[i] * norms[v], similarity = load(u[r][v]) * norm;
         const V<T> t = logits(similarity, i, j0 + v * W), q = finite(load(weight[r][v]));
-        g[v] = exp2_clamped<T, true>(t - row.base[i]) * row.lse[i];
-        V<T> constant = all<T>(row.sum[i]);
+        // Which products are fused is written down: left to the compiler, code around them would change their rounding.
+        const V<T> e = exp2_clamped<T, true>(t - row.base[i]);
         if (BOTH) {
-          g[v] += exp2_clamped<T, true>(t - other_base[v]) * other_lse[v];
-          constant += other_sum[v];
-        }
-        g[v] += q * constant;
+          g[v] = fused<T>(exp2_clamped<T, true>(t - other_base[v]), other_lse[v], e * row.lse[i]);
+          g[v] = fused<T>(q, all<T>(row.sum[i]) + other_sum[v], g[v]);
+        } else g[v] = fused<T>(e, all<T>(row.lse[i]), q * row.sum[i]);
         if (MIXED) g[v] = keep<T>(s.masks(i, j0 + v * W, rows.to, false).admissible, g[v]);
         scale += g[v] * similarity;
         over_columns += g[v];

@@ -1,7 +1,7 @@
 """Statistics over contrasts that lie elsewhere and come in blocks: each block is swept by itself, the sums are merged,
 and the backward sweeps the blocks again, with the sums over all of them.
 
-How blocks come, and how their gradients go home, is an `Exchange`'s business (`fastcl.distributed`).
+An `Exchange` (`fastcl.distributed`) brings the blocks, and takes their gradients home.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,10 +16,24 @@ from torch import Tensor
 
 from ..backends.rows import inverse_norms
 from ..library import once_differentiable, uncompiled, without_autocast
-from . import paired
+from . import extra_positive
+from .backend import Backend
 from .direct import stacked, taken_apart
-from .op import BACKENDS
-from .records import Gradients, Needs, Problem, Side, Statistics
+from .fields import log_sums
+from .op import BACKENDS, swept_gradients, swept_statistics
+from .records import (
+    OF_ROWS,
+    TENSORS,
+    Gradients,
+    Needs,
+    Problem,
+    Rows,
+    Side,
+    Statistics,
+    gradient_places,
+    unflatten,
+    unflatten_rows,
+)
 
 Place = slice  # of a block among the contrasts of all processes
 Visit = Callable[[Place, Tensor | None], Tensor | None]
@@ -40,7 +53,7 @@ class Exchange(Protocol):
 
     def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
         """The same walk again. A visit returns its block's gradient, of `dtype`; the sum over processes of those of the
-        own rows [m, D] is returned. kept: what `walk` returned. dtype None: nobody needs them."""
+        own rows [m, D] is returned. kept: what `walk` returned. dtype None: they are not needed."""
 
     def spread(self, values: Tensor) -> Tensor:
         """Each process's [..., m] -> [..., M]."""
@@ -57,25 +70,12 @@ class Call:
     """What a `BlockStats` is told besides tensors."""
 
     exchange: Exchange
-    normalize_anchors: bool
-    normalize_contrasts: bool
-    want: tuple[str, ...]  # in the order of FIELDS
-    both: bool
     backend: str
     exact: bool
     one_scale: bool
     contrasts_need: bool  # whether any process's contrasts need a gradient, and their bias
     bias_needs: bool
-    clusters: Tensor | None = None  # [M], of all travelling contrasts, where nobody needs to be told them
-
-
-class Set(NamedTuple):
-    """Contrasts and what belongs to each; those that travel, or those that every process has of its own."""
-
-    rows: Tensor | None  # [m, D]; None: none, or, of those that travel, the anchors themselves
-    clusters: Tensor | None
-    ids: Tensor | None
-    bias: Tensor | None
+    clusters: Tensor | None = None  # [M], of all travelling contrasts, where every process knows them
 
 
 class BlockStats(torch.autograd.Function):
@@ -85,24 +85,17 @@ class BlockStats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        anchors: Tensor,
-        positives: Tensor | None,
-        clusters: Tensor | None,
-        ids: Tensor | None,
-        scales: Tensor,
-        *sets: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        sweep = _Sweep(call, anchors, positives, clusters, ids, scales, Set(*sets[:4]), Set(*sets[4:]))
-        with without_autocast(anchors.device):
-            found = sweep.forward()
-        ctx.save_for_backward(anchors, positives, clusters, ids, scales, *sets)
-        ctx.call, ctx.kept = call, sweep.kept
+    def forward(ctx: Any, call: Call, *arguments: Any) -> tuple[Tensor, ...]:
+        """arguments: `flatten` of the problem over the travelling contrasts, then `flatten_rows` of the stored ones."""
+        blocks = _Blocks(call, arguments)
+        p = blocks.base
+        with without_autocast(p.device):
+            found = blocks.forward()
+        ctx.save_for_backward(*arguments[:TENSORS], *arguments[-OF_ROWS:])
+        ctx.call, ctx.options, ctx.kept = call, arguments[TENSORS:-OF_ROWS], blocks.kept
         sides = found.anchors, found.contrasts
-        values = taken_apart((*sides[0][:3], *sides[1][:3]), call.one_scale, call.want, call.both, call.exact)
-        side = len(call.want) + 2
+        values = taken_apart((*sides[0][:3], *sides[1][:3]), call.one_scale, p.want, p.both, call.exact)
+        side = len(p.want) + 2
         ctx.mark_non_differentiable(*(value for k, value in enumerate(values) if k % side >= side - 2))
         ctx.set_materialize_grads(False)
         return values
@@ -117,32 +110,30 @@ class BlockStats(torch.autograd.Function):
     @uncompiled
     def gradients(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of the inputs, from those of the values, the first `count` tensors; the others are what the forward saved."""
-        call: Call = ctx.call
-        grads = tensors[:count]
-        anchors, positives, clusters, ids, scales, *sets = tensors[count:]
-        assert anchors is not None
-        assert scales is not None
-        sweep = _Sweep(call, anchors, positives, clusters, ids, scales, Set(*sets[:4]), Set(*sets[4:]))
-        sweep.kept = ctx.kept
-        wanted = len(call.want)
-        sizes = len(anchors), sweep.own_size
+        grads, saved = tensors[:count], tensors[count:]
+        arguments = (*saved[:TENSORS], *ctx.options, *saved[TENSORS:])
+        blocks = _Blocks(ctx.call, arguments)
+        blocks.kept = ctx.kept
+        p = blocks.base
+        scales, wanted = p.logit_scale, len(p.want)
         of_sides = []
-        for k, n in enumerate(sizes):
+        for k, n in enumerate((len(p.anchors.values), blocks.own_size)):
             start = k * (wanted + 2)
             grad = stacked(grads[start : start + wanted]) if wanted else None
-            blank = scales.new_zeros(wanted, len(scales), n if k == 0 or call.both else 0)
+            blank = scales.new_zeros(wanted, len(scales), n if k == 0 or p.both else 0)
             of_sides.append(blank if grad is None else grad.to(scales.dtype))
-        needs = ctx.needs_input_grad
-        with without_autocast(anchors.device):
-            found, stored_bias = sweep.backward(of_sides[0], of_sides[1], needs[1], needs[2], needs[5], needs[13])
-        rows, contrasts, scale, bias, extra = (
-            None if gradient is None or like is None else gradient.to(like.dtype)
-            for gradient, like in zip(found, (anchors, sets[0], scales, scales, positives), strict=True)
-        )
-        return (
-            None, rows if needs[1] else None, extra, None, None, scale if needs[5] else None,
-            contrasts if needs[6] else None, None, None, bias if needs[9] else None, None, None, None, stored_bias,
-        )  # fmt: skip
+        needed: Sequence[bool] = ctx.needs_input_grad[1:]
+        places = gradient_places(arguments)
+        needs = Needs(*(needed[place] for place in places))
+        stored_bias = len(arguments) - OF_ROWS + Rows._fields.index("bias")
+        with without_autocast(p.device):
+            found, of_stored_bias = blocks.backward(of_sides[0], of_sides[1], needs, needed[stored_bias])
+        result: list[Tensor | None] = [None] * len(arguments)
+        for place, gradient in zip(places, found, strict=True):
+            if gradient is not None and arguments[place] is not None and needed[place]:
+                result[place] = gradient.to(arguments[place].dtype)
+        result[stored_bias] = of_stored_bias
+        return None, *result
 
 
 class _Kept(NamedTuple):
@@ -161,47 +152,20 @@ class _Kept(NamedTuple):
 STORED = -1  # the place of stored contrasts among `_Kept.of_blocks`
 
 
-class _Sweep:
-    """A sweep over blocks, forward or backward."""
+class _Blocks:
+    """A forward or backward, block by block."""
 
     kept: _Kept
 
-    def __init__(
-        self,
-        call: Call,
-        anchors: Tensor,
-        positives: Tensor | None,
-        clusters: Tensor | None,
-        ids: Tensor | None,
-        scales: Tensor,
-        travelling: Set,
-        stored: Set,
-    ) -> None:
-        self.call, self.exchange, self.travelling, self.stored = call, call.exchange, travelling, stored
-        self.backend: ModuleType = BACKENDS[call.backend]
-        # The anchors among themselves, or with their own contrasts.
-        self.base = Problem(
-            anchors=anchors,
-            contrasts=travelling.rows,
-            paired=positives,
-            anchor_clusters=clusters,
-            contrast_clusters=travelling.clusters,
-            logit_scale=scales,
-            contrast_bias=travelling.bias,
-            anchor_ids=ids,
-            contrast_ids=travelling.ids,
-            normalize_anchors=call.normalize_anchors,
-            normalize_contrasts=call.normalize_contrasts,
-            want=call.want,
-            both=call.both,
-            partial=True,
-        )
-        self.alone = travelling.rows is None
-        self.rows = anchors if travelling.rows is None else travelling.rows
-        self.own_size = len(self.rows)
-        self.layout = Layout(
-            call.want, len(scales), self.backend.plane_count(self.base) if hasattr(self.backend, "planes") else 0
-        )
+    def __init__(self, call: Call, arguments: Sequence[Any]) -> None:
+        self.call, self.exchange = call, call.exchange
+        self.backend: Backend = BACKENDS[call.backend]
+        # The anchors among themselves, or with their own contrasts, which travel.
+        self.base = base = replace(unflatten(arguments[:-OF_ROWS]), partial=True)
+        self.alone = base.contrasts is None
+        self.stored = unflatten_rows(arguments[-OF_ROWS:], base.others.normalize)
+        self.own_size = len(base.others.values)
+        self.layout = Layout(tuple(base.want), len(base.logit_scale), self.backend.plane_count(base))
 
     # Blocks as problems.
 
@@ -212,49 +176,35 @@ class _Sweep:
         def here(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[place]
 
-        p = replace(
-            self.base,
-            contrasts=rows,
-            contrast_clusters=here(self.kept.clusters),
-            contrast_bias=here(self.kept.bias),
-            contrast_ids=here(self.kept.ids),
-        )
-        return replace(p, normalize_contrasts=p.normalize_anchors) if self.alone else p
+        kept = self.kept
+        normalize = self.base.others.normalize
+        return self.over(Rows(rows, here(kept.clusters), here(kept.ids), here(kept.bias), None, normalize))
 
-    def block_of_stored(self) -> Problem:
-        rows, clusters, ids, bias = self.stored
-        return replace(self.base, contrasts=rows, contrast_clusters=clusters, contrast_ids=ids, contrast_bias=bias)
-
-    def planes(self, p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what the backend has saved, the numbers of rows and of columns that are merged, [P, S, .]; views."""
-        if self.layout.planes:
-            found: tuple[Tensor, Tensor] = self.backend.planes(p, saved)
-            return found
-        s, n, m = p.sizes
-        return saved.new_empty(0, s, n), saved.new_empty(0, s, m if p.both else 0)
+    def over(self, contrasts: Rows) -> Problem:
+        """The anchors with these contrasts."""
+        return replace(self.base, anchors=self.base.anchors._replace(bias=None), contrasts=contrasts)
 
     # Forward.
 
     def forward(self) -> Statistics:
         base, layout = self.base, self.layout
 
-        clusters = base.anchor_clusters if self.alone else self.travelling.clusters
-        known = self.call.clusters
+        clusters, known = base.others.clusters, self.call.clusters
         found_clusters, ids, bias = self._spread(
-            (clusters if known is None else None, base.contrast_ids, base.contrast_bias)
+            (clusters if known is None else None, base.others.ids, base.others.bias)
         )
         clusters = found_clusters if known is None else known
         nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
         self.kept = _Kept(None, clusters, ids, bias, {}, *nothing, None)
-        sums = layout.blank(base.logit_scale, len(base.anchors))
+        sums = layout.blank(base.logit_scale, len(base.anchors.values))
         columns = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
 
         def add(key: int, p: Problem) -> None:
             nonlocal sums
             if 0 in p.sizes[1:]:
                 return
-            found: Statistics = self.backend.forward(p)
-            planes = self.planes(p, found.saved)
+            found = swept_statistics(p, self.backend)
+            planes = self.backend.planes(p, found.saved)
             sums = layout.merge(torch.stack([sums, layout.pack(found.anchors, planes[0])]), self.backend)
             self.kept.of_blocks[key] = found.anchor_inverse_norms, found.contrast_inverse_norms, found.saved
             if p.both:
@@ -263,9 +213,9 @@ class _Sweep:
         def visit(place: Place, rows: Tensor | None) -> None:
             add(place.start, self.block(place, rows))
 
-        walked = self.exchange.walk(self.rows, self.alone, visit)
-        if self.stored.rows is not None:
-            add(STORED, self.block_of_stored())
+        walked = self.exchange.walk(base.others.values, self.alone, visit)
+        if self.stored is not None:
+            add(STORED, self.over(self.stored))
         anchors, planes = layout.side(sums, base.dtype)
         merged, own = None, nothing[0]
         if base.both:
@@ -274,7 +224,7 @@ class _Sweep:
             own, _ = layout.side(merged, base.dtype)
             merged = merged.to(base.dtype)
         empty = base.logit_scale.new_empty(0)
-        found = paired.join(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
+        found = extra_positive.join(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
         self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes, contrasts=merged)
         return found
 
@@ -296,20 +246,20 @@ class _Sweep:
 
     def _anchor_norms(self) -> Tensor:
         """[N], where the anchors are normalised; else [0]."""
-        if not self.base.normalize_anchors:
+        if not self.base.anchors.normalize:
             return self.base.logit_scale.new_empty(0)
         for norms, *_ in self.kept.of_blocks.values():
             return norms
-        return inverse_norms(self.base.anchors.to(self.base.dtype))
+        return inverse_norms(self.base.anchors.values.to(self.base.dtype))
 
     # Backward.
 
     def backward(
-        self, grad: Tensor, grad_contrasts: Tensor, rows: bool, positives: bool, scale: bool, stored_bias: bool
+        self, grad: Tensor, grad_contrasts: Tensor, own: Needs, stored_bias: bool
     ) -> tuple[Gradients, Tensor | None]:
         """Gradients from those of the fields, [W, S, N] and [W, S, m]; and that of the stored contrasts' bias."""
         base, call, kept = self.base, self.call, self.kept
-        dx = torch.zeros_like(base.anchors, dtype=base.dtype)
+        dx = torch.zeros_like(base.anchors.values, dtype=base.dtype)
         d_scale = torch.zeros_like(base.logit_scale, dtype=torch.float64)
         d_bias = base.logit_scale.new_zeros(self.exchange.total if call.bias_needs else 0)
         columns = grad_contrasts
@@ -324,7 +274,7 @@ class _Sweep:
             if 0 in p.sizes[1:]:
                 return None
             a, c, saved = kept.of_blocks[key]
-            planes = self.planes(p, saved)
+            planes = self.backend.planes(p, saved)
             planes[0].copy_(kept.planes)
             side, of_columns = Side(grad, kept.anchors.counts, kept.anchors.parts), grad_contrasts[..., :0]
             other = nobody[0]
@@ -333,8 +283,9 @@ class _Sweep:
                 planes[1].copy_(other_planes[..., place])
                 other = Side(*(part[..., place].contiguous() for part in others_found[:3]))
                 of_columns = columns[..., place].contiguous()
-            needs = Needs(rows, others, scale, bias and p.contrast_bias is not None, positives)
-            found: Gradients = self.backend.backward(p, Statistics(side, other, a, c, saved), grad, of_columns, needs)
+            needs = own._replace(contrasts=others, bias=bias and p.others.bias is not None)
+            known = Statistics(side, other, a, c, saved)
+            found = swept_gradients(p, self.backend, known, grad, of_columns, needs)
             if found.anchors is not None:
                 dx.add_(found.anchors)
             if found.logit_scale is not None:
@@ -346,25 +297,25 @@ class _Sweep:
             found = add(place.start, self.block(place, block), others, call.bias_needs)
             if found is None:
                 return None
-            if found.contrast_bias is not None and call.bias_needs:
-                d_bias[place] = found.contrast_bias
+            if found.bias is not None and call.bias_needs:
+                d_bias[place] = found.bias
             return found.contrasts if others else None
 
         of_bias = None
-        if self.stored.rows is not None:
-            found = add(STORED, self.block_of_stored(), False, stored_bias)
+        if self.stored is not None:
+            found = add(STORED, self.over(self.stored), False, stored_bias)
             if stored_bias and self.stored.bias is not None:
-                of_bias = torch.zeros_like(self.stored.bias) if found is None else found.contrast_bias
+                of_bias = torch.zeros_like(self.stored.bias) if found is None else found.bias
         dtype = base.dtype if call.contrasts_need else None
-        home = self.exchange.walk_back(kept.rows, self.rows, self.alone, visit, dtype)
+        home = self.exchange.walk_back(kept.rows, base.others.values, self.alone, visit, dtype)
         if self.alone and home is not None:
             dx += home
         empty = base.logit_scale.new_empty(0)
         joined = Statistics(kept.anchors, kept.anchors, self._anchor_norms(), empty, empty)
         own_bias = self.exchange.summed(d_bias) if call.bias_needs else None
         swept = Gradients(dx, None if self.alone else home, d_scale, own_bias)
-        needs = Needs(rows, call.contrasts_need, scale, call.bias_needs, positives)
-        return paired.add_gradients(base, joined, grad, needs, swept), of_bias
+        needs = own._replace(contrasts=call.contrasts_need, bias=call.bias_needs)
+        return extra_positive.add_gradients(base, joined, grad, needs, swept), of_bias
 
 
 class Layout(NamedTuple):
@@ -376,7 +327,7 @@ class Layout(NamedTuple):
 
     @property
     def log_sums(self) -> int:
-        return sum(field != "sum_pos" for field in self.want)
+        return len(log_sums(self.want))
 
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """[..., K, n] -> sum_pos [..., 0 or S, n], counts [..., 2, n], shifts and sums [..., L, S, n], planes."""
@@ -394,7 +345,7 @@ class Layout(NamedTuple):
         sum_pos = side.fields[self.log_sums :].flatten(0, 1)
         return torch.cat([sum_pos, side.counts, *side.parts.flatten(1, 2), planes.flatten(0, 1)]).double()
 
-    def merge(self, packed: Tensor, backend: ModuleType) -> Tensor:
+    def merge(self, packed: Tensor, backend: Backend) -> Tensor:
         """[blocks, K, n] -> [K, n]"""
         sum_pos, counts, shifts, sums, planes = self.split(packed)
         there = sums != 0  # also where it is NaN
@@ -403,7 +354,7 @@ class Layout(NamedTuple):
         each = torch.where(there, sums * (shifts - shift).exp(), 0)
         parts = [sum_pos.sum(0), counts.sum(0), shift.flatten(0, 1), each.sum(0).flatten(0, 1)]
         if self.planes:
-            everything = each[:, 0] if self.want[0] == "lse_all" else None
+            everything = each[:, 0] if "lse_all" in self.want else None
             parts.append(backend.merge_planes(planes, counts, everything).flatten(0, 1))
         return torch.cat(parts)
 

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import CPU_BLOCK, FEWEST_ROWS, GPU_BLOCK, inverse_norms, through_normalization
+from .backend import merge_planes as merge_planes
+from .backend import plane_count as plane_count
+from .backend import planes as planes
+from .backend import saved_size as saved_size
 from .observed import merge, nothing, observe
 from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, over_sets, pair_weights
 
@@ -23,10 +27,6 @@ class _Tile(NamedTuple):
     logits: Tensor  # [S, B, M], -inf where inadmissible
     inadmissible: Tensor | None  # [B, M], but for the diagonal; None: nothing, or the diagonal alone
     positive: Tensor | None  # [B, M], bool, or the weights of assignments; None: there are no positives
-
-
-def saved_size(p: Problem) -> int:
-    return 0
 
 
 def forward(p: Problem) -> Statistics:
@@ -54,7 +54,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     dy = torch.zeros_like(y) if needs.contrasts and not self_contrast else dx if self_contrast else None
     # In float64 until an extra positive's share has met it, which it cancels as training converges.
     d_scale = torch.zeros_like(p.logit_scale, dtype=torch.float64) if needs.logit_scale else None
-    d_bias = y.new_zeros(y.shape[0]) if needs.contrast_bias else None
+    d_bias = y.new_zeros(y.shape[0]) if needs.bias else None
     rows = _SideGradient(saved.anchors.parts[0], _softmax_weights(p, saved.anchors, grad), grad)
     columns = None
     if p.both:
@@ -74,9 +74,9 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
             dx[tile.rows].addmm_(dt, y)
         if dy is not None:
             dy.addmm_(dt.T, x[tile.rows])
-    if dx is not None and p.normalize_anchors:
+    if dx is not None and p.anchors.normalize:
         dx = through_normalization(dx, x, saved.anchor_inverse_norms)
-    if dy is not None and not self_contrast and p.normalize_contrasts:
+    if dy is not None and not self_contrast and p.others.normalize:
         dy = through_normalization(dy, y, saved.contrast_inverse_norms)
     return Gradients(dx, None if self_contrast else dy, d_scale, d_bias)
 
@@ -98,32 +98,31 @@ def _rows(p: Problem, saved: Statistics | None = None) -> tuple[Tensor, Tensor, 
         inverse = inverse_norms(rows) if known is None else known
         return rows * inverse[:, None], inverse
 
-    x, a = prepare(p.anchors, p.normalize_anchors, saved and saved.anchor_inverse_norms)
+    x, a = prepare(p.anchors.values, p.anchors.normalize, saved and saved.anchor_inverse_norms)
     if p.contrasts is None:
         return x, x, a, x.new_empty(0)
-    contrasts = p.contrasts
+    contrasts = p.contrasts.values
     if (left_out := p.left_out) is not None:
         contrasts = contrasts.masked_fill(left_out[:, None], 0)  # whatever these rows hold, NaN too, reaches no product
-    y, c = prepare(contrasts, p.normalize_contrasts, saved and saved.contrast_inverse_norms)
+    y, c = prepare(contrasts, p.others.normalize, saved and saved.contrast_inverse_norms)
     return x, y, a, c
 
 
 def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
     _, n, _ = p.sizes
     step, left_out = block_rows(p), p.left_out
-    other_clusters = p.anchor_clusters if p.contrasts is None else p.contrast_clusters
-    own = None if p.anchor_assignments is None else p.anchor_assignments.to(p.dtype)
-    others = own if p.contrast_assignments is None else p.contrast_assignments.to(p.dtype)
+    own = None if p.anchors.assignments is None else p.anchors.assignments.to(p.dtype)
+    others = None if p.others.assignments is None else p.others.assignments.to(p.dtype)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         similarity = x[rows] @ y.T
         logits = similarity * p.logit_scale[:, None, None]
-        if p.contrast_bias is not None:
-            logits += p.contrast_bias
-        positive = _equal(p.anchor_clusters, other_clusters, rows)
+        if p.others.bias is not None:
+            logits += p.others.bias
+        positive = _equal(p.anchors.clusters, p.others.clusters, rows)
         if own is not None and others is not None:
             positive = pair_weights(own[rows], others)
-        inadmissible = _equal(p.anchor_ids, p.contrast_ids, rows)
+        inadmissible = _equal(p.anchors.ids, p.others.ids, rows)
         if left_out is not None:
             everywhere = left_out.repeat(len(similarity), 1)
             inadmissible = everywhere if inadmissible is None else inadmissible | everywhere
@@ -194,7 +193,7 @@ class _Accumulator:
         shifts = self.shifts.masked_fill_(self.shifts == -torch.inf, 0)
         log_sums = dict(zip(self.p.log_sums, shifts + self.sums.log(), strict=True))
         fields = [log_sums.get(field, self.sum_pos) for field in self.p.want]
-        others = self.pairs - self.inadmissible - (self.positives if self.p.anchor_assignments is None else 0)
+        others = self.pairs - self.inadmissible - (self.positives if self.p.anchors.assignments is None else 0)
         return Side(
             torch.stack(fields) if fields else self.sum_pos.new_empty((0, *self.sum_pos.shape)),
             torch.stack([self.positives, others]),
@@ -211,7 +210,7 @@ def _observed(p: Problem, tile: _Tile, dim: int) -> Tensor:
         admissible.diagonal(offset=tile.rows.start).fill_(False)
     positive = torch.zeros_like(admissible) if tile.positive is None else tile.positive
     negative = admissible & ~positive
-    plain = None if p.contrast_bias is None else tile.similarity * p.logit_scale[:, None, None]
+    plain = None if p.others.bias is None else tile.similarity * p.logit_scale[:, None, None]
     if dim == -1:
         return observe(tile.logits, positive, negative, plain)
     return observe(tile.logits.mT, positive.T, negative.T, None if plain is None else plain.mT)

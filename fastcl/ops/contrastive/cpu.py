@@ -11,13 +11,13 @@ from torch import Tensor
 from ..backends import native
 from ..backends.native import address, describe_rows
 from . import chunked
-from .observed import NAMES as OBSERVED
-from .records import FIELDS, Gradients, Needs, Problem, Side, Statistics, empty_side, largest_base, new_side
+from .fields import LOG_SUMS, SWEPT
+from .observed import PARTS
+from .records import Gradients, Needs, Problem, Rows, Side, Statistics, empty_side, largest_base, new_side
 
-_VECTORS = ("anchor_clusters", "contrast_clusters", "logit_scale", "contrast_bias", "anchor_ids", "contrast_ids")
-_PLACES = {name: k for k, name in enumerate(FIELDS)}
+_PLACES = {name: k for k, name in enumerate(SWEPT)}
 _MEAN_KEPT = 9  # as in csrc/cpu/contrastive/mean.h
-_NOTHING = Needs(False, False, False, False, False)
+_NOTHING = Needs()
 
 
 def saved_size(p: Problem) -> int:
@@ -62,7 +62,7 @@ def _weighted(p: Problem) -> bool:
 
 
 def _weighted_size(p: Problem) -> int:
-    return p.anchors.shape[0] * p.anchors.shape[1] + 1 if _weighted(p) else 0
+    return p.anchors.values.shape[0] * p.anchors.values.shape[1] + 1 if _weighted(p) else 0
 
 
 def forward(p: Problem) -> Statistics:
@@ -72,8 +72,8 @@ def forward(p: Problem) -> Statistics:
     saved = new(saved_size(p))
     if n == 0 or m == 0:
         return chunked.forward(p)._replace(saved=saved)
-    a = new(n if p.normalize_anchors else 0)
-    c = new(m if p.normalize_contrasts and p.contrasts is not None else 0)
+    a = new(n if p.anchors.normalize else 0)
+    c = new(m if p.contrasts is not None and p.contrasts.normalize else 0)
     anchors = _new_side(p, n)
     contrasts = _new_side(p, m) if p.both else empty_side(p)
     swept = two_sets_if_biased(p)  # a name, so that its ids outlive the call
@@ -94,16 +94,16 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     swept = two_sets_if_biased(p)
     folded = swept is not p  # two sets that are one: both gradients are the anchors'
     new = p.logit_scale.new_empty
-    rows = new(p.anchors.shape) if needs.anchors else None
+    rows = new(p.anchors.values.shape) if needs.anchors else None
     columns = None
     if swept.contrasts is not None and (needs.anchors if folded else needs.contrasts):
-        columns = new(swept.contrasts.shape)
+        columns = new(swept.contrasts.values.shape)
     scale = new(s, dtype=torch.float64) if needs.logit_scale else None
-    bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
+    bias = new(m) if needs.bias and p.others.bias is not None else None
     own, other = _sides(p, anchors, contrasts, saved.saved)
     anchors_alone = rows is not None and columns is None and scale is None and bias is None
     weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)
-    outputs = (*weighted, p.paired is None, *map(address, (rows, columns, scale, bias)))
+    outputs = (*weighted, p.positives is None, *map(address, (rows, columns, scale, bias)))
     native.run(
         native.native_module().backward(native.engine()[0], describe(swept), (*own, 0), other and (*other, 0), outputs)
     )
@@ -114,8 +114,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 
 def takes_mean_loss(p: Problem) -> bool:
     """Whether `mean_loss` is the whole of it: one scale, and nothing that is folded or joined in Python."""
-    biased = p.contrasts is None and p.contrast_bias is not None
-    return p.paired is None and not biased and len(p.logit_scale) == 1
+    biased = p.contrasts is None and p.anchors.bias is not None
+    return p.positives is None and not biased and len(p.logit_scale) == 1
 
 
 def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | None]:
@@ -151,10 +151,10 @@ def _mean(
 ) -> Gradients:
     """One call of the engine: the loss, where there is room for it, and the gradients that are needed."""
     new = p.logit_scale.new_empty
-    rows = new(p.anchors.shape) if needs.anchors else None
-    columns = new(p.contrasts.shape) if needs.contrasts and p.contrasts is not None else None
+    rows = new(p.anchors.values.shape) if needs.anchors else None
+    columns = new(p.contrasts.values.shape) if needs.contrasts and p.contrasts is not None else None
     scale = new(1, dtype=torch.float64) if needs.logit_scale else None
-    bias = new(len(p.contrast_bias)) if needs.contrast_bias and p.contrast_bias is not None else None
+    bias = new(len(p.others.bias)) if needs.bias and p.others.bias is not None else None
     anchors_alone = rows is not None and columns is None and scale is None and bias is None
     weighted = 0, 0
     if kept is not None and (loss is not None or anchors_alone):
@@ -170,31 +170,39 @@ def _mean(
 
 def addressable(p: Problem) -> Problem:
     """Rows may have any strides; what is small lies contiguous, and nothing is negated lazily."""
-    changed = {}
-    for name in _VECTORS:
-        value = getattr(p, name)
-        if value is not None and not (value.is_contiguous() and not value.is_neg()):
-            changed[name] = value.resolve_neg().contiguous()
-    for name in ("anchors", "contrasts", "anchor_assignments", "contrast_assignments"):
-        value = getattr(p, name)
-        if value is not None and value.is_neg():
-            changed[name] = value.resolve_neg()
-    return replace(p, **changed) if changed else p
+    anchors = _addressable_rows(p.anchors)
+    contrasts = None if p.contrasts is None else _addressable_rows(p.contrasts)
+    scale = _dense(p.logit_scale)
+    if anchors is p.anchors and contrasts is p.contrasts and scale is p.logit_scale:
+        return p
+    return replace(p, anchors=anchors, contrasts=contrasts, logit_scale=scale)
+
+
+def _addressable_rows(rows: Rows) -> Rows:
+    values, clusters, ids, bias, assignments, normalize = rows
+    found = Rows(
+        values.resolve_neg() if values.is_neg() else values,
+        None if clusters is None else _dense(clusters),
+        None if ids is None else _dense(ids),
+        None if bias is None else _dense(bias),
+        assignments.resolve_neg() if assignments is not None and assignments.is_neg() else assignments,
+        normalize,
+    )
+    same = all(new is old for new, old in zip(found, rows, strict=True))
+    return rows if same else found
+
+
+def _dense(values: Tensor) -> Tensor:
+    return values if values.is_contiguous() and not values.is_neg() else values.resolve_neg().contiguous()
 
 
 def two_sets_if_biased(p: Problem) -> Problem:
     """A bias breaks the symmetry of self-contrast: the rows then meet themselves as a second set."""
-    if p.contrasts is not None or p.contrast_bias is None:
+    if p.contrasts is not None or p.anchors.bias is None:
         return p
-    own = torch.arange(p.anchors.shape[0], device="cpu")
-    return replace(
-        p,
-        contrasts=p.anchors,
-        contrast_clusters=p.anchor_clusters,
-        anchor_ids=own,
-        contrast_ids=own,
-        normalize_contrasts=p.normalize_anchors,
-    )
+    own = torch.arange(p.anchors.values.shape[0], device="cpu")
+    contrasts = p.anchors._replace(ids=own)
+    return replace(p, anchors=contrasts._replace(bias=None), contrasts=contrasts)
 
 
 def _new_side(p: Problem, size: int) -> Side:
@@ -203,26 +211,27 @@ def _new_side(p: Problem, size: int) -> Side:
 
 
 def _new_observed(p: Problem, size: int) -> Tensor:
-    return p.logit_scale.new_empty(len(OBSERVED), p.sizes[0], size)
+    return p.logit_scale.new_empty(len(PARTS), p.sizes[0], size)
 
 
 def describe(p: Problem, depth: int | None = None) -> tuple[int, ...]:
     """depth: of all products of a pair, where there are more than one."""
-    anchors, (n, d) = p.anchors, p.anchors.shape
-    m = n if p.contrasts is None else p.contrasts.shape[0]
+    anchors, contrasts = p.anchors, p.contrasts
+    n, d = anchors.values.shape
+    m = n if contrasts is None else contrasts.values.shape[0]
     return (
-        *describe_rows(anchors),
-        *describe_rows(p.contrasts),
+        *describe_rows(anchors.values),
+        *describe_rows(None if contrasts is None else contrasts.values),
         d,
-        address(p.anchor_clusters),
-        address(p.contrast_clusters),
-        address(p.anchor_ids),
-        address(p.contrast_ids),
+        address(anchors.clusters),
+        address(None if contrasts is None else contrasts.clusters),
+        address(anchors.ids),
+        address(None if contrasts is None else contrasts.ids),
         address(p.logit_scale),
         len(p.logit_scale),
-        address(p.contrast_bias),
-        p.normalize_anchors,
-        p.normalize_contrasts,
+        address(p.others.bias),
+        anchors.normalize,
+        contrasts is not None and contrasts.normalize,
         p.logit_scale.dtype == torch.float64,
         p.both,
         # So many threads that each has work for longer than it takes to wake it.
@@ -243,13 +252,13 @@ def _side(want: Sequence[str], side: Side, s: int, size: int, saved: int) -> tup
     counts, row = side.counts.data_ptr(), size * side.counts.element_size()
     block = s * row
     field, shift = side.fields.data_ptr(), side.parts.data_ptr()
-    sums = shift + block * (len(want) - ("sum_pos" in want))
+    sums = shift + block * sum(name in LOG_SUMS for name in want)
     fields, shifts, totals = [0, 0, 0, 0], [0, 0, 0], [0, 0, 0]
-    for name in want:  # in the order of FIELDS, of which sum_pos, the last, has no parts
+    for name in want:  # in the order of SWEPT, in which log-sums come first
         k = _PLACES[name]
         fields[k] = field
         field += block
-        if name != "sum_pos":
+        if name in LOG_SUMS:
             shifts[k], totals[k] = shift, sums
             shift, sums = shift + block, sums + block
     rest = saved, saved + block, saved + 2 * block, address(side.observed)
@@ -260,5 +269,5 @@ def _weighted_sums(p: Problem, saved: Tensor, numbers: int = 3) -> tuple[int, in
     """Where they are, and where it says whether they are valid, behind so many numbers of each row."""
     if not _weighted(p):
         return 0, 0
-    n, d = p.anchors.shape
+    n, d = p.anchors.values.shape
     return address(saved, numbers * n), address(saved, numbers * n + n * d)

@@ -39,8 +39,8 @@ def forward(p: Problem) -> Statistics:
     parts = KEPT.parts(p, saved)
     find_clusters(p, parts)
     find_names(p, parts)
-    a = new(n if p.normalize_anchors else 0)
-    c = new(m if p.normalize_contrasts and p.contrasts is not None else 0)
+    a = new(n if p.anchors.normalize else 0)
+    c = new(m if p.contrasts is not None and p.contrasts.normalize else 0)
     arranged = arrange(p, parts, a, c)
     anchors, contrasts = new_side(p, n), new_side(p, m) if p.both else empty_side(p)
     kernels, where = cuda_runtime.kernels(), cuda_runtime.where(p.device)
@@ -76,7 +76,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         """The gradient as it is summed, and as it leaves: rounded, where nothing is to be added yet."""
         if source is None or not needed:
             return None, None
-        dtype = p.dtype if p.partial or p.paired is not None else source.dtype
+        dtype = p.dtype if p.partial or p.positives is not None else source.dtype
         out = torch.empty(source.shape, dtype=dtype, device=p.device)
         return new(len(source), arranged.width), out
 
@@ -85,18 +85,18 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     of_anchors, of_contrasts = weights(n), weights(m) if p.both else ()
     own = _side(anchors, parts["bases"], None, of_anchors)
     other = _side(contrasts, parts["contrast_bases"], None, of_contrasts) if p.both else _NO_SIDE
-    anchor_sums, anchor_rows = rows(p.anchors, needs.anchors)
-    contrast_sums, contrast_rows = rows(p.contrasts, needs.contrasts)
+    anchor_sums, anchor_rows = rows(p.anchors.values, needs.anchors)
+    contrast_sums, contrast_rows = rows(None if p.contrasts is None else p.contrasts.values, needs.contrasts)
     similarity_sums = new(s, n) if needs.logit_scale else None
-    bias = new(m) if needs.contrast_bias and p.contrast_bias is not None else None
+    bias = new(m) if needs.bias and p.others.bias is not None else None
     scalars = new(4, s)
     alone = needs.anchors and not (needs.contrasts or needs.logit_scale)
     weighted = parts.get("weighted") if alone else None
     outputs = (
         *map(address, (scalars, anchor_sums, contrast_sums, anchor_rows, contrast_rows)),
         *(DTYPES[p.dtype if out is None else out.dtype] for out in (anchor_rows, contrast_rows)),
-        address(saved.anchor_inverse_norms) if p.normalize_anchors else 0,
-        address(saved.contrast_inverse_norms) if p.contrasts is not None and p.normalize_contrasts else 0,
+        address(saved.anchor_inverse_norms) if p.anchors.normalize else 0,
+        address(saved.contrast_inverse_norms) if p.contrasts is not None and p.contrasts.normalize else 0,
         arranged.folded,
         address(similarity_sums),
         address(bias),

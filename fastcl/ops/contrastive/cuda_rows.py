@@ -11,8 +11,9 @@ from torch import Tensor
 from ..backends.ids import places_of_ids
 from ..backends.native import DTYPES, address
 from ..backends.rows import tf32_allowed
+from .fields import LOG_SUMS, SWEPT
 from .kept import Layout, Store, logit_bounds, sums_are_kept
-from .records import FIELDS, Problem
+from .records import Problem
 
 STEP = 32  # bytes: rows are padded to multiples of it
 
@@ -31,10 +32,10 @@ def kept(p: Problem) -> Layout:
     for prefix, size in (("", n), ("contrast_", m)):
         if prefix and p.contrasts is None:
             continue
-        if p.anchor_clusters is not None:
+        if p.anchors.clusters is not None:
             found[prefix + "order"] = (torch.int64, (size,))
             found[prefix + "range"] = (torch.int32, (2, size))
-        if p.anchor_ids is not None:
+        if p.anchors.ids is not None:
             found[prefix + "names"] = (torch.int32, (size,))
     if sums_are_kept(p):
         found["weighted"] = (torch.float32, (n, padded(p)))
@@ -45,13 +46,13 @@ KEPT = Store(kept)
 
 
 def product_dtype(p: Problem) -> torch.dtype:
-    return p.anchors.dtype if p.contrasts is None else torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
+    return torch.promote_types(p.anchors.values.dtype, p.others.values.dtype)
 
 
 def padded(p: Problem) -> int:
     """The numbers of a row as it is stored for the kernels."""
     step = STEP // product_dtype(p).itemsize
-    return -(-p.anchors.shape[1] // step) * step
+    return -(-p.anchors.values.shape[1] // step) * step
 
 
 # Clusters and ids.
@@ -64,16 +65,16 @@ def find_clusters(p: Problem, parts: dict[str, Tensor]) -> None:
     anchor without one is a cluster of its own. Contrasts that are nobody's positive come last. Both ends of ranges
     grow from row to row.
     """
-    if p.anchor_clusters is None:
+    if p.anchors.clusters is None:
         return
-    n = len(p.anchor_clusters)
-    known, first = torch.sort(p.anchor_clusters, stable=True)
-    labels = _found(p.anchor_clusters, known, first, torch.arange(n, device=p.device))
+    n = len(p.anchors.clusters)
+    known, first = torch.sort(p.anchors.clusters, stable=True)
+    labels = _found(p.anchors.clusters, known, first, torch.arange(n, device=p.device))
     own, order = torch.sort(labels, stable=True)
     parts["order"].copy_(order)
     other = own
-    if p.contrast_clusters is not None:
-        other, order = torch.sort(_found(p.contrast_clusters, known, first, n), stable=True)
+    if p.contrasts is not None and p.contrasts.clusters is not None:
+        other, order = torch.sort(_found(p.contrasts.clusters, known, first, n), stable=True)
         parts["contrast_order"].copy_(order)
         _ranges(other, own, parts["contrast_range"])
     _ranges(own, other, parts["range"])
@@ -86,7 +87,7 @@ def _ranges(rows: Tensor, others: Tensor, ranges: Tensor) -> None:
 
 def find_names(p: Problem, parts: dict[str, Tensor]) -> None:
     """Fills in int32 names of sample ids: equal for equal ids, 0 for one that the contrasts do not have."""
-    for name, places in zip(("names", "contrast_names"), places_of_ids(p.anchor_ids, p.contrast_ids), strict=True):
+    for name, places in zip(("names", "contrast_names"), places_of_ids(p.anchors.ids, p.others.ids), strict=True):
         if places is not None:
             torch.add(places, 1, out=parts[name])
 
@@ -111,15 +112,18 @@ class Arranged:
     memory: list[Tensor | None] = field(repr=False)
 
 
+_NO_ROWS = (0,) * 18
+
+
 def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | None) -> Arranged:
     """parts: `KEPT.parts`, filled in. a, c: where the inverse norms of rows [n], [m] go; None: nowhere."""
-    dtype, d, width = product_dtype(p), p.anchors.shape[1], padded(p)
-    folded = p.contrasts is None and p.contrast_bias is not None  # a bias breaks the symmetry of self-contrast
-    normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
+    dtype, d, width = product_dtype(p), p.anchors.values.shape[1], padded(p)
+    folded = p.contrasts is None and p.anchors.bias is not None  # a bias breaks the symmetry of self-contrast
+    normed = p.anchors.normalize or p.others.normalize
     memory: list[Tensor | None] = []
 
     def rows(
-        source: Tensor | None,
+        source: Tensor,
         normalize: bool,
         prefix: str,
         names: Tensor | None,
@@ -127,8 +131,6 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
         norms: Tensor | None,
         leave_out: bool = False,
     ) -> tuple[int, ...]:
-        if source is None:
-            return (0,) * 18
         n = len(source)
         source = source.detach().resolve_neg()
         order, ranges = parts.get(prefix + "order"), parts.get(prefix + "range")
@@ -152,13 +154,18 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
 
     names, others = parts.get("names"), parts.get("contrast_names")
     if folded:
-        names = others = torch.arange(1, len(p.anchors) + 1, dtype=torch.int32, device=p.device)  # each but itself
-    anchors = rows(p.anchors, p.normalize_anchors, "", names, None, a)
+        names = others = torch.arange(
+            1, len(p.anchors.values) + 1, dtype=torch.int32, device=p.device
+        )  # each but itself
+    anchors = rows(p.anchors.values, p.anchors.normalize, "", names, None, a)
     if folded:
-        contrasts = rows(p.anchors, p.normalize_anchors, "", others, p.contrast_bias, None)
+        contrasts = rows(p.anchors.values, p.anchors.normalize, "", others, p.anchors.bias, None)
+    elif p.contrasts is None:
+        contrasts = _NO_ROWS
     else:
-        leave_out = p.contrast_bias is not None  # rows whose bias is -inf become zeros, as they are no anchors too
-        contrasts = rows(p.contrasts, p.normalize_contrasts, "contrast_", others, p.contrast_bias, c, leave_out)
+        bias = p.contrasts.bias
+        leave_out = bias is not None  # rows whose bias is -inf become zeros, as they are no anchors too
+        contrasts = rows(p.contrasts.values, p.contrasts.normalize, "contrast_", others, bias, c, leave_out)
     scale = p.logit_scale.detach().resolve_neg().contiguous()
     longest, largest_bias = logit_bounds(p)
     memory.extend((scale, longest, largest_bias))
@@ -176,5 +183,5 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
 
 
 def wanted(want: Sequence[str]) -> tuple[int, ...]:
-    """The place of each of FIELDS among those wanted, -1 for others, and the number of log-sum-exps."""
-    return *(want.index(name) if name in want else -1 for name in FIELDS), len(set(want) - {"sum_pos"})
+    """The place of each of SWEPT among those wanted, -1 for others, and the number of log-sum-exps."""
+    return *(want.index(name) if name in want else -1 for name in SWEPT), len(LOG_SUMS.intersection(want))

@@ -1,7 +1,7 @@
-"""The operator past torch's dispatcher, for where `intercepted` finds nobody who looks on.
+"""Bypasses torch's dispatcher when no tracer, mode or transform is active (`library.intercepted`).
 
-A small batch takes less time than the operator's way through torch, than taking its stacked outputs apart, and than
-the nodes that a formula of them leaves in autograd's graph.
+For a small batch the dispatcher, the unstacking of outputs and the formula's nodes in autograd's graph would each take
+longer than the sweep.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from torch import Tensor
 
 from ..library import intercepted, once_differentiable
 from . import cpu
+from .fields import LOG_SUMS
 from .op import (
-    BOTH,
-    DIFFERENTIABLE,
-    TENSORS,
-    WANT,
     as_outputs,
     by_argument,
     differentiate,
@@ -26,12 +23,14 @@ from .op import (
     forward_op,
     observed_by,
     of_backward,
-    posed,
+    parsed,
     run_forward,
     save,
     statistics,
 )
-from .records import Needs, Side
+from .records import PLACES, TENSORS, Needs, Side, gradient_places
+
+WANT, BOTH = PLACES["want"], PLACES["both"]
 
 # Rows times contrasts times dimension, up to which a gradient costs less than the way to it.
 AT_ONCE = 1 << 25
@@ -69,7 +68,7 @@ class DirectMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args_and_grad_mode: Any) -> Tensor | tuple[Tensor, Tensor]:
         *args, grad_mode = args_and_grad_mode
-        problem, backend = posed(args)
+        problem, backend = parsed(args)
         ctx.native = backend is cpu and cpu.takes_mean_loss(problem)
         if not ctx.native:
             found = statistics(problem, backend)
@@ -80,12 +79,12 @@ class DirectMean(torch.autograd.Function):
             means = [_mean(side, rows) for side, rows in zip(sides, ctx.counted, strict=True)]
             return _with(ctx, means[0] if len(means) == 1 else (means[0] + means[1]) / 2, observed)
         differentiated = grad_mode and any(ctx.needs_input_grad)
-        ctx.at_once = not differentiated or problem.anchors.numel() * problem.sizes[2] <= AT_ONCE
+        ctx.at_once = not differentiated or problem.anchors.values.numel() * problem.sizes[2] <= AT_ONCE
         ctx.set_materialize_grads(False)
         ctx.options = args[TENSORS:]
         kept: Sequence[Tensor | None]
         if ctx.at_once:
-            needs = Needs(*[differentiated and ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()])
+            needs = Needs(*[differentiated and ctx.needs_input_grad[place] for place in gradient_places(args)])
             loss, kept, observed = cpu.mean_loss(problem, needs)
         else:
             loss, *kept, observed = cpu.mean_forward(problem)
@@ -97,7 +96,7 @@ class DirectMean(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, options = ctx.saved_tensors, ctx.options  # once: those of a checkpoint cannot be had again
-        needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
+        needs = [ctx.needs_input_grad[place] for place in gradient_places(saved)]
         if not ctx.native:
             return *_derived(saved, options, needs, grad, ctx.counted), None
         if not ctx.at_once and intercepted(saved[0], grad):  # the operators, which can be seen, from the start
@@ -108,7 +107,7 @@ class DirectMean(torch.autograd.Function):
             counted = [_which(counts, options[WANT - TENSORS][0] == "lse_neg") for counts in sides]
             return *_derived((*saved[:TENSORS], *kept), options, needs, grad, counted), None
         arguments = (_scaled if ctx.at_once else _gradients, options, needs, grad, *saved)
-        return *by_argument(once_differentiable("contrastive_stats", *arguments)), None
+        return *by_argument(saved, once_differentiable("contrastive_stats", *arguments)), None
 
 
 def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -124,12 +123,12 @@ def _scaled(_: Any, __: Any, grad: Tensor, *saved: Tensor | None) -> tuple[Tenso
 
 
 def _gradients(options: Any, needs: Sequence[bool], grad: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-    problem, _ = posed((*saved[:TENSORS], *options))
+    problem, _ = parsed((*saved[:TENSORS], *options))
     return _as_arguments(cpu.mean_backward(problem, saved[TENSORS], grad, Needs(*needs)), saved)
 
 
 def _as_arguments(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    arguments = [saved[i] for i in DIFFERENTIABLE.values()]
+    arguments = [saved[place] for place in gradient_places(saved)]
     return tuple(
         None if gradient is None or argument is None else gradient.to(argument.dtype)
         for gradient, argument in zip(gradients, arguments, strict=True)
@@ -199,7 +198,7 @@ def _unrounded(fields: Tensor, parts: Tensor, want: Sequence[str]) -> Tensor:
     wide = fields.double()
     shift, total = parts.detach().double()
     log_sums = iter((shift + total.log()).unbind(0))
-    exact = [rounded if field == "sum_pos" else next(log_sums) for field, rounded in zip(want, wide, strict=True)]
+    exact = [next(log_sums) if field in LOG_SUMS else rounded for field, rounded in zip(want, wide, strict=True)]
     if not exact:
         return wide
     rest = torch.stack(exact).detach() - wide.detach()

@@ -16,7 +16,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape, by n
 
 def sums_are_kept(p: Problem) -> bool:
     """Whether the forward leaves the anchors' weighted sums of contrasts, of which their gradient is made."""
-    return p.anchors_only and p.contrasts is not None and p.contrast_bias is None and p.sizes[0] == 1 and not p.both
+    return p.anchors_only and p.contrasts is not None and p.contrasts.bias is None and p.sizes[0] == 1 and not p.both
 
 
 class Store(NamedTuple):
@@ -54,13 +54,13 @@ def logit_bounds(p: Problem) -> tuple[Tensor | None, Tensor | None]:
     def longest(rows: Tensor, normalized: bool) -> Tensor | None:
         return None if normalized else torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).amax().reshape(1)
 
-    product = longest(p.anchors, p.normalize_anchors)
+    product = longest(p.anchors.values, p.anchors.normalize)
     if p.contrasts is not None:
-        other = longest(p.contrasts, p.normalize_contrasts)
+        other = longest(p.contrasts.values, p.contrasts.normalize)
         product = other if product is None else product if other is None else product * other
     elif product is not None:
         product = product * product
-    return product, None if p.contrast_bias is None else largest_bias(p.contrast_bias)
+    return product, None if p.others.bias is None else largest_bias(p.others.bias)
 
 
 def _places(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

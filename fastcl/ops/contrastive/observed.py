@@ -16,13 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NAMES = ("max_pos", "max_neg", "sum_pos", "sum_neg", "lse", "entropy", "num_pos", "num_neg", "plain_pos", "plain_neg")
-FIELDS = ("max_pos", "max_neg", "sum_neg", "entropy")  # what `contrastive_stats` offers of them
+PARTS = ("max_pos", "max_neg", "sum_pos", "sum_neg", "lse", "entropy", "num_pos", "num_neg", "plain_pos", "plain_neg")
 
 
-def field(observed: Tensor, name: str) -> Tensor:
+def part(observed: Tensor, name: str) -> Tensor:
     """[S, N]"""
-    return observed[NAMES.index(name)]
+    return observed[PARTS.index(name)]
 
 
 def observe(logits: Tensor, positive: Tensor, negative: Tensor, plain: Tensor | None = None) -> Tensor:
@@ -51,9 +50,9 @@ def _largest(members: Tensor) -> Tensor:
 
 def nothing(like: Tensor, s: int, n: int) -> Tensor:
     """[10, S, N] of rows that have met no contrast yet."""
-    observed = like.new_zeros(len(NAMES), s, n)
+    observed = like.new_zeros(len(PARTS), s, n)
     for name in ("max_pos", "max_neg", "lse"):
-        field(observed, name).fill_(-torch.inf)
+        part(observed, name).fill_(-torch.inf)
     return observed
 
 
@@ -61,26 +60,26 @@ def one_positive(logits: Tensor) -> Tensor:
     """[10, S, N] of rows that have met one positive each, of logits [S, N] without a bias."""
     observed = nothing(logits, *logits.shape)
     for name in ("max_pos", "sum_pos", "lse", "plain_pos"):
-        field(observed, name).copy_(logits)
-    field(observed, "num_pos").fill_(1)
+        part(observed, name).copy_(logits)
+    part(observed, "num_pos").fill_(1)
     return observed
 
 
 def merge(one: Tensor, other: Tensor) -> Tensor:
     """[10, S, N] of the union of disjoint parts."""
-    lse = torch.logaddexp(field(one, "lse"), field(other, "lse"))
+    lse = torch.logaddexp(part(one, "lse"), part(other, "lse"))
 
-    def share(part: Tensor) -> Tensor:
-        below = lse - field(part, "lse")
+    def share(side: Tensor) -> Tensor:
+        below = lse - part(side, "lse")
         weight = (-below).exp()
-        no_mass = field(part, "lse") == -torch.inf
-        return torch.where(no_mass, 0, weight * (field(part, "entropy") + below))
+        no_mass = part(side, "lse") == -torch.inf
+        return torch.where(no_mass, 0, weight * (part(side, "entropy") + below))
 
     def added(name: str) -> Tensor:
-        return field(one, name) + field(other, name)
+        return part(one, name) + part(other, name)
 
     def larger(name: str) -> Tensor:
-        return torch.maximum(field(one, name), field(other, name))
+        return torch.maximum(part(one, name), part(other, name))
 
     return torch.stack(
         (

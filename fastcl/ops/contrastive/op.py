@@ -7,18 +7,30 @@ operator of its own whose derivative raises.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..library import LIBRARY, intercepted, register, without_autocast
-from . import chunked, cpu, cuda, paired, reference, triton
-from .observed import NAMES as OBSERVED
-from .records import Gradients, Needs, Problem, Side, Statistics
+from . import chunked, cpu, cuda, extra_positive, linear, reference, triton
+from .backend import Backend
+from .observed import PARTS
+from .records import (
+    ARGUMENTS,
+    PLACES,
+    SCHEMA,
+    TENSORS,
+    Gradients,
+    Needs,
+    Problem,
+    Side,
+    Statistics,
+    gradient_places,
+    unflatten,
+)
 
-BACKENDS: dict[str, ModuleType] = {
+BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "chunked": chunked,
     "cpu": cpu,
@@ -26,51 +38,58 @@ BACKENDS: dict[str, ModuleType] = {
     "cuda": cuda,
 }
 
-_PROBLEM = (
-    "Tensor anchors, Tensor? contrasts, Tensor? paired, Tensor? anchor_clusters, Tensor? contrast_clusters, "
-    "Tensor logit_scale, Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
-    "bool normalize_contrasts, str[] want, bool both, bool anchors_only, bool observe, str backend"
-)
-TENSORS, WANT, BOTH = 9, 11, 12  # leading tensor arguments; the places of `want` and `both`
-DIFFERENTIABLE = {"anchors": 0, "contrasts": 1, "logit_scale": 5, "contrast_bias": 6, "paired": 2}  # as in Needs
-_PROBLEM_LENGTH = _PROBLEM.count(",") + 1
-LIBRARY.define(
-    f"contrastive_stats_fwd({_PROBLEM}) -> (Tensor fields, Tensor counts, Tensor parts, Tensor contrast_fields, "
-    "Tensor contrast_counts, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, "
-    "Tensor saved, Tensor observed)"
+_LENGTH = len(ARGUMENTS) + 1  # the last argument is the backend's name
+_KEPT = (
+    "Tensor counts, Tensor parts, Tensor contrast_counts, Tensor contrast_parts, Tensor anchor_inverse_norms, "
+    "Tensor contrast_inverse_norms, Tensor saved"
 )
 LIBRARY.define(
-    f"contrastive_stats_bwd({_PROBLEM}, Tensor counts, Tensor parts, Tensor contrast_counts, Tensor contrast_parts, "
-    "Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, Tensor saved, Tensor grad_fields, "
-    "Tensor grad_contrast_fields, "
-    "bool[] needs) -> (Tensor anchors, Tensor contrasts, Tensor logit_scale, Tensor contrast_bias, Tensor paired)"
+    f"contrastive_stats_fwd({SCHEMA}, str backend) -> (Tensor fields, Tensor counts, Tensor parts, "
+    "Tensor contrast_fields, Tensor contrast_counts, Tensor contrast_parts, Tensor anchor_inverse_norms, "
+    "Tensor contrast_inverse_norms, Tensor saved, Tensor observed)"
+)
+LIBRARY.define(
+    f"contrastive_stats_bwd({SCHEMA}, str backend, {_KEPT}, Tensor grad_fields, Tensor grad_contrast_fields, "
+    f"bool[] needs) -> ({', '.join(f'Tensor {name}' for name in Gradients._fields)})"
 )
 forward_op = torch.ops.fastcl.contrastive_stats_fwd
 backward_op = torch.ops.fastcl.contrastive_stats_bwd
 
 
-def posed(args: Sequence[Any]) -> tuple[Problem, ModuleType]:
+def parsed(args: Sequence[Any]) -> tuple[Problem, Backend]:
     """The problem that the forward operator's arguments describe, and the backend that they name."""
-    *problem, backend = args
-    return Problem(*problem), BACKENDS[backend]
+    return unflatten(args[:-1]), BACKENDS[args[-1]]
 
 
-def statistics(problem: Problem, backend: ModuleType) -> Statistics:
+def statistics(problem: Problem, backend: Backend) -> Statistics:
     with without_autocast(problem.device):
-        return paired.join(problem, backend.forward(problem))
+        return extra_positive.join(problem, swept_statistics(problem, backend))
 
 
 def gradients(
-    problem: Problem, backend: ModuleType, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs
+    problem: Problem, backend: Backend, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs
 ) -> Gradients:
     """From the gradients [W, S, N] and [W, S, M] of the fields."""
     with without_autocast(problem.device):
-        swept = backend.backward(problem, saved, grad, grad_contrasts, needs)
-        return paired.add_gradients(problem, saved, grad, needs, swept)
+        swept = swept_gradients(problem, backend, saved, grad, grad_contrasts, needs)
+        return extra_positive.add_gradients(problem, saved, grad, needs, swept)
+
+
+def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
+    """All wanted fields, but for the extra positive."""
+    return linear.add(problem, backend.forward(linear.without(problem)))
+
+
+def swept_gradients(
+    problem: Problem, backend: Backend, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs
+) -> Gradients:
+    of_sides = linear.swept_gradient(problem, grad), linear.swept_gradient(problem, grad_contrasts)
+    found = backend.backward(linear.without(problem), saved, *of_sides, needs)
+    return linear.add_gradients(problem, saved, grad, grad_contrasts, needs, found)
 
 
 def run_forward(*args: Any) -> tuple[Tensor, ...]:
-    problem, backend = posed(args)
+    problem, backend = parsed(args)
     found = statistics(problem, backend)
     return *as_outputs(found), observed_by(problem, found)
 
@@ -90,23 +109,24 @@ def observed_by(problem: Problem, found: Statistics) -> Tensor:
 
 def run_backward(*args: Any) -> tuple[Tensor | None, ...]:
     """The gradients that the backward operator returns, in the order of `Needs`; None where not needed."""
-    counts, parts, contrast_counts, contrast_parts, *others, grad, grad_contrasts, flags = args[_PROBLEM_LENGTH:]
+    counts, parts, contrast_counts, contrast_parts, *others, grad, grad_contrasts, flags = args[_LENGTH:]
     needs = Needs(*flags)
     saved = Statistics(Side(grad, counts, parts), Side(grad_contrasts, contrast_counts, contrast_parts), *others)
-    found = gradients(*posed(args[:_PROBLEM_LENGTH]), saved, grad, grad_contrasts, needs)
+    found = gradients(*parsed(args[:_LENGTH]), saved, grad, grad_contrasts, needs)
+    sources = [args[place] for place in gradient_places(args)]
     return tuple(
-        None if gradient is None or not need or args[source] is None else gradient.to(args[source].dtype).contiguous()
-        for need, gradient, source in zip(needs, found, DIFFERENTIABLE.values(), strict=True)
+        None if gradient is None or not need or source is None else gradient.to(source.dtype).contiguous()
+        for need, gradient, source in zip(needs, found, sources, strict=True)
     )
 
 
 def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
-    nothing = args[5].new_empty  # an output each: an operator's outputs must not share memory
+    nothing = args[PLACES["logit_scale"]].new_empty  # an output each: an operator's outputs must not share memory
     return tuple(nothing(0) if gradient is None else gradient for gradient in run_backward(*args))
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    problem, backend = posed(args)
+    problem, backend = parsed(args)
     s, n, m = problem.sizes
     new = problem.logit_scale.new_empty
 
@@ -117,15 +137,15 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
             new((2, len(problem.log_sums), s, size)),
         )
 
-    a = new(n if problem.normalize_anchors else 0)
-    c = new(m if problem.normalize_contrasts and problem.contrasts is not None else 0)
-    observed = new(len(OBSERVED), s, n + m if problem.both else n) if problem.observe else new(0)
+    a = new(n if problem.anchors.normalize else 0)
+    c = new(m if problem.contrasts is not None and problem.contrasts.normalize else 0)
+    observed = new(len(PARTS), s, n + m if problem.both else n) if problem.observe else new(0)
     return *side(n), *side(m if problem.both else 0), a, c, new(backend.saved_size(problem)), observed
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    problem, _ = posed(args[:_PROBLEM_LENGTH])
-    sources = [args[i] for i in DIFFERENTIABLE.values()]
+    problem, _ = parsed(args[:_LENGTH])
+    sources = [args[place] for place in gradient_places(args)]
     return tuple(
         source.new_empty(source.shape) if need and source is not None else problem.logit_scale.new_empty(0)
         for need, source in zip(args[-1], sources, strict=True)
@@ -164,32 +184,33 @@ def of_backward(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments from those of the fields [W, S, N] of both sides; None: zeros."""
-    needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE.values()]
-    return differentiate_saved(ctx.saved_tensors, ctx.options, needs, grad, grad_contrasts)
+    saved = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[place] for place in gradient_places(saved)]
+    return differentiate_saved(saved, ctx.options, needs, grad, grad_contrasts)
 
 
 def differentiate_saved(
     saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor | None, grad_contrasts: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The same of what `save` has kept, which may be asked for only once."""
+    """`differentiate`, from what `save` has kept."""
     counts, parts, contrast_counts = saved[TENSORS : TENSORS + 3]
-    shape = len(options[WANT - TENSORS]), parts.shape[2]
+    shape = len(options[PLACES["want"] - TENSORS]), parts.shape[2]
     grad = counts.new_zeros(*shape, counts.shape[1]) if grad is None else grad.to(counts.dtype)
     if grad_contrasts is None:
         grad_contrasts = counts.new_zeros(*shape, contrast_counts.shape[1])
     grad_contrasts = grad_contrasts.to(counts.dtype)
     arguments = (*saved[:TENSORS], *options, *saved[TENSORS:], grad, grad_contrasts, needs)
-    # With gradients on, somebody wants to differentiate this: the operator will tell that it cannot be done.
+    # With gradients on, this is to be differentiated once more: the operator's derivative says that it cannot be.
     plain = not torch.is_grad_enabled() and not intercepted(saved[0], grad, grad_contrasts)
     results = (run_backward if plain else backward_op)(*arguments)
-    return by_argument([gradient if need else None for need, gradient in zip(needs, results, strict=True)])
+    return by_argument(saved, [gradient if need else None for need, gradient in zip(needs, results, strict=True)])
 
 
-def by_argument(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """In the order of the operator's arguments, those in the order of `Needs`."""
-    result: list[Tensor | None] = [None] * _PROBLEM_LENGTH
-    for i, gradient in zip(DIFFERENTIABLE.values(), gradients, strict=True):
-        result[i] = gradient
+def by_argument(arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of `Gradients` -> in the order of the operator's arguments, which begin as `arguments`."""
+    result: list[Tensor | None] = [None] * _LENGTH
+    for place, gradient in zip(gradient_places(arguments), gradients, strict=True):
+        result[place] = gradient
     return tuple(result)
 
 

@@ -1,74 +1,137 @@
-"""What every backend receives and returns: plain records of tensors, and the arithmetic of row norms."""
+"""What every backend receives and returns, and a problem as arguments of an operator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..backends.rows import accumulation_dtype
+from .fields import ALL, NEGATIVES, POSITIVES, TABLE, log_sums
 
-FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
+
+class Rows(NamedTuple):
+    """One set of rows, and what belongs to each row. Ids are int64; -1 equals nothing, not even itself."""
+
+    values: Tensor  # [N, D]
+    clusters: Tensor | None = None  # [N]; None in both sets: there are no positives
+    ids: Tensor | None = None  # [N]; a pair of equal ids is inadmissible
+    bias: Tensor | None = None  # [N], added to the logits in which these rows are contrasts; -inf leaves a row out
+    assignments: Tensor | None = None  # [N, C], >= 0, in place of clusters: <r_i, r_j> is the weight of positive i, j
+    normalize: bool = False  # cosine similarity: rows enter the logits with norm 1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Problem:
-    """One sweep over the logits ``s_ij = logit_scale * a_i * c_j * <x_i, y_j> + bias_j``, S scales at once.
+    """One sweep over the logits ``s_ij = logit_scale * a_i * c_j * <x_i, y_j> + bias_j``, S scales at once."""
 
-    Cluster and sample ids are int64; -1 equals nothing, not even itself.
-    """
-
-    anchors: Tensor  # [N, D]
-    contrasts: Tensor | None  # [M, D]; None: the anchors themselves, without the diagonal
-    paired: Tensor | None  # [N, D]: one more positive of each anchor, nobody else's contrast; no backend's business
-    anchor_clusters: Tensor | None  # [N]; None: there are no positives
-    contrast_clusters: Tensor | None  # [M]; None for self-contrast
-    logit_scale: Tensor  # [S], of `dtype`
-    contrast_bias: Tensor | None  # [M], of `dtype`; -inf leaves a contrast out of every set (`left_out`)
-    anchor_ids: Tensor | None  # [N]; equal ids make a pair inadmissible
-    contrast_ids: Tensor | None  # [M]
-    normalize_anchors: bool
-    normalize_contrasts: bool
-    want: Sequence[str]  # of FIELDS, in that order
-    both: bool  # also the statistics of each contrast over the anchors
+    anchors: Rows  # N
+    contrasts: Rows | None  # M; None: self-contrast, the anchors are the contrasts, without the diagonal
+    positives: Tensor | None  # [N, D]: one more positive of each anchor; a contrast of that anchor only
+    logit_scale: Tensor  # [S]; in the front also []
+    want: Sequence[str]  # of FIELDS, in that order; with assignments lse_all and sum_pos
+    both: bool = False  # also the statistics of each contrast over the anchors
     # The backward will ask for the anchors' gradient only: the forward may leave what makes a second sweep unnecessary.
     anchors_only: bool = False
     observe: bool = False  # also what `observed` describes, of each side
-    partial: bool = False  # others will be added to the gradients of rows: they stay in `dtype`
-    # In place of clusters: pair i, j is a positive of weight <r_i, r_j>. Then `want` is lse_all and sum_pos.
-    anchor_assignments: Tensor | None = None  # [N, C], >= 0
-    contrast_assignments: Tensor | None = None  # [M, C]; None for self-contrast
+    partial: bool = False  # more will be added to the gradients of rows, so they stay in `dtype`
+
+    @property
+    def others(self) -> Rows:
+        """The rows that are contrasts; in self-contrast the anchors."""
+        return self.anchors if self.contrasts is None else self.contrasts
 
     @property
     def dtype(self) -> torch.dtype:
         """Of logits, sums and statistics: float64 where a set of rows is float64, else float32."""
-        return accumulation_dtype(self.anchors, self.contrasts, self.paired)
+        return accumulation_dtype(self.anchors.values, self.others.values, self.positives)
 
     @property
     def device(self) -> torch.device:
-        return self.anchors.device
+        return self.anchors.values.device
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(S, N, M)"""
-        contrasts = self.anchors if self.contrasts is None else self.contrasts
-        return self.logit_scale.shape[0], self.anchors.shape[0], contrasts.shape[0]
+        return self.logit_scale.shape[0], self.anchors.values.shape[0], self.others.values.shape[0]
 
     @property
     def left_out(self) -> Tensor | None:
-        """Bool [M]: the contrasts that a bias of -inf leaves out of every set; None: there is none."""
-        if self.contrast_bias is None:
+        """Bool [M]: the contrasts that a bias of -inf leaves out of every set; None: there are none."""
+        if (bias := self.others.bias) is None:
             return None
-        left_out = self.contrast_bias == -torch.inf
+        left_out = bias == -torch.inf
         return left_out if self.device.type != "cpu" or bool(left_out.any()) else None  # waits for no device
 
     @property
     def log_sums(self) -> tuple[str, ...]:
         """The wanted fields that are log-sum-exps."""
-        return tuple(field for field in self.want if field != "sum_pos")
+        return log_sums(self.want)
+
+
+# Problems as arguments of an operator.
+
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", Sequence[str]: "str[]"}
+OF_ROWS = len(Rows._fields) - 1  # tensors of a set of rows; the last field of `Rows` is a flag
+
+
+def _arguments() -> dict[str, str]:
+    """The type of each argument that `flatten` makes, by name; the tensors come first."""
+    found = {}
+    for side in ("anchor", "contrast"):
+        for name, kind in get_type_hints(Rows).items():
+            found[f"{side}_{name}"] = "Tensor?" if side == "contrast" and kind is Tensor else _SCHEMA[kind]
+    others = ("anchors", "contrasts", "partial")
+    found |= {name: _SCHEMA[kind] for name, kind in get_type_hints(Problem).items() if name not in others}
+    return dict(sorted(found.items(), key=lambda item: "Tensor" not in item[1]))  # stable
+
+
+ARGUMENTS = _arguments()
+SCHEMA = ", ".join(f"{kind} {name}" for name, kind in ARGUMENTS.items())
+TENSORS = sum("Tensor" in kind for kind in ARGUMENTS.values())
+PLACES = {name: k for k, name in enumerate(ARGUMENTS)}
+
+
+def flatten_rows(rows: Rows | None) -> tuple[Any, ...]:
+    """The tensors of a set of rows."""
+    if rows is None:
+        return (None,) * OF_ROWS
+    *tensors, _ = rows  # not a slice, which torch 2.6 does not compile
+    return tuple(tensors)
+
+
+def unflatten_rows(tensors: Sequence[Any], normalize: bool) -> Rows | None:
+    """The set of rows that was flattened."""
+    return None if tensors[0] is None else Rows(*tensors, normalize)  # type: ignore[call-arg]
+
+
+def flatten(p: Problem) -> tuple[Any, ...]:
+    """The problem as `ARGUMENTS`."""
+    anchors, contrasts = p.anchors, p.contrasts
+    return (
+        *flatten_rows(anchors),
+        *flatten_rows(contrasts),
+        p.positives,
+        p.logit_scale,
+        anchors.normalize,
+        contrasts is not None and contrasts.normalize,
+        p.want,
+        p.both,
+        p.anchors_only,
+        p.observe,
+    )
+
+
+def unflatten(arguments: Sequence[Any]) -> Problem:
+    """The problem that was flattened."""
+    k = OF_ROWS
+    positives, logit_scale, normalize, normalize_contrasts, *rest = arguments[2 * k :]
+    anchors = Rows(*arguments[:k], normalize)  # type: ignore[call-arg]
+    contrasts = unflatten_rows(arguments[k : 2 * k], normalize_contrasts)
+    return Problem(anchors, contrasts, positives, logit_scale, *rest)
 
 
 class Side(NamedTuple):
@@ -107,18 +170,37 @@ class Gradients(NamedTuple):
     anchors: Tensor | None  # [N, D]
     contrasts: Tensor | None  # [M, D]
     logit_scale: Tensor | None  # [S]; or float64
-    contrast_bias: Tensor | None  # [M]
-    paired: Tensor | None = None  # [N, D]
+    bias: Tensor | None  # [M]
+    positives: Tensor | None = None  # [N, D]
+    anchor_assignments: Tensor | None = None  # [N, C]
+    contrast_assignments: Tensor | None = None  # [M, C]
 
 
 class Needs(NamedTuple):
-    """Which gradients are needed."""
+    """Which gradients are needed, as in `Gradients`."""
 
-    anchors: bool
-    contrasts: bool
-    logit_scale: bool
-    contrast_bias: bool
-    paired: bool
+    anchors: bool = False
+    contrasts: bool = False
+    logit_scale: bool = False
+    bias: bool = False
+    positives: bool = False
+    anchor_assignments: bool = False
+    contrast_assignments: bool = False
+
+
+def _gradient_places(contrasts: bool) -> tuple[int, ...]:
+    names = {name: name for name in Gradients._fields}
+    names |= {"anchors": "anchor_values", "contrasts": "contrast_values"}
+    names["bias"] = "contrast_bias" if contrasts else "anchor_bias"
+    return tuple(PLACES[names[name]] for name in Gradients._fields)
+
+
+_GRADIENT_PLACES = _gradient_places(False), _gradient_places(True)
+
+
+def gradient_places(arguments: Sequence[Any]) -> tuple[int, ...]:
+    """Among `ARGUMENTS` the place of what each of `Gradients` is the gradient of."""
+    return _GRADIENT_PLACES[arguments[OF_ROWS] is not None]
 
 
 def pair_weights(left: Tensor, right: Tensor) -> Tensor:
@@ -144,7 +226,7 @@ def largest_base(bases: Tensor, there: Tensor) -> Tensor:
 def merge_bases(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
     """Bases of sums over all, negatives and positives, [B, 3, S, N] of B blocks, as one, [3, S, N].
 
-    counts: the blocks' [B, 2, N]. sums: not looked at.
+    counts: the blocks' [B, 2, N]. sums: ignored.
     """
     positives, negatives = (counts > 0).unbind(1)
     there = (positives | negatives, negatives, positives)
@@ -152,14 +234,14 @@ def merge_bases(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
 
 
 def over_sets(p: Problem, grad: Tensor, counts: Tensor) -> Tensor:
-    """Gradients [W, S, N] of fields whose set is empty do not count: the fields are constants there.
+    """Gradients [W, S, N] of fields whose set is empty become zero: the fields are constants there.
 
     A user's formula may well divide by a count of zero in a row that it masks out, and send NaN back.
     """
-    positives, negatives = counts
-    admissible = positives + negatives if p.anchor_assignments is None else negatives
-    sizes = {"lse_all": admissible, "lse_pos": positives, "lse_neg": negatives, "sum_pos": positives}
     if grad.numel() == 0:
         return grad
-    present = torch.stack([sizes[field] > 0 for field in p.want])
+    positives, negatives = counts
+    admissible = positives + negatives if p.anchors.assignments is None else negatives
+    sizes = {ALL: admissible, POSITIVES: positives, NEGATIVES: negatives}
+    present = torch.stack([sizes[TABLE[name].over] > 0 for name in p.want])
     return torch.where(present[:, None], grad, 0)

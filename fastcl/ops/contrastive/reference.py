@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import inverse_norms, through_normalization
+from .backend import merge_planes as merge_planes
+from .backend import plane_count as plane_count
+from .backend import planes as planes
+from .backend import saved_size as saved_size
+from .fields import TABLE
 from .observed import observe
 from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, over_sets, pair_weights
-
-
-def saved_size(p: Problem) -> int:
-    return 0
 
 
 def forward(p: Problem) -> Statistics:
@@ -45,33 +46,33 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     dx, dy = dt @ y, dt.T @ x
     if p.contrasts is None:
         dx = dx + dy
-    elif p.normalize_contrasts:
+    elif p.others.normalize:
         dy = through_normalization(dy, y, c)
     return Gradients(
-        through_normalization(dx, x, a) if p.normalize_anchors else dx,
+        through_normalization(dx, x, a) if p.anchors.normalize else dx,
         None if p.contrasts is None else dy,
         (g * similarity).sum((1, 2), dtype=torch.float64),  # as training converges they cancel
-        g.sum((0, 1)) if needs.contrast_bias else None,
+        g.sum((0, 1)) if needs.bias else None,
     )
 
 
 def _rows(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Anchors and contrasts as they enter the product, and their inverse norms (empty where not normalised)."""
-    x = p.anchors.to(p.dtype)
-    a = inverse_norms(x) if p.normalize_anchors else x.new_empty(0)
-    x = x * a[:, None] if p.normalize_anchors else x
+    x = p.anchors.values.to(p.dtype)
+    a = inverse_norms(x) if p.anchors.normalize else x.new_empty(0)
+    x = x * a[:, None] if p.anchors.normalize else x
     if p.contrasts is None:
         return x, x, a, x.new_empty(0)
-    y = p.contrasts.to(p.dtype)
+    y = p.contrasts.values.to(p.dtype)
     if (left_out := p.left_out) is not None:
         y = y.masked_fill(left_out[:, None], 0)  # whatever these rows hold, NaN too, reaches no product
-    c = inverse_norms(y) if p.normalize_contrasts else y.new_empty(0)
-    return x, y * c[:, None] if p.normalize_contrasts else y, a, c
+    c = inverse_norms(y) if p.others.normalize else y.new_empty(0)
+    return x, y * c[:, None] if p.others.normalize else y, a, c
 
 
 def _biased(p: Problem, logits: Tensor) -> Tensor:
     """[S, N, M]"""
-    return logits if p.contrast_bias is None else logits + p.contrast_bias
+    return logits if p.others.bias is None else logits + p.others.bias
 
 
 def _sets(p: Problem) -> dict[str, Tensor]:
@@ -80,15 +81,13 @@ def _sets(p: Problem) -> dict[str, Tensor]:
     if p.contrasts is None:
         admissible = ~torch.eye(n, dtype=torch.bool, device=p.device)
     else:
-        admissible = ~_equal(p.anchor_ids, p.contrast_ids, n, m, p.device)
+        admissible = ~_equal(p.anchors.ids, p.others.ids, n, m, p.device)
     if (left_out := p.left_out) is not None:
         admissible = admissible & ~left_out
-    if p.anchor_assignments is not None:
-        r = p.anchor_assignments.to(p.dtype)
-        q = r if p.contrast_assignments is None else p.contrast_assignments.to(p.dtype)
+    if p.anchors.assignments is not None and p.others.assignments is not None:
+        r, q = p.anchors.assignments.to(p.dtype), p.others.assignments.to(p.dtype)
         return {"lse_all": admissible, "sum_pos": torch.where(admissible, pair_weights(r, q), 0)}
-    other = p.anchor_clusters if p.contrasts is None else p.contrast_clusters
-    positive = admissible & _equal(p.anchor_clusters, other, n, m, p.device)
+    positive = admissible & _equal(p.anchors.clusters, p.others.clusters, n, m, p.device)
     return {"lse_all": admissible, "lse_pos": positive, "lse_neg": admissible & ~positive, "sum_pos": positive}
 
 
@@ -102,7 +101,7 @@ def _reduce(p: Problem, logits: Tensor, plain: Tensor, sets: dict[str, Tensor]) 
     """plain: the logits without their bias."""
     fields, shifts, sums = [], [], []
     for field in p.want:
-        if field == "sum_pos":
+        if not TABLE[field].log_sum:
             fields.append(torch.where(sets[field] != 0, sets[field] * logits, 0).sum(-1))
             continue
         members = logits.masked_fill(~sets[field], -torch.inf)
@@ -112,7 +111,7 @@ def _reduce(p: Problem, logits: Tensor, plain: Tensor, sets: dict[str, Tensor]) 
         shifts.append(shift)
         sums.append(total)
     positives, admissible = sets["sum_pos"].sum(-1), sets["lse_all"].sum(-1)
-    others = admissible - positives if p.anchor_assignments is None else admissible
+    others = admissible - positives if p.anchors.assignments is None else admissible
     counts = torch.stack([positives.to(p.dtype), others.to(p.dtype)])
     empty = logits.new_empty((0, *logits.shape[:2]))
     return Side(
@@ -135,7 +134,7 @@ def _logit_gradient(p: Problem, logits: Tensor, sets: dict[str, Tensor], parts: 
     """dL/ds [S, N, M]: softmax part and positive part meet here, before any rounding to the rows' dtype."""
     g = torch.zeros_like(logits)
     for k, field in enumerate(p.want):
-        if field == "sum_pos":
+        if not TABLE[field].log_sum:
             g = g + grad[k][..., None] * sets[field]
             continue
         shift, total = parts[:, p.log_sums.index(field)]

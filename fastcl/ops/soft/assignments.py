@@ -61,32 +61,30 @@ def assignment_gradients(
 
     From the gradients [2, N] of the anchors' sum_pos and num_pos, and with `both` of the contrasts' [2, M].
     """
-    assert p.anchor_assignments is not None
+    assert p.anchors.assignments is not None
     self_contrast = p.contrasts is None
     if not (needs[0] or needs[1]):
         return None, None
     sums, weights = grad.double()
     other_sums, other_weights = grad_contrasts.double() if p.both else (None, None)
-    y, q = (p.anchors, p.anchor_assignments) if self_contrast else (p.contrasts, p.contrast_assignments)
-    assert y is not None
+    y, _, _, bias, q, normalize = p.others
     assert q is not None
-    normalize = p.normalize_anchors if self_contrast else p.normalize_contrasts
     scale = p.logit_scale.double()[0]
-    bias = y.new_zeros(len(y)) if p.contrast_bias is None else p.contrast_bias
+    bias = y.new_zeros(len(y)) if bias is None else bias
     left_out = p.left_out
     if left_out is not None:  # their pairs weigh nothing, and what they hold reaches no product
         bias, q = bias.masked_fill(left_out, 0), q.masked_fill(left_out[:, None], 0)
         y = y if self_contrast else y.masked_fill(left_out[:, None], 0)
-    left = _Factor(p.anchors, p.normalize_anchors, scale, None, sums, weights, True, p.both)
+    left = _Factor(p.anchors.values, p.anchors.normalize, scale, None, sums, weights, True, p.both)
     right = _Factor(y, normalize, None, bias, other_sums, other_weights, False, True)
-    ids = (p.anchor_ids, p.contrast_ids)
+    ids = (p.anchors.ids, p.others.ids)
     dr = dq = None
     if needs[0] or self_contrast:
         dr = _product(left, right, q)
         _take_off_equal(dr, left, right, q, ids)
     if needs[1] or self_contrast:
-        dq = _product(right, left, p.anchor_assignments)
-        _take_off_equal(dq, right, left, p.anchor_assignments, ids[::-1])
+        dq = _product(right, left, p.anchors.assignments)
+        _take_off_equal(dq, right, left, p.anchors.assignments, ids[::-1])
         if left_out is not None:
             dq.masked_fill_(left_out[:, None], 0)
     if not self_contrast:

@@ -19,10 +19,8 @@ def forward(p: Problem) -> Statistics:
     if n == 0 or m == 0:
         return chunked.forward(p)
     new = p.logit_scale.new_empty
-    a = new(n if p.normalize_anchors else 0)
-    c = new(
-        m if p.normalize_contrasts and p.contrasts is not None else 0
-    ).zero_()  # written with `both`; nobody reads it
+    a = new(n if p.anchors.normalize else 0)
+    c = new(m if p.contrasts is not None and p.contrasts.normalize else 0).zero_()  # written with `both`, never read
     anchors = new_side(p, n)
     contrasts = new_side(p, m) if p.both else empty_side(p)
     _run(p, _side(anchors, a), _side(contrasts, c) if p.both else None, None)
@@ -36,14 +34,13 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     if n == 0 or m == 0:
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     new = p.logit_scale.new_empty
-    bias = needs.contrast_bias and p.contrast_bias is not None
-    folded = (
-        p.contrasts is None and p.contrast_bias is not None
-    )  # two sets that are one: both gradients are the anchors'
-    rows = new(p.anchors.shape) if needs.anchors else None
+    bias = needs.bias and p.others.bias is not None
+    # Two sets that are one: both gradients are the anchors'.
+    folded = p.contrasts is None and p.anchors.bias is not None
+    rows = new(p.anchors.values.shape) if needs.anchors else None
     columns = None
     if needs.anchors if folded else needs.contrasts and p.contrasts is not None:
-        columns = new((p.anchors if p.contrasts is None else p.contrasts).shape)
+        columns = new(p.others.values.shape)
     scale = new(1, dtype=torch.float64) if needs.logit_scale else None
     d_bias = new(m) if bias else None
     own = _gradient_side(saved.anchors, grad)
@@ -56,11 +53,11 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 
 def _run(p: Problem, anchors: tuple[int, ...], contrasts: tuple[int, ...] | None, gradients: Any) -> None:
     swept = contrastive_cpu.two_sets_if_biased(p)
-    own = p.anchor_assignments
-    other = own if swept is not p else p.contrast_assignments
+    own = p.anchors.assignments
+    other = swept.contrasts and swept.contrasts.assignments  # None in self-contrast
     assert own is not None
     assignments = (*native.describe_rows(own), *native.describe_rows(other), own.shape[1])
-    problem = contrastive_cpu.describe(swept, p.anchors.shape[1] + own.shape[1])
+    problem = contrastive_cpu.describe(swept, p.anchors.values.shape[1] + own.shape[1])
     call = native.native_module().soft(native.engine()[0], problem, assignments, anchors, contrasts, gradients)
     native.run(call)
 

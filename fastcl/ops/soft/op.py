@@ -12,14 +12,27 @@ import torch
 from torch import Tensor
 
 from ..contrastive import chunked, reference
-from ..contrastive.records import Gradients, Needs, Problem, Side, Statistics
+from ..contrastive.records import (
+    ARGUMENTS,
+    PLACES,
+    SCHEMA,
+    TENSORS,
+    Gradients,
+    Needs,
+    Problem,
+    Side,
+    Statistics,
+    flatten,
+    gradient_places,
+    unflatten,
+)
 from ..library import LIBRARY, register, without_autocast
 from . import cpu, triton
 from .assignments import assignment_gradients
 
 
-class Engine(Protocol):
-    """As `BACKENDS`, of problems with assignments."""
+class SoftBackend(Protocol):
+    """As `contrastive.backend.Backend`, of problems with assignments; it keeps nothing for the backward."""
 
     def forward(self, p: Problem) -> Statistics: ...
 
@@ -28,24 +41,17 @@ class Engine(Protocol):
     ) -> Gradients: ...
 
 
-ENGINES: dict[str, Engine] = {"reference": reference, "chunked": chunked, "cpu": cpu, "triton": triton}
+BACKENDS: dict[str, SoftBackend] = {"reference": reference, "chunked": chunked, "cpu": cpu, "triton": triton}
 
-_ARGUMENTS = (
-    "Tensor anchors, Tensor? contrasts, Tensor anchor_assignments, Tensor? contrast_assignments, Tensor logit_scale, "
-    "Tensor? contrast_bias, Tensor? anchor_ids, Tensor? contrast_ids, bool normalize_anchors, "
-    "bool normalize_contrasts, bool both, str backend"
+_LENGTH = len(ARGUMENTS) + 1  # the last argument is the backend's name
+_FOUND = (
+    "Tensor fields, Tensor sizes, Tensor parts, Tensor contrast_fields, Tensor contrast_sizes, Tensor contrast_parts, "
+    "Tensor anchor_inverse_norms, Tensor contrast_inverse_norms"
 )
-_TENSORS, _LENGTH = 8, _ARGUMENTS.count(",") + 1
-_DIFFERENTIABLE = 6  # leading arguments
+LIBRARY.define(f"soft_stats_fwd({SCHEMA}, str backend) -> ({_FOUND})")
 LIBRARY.define(
-    f"soft_stats_fwd({_ARGUMENTS}) -> (Tensor fields, Tensor sizes, Tensor parts, Tensor contrast_fields, "
-    "Tensor contrast_sizes, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms)"
-)
-LIBRARY.define(
-    f"soft_stats_bwd({_ARGUMENTS}, Tensor fields, Tensor sizes, Tensor parts, Tensor contrast_fields, "
-    "Tensor contrast_sizes, Tensor contrast_parts, Tensor anchor_inverse_norms, Tensor contrast_inverse_norms, "
-    "Tensor grad_fields, Tensor grad_contrast_fields, bool[] needs) -> (Tensor anchors, Tensor contrasts, "
-    "Tensor anchor_assignments, Tensor contrast_assignments, Tensor logit_scale, Tensor contrast_bias)"
+    f"soft_stats_bwd({SCHEMA}, str backend, {_FOUND}, Tensor grad_fields, Tensor grad_contrast_fields, bool[] needs) "
+    f"-> ({', '.join(f'Tensor {name}' for name in Gradients._fields)})"
 )
 forward_op = torch.ops.fastcl.soft_stats_fwd
 backward_op = torch.ops.fastcl.soft_stats_bwd
@@ -58,34 +64,14 @@ class Weighted(NamedTuple):
     size: Tensor  # of A_i
 
 
-def _posed(args: Sequence[Any]) -> tuple[Problem, Engine]:
-    anchors, contrasts, own, other, scale, bias, anchor_ids, contrast_ids, normalize, normalize_others, both, name = (
-        args
-    )
-    problem = Problem(
-        anchors=anchors,
-        contrasts=contrasts,
-        paired=None,
-        anchor_clusters=None,
-        contrast_clusters=None,
-        logit_scale=scale,
-        contrast_bias=bias,
-        anchor_ids=anchor_ids,
-        contrast_ids=contrast_ids,
-        normalize_anchors=normalize,
-        normalize_contrasts=normalize_others,
-        want=("lse_all", "sum_pos"),
-        both=both,
-        anchor_assignments=own,
-        contrast_assignments=other,
-    )
-    return problem, ENGINES[name]
+def _parsed(args: Sequence[Any]) -> tuple[Problem, SoftBackend]:
+    return unflatten(args[:-1]), BACKENDS[args[-1]]
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    problem, engine = _posed(args)
+    problem, backend = _parsed(args)
     with without_autocast(problem.device):
-        anchors, contrasts, *norms, _ = engine.forward(problem)
+        anchors, contrasts, *norms, _ = backend.forward(problem)
 
     def outputs(side: Side) -> tuple[Tensor, ...]:
         num_pos, size = side.counts
@@ -95,19 +81,21 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    problem, engine = _posed(args[:_LENGTH])
+    problem, backend = _parsed(args[:_LENGTH])
     *outputs, grad, grad_contrasts, flags = args[_LENGTH:]
-    needs = Needs(flags[0], flags[1], flags[4], flags[5], False)
+    needs = Needs(*flags)
     sides = _side(*outputs[:3]), _side(*outputs[3:6])
     saved = Statistics(sides[0], sides[1], outputs[6], outputs[7], grad.new_empty(0))
     own, other = (_over_sets(side, g) for side, g in zip(sides, (grad, grad_contrasts), strict=True))
     with without_autocast(problem.device):
-        swept = engine.backward(problem, saved, own[:2, None], other[:2, None], needs)
-        of_assignments = assignment_gradients(problem, own[1:], other[1:], (flags[2], flags[3]))
-    found = (swept.anchors, swept.contrasts, *of_assignments, swept.logit_scale, swept.contrast_bias)
+        swept = backend.backward(problem, saved, own[:2, None], other[:2, None], needs)
+        flags = needs.anchor_assignments, needs.contrast_assignments
+        of_anchors, of_contrasts = assignment_gradients(problem, own[1:], other[1:], flags)
+    found = swept._replace(anchor_assignments=of_anchors, contrast_assignments=of_contrasts)
+    sources = [args[place] for place in gradient_places(args)]
     return tuple(
         grad.new_empty(0) if gradient is None or not need or source is None else gradient.to(source.dtype).contiguous()
-        for need, gradient, source in zip(flags, found, args, strict=False)
+        for need, gradient, source in zip(needs, found, sources, strict=True)
     )
 
 
@@ -124,21 +112,22 @@ def _side(fields: Tensor, sizes: Tensor, parts: Tensor) -> Side:
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    problem, _ = _posed(args)
+    problem, _ = _parsed(args)
     _, n, m = problem.sizes
     new = problem.logit_scale.new_empty
 
     def side(size: int) -> tuple[Tensor, ...]:
         return new((3, size)), new(size), new((2, size))
 
-    c = m if problem.normalize_contrasts and problem.contrasts is not None else 0
-    return *side(n), *side(m if problem.both else 0), new(n if problem.normalize_anchors else 0), new(c)
+    c = m if problem.contrasts is not None and problem.contrasts.normalize else 0
+    return *side(n), *side(m if problem.both else 0), new(n if problem.anchors.normalize else 0), new(c)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    sources = [args[place] for place in gradient_places(args)]
     return tuple(
-        source.new_empty(source.shape) if need and source is not None else args[4].new_empty(0)
-        for need, source in zip(args[-1], args, strict=False)
+        source.new_empty(source.shape) if need and source is not None else args[PLACES["logit_scale"]].new_empty(0)
+        for need, source in zip(args[-1], sources, strict=True)
     )
 
 
@@ -148,18 +137,21 @@ class _SoftStats(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = forward_op(*args)
         ctx.mark_non_differentiable(*(output for k, output in enumerate(outputs) if k not in (0, 3)))
-        ctx.save_for_backward(*args[:_TENSORS], *outputs)
-        ctx.options = args[_TENSORS:]
+        ctx.save_for_backward(*args[:TENSORS], *outputs)
+        ctx.options = args[TENSORS:]
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-        arguments = (*saved[:_TENSORS], *ctx.options, *saved[_TENSORS:])
+        places = gradient_places(saved)
+        needs = [ctx.needs_input_grad[place] for place in places]
+        arguments = (*saved[:TENSORS], *ctx.options, *saved[TENSORS:])
         gradients = backward_op(*arguments, grads[0].contiguous(), grads[3].contiguous(), needs)
-        found = [gradient if need else None for need, gradient in zip(needs, gradients, strict=True)]
-        return *found, *[None] * (_LENGTH - _DIFFERENTIABLE)
+        found: list[Tensor | None] = [None] * _LENGTH
+        for place, need, gradient in zip(places, needs, gradients, strict=True):
+            found[place] = gradient if need else None
+        return tuple(found)
 
 
 register("soft_stats", _SoftStats, (_forward, _forward_fake), (_backward, _backward_fake), "contrastive_stats")
@@ -169,7 +161,7 @@ def at_unit(assignments: Tensor) -> tuple[Tensor, Tensor]:
     """The assignments divided by a power of two, float64 [], so that rows' largest ones lie around 1, at most 2^37.
 
     Products of large ones and their sums would overflow, those of small ones underflow. The power, near the geometric
-    mean of the largest and the smallest row that is not zero, is a constant for derivatives, and nobody waits for it.
+    mean of the largest and the smallest row that is not zero, is a constant for derivatives and stays on the device.
     float16 has no numbers whose products float32 could not add up.
     """
     one = assignments.new_ones((), dtype=torch.float64)
@@ -185,7 +177,7 @@ def at_unit(assignments: Tensor) -> tuple[Tensor, Tensor]:
     return assignments * (1 / unit).to(assignments.dtype), unit
 
 
-def statistics(*args: Any) -> tuple[Weighted, Weighted]:
-    """Of the anchors, and of the contrasts where both are wanted; the operator's arguments."""
-    fields, sizes, _, contrast_fields, contrast_sizes, *_ = forward_op(*args)
+def statistics(p: Problem, backend: str) -> tuple[Weighted, Weighted]:
+    """Of the anchors, and of the contrasts with `both`."""
+    fields, sizes, _, contrast_fields, contrast_sizes, *_ = forward_op(*flatten(p), backend)
     return Weighted(fields, sizes), Weighted(contrast_fields, contrast_sizes)

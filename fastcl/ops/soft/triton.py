@@ -56,17 +56,17 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
                 scale = products.double().sum().reshape(1) / lift / (2 if call.arranged.self_contrast else 1)
             rows = gradient
         of_contrasts = needs.contrasts and p.contrasts is not None
-        if of_contrasts or (folded and needs.anchors) or (needs.contrast_bias and call.arranged.biased):
-            columns, _, sums = call.gradient(True, sides[1], sides[0], False, needs.contrast_bias)
+        if of_contrasts or (folded and needs.anchors) or (needs.bias and call.arranged.biased):
+            columns, _, sums = call.gradient(True, sides[1], sides[0], False, needs.bias)
             bias = None if sums is None else sums / lift
         if rows is not None and needs.anchors:
             if folded and columns is not None:
                 rows = rows + columns
-            norms = saved.anchor_inverse_norms if p.normalize_anchors else None
-            rows = finish(p, p.anchors, call.arranged.anchors, rows, factor, norms)
+            norms = saved.anchor_inverse_norms if p.anchors.normalize else None
+            rows = finish(p, p.anchors.values, call.arranged.anchors, rows, factor, norms)
         if columns is not None and p.contrasts is not None and needs.contrasts:
-            norms = saved.contrast_inverse_norms if p.normalize_contrasts else None
-            columns = finish(p, p.contrasts, call.arranged.contrasts, columns, factor, norms)
+            norms = saved.contrast_inverse_norms if p.contrasts.normalize else None
+            columns = finish(p, p.contrasts.values, call.arranged.contrasts, columns, factor, norms)
     return Gradients(rows, None if p.contrasts is None else columns, scale, bias)
 
 
@@ -90,7 +90,7 @@ class _Call:
         parts = KEPT.parts(p, p.logit_scale.new_zeros(KEPT.size(p)))
         self.arranged: Arranged
         self.arranged, self.a, self.c = arrange(p, parts)
-        own, other = p.anchor_assignments, p.contrast_assignments
+        own, other = p.anchors.assignments, None if p.contrasts is None else p.contrasts.assignments
         assert own is not None
         dtype = own.dtype if other is None else torch.promote_types(own.dtype, other.dtype)
         dtype = torch.float32 if dtype == torch.float64 else dtype

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastcl import contrastive_stats
-from fastcl.ops.contrastive.blocks import BlockStats, Call, Set
+from fastcl.ops.contrastive.blocks import BlockStats, Call
+from fastcl.ops.contrastive.fields import FIELDS
+from fastcl.ops.contrastive.records import Problem, Rows, flatten, flatten_rows
 from tests.support.backends import VARIANTS, running
 from tests.support.emulated import emulating
 from tests.support.strategies import generator, rows
-
-WANT = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
 
 
 class Cut:
@@ -74,18 +74,17 @@ def check(variant: str, kind: str, dtype: torch.dtype, both: bool, scales: list[
         stats = contrastive_stats(
             inputs[0], inputs[1], *others[:2], logit_scale=inputs[3], normalize_anchors=normalize,
             normalize_contrasts=normalize, contrast_bias=inputs[2], anchor_ids=others[2], contrast_ids=others[3],
-            want=WANT, both=both,
+            want=FIELDS, both=both,
         )  # fmt: skip
         sides = [stats, stats.reverse] if both else [stats]
-        expected = [getattr(side, name) for side in sides for name in (*WANT, "num_pos", "num_neg")]
+        expected = [getattr(side, name) for side in sides for name in (*FIELDS, "num_pos", "num_neg")]
         call = Call(
-            exchange=Cut(31, 4), normalize_anchors=normalize, normalize_contrasts=normalize, want=WANT, both=both,
-            backend=backend, exact=False, one_scale=False, contrasts_need=True, bias_needs=True,
+            exchange=Cut(31, 4), backend=backend, exact=False, one_scale=False, contrasts_need=True, bias_needs=True
         )  # fmt: skip
-        travelling = Set(inputs[1], others[1], others[3], inputs[2])
-        found = BlockStats.apply(
-            call, inputs[0], None, others[0], others[2], inputs[3], *travelling, None, None, None, None
-        )
+        own = Rows(inputs[0], others[0], others[2], normalize=normalize)
+        travelling = Rows(inputs[1], others[1], others[3], inputs[2], normalize=normalize)
+        whole = Problem(own, travelling, None, inputs[3], FIELDS, both)
+        found = BlockStats.apply(call, *flatten(whole), *flatten_rows(None))
         gradients = []
         for values in (found, expected):
             masked = [value.masked_fill(~value.isfinite(), 0) for value in values]

@@ -20,6 +20,7 @@ from torch import Tensor
 import fastcl
 from fastcl.ops.contrastive import cuda as contrastive_cuda
 from fastcl.ops.contrastive import cuda_rows, op
+from fastcl.ops.contrastive.records import Rows
 from tests.support.emulated import emulating, module
 from tests.support.oracle import differentiate
 from tests.support.stats_checks import check_stats, library_stats, objective, simple_problem
@@ -268,21 +269,9 @@ def test_no_values_are_looked_at_on_the_host(monkeypatch) -> None:
         raise AssertionError("looked at a value")
 
     a = problem(torch.float32, n=40, m=30, both=True, ids=True, bias=True).arguments()
-    p = op.Problem(
-        a["anchors"],
-        a["contrasts"],
-        None,
-        a["anchor_clusters"],
-        a["contrast_clusters"],
-        a["logit_scale"].reshape(1),
-        a["contrast_bias"],
-        a["anchor_ids"],
-        a["contrast_ids"],
-        True,
-        True,
-        FIELDS,
-        True,
-    )
+    anchors = Rows(a["anchors"], a["anchor_clusters"], a["anchor_ids"], normalize=True)
+    contrasts = Rows(a["contrasts"], a["contrast_clusters"], a["contrast_ids"], a["contrast_bias"], normalize=True)
+    p = op.Problem(anchors, contrasts, None, a["logit_scale"].reshape(1), FIELDS, both=True)
     for name in ("item", "__bool__", "__int__", "__float__", "tolist", "nonzero", "unique", "cpu"):
         monkeypatch.setattr(Tensor, name, refuse)
     statistics = contrastive_cuda.forward(p)
@@ -300,7 +289,7 @@ def test_rows_by_cluster_and_names() -> None:
     g = generator(0)
     own, other = torch.randint(-1, 6, (40,), generator=g), torch.randint(-1, 9, (50,), generator=g)
     x, y = rows("random", own, 3, g, unit=True).float(), rows("random", other, 3, g, unit=True).float()
-    p = op.Problem(x, y, None, own, other, torch.ones(1), None, own, other, False, False, FIELDS, True)
+    p = op.Problem(Rows(x, own, own), Rows(y, other, other), None, torch.ones(1), FIELDS, both=True)
     parts = cuda_rows.KEPT.parts(p, torch.full((cuda_rows.KEPT.size(p),), torch.nan))
     cuda_rows.find_clusters(p, parts)
     cuda_rows.find_names(p, parts)

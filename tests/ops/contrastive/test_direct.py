@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import fastcl
 from fastcl.functional import cluster_infonce
 from fastcl.ops.backends import choose, native
-from fastcl.ops.contrastive import direct, op
-from fastcl.statistics import Sweep
+from fastcl.ops.contrastive import direct
+from fastcl.ops.contrastive.records import Problem, Rows
 
 WHEN = {"at once": 1 << 60, "when asked": 0}
 KINDS = ("self", "views", "two sets", "constant contrasts", "symmetric", "momentum key", "bias", "ids")
@@ -240,8 +240,8 @@ def test_nothing_is_read_that_was_not_written(kind: str, when: str, byte: int, m
 def test_the_native_mean_refuses_calls_that_make_no_sense() -> None:
     n, m, d = 5, 7, 3
     z, y, clusters, others = torch.randn(n, d), torch.randn(m, d), torch.arange(n), torch.arange(m)
-    sweep = Sweep(z.requires_grad_(), y, clusters, others, torch.tensor(2.0), True, True, ("lse_all", "sum_pos"))
-    problem, _ = op.posed(sweep._arguments(list(sweep.want)))
+    anchors, contrasts = Rows(z, clusters, normalize=True), Rows(y, others, normalize=True)
+    problem = Problem(anchors, contrasts, None, torch.tensor([2.0]), ("lse_all", "sum_pos"))
     numbers = direct.cpu.describe(problem)
     room = torch.zeros(1000).data_ptr()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastcl
 from fastcl.ops.backends import choose, triton_launch, triton_tiles, triton_tuning
 from fastcl.ops.contrastive import op
+from fastcl.ops.contrastive.records import Rows
 from fastcl.ops.contrastive.triton import gradient as triton_gradient
 from fastcl.ops.contrastive.triton import rows as triton_rows
 from fastcl.ops.contrastive.triton import statistics as triton_statistics
@@ -239,20 +240,14 @@ def test_no_values_are_looked_at_on_the_host(monkeypatch) -> None:
     originals = {name: getattr(Tensor, name) for name in names}
     monkeypatch.setattr(triton_launch, "launch", allowed)
     with fastcl.use_backend("triton"):
+        a = {name: value.detach() if isinstance(value, Tensor) else value for name, value in arguments.items()}
         p = op.Problem(
-            arguments["anchors"].detach(),
-            arguments["contrasts"].detach(),
+            Rows(a["anchors"], a["anchor_clusters"], a["anchor_ids"], normalize=True),
+            Rows(a["contrasts"], a["contrast_clusters"], a["contrast_ids"], a["contrast_bias"], normalize=True),
             None,
-            arguments["anchor_clusters"],
-            arguments["contrast_clusters"],
-            arguments["logit_scale"].detach().reshape(1),
-            arguments["contrast_bias"].detach(),
-            arguments["anchor_ids"],
-            arguments["contrast_ids"],
-            True,
-            True,
+            a["logit_scale"].reshape(1),
             FIELDS,
-            True,
+            both=True,
         )
         for name in names:
             monkeypatch.setattr(Tensor, name, refuse)

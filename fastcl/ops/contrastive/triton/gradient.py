@@ -13,7 +13,7 @@ from ...backends.triton_launch import INTERPRETED, blocks, on_device
 from ...backends.triton_tiles import ROWS_AT_ONCE, row_tile
 from .. import chunked
 from ..records import Gradients, Needs, Problem, Side, Statistics
-from .rows import KEPT, Launch, Rows, arrange, fields_wanted
+from .rows import KEPT, Launch, SortedRows, arrange, fields_wanted
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
@@ -47,9 +47,9 @@ def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tenso
         launch = Launch.of(arranged, arranged.anchors, arranged.contrasts)
         sweeps.append(_Sweep(launch, own_side, other_side, needs.logit_scale, False))
     by_columns = (needs.contrasts and p.contrasts is not None) or (folded and needs.anchors)
-    if by_columns or (needs.contrast_bias and arranged.biased):
+    if by_columns or (needs.bias and arranged.biased):
         launch = Launch.of(arranged, arranged.contrasts, arranged.anchors)
-        sweeps.append(_Sweep(launch, other_side, own_side, False, needs.contrast_bias))
+        sweeps.append(_Sweep(launch, other_side, own_side, False, needs.bias))
     weighted = None if needs.contrasts or needs.logit_scale else parts.get("weighted")
     for k in range(p.sizes[0]):
         for sweep in sweeps:
@@ -60,7 +60,7 @@ def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tenso
         scale = sweeps[0].similarity_sums.sum(1) / lifts.lift
         if arranged.self_contrast:
             scale = scale / 2
-    if needs.contrast_bias and arranged.biased:
+    if needs.bias and arranged.biased:
         sums = (sweeps[-1].sums / lifts.lift[:, None]).sum(0)
         order = arranged.contrasts.order
         bias = sums if order is None else torch.empty_like(sums).index_copy_(0, order, sums)
@@ -68,19 +68,19 @@ def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tenso
         gradient = sweeps[0].gradient
         if folded:
             gradient = gradient + sweeps[1].gradient  # both in the order of the same clusters
-        norms = saved.anchor_inverse_norms if p.normalize_anchors else None
-        rows = finish(p, p.anchors, arranged.anchors, gradient, sweeps[0].factor, norms)
+        norms = saved.anchor_inverse_norms if p.anchors.normalize else None
+        rows = finish(p, p.anchors.values, arranged.anchors, gradient, sweeps[0].factor, norms)
     if needs.contrasts and p.contrasts is not None:
         last = sweeps[-1]
-        norms = saved.contrast_inverse_norms if p.normalize_contrasts else None
-        columns = finish(p, p.contrasts, arranged.contrasts, last.gradient, last.factor, norms)
+        norms = saved.contrast_inverse_norms if p.contrasts.normalize else None
+        columns = finish(p, p.contrasts.values, arranged.contrasts, last.gradient, last.factor, norms)
     return Gradients(rows, columns, scale, bias)
 
 
 class _Weights:
     """What one side's statistics and their gradients make of each of its sums, in the order of its rows."""
 
-    def __init__(self, p: Problem, side: Side, bases: Tensor, grad: Tensor, rows: Rows) -> None:
+    def __init__(self, p: Problem, side: Side, bases: Tensor, grad: Tensor, rows: SortedRows) -> None:
         _, s, n = bases.shape
         self.count = blocks(n, ROWS_AT_ONCE.block_m)
         self.values = bases.new_empty(s, 7, n)
@@ -215,12 +215,12 @@ class _Sweep:
 
 
 def finish(
-    p: Problem, source: Tensor, rows: Rows, gradient: Tensor, factor: Tensor | None, norms: Tensor | None
+    p: Problem, source: Tensor, rows: SortedRows, gradient: Tensor, factor: Tensor | None, norms: Tensor | None
 ) -> Tensor:
     """The gradient in the caller's order, projected off normalised rows; rounded, where nothing is to be added yet."""
     n, width = rows.rows.shape
     out = torch.empty(
-        source.shape, dtype=p.dtype if p.partial or p.paired is not None else source.dtype, device=source.device
+        source.shape, dtype=p.dtype if p.partial or p.positives is not None else source.dtype, device=source.device
     )
     shape = row_tile(width, INTERPRETED)
     triton_launch.launch(

@@ -24,17 +24,17 @@ def kept(p: Problem) -> Layout:
     base 2, of the sums over all, negatives and positives; or what `sums_are_kept` is about, in the order of rows."""
     s, n, m = p.sizes
     found: Layout = {}
-    if p.anchor_clusters is not None:
+    if p.anchors.clusters is not None:
         found |= {"order": (torch.int64, (n,)), "clusters": (torch.int32, (n,))}
         if p.contrasts is not None:
             found |= {"contrast_order": (torch.int64, (m,)), "contrast_clusters": (torch.int32, (m,))}
-    if p.anchor_ids is not None:
+    if p.anchors.ids is not None:
         found |= {"names": (torch.int32, (n,)), "contrast_names": (torch.int32, (m,))}
     found["bases"] = (torch.float32, (3, s, n))
     if p.both:
         found["contrast_bases"] = (torch.float32, (3, s, m))
     if sums_are_kept(p):
-        found["weighted"] = (torch.float32, (n, p.anchors.shape[1]))
+        found["weighted"] = (torch.float32, (n, p.anchors.values.shape[1]))
     return found
 
 
@@ -44,7 +44,7 @@ KEPT = Store(kept)
 
 
 @dataclass(frozen=True)
-class Rows:
+class SortedRows:
     """One set of rows, sorted by cluster."""
 
     rows: Tensor  # [n, padded D], contiguous
@@ -58,8 +58,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Arranged:
-    anchors: Rows
-    contrasts: Rows  # the anchors' very own in self-contrast
+    anchors: SortedRows
+    contrasts: SortedRows  # the anchors' very own in self-contrast
     self_contrast: bool
     normed: bool
     biased: bool
@@ -72,41 +72,41 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     parts: `KEPT.parts`, filled in unless this is done `again`, in the backward, which returns no norms either.
     """
     if not again:
-        number_clusters(p.anchor_clusters, p.contrast_clusters, parts)
-        name_ids(p.anchor_ids, p.contrast_ids, parts)
-    dtype = p.anchors.dtype if p.contrasts is None else torch.promote_types(p.anchors.dtype, p.contrasts.dtype)
-    self_contrast = p.contrasts is None and p.contrast_bias is None
-    normed = p.normalize_anchors or (p.contrasts is not None and p.normalize_contrasts)
+        number_clusters(p.anchors.clusters, None if p.contrasts is None else p.contrasts.clusters, parts)
+        name_ids(p.anchors.ids, p.others.ids, parts)
+    dtype = torch.promote_types(p.anchors.values.dtype, p.others.values.dtype)
+    self_contrast = p.contrasts is None and p.anchors.bias is None
+    normed = p.anchors.normalize or p.others.normalize
 
     def inverse_norms(rows: Tensor, normalize: bool) -> Tensor:
         return rows.new_empty(len(rows) if normalize and not again else 0, dtype=torch.float32)
 
-    a, c = inverse_norms(p.anchors, p.normalize_anchors), inverse_norms(p.anchors, False)
+    a, c = inverse_norms(p.anchors.values, p.anchors.normalize), inverse_norms(p.anchors.values, False)
     other = "clusters" if p.contrasts is None else "contrast_clusters"
     order, names = parts.get("order"), parts.get("names")
     if p.contrasts is None and not self_contrast:  # a bias breaks the symmetry: the rows meet themselves as another set
-        names = torch.arange(1, len(p.anchors) + 1, dtype=torch.int32, device=p.device)  # each but itself
+        names = torch.arange(1, len(p.anchors.values) + 1, dtype=torch.int32, device=p.device)  # each but itself
     clusters = parts.get("clusters"), parts.get(other)
-    bias = p.contrast_bias if p.contrasts is None else None
-    anchors = _rows(p.anchors, dtype, order, clusters, names, bias, False, p.normalize_anchors, normed, a)
+    bias = p.anchors.bias if p.contrasts is None else None
+    anchors = _rows(p.anchors.values, dtype, order, clusters, names, bias, False, p.anchors.normalize, normed, a)
     others = anchors
     if p.contrasts is not None:
-        c = inverse_norms(p.contrasts, p.normalize_contrasts)
+        c = inverse_norms(p.contrasts.values, p.contrasts.normalize)
         others = _rows(
-            p.contrasts,
+            p.contrasts.values,
             dtype,
             parts.get("contrast_order"),
             clusters[::-1],
             parts.get("contrast_names"),
-            p.contrast_bias,
-            p.contrast_bias is not None,
-            p.normalize_contrasts,
+            p.contrasts.bias,
+            p.contrasts.bias is not None,
+            p.contrasts.normalize,
             normed,
             c,
         )
     elif not self_contrast:
         anchors = replace(anchors, bias=None)
-    biased = p.contrast_bias is not None
+    biased = p.others.bias is not None
     return Arranged(anchors, others, self_contrast, normed, biased, precision_of(dtype)), a, c
 
 
@@ -121,7 +121,7 @@ def _rows(
     normalize: bool,
     normed: bool,
     norms: Tensor,
-) -> Rows:
+) -> SortedRows:
     """clusters: of these rows and of the other set's. norms: [n], filled in, or [0].
 
     leave_out: rows whose bias is -inf become zeros, as they are no anchors too.
@@ -138,7 +138,7 @@ def _rows(
         return torch.empty(n, dtype=dtype, device=source.device) if there else None
 
     start, end = (new(torch.int32, own is not None) for _ in range(2))
-    rows = Rows(
+    rows = SortedRows(
         source if as_it_is else torch.empty(n, width, dtype=dtype, device=source.device),
         order,
         new(torch.float32, normed),
@@ -238,12 +238,12 @@ def _label(ids: Tensor, known: Tensor, order: Tensor | None, labels: Tensor, own
 class Launch:
     """What all kernels of a call are told alike."""
 
-    rows: Rows
-    columns: Rows
+    rows: SortedRows
+    columns: SortedRows
     flags: dict[str, Any]
 
     @classmethod
-    def of(cls, arranged: Arranged, rows: Rows, columns: Rows) -> Launch:
+    def of(cls, arranged: Arranged, rows: SortedRows, columns: SortedRows) -> Launch:
         flags = {
             "CLUSTERS": rows.start is not None,
             "IDS": rows.names is not None,

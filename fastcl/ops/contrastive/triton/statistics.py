@@ -16,7 +16,7 @@ from ...backends.triton_launch import blocks, on_device, programs
 from ...backends.triton_tiles import ROWS_AT_ONCE
 from .. import chunked
 from ..kept import logit_bounds
-from ..observed import NAMES as OBSERVED
+from ..observed import PARTS
 from ..records import Problem, Side, Statistics, empty_side, merge_bases, new_side
 from .rows import KEPT, Launch, arrange, fields_wanted
 
@@ -34,7 +34,7 @@ def forward(p: Problem) -> Statistics:
 def _observed(p: Problem, rows: Launch) -> Tensor:
     """`Side.observed` of the launch's rows, by a sweep of its own."""
     s = p.sizes[0]
-    observed = p.logit_scale.new_empty(s, len(OBSERVED), rows.size)
+    observed = p.logit_scale.new_empty(s, len(PARTS), rows.size)
     shape = rows.tile("running", careful=True)  # the numbers of a row take registers, as masks do
     for k in range(s):
         arguments = {"SCALE": p.logit_scale[k : k + 1], "OBSERVED": observed[k]}
@@ -55,7 +55,7 @@ def _forward(p: Problem) -> Statistics:
     rows = Launch.of(arranged, arranged.anchors, arranged.contrasts)
     if "weighted" in parts:
         arguments: dict[str, Any] = {"SCALE": p.logit_scale, "STATISTICS": statistics, "WEIGHTED": parts["weighted"]}
-        rows.sweep("weighted", "weighted_kernel", rows.grid, arguments | {"WIDTH": p.anchors.shape[1]})
+        rows.sweep("weighted", "weighted_kernel", rows.grid, arguments | {"WIDTH": p.anchors.values.shape[1]})
         return Statistics(_side(p, statistics, m, parts["bases"], rows), empty_side(p), a, c, saved)
     others = new(s, 7, m if p.both else 0)
     columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None

@@ -1,4 +1,4 @@
-"""One more positive of each anchor that is nobody else's contrast (MoCo's key), joined to any backend's statistics.
+"""One more positive of each anchor, a contrast of that anchor only (MoCo's key), joined to any backend's statistics.
 
 It costs O(N D) and belongs inside the operator, because its gradient and the sweep's must meet in the accumulation
 dtype: added after each has been rounded to half-precision rows, they would be rounded three times.
@@ -12,24 +12,26 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import inverse_norms, through_normalization
+from .fields import NEGATIVES, TABLE
 from .observed import merge, one_positive
 from .records import Gradients, Needs, Problem, Side, Statistics
 
 
 def join(p: Problem, statistics: Statistics) -> Statistics:
     """The statistics with logit_scale * <x_i, p_i> among the positives of anchor i."""
-    if p.paired is None:
+    if p.positives is None:
         return statistics
-    similarity = _pairs(p, p.paired, statistics.anchor_inverse_norms).similarity
+    similarity = _pairs(p, p.positives, statistics.anchor_inverse_norms).similarity
     logits = p.logit_scale[:, None] * similarity  # [S, N]
     side = statistics.anchors
     fields, shifts, sums = [], [], []
     for k, field in enumerate(p.want):
-        if field == "sum_pos":
-            fields.append(side.fields[k] + logits)
+        joins = TABLE[field].over != NEGATIVES
+        if not TABLE[field].log_sum:
+            fields.append(side.fields[k] + logits if joins else side.fields[k])
             continue
         shift, total = side.parts[:, p.log_sums.index(field)]
-        if field != "lse_neg":
+        if joins:
             nothing = total == 0  # the shift of such a sum has no meaning; NaN is not 0, and stays
             larger = torch.where(nothing, logits, torch.maximum(shift, logits))
             total = torch.where(nothing, 0, total * (shift - larger).exp()) + (logits - larger).exp()
@@ -49,26 +51,28 @@ def join(p: Problem, statistics: Statistics) -> Statistics:
 
 def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, sweep: Gradients) -> Gradients:
     """The sweep's gradients with those of the extra positive, whose fields' gradients [W, S, N] are `grad`."""
-    if p.paired is None:
+    if p.positives is None:
         return sweep
-    x, y, b, similarity = _pairs(p, p.paired, saved.anchor_inverse_norms)
+    x, y, b, similarity = _pairs(p, p.positives, saved.anchor_inverse_norms)
     logits = p.logit_scale[:, None] * similarity
     g = torch.zeros_like(logits)
     for k, field in enumerate(p.want):
-        if field == "sum_pos":
+        if TABLE[field].over == NEGATIVES:
+            continue
+        if not TABLE[field].log_sum:
             g = g + grad[k]
-        elif field != "lse_neg":
+        else:
             shift, total = saved.anchors.parts[:, p.log_sums.index(field)]
             g = g + grad[k] / total * (logits - shift).exp()
     of_scale = (g * similarity).double().sum(1)  # as training converges it cancels what the sweep has
     dt = (p.logit_scale[:, None] * g).sum(0)[:, None]  # [N, 1]
 
     def rows(towards: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-        return through_normalization(dt * towards, unit, inverse) if p.normalize_anchors else dt * towards
+        return through_normalization(dt * towards, unit, inverse) if p.anchors.normalize else dt * towards
 
     return sweep._replace(
         anchors=None if sweep.anchors is None else sweep.anchors + rows(y, x, saved.anchor_inverse_norms),
-        paired=rows(x, y, b) if needs.paired else None,
+        positives=rows(x, y, b) if needs.positives else None,
         logit_scale=None if sweep.logit_scale is None else sweep.logit_scale.double() + of_scale,
     )
 
@@ -80,10 +84,10 @@ class _Pairs(NamedTuple):
     similarity: Tensor  # [N]
 
 
-def _pairs(p: Problem, paired: Tensor, anchor_inverse_norms: Tensor) -> _Pairs:
-    x, y = p.anchors.to(p.dtype), paired.to(p.dtype)
+def _pairs(p: Problem, positives: Tensor, anchor_inverse_norms: Tensor) -> _Pairs:
+    x, y = p.anchors.values.to(p.dtype), positives.to(p.dtype)
     inverse = y.new_empty(0)
-    if p.normalize_anchors:
+    if p.anchors.normalize:
         inverse = inverse_norms(y)
         x, y = x * anchor_inverse_norms[:, None], y * inverse[:, None]
     return _Pairs(x, y, inverse, (x * y).sum(1))

@@ -1,0 +1,117 @@
+"""Options of the losses: one record for module, functional form, presets and repr."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+
+from ..checks import check_flag, check_option, finite_number
+from ..distributed import MODES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMS = ("outside", "inside")
+DENOMINATORS = ("all", "negatives")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossOptions(NamedTuple):
+    """The options of `ClusterInfoNCE`, which describes them, and their defaults."""
+
+    form: str = "outside"
+    denominator: str = "all"
+    margin: float = 0.0
+    label_smoothing: float = 0.0
+    symmetric: bool = False
+    normalize: bool = True
+    reduction: str = "mean"
+    gather: bool | str = False
+
+    def checked(self) -> LossOptions:
+        """The options, numbers as floats; ValueError or TypeError names one that is out of range."""
+        check_option("form", self.form, FORMS)
+        check_option("denominator", self.denominator, DENOMINATORS)
+        margin = finite_number("margin", self.margin)
+        if margin < 0:
+            raise ValueError(f"margin: expected a number of at least 0, got {margin}")
+        smoothing = finite_number("label_smoothing", self.label_smoothing)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number of at least 0 and below 1, got {smoothing}")
+        if smoothing and (self.form, self.denominator, margin) != ("outside", "all", 0):
+            form, denominator = self.form, self.denominator
+            raise ValueError(
+                "label_smoothing: expected 0 unless form='outside', denominator='all' and margin=0; "
+                f"got {smoothing} with form={form!r}, denominator={denominator!r}, margin={margin}"
+            )
+        check_flag("symmetric", self.symmetric)
+        check_flag("normalize", self.normalize)
+        check_option("reduction", self.reduction, REDUCTIONS)
+        check_option("gather", self.gather, MODES)
+        # Not by _replace, which torch 2.6 does not compile.
+        return LossOptions(
+            self.form, self.denominator, margin, smoothing, self.symmetric, self.normalize, self.reduction, self.gather
+        )
+
+
+class OptionKeywords(TypedDict, total=False):
+    """`LossOptions` as keywords, for type checkers."""
+
+    form: str
+    denominator: str
+    margin: float
+    label_smoothing: float
+    symmetric: bool
+    normalize: bool
+    reduction: str
+    gather: bool | str
+
+
+# Options that are shown only where they are set.
+_SHOWN_IF_SET = ("label_smoothing", "gather")
+
+
+def options_of(module: nn.Module) -> LossOptions:
+    """The options that a module has as attributes."""
+    return LossOptions(*[getattr(module, name) for name in LossOptions._fields])
+
+
+def shown_options(module: nn.Module, names: tuple[str, ...] = LossOptions._fields) -> str:
+    """For `extra_repr`, each option behind a comma."""
+    values = {name: getattr(module, name) for name in names}
+    shown = (item for item in values.items() if item[0] not in _SHOWN_IF_SET or item[1])
+    return "".join(f", {name}={value!r}" for name, value in shown)
+
+
+def parse_options(
+    owner: str,
+    given: Mapping[str, Any],
+    names: tuple[str, ...] = LossOptions._fields,
+    fixed: Mapping[str, Any] | None = None,
+) -> LossOptions:
+    """Options from keywords, of which `owner` takes those in `names`, and those that it fixes."""
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{owner}: expected options out of {', '.join(names)}; got {name!r}")
+    return LossOptions(**given, **(fixed or {}))
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes_options(*names: str) -> Callable[[F], F]:
+    """Spells out the options that a function takes as ``**options``, all of them without names, in its signature."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        kinds = OptionKeywords.__annotations__
+        for name in names or LossOptions._fields:
+            default = LossOptions._field_defaults[name]
+            kind = getattr(kinds[name], "__forward_arg__", kinds[name])
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return decorate

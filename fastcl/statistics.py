@@ -228,8 +228,8 @@ def contrastive_stats(
         contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency). -inf leaves the
             contrast out of every set and count; as a row of the other direction it has no admissible anchors.
         anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
-        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, ``"sum_all"``, and, for reading only, without
-            a gradient, of ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.
+        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, ``"sum_all"``, and, without a
+            gradient, of ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.
         both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
         anchor_assignments: ``[N, C]`` floating, >= 0, in place of clusters: contrast j is a positive of weight
             w_ij = <r_i, r_j>. ``sum_pos`` is then the sum of w_ij s_ij over A_i, ``num_pos`` that of w_ij, and

@@ -300,7 +300,7 @@ template <class Mul> struct Sweep {
       if (!(norm > 0 && norm <= FAR)) norm = far_norm(x, buffer, norm, power);
       a = norm == 0 || norm > FAR ? T(0) : T(1 / larger(norm, NORM_FLOOR));
       s.powers[i] = power;
-    }
+    } else if (!(norm <= LARGEST) && is_infinite(x)) a = T(__builtin_nan("")); // its logits of -inf would drop out of sums
     most = larger_or_nan(most, T(norm) * a);
     s.inverse_norms[i] = a;
     return read(s, i, buffer);
@@ -314,6 +314,11 @@ template <class Mul> struct Sweep {
     power = T(__builtin_ldexp(1, -__builtin_ilogb(most) + 1)); // no subnormal number
     for (int64_t k = 0; k < d; k++) buffer[k] = x[k] * power;
     return __builtin_sqrt(dot<double>(buffer, buffer, d));
+  }
+  FASTCL_NOINLINE bool is_infinite(const T *x) const {
+    for (int64_t k = 0; k < d; k++)
+      if (__builtin_isinf(x[k])) return true;
+    return false;
   }
   T whole_inverse_norm(const Side<Mul> &s, int64_t i) const { // of the row as it came
     return s.normalize && !left_out(s, i) ? s.inverse_norms[i] * s.powers[i] : s.inverse_norms[i];

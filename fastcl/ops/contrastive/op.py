@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..library import LIBRARY, intercepted, register, without_autocast
-from . import chunked, cpu, cuda, extra_positive, linear, reference, triton
+from . import chunked, cpu, cuda, extra_positive, infinite, linear, reference, triton
 from .backend import Backend
 from .observed import PARTS
 from .records import (
@@ -77,7 +77,8 @@ def gradients(
 
 def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
     """All wanted fields, but for the extra positive."""
-    return linear.add(problem, backend.forward(linear.without(problem)))
+    found = backend.forward(linear.without(problem))
+    return linear.add(problem, found if backend is cpu else infinite.mark(problem, found))
 
 
 def swept_gradients(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..contrastive import chunked, reference
+from ..contrastive import chunked, infinite, reference
 from ..contrastive.records import (
     ARGUMENTS,
     PLACES,
@@ -71,7 +71,8 @@ def _parsed(args: Sequence[Any]) -> tuple[Problem, SoftBackend]:
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     problem, backend = _parsed(args)
     with without_autocast(problem.device):
-        anchors, contrasts, *norms, _ = backend.forward(problem)
+        found = backend.forward(problem)
+        anchors, contrasts, *norms, _ = found if backend is cpu else infinite.mark(problem, found)
 
     def outputs(side: Side) -> tuple[Tensor, ...]:
         num_pos, size = side.counts

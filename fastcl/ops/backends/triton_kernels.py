@@ -17,7 +17,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 # Marks the bias of a contrast that is left out. -inf cannot: a finite bias times log2(e) may become -inf.
 LEFT_OUT = tl.constexpr(float("inf"))
-# To base 2. HEADROOM: largest logit after the shift. WIDE: with a larger bound on logits, running maxima from the start.
+# To base 2. HEADROOM: largest logit after the shift. WIDE: bound on logits above which running maxima are used at once.
 HEADROOM, WIDE = tl.constexpr(64.0), tl.constexpr(150.0)
 LOWEST = tl.constexpr(-1e38)  # initial running maximum: finite, so that differences are never NaN
 

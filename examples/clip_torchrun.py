@@ -15,7 +15,7 @@ import fastcl
 
 
 class TwoTowers(nn.Module):
-    """Holds the loss and its learned temperature, so that DistributedDataParallel averages the temperature's gradient too."""
+    """Includes the loss, so that DistributedDataParallel also averages the gradient of the learned temperature."""
 
     def __init__(self) -> None:
         super().__init__()

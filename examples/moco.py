@@ -27,7 +27,7 @@ def main(steps: int = 150) -> float:
             for own, other in zip(slow.parameters(), encoder.parameters(), strict=True):
                 own.lerp_(other, 0.05)
             keys = slow(key)
-        loss = criterion(encoder(query), positives=keys, contrasts=queue, ids=index)  # ids exclude an image's stale keys
+        loss = criterion(encoder(query), positives=keys, contrasts=queue, ids=index)  # ids exclude the own stale keys
         queue.enqueue(keys, ids=index)
         optimizer.zero_grad()
         loss.backward()

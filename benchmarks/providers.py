@@ -164,7 +164,7 @@ def _linear_cross_entropy(case: Case) -> Loss:
     if case.loss == "self":
         raise CannotPoseError("a row's own logit cannot be left out of its classes, nor can it have several positives")
     if case.loss == "queue":
-        raise CannotPoseError("each anchor has a class of its own, its key")
+        raise CannotPoseError("each anchor has its own class, its key")
     return _call(formulas.linear_cross_entropy_two_sets, case)
 
 
@@ -211,7 +211,7 @@ def _both_directions(case: Case, one_way: Callable[[Tensor, Tensor, Tensor], Ten
     if case.loss == "self":
         raise CannotPoseError("a row's own logit cannot be left out of its classes, nor can it have several positives")
     if case.loss == "queue":
-        raise CannotPoseError("each anchor has a class of its own, its key")
+        raise CannotPoseError("each anchor has its own class, its key")
 
     def loss(inputs: Inputs) -> Tensor:
         assert inputs.contrasts is not None

@@ -182,7 +182,7 @@ def ours(rows: Sequence[Row]) -> Row | None:
 
 
 def summary(rows: Sequence[Row], cases: Sequence[Key]) -> list[str]:
-    """A table with a line for each case: fastcl's fastest backend, and how it stands."""
+    """A table with one line per case: fastcl's fastest backend, and its comparison with peers."""
     lines = [
         "| forward + backward | fastcl | time | over eager | over torch.compile | extra memory (eager) | of peak "
         "| fastest of all |",

@@ -209,7 +209,7 @@ def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
 
 def _busy(rows: list[Row]) -> str:
     share = max((row["taken_by_others"] or 0 for row in rows), default=0)
-    return f" **The machine was not idle**: other programs used up to {share:.0%} of it." if share > BUSY else ""
+    return f" **The machine was not quiet**: other programs took up to {share:.0%} of it." if share > BUSY else ""
 
 
 def run(folder: Path, device: torch.device, quick: bool, circumstances: str, only: str = "") -> list[Row]:

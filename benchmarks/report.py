@@ -149,7 +149,7 @@ def _disturbed(rows: Sequence[Row]) -> list[str]:
     shares = [row["taken_by_others"] for row in rows if row["suite"] and row["taken_by_others"] is not None]
     if max(shares, default=0) <= BUSY:
         return []
-    return [f"- **The machine was not idle**: other programs used up to {100 * max(shares):.0f} % of it during a case"]
+    return [f"- **The machine was not quiet**: other programs took up to {100 * max(shares):.0f} % of it during a case"]
 
 
 def _one_line(text: str) -> str:

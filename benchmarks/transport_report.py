@@ -82,7 +82,7 @@ def page(rows: Sequence[Row]) -> str:
     ]
     if busiest > BUSY:
         lines.append(
-            f"- **The machine was not idle**: other programs used up to {100 * busiest:.0f} % of it during a case"
+            f"- **The machine was not quiet**: other programs took up to {100 * busiest:.0f} % of it during a case"
         )
     lines += ["", f"![How many times faster fastcl is than each solver]({PLOT})", ""]
     for name, chosen in _cases(rows).items():

@@ -1,1 +1,1 @@
-"""Speed, memory and error of fastcl and of its peers, side by side: ``python -m benchmarks``; docs/performance.md."""
+"""Compares speed, memory and error of fastcl and its peers: ``python -m benchmarks``; see docs/performance.md."""

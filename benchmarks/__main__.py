@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measures, writes rows, and draws the report from them."""
+"""``python -m benchmarks``: measures, writes rows, and generates the report from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 
 def _apart() -> dict[str, Any]:
-    """Suites whose peers, rows and pages are their own, by name."""
+    """The suites with their own peers, rows and pages, by name."""
     from benchmarks import many, nearest, queue_step, transport_report
 
     return {module.SUITE: module for module in (transport_report, queue_step, nearest, many)}
@@ -32,23 +32,23 @@ def _parser() -> argparse.ArgumentParser:
 
     suites = [*SUITES, *_apart()]
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Speed, memory and error of fastcl and of its peers, side by side."
+        prog="python -m benchmarks", description="Compares speed, memory and error of fastcl and its peers."
     )
-    parser.add_argument("--suite", nargs="+", choices=suites, default=suites, help="default: all of them")
+    parser.add_argument("--suite", nargs="+", choices=suites, default=suites, help="default: all suites")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="few and small cases, below two minutes on two cores")
-    parser.add_argument("--autotune", action="store_true", help="let the Triton kernels choose their tiles by time")
-    parser.add_argument("--json", action="store_true", help="print the rows, and nothing else, as JSON lines")
-    parser.add_argument("--only", metavar="TEXT", default="", help="of these, the cases whose name has TEXT in it")
+    parser.add_argument("--quick", action="store_true", help="few and small cases: under two minutes on two cores")
+    parser.add_argument("--autotune", action="store_true", help="choose the Triton kernels' tiles by time")
+    parser.add_argument("--json", action="store_true", help="print only the rows, as JSON lines")
+    parser.add_argument("--only", metavar="TEXT", default="", help="run only the cases whose name contains TEXT")
     parser.add_argument(
         "--out", type=Path, help="folder for rows, report and plots (default: runs/benchmarks/MACHINE, not tracked by "
-        "git); rows of other suites, with --only of other cases, that it holds already stay"
+        "git); keeps its rows of other suites, and with --only its rows of other cases"
     )  # fmt: skip
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="measure nothing: write the report of the rows in DIR again"
+        "--report", type=Path, metavar="DIR", help="measure nothing: generate the report of the rows in DIR again"
     )
     parser.add_argument(
-        "--readme", action="store_true", help="also put the plot and the table of these rows into README.md"
+        "--readme", action="store_true", help="also write the plot and the table of these rows into README.md"
     )
     return parser
 
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--only: no case of these suites has {options.only!r} in its name")
         folder_of_rows = folder
 
-        def keep(rows: list[Row]) -> None:  # after every case: a run that is stopped has not been for nothing
+        def keep(rows: list[Row]) -> None:  # called after every case, so that a stopped run keeps its results
             report.write_rows(folder_of_rows, rows, ())
 
         rows = _measure(chosen, device, options.quick, options.json, keep)

@@ -1,4 +1,4 @@
-"""What is measured: the suites, the inputs of a case, and the arithmetic that it takes at least."""
+"""What is measured: the suites, the inputs of a case, and its minimum number of operations."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.nn import functional as F
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
 KINDS = ("random", "converged")
-# One temperature for both kinds of rows, so that nothing is compiled twice. It is the one at which converged rows are
-# hardest: their loss is the small difference of two numbers near 20.
+# One temperature for both kinds of rows, so that nothing is compiled twice. It is hard for converged rows: their loss
+# is the small difference of two numbers near 20.
 TEMPERATURE = 0.05
-NOISE = 0.3  # of converged rows, around the unit-variance centre that rows of a cluster share
+NOISE = 0.3  # standard deviation of converged rows around the centre of their cluster, which has unit variance
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one call, the same for every provider. Those of `leaves` require a gradient."""
+    """The tensors of one call, the same for every provider. The `leaves` require a gradient."""
 
     anchors: Tensor  # [N, D]
-    clusters: Tensor | None = None  # [N] int64, of a self-contrast
-    contrasts: Tensor | None = None  # [M, D], of two sets
+    clusters: Tensor | None = None  # [N] int64, for a self-contrast
+    contrasts: Tensor | None = None  # [M, D], for two sets
     keys: Tensor | None = None  # [N, D], the positives of a queue loss
-    queue: Tensor | None = None  # [M, D], unit rows as a queue stores them
+    queue: Tensor | None = None  # [M, D], the unit rows of a queue
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -35,12 +35,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. `loss` says which:
+    """One problem. Values of `loss`:
 
-    - ``"self"``: ClusterInfoNCE of N rows against each other, in clusters of `cluster_size` rows. Clusters of two lie
-      side by side, as the views of a sample do; larger ones are shuffled.
-    - ``"two sets"``: the CLIP loss, mean of both directions, row i of one set with row i of the other; both gradients.
-    - ``"queue"``: MoCo's loss, a key per anchor and M stored rows that are negatives only; the anchors' gradient.
+    - ``"self"``: ClusterInfoNCE, self-contrast of N rows in clusters of `cluster_size` rows. The rows of a cluster of
+      two are adjacent, like the views of a sample; larger clusters are shuffled.
+    - ``"two sets"``: the CLIP loss, the mean of both directions; row i of one set is paired with row i of the other;
+      both gradients.
+    - ``"queue"``: MoCo's loss, one key per anchor and M stored rows as negatives; the anchors' gradient.
     """
 
     suite: str
@@ -57,7 +58,7 @@ class Case:
 
     @property
     def problem(self) -> str:
-        """What is computed, sizes aside."""
+        """What is computed, without sizes."""
         if self.loss == "self":
             return "self-contrast, " + ("pairs" if self.cluster_size == 2 else "4 clusters")
         return self.loss
@@ -68,12 +69,12 @@ class Case:
         return f"{self.problem}, {size}, D={self.d}, {self.dtype_name}"
 
     def flops(self, direction: str) -> int:
-        """Floating-point operations of the products that the case takes at least, whoever computes it and however.
+        """The least number of floating-point operations in matrix products that the case requires.
 
-        A self-contrast has symmetric logits: N² D for the upper triangle. Its gradient takes the triangle once more, as
-        no logit is stored, and 2 N² D for the product with the rows: 4 N² D. Two sets: 2 N M D for the logits and as
-        much for each of two gradients. A queue: the same with one gradient. Computing logits a second time (two
-        sets) or both triangles earns nothing.
+        A self-contrast has symmetric logits: N² D for the upper triangle. The backward computes the triangle again,
+        because no logit is stored, and takes 2 N² D for the product with the rows: 4 N² D in all. Two sets take 2 N M D
+        for the logits and for each of the two gradients, a queue the same with one gradient. Computing the logits of
+        two sets again, or both triangles, does not count.
         """
         pairs = self.n * self.m * self.d
         forward, both = {"self": (1, 4), "two sets": (2, 6), "queue": (2, 4)}[self.loss]
@@ -85,7 +86,7 @@ class Case:
         return rows * self.d * self.dtype.itemsize
 
     def inputs(self, kind: str, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        """Random rows, or converged ones: those that belong together lie close together, as late in training."""
+        """Random rows, or converged ones, in which rows of a cluster (or pair) are close, as late in training."""
         g = torch.Generator().manual_seed(seed)
 
         def near(centres: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class Case:
 
 
 def _self_contrast(suite: str, n: int, d: int, dtype: torch.dtype = torch.float32, clusters: int = 0) -> Case:
-    """Pairs, unless a number of clusters is given."""
+    """A self-contrast of pairs, or with the given number of clusters."""
     return Case(suite, "self", n, n, d, dtype, n // clusters if clusters else 2)
 
 
@@ -126,7 +127,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "small": tuple(_self_contrast("small", n, 128) for n in (64, 128, 256, 512)),
     "memory": tuple(Case("memory", "queue", n, 65536, 128) for n in (256, 4096)),
 }
-# On a GPU: sizes at which it has something to do, and so few that all of them take minutes.
+# For a GPU: sizes large enough to fill it, and few enough to take minutes in all.
 GPU_SUITES: dict[str, tuple[Case, ...]] = {
     "infonce": (
         _self_contrast("infonce", 16384, 256, BF16),
@@ -146,7 +147,7 @@ QUICK: dict[str, tuple[Case, ...]] = {
 
 
 def cases(suites: Sequence[str], quick: bool, device: str = "cpu") -> list[Case]:
-    """The cases of the named suites for a device, in order. Raises ValueError for a suite that there is not."""
+    """The cases of the named suites for a device, in order. Raises ValueError for an unknown suite."""
     unknown = [name for name in suites if name not in SUITES]
     if unknown:
         raise ValueError(f"suite: expected some of {', '.join(SUITES)}, got {', '.join(unknown)}")

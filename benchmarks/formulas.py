@@ -1,7 +1,7 @@
-"""The losses as a competent user writes them in plain PyTorch: the baselines, and what torch.compile is given.
+"""The losses as a competent user writes them in plain PyTorch: the baselines, also compiled by torch.compile.
 
-None knows more than the caller does: masks are built from the ids in every call, as every batch has its own. Rows of
-16 bits are widened, unless `product` asks for products in them.
+Every call builds masks from the ids, because every batch has its own ids. Rows of 16 bits are converted to float32,
+unless `product` selects products in their dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def block_rows(m: int) -> int:
-    """Rows of logits at a time in the chunked forms, of M columns: some 32 MB, which is where larger gains nothing."""
+    """Rows of logits, with M columns, in a block of the chunked losses: about 32 MB; larger blocks are not faster."""
     return min(max(2**23 // m, 1), 1024)
 
 
@@ -33,7 +33,7 @@ def _logits(x: Tensor, y: Tensor, temperature: float, product: torch.dtype) -> T
 def self_contrast(
     anchors: Tensor, clusters: Tensor, temperature: float, product: torch.dtype = torch.float32
 ) -> Tensor:
-    """anchors [N, D], clusters [N]; every row has a positive."""
+    """anchors [N, D], clusters [N]; every row must have a positive."""
     z = _unit(anchors)
     logits = _logits(z, z, temperature, product)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -53,7 +53,7 @@ def two_sets(anchors: Tensor, contrasts: Tensor, temperature: float, product: to
 def queue(
     anchors: Tensor, keys: Tensor, stored: Tensor, temperature: float, product: torch.dtype = torch.float32
 ) -> Tensor:
-    """anchors, keys [N, D]; stored [M, D], unit rows, which half precision has rounded: none is quite of length 1."""
+    """anchors, keys [N, D]; stored [M, D], normalised again because half precision rounds them."""
     z = _unit(anchors)
     positive = (z * _unit(keys)).sum(1) / temperature
     negatives = _logits(z, _unit(stored), temperature, product).logsumexp(1)
@@ -65,7 +65,7 @@ def _checkpointed(block: Callable[..., Any], *tensors: Any) -> Any:
 
 
 def chunked_self_contrast(anchors: Tensor, clusters: Tensor, temperature: float) -> Tensor:
-    """As `self_contrast`; the logits of a block of rows at a time, computed again in the backward."""
+    """`self_contrast` in blocks of rows; the backward recomputes the logits."""
     z = _unit(anchors)
     block = block_rows(len(z))
 
@@ -83,7 +83,7 @@ def chunked_self_contrast(anchors: Tensor, clusters: Tensor, temperature: float)
 
 
 def chunked_two_sets(anchors: Tensor, contrasts: Tensor, temperature: float) -> Tensor:
-    """As `two_sets`; each block gives its rows' log-sum-exps and its share of every column's."""
+    """`two_sets` in blocks of rows; each block gives its rows' log-sum-exps and its part of every column's."""
     x, y = _unit(anchors), _unit(contrasts)
     block = block_rows(len(y))
 
@@ -97,7 +97,7 @@ def chunked_two_sets(anchors: Tensor, contrasts: Tensor, temperature: float) -> 
 
 
 def chunked_queue(anchors: Tensor, keys: Tensor, stored: Tensor, temperature: float) -> Tensor:
-    """As `queue`, a block of rows at a time."""
+    """`queue` in blocks of rows."""
     z, stored = _unit(anchors), _unit(stored)
     positive = (z * _unit(keys)).sum(1) / temperature
     block = block_rows(len(stored))
@@ -110,7 +110,7 @@ def chunked_queue(anchors: Tensor, keys: Tensor, stored: Tensor, temperature: fl
 
 
 def linear_cross_entropy_two_sets(anchors: Tensor, contrasts: Tensor, temperature: float) -> Tensor:
-    """As `two_sets`, the other set as the weight of a classifier; torch's own chunking."""
+    """`two_sets` with the other set as the weight of a classifier, and torch's own chunking."""
     x, y = _unit(anchors), _unit(contrasts)
     target = torch.arange(len(x), device=x.device)
     options = torch.nn.LinearCrossEntropyOptions()

@@ -1,4 +1,4 @@
-"""Where and with what a run was made."""
+"""The machine and the commit of a run."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def slug(name: str, threads: int, device: torch.device) -> str:
 
 
 class Others:
-    """How much of the machine other programs take between this object's making and a look at `share`."""
+    """The share of the machine that other programs use from the creation of this object to a call of `share`."""
 
     def __init__(self) -> None:
         self._start = self._read()
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds: of all processors, of those in which they worked, of those in which they worked for us."""
+        """Processor seconds: in all, busy, and used by this process."""
         try:
             user, nice, system, idle, wait, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
         except (OSError, ValueError):
@@ -53,10 +53,10 @@ class Others:
         tick = os.sysconf("SC_CLK_TCK")
         own = os.times()
         busy = user + nice + system + sum(rest)
-        return (busy + idle + wait) / tick, busy / tick, sum(own[:4])  # with those of processes that it has waited for
+        return (busy + idle + wait) / tick, busy / tick, sum(own[:4])  # includes child processes that have ended
 
     def share(self) -> float | None:
-        """None where the system does not say."""
+        """None if the system does not provide the numbers."""
         now = self._read()
         if self._start is None or now is None:
             return None
@@ -65,7 +65,7 @@ class Others:
 
 
 def commit() -> str:
-    """The commit that was measured, "+" after it where tracked files differ; "unknown" outside a checkout."""
+    """The measured commit, with "+" if tracked files differ from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Suite ``distributed``: losses of the rows of two processes (gloo, one thread each), forward and backward."""
+"""Suite ``distributed``: losses over the rows of two processes (gloo, one thread each), forward and backward."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from fastcl.ops.backends.choose import AVAILABLE
 
 SUITE, PAGE = "distributed", "distributed.md"
 PROCESSES = 2
-BUSY = 0.05  # of the machine taken by others, above which the page says so
+BUSY = 0.05  # share of the machine used by other programs above which the page warns
 EAGER, WHOLE, OPEN_CLIP, LIGHTLY, INF_CL = "eager", "eager, all logits", "open_clip", "lightly", "Inf-CL"
 NOTE = (
-    f"float32, {PROCESSES} processes of gloo on this machine, one thread each. Loss and gradients of each process's "
-    "rows, collectives included; times of the first process. *eager*: rows gathered with gradient, each process's own "
-    "logits (open_clip's `local_loss`); *all logits*: every process forms the whole matrix. Error: of the loss and of "
-    "a process's gradient, relative, the larger one, from float64 in one process."
+    f"float32, {PROCESSES} gloo processes on this machine, one thread each. Loss and gradients of each process's "
+    "rows, collectives included; times of the first process. *eager*: gathers rows with gradient, and each process "
+    "computes its own logits (open_clip's `local_loss`); *all logits*: every process computes the whole matrix. Error: "
+    "the relative error of the loss or of a process's gradient, whichever is larger, against float64 in one process."
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of each process: two sets, both directions; or two views of half as many samples, among themselves."""
+    """`rows` per process: two sets in both directions, or a self-contrast of two views of half as many samples."""
 
     rows: int
     two_sets: bool
@@ -49,7 +49,7 @@ class Case:
         return f"{'two sets' if self.two_sets else 'self-contrast, pairs'}, {PROCESSES} x {self.rows}, D={self.d}"
 
     def sets(self) -> tuple[Tensor, Tensor]:
-        """Of all processes, [rows, D] each; of self-contrast the two views."""
+        """The two sets, or the two views, of all processes together: [rows, D] each."""
         g = torch.Generator().manual_seed(0)
         rows = PROCESSES * (self.rows if self.two_sets else self.rows // 2)
         left, right = (torch.randn(rows, self.d, generator=g) for _ in range(2))
@@ -59,11 +59,11 @@ class Case:
 CASES = (Case(2048, True), Case(512, True), Case(2048, False))
 QUICK = (Case(256, True),)
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of this process's two sets or views
+Loss = Callable[[Tensor, Tensor], Tensor]  # takes this process's two sets or views
 
 
 def formula(case: Case, left: Tensor, right: Tensor) -> Tensor:
-    """Of one process that has all rows."""
+    """The loss on one process that has all rows."""
     left, right = F.normalize(left, dim=1), F.normalize(right, dim=1)
     if case.two_sets:
         logits = left @ right.T / TEMPERATURE
@@ -77,13 +77,13 @@ def formula(case: Case, left: Tensor, right: Tensor) -> Tensor:
 def _gathered(rows: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_gather
 
-    with warnings.catch_warnings():  # newer versions of torch would rather have another one; peers call this
+    with warnings.catch_warnings():  # newer versions of torch deprecate this function, but the peers call it
         warnings.simplefilter("ignore", FutureWarning)
         return torch.cat(all_gather(rows))
 
 
 def eager(case: Case, left: Tensor, right: Tensor) -> Tensor:
-    """As open_clip's local loss, and as lightly's with `gather_distributed`."""
+    """The method of open_clip's local loss, and of lightly with `gather_distributed`."""
     left, right = F.normalize(left, dim=1), F.normalize(right, dim=1)
     all_left, all_right = _gathered(left), _gathered(right)
     place = torch.arange(len(left)) + dist.get_rank() * len(left)
@@ -122,7 +122,7 @@ def _open_clip(left: Tensor, right: Tensor) -> Tensor:
 
 
 def losses(case: Case) -> tuple[dict[str, tuple[Loss, str]], dict[str, str]]:
-    """By name, with the package whose version counts; and who is missing, and why."""
+    """Losses by name, each with the package that gives its version; and missing providers with the reason."""
     found: dict[str, tuple[Loss, str]] = {}
     for backend in ("cpu", "chunked"):
         if backend in AVAILABLE:
@@ -156,7 +156,7 @@ def _process(rank: int, case: Case, folder: str, effort: dict[str, Any]) -> None
 
     names = list(found)
     order = torch.zeros(1, dtype=torch.int64)
-    if rank > 0:  # does what the first process does: a name's place, or the end
+    if rank > 0:  # follows the first process, which broadcasts the index of a name, or -1 to end
         while True:
             dist.broadcast(order, 0)
             if order.item() < 0:
@@ -190,7 +190,7 @@ def _process(rank: int, case: Case, folder: str, effort: dict[str, Any]) -> None
 
 
 def truth(case: Case) -> tuple[Tensor, ...]:
-    """The loss of all rows in float64, and the first process's gradients: those of its own, times the number."""
+    """The loss of all rows in float64, and the first process's gradients, times the number of processes."""
     left, right = (rows.double().requires_grad_() for rows in case.sets())
     value = formula(case, left, right)
     gradients = torch.autograd.grad(value, (left, right))
@@ -198,7 +198,7 @@ def truth(case: Case) -> tuple[Tensor, ...]:
 
 
 def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
-    """A row for each. `effort`: `measure.alternate`'s."""
+    """A row per provider. effort: options of `measure.alternate`."""
     with tempfile.TemporaryDirectory() as folder:
         watch = machine.Others()
         spawn(_process, (case, folder, effort), nprocs=PROCESSES)
@@ -213,7 +213,7 @@ def _busy(rows: list[Row]) -> str:
 
 
 def run(folder: Path, device: torch.device, quick: bool, circumstances: str, only: str = "") -> list[Row]:
-    """Measures the suite, and writes its rows and page into `folder`."""
+    """Measures the suite and writes its rows and page into `folder`."""
     rows: list[Row] = []
     for case in QUICK if quick else CASES:
         if only in case.name:

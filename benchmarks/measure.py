@@ -1,4 +1,4 @@
-"""Times: warm-up, alternation, percentiles, and ratios pair by pair."""
+"""Timing: alternation of providers, percentiles, and ratios within rounds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from benchmarks.cases import BOTH, Inputs
 
 Step = Callable[[], object]
-Timer = Callable[[Step, int], float]  # seconds of so many calls, one after the other
+Timer = Callable[[Step, int], float]  # seconds of a number of consecutive calls
 
 PERCENTILES = (20, 50, 80)
-ROUNDS = (5, 40)  # at least, at most
-SECONDS = 2.0  # of samples of one provider at most, once ROUNDS[0] are taken
-SAMPLE_SECONDS = 2e-3  # a sample is at least so long: as many calls as that takes
+ROUNDS = (5, 40)  # fewest and most
+SECONDS = 2.0  # of samples of the slowest provider, which limits the rounds beyond ROUNDS[0]
+SAMPLE_SECONDS = 2e-3  # least duration of a sample, which makes as many calls as that takes
 
 
 def clock_timer(clock: Callable[[], float] = time.perf_counter) -> Timer:
@@ -48,9 +48,9 @@ def timer_for(device: torch.device) -> Timer:
 
 
 def training_step(loss: Callable[[Inputs], Tensor], sets: Sequence[Inputs], direction: str) -> Callable[[], Tensor]:
-    """What a training step does with a loss: gradients dropped, forward with its graph, and the backward if asked.
+    """What a training step does with a loss: clear the gradients, forward with a graph, and for BOTH the backward.
 
-    `sets` take turns: on a GPU, rows that are still in its cache from the call before would flatter.
+    Calls alternate between `sets`: on a GPU, rows that the previous call left in the cache would make it too fast.
     """
     turns = itertools.cycle(sets)
 
@@ -68,16 +68,16 @@ def training_step(loss: Callable[[Inputs], Tensor], sets: Sequence[Inputs], dire
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of one call, one number a round. Round r of all providers lies close together in time."""
+    """Seconds of one call, one number per round. All providers are measured close together in time in each round."""
 
     seconds: dict[str, list[float]]
-    calls: dict[str, int]  # in a sample
+    calls: dict[str, int]  # per sample
 
     def percentiles(self, name: str) -> tuple[float, ...]:
         return percentiles(self.seconds[name])
 
     def ratio(self, name: str, baseline: str) -> tuple[float, ...]:
-        """Percentiles of how many times faster `name` is than `baseline`, round by round."""
+        """Percentiles over rounds of how many times faster `name` is than `baseline`."""
         pairs = zip(self.seconds[name], self.seconds[baseline], strict=True)
         return percentiles([theirs / ours for ours, theirs in pairs])
 
@@ -89,10 +89,10 @@ def percentiles(values: Sequence[float]) -> tuple[float, ...]:
 def alternate(
     steps: Mapping[str, Step], timer: Timer, *, rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS
 ) -> Samples:
-    """Times every step in turn, round after round, every other round backwards so that a drift favours nobody.
+    """Times all steps in turn, round after round, in reverse order in every other round, so that a drift cancels.
 
-    A sample is of as many calls as last SAMPLE_SECONDS. The number of rounds is the same for all: as many as the
-    slowest step does in `seconds`, within `rounds`. The steps have been called before.
+    A sample makes as many calls as take SAMPLE_SECONDS. All steps have the same number of rounds: as many as the
+    slowest step does in `seconds`, within `rounds`. Call every step once before, as warm-up.
     """
     calls, longest = {}, 0.0
     for name, step in steps.items():

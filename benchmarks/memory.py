@@ -1,4 +1,4 @@
-"""Peak memory beyond the inputs, measured in a process of its own."""
+"""Peak memory beyond the inputs, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from benchmarks.measure import training_step
 from benchmarks.providers import Provider
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-LEFT_TO_OTHERS = 2**29  # bytes of the machine's free memory that a measurement may not take
+LEFT_TO_OTHERS = 2**29  # bytes of the machine's free memory that a measurement may not use
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes above what the process held before forward and backward. The gradients are among them."""
+    """Bytes above the memory that the process held before forward and backward, gradients included."""
 
     extra: int
     source: str
@@ -36,13 +36,13 @@ class TooLargeError(Exception):
 
 
 def measure(case: Case, provider: Provider, device: torch.device, threads: int) -> Peak:
-    """Runs the provider in a fresh process that may not take more memory than the machine has free.
+    """Runs the provider in a new process that is limited to the machine's free memory.
 
     Raises:
-        TooLargeError: it wanted more.
-        RuntimeError: it raised something else; the message says what.
+        TooLargeError: the provider needs more memory.
+        RuntimeError: the provider raised another error; the message has its text.
     """
-    if device.type == "cuda":  # whose allocator counts by itself, and which compiles once for this process
+    if device.type == "cuda":  # here: the CUDA allocator counts, and a new process would compile again
         return _here(case, provider, device)
     context = _processes()
     here, there = context.Pipe(duplex=False)
@@ -54,9 +54,9 @@ def measure(case: Case, provider: Provider, device: torch.device, threads: int) 
             kind, value = here.recv()
     except EOFError:
         child.join()
-        # The kernel kills a process that takes memory nobody has, without asking it.
+        # If memory runs out, the kernel kills the process with SIGKILL.
         if child.exitcode == -9:
-            raise TooLargeError("the process was killed, as a rule for want of memory") from None
+            raise TooLargeError("the process was killed, most likely because memory ran out") from None
         raise RuntimeError(f"the measuring process ended with status {child.exitcode}") from None
     child.join()
     if kind == "peak":
@@ -66,7 +66,7 @@ def measure(case: Case, provider: Provider, device: torch.device, threads: int) 
 
 
 def _processes() -> Any:
-    """New processes come from one that has imported torch and run nothing; from scratch where there is no such way."""
+    """Starts processes from a server that has imported torch and run nothing; where there is none, from scratch."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -75,7 +75,7 @@ def _processes() -> Any:
 
 
 def available() -> int | None:
-    """Bytes that a new process can have, None where the system does not say."""
+    """Bytes that a new process may use; None if the system does not say."""
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
@@ -109,7 +109,7 @@ def _limit(extra: int) -> None:
     import resource
 
     held = _bytes("VmData")
-    with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
+    with contextlib.suppress(ValueError, OSError):  # fails if a lower limit is already set
         resource.setrlimit(resource.RLIMIT_DATA, (held + extra, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
@@ -129,24 +129,24 @@ def _run(case: Case, provider: Provider, device: torch.device) -> Peak:
     try:
         _CLEAR.write_text("5")
     except OSError:
-        # The mark does not go down here: the first call counts, compilation and buffers that stay included.
+        # The mark cannot be reset here, so the first call is measured, including compilation and persistent buffers.
         return Peak(_first_call(step), "ru_maxrss of the first call")
     return Peak(_high_water(step, inputs.leaves), "VmHWM - VmRSS")
 
 
 def _settle(leaves: tuple[torch.Tensor, ...]) -> None:
-    """Gives back what the process holds and does not need."""
+    """Returns memory that the process no longer needs."""
     for leaf in leaves:
         leaf.grad = None
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    with contextlib.suppress(OSError, AttributeError):  # malloc_trim exists only in glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _high_water(step: Any, leaves: tuple[torch.Tensor, ...]) -> int:
-    step()  # compilation, thread pools, buffers that stay
+    step()  # warm-up: compilation, thread pools, persistent buffers
     _settle(leaves)
-    _CLEAR.write_text("5")  # the high-water mark falls to what is held now
+    _CLEAR.write_text("5")  # resets the high-water mark to the memory held now
     before = _bytes("VmRSS")
     step()
     return _bytes("VmHWM") - before

@@ -1,4 +1,4 @@
-"""Suite ``topk``: the k largest inner products of queries with keys, beside torch.topk of all of them and faiss."""
+"""Suite ``topk``: the k largest inner products of queries with keys, compared with torch.topk of all and with faiss."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fastcl.ops.topk.op import SEARCHES
 SUITE, PAGE = "topk", "topk.md"
 EAGER, FAISS = "eager", "faiss-cpu, flat"
 NOTE = (
-    "Unit rows, float32. Error: of the values, relative, from those of float64 rows. faiss: `IndexFlatIP.search`, its "
-    "keys added beforehand, with as many threads as torch."
+    "Unit rows, float32. Error: relative error of the values, against float64 rows. faiss: `IndexFlatIP.search`, with "
+    "its keys added beforehand, and with as many threads as torch."
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """N queries, M keys of dimension D, the k best."""
+    """The k best of M keys for N queries, all of dimension D."""
 
     n: int
     m: int
@@ -70,7 +70,7 @@ def _faiss(x: Tensor, y: Tensor) -> Callable[[int], Tensor]:
 
 
 def searches(case: Case, device: torch.device) -> tuple[dict[str, tuple[Search, str]], dict[str, str]]:
-    """By name the search and the package whose version counts; and who is missing, and why."""
+    """Searches by name, each with the package that gives its version; and missing providers with the reason."""
     x, y = case.rows(device)
     found: dict[str, tuple[Search, str]] = {
         f"fastcl {backend}": (partial(_fastcl, backend, x, y, case.k), "fastcl")
@@ -88,7 +88,7 @@ def searches(case: Case, device: torch.device) -> tuple[dict[str, tuple[Search, 
 
 
 def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
-    """A row for each. `effort`: `measure.alternate`'s."""
+    """A row per provider. effort: options of `measure.alternate`."""
     found, missing = searches(case, device)
     x, y = case.rows(device)
     truth = torch.cat([torch.topk(part.double() @ y.double().T, case.k).values for part in x.split(64)])
@@ -103,7 +103,7 @@ def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
 
 
 def run(folder: Path, device: torch.device, quick: bool, circumstances: str, only: str = "") -> list[Row]:
-    """Measures the suite, and writes its rows and page into `folder`."""
+    """Measures the suite and writes its rows and page into `folder`."""
     rows = [
         row
         for case in (QUICK if quick else CASES)

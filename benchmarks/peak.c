@@ -1,7 +1,7 @@
-/* The machine's peak of fused multiply-adds, single precision, and of bfloat16 dot products where it has them.
+/* Measures the machine's peak rate of single-precision fused multiply-adds, and of bfloat16 dot products if it has them.
  *
- * A shared library: so much work on so many threads, on registers alone, in chains of independent accumulators, enough
- * to hide the latency of the instruction. Compiled with -march=native and -ffp-contract=fast.
+ * A shared library that does a given amount of work on a given number of threads. It uses only registers, and enough
+ * independent accumulators to hide the instruction's latency. Compiled with -march=native and -ffp-contract=fast.
  */
 #include <pthread.h>
 #include <stdlib.h>
@@ -24,9 +24,9 @@
 
 typedef float lanes __attribute__((vector_size(BYTES)));
 
-static volatile float sink; /* what is computed must be used */
+static volatile float sink; /* uses the results, so that the compiler keeps the computation */
 
-/* Each returns the floating-point operations it did. */
+/* These functions return the number of floating-point operations that they did. */
 static double run_fma(void) {
     lanes a = {0}, b = {0}, c[CHAINS];
     a += 0.999f;
@@ -35,7 +35,7 @@ static double run_fma(void) {
     for (int step = 0; step < STEPS; step++) {
 #pragma GCC unroll 12
         for (int i = 0; i < CHAINS; i++) c[i] = c[i] * a + b;
-        __asm__ volatile("" : "+x"(a), "+x"(b)); /* loop-invariant to the machine, not to the compiler */
+        __asm__ volatile("" : "+x"(a), "+x"(b)); /* hides from the compiler that a and b are loop-invariant */
     }
     lanes sum = c[0];
     for (int i = 1; i < CHAINS; i++) sum += c[i];
@@ -81,7 +81,7 @@ const char *peak_name(int bf16) {
     return bf16 ? "" : NAME; /* empty: there is no such instruction */
 }
 
-/* Floating-point operations done; 0 if a thread could not be had. */
+/* Returns the number of floating-point operations; 0 if a thread could not be created. */
 double peak_work(int threads, int bf16, long repeats) {
     kernel run = run_fma;
     struct task *tasks = calloc((size_t)threads, sizeof *tasks);

@@ -1,7 +1,7 @@
-"""The machine's peak in floating-point operations a second, measured in the run whose times it is compared with.
+"""The machine's peak in floating-point operations per second, measured in the same run as the providers.
 
-A machine that is shared, or warm, is not as fast in one minute as in the next: so the peak is a step like those of the
-providers, and takes its turn among them.
+The speed of a shared or hot machine changes from minute to minute, so the peak is timed like a provider and takes turns
+with them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 
 @dataclass(frozen=True)
 class Peak:
-    flops_per_second: float  # the best of some tries at the start
+    flops_per_second: float  # best of several measurements at the start
     source: str
-    step: Callable[[], object] | None = None  # to be timed
-    flops: float = 0.0  # of a step
+    step: Callable[[], object] | None = None  # the step that takes turns with the providers
+    flops: float = 0.0  # operations of a step
 
 
 def measure(device: torch.device, threads: int) -> dict[str, Peak]:
-    """By the name of the rows' dtype. A dtype that is missing has the peak of float32 to be compared with."""
+    """Peaks by name of the rows' dtype. For a dtype that is missing use the peak of float32."""
     if device.type == "cpu":
         compiler = next((path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name
                          and (path := shutil.which(name))), None)  # fmt: skip
@@ -44,12 +44,12 @@ def measure(device: torch.device, threads: int) -> dict[str, Peak]:
             try:
                 return _compiled(compiler, threads)
             except (OSError, subprocess.SubprocessError):
-                pass  # a compiler without this machine's headers or flags; the rows name the source of their peak
+                pass  # the compiler lacks headers or flags; the rows record the source of their peak
     return {str(dtype).removeprefix("torch."): _matrix_product(device, dtype) for dtype in _DTYPES}
 
 
 def _compiled(compiler: str, threads: int) -> dict[str, Peak]:
-    with tempfile.TemporaryDirectory() as folder:  # once loaded, the file is no longer needed
+    with tempfile.TemporaryDirectory() as folder:  # the file is not needed after loading
         built = Path(folder) / "peak.so"
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -71,7 +71,7 @@ def _compiled(compiler: str, threads: int) -> dict[str, Peak]:
         flops: float = step()
         best = flops / min(timer(step, 1) for _ in range(WINDOWS))
         peaks[dtype] = Peak(best, f"{name} in C, {threads} threads", step, flops)
-    # Where the dot product of bfloat16 is the slower instruction, as on some Xeons, widened rows have the higher peak.
+    # If the bfloat16 dot product is slower than FMA, as on some Xeons, rows converted to float32 have the higher peak.
     return {k: p for k, p in peaks.items() if p.flops_per_second >= peaks["float32"].flops_per_second}
 
 

@@ -1,4 +1,4 @@
-"""The plots, from rows alone."""
+"""The plots, generated from rows alone."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ _COLOURS = {
     "cut-cross-entropy": "#8c564b",
     "Liger-Kernel": "#000000",
 }
-PROBLEM = ("self-contrast, pairs", 128, "float32")  # of the plots over N
+PROBLEM = ("self-contrast, pairs", 128, "float32")  # problem, D and dtype of the plots over N
 
 
 def rounded(number: float) -> str:
-    """Two digits, or all that stand before the point."""
+    """Two significant digits, or all digits before the point if there are more."""
     return f"{number:.0f}" if number >= 9.95 else f"{number:.2g}"
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Writes those plots that the rows have something for, and returns their names."""
+    """Writes the plots for which there are rows, and returns their names."""
     done = [row for row in rows if row["status"] in TIMED and row["direction"] == BOTH]
     over_n = [row for row in done if (row["problem"], row["d"], row["dtype"]) == PROBLEM]
     several = len({row["n"] for row in over_n}) > 1
@@ -85,7 +85,7 @@ def _style(provider: str) -> dict[str, Any]:
 
 
 def _curves(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[str, list[tuple[int, float, Row]]]:
-    """By provider: N, value and row, by N. A size that two suites measured counts once."""
+    """For each provider (N, value, row), sorted by N. A size that two suites measured counts once."""
     curves: dict[str, dict[int, tuple[int, float, Row]]] = {}
     for row in rows:
         y = value(row)
@@ -126,7 +126,7 @@ def _time(rows: Sequence[Row]) -> Figure:
 
 def _memory(rows: Sequence[Row]) -> Figure:
     figure, axes = _figure(8.4, 4.6, f"Peak memory beyond the inputs, forward + backward: {_what()}")
-    # Below a page or two of noise a logarithm shows nothing; a tenth of a megabyte stands for all of that.
+    # Smaller values are noise of a few pages, which a logarithmic axis would exaggerate: show them as 0.1 MB.
     for name, points in _curves(
         rows, lambda row: None if row["peak_extra_bytes"] is None else max(row["peak_extra_bytes"] / 1e6, 0.1)
     ).items():
@@ -158,7 +158,7 @@ def _error(rows: Sequence[Row]) -> Figure:
 
 
 def _by_case(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Case, then provider. A case that two suites measured counts once."""
+    """Rows by case, then by provider. A case that two suites measured counts once."""
     cases: dict[str, dict[str, Row]] = {}
     for row in rows:
         cases.setdefault(row["case"], {}).setdefault(row["provider"], row)
@@ -173,7 +173,7 @@ def _fastest(providers: dict[str, Row]) -> Row | None:
 def _bars(
     title: str, xlabel: str, cases: list[str], series: dict[str, list[float | None]], start: float, form: str
 ) -> tuple[Figure, Any]:
-    """Horizontal bars from `start` to the values, which are written at their ends."""
+    """Horizontal bars from `start` to the values, with labels at their ends."""
     figure, axes = _figure(9, 1.4 + 0.24 * len(cases) * (len(series) + 0.8), title)
     height = 0.85 / len(series)
     for place, (name, values) in enumerate(series.items()):
@@ -225,6 +225,6 @@ def _share(rows: Sequence[Row]) -> Figure | None:
     }
     title = "Arithmetic that the case takes at least, as a share of the machine's peak, forward + backward"
     figure, axes = _bars(title, "share of peak (%)", list(cases), series, 0, "{}")
-    # Above 100 where the host has slowed the peak's own turns, see docs/performance.md.
+    # A share exceeds 100 if the host slowed the turns of the peak; see docs/performance.md.
     axes.set_xlim(0, max(100, *(1.1 * share for shares in series.values() for share in shares if share is not None)))
     return figure

@@ -1,4 +1,4 @@
-"""Who is measured: fastcl's backends, plain PyTorch, and other libraries; and why somebody is missing."""
+"""The measured providers: fastcl's backends, plain PyTorch and other libraries; and why some are missing."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Loss = Callable[[Inputs], Tensor]
 
 
 class CannotPoseError(Exception):
-    """The provider has no form of the case; the message says why."""
+    """The provider cannot compute the case; the message says why."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """`pose` gives the loss of a case, or raises CannotPoseError. It must be picklable: memory is measured elsewhere.
+    """`pose` returns the loss of a case or raises CannotPoseError. It must be picklable for the memory's process.
 
-    package: whose version belongs into the rows.
+    package: the package whose version is recorded in the rows.
     """
 
     name: str
@@ -42,18 +42,18 @@ class Provider:
 
 EAGER, COMPILED, CHUNKED = "eager", "torch.compile", "checkpointed"
 LINEAR_CROSS_ENTROPY = "linear_cross_entropy"
-# Of backends that do not compute everywhere.
+# Backends that support only one kind of device.
 _DEVICE_OF_BACKEND = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
 def providers(device: torch.device) -> tuple[list[Provider], dict[str, str]]:
-    """Who can be measured on `device`, and why others cannot."""
+    """The providers that can be measured on `device`, and the reasons for those that cannot."""
     found = []
     missing = {f"fastcl {name}": reason for name, reason in MISSING.items()}
     for backend in AVAILABLE:
         needed = _DEVICE_OF_BACKEND.get(backend, device.type)
         if backend == "reference":
-            continue  # the specification: eager under another name
+            continue  # the specification, which is the same as eager
         if needed == device.type:
             found.append(Provider(f"fastcl {backend}", partial(_fastcl, backend), "fastcl"))
         else:
@@ -90,10 +90,10 @@ def providers(device: torch.device) -> tuple[list[Provider], dict[str, str]]:
 
 
 def _why_not(module: str) -> str | None:
-    """The reason why a module does not import, None if it does."""
+    """The reason why a module cannot be imported; None if it can."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # a package can fail in any way it likes
+    except Exception as error:  # a package can fail with any error
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
@@ -108,7 +108,7 @@ def version(package: str) -> str:
 
 
 def _call(formula: Callable[..., Tensor], case: Case, **options: Any) -> Loss:
-    """Hands a formula the tensors of its case."""
+    """Calls a formula with the tensors of its case."""
     if case.loss == "self":
         return lambda i: formula(i.anchors, i.clusters, TEMPERATURE, **options)
     if case.loss == "two sets":
@@ -164,7 +164,7 @@ def _linear_cross_entropy(case: Case) -> Loss:
     if case.loss == "self":
         raise CannotPoseError("a row's own logit cannot be left out of its classes, nor can it have several positives")
     if case.loss == "queue":
-        raise CannotPoseError("each anchor has a class of its own, its key")
+        raise CannotPoseError("each anchor has its own class, its key")
     return _call(formulas.linear_cross_entropy_two_sets, case)
 
 
@@ -181,7 +181,7 @@ def _metric_learning(case: Case) -> Loss:
         assert inputs.contrasts is not None
         x, y = inputs.anchors.float(), inputs.contrasts.float()
         ids = torch.arange(len(x), device=x.device)
-        same = ids.clone()  # handed the same tensor twice, it takes the two sets for one and drops the diagonal
+        same = ids.clone()  # for the same tensor twice, it assumes a single set and drops the diagonal
         return (supcon(x, ids, ref_emb=y, ref_labels=same) + supcon(y, ids, ref_emb=x, ref_labels=same)) / 2
 
     return two_sets
@@ -189,9 +189,9 @@ def _metric_learning(case: Case) -> Loss:
 
 def _lightly(case: Case) -> Loss:
     if case.loss == "queue":
-        raise CannotPoseError("its memory bank takes in the keys in the forward, so that every call has another queue")
+        raise CannotPoseError("its memory bank enqueues the keys in the forward, so every call has a different queue")
     if case.loss == "two sets" or case.cluster_size != 2:
-        raise CannotPoseError("NTXentLoss knows two views of a batch only")
+        raise CannotPoseError("NTXentLoss supports only two views of a batch")
     from lightly.loss.ntx_ent_loss import NTXentLoss
 
     ntxent = NTXentLoss(temperature=TEMPERATURE)
@@ -203,15 +203,15 @@ def _lightly(case: Case) -> Loss:
     return pairs
 
 
-# Peers for GPUs. Each is a classifier's loss whose classes are the other set's rows: two sets, one direction at a time.
+# Peers for GPUs. Each is a loss of a classifier with the other set's rows as classes: two sets, one direction per call.
 
 
 def _both_directions(case: Case, one_way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """`one_way` takes unit rows in the rows' dtype, those of the classes, and each row's class."""
+    """The mean of both directions. `one_way` takes unit rows, the unit rows of the classes, and each row's class."""
     if case.loss == "self":
         raise CannotPoseError("a row's own logit cannot be left out of its classes, nor can it have several positives")
     if case.loss == "queue":
-        raise CannotPoseError("each anchor has a class of its own, its key")
+        raise CannotPoseError("each anchor has its own class, its key")
 
     def loss(inputs: Inputs) -> Tensor:
         assert inputs.contrasts is not None
@@ -235,7 +235,7 @@ def _cut_cross_entropy(case: Case) -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
     def one_way(x: Tensor, y: Tensor, target: Tensor) -> Any:
-        # Its filter drops gradients below a threshold, and with many classes all of them are.
+        # Its filter drops gradients below a threshold, which with many classes would drop all of them.
         return linear_cross_entropy(x / TEMPERATURE, y, target, filter_eps=None)
 
     return _both_directions(case, one_way)

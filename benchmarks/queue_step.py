@@ -1,4 +1,4 @@
-"""Suite ``queue``: MoCo's step with its queue: loss, the queries' gradient, and the keys' way into the queue."""
+"""Suite ``queue``: a MoCo step with its queue: loss, the queries' gradient, and enqueueing of the keys."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fastcl.ops.backends.choose import AVAILABLE
 SUITE, PAGE = "queue", "queue.md"
 EAGER, LIGHTLY = "eager", "lightly's memory bank"
 NOTE = (
-    "float32. A step: the loss of queries and keys against the stored rows, backward to the queries, keys enqueued. "
-    "Error: of the loss and of the gradient, relative, the larger one, from float64."
+    "float32. A step computes the loss of queries and keys against the stored rows and the queries' gradient, and "
+    "enqueues the keys. Error: the relative error of the loss or of the gradient, whichever is larger, against float64."
 )
 
 
@@ -40,7 +40,7 @@ class Case:
         return f"{self.n} x {self.m}, D={self.d}"
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, stored rows; the latter are unit."""
+        """Queries, keys, and stored rows, which are unit rows."""
         g = torch.Generator().manual_seed(0)
         query, key, stored = (torch.randn(size, self.d, generator=g) for size in (self.n, self.n, self.m))
         return query.to(device).requires_grad_(), key.to(device), F.normalize(stored, dim=1).to(device)
@@ -53,7 +53,7 @@ Step = Callable[[], tuple[Tensor, Tensor]]  # loss and gradient
 
 
 def formula(query: Tensor, key: Tensor, stored: Tensor) -> Tensor:
-    """As in MoCo's own code."""
+    """The formula of MoCo's own code."""
     q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ stored.T], dim=1) / TEMPERATURE
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
@@ -96,12 +96,12 @@ def _lightly(query: Tensor, key: Tensor, stored: Tensor) -> Step:
 
     criterion = NTXentLoss(TEMPERATURE, memory_bank_size=(len(stored), stored.shape[1])).to(stored.device)
     bank = getattr(criterion, "memory_bank", criterion)
-    bank.bank.copy_(stored if bank.bank.shape == stored.shape else stored.T)  # its versions differ; the pointer is at 0
+    bank.bank.copy_(stored if bank.bank.shape == stored.shape else stored.T)  # the layout depends on lightly's version
     return lambda: _with_gradient(criterion(query, key), query)
 
 
 def steps(case: Case, device: torch.device) -> tuple[dict[str, tuple[Callable[..., Step], str]], dict[str, str]]:
-    """By name what makes the step, and the package whose version counts; and who is missing, and why."""
+    """Factories of steps by name, each with the package that gives its version; and missing providers with reasons."""
     found: dict[str, tuple[Callable[..., Step], str]] = {
         f"fastcl {backend}": (partial(_fastcl, backend), "fastcl")
         for backend in AVAILABLE
@@ -115,13 +115,13 @@ def steps(case: Case, device: torch.device) -> tuple[dict[str, tuple[Callable[..
 
 
 def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
-    """A row for each. `effort`: `measure.alternate`'s."""
+    """A row per provider. effort: options of `measure.alternate`."""
     found, missing = steps(case, device)
     query, key, stored = case.rows(device)
     wide = query.detach().double().requires_grad_()
     truth = _with_gradient(formula(wide, key.double(), stored.double()), wide)
 
-    def error(make: Callable[..., Step]) -> float:  # of a fresh queue
+    def error(make: Callable[..., Step]) -> float:  # with a new queue
         pairs = zip(make(query, key, stored)(), truth, strict=True)
         return max(float((got.double() - right).norm() / right.norm()) for got, right in pairs)
 
@@ -133,7 +133,7 @@ def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
 
 
 def run(folder: Path, device: torch.device, quick: bool, circumstances: str, only: str = "") -> list[Row]:
-    """Measures the suite, and writes its rows and page into `folder`."""
+    """Measures the suite and writes its rows and page into `folder`."""
     rows = [
         row
         for case in (QUICK if quick else CASES)

@@ -1,4 +1,4 @@
-"""One case after the other: memory, correctness, times; and the rows that come of it."""
+"""Measures a case: memory, correctness, times; and makes its rows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ OK, IMPRECISE, WRONG = "ok", "imprecise", "wrong"
 FAILED, TOO_LARGE, TOO_SLOW, CANNOT_POSE, MISSING = "error", "too large", "too slow", "cannot pose", "missing"
 TIMED = (OK, IMPRECISE)
 PEAK = "peak"  # takes turns with the providers
-PATIENCE = 8.0  # seconds of one call, above which nobody waits for its repetitions
-SETS_ON_A_GPU = 4  # of inputs, taking turns
+PATIENCE = 8.0  # seconds of one call above which it is not repeated
+SETS_ON_A_GPU = 4  # sets of inputs, between which calls alternate
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Candidate:
-    """A provider on its way through a case."""
+    """A provider's state while a case is measured."""
 
     provider: Provider
     status: str = OK
@@ -51,7 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Setting:
-    """Of a whole run."""
+    """What is the same for a whole run."""
 
     device: torch.device
     threads: int
@@ -80,7 +80,7 @@ class Setting:
 
 
 def missing_rows(setting: Setting, missing: dict[str, str]) -> list[Row]:
-    """One for each provider that cannot be measured at all."""
+    """A row for each provider that cannot be measured at all."""
     return [
         {"suite": None, "case": None, "provider": name, "status": MISSING, "reason": reason, **setting.common(None)}
         for name, reason in missing.items()
@@ -94,8 +94,8 @@ def run(
     say: Say = lambda _: None,
     **effort: Any,
 ) -> Iterator[Row]:
-    """The rows of a case: each provider in each direction, whatever becomes of it. `effort`: `measure.alternate`'s."""
-    torch.compiler.reset()  # else what earlier cases compiled counts against the limit, and this one runs eagerly
+    """The rows of a case: one per provider and direction, also for failures. effort: options of `measure.alternate`."""
+    torch.compiler.reset()  # graphs of earlier cases count against the limit, beyond which this case would run eagerly
     candidates = [Candidate(provider) for provider in providers]
     for candidate in candidates:
         _measure_memory(candidate, case, setting, say)
@@ -122,7 +122,7 @@ def _measure_memory(candidate: Candidate, case: Case, setting: Setting, say: Say
         candidate.mark(CANNOT_POSE, str(reason))
     except memory.TooLargeError as reason:
         candidate.mark(TOO_LARGE, str(reason))
-    except Exception as reason:  # whatever a provider raises, the others are measured
+    except Exception as reason:  # an error of one provider must not stop the others
         candidate.mark(FAILED, str(reason) or type(reason).__name__)
 
 
@@ -148,26 +148,26 @@ def _judge(candidates: list[Candidate], case: Case, setting: Setting, say: Say) 
                 continue
             candidate.errors[kind] = errors
             if not errors.right:
-                # A peer that computes the right thing less precisely stays, marked: to leave out the fastest peer
-                # would flatter whoever remains. fastcl has the rule to keep.
+                # A peer that computes the right result less precisely is kept and marked, because without the fastest
+                # peer all others would look better than they are. fastcl's own backends must obey the rule.
                 candidate.mark(
                     IMPRECISE if errors.near and not candidate.provider.is_fastcl else WRONG,
                     f"{kind} rows: error of the loss {errors.loss:.1e} (allowed {errors.loss_allowed:.1e}), "
                     f"of the gradient {errors.gradient:.1e} ({errors.gradient_allowed:.1e})",
                 )
-            if candidate.timed and kind == KINDS[-1] and seconds > PATIENCE:  # nothing was compiled in this call
+            if candidate.timed and kind == KINDS[-1] and seconds > PATIENCE:  # by the last kind everything is compiled
                 candidate.mark(TOO_SLOW, f"a call takes {seconds:.0f} s")
 
 
 def _once(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
-    """What the step returns, and the seconds that it takes."""
+    """The step's result, and the seconds that it takes."""
     returned: list[Tensor] = []
     seconds = timer_for(device)(lambda: returned.append(step()), 1)
     return returned[0].detach(), seconds
 
 
 def _time(candidates: list[Candidate], case: Case, direction: str, setting: Setting, effort: dict[str, Any]) -> Samples:
-    """Of the providers that are still in."""
+    """Times the providers that have not failed."""
     sets = [
         case.inputs("random", setting.device, seed)
         for seed in range(SETS_ON_A_GPU if setting.device.type == "cuda" else 1)
@@ -189,7 +189,7 @@ def _time(candidates: list[Candidate], case: Case, direction: str, setting: Sett
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
-    """None for NaN and infinities, which JSON does not know."""
+    """Replaces NaN and infinities, which JSON does not support, by None."""
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
@@ -232,7 +232,7 @@ def _row(candidate: Candidate, case: Case, direction: str, samples: Samples, set
     p20, p50, p80 = samples.percentiles(name)
     speed = case.flops(direction) / p50
     share, peak_speed = speed / known.flops_per_second, known.flops_per_second
-    if PEAK in samples.seconds:  # round by round, as ratios are
+    if PEAK in samples.seconds:  # ratios within rounds, as for providers
         peak_speed = known.flops / samples.percentiles(PEAK)[1]
         share = case.flops(direction) / known.flops * samples.ratio(name, PEAK)[1]
     row |= {

@@ -1,4 +1,4 @@
-"""What suites with peers of their own share: rows of a case, each with its error, its times and ratios, and a page."""
+"""Shared by suites with their own peers: rows of a case with errors, times and ratios, and the page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ OURS = "fastcl cpu"
 
 
 class Contestant(NamedTuple):
-    """step: what is timed. error: relative, of what the step computes, from float64; called first, and raises if it
-    is not what the case asks for. package: whose version counts."""
+    """A measured provider.
+
+    step: the timed function. error: returns the step's relative error against float64; it is called first, and raises
+    if the provider cannot compute the case. package: the package whose version is recorded.
+    """
 
     step: Step
     error: Callable[[], float]
@@ -34,7 +37,10 @@ def measure(
     tolerance: float,
     **effort: Any,
 ) -> list[Row]:
-    """A row for each; who is off by more than `tolerance` is told, and not timed. `effort`: `measure.alternate`'s."""
+    """A row per contestant. One with an error above `tolerance` is wrong and not timed.
+
+    effort: options of `measure.alternate`.
+    """
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
     for name, contestant in contestants.items():
@@ -43,7 +49,7 @@ def measure(
         try:
             error = contestant.error()
             contestant.step()
-        except Exception as problem:  # whatever a peer raises, the others are measured
+        except Exception as problem:  # an error of one peer must not stop the others
             row |= {"status": "error", "reason": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
             continue
         row["error"] = error

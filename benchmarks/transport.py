@@ -1,7 +1,7 @@
-"""Suite ``sinkhorn``: assignments of rows to columns, ours and other solvers', with the error of each beside its time.
+"""Suite ``sinkhorn``: assignments of rows to columns by fastcl and other solvers, with time and error of each.
 
-Solvers do not all stop at the same place: what is compared is time at a number of iterations, so the distance of the
-column sums from the prior, and of the assignments from the float64 ones, stand next to it.
+Times are for a fixed number of iterations, after which solvers are not equally accurate. So the rows also hold the
+distance of the column sums from the prior, and the error of the assignments against float64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastcl.ops.sinkhorn.op import PASSES
 
 SUITE = "sinkhorn"
 EAGER, LOOP, COPY = "eager, log domain", "SwAV's loop", "copy of the scores"
-TRUTH_BLOCK = 1 << 26  # scores widened at once, where a result is judged
+TRUTH_BLOCK = 1 << 26  # scores converted to float64 at once for the truth
 Row = dict[str, Any]
 
 
@@ -75,7 +75,7 @@ def _fastcl(backend: str, case: Case, scores: Tensor, x: Tensor, y: Tensor) -> T
 
 
 def log_domain(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """As a competent user writes it: scores divided once, two log-sum-exps an iteration."""
+    """As a competent user writes it: divides scores once, and takes two log-sum-exps per iteration."""
     m = scores / case.epsilon
     n, k = scores.shape
     u = m.new_zeros(n)
@@ -86,7 +86,7 @@ def log_domain(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def kernel_domain(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """SwAV's loop, in place as in its code where no gradient is wanted."""
+    """SwAV's loop; in place, as in its code, if no gradient is needed."""
     n, k = scores.shape
     q = torch.exp(scores / case.epsilon).T
     if case.gradient:
@@ -116,7 +116,7 @@ def _pot(method: str, case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tenso
 
 
 def _geomloss(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Its own schedule of epsilons and iterations; |x - y|^2 / 2 = 1 - <x, y> on unit rows."""
+    """GeomLoss, with its own schedule of epsilons and iterations; |x - y|^2 / 2 = 1 - <x, y> on unit rows."""
     if case.gradient:
         raise NotImplementedError("its potentials are functions of points, not of scores")
     from geomloss import SamplesLoss
@@ -141,7 +141,7 @@ _OTT: dict[tuple[float, int], Any] = {}
 
 
 def _ott_solver(epsilon: float, n_iters: int) -> Any:
-    """Compiled once for each epsilon and count."""
+    """OTT-JAX's solver, compiled once per epsilon and number of iterations."""
     if (epsilon, n_iters) not in _OTT:
         import jax
         from ott.geometry import geometry
@@ -159,7 +159,7 @@ def _ott_solver(epsilon: float, n_iters: int) -> Any:
 
 
 def providers(device: torch.device) -> tuple[dict[str, tuple[Solve, str]], dict[str, str]]:
-    """Solvers and the package whose version counts; and who is missing, and why."""
+    """Solvers by name, each with the package that gives its version; and missing solvers with the reason."""
     found: dict[str, tuple[Solve, str]] = {
         f"fastcl {backend}": (partial(_fastcl, backend), "fastcl")
         for backend in PASSES
@@ -189,7 +189,7 @@ def _step(solve: Solve, case: Case, scores: Tensor, x: Tensor, y: Tensor, weight
 
 
 def _true_potential(case: Case, scores: Tensor) -> Tensor:
-    """The columns' potential over epsilon, [K] in float64: `log_domain`, in blocks of rows."""
+    """The columns' potential divided by epsilon, [K] in float64: `log_domain` in blocks of rows."""
     n, k = scores.shape
     blocks = scores.split(max(TRUTH_BLOCK // k, 1))
     u = scores.new_zeros(n, dtype=torch.float64)
@@ -205,7 +205,7 @@ def _true_potential(case: Case, scores: Tensor) -> Tensor:
 
 
 def errors(case: Case, scores: Tensor, v: Tensor, got: Tensor) -> Row:
-    """What `got` [N, K] is worth, beside the assignments that v of `_true_potential` gives."""
+    """Errors of the assignments `got` [N, K]; v from `_true_potential` gives the true ones."""
     masses, off, size, rows = torch.zeros_like(v), 0.0, 0.0, 0.0
     step = max(TRUTH_BLOCK // case.k, 1)
     for block, part in zip(scores.split(step), got.split(step), strict=True):
@@ -222,7 +222,7 @@ def errors(case: Case, scores: Tensor, v: Tensor, got: Tensor) -> Row:
 
 
 def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
-    """A row for each solver. `effort`: `measure.alternate`'s."""
+    """A row per solver. effort: options of `measure.alternate`."""
     found, missing = providers(device)
     x, y = case.points(device)
     scores = (x @ y.T).to(case.dtype)
@@ -238,7 +238,7 @@ def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
         try:
             row |= errors(case, scores, v, solve(case, scores, x, y))
             step()
-        except Exception as error:  # whatever a solver raises, the others are measured
+        except Exception as error:  # an error of one solver must not stop the others
             row |= {"status": "error", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
         row["status"] = "ok"

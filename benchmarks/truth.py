@@ -1,8 +1,7 @@
-"""The truth in float64, what an error is, and which errors are admitted.
+"""The truth in float64, the definition of errors, and the errors that are allowed.
 
-Nothing here goes through fastcl: the formulas are plain PyTorch in blocks of rows, so that no case is too large for
-float64. The same formulas in float32 are "eager PyTorch", whose own error sets the tolerance
-(`tests.support.tolerances`).
+Nothing here uses fastcl: the formulas are plain PyTorch in blocks of rows, so no case is too large for float64. The
+same formulas in float32 are "eager PyTorch", and their error sets the tolerance (`tests.support.tolerances`).
 """
 
 from __future__ import annotations
@@ -18,33 +17,34 @@ from torch.nn import functional as F
 from benchmarks.cases import TEMPERATURE, Case, Inputs
 from tests.support.tolerances import HALF_ROWS, error_bound
 
-# A peer may be off by this much of what cancels, and is then marked as imprecise; beyond it is wrong.
+# A peer with a larger error, relative to the terms that cancel, is wrong. One that breaks the rule but stays below this
+# is marked as imprecise.
 IMPRECISE = 1e-4
-BLOCK_BYTES = 2**28  # of logits at a time
-MANY_PAIRS = 2**26  # above, one evaluation in float32 has to do
+BLOCK_BYTES = 2**28  # of logits in a block
+MANY_PAIRS = 2**26  # larger cases use only one evaluation in float32
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss and gradients of a case, and what cancels in them.
+    """Loss and gradients of a case, and the terms that cancel in them.
 
-    In the loss that is the log-sum-exp. In gradients, first the terms of the positives and of the softmax, either of
-    which has rows of about 1 / (N temperature |x|) (`terms`), then what is left of them before the projection off
-    the row (`unprojected`).
+    In the loss this is the log-sum-exp. In gradients the terms of the positives and of the softmax cancel first; each
+    has rows of about 1 / (N temperature |x|) (`terms`). The projection then cancels a part of their sum
+    (`unprojected`).
     """
 
     loss: Tensor
     log_sum: Tensor
-    gradients: tuple[Tensor, ...]  # as Inputs.leaves
+    gradients: tuple[Tensor, ...]  # in the order of Inputs.leaves
     unprojected: tuple[Tensor, ...]
     terms: tuple[float, ...]  # norms
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors by the norm (of gradients the worst), and how large they may be.
+    """Relative errors in the norm (for gradients the worst one), and their limits.
 
-    right: within the rule. near: within IMPRECISE of what cancels, which says that the right thing is computed.
+    right: within the rule. near: within IMPRECISE of the terms that cancel, so the formula is right but less precise.
     """
 
     loss: float
@@ -57,7 +57,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Truth:
-    """What results of a case are judged by: float64, and a few evaluations in float32."""
+    """The evaluations with which results of a case are compared: one in float64, and a few in float32."""
 
     exact: Evaluation
     eager: tuple[Evaluation, ...]
@@ -86,7 +86,7 @@ class Truth:
             worst.error,
             losses.allowed,
             worst.allowed,
-            right=losses.error <= losses.allowed and worst.error <= worst.allowed,  # NaN is not
+            right=losses.error <= losses.allowed and worst.error <= worst.allowed,  # False for NaN
             near=losses.error <= losses.near and worst.error <= worst.near,
         )
 
@@ -121,7 +121,7 @@ def truth(case: Case, inputs: Inputs) -> Truth:
 
 
 def _evaluate(inputs: Inputs, dtype: torch.dtype, order: int = 0) -> Evaluation:
-    """`order`: seed of a permutation of the features, for other roundings of the same formula; 0: as they come."""
+    """order: seed of a permutation of the features, which rounds the same formula differently; 0: no permutation."""
     d = inputs.anchors.shape[1]
     features = torch.randperm(d, generator=torch.Generator().manual_seed(order)) if order else torch.arange(d)
     features = features.to(inputs.anchors.device)

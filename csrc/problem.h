@@ -1,4 +1,4 @@
-// Plain records that cross from Python to the engines: sizes, strides, addresses. Nothing here owns memory.
+// Plain structs that Python passes to the engines: sizes, strides, addresses. They own no memory.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,9 +18,9 @@ struct Rows {
 struct Problem {
   Rows anchors, contrasts; // contrasts.data null: self-contrast, each anchor against all others
   int64_t dimension;
-  const int64_t *anchor_clusters, *contrast_clusters; // null: there are no positives; -1 equals nothing
-  const int64_t *anchor_ids, *contrast_ids;           // equal ids make a pair inadmissible; null: none
-  const void *logit_scale;                            // [scales] reals: so many problems at once, of the same products
+  const int64_t *anchor_clusters, *contrast_clusters; // null: there are no positives; -1 never matches
+  const int64_t *anchor_ids, *contrast_ids;           // pairs with equal ids are inadmissible; null: no ids
+  const void *logit_scale;                            // [scales] reals: one problem per scale, all from the same products
   const void *contrast_bias;                          // [M] reals, or null; -inf leaves a contrast out of every set
   bool normalize_anchors, normalize_contrasts;
   bool wide_reals;
@@ -33,24 +33,24 @@ struct Problem {
 
 enum Field : int { LSE_ALL, LSE_POS, LSE_NEG, SUM_POS, FIELDS };
 
-// What may be observed besides, for people to look at: largest logits, sums of logits, log-sum-exp and entropy over all, counts,
-// sums of logits without their bias.
+// Optional statistics for monitoring: largest logits, sums of logits, log-sum-exp and entropy over all, counts, sums of logits
+// without their bias.
 enum Observed : int { MAX_POS, MAX_NEG, ALL_POS, ALL_NEG, LSE, ENTROPY, NUM_POS, NUM_NEG, PLAIN_POS, PLAIN_NEG, OBSERVED };
 
-// Statistics of one side, or the gradients that come back for them. Null: not wanted.
+// Statistics of one side, or their incoming gradients. Null: not wanted.
 struct Statistics {
   void *fields[FIELDS];  // [scales, N]
-  void *shifts[SUM_POS]; // [scales, N]: of each log-sum-exp, the shift and
-  void *sums[SUM_POS];   // [scales, N]: the sum of exp(s_ij - shift)
-  void *positives;       // [N]: how many
-  void *negatives;       // [N]
+  void *shifts[SUM_POS]; // [scales, N]: the shift of each log-sum-exp,
+  void *sums[SUM_POS];   // [scales, N]: and its sum of exp(s_ij - shift)
+  void *positives;       // [N]: number of positives
+  void *negatives;       // [N]: number of negatives
   void *negative_share;  // [scales, N]: sum over the negatives / sum over all
-  void *negative_base;   // [scales, N]: the largest logit to base 2 among the negatives,
-  void *positive_base;   // [scales, N]: and among the positives, where the forward kept it, else 0
-  void *observed;        // [OBSERVED, scales, N]; null: not asked for
-  void *inverse_norms;   // [N]: a, where rows are normalised
+  void *negative_base;   // [scales, N]: largest logit (to base 2) of the negatives,
+  void *positive_base;   // [scales, N]: and of the positives, if the forward kept them, else 0
+  void *observed;        // [OBSERVED, scales, N]; null: not wanted
+  void *inverse_norms;   // [N]: a, if rows are normalised
 
-  Statistics of_scale(int64_t scale, int64_t rows, bool wide_reals) const { // as if there were no other
+  Statistics of_scale(int64_t scale, int64_t rows, bool wide_reals) const { // the statistics of a single scale
     Statistics s = *this;
     const auto advance = [&](void *&p) {
       if (p) p = (char *)p + scale * rows * (wide_reals ? 8 : 4);
@@ -66,8 +66,8 @@ struct Statistics {
   }
 };
 
-// What the forward of two sets may leave for the backward of the anchors, so that it sweeps only where positives may be. The
-// sums are valid only where `valid` says 1: where one base serves all rows. Of one scale only.
+// Sums that the forward of two sets may compute for the anchors' backward, which then sweeps only tiles that may hold positives.
+// The sums are valid only if `valid` is 1, that is, if one base suffices for all rows. For a single scale only.
 struct WeightedSums {
   void *sums;  // [N, D] reals: sum_j exp(s_ij) c_j y_j, without the register tiles that may hold positives; null: not wanted
   void *valid; // [1] real
@@ -82,12 +82,12 @@ struct Forward {
 struct Backward {
   Problem problem;
   Statistics anchors, contrasts; // as saved, with the fields' gradients in `fields`
-  WeightedSums weighted;         // as the forward left them
-  bool single_positives;         // the counts are those of the sweep: rows with one positive may be told by them
-  double factor = 1;             // of all gradients, which are multiplied by it last: none vanishes on the way
+  WeightedSums weighted;         // from the forward
+  bool single_positives;         // the counts include no extra positives, so they identify rows with a single positive
+  double factor = 1;             // multiplies all gradients, as the last step, so that none underflows before
   void *anchor_gradient;         // [N, D]; null: not needed, as below
   void *contrast_gradient;       // [M, D]
-  void *scale_gradient;          // [scales] doubles: what is added to it may cancel it
+  void *scale_gradient;          // [scales] doubles: a later addition may cancel it
   void *bias_gradient;           // [M]
 };
 

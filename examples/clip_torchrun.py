@@ -1,8 +1,8 @@
-"""CLIP on two halves of scikit-learn's digits, by as many processes as there are:
+"""CLIP on the upper and lower halves of scikit-learn's digits, on one or more processes:
 
     torchrun --nproc-per-node 2 examples/clip_torchrun.py
 
-Without torchrun one process does it, with the same numbers up to rounding.
+Without torchrun it runs on one process and gives the same numbers up to rounding.
 """
 
 import os
@@ -15,7 +15,7 @@ import fastcl
 
 
 class TwoTowers(nn.Module):
-    """The loss and its learned temperature are inside the module that is wrapped: gradients are averaged for both."""
+    """Includes the loss, so that DistributedDataParallel also averages the gradient of the learned temperature."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def main(steps: int = 60) -> float:
         model = nn.parallel.DistributedDataParallel(towers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
-        batch = images[torch.randperm(len(images))[:500]]  # the same on every process, which takes its rows of it
+        batch = images[torch.randperm(len(images))[:500]]  # the same on every process; each takes its own rows below
         upper, lower = batch.tensor_split(size)[rank].split(32, dim=1)
         loss = model(upper, lower)
         optimizer.zero_grad()
@@ -50,7 +50,7 @@ def main(steps: int = 60) -> float:
             temperature = towers.loss.temperature.item()
             print(f"step {step:3d}  loss {loss.item():.4f}  temperature {temperature:.4f}", flush=True)
     if size > 1:
-        distributed.barrier()  # nobody leaves while another still hears from it
+        distributed.barrier()  # no process may exit while another still receives from it
         distributed.destroy_process_group()
     return loss.item()
 

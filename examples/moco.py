@@ -1,4 +1,4 @@
-"""MoCo on scikit-learn's digits: a momentum encoder fills a queue of keys, which are the negatives of later batches."""
+"""MoCo on scikit-learn's digits: a momentum encoder fills a queue of keys, the negatives of later batches."""
 
 from copy import deepcopy
 
@@ -9,7 +9,7 @@ import fastcl
 
 
 def main(steps: int = 150) -> float:
-    """Returns the held-out accuracy of a kNN vote on the features."""
+    """Trains, and returns the held-out accuracy of a kNN classifier on the features."""
     torch.manual_seed(0)
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(digits.target)
@@ -27,7 +27,7 @@ def main(steps: int = 150) -> float:
             for own, other in zip(slow.parameters(), encoder.parameters(), strict=True):
                 own.lerp_(other, 0.05)
             keys = slow(key)
-        loss = criterion(encoder(query), positives=keys, contrasts=queue, ids=index)  # not against one's own stale keys
+        loss = criterion(encoder(query), positives=keys, contrasts=queue, ids=index)  # ids exclude the own stale keys
         queue.enqueue(keys, ids=index)
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""A contrastive loss of one's own: alignment and uniformity (Wang and Isola 2020), each weighed as one likes."""
+"""A custom contrastive loss: alignment plus weighted uniformity (Wang and Isola 2020)."""
 
 import torch
 

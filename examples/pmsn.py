@@ -1,4 +1,4 @@
-"""Prototypes for long-tailed data: PMSN with a uniform and with a power-law prior on thinned digits of scikit-learn."""
+"""PMSN on long-tailed data: a uniform and a power-law prior, on scikit-learn's digits with thinned classes."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -7,13 +7,13 @@ import fastcl
 
 
 def long_tailed(labels: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Places of images such that class sizes fall from 170 to 170 / ratio, geometrically."""
+    """Indices of images; class sizes fall geometrically from 170 to 170 / ratio."""
     sizes = [round(170 * ratio ** (-c / 9)) for c in range(10)]
     return torch.cat([(labels == c).nonzero()[:size, 0] for c, size in enumerate(sizes)])
 
 
 def train(prior: torch.Tensor, steps: int) -> torch.Tensor:
-    """Shares of the images that fall to each prototype, the largest first."""
+    """Trains, and returns the share of the images assigned to each prototype, in descending order."""
     torch.manual_seed(0)
     digits = load_digits()
     kept = long_tailed(torch.tensor(digits.target), 20)

@@ -1,4 +1,4 @@
-"""Supervised contrastive learning of a small encoder on scikit-learn's digits, and a nearest-neighbour check."""
+"""Supervised contrastive training of a small encoder on scikit-learn's digits, with a nearest-neighbour check."""
 
 import torch
 import torch.nn.functional as F

@@ -13,16 +13,16 @@ ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
-LARGEST_COUNT = 2**31 - 1  # of iterations, classes, samples: more would run, or allocate, without end
+LARGEST_COUNT = 2**31 - 1  # of iterations, classes, samples: larger counts are mistakes that run or allocate endlessly
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether looking at values is free: not under a tracer, mode or transform, and never a wait for a device."""
+    """Whether values can be read without a wait: on the CPU, and under no tracer, mode or transform."""
     return (
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, Parameter)
-        and not torch.compiler.is_compiling()  # before what cannot be traced
+        and not torch.compiler.is_compiling()  # first: the calls below cannot be traced
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
@@ -30,13 +30,13 @@ def values_visible(tensor: Tensor) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value of any type for a message: tensors by dtype and shape, as not all can be printed, others cut short."""
+    """Text of any value for a message: dtype and shape of a tensor (not all can be printed), at most 200 characters."""
     if isinstance(value, Tensor):
         shape = "" if value.is_nested else f" of shape {list(value.shape)}"
         return f"a {value.dtype} tensor{shape}"
     try:
         text = repr(value)
-    except Exception:  # an integer beyond Python's limit of digits, or a class of the user's
+    except Exception:  # an integer beyond Python's limit of digits, or a user's class
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -65,7 +65,7 @@ def check_integers(name: str, value: Any) -> None:
 
 
 def check_rows(name: str, value: Any, *, dims: tuple[int, ...] = (2,), like: Tensor | None = None) -> None:
-    """A tensor of floating rows, [N, D] unless `dims` says otherwise, of `like`'s D and device."""
+    """Expects floating rows with `dims` dimensions ([N, D] by default), with D and device of `like`."""
     check_floating(name, value)
     if value.dim() not in dims:
         shapes = {1: "[D]", 2: "[N, D]", 3: "[N, V, D]"}
@@ -85,7 +85,7 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def check_ids(name: str, value: Any, length: int, device: torch.device) -> None:
-    """A tensor [length] of integers."""
+    """Expects a tensor [length] of integers."""
     check_integers(name, value)
     if tuple(value.shape) != (length,):
         raise ValueError(f"{name}: expected shape [{length}], got {list(value.shape)}")
@@ -95,7 +95,7 @@ def check_ids(name: str, value: Any, length: int, device: torch.device) -> None:
 
 
 def check_indices(name: str, value: Any, count: int, device: torch.device) -> None:
-    """Integers of any shape from 0 to count - 1, where looking at them is free."""
+    """Expects integers of any shape; from 0 to count - 1 if `values_visible`."""
     check_integers(name, value)
     check_device(name, value, device)
     if values_visible(value) and value.numel():
@@ -105,13 +105,13 @@ def check_indices(name: str, value: Any, count: int, device: torch.device) -> No
 
 
 def extremes(integers: Tensor) -> tuple[int, int]:
-    """The least and the largest of one or more; torch has neither for uint16, uint32 and uint64."""
+    """The minimum and maximum of a non-empty tensor; torch has neither for uint16, uint32 and uint64."""
     integers = integers.to(torch.int64)
     return int(integers.min()), int(integers.max())
 
 
 def check_vector(name: str, value: Any, length: int, device: torch.device) -> None:
-    """A floating tensor [length]."""
+    """Expects a floating tensor [length]."""
     check_floating(name, value)
     if tuple(value.shape) != (length,):
         raise ValueError(f"{name}: expected shape [{length}], got {list(value.shape)}")
@@ -119,10 +119,10 @@ def check_vector(name: str, value: Any, length: int, device: torch.device) -> No
 
 
 def check_bias(value: Any, length: int, device: torch.device) -> None:
-    """The contrasts' bias: a floating tensor [length], of finite numbers and -inf where looking at them is free."""
+    """Expects the contrasts' bias: a floating tensor [length]; finite numbers or -inf if `values_visible`."""
     check_vector("contrast_bias", value, length, device)
     if length and values_visible(value):
-        most = float(value.detach().amax())  # a NaN if there is one
+        most = float(value.detach().amax())  # NaN if any value is
         if not most <= LARGEST:
             raise ValueError(
                 f"contrast_bias: expected numbers in the range of float32, or -inf to leave a contrast out, got {most}"
@@ -132,7 +132,7 @@ def check_bias(value: Any, length: int, device: torch.device) -> None:
 def check_assignments(
     name: str, value: Any, rows: tuple[int, ...], device: torch.device, like: Tensor | None = None
 ) -> None:
-    """A floating tensor [*rows, C], C as of `like`; of finite numbers >= 0, where looking at them is free."""
+    """Expects a floating tensor [*rows, C], with C of `like`; finite numbers >= 0 if `values_visible`."""
     check_floating(name, value)
     shape = tuple(value.shape)
     if shape[:-1] != rows or len(shape) == 0 or shape[-1] == 0 or (like is not None and shape[-1] != like.shape[-1]):
@@ -146,7 +146,7 @@ def check_assignments(
 
 
 def check_scores(name: str, value: Any) -> None:
-    """A floating tensor [N, K] or [B, N, K]."""
+    """Expects a floating tensor [N, K] or [B, N, K]."""
     check_floating(name, value)
     if value.dim() not in (2, 3):
         raise ValueError(f"{name}: expected shape [N, K] or [B, N, K], got {list(value.shape)}")
@@ -155,7 +155,7 @@ def check_scores(name: str, value: Any) -> None:
 
 
 def check_masses(name: str, value: Any, size: int, batch: int | None, device: torch.device) -> None:
-    """A floating tensor [size], or [batch, size] where there is a batch; `check_mass_values` looks at the numbers."""
+    """Expects a floating tensor [size], or [batch, size] with a batch. `check_mass_values` checks the values."""
     check_floating(name, value)
     shapes = [(size,)] + ([] if batch is None else [(batch, size)])
     if tuple(value.shape) not in shapes:
@@ -165,10 +165,10 @@ def check_masses(name: str, value: Any, size: int, batch: int | None, device: to
 
 
 def check_mass_values(name: str, value: Tensor, alone: bool) -> None:
-    """Of masses, which have a positive sum where they are `alone`, on no other process."""
+    """Expects finite masses >= 0 if `values_visible`, with a positive sum if `alone` (no other process has masses)."""
     if not values_visible(value):
         return
-    if not value.dtype.is_floating_point:  # torch does not compare all integers
+    if not value.dtype.is_floating_point:  # torch cannot compare all integer dtypes
         value = value.double()
     if not bool((value >= 0).all()) or not bool(value.isfinite().all()):
         raise ValueError(f"{name}: expected non-negative finite numbers, got {few(value)}")
@@ -199,7 +199,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any, *, least: int = 1, most: int = LARGEST_COUNT) -> int:
-    """An integer, Python's or NumPy's, from `least` to `most`."""
+    """A Python or NumPy integer from `least` to `most`, as an int."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name}: expected an integer, got {shown(value)}")
     count = value if isinstance(value, int) else int(value)
@@ -224,7 +224,7 @@ def finite_number(name: str, value: Any) -> float:
 
 
 def positive_number(name: str, value: Any) -> Any:
-    """A positive number whose reciprocal float32 can hold, as a float, or a tensor of one, looked at if it may be."""
+    """A positive number whose reciprocal fits float32: a float, or a tensor of one element, checked if visible."""
     if not isinstance(value, Tensor):
         number = finite_number(name, value)
     else:
@@ -243,14 +243,14 @@ def positive_number(name: str, value: Any) -> Any:
 
 
 def plain_number(name: str, value: Any) -> float:
-    """`positive_number` where tensors are not accepted."""
+    """`positive_number`, but tensors are not accepted."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a number, got a tensor")
     return float(positive_number(name, value))
 
 
 def scalar_tensor(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number, or a tensor of one element on the CPU or on `device`, as a tensor of no dimension on `device`."""
+    """A number, or a tensor of one element on the CPU or on `device`, as a tensor [] on `device`."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)
     if value.device.type != "cpu":

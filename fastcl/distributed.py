@@ -1,7 +1,7 @@
-"""Losses over the rows of all processes: `torch.distributed`'s collectives, and what each process returns.
+"""Losses over the rows of all processes: agreement on sizes and options, and `torch.distributed`'s collectives.
 
-The contract and its reasons are in docs/distributed.md: each process returns W times its rows' share of the loss of the
-whole batch, so that the mean over W processes, which DistributedDataParallel takes of gradients, is that loss.
+Each process returns W times its rows' share of the loss of the whole batch. DistributedDataParallel averages gradients
+over the W processes, and this average is the gradient of that loss. docs/distributed.md has the details.
 """
 
 from __future__ import annotations
@@ -21,29 +21,31 @@ from .ops.contrastive.blocks import Place, Visit
 from .ops.library import uncompiled
 
 MODES = (False, True, "ring")
-FAILED = -1  # in place of a call's name: this process has raised an error, whose text follows
-MOST_NUMBERS = 128  # that processes tell each other: as many everywhere, also where they call different things
-Property = int | float | str  # of a string the first 8 characters, of ASCII
+FAILED = -1  # replaces the name of the call: this process raises an error, and its text follows
+MOST_NUMBERS = 128  # length of the message between processes: fixed, because processes may call different functions
+Property = int | float | str  # of a string, the first 8 characters are compared (ASCII)
 
 
 def gather_rows(rows: Tensor, *others: Tensor) -> Any:
-    """The rows of all processes, one process after the other, without gradient: ``[N, ...] -> [sum of N, ...]``.
+    """The rows of all processes in the order of ranks, without gradient: ``[N, ...] -> [sum of N, ...]``.
 
-    A memory that is fed with them holds the same rows in the same order on every process::
+    A memory that enqueues them holds the same rows in the same order on every process::
 
         queue.enqueue(*gather_rows(keys, labels))
 
     Args:
-        rows: ``[N, ...]``; N may differ between processes and be 0, the rest and the dtype may not.
-        others: more tensors ``[N', ...]``, gathered likewise.
+        rows: ``[N, ...]``; N may differ between processes and may be 0. The other dimensions and the dtype must be the
+            same.
+        others: more tensors ``[N', ...]``, gathered in the same way.
 
     Returns:
-        A tensor; with ``others`` a tuple of tensors. Without a process group, the tensors themselves, detached.
+        A tensor, or with ``others`` a tuple of tensors. Without a process group the given tensors, detached.
 
-    Every process must call this, with as many tensors of the same dtypes.
+    Every process must call this, with the same number of tensors and the same dtypes.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; where processes disagree, on all.
+        TypeError, ValueError: naming the argument, what was expected and what came. If processes disagree, all of them
+            raise.
     """
     given = (rows, *others)
     try:
@@ -77,7 +79,7 @@ def _check_gathered(given: tuple[Any, ...]) -> None:
 
 
 def _kind(tensor: Tensor) -> dict[str, Property]:
-    """Of as many entries for every tensor."""
+    """Properties that processes compare; the same number of entries for every tensor."""
     lengths = [*tensor.shape[1:5], 1, 1, 1, 1][:4]
     kind: dict[str, Property] = {"dtype": dtype_name(tensor.dtype), "dimensions": tensor.dim()}
     kind |= {f"length {k}": length for k, length in enumerate(lengths, start=1)}
@@ -85,7 +87,7 @@ def _kind(tensor: Tensor) -> dict[str, Property]:
 
 
 def _all_bytes(world: World, tensor: Tensor, sizes: list[int]) -> Tensor:
-    """`World.all_rows` of any dtype: collectives do not take all of them."""
+    """`World.all_rows` for any dtype, as bytes: collectives do not support all dtypes."""
     if 0 in tensor.shape[1:]:
         return world.all_rows(tensor, sizes)
     rows = tensor.resolve_neg().contiguous()
@@ -113,7 +115,7 @@ class World(NamedTuple):
 
     @classmethod
     def of(cls, gather: bool | str) -> World | None:
-        """None where there is nobody to gather from, or nobody wants to."""
+        """The default group; None if `gather` is False, or if there is no other process."""
         if gather is False or not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD
@@ -123,19 +125,19 @@ class World(NamedTuple):
     def agree(
         self, call: str, sizes: Mapping[str, int], alike: Mapping[str, Property], device: torch.device
     ) -> list[list[int]]:
-        """Every process's sizes, [number of sizes][processes]; ValueError on all processes where others are not alike.
+        """Every process's sizes, [number of sizes][processes]; ValueError on all processes if `alike` or `call` differ.
 
-        call: what this process calls. Of one call, names and the types of values are the same on all processes.
+        call: name of the loss or function. For each call the names and types in `alike` are fixed.
 
-        One collective of a few integers, on which the host waits: shapes depend on them. It comes before any other
-        collective of the call, and before anything that depends on what is compared. A process that raises an error of
-        its own instead calls `tell_others`.
+        This is one collective of `MOST_NUMBERS` integers. The host waits for it because shapes depend on it. It runs
+        before any other collective of the call, and before anything that depends on what it compares. A process whose
+        own checks fail calls `tell_others` instead.
         """
         found: list[list[int]] = _agree(self, call, sizes, alike, device)
         return found
 
     def all_rows(self, rows: Tensor, sizes: list[int]) -> Tensor:
-        """[m, ...] of this process -> [M, ...] of all, m by process in `sizes`."""
+        """Rows [m, ...] of this process -> rows [M, ...] of all; `sizes` has every process's m."""
         most = max(sizes)
         if most == 0 or 0 in rows.shape[1:]:
             return rows.new_empty(sum(sizes), *rows.shape[1:])
@@ -145,12 +147,12 @@ class World(NamedTuple):
         return torch.cat([everyone[q * most :][:size] for q, size in enumerate(sizes)])
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes; differentiable, where this process's values are."""
+        """The sum over all processes, differentiable in this process's values."""
         found: Tensor = _Total.apply(self.group, values)
         return found
 
 
-@uncompiled  # processes would have to agree upon their graphs
+@uncompiled  # compiled processes might trace different graphs
 def _agree(
     world: World, call: str, sizes: Mapping[str, int], alike: Mapping[str, Property], device: torch.device
 ) -> list[list[int]]:
@@ -177,9 +179,9 @@ def _agree(
 
 
 def tell_others(gather: Any, error: Exception, *arguments: Any) -> None:
-    """For a process whose own checks have failed: the others, who are in `World.agree` or get there, raise as well.
+    """Called if this process's own checks fail: makes the other processes raise in `World.agree` instead of waiting.
 
-    error: what this process is about to raise. arguments: the first tensor among them is on the group's device.
+    error: the error that this process will raise. arguments: the first tensor among them gives the group's device.
     """
     world = World.of(gather) if gather is True or gather == "ring" else None
     if world is not None:
@@ -192,7 +194,7 @@ def tell_others(gather: Any, error: Exception, *arguments: Any) -> None:
 def _tell(world: World, message: str, device: torch.device) -> None:
     text = message.encode()[: 8 * (MOST_NUMBERS - 1)].ljust(8 * (MOST_NUMBERS - 1), b"\0")
     numbers = [FAILED, *struct.unpack(f"<{MOST_NUMBERS - 1}q", text)]
-    with suppress(RuntimeError):  # of a group that has failed: this process's own error says more
+    with suppress(RuntimeError):  # if the group has failed, this process's own error is more useful
         _all_gather(world.group, torch.tensor(numbers, dtype=torch.int64, device=device))
 
 
@@ -217,7 +219,7 @@ def _from_integer(number: int, like: Property) -> Property:
 
 
 class _Total(torch.autograd.Function):
-    """Every process's gradient of the sum is one of each process's values: their sum, which has a derivative too."""
+    """An all-reduce. The gradient of a process's values is the sum of all processes' gradients: again an all-reduce."""
 
     @staticmethod
     def forward(ctx: Any, group: Any, values: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ class _Total(torch.autograd.Function):
         return None, _Total.apply(ctx.group, grad)
 
 
-# Collectives under the names of this torch: from 2.13 on the longer ones are deprecated, the shorter ones are new.
+# Collectives by the names that this torch has: 2.13 introduces shorter names and deprecates the longer ones.
 
 
 def _all_gather(group: Any, values: Tensor) -> Tensor:
@@ -255,11 +257,11 @@ def _padded(rows: Tensor, length: int) -> Tensor:
     return rows.contiguous()
 
 
-# How contrasts travel.
+# How contrasts are exchanged.
 
 
 class Gathered:
-    """All contrasts on every process, once: an all-gather of rows, a reduce-scatter of their gradients."""
+    """Every process receives all contrasts: an all-gather of rows, and a reduce-scatter of their gradients."""
 
     def __init__(self, world: World, sizes: list[int]) -> None:
         self.world, self.sizes = world, sizes
@@ -268,7 +270,7 @@ class Gathered:
         self.own = self.place(world.rank)
 
     def place(self, q: int) -> Place:
-        """Of process q's contrasts."""
+        """The slice of process q's contrasts."""
         return slice(self.starts[q], self.starts[q + 1])
 
     def walk(self, rows: Tensor, alone: bool, visit: Visit) -> Any:
@@ -311,14 +313,14 @@ class Gathered:
 
 
 class Ring(Gathered):
-    """Each process passes the block that it has to the next one while it computes on it; a process holds two."""
+    """Each process passes its current block to the next process while it computes on it; it holds two blocks."""
 
     def walk(self, rows: Tensor, alone: bool, visit: Visit) -> None:
         for q, block in self._passing(rows):
             visit(self.place(q), None if alone and q == self.world.rank else block)
 
     def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
-        """A block's gradient follows it, a step behind, and comes home after the last."""
+        """A block's gradient follows the block, one step behind, and reaches its own process after the last step."""
         size = self.world.size
         width = rows.shape[1]
         home = None if dtype is None else rows.new_zeros(len(rows), width, dtype=dtype)
@@ -335,7 +337,8 @@ class Ring(Gathered):
             if arriving is not None:
                 arriving[1]()
                 gradient = gradient.add_(arriving[0])
-            # Who comes before has worked on the block that comes next here; after the last step, on this process's.
+            # The previous process sends the gradient of the block that arrives here next; in the last step, of this
+            # process's own block.
             arriving = self._pass_on(gradient, rows.new_empty(self.sizes[(q - 1) % size], width, dtype=dtype))
         if home is not None and arriving is not None:
             arriving[1]()
@@ -343,7 +346,7 @@ class Ring(Gathered):
         return home
 
     def _passing(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Rank and rows of each block, this process's own first, then its predecessor's, and so on."""
+        """Rank and rows of each block: this process's own, then its predecessor's, and so on."""
         rank, size = self.world.rank, self.world.size
         block = rows.detach().resolve_neg().contiguous()
         for step in range(size):
@@ -357,7 +360,7 @@ class Ring(Gathered):
                 block = following[0]
 
     def _pass_on(self, sent: Tensor, received: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Sends to the next process and receives from the one before; what is received, and how to wait for it."""
+        """Sends to the next process and receives from the previous one: the received tensor, and a function to wait."""
         world = self.world
         transfers = []
         if sent.numel():
@@ -369,7 +372,7 @@ class Ring(Gathered):
         def wait() -> None:
             for transfer in pending:
                 transfer.wait()
-            transfers.clear()  # until here what is sent must live
+            transfers.clear()  # keeps the sent tensor alive until here
 
         return received, wait
 

@@ -1,4 +1,4 @@
-"""``python -m fastcl.info``: what was found, what will be used, and why anything is missing."""
+"""``python -m fastcl.info``: available backends, the one that will be used, and why any is missing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def report() -> str:
 
 
 def _native() -> list[str]:
-    """What the native module was built with, what this machine runs, and what is used."""
+    """The native module's compiler, the instruction sets that this machine supports, and the one that is used."""
     module = native.native_module()
     name, reason = native.engine()
     if module is None:

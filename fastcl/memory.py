@@ -1,4 +1,4 @@
-"""Rows kept from one step to the next, a queue of the latest ones or a bank with one for each sample; the nearest."""
+"""Rows stored across steps: a queue of the latest rows, and a bank with one row per sample."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ ADDRESS_SPACE = 2**47  # bytes that a process can address on x86-64
 class MemoryQueue(Memory):
     """The latest ``size`` rows, first in, first out (MoCo's and SwAV's queue, cross-batch memory, NNCLR's support set).
 
-    ``ClusterInfoNCE()(query, positives=key, contrasts=queue)`` is MoCo; with ``clusters=True`` the queue's rows of an
+    ``ClusterInfoNCE()(query, positives=key, contrasts=queue)`` is MoCo. With ``clusters=True`` the stored rows in an
     anchor's cluster are its positives, and ``ClusterInfoNCE()(z, labels, contrasts=queue)`` is a cross-batch memory.
-    With ``ids=True`` an anchor is kept from stale copies of itself (``ids=`` of the loss).
+    With ``ids=True``, and ``ids=`` of the loss, an anchor is not contrasted against stale copies of itself.
 
-    Rows are detached, normalised in float32 and then rounded to ``dtype``. A batch that is larger than the queue leaves
-    its last ``size`` rows. What a loss was computed from does not change under its backward: enqueueing may come before
-    it. Content, place and number of rows are buffers, and in ``state_dict``. Every process keeps a queue of its own:
-    inside a ``DistributedDataParallel`` module, pass ``broadcast_buffers=False`` there.
+    Rows are detached, normalised in float32 and then rounded to ``dtype``. Of a batch larger than the queue only the
+    last ``size`` rows are stored. A backward uses the rows of its forward, so ``enqueue`` may be called between them.
+    Rows, position and number of rows are buffers, and in ``state_dict``. Each process has its own queue: inside a
+    ``DistributedDataParallel`` module, pass ``broadcast_buffers=False`` to that module.
 
     Args:
-        size: rows that it holds at most, >= 1.
-        dim: D of a row.
-        dtype: of the stored rows: float64, float32, bfloat16 or float16.
+        size: maximum number of rows, >= 1.
+        dim: D, the dimension of a row.
+        dtype: dtype of the stored rows: float64, float32, bfloat16 or float16.
         clusters: whether every row comes with a cluster id.
         ids: whether every row comes with a sample id.
 
@@ -42,9 +42,9 @@ class MemoryQueue(Memory):
 
     cluster_ids: Tensor
     sample_ids: Tensor
-    enqueued: Tensor  # rows that ever came: the next place is this modulo size
+    enqueued: Tensor  # number of rows enqueued so far; modulo size, the slot of the next row
     counter = "enqueued"
-    former_counters = 2  # place and count
+    former_counters = 2  # next slot and number of rows
 
     def __init__(
         self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, clusters: bool = False, ids: bool = False
@@ -58,7 +58,7 @@ class MemoryQueue(Memory):
         for name, wanted in (("cluster_ids", clusters), ("sample_ids", ids)):
             self.register_buffer(name, torch.full((size,), -1, dtype=torch.int64) if wanted else None)
         self.register_buffer("enqueued", torch.zeros((), dtype=torch.int64))
-        self._next, self._count = 0, 0  # where the next row goes, and how many there are
+        self._next, self._count = 0, 0  # slot of the next row, number of rows
 
     @property
     def size(self) -> int:
@@ -68,7 +68,7 @@ class MemoryQueue(Memory):
         self._refresh()
         return self._count
 
-    def __bool__(self) -> bool:  # an empty queue is a queue
+    def __bool__(self) -> bool:  # `if queue` asks whether there is one, not whether it has rows
         return True
 
     @property
@@ -88,7 +88,7 @@ class MemoryQueue(Memory):
 
     def _in_order(self, values: Tensor) -> Tensor:
         self._refresh()
-        if self._count < self.size:  # nothing has been overwritten yet, and the oldest row is the first
+        if self._count < self.size:  # no row has been overwritten yet, so the first row is the oldest
             return values[: self._count].clone()
         return values.roll(-self._next, 0)
 
@@ -109,9 +109,9 @@ class MemoryQueue(Memory):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, clusters: Tensor | None = None, ids: Tensor | None = None) -> None:
-        """Appends rows ``[N, dim]``; the oldest ones make room.
+        """Appends rows ``[N, dim]``, overwriting the oldest rows of a full queue.
 
-        clusters, ids: ``[N]`` integers, negative: none; given where the queue stores them, and only there.
+        clusters, ids: ``[N]`` integers; negative means none. Required if the queue stores them, else not allowed.
         """
         self._check_embeddings(embeddings)
         for name, value, place in (("clusters", clusters, self.cluster_ids), ("ids", ids, self.sample_ids)):
@@ -139,7 +139,7 @@ class MemoryQueue(Memory):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Empties the queue: no rows, zeros in their places, no clusters, no ids."""
+        """Empties the queue: sets all rows to zero and removes all clusters and ids."""
         with self._alone():
             self.rows.zero_()
             for ids in (self.cluster_ids, self.sample_ids):
@@ -148,17 +148,17 @@ class MemoryQueue(Memory):
             self._count_from_zero()
 
     def nearest(self, embeddings: Tensor) -> Tensor:
-        """The stored row ``[N, dim]`` that is nearest to each of the embeddings ``[N, dim]`` (NNCLR); a copy.
+        """For each of the embeddings ``[N, dim]``, a copy of the stored row with the largest cosine similarity (NNCLR).
 
-        In cosine similarity. Of equals it is the one in the lowest place, the first stored until the queue has wrapped
-        around; then places say nothing of age. ValueError while the queue is empty.
+        Ties go to the row in the lowest slot: the oldest one until the queue is full for the first time, after that an
+        arbitrary one. ValueError if the queue is empty.
         """
         self._check_embeddings(embeddings)
         self._refresh()
         if self._count == 0:
             raise ValueError("nearest: expected at least one row in the queue, got none")
         rows = self.rows[: self._count]
-        _, indices = topk_similarity(embeddings, rows, 1)  # a query's length does not change who is nearest
+        _, indices = topk_similarity(embeddings, rows, 1)  # the norm of a query does not change its nearest row
         return rows[indices[:, 0]]
 
     def _take(self, value: int) -> None:
@@ -185,23 +185,24 @@ class MemoryQueue(Memory):
 
 
 class MemoryBank(Memory):
-    """One row for each sample of a data set, a running mean of its embeddings (instance discrimination, PIRL).
+    """One row per sample of a data set: a running mean of its embeddings (instance discrimination, PIRL).
 
     ``update`` sets row i to ``normalize(momentum * row_i + (1 - momentum) * normalize(embedding))``; the first update
-    of a row stores the embedding itself, normalised. ``bank[indices]`` are rows, zeros where there is none yet.
+    of a row stores the normalised embedding. ``bank[indices]`` returns rows, zeros for rows not yet updated.
 
-    As ``contrasts=`` of a loss, a bank gives the rows that were ever updated. Their sample ids are their indices:
-    ``ids=indices`` leaves an anchor's own stale row out. Their clusters are those that came with updates, or, in a
-    bank that never got any, the indices: ``ClusterInfoNCE(0.07)(z, indices, contrasts=bank)`` is instance
-    discrimination, an anchor's own row its positive.
+    As ``contrasts=`` of a loss, a bank gives the rows that have been updated. Their sample ids are their indices:
+    ``ids=indices`` excludes an anchor's own stale row. Their clusters are those passed to ``update``, or the indices if
+    the bank never received clusters: ``ClusterInfoNCE(0.07)(z, indices, contrasts=bank)`` is then instance
+    discrimination, with an anchor's own row as its positive.
 
-    Rows are kept in ``dtype``, and meet in float32. All state is buffers, and in ``state_dict``.
+    Rows are stored in ``dtype`` and updated in float32 (float64 rows or embeddings: in float64). All state is in
+    buffers, and in ``state_dict``.
 
     Args:
-        num_samples: rows, >= 1.
-        dim: D of a row.
-        momentum: in [0, 1): the share of the old row.
-        dtype: of the stored rows: float64, float32, bfloat16 or float16.
+        num_samples: number of rows, >= 1.
+        dim: D, the dimension of a row.
+        momentum: weight of the old row in an update, in [0, 1).
+        dtype: dtype of the stored rows: float64, float32, bfloat16 or float16.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -211,8 +212,8 @@ class MemoryBank(Memory):
 
     cluster_ids: Tensor
     filled: Tensor
-    clustered: Tensor  # 1 once a cluster came, else 0
-    _filled_seen: tuple[Tensor, int, int] | None = None  # the state of `filled` in which every row was found filled
+    clustered: Tensor  # 1 if an update has passed clusters, else 0
+    _filled_seen: tuple[Tensor, int, int] | None = None  # the state of `filled` when every row was last found filled
     counter = "clustered"
     former_counters = 1
 
@@ -229,7 +230,7 @@ class MemoryBank(Memory):
         self.register_buffer("cluster_ids", torch.full((num_samples,), -1, dtype=torch.int64))
         self.register_buffer("filled", torch.zeros(num_samples, dtype=torch.bool))
         self.register_buffer("clustered", torch.zeros((), dtype=torch.int64))
-        self._clustered = False  # whether a cluster ever came
+        self._clustered = False  # whether an update has passed clusters
         self._full = False  # whether every row is known to be filled
 
     @property
@@ -237,7 +238,7 @@ class MemoryBank(Memory):
         return self.rows.shape[0]
 
     def __len__(self) -> int:
-        """How many rows were ever updated."""
+        """Number of rows that have been updated."""
         self._refresh()
         if self._full:
             return self.num_samples
@@ -251,25 +252,25 @@ class MemoryBank(Memory):
     __iter__ = None  # Python would try bank[0], bank[1], ...
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Rows ``[..., dim]`` of integers ``[...]``; a copy."""
+        """The rows ``[..., dim]`` at integer indices ``[...]``; a copy."""
         self._check_indices(indices)
         return self.rows[indices.to(torch.int64)]
 
     @property
     def embeddings(self) -> Tensor:
-        """``[len, dim]``, the rows that were ever updated, by index; a copy."""
+        """``[len, dim]``: the rows that have been updated, in the order of their indices; a copy."""
         return self.stored(kept=True).rows
 
     @property
     def clusters(self) -> Tensor:
-        """int64 ``[len]``: of those rows; the indices, if no update ever brought clusters."""
+        """int64 ``[len]``: clusters of those rows; their indices if no update has passed clusters."""
         clusters = self.stored(kept=False).clusters
         assert clusters is not None
         return clusters
 
     @property
     def ids(self) -> Tensor:
-        """int64 ``[len]``: the indices of those rows."""
+        """int64 ``[len]``: indices of those rows."""
         ids = self.stored(kept=False).ids
         assert ids is not None
         return ids
@@ -304,10 +305,10 @@ class MemoryBank(Memory):
 
     @torch.no_grad()
     def update(self, indices: Tensor, embeddings: Tensor, clusters: Tensor | None = None) -> None:
-        """Moves the rows ``indices`` ``[N]`` towards embeddings ``[N, dim]``, in the order of the batch.
+        """Moves the rows at ``indices`` ``[N]`` towards embeddings ``[N, dim]``, in the order of the batch.
 
-        An index that comes twice takes both updates, one after the other. clusters: ``[N]`` integers, negative: none;
-        without them rows keep the cluster that they have.
+        If an index occurs twice, both updates apply in order. clusters: ``[N]`` integers; negative means none. Without
+        them rows keep their clusters.
         """
         self._check_embeddings(embeddings)
         self._check_indices(indices, len(embeddings))
@@ -315,12 +316,12 @@ class MemoryBank(Memory):
             check_ids("clusters", clusters, len(embeddings), self.rows.device)
         if len(embeddings) == 0:
             return
-        # All that can fail comes before the first change.
+        # Everything that can fail runs before the first change, so that an error leaves the bank unchanged.
         indices = indices.to(torch.int64)
         ids = None if clusters is None else clusters.to(torch.int64).clamp(min=-1)
         new = unit_rows(embeddings, self.rows.dtype)
         indices, order = torch.sort(indices, stable=True)
-        # of rows that take several updates: which one this is
+        # The position of each update among the updates of the same row.
         turn = torch.arange(len(indices), device=indices.device) - torch.searchsorted(indices, indices)
         with self._alone():
             self._refresh()
@@ -340,7 +341,7 @@ class MemoryBank(Memory):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Empties the bank: no row was ever updated, no cluster ever came."""
+        """Empties the bank: sets all rows to zero, not updated, without clusters."""
         with self._alone():
             self.rows.zero_()
             self.cluster_ids.fill_(-1)
@@ -368,7 +369,7 @@ class MemoryBank(Memory):
 
 
 def _check_sizes(name: str, rows: Any, dim: Any, dtype: torch.dtype) -> tuple[int, int]:
-    """Numbers of rows, which is the argument `name`, and of dimensions, of which an address space holds the product."""
+    """The checked number of rows (the argument `name`) and `dim`; their product must fit the address space."""
     dim = check_count("dim", dim)
     return check_count(name, rows, most=ADDRESS_SPACE // (dim * dtype.itemsize)), dim
 

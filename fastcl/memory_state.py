@@ -1,4 +1,4 @@
-"""The state of a memory: rows and a counter that travel together, and how a state is loaded."""
+"""The state of a memory: rows and a counter in buffers, and how a state is loaded."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from .checks import check_device, check_rows
 
 
 class Stored(NamedTuple):
-    """Rows of a memory as a loss takes them: without gradient, normalised already."""
+    """The valid rows of a memory for a loss: without gradient, already normalised."""
 
     rows: Tensor  # [M, D]
-    clusters: Tensor | None  # [M] int64, -1: none; None: the memory keeps none
+    clusters: Tensor | None  # [M] int64, -1: none; None: the memory stores no clusters
     ids: Tensor | None  # [M] int64, -1: none
-    clustered: bool  # clusters came from the user, who has to name the anchors' too
+    clustered: bool  # whether the user gave the clusters; the loss then requires clusters of the anchors
 
 
 class Memory(nn.Module):
-    """What queue and bank share: rows that are state, and a loss's view of them.
+    """Base class of queue and bank: stored rows, their counter, and how a loss reads them.
 
-    One counter says which rows hold something. It is a buffer, so that it travels with the rows wherever buffers do
-    (state_dict, DistributedDataParallel, averaged models). A copy of it in Python saves losses from waiting for a GPU:
-    there the buffer is read again only after something else has changed it. Threads take turns to change rows and
-    counter, so that no place is given away twice.
+    A counter tells which rows are valid. It is a buffer, so it is copied together with the rows wherever buffers are
+    (state_dict, DistributedDataParallel, averaged models). Python keeps a copy of it, so that losses do not wait for a
+    GPU: on a GPU the buffer is read again only after something else has changed it. A lock makes threads take turns to
+    change rows and counter, so that no slot is used twice.
     """
 
     rows: Tensor
-    counter = ""  # the name of that buffer, int64 []
-    former_counters = 0  # how many numbers versions before it kept in `_extra_state` instead
-    _value = 0  # the copy
-    _seen: tuple[Tensor, int, int] | None = None  # the state of the buffer that the copy was taken from
+    counter = ""  # name of the counter's buffer, int64 []
+    former_counters = 0  # length of `_extra_state`, which earlier versions saved instead of the counter
+    _value = 0  # Python's copy of the counter
+    _seen: tuple[Tensor, int, int] | None = None  # the state of the buffer when the copy was made
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.RLock()
 
     def stored(self, kept: bool) -> Stored:
-        """The valid rows. kept: a backward will want them again, so that they must outlive changes of the memory."""
+        """The valid rows. kept: a backward needs them, so they must not change with the memory."""
         raise NotImplementedError
 
     @property
@@ -56,7 +56,7 @@ class Memory(nn.Module):
         check_device("embeddings", embeddings, self.rows.device)
 
     def _refresh(self) -> None:
-        """Takes over what has been written into the counter since, by a load, a broadcast, an average."""
+        """Updates Python's copy if a load, a broadcast or an average has changed the counter."""
         if torch.compiler.is_compiling():
             return  # the copy is a constant of the graph
         counter = self._buffers[self.counter]
@@ -64,25 +64,25 @@ class Memory(nn.Module):
             return
         self.__dict__["_seen"] = buffer_state(counter)
         if counter.item() != self._value:
-            with self._lock:  # as another thread may be changing both
+            with self._lock:  # another thread may be changing rows and counter
                 self._take(int(counter.item()))
 
     def _alone(self) -> AbstractContextManager[Any]:
-        """Until its end no other thread changes the memory. Compiled code knows no locks."""
+        """A context in which no other thread changes the memory. torch.compile does not support locks."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def _take(self, value: int) -> None:
-        """The counter's value as a copy in Python."""
+        """Sets Python's copy of the counter, and what depends on it."""
         self._value = value
 
     def _count_on(self, by: int) -> None:
-        """Raises the counter, without waiting for a device. What `_take` sets is for the caller to change."""
+        """Increases the counter without waiting for a device. The caller updates what `_take` would set."""
         counter = self._buffers[self.counter]
         assert counter is not None
-        if torch.compiler.is_compiling():  # the value, read here, would be a constant of the graph
+        if torch.compiler.is_compiling():  # a value read here would be a constant of the graph
             counter.add_(by)
             return
-        # Past nn.Module's __setattr__, which takes longer than the operation.
+        # Bypasses nn.Module's __setattr__, which takes longer than the operation.
         self.__dict__["_value"] = value = self._value + by
         counter.fill_(value)
         self.__dict__["_seen"] = buffer_state(counter)
@@ -99,12 +99,12 @@ class Memory(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
         without_content = self.rows.is_meta
         super()._apply(fn, recurse)
-        if without_content and not self.rows.is_meta:  # `to_empty`: buffers hold what lay in the memory before
+        if without_content and not self.rows.is_meta:  # `to_empty`: the buffers are uninitialised
             self.reset()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has other buffers, whose states may look like those that were seen of these, and a lock of its own.
+        # A copy has its own lock and its own buffers, to which the states recorded here do not apply.
         left = ("_lock", "_seen", "_filled_seen")
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
@@ -112,15 +112,15 @@ class Memory(nn.Module):
         super().__setstate__(state)
         self._lock = threading.RLock()
 
-    # Loading a state is all or nothing: where something is missing or does not fit, none of this module's tensors is
-    # copied and no counter changes. Superfluous keys are for torch to report, which alone knows of strict=False.
+    # Loading a state is all or nothing: if a key is missing or does not fit, no tensor of this module is copied and no
+    # counter changes. Unexpected keys are left to torch to report: only torch knows whether strict=False.
 
     def _valid(self, value: int) -> bool:
         """Whether the counter can have this value."""
         raise NotImplementedError
 
     def _of_former(self, counters: list[int]) -> int | None:
-        """The counter's value for the counters of former versions; None if no memory can have them."""
+        """The counter's value for counters saved by earlier versions; None if the counters are invalid."""
         raise NotImplementedError
 
     def _load_from_state_dict(
@@ -156,7 +156,7 @@ class Memory(nn.Module):
         self._refresh()
 
     def _with_counter(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[Mapping[str, Any], str]:
-        """The state with the counter as a tensor, also that of a former version, and what is wrong with it."""
+        """The state with its counter as a tensor, converted from earlier versions, and an error message or ""."""
         key, former = prefix + self.counter, prefix + "_extra_state"
         value = state_dict.get(key)
         if isinstance(value, Tensor) and value.shape == () and _kind(value) == "integers":
@@ -180,7 +180,7 @@ class Memory(nn.Module):
 
 
 def buffer_state(buffer: Tensor) -> tuple[Tensor, int, int] | None:
-    """What changes with every change of a buffer that torch knows of; None: torch keeps no account of this one."""
+    """A value that differs after every change of the buffer that torch records; None if torch records none."""
     if type(buffer) is not Tensor or buffer.is_inference():
         return None
     return buffer, buffer.data_ptr(), buffer._version
@@ -189,8 +189,8 @@ def buffer_state(buffer: Tensor) -> tuple[Tensor, int, int] | None:
 def unchanged(buffer: Tensor, seen: tuple[Tensor, int, int] | None) -> bool:
     """Whether a buffer is still in the state `seen`, or has no values.
 
-    On the CPU reading it is as quick, so nothing counts as unchanged, and writes through `.data` are noticed too. Under
-    a dispatch mode, which may forbid to read, states are compared there as well.
+    On the CPU the answer is always False: reading the buffer is just as fast, and detects writes through `.data` too.
+    Under a dispatch mode, which may forbid reading, states are compared on the CPU as well.
     """
     if type(buffer) is not Tensor or buffer.is_meta:
         return True
@@ -202,7 +202,7 @@ def unchanged(buffer: Tensor, seen: tuple[Tensor, int, int] | None) -> bool:
 
 
 def _misfit(key: str, value: Any, like: Tensor) -> str:
-    """Why a value cannot take the place of `like`, nothing if it can."""
+    """Why a value cannot be copied into `like`; empty if it can."""
     if not isinstance(value, Tensor):
         return f"{key}: expected a tensor, got {type(value).__name__}"
     if value.shape != like.shape:
@@ -211,9 +211,9 @@ def _misfit(key: str, value: Any, like: Tensor) -> str:
 
 
 def _unassignable(key: str, value: Any, like: Tensor) -> str:
-    """Why a value cannot become the place into which later rows are written, nothing if it can (``assign=True``)."""
+    """Why a value cannot become the memory's buffer with ``assign=True``; empty if it can."""
     if not isinstance(value, Tensor) or value.shape != like.shape or _kind(value) != _kind(like):
-        return ""  # that has been said
+        return ""  # `_misfit` reports it
     if value.dtype == like.dtype and value.is_contiguous() and not value.requires_grad:
         return ""
     what = f"{value.dtype}" + ", requiring a gradient" * value.requires_grad + ", strided" * (not value.is_contiguous())

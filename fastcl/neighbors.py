@@ -1,4 +1,4 @@
-"""The nearest of stored rows: the largest inner products, and a vote among neighbours."""
+"""Nearest rows: the largest inner products, and a kNN classifier."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ from .checks import LARGEST_COUNT, check_count, check_ids, check_rows, extremes,
 from .ops.backends.rows import unit_rows
 from .ops.topk.op import topk
 
-# The nearest of what is kept.
-
 
 def topk_similarity(
     queries: Tensor, keys: Tensor, k: int, *, query_ids: Tensor | None = None, key_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k largest inner products of each query with keys, exact, best first, without storing the N x M of them.
+    """The k largest inner products of each query with the keys: exact, best first, without storing all N x M of them.
 
     Args:
-        queries: ``[N, D]``; float64, float32, bfloat16 or float16, taken as they come.
-        keys: ``[M, D]``.
+        queries: ``[N, D]``; float64, float32, bfloat16 or float16, not normalised.
+        keys: ``[M, D]``, not normalised.
         k: from 1 to M.
-        query_ids, key_ids: ``[N]`` and ``[M]`` integers; a key of the query's id is left out (itself, or all of its
-            cluster); negative: no id.
+        query_ids, key_ids: ``[N]`` and ``[M]`` integers. Keys with the query's id are excluded (for instance the query
+            itself, or its cluster). A negative id means none.
 
     Returns:
-        (values ``[N, k]``, indices ``[N, k]``): float32, float64 where a set of rows is float64; int64. Of equal
-        values the lower index comes first, a NaN before all numbers. Where fewer than k keys are admissible the rest
-        is (-inf, -1). No gradient flows through the values; take them again by index where one is wanted.
+        (values ``[N, k]``, indices ``[N, k]``). Values are float32, or float64 if one set of rows is; indices are
+        int64. Among equal values the lower index comes first; NaN comes before all numbers. If fewer than k keys are
+        admissible, the rest is (-inf, -1). Values have no gradient; recompute them from the indices if you need one.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -57,21 +55,21 @@ def knn_predict(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> Tensor:
-    """Class scores of queries by their k nearest keys in cosine similarity, weighted (Wu et al. 2018).
+    """Weighted kNN classification by cosine similarity: class scores of the queries (Wu et al. 2018).
 
-    The score of class c is the sum of ``exp(s / temperature)`` over those of the k neighbours that have label c, over
-    the sum of all k: a row adds up to 1, and ``.argmax(1)`` is the prediction.
+    The score of class c is the sum of ``exp(s / temperature)`` over the neighbours with label c, divided by the sum
+    over all k neighbours. A row adds up to 1, and ``.argmax(1)`` is the prediction.
 
     Args:
-        queries: ``[N, D]``; normalised here, as are the keys. Any floating dtype.
+        queries: ``[N, D]``, any floating dtype; queries and keys are normalised internally.
         keys: ``[M, D]``.
-        labels: ``[M]`` integers from 0 to num_classes - 1, at least 0 without num_classes.
+        labels: ``[M]`` integers from 0 to num_classes - 1; without num_classes any integers >= 0.
         k: from 1 to M.
         temperature: > 0.
         num_classes: C; None: one more than the largest label.
 
     Returns:
-        ``[N, C]``, float32; float64 where a set of rows is float64. No gradient flows.
+        ``[N, C]``, float32, or float64 if one set of rows is. Without gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

@@ -1,4 +1,4 @@
-"""How good embeddings on the unit sphere are: alignment of positive pairs and uniformity of all."""
+"""Quality measures of embeddings on the unit sphere: alignment of positive pairs, and uniformity."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
     r"""Mean distance of positive pairs (Wang and Isola 2020): :math:`\frac1N \sum_i |\hat x_i - \hat y_i|^\alpha`.
 
     Args:
-        x, y: ``[N, D]``, row i of one and row i of the other a positive pair; any floating dtype, normalised here.
+        x, y: ``[N, D]``, N >= 1; row i of x and row i of y are a positive pair. Any floating dtype, normalised
+            internally.
         alpha: > 0.
 
     Returns:
-        A scalar, differentiable; float32, float64 for float64 rows. 0 is best; random pairs have 2 at ``alpha=2``.
+        A differentiable scalar; float32, float64 for float64 rows. 0 is best; random pairs have 2 at ``alpha=2``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; no rows, among others.
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_rows("x", x)
     check_rows("y", y, like=x)
@@ -35,21 +36,22 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
     squared = (unit(x) - unit(y)).square().sum(1)
     if alpha == 2:
         return squared.mean()
-    apart = squared != 0  # where the power's derivative is finite
+    apart = squared != 0  # at 0 the derivative of the power may be infinite
     return torch.where(apart, torch.where(apart, squared, 1) ** (alpha / 2), 0).mean()
 
 
 def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
-    r"""Log of the mean Gaussian potential of all pairs (Wang and Isola 2020), without storing the distances.
+    r"""Logarithm of the mean Gaussian potential of all pairs (Wang and Isola 2020), without storing the distances.
 
     .. math:: \log \frac{1}{N (N - 1)} \sum_{i \neq j} e^{-t |\hat x_i - \hat x_j|^2}
 
     Args:
-        embeddings: ``[N, D]``, N >= 2; float64, float32, bfloat16 or float16, normalised here.
+        embeddings: ``[N, D]``, N >= 2; float64, float32, bfloat16 or float16, normalised internally.
         t: > 0.
 
     Returns:
-        A scalar, differentiable once; float32, float64 for float64 rows. Lower is more uniform; 0: all rows are alike.
+        A scalar, differentiable once; float32, float64 for float64 rows. Lower is more uniform; 0 means that all unit
+        rows are equal.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -61,7 +63,7 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
     t = plain_number("t", t)
     if 2 * t > LARGEST:
         raise ValueError(f"t: expected at most half of float32's largest number, got {t}")
-    # |x - y|^2 = 2 - 2 <x, y> on the sphere: the log-sum-exp of each row at logit_scale 2 t.
+    # On the sphere |x - y|^2 = 2 - 2 <x, y>, so each row's sum is a log-sum-exp at logit_scale 2 t.
     stats = contrastive_stats(embeddings, logit_scale=2 * t, normalize_anchors=True, want=("lse_all",))
     assert stats.lse_all is not None
     return (stats.lse_all - 2 * t).logsumexp(0) - math.log(n * (n - 1))

@@ -1,4 +1,4 @@
-"""Sinkhorn's algorithm with any prior over the columns, in the log domain: the solver's front, and priors."""
+"""Sinkhorn's algorithm with any prior over the columns, in the log domain: the public function, and priors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .ops.backends.rows import accumulation_dtype
 from .ops.sinkhorn.op import sinkhorn as _solve
 from .ops.sinkhorn.op import sum_over
 
-LARGEST_EPSILON = 1e36  # potentials are up to some hundred times as large, and have to fit float32
+LARGEST_EPSILON = 1e36  # potentials are up to some hundred times as large and must fit float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,24 +40,24 @@ class SinkhornResult:
     row_potential: Tensor
     """``[N]``, in the scores' units; -inf for a row without mass. float32, float64 for float64 scores"""
     col_potential: Tensor
-    """``[K]``, in the scores' units; -inf for a column without mass. May be the next call's ``init``"""
+    """``[K]``, in the scores' units; -inf for a column without mass. Can be passed as ``init`` of a later call"""
     marginal_error: Tensor | None
     """L1 distance of the column sums from the prior, ``[]``; None unless ``tol`` is given"""
     n_iters: int | Tensor
-    """iterations done: the argument, or with ``tol`` an int64 tensor ``[]`` on the scores' device"""
-    _solved: tuple[Any, ...] | None = field(default=None, repr=False)  # what `_solve` was given
+    """number of iterations: the argument, or with ``tol`` an int64 tensor ``[]`` on the scores' device"""
+    _solved: tuple[Any, ...] | None = field(default=None, repr=False)  # arguments of `_solve`
 
     @property
     def transport_cost(self) -> Tensor:
-        r"""The cost of the plan, :math:`-\sum_{ij} P_{ij} S_{ij}`: ``[]``, of a batch ``[B]``.
+        r"""The cost of the plan, :math:`-\sum_{ij} P_{ij} S_{ij}`: ``[]``, or ``[B]`` for a batch.
 
-        float32, float64 for float64 scores. The plan has the total mass 1, and a score of -inf, which has no mass, adds
-        nothing. Differentiable once in scores, epsilon, prior and row_marginal, as exactly as the assignments. Computed
-        when it is asked for, each time anew, from scores and assignments without another N x K matrix; of scores in
-        half precision the problem is solved once more in float32, as their assignments are rounded.
+        float32, float64 for float64 scores. The plan has total mass 1, and scores of -inf, which have no mass,
+        contribute nothing. Differentiable once in scores, epsilon, prior and row_marginal, as exactly as the
+        assignments. Computed anew on every access, from scores and assignments, without another N x K matrix. Because
+        half-precision assignments are rounded, the problem is solved again in float32 for half-precision scores.
 
-        With ``group`` it is the share of the process's own rows, and the shares add up to the cost: a collective, which
-        all processes of the group have to ask for.
+        With ``group`` the value covers the process's own rows, and the values of all processes add up to the cost. It
+        is a collective: all processes of the group must access it.
         """
         if self._solved is None:
             raise ValueError("transport_cost: expected a result of fastcl.sinkhorn, got one without scores")
@@ -75,7 +75,7 @@ class SinkhornResult:
 
 
 class _RowScores(torch.autograd.Function):
-    """Mean scores [B, N] of rows under their assignments R [B, N, K], in blocks of rows."""
+    """Mean score [B, N] of each row, weighted by its assignments R [B, N, K], in blocks of rows."""
 
     @staticmethod
     def forward(ctx: Any, assignments: Tensor, scores: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class _RowScores(torch.autograd.Function):
         assignments, scores, found = ctx.saved_tensors
         of_assignments = of_scores = None
         if ctx.needs_input_grad[0]:
-            # A row of R adds up to 1: a constant taken off its gradient changes nothing but the rounding.
+            # A row of R adds up to 1: subtracting a constant from its gradient changes only the rounding.
             of_assignments = (scores - found[..., None]).mul_(grad[..., None]).masked_fill_(scores == -torch.inf, 0)
         if ctx.needs_input_grad[1]:
             of_scores = assignments * grad[..., None]
@@ -102,7 +102,7 @@ BLOCK = 1 << 20  # numbers in a block of assignments
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of matrices [B, N, K], a block of numbers at a time; all at once while compiling."""
+    """Blocks of the same rows of all matrices [B, N, K], `BLOCK` numbers each; a single block while compiling."""
     batch, n, k = matrices[0].shape
     if torch.compiler.is_compiling():
         yield matrices
@@ -123,42 +123,42 @@ def sinkhorn(
     init: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> SinkhornResult:
-    r"""Entropy-regularised assignment of N rows to K columns of prescribed masses.
+    r"""Entropy-regularised assignment of N rows to K columns with prescribed masses.
 
     The plan
 
     .. math:: P_{ij} = \exp\big((S_{ij} + f_i + g_j) / \varepsilon\big)
 
     maximises :math:`\langle P, S \rangle + \varepsilon H(P)` subject to row sums ``row_marginal`` and column sums
-    ``prior``. From f = 0, one iteration makes the columns right, then the rows; the rows of the result are therefore
-    exact, and the assignments are softmax_j((S + g) / epsilon). At a fixed number of iterations they are those of
-    SwAV's loop. Everything happens in the log domain: any epsilon, scores of any size. The scores are read once an
-    iteration, and no N x K matrix but the assignments is formed.
+    ``prior``. It starts from f = 0. An iteration makes the column sums exact, then the row sums, so the rows of the
+    result are exact. The assignments are softmax_j((S + g) / epsilon); after the same number of iterations they equal
+    those of SwAV's loop. All computation is in the log domain, so epsilon and scores may have any size. An iteration
+    reads the scores once, and the assignments are the only N x K matrix.
 
     Args:
-        scores: ``[N, K]`` or ``[B, N, K]``; float64, float32, bfloat16 or float16, any strides. -inf: never assigned.
-            A row of nothing else, or a column that has mass, makes the problem one without a solution: an error on the
-            CPU, NaN elsewhere, under torch.compile and with ``group``.
+        scores: ``[N, K]`` or ``[B, N, K]``; float64, float32, bfloat16 or float16, any strides. An entry of -inf gets
+            no assignment. If all entries of a row, or of a column with mass, are -inf, there is no solution: an error
+            on the CPU; NaN on other devices, under torch.compile and with ``group``.
         epsilon: regularisation > 0, at most 1e36, in the scores' units: a number or a tensor of one element.
-        prior: ``[K]`` (or ``[B, K]``) non-negative masses of the columns; normalised. None: uniform. A column without
-            mass is assigned nothing, exactly.
-        row_marginal: ``[N]`` (or ``[B, N]``) non-negative masses of the rows; normalised. None: uniform. A row without
-            mass (padding) has no influence on the others, as long as its scores are finite; its own assignments are
-            still formed.
-        n_iters: iterations; with ``tol`` at most so many.
+        prior: ``[K]`` (or ``[B, K]``) non-negative masses of the columns, normalised internally. None: uniform. A
+            column without mass gets exactly no assignment.
+        row_marginal: ``[N]`` (or ``[B, N]``) non-negative masses of the rows, normalised internally. None: uniform. A
+            row without mass (padding) does not influence the others if its scores are finite; its own assignments are
+            still computed.
+        n_iters: number of iterations; with ``tol`` the maximum.
         tol: iterate until the L1 distance of the column sums from the prior is below it.
-        init: ``[K]`` (or ``[B, K]``): a column potential from an earlier call. One row update from it comes first,
-            uncounted. No gradient flows to it.
-        group: the rows are spread over the processes of this group, each of which holds its own (any number of them);
-            assignments and row potentials are of the own rows. One all-reduce of K numbers an iteration, two in the
-            first. A prior, epsilon and ``init`` must be alike on all.
+        init: ``[K]`` (or ``[B, K]``): a column potential from an earlier call. One row update from it comes first and
+            is not counted. No gradient flows to it.
+        group: process group that shares the rows. Each process passes its own rows (any number of them) and gets their
+            assignments and row potentials. One all-reduce of K numbers per iteration, two in the first. Prior, epsilon
+            and ``init`` must be the same on all processes.
 
     Returns:
-        :class:`SinkhornResult`, whose assignments and potentials are differentiable once in scores, epsilon, prior and
-        row_marginal. The gradient is that of the iterations that were done, exactly, in memory O(T (N + K)) for T
-        iterations; where ``tol`` was met, that of the fixed point, by implicit differentiation in memory O(N + K).
-        Entries without mass have gradient 0. With ``group``, gradients are of the sum of all processes' losses, each
-        process's share with respect to its own tensors.
+        :class:`SinkhornResult`; its assignments and potentials are differentiable once in scores, epsilon, prior and
+        row_marginal. The gradient is exact for the iterations that ran, with O(T (N + K)) memory for T iterations. If
+        ``tol`` was met it is the gradient of the fixed point, by implicit differentiation, with O(N + K) memory.
+        Entries without mass have gradient 0. With ``group``, each process gets the gradient of the sum of all
+        processes' losses with respect to its own tensors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -224,9 +224,9 @@ def power_law_prior(k: int, exponent: float = 0.25) -> Tensor:
 def prior_from_counts(counts: Tensor) -> Tensor:
     """``[K]``: masses proportional to the counts ``[K]`` (integers or floating, non-negative). float32.
 
-    float64 for float64 counts. A column that was counted 0 times gets no mass.
+    float64 for float64 counts. A column with count 0 gets no mass.
 
-    Raises TypeError or ValueError for anything else than a vector of non-negative finite numbers with a positive sum.
+    Raises TypeError or ValueError unless the counts are a vector of non-negative finite numbers with a positive sum.
     """
     check_tensor("counts", counts)
     if counts.dtype not in INTEGER_DTYPES and counts.dtype not in ROW_DTYPES:
@@ -255,7 +255,7 @@ def _epsilon(epsilon: Any) -> Any:
 
 
 def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, potential: Tensor) -> None:
-    """Tells a problem without a solution from one with NaN in it, once its result has shown that it is either."""
+    """Raises ValueError if the result is not finite because there is no solution; NaN in the scores is no error."""
     if not values_visible(scores) or not bool((potential.isnan() | (potential == torch.inf)).any()):
         return
     nothing = scores.detach() == -torch.inf
@@ -274,11 +274,11 @@ def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, potential
 def _log_masses(
     name: str, value: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, alone: bool
 ) -> Tensor:
-    """Logarithms [B, size]; -inf, without a gradient, where there is no mass. alone: no other process has any."""
+    """Logarithms [B, size] of masses; -inf without a gradient for mass 0. alone: no other process holds masses."""
     if value is None:
         return torch.zeros(shape, dtype=dtype, device=device)
     check_mass_values(name, value, alone)
-    if alone:  # only ratios count, and those of any dtype's masses fit
+    if alone:  # only ratios matter; divided by the largest mass, masses of any dtype fit `dtype`
         value = value.to(torch.promote_types(value.dtype, dtype))
         value = value / value.detach().amax(-1, keepdim=True)
     masses = value.to(dtype)

@@ -1,4 +1,4 @@
-// A call of an engine, described and waiting for its workspace; what the bindings of all families share.
+// A described call of an engine that needs a workspace to run; shared by the bindings of all families.
 #pragma once
 #include "bindings/reader.h"
 #include "cpu/dispatch.h"
@@ -7,7 +7,7 @@
 
 namespace fastcl {
 
-// Says how much workspace it wants, and runs on that with the interpreter's lock released.
+// Reports the workspace that it needs, and runs on it with the interpreter's lock released.
 class Call {
 public:
   // work: the call; with a null workspace it only returns the workspace's size in bytes.
@@ -30,7 +30,7 @@ private:
 
 const Engine *engine_named(const std::string &name);
 
-// Of an engine's entry that takes the description alone.
+// A call of an engine's entry that takes only the description.
 template <class Description>
 std::unique_ptr<Call> call_of(const std::string &engine, int64_t (*Engine::*entry)(const Description &, void *), const Description &call) {
   const Engine *const chosen = engine_named(engine);

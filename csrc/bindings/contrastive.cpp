@@ -1,4 +1,4 @@
-// The contrastive statistics, their gradients and the mean loss: what Python describes.
+// Python bindings of the contrastive statistics, their gradients and the mean loss.
 #include "bindings/contrastive.h"
 #include "bindings/families.h"
 #include "cpu/contrastive/mean.h"
@@ -72,7 +72,7 @@ WeightedSums read_weighted(Reader &in, const Problem &p) {
   return w;
 }
 
-// What forward and backward are told alike.
+// The part of the description that forward and backward share.
 template <class Description> Description described(const py::tuple &problem, const py::tuple &anchors, const py::object &contrasts, Reader &outputs) {
   Description call{};
   call.problem = read_problem(problem);

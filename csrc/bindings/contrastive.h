@@ -1,4 +1,4 @@
-// Descriptions that the contrastive statistics and those over soft assignments share.
+// Descriptions shared by the contrastive statistics and the statistics over soft assignments.
 #pragma once
 #include "bindings/call.h"
 #include "cpu/contrastive/arrange.h"
@@ -16,7 +16,7 @@ template <class Description> void read_gradients(Reader &outputs, Description &c
   require(!call.bias_gradient || call.problem.contrast_bias, "bias_gradient: there is no bias");
 }
 
-// Of an engine's entry that takes rows in the order of their clusters as well.
+// A call of an engine's entry that also takes the order of rows by cluster.
 template <class Description, class Entry> std::unique_ptr<Call> arranged_call(const Description &call, Entry entry) {
   std::shared_ptr<const Arrangements> arrangements;
   {

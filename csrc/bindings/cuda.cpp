@@ -1,4 +1,4 @@
-// The part of the Python module with the CUDA kernels: addresses and integers in, nothing of torch.
+// The submodule with the CUDA kernels. It takes addresses and integers and does not use torch.
 #include "cuda/cuda.h"
 #include "bindings/families.h"
 

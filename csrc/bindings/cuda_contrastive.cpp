@@ -1,4 +1,4 @@
-// The contrastive statistics by CUDA kernels: what Python describes.
+// Python bindings of the contrastive statistics on CUDA.
 #include "bindings/families.h"
 #include "bindings/where.h"
 #include "cuda/contrastive/launches.h"

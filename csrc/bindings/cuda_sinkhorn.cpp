@@ -1,4 +1,4 @@
-// Sinkhorn by CUDA kernels: what Python describes.
+// Python bindings of Sinkhorn on CUDA.
 #include "bindings/families.h"
 #include "bindings/where.h"
 #include "cuda/sinkhorn/launches.h"

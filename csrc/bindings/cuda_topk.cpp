@@ -1,4 +1,4 @@
-// The largest inner products by CUDA kernels: what Python describes.
+// Python bindings of top-k on CUDA.
 #include "bindings/families.h"
 #include "bindings/where.h"
 #include "cuda/topk/launches.h"

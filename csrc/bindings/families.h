@@ -1,4 +1,4 @@
-// Each adds its family's calls to the module.
+// Each function adds its family's calls to the module.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -9,7 +9,7 @@ void bind_soft(pybind11::module_ &m);
 void bind_sinkhorn(pybind11::module_ &m);
 void bind_topk(pybind11::module_ &m);
 
-void bind_cuda(pybind11::module_ m); // all of the CUDA kernels
+void bind_cuda(pybind11::module_ m); // calls the three functions below
 void bind_cuda_contrastive(pybind11::module_ &m);
 void bind_cuda_sinkhorn(pybind11::module_ &m);
 void bind_cuda_topk(pybind11::module_ &m);

@@ -1,5 +1,5 @@
-// The Python module: addresses and integers in, nothing of torch. A call is described first; it then says how much
-// workspace it wants, and runs on that with the interpreter's lock released. A file for each family reads its descriptions.
+// The Python module. It takes addresses and integers and does not use torch. Python first describes a call; the call then reports
+// the workspace that it needs, and runs on it with the interpreter's lock released. Each family has a file that reads its descriptions.
 #include "bindings/call.h"
 #include "bindings/families.h"
 #include <pybind11/stl.h>
@@ -25,7 +25,7 @@ std::vector<std::string> names(const std::vector<const Engine *> &engines) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastcl's engines in C++: addresses and integers in, nothing of torch.";
-  py::class_<Call>(m, "Call", py::module_local()) // of this module alone: tests load another one beside it
+  py::class_<Call>(m, "Call", py::module_local()) // module_local, because tests load a second module beside it
       .def_property_readonly("workspace", &Call::workspace, "bytes of workspace that `run` needs")
       .def("run", &Call::run, py::arg("workspace"));
   bind_contrastive(m);

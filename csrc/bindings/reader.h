@@ -1,4 +1,4 @@
-// Descriptions of calls, as they come from Python.
+// Reads descriptions of calls from Python.
 #pragma once
 #include "problem.h"
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// Sinkhorn's passes, and its fixed iterations in one call: what Python describes.
+// Python bindings of Sinkhorn's passes, and of a fixed number of iterations in one call.
 #include "bindings/call.h"
 #include "bindings/families.h"
 #include "cpu/sinkhorn/solve.h"
@@ -69,7 +69,7 @@ std::vector<SinkhornTerm> read_terms(const py::tuple &terms) {
 
 std::unique_ptr<Call> sinkhorn(const std::string &engine, const py::tuple &numbers, const py::tuple &terms) {
   const Engine *const chosen = engine_named(engine);
-  const auto list = std::make_shared<const std::vector<SinkhornTerm>>(read_terms(terms)); // lives as long as the call
+  const auto list = std::make_shared<const std::vector<SinkhornTerm>>(read_terms(terms)); // shared, so that it lives as long as the call
   Sinkhorn call = read_sinkhorn(numbers);
   call.term_count = int64_t(list->size());
   call.terms = list->data();

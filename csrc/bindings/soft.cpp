@@ -1,4 +1,4 @@
-// Statistics over soft assignments: what Python describes.
+// Python bindings of the statistics over soft assignments.
 #include "bindings/contrastive.h"
 #include "bindings/families.h"
 

@@ -1,4 +1,4 @@
-// The largest inner products: what Python describes.
+// Python bindings of top-k.
 #include "bindings/call.h"
 #include "bindings/families.h"
 

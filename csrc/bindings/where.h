@@ -1,11 +1,11 @@
-// Where a call of the CUDA kernels runs.
+// The device and stream of a call of the CUDA kernels.
 #pragma once
 #include "bindings/reader.h"
 #include "cuda/cuda.h"
 
 namespace fastcl {
 
-// A call of the CUDA kernels comes with (device, stream); the kernels are started, and not waited for.
+// Python passes (device, stream) with each call; the call starts kernels and does not wait for them.
 inline cuda::Where read_where(const pybind11::tuple &numbers) {
   Reader in(numbers);
   cuda::Where where{};

@@ -18,8 +18,8 @@ bool supported(const Engine *engine) {
   return false;
 }
 
-// Measured on a Xeon with AVX-512-bf16: products of bfloat16 pairs run at half the rate of FMA, so that widening the rows to float
-// is twice as fast, and more exact. On Zen 5 pairs run at twice the rate of FMA.
+// On a Xeon with AVX-512-bf16, products of bfloat16 pairs ran at half the rate of FMA, so converting the rows to float is twice as
+// fast, and more exact. On Zen 5 pairs run at twice the rate of FMA.
 bool slow_pairs() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel");

@@ -1,4 +1,4 @@
-// Which engines this build carries, which of them this machine runs, and which one is used.
+// The engines that this build contains, those that this machine supports, and the one that is used.
 #pragma once
 #include "engine.h"
 #include <string>
@@ -7,13 +7,13 @@
 namespace fastcl {
 
 struct Choice {
-  const Engine *engine; // null: none
-  std::string reason;   // why this one, or why none
+  const Engine *engine; // null: there is no engine
+  std::string reason;   // why this engine was chosen, or why there is none
 };
 
 std::vector<const Engine *> built_engines();
 std::vector<const Engine *> supported_engines(); // by this machine, slowest first
-// The fastest engine; `cap` (an engine's name, or empty) excludes all that are newer and includes that one.
+// The fastest engine. `cap` is the newest engine that may be used, or empty for no limit.
 Choice choose_engine(const std::string &cap);
 
 } // namespace fastcl

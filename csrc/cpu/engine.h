@@ -1,4 +1,4 @@
-// What the engine of one instruction set offers, as plain pointers: the table that dispatch.cpp chooses from.
+// The functions of the engine of one instruction set. dispatch.cpp chooses among the engines.
 #pragma once
 #include "problem.h"
 #include "cpu/sinkhorn/call.h"
@@ -7,20 +7,20 @@
 
 namespace fastcl {
 
-// One side's rows in the order in which the engine walks them; null where there is no such thing.
+// One side's rows in the order in which the engine visits them. Null pointers: not present.
 struct Places {
   const int32_t *order;   // order[place] = row
-  const int32_t *cluster; // by place, ascending; equal numbers are positives
-  const int32_t *id;      // by place; equal numbers make a pair inadmissible
-  const int32_t *matched; // [size + 1]: how many places before have an id that the other side has too
+  const int32_t *cluster; // by place, ascending; pairs with equal numbers are positives
+  const int32_t *id;      // by place; pairs with equal numbers are inadmissible
+  const int32_t *matched; // [size + 1]: number of earlier places whose id also occurs on the other side
 };
 struct Arranged {
-  Places anchors, contrasts; // contrasts empty for self-contrast
+  Places anchors, contrasts; // for self-contrast, contrasts are empty
 };
 
 struct Engine {
   const char *name;
-  // With a null workspace they only return its size in bytes.
+  // With a null workspace these functions only return its size in bytes.
   int64_t (*forward)(const Forward &, const Arranged &, void *workspace);
   int64_t (*backward)(const Backward &, const Arranged &, void *workspace);
   int64_t (*sinkhorn)(const Sinkhorn &, void *workspace);

@@ -1,4 +1,4 @@
-// The entries of one instruction set; the last thing that its translation unit includes.
+// The entries of one instruction set. Its translation unit includes this file last.
 #include "cpu/contrastive/gradient.h"
 #include "cpu/sinkhorn/passes.h"
 #include "cpu/soft/sweeps.h"

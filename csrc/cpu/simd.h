@@ -1,10 +1,10 @@
-// Vectors, exponentials and products, for one instruction set: included by a translation unit that defines
+// Vectors, exponentials and products for one instruction set. The including translation unit defines
 //   FASTCL_ISA      the namespace
 //   FASTCL_BYTES    bytes of a vector register
 //   FASTCL_ROWS     rows of the register tile, which is two vectors wide
-//   FASTCL_DOT      1 where rows of bfloat16 are multiplied as they are
-// Everything lives in an unnamed namespace and nothing comes from std: a template or inline function with external
-// linkage would be merged across translation units, and an older machine could then run a newer one's instructions.
+//   FASTCL_DOT      1 if rows of bfloat16 are multiplied without conversion
+// Everything is in an unnamed namespace, and nothing is from std: the linker would merge a template or inline function with external
+// linkage across translation units, and an older machine could then run instructions that it does not support.
 #include "problem.h"
 #include <utility> // index_sequence: a type, no code
 #if defined(__FMA__)
@@ -41,7 +41,7 @@ template <class T> struct Simd {
   static constexpr int W = FASTCL_BYTES / sizeof(T);
   typedef T V __attribute__((vector_size(FASTCL_BYTES)));
   typedef Int I __attribute__((vector_size(FASTCL_BYTES)));
-  typedef typename IntOf<T>::wrapping U __attribute__((vector_size(FASTCL_BYTES))); // whose sums may wrap
+  typedef typename IntOf<T>::wrapping U __attribute__((vector_size(FASTCL_BYTES))); // unsigned, so that overflow wraps
   typedef T Unaligned __attribute__((vector_size(FASTCL_BYTES), aligned(sizeof(T)), may_alias));
   typedef T Aligned __attribute__((vector_size(FASTCL_BYTES), may_alias));
   typedef int32_t Ids __attribute__((vector_size(W * sizeof(int32_t)), aligned(4), may_alias));
@@ -69,10 +69,10 @@ template <class T> FASTCL_INLINE I<T> lanes_from(int64_t first) {
 template <class T> FASTCL_INLINE I<T> load_ids(const int32_t *p) { return __builtin_convertvector(*(const typename Simd<T>::Ids *)p, I<T>); }
 template <class T> FASTCL_INLINE V<T> where(I<T> mask, V<T> yes, V<T> no) { return mask ? yes : no; }
 template <class T> FASTCL_INLINE V<T> keep(I<T> mask, V<T> v) { return (V<T>)((I<T>)v & mask); }     // 0 elsewhere
-template <class T> FASTCL_INLINE V<T> at_least(V<T> v, V<T> floor) { return v < floor ? floor : v; } // a NaN stays
+template <class T> FASTCL_INLINE V<T> at_least(V<T> v, V<T> floor) { return v < floor ? floor : v; } // NaN stays NaN
 template <class T> FASTCL_INLINE V<T> at_most(V<T> v, V<T> ceiling) { return v > ceiling ? ceiling : v; }
-// a * b + c, fused where there is such an instruction. Of a * b + c * d the compiler may fuse either product, and not the same
-// one in two places.
+// a * b + c, fused if there is such an instruction. In a * b + c * d the compiler could fuse either product, and a different one in
+// different places.
 template <class T> FASTCL_INLINE V<T> fused(V<T> a, V<T> b, V<T> c) {
 #if FASTCL_BYTES == 64
   if constexpr (sizeof(T) == 8) return (V<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
@@ -92,7 +92,7 @@ template <class T> FASTCL_INLINE T sum(V<T> v) { // by halves
   return part[0];
 }
 
-// W vectors as the columns of what they were the rows of.
+// Transposes a W x W matrix whose rows are W vectors.
 template <class T, int HALF, class Lanes> struct Butterfly;
 template <class T, int HALF, size_t... L> struct Butterfly<T, HALF, std::index_sequence<L...>> {
   static constexpr size_t W = sizeof...(L);
@@ -112,14 +112,14 @@ template <class T, int HALF = 1> FASTCL_INLINE void transpose(V<T> (&rows)[Simd<
   }
 }
 
-// 2^t. Integer and fraction part by the addition of 1.5 * 2^mantissa, whose low bits then hold the integer part.
+// 2^t. Adding 1.5 * 2^mantissa rounds t to an integer, which is then in the low bits of the sum.
 template <class T> struct Exponential;
 template <> struct Exponential<float> {
-  static constexpr float LEAST = -126, MOST = 126, ROUND = 12582912.f; // arguments that are taken
+  static constexpr float LEAST = -126, MOST = 126, ROUND = 12582912.f; // range of valid arguments
   static constexpr int MANTISSA = 23;
   // Relative error 2e-7 at most, 2e-8 on average; minimax on [-1/2, 1/2].
   static constexpr float FAST[] = {1.3264727272e-3f, 9.6715127391e-3f, 5.5507337440e-2f, 2.4022242084e-1f, 6.9314697760e-1f, 1.f};
-  // Where positives are, in both passes: relative error 1e-7, one rounding more than exact.
+  // For tiles with positives, in both passes: relative error 1e-7, one rounding more than exact.
   static constexpr float CAREFUL[] = {1.5252734e-5f, 1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
 };
 template <> struct Exponential<double> {
@@ -144,19 +144,19 @@ template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2(V<T> t) {
   }();
   V<T> p = all<T>(c[0]);
   EACH(k, int(sizeof(c) / sizeof(T)) - 1) p = p * f + c[k + 1];
-  using U = typename Simd<T>::U; // beyond the range of exponents the caller takes another number
+  using U = typename Simd<T>::U; // the caller clamps arguments beyond the range of exponents
   return (V<T>)((U)p + ((U)shifted << E::MANTISSA));
 }
 template <class T, bool CAREFUL> FASTCL_INLINE V<T> exp2_clamped(V<T> t) {
   using E = Exponential<T>;
   const V<T> power = exp2<T, CAREFUL>(at_most<T>(at_least<T>(t, all<T>(E::LEAST)), all<T>(E::MOST)));
-  return where<T>(t == t, power, t); // the bits of a NaN are no exponent
+  return where<T>(t == t, power, t); // the bits of NaN are not a valid exponent
 }
 
-// Here, and nowhere else: what waits in memory for its turn would otherwise be moved about between registers and the stack.
+// Keeps x in memory. Otherwise the compiler would move it between registers and the stack.
 template <class X> FASTCL_INLINE void settle(X &x) { __asm__("" : "+m"(x)); }
 
-// How rows are multiplied. Unit: what a lane of the product takes of a row, one number or a pair of bfloat16.
+// How rows are multiplied. Unit: the part of a row that one lane multiplies, a number or a pair of bfloat16.
 template <class T> struct Plain {
   using Real = T;
   using Unit = T;
@@ -174,7 +174,7 @@ struct Dot {
 };
 #endif
 
-// acc[r][lane] += sum over k of a[r * ROW + k * STEP] * b[k * NR + lane], units; `next` is read soon afterwards.
+// acc[r][lane] += sum over k of a[r * ROW + k * STEP] * b[k * NR + lane], in units. `next` is prefetched.
 template <class Mul, long ROW, long STEP> FASTCL_INLINE void multiply(const typename Mul::Unit *a, const typename Mul::Unit *b, long depth,
                                                                       V<typename Mul::Real> (&acc)[MR][NV], const void *next) {
   using T = typename Mul::Real;

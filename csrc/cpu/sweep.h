@@ -1,4 +1,4 @@
-// What both passes share: rows packed for the register tile, the logits of one tile, the walk over tiles.
+// Shared by forward and backward: packed rows, the products and logits of a register tile, masks.
 #pragma once
 #include "engine.h"
 #include "threads.h"
@@ -7,17 +7,17 @@
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 192;        // rows of a tile, at most: its gradient stays in the second-level cache
+constexpr int64_t BLOCK = 192;        // largest number of rows of a tile: its gradient stays in the second-level cache
 constexpr int64_t CHUNK = 128;        // units multiplied into one partial sum: bounds the rounding error of long rows
-constexpr int64_t A_ROW = CHUNK + 16; // stride of a chunk's rows, so that rows read together lie in different cache sets
+constexpr int64_t A_ROW = CHUNK + 16; // stride of a chunk's rows: rows that are read together are in different cache sets
 constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
 constexpr double NORM_FLOOR = 1e-12;
-constexpr double SHARED_LIMIT = 64; // |t| below this, t a logit to base 2: 2^t, sums and their reciprocals fit a float
+constexpr double SHARED_LIMIT = 64; // for logits |t| below this, to base 2, the numbers 2^t, their sums and reciprocals fit a float
 
 template <class T> FASTCL_INLINE T larger_or_nan(T most, T x) { return x > most || x != x ? x : most; }
 template <class T> FASTCL_INLINE V<T> lanes_larger_or_nan(V<T> most, V<T> x) { return (x > most) | (x != x) ? x : most; }
-// Natural units of a logarithm to base 2. Beyond 2^23 it is rounded to T, so that shifts and bases which are kept in T
-// compare equal where they were equal: what the rounding leaves would be an exponent of its own.
+// Converts a logarithm to base 2 to natural units. Beyond 2^23 the result is rounded to T, so that equal shifts and bases, which are
+// stored in T, stay equal: the rounding error of one of them would act as an exponent.
 template <class T> FASTCL_INLINE double natural(T base2) {
   const double exact = LN2 * double(base2);
   return __builtin_fabs(exact) > 8388608. ? double(T(exact)) : exact;
@@ -39,7 +39,7 @@ template <class T> FASTCL_INLINE T widened(uint16_t bits, bool bfloat) {
   else {
     const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
     if (magnitude >= 0x7c00) word = sign | 0x7f800000 | (magnitude << 13);
-    else { // scaling by 2^112 rebiases the exponent, of subnormal numbers too
+    else { // multiplying by 2^112 corrects the exponent, also of subnormal numbers
       float value;
       const uint32_t shifted = magnitude << 13;
       memcpy(&value, &shifted, 4);
@@ -81,14 +81,14 @@ template <class Mul> struct Side {
   static constexpr int64_t NR = NV * Simd<T>::W;
   Rows rows;
   int64_t size, padded;                          // padded: a multiple of NR, with room for a register tile's overhang
-  const int32_t *order, *cluster, *id, *matched; // null where there are none; cluster and id of the padding equal nothing
-  bool leaves_out;                               // some contrasts take no part, as their bias is -inf
-  const int32_t *present;                        // [padded]: 0 for these; null: there are none
+  const int32_t *order, *cluster, *id, *matched; // null: not present; cluster and id of the padding never match
+  bool leaves_out;                               // some contrasts are left out: their bias is -inf
+  const int32_t *present;                        // [padded]: 0 for contrasts left out; null: there are none
   bool normalize;
-  T *inverse_norms; // of packed rows; 1 where rows are taken as they are; 0 in the padding
-  T *powers;        // of two: what a normalised row was multiplied by when it was packed; 1 for nearly all. Null: none was
-  Unit *columns;    // [padded / NR][units of D][NR]: places are the columns of a product; null: not needed
-  Unit *depth;      // [D / NR, up][units of padded][NR]: places are what a product sums over; null: not needed
+  T *inverse_norms; // of packed rows; 1 for rows that are not normalised; 0 in the padding
+  T *powers;        // powers of two by which normalised rows were multiplied when packed; 1 for nearly all rows. Null: not normalised
+  Unit *columns;    // [padded / NR][units of D][NR]: for products whose columns are the places; null: not needed
+  Unit *depth;      // [D / NR, up][units of padded][NR]: for products that sum over the places; null: not needed
   int64_t depth_units() const { return (padded + Mul::PAIR - 1) / Mul::PAIR; }
 };
 
@@ -100,24 +100,24 @@ template <class Mul> struct Sweep {
   static constexpr int64_t A_CHUNK = (BLOCK + MR) * A_ROW; // one chunk of a block's rows, overhang included
 
   static constexpr double LARGEST = sizeof(T) == 8 ? __DBL_MAX__ : double(__FLT_MAX__);
-  // Norms up to which rows are packed as they are. Beyond, products and gradients of two such rows would leave T's range.
+  // Rows with larger norms are scaled when packed. Otherwise products and gradients of two such rows would leave T's range.
   static constexpr double FAR = sizeof(T) == 8 ? 0x1p500 : 0x1p40;
 
   int64_t d, units, chunks; // of a row
   int threads, scales;
   bool self;
   struct Scale {
-    T whole, rest; // log2(e) * logit_scale in two parts: logits are kept to base 2, rounded once
+    T whole, rest; // log2(e) * logit_scale in two parts, so that logits to base 2 are rounded only once
   };
   Scale *scale;                 // [scales]
-  Side<Mul> anchors, contrasts; // for self-contrast one and the same
-  bool restricted;              // some pairs are kept apart, by ids or a bias of -inf
+  Side<Mul> anchors, contrasts; // the same for self-contrast
+  bool restricted;              // ids or a bias of -inf make some pairs inadmissible
   T *bias;                      // [contrasts.padded], to base 2, 0 for contrasts that are left out; null: none
-  T *largest;                   // [2][threads]: norm of each thread's anchors and contrasts as they enter the logits
-  T *scratch;                   // [threads][W][scratch_row]: rows being converted
+  T *largest;                   // [2][threads]: largest norm, as it enters the logits, of each thread's anchors and contrasts
+  T *scratch;                   // [threads][W][scratch_row]: buffers for converted rows
 
-  // With an arena that only counts, pointers are null and of a problem's arrays nothing but the bias is read.
-  // anchor_bias: of rows that are contrasts elsewhere; only tells which of them are left out.
+  // If the arena only counts, pointers are null and the bias is the only array that is read.
+  // anchor_bias: bias of anchors that are contrasts of the original problem; it only tells which of them are left out.
   Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts, const void *anchor_bias = nullptr)
       : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads), scales(p.scales),
         self(p.self_contrast()) {
@@ -141,13 +141,13 @@ template <class Mul> struct Sweep {
   int64_t scratch_row() const { return round_up(d, 16); }
   T *row_buffer(int t, int64_t l = 0) const { return scratch + (t * W + l) * scratch_row(); }
 
-  // Norms, and rows packed into panels: the share of one of the plan's threads. A barrier must follow.
+  // Computes norms and packs rows into panels: the share of one planned thread. A barrier must follow.
   void pack(int t) const {
     largest[t] = pack_side(anchors, t);
     largest[threads + t] = self ? largest[t] : pack_side(contrasts, t);
   }
 
-  // Whether some |logit|, to base 2, may exceed SHARED_LIMIT; after `pack`.
+  // Whether some |logit|, to base 2, may exceed SHARED_LIMIT. Call after `pack`.
   bool wide() const {
     double most_bias = 0;
     for (int64_t j = 0; bias && j < contrasts.size; j++) most_bias = larger_or_nan(most_bias, __builtin_fabs(double(bias[j])));
@@ -155,13 +155,13 @@ template <class Mul> struct Sweep {
     for (int k = 0; k < scales; k++) most_scale = larger_or_nan(most_scale, __builtin_fabs(double(scale[k].whole)));
     return !(most_scale * largest_norm(0) * largest_norm(1) + most_bias <= SHARED_LIMIT);
   }
-  double largest_norm(int side) const { // of anchors (0) or contrasts (1), as they enter the logits; or a NaN
+  double largest_norm(int side) const { // of anchors (0) or contrasts (1), as it enters the logits; NaN if any norm is
     double most = 0;
     for (int t = 0; t < threads; t++) most = larger_or_nan(most, double(largest[side * threads + t]));
     return most;
   }
 
-  // The rows of a block, row-major by chunks: a[chunk][row][A_ROW]. Rows from `to` on are zero.
+  // Packs the rows of a block, row-major within chunks: a[chunk][row][A_ROW]. Rows from `to` on are zero.
   void pack_block(Unit *a, int64_t from, int64_t to, int t) const {
     const int64_t rows = round_up(to - from, MR);
     for (int64_t r = 0; r < rows; r++) {
@@ -177,9 +177,9 @@ template <class Mul> struct Sweep {
   }
   int64_t block_units() const { return chunks * A_CHUNK; }
 
-  // Products <x_i, y_j> of the register tile at (i0, j0), through memory: an epilogue needs the registers for itself.
-  // `a` is the tile's first row in a packed block. Products commute, and so do norms when they are multiplied first: the
-  // similarities a_i c_j <x_i, x_j> and their mirror image agree to the bit.
+  // Products <x_i, y_j> of the register tile at (i0, j0), stored in memory because an epilogue needs the registers.
+  // `a` is the tile's first row in a packed block. Products commute, and so do norms that are multiplied first, so the
+  // similarities a_i c_j <x_i, x_j> and their mirror images agree bitwise.
   using Tile = T[MR][NV][W];
   FASTCL_INLINE void products(const Unit *a, int64_t j0, Tile &u, const void *next) const {
     const Unit *b = contrasts.columns + j0 * units;
@@ -196,7 +196,7 @@ template <class Mul> struct Sweep {
     }
   }
   static FASTCL_INLINE V<T> logits(V<T> similarity, Scale by) {
-    return fused<T>(similarity, all<T>(by.whole), similarity * by.rest); // both passes round alike
+    return fused<T>(similarity, all<T>(by.whole), similarity * by.rest); // forward and backward round in the same way
   }
   FASTCL_INLINE V<T> biased(V<T> logits, int64_t j) const { return bias ? logits + load(bias + j) : logits; }
 
@@ -204,7 +204,7 @@ template <class Mul> struct Sweep {
   FASTCL_INLINE bool clustered(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
     return anchors.cluster && anchors.cluster[i0] <= contrasts.cluster[j1 - 1] && contrasts.cluster[j0] <= anchors.cluster[i1 - 1];
   }
-  // Whether the register tile needs care: positives, inadmissible pairs, an edge, or a bias.
+  // Whether the register tile needs masks: it may hold positives, inadmissible pairs or an edge, or there is a bias.
   FASTCL_INLINE bool mixed(int64_t i0, int64_t j0, int64_t to) const {
     const int64_t i1 = i0 + MR, j1 = j0 + NR;
     if (i1 > to || j1 > contrasts.size || bias || anchors.present) return true;
@@ -215,9 +215,9 @@ template <class Mul> struct Sweep {
   struct Masks {
     I<T> admissible, positive;
   };
-  // Pairs that a sum over all of them takes: of self-contrast those above the diagonal.
+  // The pairs that a sum over all pairs includes; for self-contrast only those above the diagonal.
   FASTCL_INLINE I<T> counted(int64_t i, int64_t j) const { return self ? lanes_from<T>(j) > all_int<T>(i) : all_int<T>(-1); }
-  // Of row i and the columns from j on. On the diagonal of self-contrast: j > i only, or all but i itself.
+  // Masks of row i and the columns from j on. For self-contrast they exclude j = i, and with `upper` also j < i.
   FASTCL_INLINE Masks masks(int64_t i, int64_t j, int64_t to, bool upper) const {
     const I<T> column = lanes_from<T>(j), row = all_int<T>(i);
     I<T> admissible = column < all_int<T>(i < to ? contrasts.size : 0);
@@ -227,7 +227,7 @@ template <class Mul> struct Sweep {
     if (anchors.cluster) positive = admissible & (load_ids<T>(contrasts.cluster + j) == all_int<T>(anchors.cluster[i]));
     return {admissible, positive};
   }
-  // Those that neither ids nor a bias of -inf keep apart. Rare, so `masks` pays for one test of all of it.
+  // Pairs that are admissible by their ids and bias. Rarely restricted, so `masks` tests one flag for both.
   FASTCL_NOINLINE I<T> meeting(int64_t i, int64_t j) const {
     if (left_out(anchors, i)) return all_int<T>(0);
     I<T> result = all_int<T>(-1);
@@ -237,16 +237,16 @@ template <class Mul> struct Sweep {
   }
 
   static FASTCL_INLINE bool left_out(const Side<Mul> &side, int64_t i) { return side.present && !side.present[i]; }
-  // Whether pairs of places that are there may be inadmissible. Self-contrast has none but the diagonal.
+  // Whether pairs of existing places may be inadmissible; the diagonal of self-contrast does not count.
   FASTCL_INLINE bool excludes() const { return anchors.id || contrasts.present; }
-  // Whether row i may have positives or such pairs among the W columns from j on.
+  // Whether row i may have positives or inadmissible pairs among the W columns from j on.
   FASTCL_INLINE bool marked(int64_t i, int64_t j) const {
     if (excludes()) return true;
     const int64_t end = smaller(j + W, contrasts.size);
     return j < end && clustered(i, i + 1, j, end);
   }
 
-  // A row of a register tile into a tile of rows G_ROW apart, which a product then sums over the columns of.
+  // Stores a row of a register tile in a tile with row stride G_ROW; a product then sums over its columns.
   static constexpr int64_t G_ROW = BLOCK / Mul::PAIR + 16;
   static FASTCL_INLINE void store_row(Unit *g, const V<T> (&x)[NV]) {
     if constexpr (Mul::PAIR == 1) EACH(v, NV) store(g + v * W, x[v]);
@@ -255,12 +255,12 @@ template <class Mul> struct Sweep {
 #endif
   }
 
-  static FASTCL_INLINE void store_zeros(Unit *g, int rows) { // of a register tile
+  static FASTCL_INLINE void store_zeros(Unit *g, int rows) { // for a register tile
     const V<T> zeros[NV] = {};
     for (int r = 0; r < rows; r++) store_row(g + r * G_ROW, zeros);
   }
 
-  // out[row] += sum over the places `over` of g * their rows, for the places `to`.
+  // out[row] += sum over the places in `over` of g * their rows, for the rows at the places in `to`.
   template <long ROW, long STEP>
   FASTCL_NOINLINE void product(const Unit *g, const Side<Mul> &summed, Range over, const Side<Mul> &side, Range to, void *out) const {
     const int64_t panels = (d + NR - 1) / NR, stride = summed.depth_units() * NR;
@@ -272,7 +272,7 @@ template <class Mul> struct Sweep {
         T *y[MR];
         EACH(r, MR) {
           y[r] = (T *)out + (r < count ? side.order[i + r] : side.order[i]) * d + p * NR;
-          EACH(v, NV) __builtin_prefetch(y[r] + v * W, 1, 3); // needed after the product only
+          EACH(v, NV) __builtin_prefetch(y[r] + v * W, 1, 3); // needed only after the product
         }
         V<T> x[MR][NV];
         EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
@@ -288,12 +288,12 @@ template <class Mul> struct Sweep {
       }
   }
 
-  // Row i's inverse norm and power; `most` becomes the largest norm as it enters the logits, or a NaN. Returns the row.
+  // Computes row i's inverse norm and power, and returns the row. `most` becomes the largest norm as it enters the logits, or NaN.
   const Unit *measured(const Side<Mul> &s, int64_t i, T *buffer, T &most) const {
     const bool direct = lies_so(s);
     const T *x = direct ? (const T *)s.rows.data + s.order[i] * s.rows.row_stride : buffer;
     if (!direct) read_row(s.rows, s.order[i], d, buffer);
-    // in double: an error of the norm would be one of all the row's logits
+    // in double, because an error of the norm affects all logits of the row
     double norm = __builtin_sqrt(dot<double>(x, x, d));
     T a = 1, power = 1;
     if (s.normalize) {
@@ -305,13 +305,13 @@ template <class Mul> struct Sweep {
     s.inverse_norms[i] = a;
     return read(s, i, buffer);
   }
-  // The norm of a row beyond FAR, times the power of two that brings it near 1, or of one whose squares underflow.
+  // The norm of a row beyond FAR, multiplied by a power of two that brings it near 1; or of a row whose squares underflow.
   FASTCL_NOINLINE double far_norm(const T *x, T *buffer, double norm, T &power) const {
     double most = 0;
     for (int64_t k = 0; k < d; k++) most = larger(most, __builtin_fabs(double(x[k])));
     if (norm != norm || !(most <= __DBL_MAX__)) return norm;
-    if (norm <= FAR) return most;                              // whatever it is exactly, it lies below the floor
-    power = T(__builtin_ldexp(1, -__builtin_ilogb(most) + 1)); // no subnormal number
+    if (norm <= FAR) return most;                              // its exact value does not matter: it is below the floor
+    power = T(__builtin_ldexp(1, -__builtin_ilogb(most) + 1)); // not a subnormal number
     for (int64_t k = 0; k < d; k++) buffer[k] = x[k] * power;
     return __builtin_sqrt(dot<double>(buffer, buffer, d));
   }
@@ -320,17 +320,17 @@ template <class Mul> struct Sweep {
       if (__builtin_isinf(x[k])) return true;
     return false;
   }
-  T whole_inverse_norm(const Side<Mul> &s, int64_t i) const { // of the row as it came
+  T whole_inverse_norm(const Side<Mul> &s, int64_t i) const { // of the row before packing
     return s.normalize && !left_out(s, i) ? s.inverse_norms[i] * s.powers[i] : s.inverse_norms[i];
   }
 
-  // From the gradient of a_i x_i to that of x_i, g - x <x, g> / <x, x>, times a factor.
+  // Maps the gradient of a_i x_i to that of x_i, g - x <x, g> / <x, x>, times a factor.
   void project(const Side<Mul> &side, int64_t i, T *gradient, T factor, int t) const {
     const int64_t row = side.order[i];
     T *const g = gradient + row * d, *const x = row_buffer(t);
     T along = 0;
     const T a = side.inverse_norms[i];
-    if (side.normalize && a != 0 && a < T(1 / NORM_FLOOR)) { // below the floor nothing is projected: x / floor is linear
+    if (side.normalize && a != 0 && a < T(1 / NORM_FLOOR)) { // no projection below the floor, where x / floor is linear
       const T power = side.powers[i];
       read_row(side.rows, row, d, x);
       for (int64_t k = 0; power != 1 && k < d; k++) x[k] *= power;
@@ -357,7 +357,7 @@ private:
     s.leaves_out = false;
     for (int64_t i = 0; bias && i < s.size; i++) s.leaves_out |= is_left_out(bias, i);
     s.present = s.leaves_out ? present(bias, s, arena) : nullptr;
-    s.columns = columns ? arena.take<Unit>(s.padded * units + 1024) : nullptr; // prefetches look beyond the end
+    s.columns = columns ? arena.take<Unit>(s.padded * units + 1024) : nullptr; // prefetches read beyond the end
     s.depth = depth ? arena.take<Unit>(round_up(d, NR) * s.depth_units() + 1024) : nullptr;
     return s;
   }
@@ -377,9 +377,9 @@ private:
     return to;
   }
 
-  // A row as units, in place where it lies so, else in the buffer.
+  // A row in units: in place if its layout allows it, else in the buffer.
   const Unit *read(const Side<Mul> &s, int64_t i, Unit *buffer) const {
-    if (left_out(s, i)) return zeros(buffer); // whatever the row holds
+    if (left_out(s, i)) return zeros(buffer); // independent of the row's values
     const Rows &rows = s.rows;
     const int64_t row = s.order[i];
     if constexpr (Mul::PAIR == 2) {
@@ -390,13 +390,13 @@ private:
         for (int64_t k = 0; k < d; k++) out[k] = in[k * rows.column_stride];
       if (d & 1) out[d] = 0;
       if (const T power = power_of(s, i); power != 1)
-        for (int64_t k = 0; k < d; k++) { // exact, unless the number becomes subnormal and does not matter
+        for (int64_t k = 0; k < d; k++) { // exact, unless the result is subnormal and negligible
           const T scaled = widened<T>(out[k], true) * power;
           uint32_t word;
           memcpy(&word, &scaled, 4);
           out[k] = uint16_t(word >> 16);
         }
-      if (vanishes(s, i)) // finite numbers become 0, others a NaN
+      if (vanishes(s, i)) // finite numbers become 0, others NaN
         for (int64_t k = 0; k < d; k++) out[k] = (out[k] & 0x7f80) == 0x7f80 ? 0x7fc0 : 0;
       return buffer;
     } else {
@@ -404,19 +404,19 @@ private:
       if (lies_so(s) && !vanishes(s, i) && power == 1) return (const T *)rows.data + row * rows.row_stride;
       read_row(rows, row, d, buffer);
       for (int64_t k = 0; power != 1 && k < d; k++) buffer[k] *= power;
-      if (vanishes(s, i)) // finite numbers become 0, others a NaN
+      if (vanishes(s, i)) // finite numbers become 0, others NaN
         for (int64_t k = 0; k < d; k++) buffer[k] *= T(0);
       return buffer;
     }
   }
-  static bool lies_so(const Side<Mul> &s) { // rows of T, each in one piece
+  static bool lies_so(const Side<Mul> &s) { // contiguous rows of T
     return s.rows.column_stride == 1 && s.rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
   }
   static bool vanishes(const Side<Mul> &s, int64_t i) { return s.normalize && s.inverse_norms[i] == 0; }
 
   static T power_of(const Side<Mul> &s, int64_t i) { return s.normalize ? s.powers[i] : T(1); }
 
-  // W rows at a time. Returns the largest norm, or a NaN.
+  // Packs W rows at a time. Returns the largest norm, or NaN.
   T pack_side(const Side<Mul> &s, int t) const {
     const Range mine = share(s.padded, threads, t, NR);
     T most = 0;

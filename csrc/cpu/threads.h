@@ -1,9 +1,9 @@
-// Workspace, threads, and how work is cut between them.
+// Workspace, threads, and the division of work among them.
 #pragma once
 #include "simd.h"
 
-// What GCC makes of `omp parallel` and `omp barrier`, written out: whichever OpenMP runtime torch brings has these, while
-// another compiler would call what its own runtime alone has.
+// The functions that GCC calls for `omp parallel` and `omp barrier`. They are called directly because every OpenMP runtime that
+// torch may load has them, while another compiler would call functions that only its own runtime has.
 extern "C" {
 void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 void GOMP_barrier();
@@ -14,7 +14,7 @@ int omp_get_num_threads();
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// Workspace comes from Python as one buffer; with no buffer, the arena only counts.
+// Python passes the workspace as one buffer. Without a buffer the arena only counts bytes.
 struct Arena {
   char *base;
   int64_t used = 0;
@@ -26,14 +26,14 @@ struct Arena {
 };
 
 struct Team {
-  int threads, index, members;                // the plan's threads; this member of how many that came
-  template <class F> void run(F work) const { // every member reaches the end before any goes on
+  int threads, index, members;                // planned threads; index of this member among the members that really run
+  template <class F> void run(F work) const { // ends with a barrier
     for (int t = index; t < threads; t += members) work(t);
     if (members > 1) GOMP_barrier();
   }
 };
 template <class F> void with_team(int threads, F body) {
-  if (threads == 1) return body(Team{1, 0, 1}); // without OpenMP: a forked child must not touch its parent's threads
+  if (threads == 1) return body(Team{1, 0, 1}); // without OpenMP: a forked child must not use its parent's threads
   struct Call {
     F &body;
     int threads;
@@ -47,7 +47,7 @@ template <class F> void with_team(int threads, F body) {
 struct Range {
   int64_t from, to;
 };
-FASTCL_INLINE Range share(int64_t size, int parts, int part, int64_t unit = 1) { // cut at multiples of `unit`
+FASTCL_INLINE Range share(int64_t size, int parts, int part, int64_t unit = 1) { // boundaries are multiples of `unit`
   const int64_t units = (size + unit - 1) / unit;
   return {smaller(size, units * part / parts * unit), smaller(size, units * (part + 1) / parts * unit)};
 }

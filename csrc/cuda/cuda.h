@@ -1,5 +1,5 @@
-// What csrc/bindings/module.cpp calls, and the kernels' files define. Descriptions stand in problem.h, sinkhorn.h and topk.h; there
-// is nothing of CUDA here, so that a compiler without it reads this. Every function throws std::runtime_error.
+// Functions that csrc/bindings calls and csrc/cuda defines. This header includes nothing of CUDA, so any compiler can read it. Every
+// function throws std::runtime_error on failure.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -11,7 +11,7 @@ struct Where {
   void *stream; // a cudaStream_t
 };
 
-// What is wrong with the driver, in words; empty: nothing. Versions as CUDA counts them (13000); 0: there is none.
+// What is wrong with the driver; empty: nothing. Versions have CUDA's format (13000); 0: there is none.
 std::string driver_failure();
 int driver_version();
 int runtime_version();

@@ -1,5 +1,5 @@
-// What kernels share: rows of every dtype as float, warp-wide sums, barriers. All of it also compiles for the host, where
-// csrc/tests/emulator.h gives the words of CUDA their meaning.
+// Shared by all kernels: reading rows of every dtype as float, warp-wide sums, barriers. The code also compiles for the host, where
+// csrc/tests/emulator.h defines CUDA's functions.
 #pragma once
 #include "problem.h"
 #include "runtime.h"
@@ -53,7 +53,7 @@ __device__ inline float to_float(Half x) {
 #endif
 }
 
-// To the nearest, ties to even.
+// Rounds to the nearest, ties to even.
 __device__ inline void from_float(float x, float &to) { to = x; }
 __device__ inline void from_float(float x, Bfloat16 &to) {
 #ifdef FASTCL_EMULATOR
@@ -92,7 +92,7 @@ __device__ inline char *shared_memory() {
 #endif
 }
 
-// Waits for all threads of all blocks; cooperative launches only. What was written before is read after it.
+// Waits for all threads of all blocks; only in cooperative launches. Memory written before it is visible after it.
 __device__ inline void grid_barrier() {
 #ifdef FASTCL_EMULATOR
   emulator::grid_barrier();
@@ -101,7 +101,7 @@ __device__ inline void grid_barrier() {
 #endif
 }
 
-// Waits for `threads` threads, whole warps, of the block that call it with this name, 1 to 15.
+// Waits until `threads` threads of the block (whole warps) have called it with this name, 1 to 15.
 __device__ inline void part_barrier(int name, int threads) {
 #ifdef FASTCL_EMULATOR
   emulator::part_barrier(name, threads);
@@ -112,7 +112,7 @@ __device__ inline void part_barrier(int name, int threads) {
 
 __device__ inline int lane() { return int(threadIdx.x) % WARP; }
 
-// The same bits in every lane: at each step two lanes add the same two numbers.
+// Gives the same bits in every lane: at each step two lanes add the same two numbers.
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);

@@ -1,5 +1,4 @@
-// Tensor cores, and copies from memory to shared memory past the registers: instructions of sm_80, and what the
-// emulator does in their place.
+// Tensor cores, and asynchronous copies from global to shared memory: instructions of sm_80, or the emulator's replacements.
 #pragma once
 #include "device.h"
 #ifdef FASTCL_EMULATOR
@@ -9,7 +8,7 @@
 namespace fastcl::cuda {
 
 constexpr float LN2 = 0.6931471805599453f;
-constexpr float LOWEST = -1e38f; // of running maxima, before there is any: finite, so that a difference is never NaN
+constexpr float LOWEST = -1e38f; // initial running maximum: finite, so that differences are never NaN
 
 __device__ inline float infinity() { return __int_as_float(0x7F800000); }
 
@@ -44,7 +43,7 @@ __device__ inline uint32_t to_tf32(float x) { return emulator::to_tf32(x); }
 
 #else
 
-// Shared memory by the number of a byte.
+// The address of a byte in shared memory.
 __device__ inline uint32_t shared_address(const void *place) { return uint32_t(__cvta_generic_to_shared(place)); }
 __device__ inline float load_shared(uint32_t address) {
   float x;
@@ -55,7 +54,7 @@ __device__ inline void store_shared(uint32_t address, uint32_t word) { asm volat
 __device__ inline void store_shared(uint32_t address, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
-// 16 bytes; zeros where there are none.
+// Copies 16 bytes; writes zeros if `there` is false.
 __device__ inline void copy_async(uint32_t to, const void *from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
@@ -73,7 +72,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t add
                : "r"(address)
                : "memory");
 }
-// c [16, 8] += a b in float32, 32 bytes of each row deep.
+// c [16, 8] += a b in float32, over a depth of 32 bytes of each row.
 #define FASTCL_MULTIPLY(ELEMENT, SHAPE)                                                                                                              \
   __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], ELEMENT) {                                          \
     asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                                 \

@@ -57,7 +57,7 @@ std::string driver_failure() {
 
 void check(cudaError_t error, const char *what) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError(); // it is told here, and not to the next who asks
+  (void)cudaGetLastError(); // clears the error, so that a later call does not report it again
   std::string reason;
   if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice || error == cudaErrorInitializationError) reason = driver_failure();
   if (reason.empty()) reason = std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);

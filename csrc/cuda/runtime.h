@@ -1,5 +1,5 @@
-// What the host side of every CUDA file shares: where a call runs, how a kernel is launched, what an error says.
-// Compiled by g++ with csrc/tests/emulator.h before it, the kernels run on the host.
+// Shared host code of the CUDA files: devices, launches of kernels, error messages. If g++ compiles it with csrc/tests/emulator.h
+// in front, the kernels run on the host.
 #pragma once
 #include "cuda.h"
 #include <stdexcept>
@@ -11,24 +11,24 @@ namespace fastcl::cuda {
 
 struct Device {
   int processors;   // multiprocessors
-  int64_t shared;   // bytes of shared memory that one block can have
+  int64_t shared;   // largest shared memory of a block, in bytes
   int architecture; // 80, 90, ...
 };
 
 struct Launch {
   int64_t blocks;
   int threads;
-  int64_t shared = 0;       // bytes, which a kernel finds at `shared_memory()`
-  bool cooperative = false; // all blocks at once: the kernel may wait for the whole grid
+  int64_t shared = 0;       // bytes at `shared_memory()` in the kernel
+  bool cooperative = false; // all blocks run at the same time, so the kernel may use `grid_barrier`
   int64_t blocks_y = 1;
 };
 
 const Device &device(int index);
 
-// Throws std::runtime_error that says what was done, and of a missing or old driver that it is that.
+// Throws std::runtime_error that says what failed, and whether the driver is missing or too old.
 void check(cudaError_t error, const char *what);
 
-// Makes a device current, and afterwards the one that was.
+// Makes a device current, and restores the previous one at the end.
 class DeviceGuard {
 public:
   explicit DeviceGuard(int device);
@@ -41,7 +41,7 @@ private:
 
 void launch_erased(const char *name, const void *kernel, void **arguments, const Launch &launch, const Where &where);
 
-// Launches on the current device, which is `where.device`; does not wait.
+// Launches a kernel on the current device, which is `where.device`; does not wait.
 template <class... Parameters>
 void launch(const char *name, void (*kernel)(Parameters...), const Launch &shape, const Where &where, Parameters... arguments) {
   if (shape.blocks < 1 || shape.blocks_y < 1) return;

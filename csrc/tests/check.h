@@ -1,4 +1,4 @@
-// What the cases of all engines share: random numbers, rows of every dtype, and the comparison with numbers in double.
+// Shared by the tests of all engines: random numbers, rows of every dtype, and the comparison with numbers in double.
 #pragma once
 #include "../problem.h"
 #include "memory.h"
@@ -31,7 +31,7 @@ private:
   std::mt19937_64 engine_;
 };
 
-// Numbers that the dtype holds exactly, as they are stored and as double.
+// Numbers that the dtype represents exactly, both as stored and as double.
 
 size_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 const char *name_of(Dtype dtype) {
@@ -54,7 +54,7 @@ double stored(Dtype dtype, double x, void *to) {
     return back;
   }
   case Dtype::float16: {
-    int exponent = std::fabs(x) < 0x1p-14 ? -13 : std::ilogb(x) + 1; // subnormal numbers share the least exponent
+    int exponent = std::fabs(x) < 0x1p-14 ? -13 : std::ilogb(x) + 1; // subnormal numbers share the smallest exponent
     const double digits = std::trunc(std::fabs(x) * std::ldexp(1, 11 - exponent));
     const uint16_t magnitude = uint16_t(digits < 1024 ? digits : (exponent + 14) * 1024 + digits - 1024);
     const uint16_t half = uint16_t((x < 0 ? 0x8000 : 0) | magnitude);
@@ -65,7 +65,7 @@ double stored(Dtype dtype, double x, void *to) {
   return 0;
 }
 
-// [size, d] at the strides told, in memory that ends with its last number.
+// Random rows [size, d] with the given strides, in memory that ends with the last number.
 Rows random_rows(Random &random, Pool &pool, int64_t size, int64_t d, Dtype dtype, bool by_columns, int64_t gap, Reals &values) {
   const int64_t row_stride = by_columns ? 1 : d + gap, column_stride = by_columns ? size + gap : 1;
   char *data = (char *)pool.bytes(((size - 1) * row_stride + (d - 1) * column_stride + 1) * int64_t(size_of(dtype)));
@@ -81,7 +81,7 @@ Rows random_rows(Random &random, Pool &pool, int64_t size, int64_t d, Dtype dtyp
 template <class T> void compare(const char *what, const void *got, const Reals &expected, const Reals *sizes, double tolerance) {
   for (size_t k = 0; got && k < expected.size(); k++) {
     const double x = double(((const T *)got)[k]), truth = expected[k];
-    // Exponentials in float end at 2^-126, and are taken around a base that a log-sum may be 2^96 away from.
+    // Exponentials in float underflow at 2^-126, relative to a base that may differ from the log-sum by 96 in base 2.
     const double allowed = tolerance * (sizes ? (*sizes)[k] : 1 + std::fabs(truth)) + (sizeof(T) == 8 ? 1e-30 : 1e-9);
     if (!(x == truth || std::fabs(x - truth) <= allowed)) fail(what, int64_t(k), x, truth, allowed);
   }

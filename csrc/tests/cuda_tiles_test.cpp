@@ -1,4 +1,4 @@
-// The arithmetic of csrc/cuda/contrastive/tiles.h on the host: who visits what, and where numbers lie.
+// Tests the arithmetic of csrc/cuda/contrastive/tiles.h on the host: which tiles are visited, and where numbers are.
 #include "../cuda/contrastive/tiles.h"
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +17,7 @@ void require(bool condition, const char *what) {
   std::exit(1);
 }
 
-// Every tile is visited once, interior ones first, and those lie apart from the range and from the end of the columns.
+// Every tile is visited once, interior tiles first; interior tiles overlap neither the range nor the end of the columns.
 void walks_visit_each_tile_once() {
   for (int width : {4, 32})
     for (int columns = 1; columns <= 4 * width + 1; columns++)
@@ -34,7 +34,7 @@ void walks_visit_each_tile_once() {
             if (!w.is_mixed(step)) require(!meets && end <= columns, "an interior tile that is none");
             else require(meets || end > columns, "a tile is mixed without a reason");
           }
-          // Of mixed tiles alone, as the launch for the columns' positives walks.
+          // The walk over mixed tiles only, as in the launch for the columns' positives.
           Walk mixed = w;
           mixed.interior = 0;
           for (int step = 0; step < mixed.steps(); step++) require(mixed.tile(step) == w.tile(w.interior + step), "another walk of the mixed tiles");
@@ -54,7 +54,7 @@ void pairs_are_what_they_are() {
           }
 }
 
-// A slice's chunks lie apart, and those that are loaded together in different banks.
+// A slice's chunks do not overlap, and chunks that are loaded together are in different banks.
 void slices_use_all_of_their_memory() {
   std::set<uint32_t> places;
   for (int row = 0; row < BLOCK_ROWS; row++)
@@ -70,10 +70,10 @@ void slices_use_all_of_their_memory() {
     }
 }
 
-// ldmatrix gives lane 4 g + t the t-th word of row g of each of its four matrices; mma wants of A the rows g and g + 8
-// of the first half of the depth, then of the second, and of B the column g of either half, of two fragments.
+// ldmatrix gives lane 4 g + t the t-th word of row g of each of its four matrices. mma expects, of A, the rows g and g + 8 of the
+// first half of the depth, then of the second; of B, the column g of either half, for two fragments.
 void fragments_are_what_products_want() {
-  std::map<int, std::pair<int, int>> a, b, transposed; // of each matrix: its first row and its chunk
+  std::map<int, std::pair<int, int>> a, b, transposed; // first row and chunk of each matrix
   for (int lane = 0; lane < 32; lane++) {
     const int matrix = lane / 8, row = lane % 8;
     const auto agree = [&](std::map<int, std::pair<int, int>> &found, int of_row, int chunk) {
@@ -97,7 +97,7 @@ void fragments_are_what_products_want() {
     }
 }
 
-// Each step of a part of the gradient belongs to one warp across, in the slice that it is multiplied with.
+// Each step of a part of the gradient belongs to exactly one of the warps across, and to the slice with which it is multiplied.
 void gradients_have_one_owner() {
   std::set<int> steps;
   for (int across = 0; across < WARPS_ACROSS; across++)
@@ -109,7 +109,7 @@ void gradients_have_one_owner() {
   require(int(steps.size()) == PART_SLICES * STEPS && *steps.begin() == 0 && *steps.rbegin() == PART_SLICES * STEPS - 1, "steps without an owner");
 }
 
-// The halving of sums over 8 lanes: every number is left with exactly one of them.
+// Summing over 8 lanes by halves leaves every number in exactly one lane.
 void sums_over_rows_have_one_owner() {
   for (int count : {8, 16})
     for (int t = 0; t < 4; t++) {

@@ -1,7 +1,6 @@
-// The emulator's tensor cores, and copies past the registers, as csrc/cuda/products.h asks for them. Fragments lie in
-// the lanes' registers as the documentation of mma.sync and ldmatrix says. Two things are harsher than they might be: a
-// product's sum is truncated to float32, as devices do, and a copy that was started poisons its destination until it is
-// waited for.
+// The emulator's tensor cores and asynchronous copies, which csrc/cuda/products.h uses. Fragments are in the lanes' registers as in
+// the documentation of mma.sync and ldmatrix. The emulator is strict in two ways: a product's sum is truncated to float32, as on
+// devices, and a copy poisons its destination until the thread has waited for it.
 #pragma once
 #include "emulator.h"
 #include <vector>
@@ -29,14 +28,14 @@ inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 
 namespace emulator {
 
-// Shared memory by the number of a byte.
+// The address of a byte in shared memory.
 inline uint32_t shared_address(const void *place) { return uint32_t(static_cast<const char *>(place) - shared_memory()); }
-inline char *shared_place(uint32_t address, uint32_t size) { // what lies beyond its end may not be touched
+inline char *shared_place(uint32_t address, uint32_t size) { // accesses beyond the end fail
   if (address % size) fail("a misaligned address of shared memory");
   return shared_memory() + address;
 }
 
-// Copies that a thread has started, by group, the oldest first; the last is still open.
+// A thread's copies by group, oldest first; the last group is still open.
 struct Copy {
   char *to;
   char bytes[16];
@@ -84,9 +83,9 @@ inline float truncated(double x) {
   return std::isfinite(nearest) && std::fabs(double(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// mma.m16n8: C [16, 8] += A [16, DEPTH] B [DEPTH, 8]. Lane 4 g + t has of C the places (g, 2t), (g, 2t + 1), (g + 8,
-// 2t), (g + 8, 2t + 1). A register has PACKED numbers along the depth, of A: rows g and g + 8 of the depth's first
-// half, then of its second; of B: column g of either half.
+// mma.m16n8: C [16, 8] += A [16, DEPTH] B [DEPTH, 8]. Lane 4 g + t holds the places (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// of C. A register holds PACKED numbers along the depth. For A: rows g and g + 8 of the first half of the depth, then of the second;
+// for B: column g of either half.
 template <int DEPTH, int PACKED, class Decode> void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Decode decode) {
   const uint32_t given[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const auto *words = reinterpret_cast<const uint32_t *>(exchange(given, sizeof given));
@@ -108,9 +107,9 @@ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
   multiply<16, 2>(c, a, b, [](uint32_t word, int part) { return double(half_to_float(uint16_t(word >> 16 * part))); });
 }
 inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply<8, 1>(c, a, b, [](uint32_t word, int) { return double(__uint_as_float(word & 0xFFFFE000)); }); // a device reads no further
+  multiply<8, 1>(c, a, b, [](uint32_t word, int) { return double(__uint_as_float(word & 0xFFFFE000)); }); // a device ignores the lower bits
 }
-// Ties away from zero.
+// Rounds to the nearest, ties away from zero.
 inline uint32_t to_tf32(float x) { return std::isfinite(x) ? (__float_as_uint(x) + 0x1000) & 0xFFFFE000 : __float_as_uint(x); }
 
 } // namespace emulator

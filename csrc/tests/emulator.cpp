@@ -10,7 +10,7 @@
 #include <unistd.h>
 #include <vector>
 
-// Saves what a called function must keep, changes stacks, and restores it from the other one.
+// Saves the callee-saved registers, switches stacks, and restores the registers from the other stack.
 extern "C" void fastcl_emulator_switch(void **from, void *to);
 asm(R"(
 .text
@@ -44,7 +44,7 @@ constexpr int PARTS = 16;
 
 int64_t page() { return sysconf(_SC_PAGESIZE); }
 
-// Memory whose last byte lies before a page that may not be touched.
+// Memory whose last byte is followed by a protected page.
 class Guarded {
 public:
   explicit Guarded(int64_t size) : size_(size), mapped_((size + page() - 1) / page() * page() + page()) {
@@ -80,10 +80,10 @@ struct Thread {
   void *stack_pointer;
   char *stack; // its lowest byte
   State state;
-  int64_t exchanges, exchanged; // how many there were, and the size of the last
+  int64_t exchanges, exchanged; // number of exchanges, and size of the last
   int lane;
   Warp *warp;
-  int part, part_size; // of the last barrier of a part of the block
+  int part, part_size; // name and number of threads of the last part barrier
 };
 
 namespace {
@@ -100,12 +100,12 @@ std::mutex one_at_a_time;
 Run *running;
 Thread *current;
 
-char *stack(size_t which) { // kept from launch to launch
+char *stack(size_t which) { // reused from launch to launch
   static std::vector<char *> stacks;
   while (stacks.size() <= which) {
     char *lowest = (char *)mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (lowest == MAP_FAILED) fail("no memory for another thread");
-    mprotect(lowest, size_t(page()), PROT_NONE); // a stack that is too small shows
+    mprotect(lowest, size_t(page()), PROT_NONE); // an overflow of the stack faults
     stacks.push_back(lowest);
   }
   return stacks[which];
@@ -124,7 +124,7 @@ void begin() {
 }
 
 void prepare(Thread &thread) {
-  void **top = (void **)(thread.stack + STACK) - 2; // as a call leaves it: a return address below a multiple of 16
+  void **top = (void **)(thread.stack + STACK) - 2; // the layout after a call: a return address below a multiple of 16
   *--top = nullptr;
   *--top = (void *)begin;
   for (int saved = 0; saved < 6; saved++) *--top = nullptr;
@@ -142,7 +142,7 @@ std::vector<size_t> order_of(size_t count) {
   return order;
 }
 
-// Lets the lanes of a warp go on that have all come to exchange something; whether they have.
+// If all lanes of a warp wait for an exchange, lets them continue. Returns whether it did.
 bool release_warp(Thread *lanes) {
   for (int lane = 0; lane < 32; lane++)
     if (lanes[lane].state != State::at_warp) return false;
@@ -153,7 +153,7 @@ bool release_warp(Thread *lanes) {
   return true;
 }
 
-// Opens the barriers that all have reached; whether there was one.
+// Opens barriers that all their threads have reached. Returns whether there was one.
 bool release(std::vector<Thread> &threads, size_t of_block) {
   bool any = false;
   size_t done = 0, at_grid = 0;
@@ -188,8 +188,8 @@ bool release(std::vector<Thread> &threads, size_t of_block) {
   return any;
 }
 
-// A warp runs until it waits for others, however often its lanes meet: what it reads of another warp's without a barrier
-// between them is either all there or not at all, as the order has it.
+// A warp runs until it waits for other warps. If it reads another warp's data without a barrier in between, the order of warps
+// decides whether all of the data has been written or none.
 void run_threads(std::vector<Thread> &threads, size_t of_block) {
   const std::vector<size_t> warps = order_of(threads.size() / 32), lanes = order_of(32);
   do {
@@ -228,7 +228,7 @@ void grid_barrier() { give_way(State::at_grid); }
 const char *exchange(const void *given, int64_t size) {
   if (size > EXCHANGED) fail("an exchange of too many bytes");
   Thread *self = current;
-  // Two places in turn: nobody can be two exchanges ahead of another lane.
+  // Alternates between two buffers: no lane can be two exchanges ahead of another.
   char *place = self->warp->given[self->exchanges++ % 2];
   self->exchanged = size;
   std::memcpy(place + self->lane * size, given, size_t(size));
@@ -281,7 +281,7 @@ uint16_t float_to_half(float x) {
   if (std::isnan(x)) return uint16_t(sign | 0x7fff);
   if (size >= 65520) return uint16_t(sign | 0x7c00);
   const int exponent = std::max(size == 0 ? -14 : std::ilogb(size), -14);
-  const int digits = int(std::nearbyint(std::ldexp(size, 10 - exponent))); // 1024 to 2048, or a subnormal number
+  const int digits = int(std::nearbyint(std::ldexp(size, 10 - exponent))); // 1024 to 2048, less for a subnormal number
   return uint16_t(sign | ((exponent + 14) * 1024 + digits));
 }
 

@@ -1,12 +1,11 @@
-// Runs CUDA kernels on the host, one thread of the device at a time: the kernels' own code, compiled by g++ with this header
-// before it. A thread is a coroutine that gives way at barriers and where lanes of a warp exchange numbers. Blocks run one
-// after another, those of a cooperative launch all together.
+// Runs CUDA kernels on the host, one device thread at a time. g++ compiles the kernels' own code with this header in front. A thread
+// is a coroutine that yields at barriers and at exchanges between lanes of a warp. Blocks run one after another; the blocks of a
+// cooperative launch run together.
 //
-// It is strict where a device is not: a barrier that not all threads of the block reach, a lane that does not take part, a
-// launch without a thread to spare is an error that ends the process with the kernel's name. Warps run one after another
-// from barrier to barrier, in an order that FASTCL_EMULATOR_ORDER chooses (forward, backward or a number that shuffles):
-// where a barrier is missing, results differ from order to order. Shared memory begins as NaN, and ends at a page that may
-// not be touched.
+// The emulator is stricter than a device. A barrier that not all threads of the block reach, an exchange without all lanes, or a block
+// with an incomplete warp is an error that ends the process and prints the kernel's name. Warps run one after another from barrier to
+// barrier, in an order that FASTCL_EMULATOR_ORDER selects (forward, backward or a number that seeds a shuffle): if a barrier is missing,
+// results depend on the order. A block's shared memory starts as NaN, and a protected page follows it.
 #pragma once
 #if !defined(__x86_64__)
 #error "the emulator switches stacks in x86-64's own words"
@@ -30,21 +29,22 @@ using cudaError_t = int;
 namespace emulator {
 
 constexpr int PROCESSORS = 4;
-constexpr int64_t SHARED = 99 << 10; // as the devices that have least
+constexpr int64_t SHARED = 99 << 10; // as on the devices with the least
 
 struct Index {
   unsigned x, y, z;
 };
-struct Thread; // of the device
+struct Thread; // a device thread
 const Index &thread_index();
 const Index &block_index();
 const Index &block_size();
 const Index &grid_size();
 char *shared_memory();
 void block_barrier();
-void part_barrier(int name, int threads); // of the warps of a block that call it by this name
+void part_barrier(int name, int threads); // for the warps of a block that call it with this name
 void grid_barrier();
-// All lanes of the warp give `size` bytes, at most 128, and get those of all lanes, `size` apart, until the next but one.
+// All lanes of the warp pass `size` bytes, at most 128, and get those of all lanes at distance `size`. The result is valid until the
+// exchange after the next.
 const char *exchange(const void *given, int64_t size);
 
 void run(const char *name, int64_t blocks, int64_t blocks_y, int threads, int64_t shared, bool cooperative, const std::function<void()> &kernel);

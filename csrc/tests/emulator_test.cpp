@@ -1,4 +1,4 @@
-// What the emulator must do and what it must find: one case by name, whose result is printed.
+// Tests what the emulator computes and which errors it detects: runs the case with the given name and prints its result.
 #include "emulator.cpp"
 #include <cstdio>
 
@@ -6,7 +6,7 @@ namespace {
 
 float out[256];
 
-// Each thread writes, and reads what its right neighbour wrote.
+// Each thread writes a number and reads its right neighbour's.
 void neighbours(bool barrier) {
   float *shared = (float *)emulator::shared_memory();
   shared[threadIdx.x] = float(threadIdx.x);
@@ -20,7 +20,7 @@ void warp_sums() {
   out[threadIdx.x] = x + float(__popc(__ballot_sync(0xffffffffu, threadIdx.x % 3 == 0)));
 }
 
-void parts() { // two halves meet at barriers of their own, the second half more often
+void parts() { // each half has its own barriers, the second half more of them
   float *shared = (float *)emulator::shared_memory();
   const int half = threadIdx.x >= blockDim.x / 2;
   shared[threadIdx.x] = float(blockIdx.x);

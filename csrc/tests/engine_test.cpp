@@ -1,6 +1,6 @@
-// Runs every engine that this machine has, forward and backward and Sinkhorn's passes, over sizes around the register tiles,
-// all dtypes and options, and compares with double loops. Exits with 0 if all agree; else it names the first case that does not.
-//   engine_test PLACE CASES [ENGINE]      PLACE: heap or pages, see memory.h; CASES: how many for each engine
+// Runs forward, backward and Sinkhorn's passes on every engine that this machine supports, over sizes around the register tiles and
+// all dtypes and options, and compares with plain loops in double. Exits with 0 if all agree; else prints the first case that fails.
+//   engine_test PLACE CASES [ENGINE]      PLACE: heap or pages, see memory.h; CASES: number of cases per engine
 #include "../cpu/contrastive/arrange.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/contrastive/mean.h"
@@ -24,11 +24,11 @@ void crashed(int signal) {
   std::raise(signal);
 }
 std::vector<int64_t> random_ids(Random &random, int64_t size, int64_t kinds) {
-  const int64_t names = random.coin() ? 1 : int64_t(1) << 40; // small numbers, or ones that no table holds
+  const int64_t names = random.coin() ? 1 : int64_t(1) << 40; // small ids, or ids too large for a table
   std::vector<int64_t> result(size);
   for (int64_t &id : result) {
     id = (random.below(kinds + 1) - 1) * names;
-    if (id < 0) id = random.coin() ? -1 : -7; // -1 equals nothing, -7 itself
+    if (id < 0) id = random.coin() ? -1 : -7; // -1 never matches, -7 matches -7
   }
   return result;
 }
@@ -57,7 +57,7 @@ template <class T> struct Outputs { // of one side
   }
 };
 
-// Rows of gradients are judged by the largest term of the row: their norm is what a user sees.
+// Tolerances of gradients are relative to the largest term of the row, because users see the row's norm.
 void level(Gradient &g, int64_t d) {
   for (size_t i = 0; i < g.size.size(); i += d) {
     double most = 0;
@@ -85,7 +85,7 @@ template <class T> void check_side(const char *name, const Statistics &got, cons
   compare<T>(what, got.inverse_norms, expected.inverse_norms, nullptr, tolerance);
 }
 
-// Random gradients of a side's fields, those of empty sets zero, as they come from Python. Of each scale.
+// Random gradients of a side's fields, for each scale. Those of empty sets are zero, as Python passes them.
 
 template <class T>
 void incoming(Random &random, Pool &pool, Statistics &side, const std::vector<const formula::Side *> &expected, std::vector<Weights> &weights) {
@@ -104,13 +104,13 @@ void incoming(Random &random, Pool &pool, Statistics &side, const std::vector<co
   }
 }
 
-// What of the gradients was asked for.
+// Compares the gradients that were requested.
 template <class T, class Call>
 void check_gradients(const Engine &engine, const Case &c, const Call &got, Formula::Gradients expected, double tolerance) {
   level(expected.anchors, c.d);
   level(expected.contrasts, c.d);
   const bool both_bfloat = c.anchors == Dtype::bfloat16 && (!c.m || c.contrasts == Dtype::bfloat16);
-  // bfloat16's products take the logits' gradients rounded to bfloat16.
+  // Products of bfloat16 rows round the logits' gradients to bfloat16.
   const double rounded = both_bfloat && std::string(engine.name) == "avx512_bf16" ? tolerance + 0x1p-8 : tolerance;
   compare<T>("gradient of anchors", got.anchor_gradient, expected.anchors.value, &expected.anchors.size, rounded);
   compare<T>("gradient of contrasts", got.contrast_gradient, expected.contrasts.value, &expected.contrasts.size, rounded);
@@ -118,7 +118,7 @@ void check_gradients(const Engine &engine, const Case &c, const Call &got, Formu
   compare<T>("gradient of bias", got.bias_gradient, expected.bias.value, &expected.bias.size, tolerance);
 }
 
-// The mean loss and its gradient; `like` says of what.
+// Compares the mean loss and its gradient for the problem of `like`.
 template <class T> void check_mean(const Engine &engine, const Case &c, Random &random, Pool &pool, const Backward &like, const Arranged &arranged,
                                    const Formula &truth, double tolerance) {
   const Field log_sum = c.n % 2 ? LSE_NEG : LSE_ALL;
@@ -169,7 +169,7 @@ template <class T> void check_mean(const Engine &engine, const Case &c, Random &
   check_gradients<T>(engine, c, call, truth.gradients(row_weights, column_weights), tolerance);
 }
 
-// The largest inner products of the rows as they are, in order; ids as engines take them.
+// Compares top-k, with rows that are not normalised and ids as engines expect them.
 template <class T> void check_topk(const Engine &engine, const Case &c, Random &random, Pool &pool, const Input &in, const Problem &p) {
   const int64_t n = c.n, m = in.columns(), k = 1 + random.below(random.coin() ? std::min<int64_t>(m, 5) : m);
   std::vector<int32_t> query_ids, key_ids;
@@ -218,7 +218,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   in.n = c.n, in.m = c.m, in.d = c.d;
   in.normalize_anchors = random.coin();
   in.normalize_contrasts = in.self() ? in.normalize_anchors : random.coin();
-  const bool wide = random.below(3) == 0; // logits beyond the range of one exponential
+  const bool wide = random.below(3) == 0; // logits that do not fit a shared exponential
   in.scale = double(T((random.coin() ? 1 : -1) * (wide ? 150 + 100 * random.real() : 6 + 5 * random.real())));
 
   Forward forward{};
@@ -254,7 +254,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   p.anchor_ids = pool.copy(in.anchor_ids);
   p.contrast_ids = pool.copy(in.contrast_ids);
   p.scales = random.below(3) ? 1 : 2 + int(random.coin());
-  std::vector<Input> inputs(p.scales, in); // one for each scale
+  std::vector<Input> inputs(p.scales, in); // one per scale
   T *const scales = pool.array<T>(p.scales);
   for (int k = 0; k < p.scales; k++) inputs[k].scale = scales[k] = T(k == 0 ? in.scale : in.scale * random.real());
   p.logit_scale = scales;
@@ -262,7 +262,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   for (bool &want : wanted) want = random.below(4) > 0;
   forward.anchors = Outputs<T>(pool, p.scales, c.n, in.normalize_anchors, wanted).addresses;
   if (p.columns) forward.contrasts = Outputs<T>(pool, p.scales, c.m, in.normalize_contrasts, wanted).addresses;
-  // For a backward of the anchors alone.
+  // For a backward of the anchors only.
   const bool weighted = !in.self() && !p.columns && in.bias.empty() && p.scales == 1 && random.below(4) > 0;
   if (weighted) forward.weighted = {pool.array<T>(c.n * c.d), pool.array<T>(1)};
 
@@ -275,7 +275,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
     columns.push_back(&truths.back()->columns);
     largest = std::fmax(largest, truths.back()->largest);
   }
-  // Roundings of a logit are ones of its exponential.
+  // The rounding error of a logit is a relative error of its exponential.
   const double tolerance = sizeof(T) == 8 ? 1e-13 * (10 + largest) : 4e-7 * (10 + largest);
   const Arrangements arrangements = arrange(p);
   const Arranged arranged = arrangements.arranged();
@@ -309,11 +309,11 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   SoftCase<T>(engine, random, pool, in, p, sizeof(T) == 8 || random.coin() ? c.anchors : Dtype::float32, tolerance).run();
 }
 
-// Every dimension from 1 to 70 in turn (tails of all vectors), sizes up to 40 and around the largest tile's 192 rows.
+// Dimensions from 1 to 70 in turn (all tails of vectors), and sizes up to 40 and around the 192 rows of the largest tile.
 Case case_number(int64_t k, Random &random) {
   const auto size = [&] { return random.below(6) ? 1 + random.below(40) : 185 + random.below(16); };
   Case c{};
-  c.d = random.below(12) ? 1 + k % 70 : 120 + random.below(30); // the longer ones: around a chunk of 128
+  c.d = random.below(12) ? 1 + k % 70 : 120 + random.below(30); // some longer rows, around a chunk of 128
   c.n = size();
   c.m = random.coin() ? 0 : size();
   c.anchors = Dtype(k / 70 % 4);

@@ -1,5 +1,5 @@
-// The statistics and their gradients as the formula has them: double loops over all pairs, everything in double. Each
-// gradient comes with the size of the terms that it is a sum of, against which roundings are judged.
+// The statistics and their gradients by plain loops over all pairs, in double. Each gradient comes with the size of its summands, to
+// which tolerances are relative.
 #pragma once
 #include "../problem.h"
 #include <array>
@@ -12,12 +12,12 @@ namespace formula {
 
 using fastcl::FIELDS, fastcl::LSE_ALL, fastcl::LSE_NEG, fastcl::LSE_POS, fastcl::SUM_POS;
 using Reals = std::vector<double>;
-using Weights = std::array<Reals, FIELDS>; // of each field's rows; empty where a field is not used
+using Weights = std::array<Reals, FIELDS>; // weights of each field's rows; empty for unused fields
 
 struct Input {
   int64_t n, m, d; // m = 0: self-contrast
   Reals anchors, contrasts;
-  std::vector<int64_t> anchor_clusters, contrast_clusters, anchor_ids, contrast_ids; // empty: none; -1 equals nothing
+  std::vector<int64_t> anchor_clusters, contrast_clusters, anchor_ids, contrast_ids; // empty: none; -1 never matches
   Reals bias;                                                                        // empty: none
   double scale;
   bool normalize_anchors, normalize_contrasts;
@@ -65,11 +65,11 @@ public:
     if (!in.self()) columns = side(true);
   }
 
-  // Gradients of sum over fields and rows of weight * field; `weights` [FIELDS][N] and, of the contrasts, [FIELDS][M],
-  // empty where a field is not used.
+  // Gradients of the sum over fields and rows of weight * field. `weights` are [FIELDS][N], for the contrasts [FIELDS][M]; empty for
+  // unused fields.
   struct Gradients {
     Gradient anchors, contrasts, scale, bias;
-    void add(const Gradients &other) { // of another scale of the same logits
+    void add(const Gradients &other) { // adds those of another scale
       for (const auto &[mine, more] : {std::pair{&anchors, &other.anchors}, std::pair{&contrasts, &other.contrasts}, std::pair{&bias, &other.bias}})
         for (size_t i = 0; i < mine->value.size(); i++) mine->add(int64_t(i), more->value[i], more->size[i]);
       scale.value.push_back(other.scale.value[0]);
@@ -151,7 +151,7 @@ private:
     }
     return result;
   }
-  // From the gradient of a_i x_i to that of x_i.
+  // Maps the gradient of a_i x_i to that of x_i.
   void project(Gradient &g, const Reals &x, const Reals &inverse, int64_t count, bool normalize) const {
     for (int64_t i = 0; normalize && i < count; i++) {
       double along = 0, size = 0;

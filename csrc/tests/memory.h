@@ -1,4 +1,4 @@
-// Memory in which a read or write beyond either end does not pass unseen, filled with bytes that are NaN as a number.
+// Memory that detects reads and writes beyond either end, filled with bytes that form NaN.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -11,8 +11,8 @@
 
 namespace memory {
 
-// HEAP leaves the watching to an address sanitizer. It does not see what assembly and masked instructions do, which the
-// pages without access that lie next to a buffer's end, or its beginning, do.
+// HEAP relies on an address sanitizer, which does not check assembly and masked instructions. Protected pages next to a buffer's end,
+// or its beginning, detect these too.
 enum class Place { HEAP, BEFORE_A_PAGE, AFTER_A_PAGE };
 
 class Pool {
@@ -41,7 +41,7 @@ public:
     std::memset(result, 0xff, size);
     return result;
   }
-  // Aligned as the engines ask of their workspace.
+  // Aligned as the engines require of their workspace.
   void *workspace(int64_t size) {
     if (place_ != Place::HEAP) return bytes((size + 63) / 64 * 64);
     void *result = std::aligned_alloc(64, (size + 63) / 64 * 64);

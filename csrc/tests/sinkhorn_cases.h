@@ -1,11 +1,11 @@
-// Every pass of Sinkhorn over one random problem, against double loops.
+// Compares every pass of Sinkhorn with plain loops in double, for a random problem.
 #pragma once
 #include "../cpu/engine.h"
 #include "check.h"
 
 namespace {
 
-// The number that lies at `from`.
+// The number stored at `from`.
 double loaded(Dtype dtype, const void *from) {
   float single;
   uint16_t half;
@@ -44,7 +44,7 @@ public:
     scale_ = double(*inverse_epsilon);
     call_.inverse_epsilon = inverse_epsilon;
     g_ = potential(k), f_ = potential(n);
-    tolerance_ = (sizeof(T) == 8 ? 1e-15 : 4e-7) * (20 + 5 * scale_); // exponents are of numbers of a few units
+    tolerance_ = (sizeof(T) == 8 ? 1e-15 : 4e-7) * (20 + 5 * scale_); // exponents are a few units large
     normalize_rows();
     normalize_columns();
     mass_ = reals(n, &mass_at_, 0), w_ = reals(k, &w_at_, 1), less_ = reals(n, &less_at_, 1);
@@ -74,7 +74,7 @@ private:
   Reals potential(int64_t size) {
     Reals result(size);
     for (double &x : result) x = random_.below(9) ? random_.real() : -std::numeric_limits<double>::infinity();
-    result[random_.below(size)] = 0; // not all are without mass
+    result[random_.below(size)] = 0; // at least one entry has mass
     return result;
   }
   Reals reals(int64_t size, const T **at, double sign) {
@@ -87,7 +87,7 @@ private:
   const T *as_reals(const Reals &values) { return pool_.copy(std::vector<T>(values.begin(), values.end())); }
   T *out(int64_t size) { return pool_.template array<T>(size); }
   double s(int64_t i, int64_t j) const { return scores_[i * k_ + j]; }
-  // Of a difference: what is left of x where it is -inf is nothing.
+  // exp((x - shift) * scale); 0 for infinite x.
   double exponential(double x, double shift) const { return std::isinf(x) ? 0 : std::exp((x - shift) * scale_); }
   double row_e(int64_t i, int64_t j) const { return exponential(s(i, j) + g_[j], row_shift_[i]); }
   double r(int64_t i, int64_t j) const { return row_e(i, j) / row_sum_[i]; }
@@ -124,7 +124,7 @@ private:
     result.potential = potential;
     return result;
   }
-  // Only read by the pass, though it may be written by others.
+  // An input of this pass, although other passes write it.
   void given_rows(Sinkhorn &call) const { call.row_shift = (void *)row_shift_at_, call.row_sum = (void *)row_sum_at_; }
   void finish(const Sinkhorn &call) { engine_.sinkhorn(call, pool_.workspace(engine_.sinkhorn(call, nullptr))); }
   void compare_logs(const char *what, const T *shift, const T *sum, const Reals &shifts, const Reals &sums) {
@@ -136,7 +136,7 @@ private:
   void compare_matrix(const char *what, const char *matrix, const Reals &expected, double size) {
     const Dtype dtype = call_.scores.dtype;
     const double rounded = dtype == Dtype::bfloat16 ? 0x1p-8 : dtype == Dtype::float16 ? 0x1p-11 : 0;
-    const double least = dtype == Dtype::float16 ? 0x1p-24 : 1e-37; // below, numbers are spaced evenly or 0
+    const double least = dtype == Dtype::float16 ? 0x1p-24 : 1e-37; // smaller numbers are subnormal or 0
     for (size_t at = 0; at < expected.size(); at++) {
       const double got = loaded(dtype, matrix + at * size_of(dtype)), truth = expected[at];
       const double allowed = tolerance_ * std::fmax(size, std::fabs(truth)) + rounded * std::fabs(truth) + least;
@@ -155,7 +155,7 @@ private:
     Sinkhorn call = pass(SinkhornPass::row_pass, g_at_);
     T *const shift = out(n_), *const sum = out(n_);
     call.row_shift = shift, call.row_sum = sum;
-    if (random_.coin()) { // a bound near enough, too far, or none
+    if (random_.coin()) { // a close bound, one that is too large, or none
       Reals above = row_shift_;
       for (double &x : above) x = double(T(x + random_.below(2) * (random_.coin() ? 0.1 : 100) / scale_));
       call.above = as_reals(above);

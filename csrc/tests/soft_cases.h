@@ -1,4 +1,4 @@
-// Soft assignments over one random problem, forward and backward, against double loops.
+// Compares soft assignments, forward and backward, with plain loops in double, for a random problem.
 #pragma once
 #include "../cpu/contrastive/arrange.h"
 #include "../cpu/engine.h"
@@ -8,7 +8,7 @@
 
 namespace {
 
-// What of `like`'s clusters and further scales is left out is another pass' business.
+// Uses the problem of `like` without its clusters and with one scale.
 template <class T> class SoftCase {
 public:
   SoftCase(const Engine &engine, Random &random, Pool &pool, const formula::Input &in, const Problem &like, Dtype dtype, double tolerance)
@@ -153,7 +153,7 @@ private:
     compare<double>("soft, gradient of scale", call_.scale_gradient, scale.value, &scale.size, tolerance_);
     compare<T>("soft, gradient of bias", call_.bias_gradient, bias.value, &bias.size, tolerance_);
   }
-  // From the gradient of a_i x_i to that of x_i; a row is judged by its largest term.
+  // Maps the gradient of a_i x_i to that of x_i. Tolerances are relative to a row's largest term.
   void through(formula::Gradient &g, const Reals &x, const Reals &inverse, int64_t count, bool normalize) const {
     for (int64_t i = 0; i < count; i++) {
       double along = 0, size = 0, most = 0;

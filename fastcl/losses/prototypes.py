@@ -33,14 +33,14 @@ from .modules import ExactModule
 
 Prior = Tensor | Callable[[int], Tensor]
 KL = ("mean_prior", "prior_mean")
-LARGEST_PRIOR_WEIGHT = 1e30  # its products with derivatives stay in float32's range
+LARGEST_PRIOR_WEIGHT = 1e30  # products of the weight with derivatives stay in float32's range
 
 
 class SwAVLoss(nn.Module):
     r"""Swapped prediction: each crop predicts the assignments of the other high-resolution crops.
 
-    With scores S^c ``[B, K]`` of crop c and the prototypes, and Q^h the Sinkhorn assignments of high-resolution crop h
-    (no gradient),
+    With S^c ``[B, K]`` the scores of crop c against the prototypes, and Q^h the Sinkhorn assignments of high-resolution
+    crop h (without gradient),
 
     .. math:: \frac{1}{H (C - 1)} \sum_{h \le H} \sum_{c \ne h} \frac{1}{B} \sum_i
               - \sum_k Q^h_{ik} \log \mathrm{softmax}_k (S^c_i / \text{temperature})
@@ -48,20 +48,20 @@ class SwAVLoss(nn.Module):
     for H high-resolution crops among C.
 
     Args:
-        temperature: of the predictions.
-        epsilon, n_iters: of `sinkhorn`. With ``n_iters=0`` the assignments are softmax(S / epsilon), each row for
-            itself: the prior, the queue and the other processes' rows then have no influence on them.
-        prior: of the prototypes: None (uniform), ``[K]``, or a function that is called with K.
-        gather: assignments over the rows of all processes of the default group; without one a no-op. Each process
-            returns its share, so that after DDP's averaging the gradient is that of the whole batch.
+        temperature: temperature of the predictions.
+        epsilon, n_iters: passed to `sinkhorn`. With ``n_iters=0`` each row's assignments are softmax(S / epsilon), so
+            the prior, the queue and other processes' rows do not influence them.
+        prior: masses of the prototypes: None (uniform), ``[K]``, or a function that is called with K.
+        gather: compute assignments over the rows of all processes of the default group; no effect without a group. Each
+            process returns W times its share, so that after DDP's averaging the gradient is that of the whole batch.
 
     Shapes of ``forward(high_resolution, low_resolution=(), queue_scores=None)``:
 
-    - high_resolution: list of H >= 1 scores ``[B, K]`` (cosine similarities with the prototypes); at least two crops
-      in all.
-    - low_resolution: list of scores ``[B, K]`` that only predict.
-    - queue_scores: None, or for each high-resolution crop scores ``[M, K]`` of stored features: rows that join its
-      assignment problem and are then dropped.
+    - high_resolution: list of H >= 1 scores ``[B, K]`` (cosine similarities with the prototypes). Both lists together
+      need at least two crops.
+    - low_resolution: list of scores ``[B, K]`` of crops that predict but are not targets.
+    - queue_scores: None, or scores ``[M, K]`` of stored features for each high-resolution crop. These rows take part
+      in the crop's assignment problem, and their assignments are dropped.
 
     Returns a scalar: float32, float64 for float64 scores.
 
@@ -98,7 +98,7 @@ class SwAVLoss(nn.Module):
         try:
             high, low, stored = _crops(high_resolution, low_resolution, queue_scores)
             if world is not None:
-                self.prior(high[0].shape[1], high[0].device)  # whatever may be wrong with it
+                self.prior(high[0].shape[1], high[0].device)  # an invalid prior raises here, before any collective
         except Exception as error:
             tell_others(self.gather, error, high_resolution)
             raise
@@ -118,7 +118,7 @@ class SwAVLoss(nn.Module):
     def _agreed(
         self, world: World, high: list[Tensor], low: list[Tensor], stored: Sequence[Tensor | None]
     ) -> list[int]:
-        """Each process's rows, of calls that are alike."""
+        """Each process's number of rows; raises if the calls differ."""
         dtypes = [None if one is None else dtype_name(one.dtype) for one in (*high, *low, *stored)]
         alike: dict[str, Property] = {
             "high-resolution crops": len(high),
@@ -134,7 +134,7 @@ class SwAVLoss(nn.Module):
         return world.agree("SwAVLoss", {"rows": len(high[0])}, alike, high[0].device)[0]
 
     def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
-        """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows; no gradient.
+        """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows. No gradient.
 
         float32, float64 for float64 scores.
         """
@@ -155,35 +155,36 @@ class SwAVLoss(nn.Module):
 class MSNLoss(nn.Module):
     r"""Masked siamese networks: anchors predict sharpened assignments of their targets, and match a prior on average.
 
-    With p = softmax(cosine similarity with the prototypes / temperature), targets
-    :math:`q \propto p^{1 / \text{sharpening}}` without gradient, after ``n_iters`` of Sinkhorn on log q at epsilon 1
-    with the same prior,
+    With p = softmax(cosine similarity with the prototypes / temperature), and targets
+    :math:`q \propto p^{1 / \text{sharpening}}` without gradient, refined by ``n_iters`` iterations of Sinkhorn on log q
+    at epsilon 1 with the same prior,
 
     .. math:: \frac{1}{BV} \sum_i - \sum_k q_{ik} \log p_{ik} + \text{prior\_weight} \cdot
               \mathrm{KL}(\bar p \,\|\, \text{prior}), \qquad \bar p = \frac{1}{BV} \sum_i p_i
 
     With the uniform prior the second term is log K minus the entropy of the mean: MSN's mean entropy maximisation. With
-    another it is PMSN's prior matching.
+    another prior it is PMSN's prior matching.
 
     Args:
-        temperature: of anchors and targets.
-        sharpening: T of the targets; smaller is sharper, 1 leaves them.
-        n_iters: of Sinkhorn on the targets; 0: none.
-        prior: of targets and regulariser: None (uniform), ``[K]``, or a function that is called with K.
-        prior_weight: of the KL term, from 0 to 1e30.
-        kl: ``"mean_prior"`` as above, or ``"prior_mean"``: KL(prior || mean), which is infinite at a prototype that has
-            mass but no prediction.
-        gather: targets and mean over the rows of all processes of the default group; without one a no-op. Each
-            process returns its share, so that after DDP's averaging the gradient is that of the whole batch.
+        temperature: temperature of anchors and targets.
+        sharpening: sharpening of the targets; smaller is sharper, 1 does not sharpen.
+        n_iters: iterations of Sinkhorn on the targets; 0: no Sinkhorn.
+        prior: masses for targets and regulariser: None (uniform), ``[K]``, or a function that is called with K.
+        prior_weight: weight of the KL term, from 0 to 1e30.
+        kl: ``"mean_prior"`` as above, or ``"prior_mean"``: KL(prior || mean), which is infinite if a prototype has mass
+            but mean prediction 0.
+        gather: compute targets and mean over the rows of all processes of the default group; no effect without a
+            group. Each process returns W times its share, so that after DDP's averaging the gradient is that of the
+            whole batch.
 
     Shapes of ``forward(anchors, targets, prototypes)``:
 
-    - anchors: ``[B * V, D]``, V views of the targets one after the other: row v * B + b belongs to target b.
+    - anchors: ``[B * V, D]``: V views, all rows of a view before those of the next: row v * B + b belongs to target b.
     - targets: ``[B, D]``, without gradient.
     - prototypes: ``[K, D]``.
 
-    Returns a scalar: float32, float64 for float64 anchors. A prototype without prior mass is no target; its share of
-    the mean prediction counts in the KL as if its mass were 1e-12.
+    Returns a scalar: float32, float64 for float64 anchors. Sinkhorn assigns nothing to a prototype without prior mass;
+    in the KL its mass counts as 1e-12.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -229,7 +230,7 @@ class MSNLoss(nn.Module):
             if len(prototypes) == 0:
                 raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
             if world is not None:
-                self.prior(len(prototypes), prototypes.device)  # whatever may be wrong with it
+                self.prior(len(prototypes), prototypes.device)  # an invalid prior raises here, before any collective
         except Exception as error:
             tell_others(self.gather, error, anchors, targets, prototypes)
             raise
@@ -254,7 +255,7 @@ class MSNLoss(nn.Module):
         return loss
 
     def _agreed(self, world: World, anchors: Tensor, targets: Tensor, prototypes: Tensor) -> list[int]:
-        """Each process's anchors, of calls that are alike; a process may have none, and no targets then."""
+        """Each process's number of anchors, 0 if it also has no targets; raises if the calls differ."""
         alike: dict[str, Property] = {
             "prototypes": len(prototypes),
             "dimension": prototypes.shape[1],
@@ -279,7 +280,7 @@ class MSNLoss(nn.Module):
         return rows
 
     def assignments(self, targets: Tensor, prototypes: Tensor) -> Tensor:
-        """What the anchors are to predict: ``[B, K]`` for targets ``[B, D]`` and prototypes ``[K, D]``; no gradient."""
+        """Target assignments ``[B, K]`` of targets ``[B, D]`` to prototypes ``[K, D]``. No gradient."""
         check_rows("targets", targets)
         check_rows("prototypes", prototypes, like=targets)
         for name, rows in (("targets", targets), ("prototypes", prototypes)):
@@ -292,7 +293,7 @@ class MSNLoss(nn.Module):
         logits = _cosines(targets, centres) / (self.temperature * self.sharpening)
         if self.n_iters == 0:
             return logits.softmax(1)
-        # In rows Sinkhorn starts from what the softmax would have divided by: log q, not the logits.
+        # Sinkhorn's rows start from log q, which is normalised, not from the logits.
         prior = self.prior(len(centres), logits.device)
         options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self.gather)}
         return sinkhorn(logits.log_softmax(1), prior=prior, **options).assignments
@@ -302,7 +303,7 @@ class MSNLoss(nn.Module):
         prior = (uniform_prior(len(mean)).to(mean.device) if prior is None else prior).to(mean.dtype)
         prior = prior / prior.sum()
         if self.kl == "mean_prior":
-            # Predictions may underflow to a mean of 0, where the derivative of x log x is infinite.
+            # The mean may underflow to 0, where the derivative of x log x is infinite.
             log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
             terms: Tensor = mean * log_mean - mean * prior.clamp(min=1e-12).log()
             return terms.sum()
@@ -312,7 +313,7 @@ class MSNLoss(nn.Module):
 
 
 class PMSNLoss(MSNLoss):
-    """`MSNLoss` with a power-law prior of exponent 0.25 over the prototypes, or another that is given.
+    """`MSNLoss` with a power-law prior over the prototypes (exponent 0.25), or with another given prior.
 
     Source: Assran et al., "The hidden uniform cluster prior in self-supervised learning" (2023).
     """
@@ -322,7 +323,8 @@ class PMSNLoss(MSNLoss):
 
 
 class _Prior(ExactModule):
-    """A prior that moves with its loss but is not rounded, as half precision knows no small mass; or what makes it."""
+    """A tensor or a function that gives the prior. A tensor moves with the loss but is never rounded to half precision,
+    which cannot represent small masses."""
 
     masses: Tensor | None
 
@@ -337,7 +339,7 @@ class _Prior(ExactModule):
 
     @property
     def given(self) -> str:
-        """What kind of prior there is."""
+        """The kind of prior, which processes compare."""
         return "function" if self.make is not None else "none" if self.masses is None else "masses"
 
     def forward(self, k: int, device: torch.device) -> Tensor | None:
@@ -372,7 +374,7 @@ def _scores(name: str, value: Any) -> list[Tensor]:
 def _crops(
     high_resolution: Sequence[Tensor], low_resolution: Sequence[Tensor], queue_scores: Sequence[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | list[None]]:
-    """What SwAV's `forward` is given, checked."""
+    """The checked arguments of SwAV's `forward`."""
     high, low = _scores("high_resolution", high_resolution), _scores("low_resolution", low_resolution)
     if not high or len(high) + len(low) < 2:
         raise ValueError(
@@ -400,7 +402,7 @@ def _wide(scores: Tensor) -> Tensor:
 
 
 def _centres(rows: Tensor, prototypes: Tensor) -> Tensor:
-    """The prototypes [K, D] over their norms, in the dtype of their products with these rows."""
+    """The normalised prototypes [K, D], in the dtype of their products with `rows`."""
     return unit(prototypes.to(accumulation_dtype(rows, prototypes)))
 
 
@@ -415,15 +417,15 @@ def _group(gather: bool) -> Any:
 
 
 def _share(world: World | None, rows: list[int]) -> float:
-    """W times this process's share of all rows: the mean over processes of such losses is that over all rows."""
+    """W times this process's share of all rows: the mean over processes is then the mean over all rows."""
     return 1.0 if world is None else world.size * rows[world.rank] / max(sum(rows), 1)
 
 
 def _mean(predictions: Tensor, share: float, world: World | None) -> Tensor:
     """Mean prediction [K] of all processes' rows, differentiable.
 
-    With W processes, each of which returns the whole divergence, the mean over processes of the gradients is that of
-    the divergence, as the derivative of the mean sums equal incoming gradients over processes.
+    Each of the W processes returns the whole divergence, so all incoming gradients are equal. The backward sums them
+    over processes, and DDP's mean of the resulting gradients is the gradient of the divergence.
     """
     own = predictions.sum(0) / max(len(predictions), 1) * share
     return own if world is None else world.total(own) / world.size

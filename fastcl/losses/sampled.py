@@ -1,4 +1,4 @@
-"""Losses against a few rows of a bank, drawn for each anchor: instance discrimination, PIRL."""
+"""Losses against rows of a bank that are sampled for each anchor: instance discrimination, PIRL."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def sampled_similarity(queries: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
-    """Inner products of each query with keys of its own: ``result[i, s] = <queries[i], keys[indices[i, s]]>``.
+    """Inner products of each query with its own sample of keys: ``result[i, s] = <queries[i], keys[indices[i, s]]>``.
 
-    Gathered and multiplied in blocks: the ``[N, S, D]`` of gathered rows is never stored, neither here nor for the
-    backward.
+    Rows are gathered and multiplied in blocks; neither forward nor backward stores the ``[N, S, D]`` gathered rows.
 
     Args:
-        queries: ``[N, D]``; float64, float32, bfloat16 or float16, taken as they come.
-        keys: ``[M, D]``.
+        queries: ``[N, D]``; float64, float32, bfloat16 or float16, not normalised.
+        keys: ``[M, D]``, not normalised.
         indices: ``[N, S]`` integers from 0 to M - 1.
 
     Returns:
-        ``[N, S]``, float32; float64 where a set of rows is float64. Differentiable once in queries and keys.
+        ``[N, S]``, float32, or float64 if one set of rows is. Differentiable once in queries and keys.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -57,10 +56,10 @@ def sampled_similarity(queries: Tensor, keys: Tensor, indices: Tensor) -> Tensor
 
 
 class SampledNCELoss(ExactModule):
-    r"""Noise-contrastive estimation against negatives drawn from a bank, anew for each anchor and call.
+    r"""Noise-contrastive estimation against negatives from a bank, drawn anew for each anchor and call.
 
-    With logits :math:`s = \langle \hat x_i, y \rangle / \text{temperature}`, s_i that of the positive, S negatives and
-    a bank of M samples, the loss of an anchor is
+    With logits :math:`s = \langle \hat x_i, y \rangle / \text{temperature}`, the positive's logit s_i, S negatives with
+    logits s_n and a bank of M samples, the loss of an anchor is
 
     ============= ============================================================================================
     form          loss of anchor i
@@ -69,34 +68,34 @@ class SampledNCELoss(ExactModule):
     ``"infonce"`` :math:`-s_i + \log(e^{s_i} + \sum_n e^{s_n})`
     ============= ============================================================================================
 
-    ``SampledNCELoss(0.07)(z, indices, bank)`` is instance discrimination: the positive is the anchor's own row of the
-    bank. In the manner of PIRL, for an image's embedding f and its pretext version's g: ``w * loss(g, indices, bank) +
-    (1 - w) * loss(f, indices, bank)`` with ``form="infonce"``, a cross-entropy; the paper's own loss has a further term
-    for each negative. Update the bank afterwards: ``bank.update(indices, z)``.
+    ``SampledNCELoss(0.07)(z, indices, bank)`` is instance discrimination: the positive is the anchor's own row in the
+    bank. A loss in the manner of PIRL, with f the embedding of an image and g that of its pretext version, is
+    ``w * loss(g, indices, bank) + (1 - w) * loss(f, indices, bank)`` with ``form="infonce"``: a cross-entropy. The
+    paper's loss has an additional term for each negative. Update the bank afterwards: ``bank.update(indices, z)``.
 
-    M counts all rows of the bank, in S / (M - 1) and in the estimate of Z, also while only some of them were ever
-    updated, from which negatives are then drawn: h is a probability in the papers' sense once the bank is full.
+    Negatives are drawn from the rows that have been updated, but M always counts all rows of the bank, in S / (M - 1)
+    and in the estimate of Z. h is therefore a probability in the papers' sense only once the bank is full.
 
     Args:
         temperature: number, tensor or ``nn.Parameter``.
-        num_negatives: S, drawn evenly from the bank's rows but the anchor's own, with replacement.
-        form: above.
-        log_normalizer: log Z of ``"nce"``. None: estimated by the first call, from the negatives of its anchors that
-            count and have finite logits, and kept: a float64 buffer, which ``.half()`` and the like leave as it is.
-        normalize: whether embeddings and ``positives`` are normalised; stored rows are taken as they are.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``, over anchors that count: those whose positive there is.
-        gather: mean and estimate of Z over the anchors of all processes of the default group; without one a no-op. Each
-            process returns its share, times their number. Banks are each process's own: the same on all of them where
-            they are updated with gathered rows (:func:`fastcl.distributed.gather_rows`).
+        num_negatives: S; drawn uniformly, with replacement, from the bank's updated rows except the anchor's own.
+        form: ``"nce"`` or ``"infonce"``, as above.
+        log_normalizer: log Z of ``"nce"``. None: estimated once, in the first call, from the negatives of anchors that
+            count and have finite logits. Stored in a float64 buffer that ``.half()`` and other casts do not change.
+        normalize: whether embeddings and ``positives`` are normalised; stored rows are used as they are.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that count: those that have a positive.
+        gather: compute mean and estimate of Z over the anchors of all processes of the default group; no effect without
+            a group. Each process returns W times its share. Each process has its own bank; the banks are equal if they
+            are updated with gathered rows (:func:`fastcl.distributed.gather_rows`).
 
     Shapes of ``forward(embeddings, indices, bank, *, positives=None, negatives=None, generator=None)``:
 
     - embeddings: ``[N, D]``. float64, float32, bfloat16, float16.
-    - indices: ``[N]`` integers: which samples the anchors are.
+    - indices: ``[N]`` integers: the anchors' sample indices in the bank.
     - bank: :class:`MemoryBank`. An anchor whose row was never updated does not count, unless ``positives`` are given.
-    - positives: ``[N, D]``, in place of the bank's rows.
-    - negatives: ``[N, S]`` indices into the bank, in place of a draw.
-    - generator: of the draw, on the bank's device.
+    - positives: ``[N, D]``, used instead of the bank's rows.
+    - negatives: ``[N, S]`` indices into the bank, used instead of random ones.
+    - generator: random generator of the draw, on the bank's device.
 
     Returns:
         A scalar, or ``[N]`` with ``reduction="none"`` (0 where an anchor does not count). float32; float64 for float64
@@ -144,7 +143,7 @@ class SampledNCELoss(ExactModule):
         negatives: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss; shapes and errors are in the class's description."""
+        """The loss; the class's docstring has shapes and errors."""
         try:
             negatives = self._checked(embeddings, indices, bank, positives, negatives, generator)
         except Exception as error:
@@ -203,7 +202,7 @@ class SampledNCELoss(ExactModule):
         negatives: Tensor | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """The negatives, once all arguments of `forward` are as they should be."""
+        """Checks all arguments of `forward`, and returns the negatives [N, S]."""
         check_rows("embeddings", embeddings)
         if not isinstance(bank, MemoryBank):
             raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}")
@@ -229,11 +228,11 @@ class SampledNCELoss(ExactModule):
         return negatives
 
     def _terms(self, logits: Tensor, counted: Tensor, others: int) -> tuple[Tensor, Tensor]:
-        """Terms [N] and their derivatives [N, 1 + S] in the logits, the positive's first."""
+        """Terms [N] and their derivatives [N, 1 + S] with respect to the logits; the positive is first."""
         positive, negative = logits[:, 0], logits[:, 1:]
         if self.form == "infonce":
             slopes = torch.softmax(logits, 1)
-            slopes[:, 0] = -slopes[:, 1:].sum(1)  # 1 less, without the rounding
+            slopes[:, 0] = -slopes[:, 1:].sum(1)  # softmax - 1, without its cancellation
             return logits.logsumexp(1) - positive, slopes
         log_odds = self._normalizer(logits, counted, others) + math.log(negative.shape[1] / others)
         slopes = torch.sigmoid(logits - log_odds)
@@ -242,10 +241,10 @@ class SampledNCELoss(ExactModule):
         return softplus(log_odds - positive) + softplus(negative - log_odds).sum(1), slopes
 
     def _normalizer(self, logits: Tensor, counted: Tensor, others: int) -> Tensor:
-        """log Z: as known, else others * mean(exp(s)) of these negatives, from now on."""
+        """log Z: the known value, else the estimate others * mean(exp(s)) from these negatives, which is stored."""
         usable = (counted & logits.isfinite().all(1))[:, None]
         negative = torch.where(usable, logits[:, 1:], -torch.inf)
-        # Without a usable row the estimate is NaN, and the next call makes one.
+        # Without a usable row the estimate is NaN, and the next call estimates again.
         count, log_sum = usable.sum().to(negative.dtype) * negative.shape[1], negative.flatten().logsumexp(0)
         world = World.of(self.gather)
         if world is not None:
@@ -264,7 +263,7 @@ class SampledNCELoss(ExactModule):
 def _slopes(
     x: Tensor, key: Tensor | None, stored: Tensor, places: Tensor, slopes: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Derivatives [N, D] of term i in rows i of x and key, from those in the inner products [N, 1 + S]."""
+    """Derivatives [N, D] of term i in row i of x and of key, from `slopes` in the inner products [N, 1 + S]."""
     if key is None:
         return backward_op(x, stored, places, slopes, [True, False])[0], None
     own, of_negatives = slopes[:, :1], slopes[:, 1:].contiguous()
@@ -273,9 +272,9 @@ def _slopes(
 
 
 class _Terms(torch.autograd.Function):
-    """Terms [N], of which term i has these derivatives in row i of x, in row i of key, and in the temperature.
+    """Terms [N] with given derivatives: of term i in row i of x, in row i of key, and in the temperature.
 
-    They are taken in the forward, as the bank's rows may have changed by the time of the backward.
+    The forward computes the derivatives because the bank's rows may change before the backward.
     """
 
     @staticmethod
@@ -302,7 +301,7 @@ def _scaled(
 
 
 def draw(bank: MemoryBank, indices: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """int64 ``[N, count]``: evenly from the bank's rows but the anchor's own, of those that were ever updated."""
+    """int64 ``[N, count]``: drawn uniformly from the bank's updated rows except the anchor's own."""
     known = bank.ids
     if len(known) < 2:
         raise ValueError(f"bank: expected at least 2 rows that were updated, to draw negatives from, got {len(known)}")
@@ -316,7 +315,7 @@ def draw(bank: MemoryBank, indices: Tensor, count: int, generator: torch.Generat
 
 
 def check_samples(name: str, value: Any, n: int, m: int, device: torch.device) -> None:
-    """A tensor [n, S] of integers from 0 to m - 1."""
+    """Expects a tensor [n, S] of integers from 0 to m - 1."""
     check_tensor(name, value)
     if value.dim() != 2 or value.shape[0] != n:
         raise ValueError(f"{name}: expected shape [{n}, S], got {list(value.shape)}")

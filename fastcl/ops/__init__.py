@@ -1,1 +1,1 @@
-"""Operators: a folder for each family, a file for each backend."""
+"""Operators: a folder per family, a file per backend."""

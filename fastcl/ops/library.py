@@ -1,4 +1,4 @@
-"""Registers operators with torch: their kernels, shapes for tracing, and derivatives that have none themselves."""
+"""Registers operators with torch: kernels, shapes for tracing, and first derivatives; second derivatives raise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable`, but does not import the compiler unless something else already has."""
+    """`torch.compiler.disable` without importing the compiler; importing it takes seconds."""
     disabled: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:
@@ -24,7 +24,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args)
 
-    # Code that is being compiled leaves it out already here.
+    # Dynamo reads this mark while it traces, and leaves the call out of the graph.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
 
@@ -35,7 +35,7 @@ LIBRARY = torch.library.Library("fastcl", "DEF")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Rows reach a backend in the dtype they have; its products must not be rounded behind its back."""
+    """Disables autocast, which would round the backend's products."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
@@ -47,9 +47,9 @@ _PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
 
 
 def intercepted(*tensors: Tensor | None) -> bool:
-    """Whether somebody wants to see the operator (a tracer, a mode, a transform), or a tensor is not a plain one."""
+    """Whether a tracer, mode or transform is active, or a tensor is not a plain CPU tensor."""
     if (
-        torch.compiler.is_compiling()  # first: what follows cannot be traced
+        torch.compiler.is_compiling()  # first: the calls below cannot be traced
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
@@ -57,14 +57,14 @@ def intercepted(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return True
-    for tensor in tensors:  # noqa: SIM110 - a generator would cost as much again
+    for tensor in tensors:  # noqa: SIM110 - a generator would double the time
         if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() != _PLAIN_KEYS:
             return True
     return False
 
 
 class _Last(torch.autograd.Function):
-    """Runs `work`, a derivative that has none itself: in a graph that is kept to be differentiated again it raises."""
+    """Runs `work`, the computation of a first derivative; differentiating the result raises."""
 
     @staticmethod
     def forward(ctx: Any, public: str, work: Callable[..., Any], *args: Any) -> Any:
@@ -77,9 +77,9 @@ class _Last(torch.autograd.Function):
 
 
 def once_differentiable(public: str, work: Callable[..., Any], *args: Any) -> Any:
-    """work(*args) in a backward. With gradients enabled its result enters a graph, which raises when differentiated.
+    """work(*args) in a backward. With gradients enabled the result is part of a graph and raises when differentiated.
 
-    public: the name that the error gives.
+    public: name of the function in the error message.
     """
     return _Last.apply(public, work, *args) if torch.is_grad_enabled() else work(*args)
 
@@ -90,7 +90,7 @@ def _below_autograd(op: Any, *args: Any) -> Any:
 
 
 def _differentiable(op: Any, apply: Callable[..., Any]) -> Callable[..., Any]:
-    """The Autograd kernel: `apply` where there is something to differentiate, else straight on to the backend."""
+    """The Autograd kernel: `apply` if a tensor requires a gradient, else the kernel below autograd."""
 
     def kernel(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -115,9 +115,11 @@ def register(
     backward: tuple[Kernel, Kernel],
     public: str,
 ) -> None:
-    """Kernels of the operators ``name_fwd`` and ``name_bwd``, which are defined: what runs, and its shapes for tracing.
+    """Registers kernels of the operators ``name_fwd`` and ``name_bwd``, whose schemas must already be defined.
 
-    function: the derivative of the first. That of the second raises, in the name of what is `public`.
+    function: gives ``name_fwd`` its derivative. forward, backward: the kernel of each operator, and the function that
+    computes its output shapes for tracing. public: name of the function in the error that the derivative of
+    ``name_bwd`` raises.
     """
     for kind, (kernel, fake) in (("fwd", forward), ("bwd", backward)):
         op = getattr(torch.ops.fastcl, f"{name}_{kind}")

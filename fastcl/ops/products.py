@@ -1,6 +1,6 @@
-"""Products of rows in the dtype of their arguments, whatever autocast says, in the forward and in the backward.
+"""Products of rows in the dtype of their arguments, also under autocast, in the forward and in the backward.
 
-`a @ b` obeys autocast in its forward, in a backward that runs inside of it, and in a compiled backward anywhere.
+`a @ b` obeys autocast in its forward, in a backward inside the autocast context, and in a compiled backward anywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .library import without_autocast
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T, [N, K], of [N, D] and [K, D] of one dtype."""
+    """left @ right.T [N, K] for left [N, D] and right [K, D] of the same dtype."""
     differentiated = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
     result: Tensor = (_Product.apply if differentiated else _product)(left, right)
     return result
@@ -27,14 +27,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of vectors in the last dimension. Their derivatives have no product that obeys autocast."""
+    """Inner products over the last dimension. Their derivatives are elementwise, so autocast cannot round them."""
     with without_autocast(left.device):
         found: Tensor = torch.linalg.vecdot(left, right)
     return found
 
 
 class _Product(torch.autograd.Function):
-    """Its derivatives are such products again, so it has them of any order."""
+    """Its derivatives are calls of `product`, so it has derivatives of any order."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:

@@ -6,12 +6,12 @@
 namespace fastcl {
 namespace {
 
-constexpr int64_t NOTHING = -1; // this value equals nothing, not even itself
+constexpr int64_t NOTHING = -1; // a missing id: it never matches, not even another NOTHING
 
 // Whether a table indexed by value is cheaper than searching.
 bool dense(int64_t least, int64_t most, int64_t size) { return uint64_t(most) - uint64_t(least) < uint64_t(4 * size + 1024); }
 
-// The values but NOTHING, each once, ascending.
+// The distinct values except NOTHING, ascending.
 std::vector<int64_t> distinct(const int64_t *values, int64_t size) {
   std::vector<int64_t> result;
   result.reserve(size);
@@ -39,7 +39,7 @@ std::vector<int64_t> common(const int64_t *left, int64_t n, const int64_t *right
   return result;
 }
 
-// The place of each value in `known`; `other` for values that are not there.
+// The position of each value in `known`; `other` for values not in it.
 std::vector<int32_t> ranks(const int64_t *values, int64_t size, const std::vector<int64_t> &known, int32_t other) {
   std::vector<int32_t> result(size, other);
   if (known.empty()) return result;
@@ -59,7 +59,7 @@ std::vector<int32_t> ranks(const int64_t *values, int64_t size, const std::vecto
   return result;
 }
 
-// Sorts places by number, which are from `least` on, below `count`; stable, so that equal rows keep their order.
+// Sorts places by number, from `least` to `count` - 1. Stable, so that rows of a cluster keep their order.
 void sort_by(const std::vector<int32_t> &numbers, int32_t least, size_t count, std::vector<int32_t> &order) {
   std::vector<int32_t> start(count - least + 1);
   for (const int32_t number : numbers) start[number - least + 1]++;
@@ -68,7 +68,7 @@ void sort_by(const std::vector<int32_t> &numbers, int32_t least, size_t count, s
   for (size_t i = 0; i < numbers.size(); i++) order[start[numbers[i] - least]++] = int32_t(i);
 }
 
-// Renumbers in the order of appearance, so that results do not depend on the clusters' names.
+// Renumbers in the order of first appearance, so that results do not depend on the ids of clusters.
 void renumber(std::vector<int32_t> &numbers, std::vector<int32_t> *others, size_t count) {
   std::vector<int32_t> renamed(count, -1);
   int32_t next = 0;
@@ -118,12 +118,12 @@ Arrangements arrange(const Problem &p) {
     auto numbers = ranks(p.anchor_clusters, n, known, -1);
     int32_t count = int32_t(known.size());
     for (int32_t &number : numbers)
-      if (number < 0) number = count++; // a cluster of its own: it equals only itself, which is no contrast of it
+      if (number < 0) number = count++; // its own cluster: it matches only the row itself, which is not a contrast of the row
     renumber(numbers, nullptr, count);
     arrange_side(result.anchors, n, &numbers, count, nullptr, 0, 0);
     return result;
   }
-  // What has no partner on the other side is -1 among the anchors and -2 among the contrasts, and so equals nothing.
+  // An id without a match on the other side becomes -1 for anchors and -2 for contrasts, which never match.
   std::vector<int32_t> clusters[2], ids[2];
   size_t cluster_count = 0, id_count = 0;
   if (p.anchor_clusters) {

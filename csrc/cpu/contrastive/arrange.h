@@ -1,4 +1,4 @@
-// Rows sorted by cluster, so that positives meet in few tiles, and ids interned to small numbers.
+// Sorts rows by cluster, so that positives are in few tiles, and maps ids to small numbers.
 #pragma once
 #include "cpu/engine.h"
 #include <vector>
@@ -6,14 +6,14 @@
 namespace fastcl {
 
 struct Arrangement {
-  std::vector<int32_t> order, cluster, id, matched; // as in Places; empty for null
+  std::vector<int32_t> order, cluster, id, matched; // as in Places; empty vectors give null pointers
   Places places() const {
     const auto pointer = [](const std::vector<int32_t> &v) { return v.empty() ? nullptr : v.data(); };
     return {pointer(order), pointer(cluster), pointer(id), pointer(matched)};
   }
 };
 struct Arrangements {
-  Arrangement anchors, contrasts; // contrasts stay empty for self-contrast
+  Arrangement anchors, contrasts; // for self-contrast, contrasts are empty
   Arranged arranged() const { return {anchors.places(), contrasts.places()}; }
 };
 

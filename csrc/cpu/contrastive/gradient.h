@@ -5,14 +5,14 @@
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// The gradient of logit s_ij, on each side: weight * 2^(t_ij - base) of the negatives or positives it is in, plus, for a
-// positive, a constant. All are 0 in the padding.
+// Each side's contribution to the gradient of logit s_ij: weight * 2^(t_ij - base), with weight and base of the negatives or of the
+// positives, plus a constant for a positive. All numbers are 0 in the padding.
 template <class T> struct Weights {
   T *negative, *positive, *constant; // [padded]
-  T *negative_base, *positive_base;  // [padded], read where the log-sums spread too widely for one base
+  T *negative_base, *positive_base;  // [padded], used if the log-sums spread too widely for one base
 };
 
-// What is subtracted from the exponents: nothing, as the logits are not wide; one number for all; or each row's own.
+// The base that is subtracted from the exponents: none, because the logits are small; one number for all rows; or each row's own.
 enum Base { CENTRAL, SHARED, OWN };
 
 template <class Mul> struct GradientPass {
@@ -21,9 +21,9 @@ template <class Mul> struct GradientPass {
   static constexpr int W = Simd<T>::W;
   static constexpr int64_t NR = NV * W;
   static constexpr bool DOT = Mul::PAIR == 2;
-  static constexpr int64_t G_ROW = Sweep<Mul>::G_ROW, T_ROW = BLOCK + 16; // strides of the tile's gradient, and of its transpose
-  // Of log-sums, to base 2, around one base for all. A logit less the base rounds at the size of the row's log-sum less the
-  // base: of a spread that is no more than four times the smallest log-sum, at most twice as much as the logit itself has.
+  static constexpr int64_t G_ROW = Sweep<Mul>::G_ROW, T_ROW = BLOCK + 16; // row strides of the tile's gradient and of its transpose
+  // Limits on the log-sums (to base 2) for one shared base. Logit minus base rounds at the size of log-sum minus base. If the spread
+  // is at most four times the smallest log-sum, that is at most twice the rounding error of the logit itself.
   static constexpr double SHARED_SPREAD = 120, SHARED_ROUNDING = 16, SHARED_LARGEST = 1e6;
 
   struct Spread {
@@ -32,19 +32,19 @@ template <class Mul> struct GradientPass {
   struct Local {
     Unit *a;             // a packed block
     Unit *g;             // [BLOCK + MR][G_ROW]
-    Unit *transposed;    // [BLOCK / 2 + MR][T_ROW] pairs along the rows; numbers that are no pairs are read across g
-    double *scale;       // [scales][W] lanes of the scales' gradients in the tile
+    Unit *transposed;    // [BLOCK / 2 + MR][T_ROW] pairs along the rows; without pairs, g itself is read across
+    double *scale;       // [scales][W]: lanes of the tile's terms of the logit scales' gradients
     double *scale_total; // [scales]
-    Spread *spread;      // [scales]: least and largest log-sum
-    char apart[64];      // from the next thread's cache line
+    Spread *spread;      // [scales]: smallest and largest log-sum
+    char apart[64];      // keeps threads on separate cache lines
   };
   const Problem &p;
   const Backward &out;
   const Sweep<Mul> s;
   const bool rows_needed, columns_needed;
-  const bool continued;                 // the forward has summed what lies outside the register tiles that may hold positives
+  const bool continued;                 // the forward has already summed the register tiles that hold no positives
   Weights<T> *const row, *const column; // [scales]
-  T *const bases;                       // [scales]: what all exponents of a scale are less, unless each row has its own
+  T *const bases;                       // [scales]: base of all exponents of a scale, unless each row has its own
   T *const bias_gradient;               // [contrasts.padded]
   Local *const locals;
 
@@ -81,7 +81,7 @@ template <class Mul> struct GradientPass {
         s.pack(t);
       });
       const bool wide = s.wide();
-      Base kind = CENTRAL; // that suffices for all scales
+      Base kind = CENTRAL; // sufficient for all scales
       for (int k = 0; k < s.scales; k++) {
         const Base own = base_of(k, wide).kind;
         if (own > kind) kind = own;
@@ -133,10 +133,10 @@ private:
     return result;
   }
 
-  // Of one scale, by all log-sums. wide: the sweep's.
+  // The base of one scale, from all log-sums. wide: result of Sweep::wide.
   struct Shared {
     Base kind;
-    T base; // unless it is each row's own
+    T base; // unused if each row has its own base
   };
   Shared base_of(int k, bool wide) const {
     double least = 1e300, most = -1e300;
@@ -148,18 +148,18 @@ private:
     const bool central = !wide && least >= -SHARED_LIMIT - 32 && most <= SHARED_LIMIT + 32;
     const bool rounds = !central && most - least > larger(SHARED_ROUNDING, 4 * nearest);
     const bool own = rounds || most - least > SHARED_SPREAD || most > SHARED_LARGEST || least < -SHARED_LARGEST;
-    // whole, so that subtracting it from a logit does not round
+    // an integer, so that subtracting it from a logit is exact
     return {own ? OWN : central ? CENTRAL : SHARED, central || least > most ? T(0) : T(__builtin_rint((least + most) / 2))};
   }
 
-  // What the forward has summed, times a factor for each row, which is of base 0.
+  // The anchors' gradient from the forward's sums, times a factor per row for base 0.
   void take_weighted(int t) const {
     const Range mine = share(s.anchors.size, s.threads, t);
     for (int64_t i = mine.from; i < mine.to; i++) {
       const int64_t row = s.anchors.order[i];
       const T *sums = (const T *)out.weighted.sums + row * s.d;
       T *const g = (T *)out.anchor_gradient + row * s.d;
-      const bool empty = ((const T *)out.anchors.negatives)[row] == 0; // whatever base an extra positive has brought
+      const bool empty = ((const T *)out.anchors.negatives)[row] == 0; // even if an extra positive has raised the base
       const T weight = empty ? T(0) : T(rebased(out.anchors, LSE_ALL, row, 0) + rebased(out.anchors, LSE_NEG, row, 0)) * s.anchors.inverse_norms[i];
       for (int64_t k = 0; k < s.d; k++) g[k] = weight * sums[k];
     }
@@ -185,14 +185,14 @@ private:
       for (int64_t i = mine.from; i < mine.to; i++) {
         if (sums[i] == 0) continue;
         const double log_sum = LOG2E * (double(shifts[i]) + double(log_of(sums[i])));
-        if (log_sum != log_sum) continue; // the row's gradients will be NaN, with any base
+        if (log_sum != log_sum) continue; // the row's gradients are NaN with any base
         Spread &spread = locals[t].spread[k];
         spread = {smaller(spread.least, log_sum), larger(spread.most, log_sum)};
       }
     }
   }
 
-  // gradient / sum, with the sum's base 2^(shift / ln 2) replaced by 2^base.
+  // gradient / sum, converted from the sum's shift to the base 2^base.
   static double rebased(const Statistics &saved, int f, int64_t i, double base) {
     if (!saved.fields[f]) return 0;
     const double sum = ((const T *)saved.sums[f])[i], shift = ((const T *)saved.shifts[f])[i];
@@ -216,7 +216,7 @@ private:
       to.positive_base[place] = T(positive);
       to.negative[place] = T(rebased(saved, LSE_ALL, i, negative) + rebased(saved, LSE_NEG, i, negative));
       if (out.single_positives && ((const T *)saved.positives)[i] == 1) {
-        // A single positive's share of the sum is 1 - the negatives' share: so nothing cancels when it is almost all.
+        // A single positive's share of the sum is 1 - the negatives' share. Using the latter avoids cancellation if it is small.
         const double share = ((const T *)saved.negative_share)[i];
         to.positive[place] = 0;
         to.constant[place] = T(gradient(LSE_ALL, i) + gradient(SUM_POS, i) + gradient(LSE_POS, i) - gradient(LSE_ALL, i) * share);
@@ -235,13 +235,13 @@ private:
     memset((T *)gradient + mine.from * s.d, 0, (mine.to - mine.from) * s.d * sizeof(T));
   }
 
-  // The walk. Members of the team never write to the same rows at the same time, and the order of additions to a row
-  // depends on the plan's number of threads alone.
+  // The walk. Members of the team never write to the same rows at the same time, and the order of additions to a row depends only
+  // on the planned number of threads.
 
   template <Base BASE> void walk(const Team &team) const {
     const int threads = s.threads;
     if (s.self && threads == 1) return team.run([&](int t) { triangle<BASE>(t, {0, s.anchors.size}); });
-    if (s.self) { // a tournament of 2 * threads groups of rows: in each round every group meets another one
+    if (s.self) { // a tournament of 2 * threads groups of rows: in each round every group is paired with another
       const int last = 2 * threads - 1;
       const auto group = [&](int k) { return share(s.anchors.size, 2 * threads, k, NR); };
       for (int round = 0; round < last; round++)
@@ -274,7 +274,7 @@ private:
     }
   }
   template <Base BASE> void rectangle(int t, Range r, Range c) const {
-    // Where the forward has left register tiles to this pass, those are its own, whatever the number of threads was.
+    // If the forward has left register tiles to this pass, use the forward's tiles, for any number of threads.
     const int64_t step = continued ? BLOCK : block_size(r), across = block_size(c);
     for (int64_t i = r.from; i < r.to; i += step) {
       const Range rows{i, smaller(r.to, i + step)};
@@ -283,7 +283,7 @@ private:
     }
   }
 
-  // One tile: its gradient, then the products; on the diagonal of self-contrast a square, used once.
+  // One tile: its gradient, then the products. A square on the diagonal of self-contrast is used only once.
   template <Base BASE> void tile(int t, Range rows, Range cols) const {
     if (continued && !s.clustered(rows.from, rows.to, cols.from, cols.to)) return;
     const Local &local = locals[t];
@@ -319,7 +319,7 @@ private:
     }
   }
 
-  // The register tiles below the diagonal of a square of so many rows, from those above it: the gradient is symmetric.
+  // Fills the register tiles below the diagonal of a square of `size` rows from those above: the gradient is symmetric.
   static void mirror(T *g, int64_t size) {
     for (int64_t j = 0; j + NR < size; j += NR)
       for (int64_t i = round_up(j + NR, MR); i < size; i += W)
@@ -330,12 +330,12 @@ private:
           const int64_t count = smaller(size - i, int64_t(W));
           for (int64_t l = 0; l < count; l++) store(g + (i + l) * G_ROW + c, part[l]);
         }
-    // The last tile's overhang is multiplied too: what memory held before may be subnormal, and take a hundred times as long.
+    // The last tile's overhang is multiplied too. Clear it: leftover subnormal numbers would take a hundred times as long.
     const int64_t last = (size - 1) / MR * MR;
     for (int64_t i = size; i < last + MR; i++) memset(g + i * G_ROW, 0, last / NR * NR * sizeof(T));
   }
 
-  // The gradient of a register tile's products, summed over the scales.
+  // The gradient with respect to a register tile's products, summed over the scales.
   template <Base BASE, bool MIXED> static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, const Local &local, const Unit *a,
                                                                                int64_t i0, int64_t j0, int64_t r0, int64_t c0, int64_t to,
                                                                                const void *next) {
@@ -391,11 +391,11 @@ private:
       if constexpr (MIXED)
         for (int r = 0; r < MR; r++) row(r);
       else FASTCL_UNROLL(2) for (int r = 0; r < MR; r++) row(r);
-      if (MIXED || !(DOT && s.self && j0 < i0)) add_wide(local.scale + k * W, scale); // what is not mirrored has been counted above
+      if (MIXED || !(DOT && s.self && j0 < i0)) add_wide(local.scale + k * W, scale); // tiles that are not mirrored were counted above the diagonal
     }
     if constexpr (DOT) store_transposed(local, sum, r0, c0);
   }
-  // Positive and negative terms cancel in the sum over all pairs: in double, once a register tile.
+  // In double, once per register tile, because positive and negative terms cancel in the sum over all pairs.
   static FASTCL_INLINE void add_wide(double *sums, V<T> x) {
     typedef double Wide __attribute__((vector_size(W * sizeof(double)), aligned(FASTCL_BYTES), may_alias));
     *(Wide *)sums += __builtin_convertvector(x, Wide);
@@ -411,10 +411,10 @@ private:
   }
 #endif
 
-  // Once, after all has been added.
+  // Called once, after all additions.
   void project(const Side<Mul> &side, void *gradient, int t) const {
     const Range mine = share(side.size, s.threads, t);
-    const T logit_scale = s.scales == 1 ? *(const T *)p.logit_scale : T(1); // else it is in the tiles' gradients
+    const T logit_scale = s.scales == 1 ? *(const T *)p.logit_scale : T(1); // with several scales the tiles' gradients include them
     for (int64_t i = mine.from; i < mine.to; i++) s.project(side, i, (T *)gradient, T(out.factor) * logit_scale, t);
   }
 };

@@ -6,7 +6,7 @@ namespace fastcl {
 namespace {
 
 struct Memory {
-  char *base; // null: only counted
+  char *base; // null: only counts
   int64_t used = 0;
   void *take(int64_t bytes) {
     void *const p = base ? base + used : nullptr;
@@ -23,7 +23,7 @@ Statistics taken(Memory &memory, Field log_sum, int64_t bytes) {
   return s;
 }
 
-// The mean over one side's rows; its derivatives, times `share`, take the place of the fields.
+// The mean over one side's rows; overwrites the fields with its derivatives times `share`.
 template <class Real> double mean(const Statistics &s, Field log_sum, bool need_negatives, int64_t size, double share) {
   Real *const lse = static_cast<Real *>(s.fields[log_sum]), *const sum = static_cast<Real *>(s.fields[SUM_POS]);
   const Real *const positives = static_cast<const Real *>(s.positives), *const negatives = static_cast<const Real *>(s.negatives);
@@ -32,7 +32,7 @@ template <class Real> double mean(const Statistics &s, Field log_sum, bool need_
   double total = 0, count = 0;
   for (int64_t i = 0; i < size; i++) {
     if (!counts(i)) continue;
-    // exp(s_pos - lse) of a single positive is what the negatives leave of the sum, which does not cancel as they vanish.
+    // For a single positive exp(s_pos - lse) = 1 - the negatives' share, which does not cancel if the share is small.
     if (log_sum == LSE_ALL && positives[i] == 1 && negative_share[i] < Real(0.5)) total -= std::log1p(-double(negative_share[i]));
     else total += double(lse[i]) - double(sum[i]) / double(positives[i]);
     count += 1;
@@ -45,7 +45,7 @@ template <class Real> double mean(const Statistics &s, Field log_sum, bool need_
   return count > 0 ? total / count : 0;
 }
 
-// The loss into `call.loss`; the fields become what the backward is given.
+// Writes the loss to `call.loss`, and overwrites the fields with the gradients for the backward.
 template <class Real> void reduce(const MeanLoss &call, Field log_sum, const Statistics &anchors, const Statistics &contrasts) {
   const Problem &p = call.problem;
   const double share = p.columns ? 0.5 : 1;
@@ -69,14 +69,14 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   Backward backward{p, anchors, contrasts, call.weighted};
   if (call.loss_gradient)
     backward.factor = p.wide_reals ? *static_cast<const double *>(call.loss_gradient) : *static_cast<const float *>(call.loss_gradient);
-  backward.single_positives = true; // there are none but those of the sweep
+  backward.single_positives = true; // there are no extra positives
   backward.anchor_gradient = call.anchor_gradient;
   backward.contrast_gradient = call.contrast_gradient;
   backward.scale_gradient = call.scale_gradient;
   backward.bias_gradient = call.bias_gradient;
   const bool differentiated = call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.bias_gradient;
   const int64_t before = (memory.used + 63) / 64 * 64;
-  void *const rest = workspace ? memory.base + before : nullptr; // of the one, then of the other
+  void *const rest = workspace ? memory.base + before : nullptr; // used by the forward, then by the backward
   int64_t most = 0;
   if (call.loss) {
     most = engine.forward({p, anchors, contrasts, call.weighted}, arranged, rest);

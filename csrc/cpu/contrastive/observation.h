@@ -1,12 +1,12 @@
-// Statistics for people to look at, from the products that the forward has at hand, and only where somebody asks: one kind of tile
-// for all. Running maxima always; entropies from sums relative to them, in which nothing cancels.
+// The optional statistics for monitoring, from the forward's products. A single kind of tile handles all cases. It always uses
+// running maxima, and computes entropies from sums relative to them, which avoids cancellation.
 #pragma once
 #include "cpu/sweep.h"
 
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-template <class T> constexpr T NO_MAXIMUM = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__); // of an empty set
+template <class T> constexpr T NO_MAXIMUM = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__); // maximum of an empty set
 
 template <class Mul> struct Observation {
   using T = typename Mul::Real;
@@ -14,16 +14,16 @@ template <class Mul> struct Observation {
   static constexpr int64_t ROWS = BLOCK + MR;
   using Tile = typename Sweep<Mul>::Tile;
 
-  // Of a row or column, of logits t to base 2: the largest of the negatives and of the positives, their sums, and with b, the larger of
-  // the maxima, the sums of 2^(t - b) and of (b - t) 2^(t - b); where there is a bias, sums of logits without it.
+  // Numbers of a row or column, for logits t to base 2: the largest logit of the negatives and of the positives; their sums; the sums
+  // of 2^(t - b) and of (b - t) 2^(t - b), with b the larger maximum; and, if there is a bias, the sums of logits without it.
   enum Part : int { MOST_NEGATIVE, MOST_POSITIVE, SUM_NEGATIVE, SUM_POSITIVE, MASS, MOMENT, PLAIN_NEGATIVE, PLAIN_POSITIVE, PARTS };
 
   const Sweep<Mul> &s;
   const bool asked, columns;
-  const int kept;        // PARTS: those from PLAIN_NEGATIVE on only with a bias
-  T *const row_parts;    // [scales][kept][anchors.padded]; null for self-contrast, where rows add to their owner's columns
+  const int kept;        // PARTS with a bias, else PLAIN_NEGATIVE
+  T *const row_parts;    // [scales][kept][anchors.padded]; null for self-contrast, where a row's numbers are added to those of its column
   T *const column_parts; // [threads][scales][kept][contrasts.padded]
-  T *const lanes;        // [threads][scales][kept][ROWS][W]: of a thread's block
+  T *const lanes;        // [threads][scales][kept][ROWS][W]: numbers of a thread's block
 
   Observation(const Sweep<Mul> &sweep, const Forward &call, bool columns, Arena &arena)
       : s(sweep), asked(call.anchors.observed), columns(columns), kept(call.problem.contrast_bias ? PARTS : PLAIN_NEGATIVE),
@@ -31,11 +31,11 @@ template <class Mul> struct Observation {
         column_parts(asked && columns ? arena.take<T>(s.threads * s.scales * kept * s.contrasts.padded) : nullptr),
         lanes(asked ? arena.take<T>(s.threads * s.scales * kept * ROWS * W) : nullptr) {}
 
-  void start(int t) const { // before the thread's first block
+  void start(int t) const { // call before the thread's first block
     for (int k = 0; columns && k < s.scales; k++) reset(columns_of(t, k), s.contrasts.padded, {0, s.contrasts.padded});
     for (int k = 0; !s.self && k < s.scales; k++) reset(rows_of(t, k), s.anchors.padded, share(s.anchors.size, s.threads, t, MR));
   }
-  void open(int t) const { // a block
+  void open(int t) const { // begins a block
     for (int k = 0; k < s.scales; k++) reset(lanes_of(t, k), ROWS * W, {0, ROWS * W});
   }
   void close(int t, int64_t from, int64_t to) const {
@@ -44,7 +44,7 @@ template <class Mul> struct Observation {
         for (int l = 0; l < W; l++) merge(rows_of(t, k) + i, s.anchors.padded, lanes_of(t, k) + (i - from) * W + l, ROWS * W);
   }
 
-  // The register tile at (i0, j0) of the block [from, to), at all scales.
+  // Adds the register tile at (i0, j0) of the block [from, to), at all scales.
   FASTCL_NOINLINE void add(const Tile &products, int64_t i0, int64_t j0, int64_t from, int64_t to, int t) const {
     I<T> negative[MR][NV], positive[MR][NV];
     V<T> plain[MR][NV], logit[MR][NV];
@@ -69,7 +69,7 @@ template <class Mul> struct Observation {
     }
   }
 
-  // Each thread its share of the rows, after all have come here, and after their counts.
+  // Finishes a thread's share of the rows. Call after a barrier, and after the rows' counts are written.
   void finish(const Forward &out, int t) const {
     for (int k = 0; k < s.scales; k++) {
       if (s.self) finish(k, s.anchors, out.anchors, column_parts, s.threads, t);
@@ -92,7 +92,7 @@ private:
     for (int f : {SUM_NEGATIVE, SUM_POSITIVE}) to[f * stride] += from[f * from_stride];
     for (int f = PLAIN_NEGATIVE; f < kept; f++) to[f * stride] += from[f * from_stride];
     const T other = larger_or_nan(from[MOST_NEGATIVE * from_stride], from[MOST_POSITIVE * from_stride]);
-    if (other == NO_MAXIMUM<T>) return; // nothing, as of most lanes that positives are looked for in
+    if (other == NO_MAXIMUM<T>) return; // an empty set, as in most lanes that are searched for positives
     const T before = larger_or_nan(to[MOST_NEGATIVE * stride], to[MOST_POSITIVE * stride]), most = larger_or_nan(before, other);
     const auto faded = [most](const T *parts, int64_t stride, T base, T &mass, T &moment) {
       mass = parts[MASS * stride] * exp2_of(base - most);
@@ -106,7 +106,7 @@ private:
     for (int f : {MOST_NEGATIVE, MOST_POSITIVE}) to[f * stride] = larger_or_nan(to[f * stride], from[f * from_stride]);
   }
 
-  // COUNT logits to each lane.
+  // Adds COUNT logits to each lane.
   template <int COUNT, int STEP>
   FASTCL_INLINE void add_lanes(T *parts, int64_t stride, const V<T> *logit, const V<T> *plain, const I<T> *negative, const I<T> *positive) const {
     const V<T> least = all<T>(NO_MAXIMUM<T>);
@@ -118,7 +118,7 @@ private:
     }
     const V<T> base = lanes_larger_or_nan<T>(most_negative, most_positive), fading = exp2_clamped<T, true>(before - base);
     V<T> mass = load(parts + MASS * stride), sum_negative = load(parts + SUM_NEGATIVE * stride), sum_positive = load(parts + SUM_POSITIVE * stride);
-    const V<T> risen = keep<T>(mass > all<T>(0), base - before); // from no maximum it would be infinite
+    const V<T> risen = keep<T>(mass > all<T>(0), base - before); // without an earlier maximum it would be infinite
     V<T> moment = (load(parts + MOMENT * stride) + risen * mass) * fading;
     mass *= fading;
     EACH(k, COUNT) {
@@ -144,7 +144,7 @@ private:
     store(parts + PLAIN_POSITIVE * stride, plain_positive);
   }
 
-  // `parts`: of so many threads, each of all scales.
+  // parts: [threads] arrays, each with all scales.
   void finish(int k, const Side<Mul> &side, const Statistics &out, const T *parts, int threads, int t) const {
     const Range mine = share(side.size, s.threads, t);
     const int64_t field = s.scales * side.size;

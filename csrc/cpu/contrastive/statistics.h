@@ -1,14 +1,14 @@
-// The forward epilogue: sums over each anchor's and, where wanted, each contrast's row of logits.
+// The forward epilogue: sums over the logits of each anchor and, if wanted, of each contrast.
 #pragma once
 #include "observation.h"
 
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// What is summed for a row or column. Sums are of 2^(t - maximum), the logit t to base 2; the maxima are running ones
-// where the logits are wide, else 0.
+// Sums of a row or column. NEGATIVE and POSITIVE are sums of 2^(t - maximum), with the logit t to base 2. The maxima are running
+// maxima if the logits are wide, else 0.
 enum Sum : int { NEGATIVE, NEGATIVE_MAXIMUM, POSITIVE, POSITIVE_MAXIMUM, LOGITS, POSITIVES, INADMISSIBLE, SUMS };
-constexpr int64_t LEAN_SUMS = POSITIVE; // where there are neither clusters nor pairs that are not to meet
+constexpr int64_t LEAN_SUMS = POSITIVE; // enough without clusters and without inadmissible pairs
 
 template <class T> FASTCL_INLINE bool is_maximum(int f) { return f == NEGATIVE_MAXIMUM || f == POSITIVE_MAXIMUM; }
 
@@ -17,7 +17,7 @@ template <class T> void reset(T *sums, int64_t fields, int64_t stride, int64_t f
     for (int64_t i = from; i < to; i++) sums[f * stride + i] = wide && is_maximum<T>(f) ? NO_MAXIMUM<T> : T(0);
 }
 
-// to += from, field by field, `stride` apart.
+// to += from, for each field; `stride` separates fields.
 template <class T> FASTCL_INLINE void merge(T *to, int64_t stride, const T *from, int64_t from_stride, int64_t fields, bool wide) {
   for (int f = 0; f < fields; f++)
     if (wide && f + 1 < fields && is_maximum<T>(f + 1)) {
@@ -38,18 +38,18 @@ template <class Mul> struct StatisticsPass {
     Unit *a;     // a packed block
     T *rows;     // [scales][SUMS][ROWS][W]: lanes of the block's sums
     T *columns;  // [scales][SUMS][NR]: a panel's sums over the block
-    Unit *e;     // [BLOCK + MR][G_ROW]: exponentials of a tile, times the contrasts' inverse norms
+    Unit *e;     // [BLOCK + MR][G_ROW]: exponentials of a tile times the contrasts' inverse norms
   };
   const Problem &p;
   const Forward &out;
   const Sweep<Mul> s;
   const int64_t fields;
-  const bool weighting; // if the logits turn out not to be wide, exponentials times contrasts are summed on the way
-  const bool columns;   // each contrast's sums too
-  T *const row_sums;    // [scales][SUMS][anchors.padded]; null for self-contrast, where rows add to their owner's columns
+  const bool weighting; // also sum exponentials times contrasts, unless the logits are wide
+  const bool columns;   // also compute each contrast's sums
+  T *const row_sums;    // [scales][SUMS][anchors.padded]; null for self-contrast, where a row's sums are added to those of its column
   T *const column_sums; // [threads][scales][SUMS][contrasts.padded]
   Local *const locals;
-  const Observation<Mul> seen; // beside the sums, where somebody asks
+  const Observation<Mul> seen; // the optional statistics for monitoring
 
   StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
       : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums),
@@ -93,7 +93,7 @@ private:
     for (int k = 0; columns && k < s.scales; k++) reset(columns_of(t, k), fields, s.contrasts.padded, 0, s.contrasts.padded, WIDE);
     if (seen.asked) seen.start(t);
     const int64_t n = s.anchors.size;
-    if (s.self) { // the first rows meet the most columns: hand blocks out to and fro, so many that threads get about as many
+    if (s.self) { // the first rows have the most columns: threads take blocks in the order 0, 1, 1, 0, ... and get about the same work
       const int64_t turns = s.threads == 1 ? 1 : 2 * s.threads, rounds = (n + turns * BLOCK - 1) / (turns * BLOCK);
       const int64_t size = round_up((n + turns * rounds - 1) / (turns * rounds), MR), blocks = (n + size - 1) / size;
       for (int64_t b = 0; b < blocks; b++) {
@@ -141,13 +141,13 @@ private:
     for (int64_t j = cols.from; j < cols.to; j += NR) {
       const Unit *next = s.contrasts.columns + (j + NR) * s.units;
       for (int k = 0; columns && k < s.scales; k++) reset(local.columns + k * fields * NR, fields, NR, 0, NR, WIDE);
-      bool positives = false; // or inadmissible pairs may have been met
+      bool positives = false; // whether the tiles may have held positives or inadmissible pairs
       for (int64_t i = from; i < to && !(s.self && j + NR <= i); i += MR) {
         const Unit *a = local.a + (i - from) * A_ROW;
         T *rows = local.rows + (i - from) * W;
         Unit *e = weighted ? local.e + (i - from) * Sweep<Mul>::G_ROW + (j - cols.from) / Mul::PAIR : nullptr;
         const char *ahead = (const char *)next + (i - from) / MR * 8 * s.units;
-        if (e && s.clustered(i, smaller(i + MR, to), j, smaller(j + NR, cols.to))) { // left to the backward, which knows all of a positive's gradient
+        if (e && s.clustered(i, smaller(i + MR, to), j, smaller(j + NR, cols.to))) { // left to the backward, which has the positives' whole gradient
           s.store_zeros(e, MR);
           e = nullptr;
         }
@@ -160,7 +160,7 @@ private:
     }
   }
 
-  // `merge` of a panel's columns, vectors at a time.
+  // `merge` for a panel's columns, one vector at a time.
   template <bool WIDE> void merge_panel(T *to, const T *from, bool positives) const {
     const int64_t stride = s.contrasts.padded;
     for (int f = 0; f < (positives ? int(SUMS) : int(NEGATIVE_MAXIMUM)); f++) {
@@ -203,7 +203,7 @@ private:
     V<T> of[SUMS];
   };
 
-  // One register tile: the products are formed once for all scales.
+  // One register tile: the products are computed once for all scales.
   template <bool WIDE, bool MIXED> FASTCL_NOINLINE void tile(const Unit *a, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e,
                                                              const void *next, int t, int64_t from) const {
     Tile products __attribute__((aligned(64)));
@@ -212,7 +212,7 @@ private:
       add_tile<WIDE, MIXED>(products, s.scale[k], i0, j0, to, rows + k * fields * ROWS * W, cols + k * fields * NR, e);
     if (__builtin_expect(seen.asked, false)) seen.add(products, i0, j0, from, to, t);
   }
-  // At one scale. Not wide: one exponential serves row and column. Wide: each has its own running maxima.
+  // Adds a tile at one scale. Not wide: row and column share one exponential. Wide: each has its own running maxima.
   template <bool WIDE, bool MIXED>
   FASTCL_INLINE void add_tile(const Tile &products, Scale scale, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e) const {
     constexpr int64_t R = ROWS * W, G_ROW = Sweep<Mul>::G_ROW;
@@ -314,13 +314,13 @@ private:
     both(NEGATIVE, negative);
     if (fields > LEAN_SUMS) both(POSITIVE, positive);
   }
-  // Pairs that are not to meet; self-contrast has none but the diagonal.
+  // Inadmissible pairs of existing places; the diagonal of self-contrast does not count.
   FASTCL_INLINE I<T> excluded(int64_t i, int64_t j, int64_t to, I<T> admissible) const {
     if (s.self) return all_int<T>(0);
     return (lanes_from<T>(j) < all_int<T>(i < to ? s.contrasts.size : 0)) & ~admissible;
   }
 
-  // `sums`: of so many parts, each of all scales.
+  // sums: [parts] arrays, each with all scales.
   void finish(int k, const Side<Mul> &side, const Statistics &of_all, const T *sums, int parts, int64_t others, int t, bool wide) const {
     const Range mine = share(side.size, s.threads, t);
     const Statistics out = of_all.of_scale(k, side.size, sizeof(T) == 8);
@@ -347,7 +347,7 @@ private:
   static void put(const Statistics &out, Field field, int64_t row, T sum, T maximum) {
     if (!out.fields[field]) return;
     const double exact = sum == 0 ? 0. : natural(maximum);
-    const T shift = T(exact); // rounds; the sum takes up the difference
+    const T shift = T(exact); // rounded; the sum absorbs the difference
     ((T *)out.fields[field])[row] = exact == 0 ? log_of(sum) : T(exact + double(log_of(sum)));
     ((T *)out.shifts[field])[row] = shift;
     ((T *)out.sums[field])[row] = exact == double(shift) ? sum : T(double(sum) * __builtin_exp(exact - double(shift)));

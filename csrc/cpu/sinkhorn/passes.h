@@ -1,7 +1,7 @@
-// Sinkhorn's passes: each reads the scores once, a few rows at a time, and takes one exponential of each.
+// Sinkhorn's passes. Each reads the scores once, a few rows at a time, and takes one exponential per score.
 //
-// Rows belong to threads by place, sums over rows go from a few rows to a block, to a thread, to the whole, always in that
-// order: the same number of threads gives the same bits.
+// A thread owns a range of rows. Sums over rows are formed for a few rows, then for a block, a thread, and all threads, always in
+// this order: the same number of threads gives the same bits.
 #pragma once
 #include "call.h"
 #include "cpu/sweep.h"
@@ -9,7 +9,7 @@
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// 2^t of t <= 0, or a little more, to the last bit or two; 0 where that is no normal number; a NaN stays.
+// 2^t for t <= 0, or slightly larger, with an error of one or two units in the last place; 0 instead of subnormal numbers. NaN stays.
 template <class T> FASTCL_INLINE V<T> exp2_down(V<T> t) {
   const V<T> zero = all<T>(0);
   return where<T>(t >= all<T>(Exponential<T>::LEAST), exp2<T, true>(t), zero > t ? zero : t);
@@ -27,7 +27,7 @@ template <class T> FASTCL_INLINE uint16_t narrowed_half(T x) {
   uint32_t word;
   memcpy(&word, &value, 4);
   const uint32_t sign = (word >> 16) & 0x8000, magnitude = word & 0x7fffffff;
-  // subnormal: adding 1/2 puts the last place where float16 has it, and rounds
+  // subnormal: adding 1/2 aligns the last place with that of float16, and rounds
   float aligned;
   memcpy(&aligned, &magnitude, 4);
   aligned += 0.5f;
@@ -36,22 +36,22 @@ template <class T> FASTCL_INLINE uint16_t narrowed_half(T x) {
   subnormal -= 0x3f000000;
   const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-  const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00; // NaN, or beyond the largest
+  const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00; // NaN, or infinity for numbers beyond the largest
   return uint16_t(sign | (magnitude >= 0x477ff000 ? large : finite));
 }
 
 template <class T> struct SinkhornRun {
   static constexpr int64_t W = Simd<T>::W;
-  static constexpr int64_t GROUP = 4;       // rows whose exponentials meet the columns' sums together
-  static constexpr int64_t LINES = 8;       // rows of which a column's largest is taken before exponentials are
-  static constexpr int64_t BLOCK_ROWS = 64; // rows summed before they join a thread's sum: bounds its rounding error
-  static constexpr T ENOUGH = T(0x1p-24);   // of a row's sum, so that what is lost below 2^-126 was nothing to it
+  static constexpr int64_t GROUP = 4;       // rows that are added to the column sums together
+  static constexpr int64_t LINES = 8;       // rows whose column maxima are updated before their exponentials
+  static constexpr int64_t BLOCK_ROWS = 64; // rows summed before the sum is added to the thread's: bounds the rounding error
+  static constexpr T ENOUGH = T(0x1p-24);   // smallest row sum for which terms flushed below 2^-126 are negligible
   static constexpr T NOTHING = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__);
 
-  struct Split { // a potential in two parts, padded
+  struct Split { // a potential in two parts, each padded
     T *high, *low;
   };
-  struct Row { // whole vectors lie where they lay, the last few numbers in `tail`
+  struct Row { // whole vectors are read in place, the last few numbers are in `tail`
     const T *whole, *tail;
   };
   struct Local {              // of a thread
@@ -62,7 +62,7 @@ template <class T> struct SinkhornRun {
   };
 
   const Sinkhorn &c;
-  const int64_t n, k, whole, padded; // whole: the columns that fill vectors
+  const int64_t n, k, whole, padded; // whole: number of columns in full vectors
   T scale, to_base_2;
   Split potential;     // of columns
   T *weights, *shifts; // [padded]
@@ -149,7 +149,7 @@ private:
   }
   void split_columns(const double *from, const Split &to) const {
     for (int64_t j = 0; j < k; j++) split_one(from[j], to.high[j], to.low[j]);
-    for (int64_t j = k; j < padded; j++) to.high[j] = -T(__builtin_inf()), to.low[j] = 0; // no column, no weight
+    for (int64_t j = k; j < padded; j++) to.high[j] = -T(__builtin_inf()), to.low[j] = 0; // padding has no weight
   }
   void pad(const T *from, T *to, T rest) const {
     memcpy(to, from, k * sizeof(T));
@@ -177,7 +177,7 @@ private:
     const Local &l = locals[t];
     return row(c.gradient, i, l.gradient + line * padded, l.tails + (LINES + line) * W);
   }
-  template <class F> FASTCL_INLINE void each(F f) const { // vectors by their first column, and whether it is the last, a part
+  template <class F> FASTCL_INLINE void each(F f) const { // calls f with the first column of each vector, and whether it is the last, partial one
     for (int64_t j = 0; j < whole; j += W) f(j, false);
     if (whole < padded) f(whole, true);
   }
@@ -219,7 +219,7 @@ private:
       const int64_t rows = smaller(mine.to - i, LINES);
       Row lines[LINES];
       T high[LINES], low[LINES];
-      for (int64_t r = 0; r < LINES; r++) { // a line too many repeats the first, without weight
+      for (int64_t r = 0; r < LINES; r++) { // missing lines repeat the first, with weight 0
         lines[r] = r < rows ? scores(t, i + r, r) : lines[0];
         split_one(r < rows ? c.potential[i + r] : -__builtin_inf(), high[r], low[r]);
       }
@@ -247,7 +247,7 @@ private:
     }
   }
 
-  // e_j = exp((S_j + g_j - shift) / epsilon) of a row; calls use(j, last, e_j).
+  // Calls use(j, last, e_j) with e_j = exp((S_j + g_j - shift) / epsilon) of a row.
   template <class F> FASTCL_INLINE void exponentials(const Row &s, T shift, F use) const {
     each([&](int64_t j, bool last) {
       const V<T> x = (at(s, j, last) + load(potential.high + j)) + load(potential.low + j);
@@ -272,7 +272,7 @@ private:
     return result;
   }
 
-  // The exponentials of a group of rows, and their sums: each part of the potential is loaded once for all.
+  // The exponentials of a group of rows, and their sums. Each part of the potential is loaded once for the group.
   void group_exponentials(const Local &l, const Row (&s)[GROUP], const T (&shifts)[GROUP], T (&totals)[GROUP]) const {
     V<T> sums[GROUP];
     EACH(r, GROUP) sums[r] = all<T>(0);
@@ -292,7 +292,7 @@ private:
     const T *const above = (const T *)c.above;
     T factors[GROUP], shifts[GROUP], totals[GROUP];
     Row lines[GROUP];
-    for (int64_t r = 0; r < GROUP; r++) { // a row too many repeats the first
+    for (int64_t r = 0; r < GROUP; r++) { // missing rows repeat the first
       lines[r] = r < rows ? scores(t, i + r, r) : lines[0];
       shifts[r] = r < rows ? above ? above[i + r] : largest(lines[r]) : shifts[0];
     }
@@ -300,7 +300,7 @@ private:
     for (int64_t r = 0; r < rows; r++) {
       T shift = shifts[r], total = totals[r];
       T *const e = l.e + r * padded;
-      if (above && !(total > ENOUGH)) { // the bound lies too far above the row, or is none
+      if (above && !(total > ENOUGH)) { // the bound is too far above the row's maximum, or not a bound
         shift = largest(lines[r]);
         V<T> sums = all<T>(0);
         exponentials(lines[r], shift, [&](int64_t j, bool, V<T> x) {
@@ -405,13 +405,13 @@ private:
     }
     each([&](int64_t j, bool last) {
       const V<T> x = load(l.e + j), product = x * at(s, j, last);
-      moment += where<T>(x == all<T>(0), all<T>(0), product); // a score of -inf has no weight
+      moment += where<T>(x == all<T>(0), all<T>(0), product); // a score of -inf has weight 0
     });
     ((T *)c.by_row)[i] = sum<T>(moment);
     write_row(i, l.e, scale);
   }
 
-  // matrix_i = factor * x, in the scores' dtype.
+  // Writes matrix_i = factor * x in the scores' dtype.
   void write_row(int64_t i, const T *x, T factor) const {
     switch (c.scores.dtype) {
     case Dtype::float64: return write_as<double>(i, x, factor, [](T y) { return double(y); });
@@ -422,7 +422,7 @@ private:
   }
   template <class To, class Convert> void write_as(int64_t i, const T *x, T factor, Convert convert) const {
     To *const to = (To *)c.matrix + i * k;
-    // Not past the caches: memory that is new to the process lies in them, as the system has just cleared it.
+    // Ordinary stores, which do not bypass the caches: the system has just cleared new memory, so it is in the caches.
     if constexpr (sizeof(To) == sizeof(T)) {
       int64_t j = 0;
       for (; j < whole; j += W) storeu((T *)to + j, load(x + j) * factor);

@@ -1,4 +1,4 @@
-// Compiled without instruction-set flags: the passes are the engine's, what lies between them is small.
+// Compiled without instruction-set flags: the engine runs the passes, and the code between them is cheap.
 #include "solve.h"
 #include <algorithm>
 #include <cmath>
@@ -17,7 +17,7 @@ public:
 
   int64_t workspace() const {
     Sinkhorn most = row_pass(nullptr, 0, true), first = column_sums();
-    most.by_column = &most; // any address: with column masses a pass needs the most
+    most.by_column = &most; // any non-null address: a pass with column masses needs the most workspace
     return aligned(n_ * int64_t(sizeof(double))) + aligned(n_ * int64_t(sizeof(T))) + aligned(3 * k_ * int64_t(sizeof(T))) +
            std::max(engine_.sinkhorn(most, nullptr), engine_.sinkhorn(first, nullptr)) + 64;
   }
@@ -36,7 +36,7 @@ public:
     for (int64_t t = 0; t < c_.iterations; t++) {
       const bool last = t + 1 == c_.iterations;
       double *const g = kept(2 + t);
-      // After a column update no entry exceeds its column's mass, so none exceeds 1: S + g <= -f.
+      // After a column update no entry of the plan exceeds its column's mass, so none exceeds 1: S + g <= -f.
       for (int64_t i = 0; i < n_; i++) above_[i] = T(-f_[i]);
       Sinkhorn pass = row_pass(g, t + 1, last);
       pass.above = above_;
@@ -90,7 +90,7 @@ private:
     double *const next = kept(3 + t), *const masses = kept(2 + c_.iterations + t);
     for (int64_t j = 0; j < k_; j++) {
       masses[j] = masses_[j];
-      const T mass = masses_[j] < std::numeric_limits<T>::min() ? std::numeric_limits<T>::min() : masses_[j]; // a NaN stays
+      const T mass = masses_[j] < std::numeric_limits<T>::min() ? std::numeric_limits<T>::min() : masses_[j]; // NaN stays NaN
       next[j] = without_mass(j) ? -INFINITE : g[j] + c_.epsilon * (double(log_prior_[j]) - std::log(double(mass)));
     }
   }

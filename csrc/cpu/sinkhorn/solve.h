@@ -1,22 +1,22 @@
-// Sinkhorn's fixed iterations in one call: the updates between the passes, which are O(N + K) numbers, cost more than the
-// passes themselves where each is an operation of Python's.
+// A fixed number of Sinkhorn's iterations in one call. As Python operations, the updates between the passes, which are only O(N + K)
+// numbers, can take longer than the passes.
 #pragma once
 #include "cpu/engine.h"
 
 namespace fastcl {
 
-// One problem of a batch. What is computed stands in fastcl/ops/sinkhorn/solver.py, `pass_by_pass`; reals as in Sinkhorn.
+// One problem of a batch. `pass_by_pass` in fastcl/ops/sinkhorn/solver.py defines the computation. Reals are as in Sinkhorn.
 struct SinkhornSolve {
-  Sinkhorn pass; // scores, columns, inverse_epsilon, wide_reals, threads and matrix, the assignments' place; nothing else
+  Sinkhorn pass; // only scores, columns, inverse_epsilon, wide_reals, threads and matrix (for the assignments) are set
   double epsilon;
   const void *log_prior;               // [K] reals; -inf: no mass
   const void *log_mass, *mass;         // [N] reals
-  const double *init;                  // g [K], -inf where there is no mass; null: none
+  const double *init;                  // g [K], -inf for columns without mass; null: none
   int64_t iterations;                  // T
-  void *rows;                          // [T + 1][2][N] reals, kept for the backward: shift and sum of each row update
-  int64_t row_step;                    // reals from a shift to its sum, and from there to the next shift
-  double *columns;                     // [2 T + 2][K], likewise: the first normalizer, potentials, masses
-  int64_t column_step;                 // numbers from one of these to the next
+  void *rows;                          // [T + 1][2][N] reals, saved for the backward: shift and sum of each row update
+  int64_t row_step;                    // distance in reals from a shift to its sum, and from a sum to the next shift
+  double *columns;                     // [2 T + 2][K], saved for the backward: the first normalizer, potentials, masses
+  int64_t column_step;                 // distance from one of these rows to the next
   void *row_potential, *col_potential; // [N], [K] reals
 };
 

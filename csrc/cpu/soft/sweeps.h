@@ -1,7 +1,7 @@
-// Soft assignments: beside each tile of logits a tile of weights w_ij = <r_i, q_j>, a product over the columns of the
-// assignments. A thread owns rows and walks over all columns, forward and backward: the other side's turn is the same pass
-// with the sides exchanged, and self-contrast visits the whole square. So nothing is shared, and what a row sums does not
-// depend on the number of threads. It multiplies more than the passes of clusters, which are far more common, do.
+// Soft assignments: each tile of logits has a tile of weights w_ij = <r_i, q_j>, a product over the columns of the assignments. A
+// thread owns rows and visits all columns, forward and backward. A second pass with the sides exchanged handles the other side, and
+// self-contrast visits the whole square. So threads share nothing, and a row's sums do not depend on the number of threads. This
+// takes more multiplications than the passes for clusters, which are far more common.
 #pragma once
 #include "call.h"
 #include "cpu/sweep.h"
@@ -14,7 +14,7 @@ template <class T> struct SoftPass {
   using Tile = typename Sweep<Mul>::Tile;
   static constexpr int W = Simd<T>::W;
   static constexpr int64_t NR = NV * W, ROWS = BLOCK + MR, G_ROW = Sweep<Mul>::G_ROW;
-  static constexpr int64_t FLUSH = 1024; // columns that are summed in lanes of T before they are added up in double
+  static constexpr int64_t FLUSH = 1024; // columns that are summed in lanes of T before they are added to a double
   static constexpr T LARGEST = T(Sweep<Mul>::LARGEST), NONE = -LARGEST;
 
   enum Lanes : int { EXPONENTIALS, MAXIMUM, LOGITS, WEIGHTS, INADMISSIBLE, LANES };
@@ -22,13 +22,13 @@ template <class T> struct SoftPass {
     double total, logits, weights, inadmissible;
     T most;
   };
-  struct Weights {       // of the gradients of a side's fields, by place; 0 in the padding
+  struct Weights {       // weights from the gradients of a side's fields, by place; 0 in the padding
     T *lse, *base, *sum; // [padded]: 2^(t - base) * lse + w * sum
   };
   struct Local {
     T *a, *r;   // a packed block of rows, and of their assignments
-    T *lanes;   // [LANES][ROWS][W]; of the backward, [ROWS][W] of the bias' gradient
-    Sums *sums; // [ROWS]; of the backward, the bias' gradient in `total`
+    T *lanes;   // [LANES][ROWS][W]; in the backward, [ROWS][W] of the bias' gradient
+    Sums *sums; // [ROWS]; in the backward, the bias' gradient in `total`
     T *g;       // [ROWS][G_ROW]
     double scale[W];
     char apart[64];
@@ -36,13 +36,13 @@ template <class T> struct SoftPass {
 
   const Soft &call;
   const Problem p;
-  const Sweep<Mul> s, w; // logits, weights
+  const Sweep<Mul> s, w; // sweeps of the logits and of the weights
   const bool bias_of_rows;
   T *const row_bias; // [anchors.padded], to base 2; null: none
   Weights row, column;
   Local *const locals;
 
-  // `exchanged`: contrasts are the rows here; the bias stays theirs.
+  // exchanged: the rows are the contrasts, and the bias belongs to the rows.
   SoftPass(const Soft &call, const Arranged &at, Arena &arena, bool exchanged)
       : call(call), p(logits_of(call, exchanged)),
         s(p, at, arena, false, call.backward && call.anchor_gradient, exchanged ? call.problem.contrast_bias : nullptr),
@@ -93,7 +93,7 @@ template <class T> struct SoftPass {
     double total = 0;
     for (int t = 0; t < s.threads; t++)
       for (int64_t l = 0; l < W; l++) total += locals[t].scale[l];
-    *(double *)call.scale_gradient = s.self ? total / 2 : total; // the square holds every pair twice
+    *(double *)call.scale_gradient = s.self ? total / 2 : total; // the square contains every pair twice
   }
 
 private:
@@ -118,10 +118,10 @@ private:
     const V<T> t = s.biased(s.logits(similarity, s.scale[0]), j);
     return row_bias ? t + row_bias[i] : t;
   }
-  // What overflows is the largest number, so that 0 times it is 0.
+  // Replaces infinite weights by the largest number, so that their product with 0 is 0.
   static FASTCL_INLINE V<T> finite(V<T> weight) { return at_most<T>(weight, all<T>(LARGEST)); }
 
-  // The register tiles of some columns, in the order in which panels of columns pass by a block of rows.
+  // Visits the register tiles of some columns: for each panel of columns, all rows of the block.
   template <class Tiles> FASTCL_INLINE void walk(Range rows, Range cols, Tiles tile) const {
     for (int64_t j = cols.from; j < cols.to; j += NR)
       for (int64_t i = rows.from; i < rows.to; i += MR) tile(i, j, s.mixed(i, j, rows.to));
@@ -211,7 +211,7 @@ private:
     if (out.inverse_norms) ((T *)out.inverse_norms)[i] = s.whole_inverse_norm(s.anchors, place);
   }
 
-  // Of a side without fields of its own: zeros.
+  // The weights of a side; zeros if it has no gradients of fields.
   void weigh(const Side<Mul> &side, const SoftSide &saved, const Weights &to, int t) const {
     const Range mine = share(side.padded, s.threads, t);
     for (int64_t place = mine.from; place < mine.to; place++) {
@@ -249,7 +249,7 @@ private:
     }
   }
 
-  // The gradient of a register tile's products: the softmax part and the part of the weights meet here.
+  // The gradient with respect to a register tile's products: the sum of the softmax part and of the weights' part.
   template <bool BOTH, bool MIXED> FASTCL_NOINLINE void gradient_tile(Local &local, int64_t i0, int64_t j0, Range rows, int64_t c0) const {
     Tile u __attribute__((aligned(64))), weight __attribute__((aligned(64)));
     products(local, i0 - rows.from, j0, u, weight);
@@ -280,11 +280,11 @@ private:
       if (bias_of_rows) add_to(local.lanes + (i - rows.from) * W, over_columns);
       s.store_row(local.g + (i - rows.from) * G_ROW + c0, g);
     }
-    for (int l = 0; l < W; l++) local.scale[l] += double(scale[l]); // parts of both signs, which cancel in the sum over all pairs
+    for (int l = 0; l < W; l++) local.scale[l] += double(scale[l]); // in double, because terms of both signs cancel in the sum over all pairs
   }
 };
 
-// With the sides exchanged: what is asked of the contrasts is asked of the anchors.
+// The same call with the sides exchanged: the contrasts become the anchors.
 Soft exchanged(const Soft &call) {
   Soft other = call;
   other.problem.anchors = call.problem.contrasts;

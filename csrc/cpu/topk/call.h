@@ -1,4 +1,4 @@
-// The largest inner products of each query with keys, as a plain record: sizes, strides, addresses.
+// The largest inner products of each query with keys, as a plain struct: sizes, strides, addresses.
 #pragma once
 #include "problem.h"
 
@@ -7,11 +7,11 @@ namespace fastcl {
 struct TopK {
   Rows queries, keys;
   int64_t dimension, k;
-  const int32_t *query_ids, *key_ids; // equal ones make a pair inadmissible; null: none
+  const int32_t *query_ids, *key_ids; // pairs with equal ids are inadmissible; null: no ids
   bool wide_reals;                    // products and values are double, else float
   int threads;
-  void *values;     // [N, k] reals, best first; -inf where fewer than k keys are admissible
-  int64_t *indices; // [N, k]; -1 there
+  void *values;     // [N, k] reals, best first; -inf if fewer than k keys are admissible
+  int64_t *indices; // [N, k]; -1 for these
 };
 
 } // namespace fastcl

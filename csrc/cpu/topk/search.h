@@ -1,5 +1,5 @@
-// Top-k: keys stream by in blocks, tiles of their products with all queries are compared with each query's k-th best so far,
-// and what passes goes into the query's heap. Queries are the columns of the tiles: a comparison takes all lanes at once.
+// Top-k. Keys are streamed in blocks. Tiles of their products with all queries are compared with each query's k-th best so far, and
+// better candidates go into the query's heap. Queries are the columns of the tiles, so one comparison handles all lanes.
 #pragma once
 #include "call.h"
 #include "cpu/sweep.h"
@@ -8,8 +8,8 @@
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// The k best of what came, the worst of them on top. A NaN is better than any number, as in torch.topk; of equal values
-// the lower index is better.
+// The k best candidates so far, the worst of them on top. NaN is better than any number, as in torch.topk; among equal values the
+// lower index is better.
 template <class T> struct Heap {
   T *value;
   int32_t *index;
@@ -52,7 +52,7 @@ template <class T> struct Heap {
       sift_down(size);
     }
   }
-  // What a value has to exceed to come in; a NaN, which nothing is at most, while there is room.
+  // The value that a candidate must exceed; NaN while the heap is not full, because no value is <= NaN.
   T threshold() const { return count < k ? T(__builtin_nan("")) : value[0]; }
 };
 
@@ -64,7 +64,7 @@ template <class T> FASTCL_INLINE bool any(I<T> mask) {
   return found != 0;
 }
 
-// The sums of W vectors, as the lanes of one; each lane is added up in the same order.
+// The sums of W vectors as the lanes of one vector. All sums add their terms in the same order.
 template <class T, int HALF = 1> FASTCL_INLINE V<T> sums(V<T> (&rows)[Simd<T>::W]) {
   constexpr int W = Simd<T>::W;
   if constexpr (HALF < W) {
@@ -80,14 +80,14 @@ template <class T> struct TopKPass {
   static constexpr int W = Simd<T>::W;
   static constexpr int64_t NR = NV * W;
   static constexpr int64_t A_CHUNK = (BLOCK + MR) * A_ROW;
-  static constexpr int64_t FEW = 8;       // queries, at most, that are multiplied with keys in the lanes
-  static constexpr int64_t QUERIES = 256; // of a thread: so many that the keys' way from memory is short beside them
+  static constexpr int64_t FEW = 8;       // up to this many queries, the lanes hold keys
+  static constexpr int64_t QUERIES = 256; // smallest number per thread: with fewer, loading the keys from memory would dominate
 
   const TopK &call;
   const int64_t n, m, d, chunks, panels, padded, query_parts, key_parts;
   T *columns;        // [panels][D][NR]: queries; few: [n][D]
   T *blocks;         // [threads][chunks * A_CHUNK]: keys
-  T *buffers;        // [threads][W][row]: rows being converted
+  T *buffers;        // [threads][W][row]: buffers for converted rows
   T *heap_values;    // [key_parts][n][k]
   int32_t *heap_ids; // [key_parts][n][k]
   int64_t *counts;   // [key_parts][n]
@@ -97,7 +97,7 @@ template <class T> struct TopKPass {
   TopKPass(const TopK &call, Arena &arena)
       : call(call), n(call.queries.size), m(call.keys.size), d(call.dimension), chunks((d + CHUNK - 1) / CHUNK), panels((n + NR - 1) / NR),
         padded(panels * NR), query_parts(parts(n, call.threads)), key_parts(call.threads / query_parts) {
-    columns = arena.take<T>(panels * d * NR + 1024); // prefetches look beyond the end
+    columns = arena.take<T>(panels * d * NR + 1024); // prefetches read beyond the end
     blocks = arena.take<T>(call.threads * chunks * A_CHUNK);
     buffers = arena.take<T>(call.threads * W * row());
     heap_values = arena.take<T>(key_parts * n * call.k);
@@ -119,7 +119,7 @@ template <class T> struct TopKPass {
   }
 
 private:
-  // Into how many the queries are cut: a divisor of the threads; what is left of them cuts the keys.
+  // The number of parts of the queries: a divisor of the number of threads. The remaining factor splits the keys.
   static int64_t parts(int64_t n, int64_t threads) {
     int64_t best = 1;
     for (int64_t p = 2; p <= threads; p++)
@@ -170,11 +170,11 @@ private:
     const int64_t bytes = d * (call.keys.dtype == Dtype::float64 ? 8 : call.keys.dtype == Dtype::float32 ? 4 : 2);
     for (int64_t from = keys.from; from < keys.to; from += BLOCK) {
       const int64_t to = smaller(from + BLOCK, keys.to), rows = round_up(to - from, MR);
-      // Few queries: the rows are multiplied where they lie, as copying them would take as long.
+      // With few queries the rows are multiplied in place, because copying them would take as long.
       const bool in_place = readable() && mine.to - mine.from <= 4 && to - from == rows;
       const T *const first = in_place ? (const T *)call.keys.data + from * call.keys.row_stride : a;
       if (!in_place) block(a, from, to, rows, t);
-      // The next block comes into the second-level cache meanwhile, a few lines with each tile.
+      // Meanwhile the next block is prefetched into the second-level cache, a few lines with each tile.
       const char *ahead = (const char *)call.keys.data + to * bytes;
       const int64_t next = in_one_piece ? (smaller(to + BLOCK, keys.to) - to) * bytes : 0;
       const int64_t step = round_up(next / (rows / MR * (mine.to - mine.from)) + 1, 64);
@@ -205,7 +205,7 @@ private:
       }
     }
   }
-  // Of W rows, `stride` apart, with a query: [W].
+  // Inner products [W] of a query with W rows at distance `stride`.
   FASTCL_INLINE V<T> products(const T *rows, int64_t stride, const T *query) const {
     V<T> total = all<T>(0);
     for (int64_t from = 0; from < d; from += CHUNK * W) {
@@ -225,17 +225,17 @@ private:
     }
     return total;
   }
-  static FASTCL_INLINE V<T> first_of(const T *p, int64_t count) { // zeros after them
+  static FASTCL_INLINE V<T> first_of(const T *p, int64_t count) { // padded with zeros
     T values[W] __attribute__((aligned(64))) = {};
     for (int64_t l = 0; l < count; l++) values[l] = p[l];
     return load(values);
   }
 
-  bool readable() const { // keys are rows of T, each in one piece
+  bool readable() const { // whether keys are contiguous rows of T
     return call.keys.column_stride == 1 && call.keys.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
   }
 
-  // Keys, row-major by chunks: a[chunk][row][A_ROW]; zeros from `to` on.
+  // Packs keys, row-major within chunks: a[chunk][row][A_ROW]; zeros from `to` on.
   void block(T *a, int64_t from, int64_t to, int64_t rows, int t) const {
     T *const buffer = buffers + t * W * row();
     for (int64_t r = 0; r < rows; r++) {
@@ -253,7 +253,7 @@ private:
     }
   }
 
-  // Keys `row` apart, and what belongs to the next chunk of them `chunk` apart.
+  // row: distance of keys. chunk: distance from a chunk of a key to the next.
   template <class Row> FASTCL_INLINE void tile(const T *a, Row row, int64_t chunk, int64_t p, int64_t first, int64_t to, int64_t part) const {
     T u[MR][NV][W] __attribute__((aligned(64)));
     const T *const b = columns + p * d * NR;
@@ -291,7 +291,7 @@ private:
     return mask;
   }
 
-  // Of each query that has a candidate, all of the tile's keys, in ascending order.
+  // Offers all keys of the tile, in ascending order, to each query that has a candidate.
   FASTCL_NOINLINE void insert(const T (&u)[MR][NV][W], const I<T> (&candidates)[NV], int64_t p, int64_t first, int64_t to, int64_t part) const {
     const int64_t rows = smaller(int64_t(MR), to - first);
     for (int64_t v = 0; v < NV; v++) {
@@ -303,13 +303,13 @@ private:
       }
     }
   }
-  // Products `stride` apart of a query with `count` keys, in ascending order.
+  // Offers `count` keys to a query, in ascending order; its products are `stride` apart.
   void offer(int64_t part, int64_t query, const T *products, int64_t stride, int64_t first, int64_t count) const {
     T &threshold = thresholds[part * padded + query];
     Heap<T> best = heap(part, query);
     for (int64_t r = 0; r < count; r++) {
       const T x = products[r * stride];
-      if (x <= threshold || (call.key_ids && call.key_ids[first + r] == ids[query])) continue; // a NaN goes in
+      if (x <= threshold || (call.key_ids && call.key_ids[first + r] == ids[query])) continue; // NaN passes
       best.push(x, int32_t(first + r));
       threshold = best.threshold();
     }

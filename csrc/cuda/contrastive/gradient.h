@@ -1,47 +1,46 @@
-// The backward's sweep: the gradient of the rows that a block owns, over all columns.
+// The backward's sweep: a block computes the gradient of its rows over all columns.
 //
-// Forms the logits again, with the forward's roundings, and from them G, a logit's gradient as far as it concerns rows
-// and columns: the owner's share (its softmax over the columns), the others' share (each column's softmax over the
-// rows), or both, as in self-contrast. G meets its positive term in float32, and is rounded once, norms included, for
-// the product with the columns. No two blocks write to the same place.
+// It recomputes the logits with the forward's rounding, and from them G, the gradient of a logit: the row's share (its softmax over
+// the columns), the column's share (its softmax over the rows), or both, as in self-contrast. G and its positive term are added in
+// float32 and rounded once, norms included, for the product with the columns. No two blocks write to the same place.
 //
-// What a side brings is [5, side_stride(n)], 0 where it has nothing to say:
+// A side's input is [5, side_stride(n)], 0 for rows without gradient:
 //     0, 1  base and weight of the negatives: 2^(t - base) * weight
-//     2, 3  the same of the positives
-//     4     what a positive gets on top: the gradient of the sum of positives' logits
+//     2, 3  base and weight of the positives
+//     4     the constant that is added for a positive: the gradient of the sum of positives' logits
 //
-// Version 1: 128 x 64 tiles (128 x 32 of float32). G crosses shared memory, so that a warp multiplies 32 rows of it by
-// half of the columns of the gradient: 16 rows and all columns, whose G could stay in registers, would load twice as
-// much for each product. Slices of Y that are still in the ring serve both products.
+// Version 1: 128 x 64 tiles (128 x 32 for float32). G passes through shared memory, so that a warp multiplies 32 rows of it by half
+// of the columns of the gradient. With 16 rows and all columns G could stay in registers, but each product would load twice as
+// much. Both products use the slices of Y that are still in the ring.
 #pragma once
 #include "sweep.h"
 
 namespace fastcl::cuda {
 
 struct GradientSweep : Sweep {
-  const float *side, *other;   // [5, side_stride(n)], [5, side_stride(m)]; null: nothing
-  const float *middle;         // [1]: the one base
-  const int *one;              // [1]: 1 where the weights of both sides belong to one base
-  const float *factor;         // [1]: what the gradient is multiplied by
-  const float *lift;           // [1]: what weights were multiplied by, and sums are divided by
+  const float *side, *other;   // [5, side_stride(n)], [5, side_stride(m)]; null: no gradient
+  const float *middle;         // [1]: the shared base
+  const int *one;              // [1]: 1 if the weights of both sides use the shared base
+  const float *factor;         // [1]: multiplies the gradient
+  const float *lift;           // [1]: factor of the weights, by which sums are divided
   float *gradient;             // [n, width], or null: sum_j G_ij c_j y_j, times factor
   float *similarity_sums;      // [n], or null: sum_j G_ij * similarity
   float *sums;                 // [n] in the caller's order, or null: sum_j G_ij
-  bool some;                   // the gradient of blocks of rows without a positive is there already
+  bool some;                   // skip blocks of rows without positives: their gradient is already written
   bool whole;                  // all slices of a tile stay in the ring until its end
-  bool add_gradient, add_sums; // to what is there
+  bool add_gradient, add_sums; // add to the existing numbers instead of overwriting them
 };
 
 template <class Element> struct GradientShape {
   static constexpr int FRAGMENTS = sizeof(Element) == 2 ? 4 : 2, COLUMNS = WARPS_ACROSS * FRAGMENTS * 8;
   static_assert(COLUMNS * sizeof(Element) == SLICE, "a tile of G is a slice");
 };
-// Two neighbouring numbers are loaded at once.
+// Padded, because two neighbouring numbers are loaded at once.
 __host__ __device__ inline int64_t side_stride(int64_t n) { return (n + 3) / 4 * 4; }
 
 constexpr int TILE_SIZE = BLOCK_ROWS * SLICE;
 
-// G of two neighbouring places, as the second product takes it.
+// Stores G of two neighbouring places in the form that the second product reads.
 template <class Element> __device__ __forceinline__ void put(uint32_t tile, const Lane &at, int r, int column, float left, float right) {
   const int byte = column * int(sizeof(Element));
   const uint32_t place = tile + place_of(at.row(r), byte / CHUNK) + byte % CHUNK;
@@ -49,10 +48,10 @@ template <class Element> __device__ __forceinline__ void put(uint32_t tile, cons
   else store_shared(place, uint32_t(rounded<Element>(left).bits) | uint32_t(rounded<Element>(right).bits) << 16);
 }
 
-// Of the columns that begin with slice `part`, the steps that a block owns.
+// The number of steps that a block owns, from slice `part` on.
 __host__ __device__ inline int part_steps(int width, int part) { return smaller(width / STEP - part * STEPS, PART_SLICES * STEPS); }
 
-// The warp's 32 rows of G [BLOCK_ROWS, COLUMNS], which lie in shared memory as a slice, times columns of Y.
+// The warp's 32 rows of G [BLOCK_ROWS, COLUMNS], stored in shared memory like a slice, times columns of Y.
 template <class Element> struct Products {
   static constexpr bool WIDE = sizeof(Element) == 4;
   static constexpr int ACROSS = STEP / (8 * int(sizeof(Element))); // fragments in a step of the columns
@@ -76,14 +75,14 @@ template <class Element> struct Products {
       for (int m = 0; m < 2; m++) load_matrices(g[k][m], tile + place_of(m * 16 + a_row(lane), 2 * k + a_chunk(lane)));
   }
 
-  // y: slice number S of the part, of which there are `steps` steps in all.
+  // y: slice S of the part, which has `steps` steps in all.
   template <int S> __device__ __forceinline__ void add(const uint32_t (&g)[STEPS][2][4], uint32_t y, int steps, const Lane &at, bool exact) {
 #pragma unroll
     for (int v = 0; v < STEPS / WARPS_ACROSS; v++) {
       constexpr int FIRST = S * STEPS / WARPS_ACROSS;
       const int u = FIRST + v, step = own_step(u, at.across), chunk = 2 * (step - S * STEPS);
       if (step >= steps) continue;
-      float part[2][4] = {}; // of float32 rows: the tile's sums, as tensor cores truncate what they add to a longer one
+      float part[2][4] = {}; // for float32 rows: the tile's sums are separate, because tensor cores truncate when they add to a long sum
 #pragma unroll
       for (int k = 0; k < STEPS; k++) {
         if constexpr (WIDE) {
@@ -127,10 +126,10 @@ template <class Element> struct Products {
     if (S * STEPS >= steps) return;
     add<S>(g, whole ? feed.earlier(feed.slices() - part - S) : feed.next(), steps, at, exact);
   }
-  // Adds the tile, whose G every warp has written, times its columns from slice `part` on.
+  // Adds the tile's product of G, which all warps have written, with its columns from slice `part` on.
   template <int COLUMNS>
   __device__ __forceinline__ void take(Feed<COLUMNS> &feed, uint32_t tile, int part, int steps, bool whole, const Lane &at, bool exact) {
-    __syncthreads(); // every place of G is there; it is written again after the next tile's slices have been waited for together
+    __syncthreads(); // G is complete; it is overwritten only after the barrier for the next tile's slices
     uint32_t g[STEPS][2][4];
     load(g, tile + at.down * WARP_ROWS * SLICE, at.lane);
     add_next<0>(feed, g, part, steps, whole, at, exact);
@@ -139,8 +138,8 @@ template <class Element> struct Products {
     add_next<3>(feed, g, part, steps, whole, at, exact);
   }
 
-  // The sums times a factor, to the rows from i0 on of `to` [n, width of a row in numbers]. more: added to what is
-  // there.
+  // Writes the sums times a factor to the rows from i0 on of `to` [n, width of a row in numbers]. more: adds to the existing
+  // numbers.
   __device__ __forceinline__ void write(float *to, int i0, int n, int width, int part, int steps, float factor, bool more, const Lane &at) const {
     const int numbers = width / int(sizeof(Element));
 #pragma unroll
@@ -176,7 +175,7 @@ template <class Element> class GradientBlock {
 
   __device__ __forceinline__ const float *of_other(int k) const { return p_.other + k * side_stride(p_.m); }
 
-  // A tile of negatives alone. ONE: of one base.
+  // A tile with negatives only. ONE: with the shared base.
   template <bool ONE> __device__ __forceinline__ void interior(int j0, uint32_t tile) {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
@@ -207,7 +206,7 @@ template <class Element> class GradientBlock {
     }
   }
 
-  // What one side makes of a logit.
+  // One side's share of the gradient of a logit.
   __device__ __forceinline__ float share(const float *side, int64_t size, int k, bool there, float t, bool pair) const {
     if (!side || !there) return 0;
     const float *of_pair = side + (pair ? 2 * size : 0) + k;
@@ -215,7 +214,7 @@ template <class Element> class GradientBlock {
     return exp2_fast(t - base) * weight + (pair ? side[4 * size + k] : 0.0f);
   }
 
-  // Any tile. Few are: what belongs to rows and columns is loaded for every place.
+  // Any tile. These are few, so numbers of rows and columns are loaded again for every place.
   __device__ __forceinline__ void mixed(int j0, uint32_t tile) {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
@@ -238,7 +237,7 @@ template <class Element> class GradientBlock {
           const bool member = is_row && !is_left_out(bias) && admissible(i, j, p_.m, p_.self, name, column_name);
           const bool pair = member && in_range(j, start, end);
           g[e] = member ? share(p_.side, side_stride(p_.n), i, is_row, t, pair) + share(p_.other, side_stride(p_.m), j, is_column, t, pair) : 0.0f;
-          if (member) similarity_sums_[r] += g[e] * similarity; // what is no member may be infinite
+          if (member) similarity_sums_[r] += g[e] * similarity; // the similarity of excluded places may be infinite
           sums_[r] += g[e];
           if (member) g[e] *= c;
         }
@@ -247,7 +246,7 @@ template <class Element> class GradientBlock {
     }
   }
 
-  // Sums of rows over lanes and warps; `place` is in shared memory.
+  // Sums over lanes and warps for each row; `place` is in shared memory.
   __device__ __forceinline__ void write_sums(float *place) {
     __syncthreads();
 #pragma unroll
@@ -310,7 +309,7 @@ public:
 template <class Element> __global__ void __launch_bounds__(THREADS, 1) gradient_kernel(const __grid_constant__ GradientSweep p) {
   char *const memory = shared_memory();
   const int i0 = blockIdx.x * BLOCK_ROWS;
-  if (p.some && p.start[i0] >= p.end[smaller(i0 + BLOCK_ROWS, p.n) - 1]) return; // both ends grow
+  if (p.some && p.start[i0] >= p.end[smaller(i0 + BLOCK_ROWS, p.n) - 1]) return; // start and end grow with the row
   GradientBlock<Element> own(p, i0, blockIdx.y * PART_SLICES);
   own.run(shared_address(memory), reinterpret_cast<float *>(memory));
 }

@@ -1,5 +1,5 @@
-// Which kernels a call launches, and in what order. Nothing is allocated, and nothing is waited for: what depends on
-// values is decided by the kernels.
+// The kernels that a call launches, in order. Nothing here allocates or waits; decisions that depend on values are made in the
+// kernels.
 #include "launches.h"
 #include "per_row.h"
 #include "sweeps.h"
@@ -36,7 +36,7 @@ void arrange(const Contrast &p, const Where &where) {
   if (!p.self_contrast()) arrange(p, p.contrasts, where);
 }
 
-// The rows of one set against those of the other.
+// Describes a sweep of one set's rows over the other's.
 void describe(Sweep &sweep, const Contrast &p, const RowSet &rows, const RowSet &columns, int scale) {
   sweep.x = rows.rows;
   sweep.y = columns.rows;
@@ -199,7 +199,7 @@ void contrast_backward(const ContrastBackward &call, const Where &where) {
   if ((call.anchor_sums || call.similarity_sums) && !without_positives) sweep_over(true, call.anchor_sums, false, call.similarity_sums, nullptr);
   const bool fold = call.folded && call.anchor_rows;
   if (call.contrast_sums || call.bias || fold) {
-    // Both gradients of two sets that are one lie in the order of the same clusters.
+    // If the two sets are the same, both gradients have the same order of clusters.
     sweep_over(false, fold ? call.anchor_sums : call.contrast_sums, fold, nullptr, call.bias);
   }
   if (call.anchor_rows) finish(p, rows, call.anchor_sums, call.anchor_norms, call.anchor_rows, call.out_dtypes[0], where);

@@ -1,21 +1,21 @@
-// The contrastive statistics and their gradients on a CUDA device: what csrc/bindings reads from Python, and starts.
+// The contrastive statistics and their gradients on a CUDA device: descriptions, which csrc/bindings fills, and calls.
 #pragma once
 #include "problem.h"
 #include "cuda/cuda.h"
 
 namespace fastcl::cuda {
 
-// One set of rows: the caller's, and where they are to be arranged.
+// One set of rows: the caller's rows, and the memory for the arranged rows.
 struct RowSet {
   Rows source;
   bool normalize;
-  const int64_t *order;   // [n]: the caller's places of rows sorted by cluster; null: as they lie
-  const int *start, *end; // [n], sorted: the other set's rows of the row's cluster; null: there are no positives
-  const int *names;       // [n], of the caller's rows: equal and not 0 for pairs that are inadmissible; or null
+  const int64_t *order;   // [n]: the caller's indices of rows sorted by cluster; null: the caller's order
+  const int *start, *end; // [n], for sorted rows: range of the other set's rows in the row's cluster; null: there are no positives
+  const int *names;       // [n], of the caller's rows: a pair with equal nonzero names is inadmissible; or null
   const float *bias;      // [n], of the caller's rows, or null
-  bool leave_out;         // rows whose bias is -inf become zeros, whatever they hold
+  bool leave_out;         // rows with bias -inf are replaced by zeros
   void *rows;             // [n, width], 16 bytes aligned
-  bool arranged;          // `rows` are the source itself
+  bool arranged;          // `rows` is the source itself
   float *norms;           // [n], in the caller's order; null: not wanted
   float *row_norms;       // [n]; null: no set is normalised
   int *row_names;         // [n], with `names`
@@ -24,27 +24,27 @@ struct RowSet {
 
 struct Contrast {
   RowSet anchors, contrasts; // contrasts.rows null: self-contrast
-  int dimension, width;      // numbers of a row, and of an arranged one: a multiple of 32 bytes
-  Dtype dtype;               // of arranged rows: bfloat16, float16 or float32
+  int dimension, width;      // numbers of a row; numbers of an arranged row, a multiple of 32 bytes
+  Dtype dtype;               // dtype of arranged rows: bfloat16, float16 or float32
   int scales;
   const float *logit_scale;            // [scales]
-  const float *longest, *largest_bias; // [1], or null: bounds of the logits besides the scale
-  bool exact;                          // float32 products are not rounded to tf32
+  const float *longest, *largest_bias; // [1], or null: further factors of the bound of the logits
+  bool exact;                          // do not round float32 products to tf32
   bool self_contrast() const { return !contrasts.rows; }
   const RowSet &columns() const { return self_contrast() ? anchors : contrasts; }
 };
 
-// The place of each of FIELDS among those wanted, -1 where it is not; `log_sums` of them are log-sum-exps.
+// The position of each field among the wanted ones, -1 if it is not wanted; `log_sums` of them are log-sum-exps.
 struct Wanted {
   int place[FIELDS], log_sums;
 };
 
-// Of one side, n rows: fields, counts and parts as in fastcl/ops/contrastive/records.py, with float32 numbers.
+// One side with n rows: fields, counts and parts as in fastcl/ops/contrastive/records.py, in float32.
 struct Side {
   float *fields, *counts, *parts;
-  float *bases;      // [3, scales, n]: of the sums over all, negatives and positives, to base 2
+  float *bases;      // [3, scales, n]: bases (logits to base 2) of the sums over all, negatives and positives
   float *statistics; // [scales, 7, n]: workspace of the forward
-  float *weights;    // [scales, 7, n]: workspace of the backward, as those below
+  float *weights;    // [scales, 7, n]: workspace of the backward, also the two below
   float *extremes;   // [3, scales, extreme_blocks(n)]
   float *side;       // [scales, 5, side_stride(n)]
 };
@@ -53,30 +53,30 @@ struct ContrastForward {
   Contrast problem;
   Wanted wanted;
   Side anchors, contrasts; // contrasts.counts null: not wanted
-  float *lines;            // [line_count(n), 2, m], where the contrasts' statistics are wanted
-  float *weighted;         // [n, width]: where contrasts need no gradient, what the backward of the anchors is made of; or null
+  float *lines;            // [line_count(n), 2, m], if the contrasts' statistics are wanted
+  float *weighted;         // [n, width]: if contrasts need no gradient, sums from which the backward computes the anchors' gradient; or null
 };
 
 struct ContrastBackward {
   Contrast problem;
   Wanted wanted;
-  Side anchors, contrasts; // with the gradients of fields in `fields`
-  float close;             // log-sums (to base 2) that spread over less share one exponential
+  Side anchors, contrasts; // `fields` holds the gradients of the fields
+  float close;             // if the log-sums (to base 2) spread over less, one exponential is shared
   float *scalars;          // [4, scales]: workspace
-  // Null where not needed. [n, width] float32, workspace; rows [n, d] as they leave; folded: two sets that are one,
-  // both gradients are the anchors'.
+  // Null where not needed. sums [n, width] float32: workspace; rows [n, d]: results. folded: the two sets are the same, and both
+  // gradients are added to the anchors'.
   float *anchor_sums, *contrast_sums;
   void *anchor_rows, *contrast_rows;
   Dtype out_dtypes[2];
-  const float *anchor_norms, *contrast_norms; // of the caller's rows, in its order; null: taken as they are
+  const float *anchor_norms, *contrast_norms; // of the caller's rows, in the caller's order; null: not normalised
   bool folded;
-  float *similarity_sums; // [scales, n]: of gradient and similarity of each anchor's logits, twice that in self-contrast
+  float *similarity_sums; // [scales, n]: sum over an anchor's logits of gradient times similarity; in self-contrast twice that
   float *bias;            // [m], in the caller's order
-  const float *weighted;  // as the forward left it, where nothing but the anchors' gradient is needed; or null
+  const float *weighted;  // from the forward, if only the anchors' gradient is needed; or null
 };
 
 int extreme_blocks(int64_t rows);
-// Blocks of a sweep both ways, each of which has a line of sums of its own.
+// Number of blocks of a sweep in both directions; each block has its own line of column sums.
 int line_count(int64_t rows, const Where &where);
 void contrast_forward(const ContrastForward &call, const Where &where);
 void contrast_backward(const ContrastBackward &call, const Where &where);

@@ -1,26 +1,26 @@
-// Kernels that visit each row once: what comes before, between and after the sweeps over tiles.
+// Kernels that visit each row once, before, between and after the sweeps over tiles.
 //
-//     rows_kernel     rows in the order of their clusters, padded, with what belongs to each
-//     columns_kernel  the columns' sums, of the lines of a sweep both ways
-//     fields_kernel   the wanted statistics, of a forward's sums
-//     weights_kernel  what the gradients of the statistics make of each sum
-//     side_kernel     the same as the gradient's sweep reads it
-//     weighed_kernel  the gradient of rows without positives, of what the forward left of it
-//     finish_kernel   the gradient off the normalised rows, in the caller's order and dtype
+//     rows_kernel     arranges rows by cluster, padded, with their norms, names and bias
+//     columns_kernel  column sums from the lines of a sweep in both directions
+//     fields_kernel   the wanted statistics from a forward's sums
+//     weights_kernel  weights of the exponentials from the gradients of the statistics
+//     side_kernel     the weights in the form that the gradient's sweep reads
+//     weighed_kernel  the gradient of rows without positives from the forward's weighted sums
+//     finish_kernel   the gradient through the normalisation, in the caller's order and dtype
 //
-// Version 1: a warp a row or a thread a row, numbers loaded one by one: none of it takes as long as a row of tiles.
+// Version 1: one warp or one thread per row, which loads numbers one by one: all of it is cheap compared with a row of tiles.
 #pragma once
 #include "launches.h"
 #include "weighted.h"
 
 namespace fastcl::cuda {
 
-constexpr int ROWS_AT_ONCE = 256; // threads of a block, a row each
-constexpr int ROW_WARPS = 8;      // rows of a block, a warp each
+constexpr int ROWS_AT_ONCE = 256; // threads of a block, with a row each
+constexpr int ROW_WARPS = 8;      // rows of a block, with a warp each
 constexpr float NORM_FLOOR = 1e-12f, LARGEST_INVERSE = 1.0f / NORM_FLOOR;
-// G is lifted until its largest number lies near 2^LARGEST: float16 ends at 2^16, and would flush a share of 1 / N^2.
+// G is scaled so that its largest number is near 2^LARGEST: float16 overflows at 2^16, and would flush shares of 1 / N^2.
 constexpr float LARGEST = 11;
-// Norms beyond which rows are stored near 1, by powers of two: products and gradients of two such rows leave the range.
+// Rows with larger norms are scaled by powers of two to norms near 1: products and gradients of two such rows would overflow.
 constexpr float FAR = 1099511627776.0f; // 2^40
 
 __device__ inline float load_as(const void *values, Dtype dtype, int64_t place) {
@@ -33,20 +33,20 @@ __device__ inline void store_as(void *values, Dtype dtype, int64_t place, float 
   else if (dtype == Dtype::float16) static_cast<Half *>(values)[place] = rounded<Half>(x);
   else static_cast<float *>(values)[place] = x;
 }
-// Of `source` [n, d], in `order`: rows [n, width], zeros behind; and of each row, where there is such a pointer,
+// Writes rows [n, width], padded with zeros, from `source` [n, d] in `order`; and for each row, for pointers that are not null,
 //     norms      1 / max(|x|, NORM_FLOOR), in the caller's order; 0 for a row of zeros
-//     row_norms  the same for the row as it is stored in `rows`; 1 for rows that are taken as they are
-//     row_names, row_bias  the caller's names, and its bias times log2(e), of -inf LEFT_OUT
+//     row_norms  the same for the row as stored in `rows`; 1 for rows that are not normalised
+//     row_names, row_bias  the caller's names, and its bias times log2(e), with LEFT_OUT for -inf
 //
-// Normalised rows whose norm exceeds FAR are stored with norms near 1, multiplied by powers of two.
-// scaled: all rows are stored with norms of 1/2 to 1, multiplied by powers of two. Inverse norms are then of one size: that
-// of a tiny row would take the numbers that others' products are made of below the range of float16. The power is exact
-// but for numbers that it takes below 2^-14, which lose less than 2^-24 of the row's norm.
+// Normalised rows whose norm exceeds FAR are multiplied by a power of two that brings their norm near 1.
+// scaled: all rows are multiplied by powers of two that bring their norms to 1/2 to 1. All inverse norms then have about the same
+// size; otherwise the large inverse norm of a tiny row would push other operands below the range of float16. The multiplication is
+// exact except for results below 2^-14, which lose less than 2^-24 of the row's norm.
 struct ArrangeRows {
   Rows source;
   int d, width;
   const int64_t *order;
-  void *rows; // null: taken as they are
+  void *rows; // null: the source is used as it is
   Dtype dtype;
   bool normalize, scaled;
   float *norms, *row_norms;
@@ -54,7 +54,7 @@ struct ArrangeRows {
   int *row_names;
   const float *bias;
   float *row_bias;
-  bool leave_out; // rows whose bias is -inf are read as zeros
+  bool leave_out; // rows with bias -inf are read as zeros
 };
 
 __global__ void __launch_bounds__(32 * ROW_WARPS) rows_kernel(const __grid_constant__ ArrangeRows p) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) rows_kernel(const __grid_const
   const int64_t i = int64_t(blockIdx.x) * ROW_WARPS + threadIdx.x / 32;
   if (i >= p.source.size) return; // the whole warp
   const int64_t row = p.order ? p.order[i] : i, begin = row * p.source.row_stride;
-  const int size = p.leave_out && p.bias[row] == -infinity() ? 0 : p.d; // that are read
+  const int size = p.leave_out && p.bias[row] == -infinity() ? 0 : p.d; // numbers that are read
   float inverse = 1, factor = 1, row_inverse = 1;
   if (p.normalize) {
     float squares = 0;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) rows_kernel(const __grid_const
     }
     const float norm = __fsqrt_rn(warp_sum(squares));
     inverse = row_inverse = norm == 0 ? 0.0f : __fdiv_rn(1.0f, norm < NORM_FLOOR ? NORM_FLOOR : norm);
-    if (norm == 0 || norm > FAR) { // hardly ever
+    if (norm == 0 || norm > FAR) { // rare
       float largest = 0;
       for (int d = lane; d < size; d += 32)
         largest = fmaxf(largest, fabsf(load_as(p.source.data, p.source.dtype, begin + d * p.source.column_stride)));
@@ -111,12 +111,12 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) rows_kernel(const __grid_const
   }
 }
 
-// The bases and sums of the columns of a sweep, in the caller's order, from its lines.
+// Merges a sweep's lines into bases and sums of the columns, in the caller's order.
 struct JoinLines {
   Sweep sweep;
   const float *lines; // [count, 2, m]
   int count;
-  const int64_t *order; // of columns
+  const int64_t *order; // order of columns
   float *statistics;    // [7, m]
 };
 
@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) columns_kernel(const __grid_cons
   to[m] = sum;
 }
 
-// One side's fields, counts [2, n] and parts [2, log_sums, scales, n]; the bases [3, scales, n] of its sums over all,
-// negatives and positives, to base 2. statistics [scales, 7, n] are the sweep's, `pairs` the columns that it met.
+// Writes one side's fields, counts [2, n], parts [2, log_sums, scales, n], and bases [3, scales, n] (to base 2) of its sums over all,
+// negatives and positives. statistics [scales, 7, n]: from the sweep. pairs: number of columns of the sweep.
 struct MakeFields {
   Wanted wanted;
   int64_t n, pairs;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) fields_kernel(const __grid_const
   if (i >= n) return;
   const float *own = p.statistics + 7 * k * n + i;
   const float base = own[0], negative = own[n], positive_base = own[2 * n], positive = own[3 * n];
-  // An empty sum says nothing about the base. (A sum that is NaN does.)
+  // An empty sum does not affect the base. A sum that is NaN does.
   float both_base = positive == 0 ? base : fmaxf(base, positive_base);
   if (negative == 0) both_base = positive_base;
   float everything = negative * exp2_fast(fminf(base - both_base, 0.0f));
@@ -173,20 +173,20 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) fields_kernel(const __grid_const
   }
 }
 
-// weights [scales, 7, n], in `order`: the bases of the sums over all, negatives and positives, what a term 2^(t - base)
-// of each gets, and what a positive's logit gets on top. extremes [3, scales, blocks]: of a block of rows the smallest
-// and the largest log-sum (to base 2), and the largest gradient that a logit can get.
+// weights [scales, 7, n], in `order`: the bases of the sums over all, negatives and positives; the weights of the terms 2^(t - base)
+// of each; and the constant for a positive's logit. extremes [3, scales, blocks]: for each block of rows the smallest and the largest
+// log-sum (to base 2), and the largest gradient that a logit can get.
 struct MakeWeights {
   Wanted wanted;
   int64_t n;
-  const float *gradients, *counts, *parts, *bases; // of fields, in the caller's order
+  const float *gradients, *counts, *parts, *bases; // gradients of fields etc., in the caller's order
   const int64_t *order;
   float *weights, *extremes;
 };
 
 enum Extreme : int { LOWEST_SUM, HIGHEST_SUM, PEAK, EXTREMES };
 __device__ inline float more_extreme(int what, float a, float b) { return what == LOWEST_SUM ? fminf(a, b) : fmaxf(a, b); }
-// Of a block's threads; `room` has a number for each warp. Everybody gets it. A number that is none does not count.
+// The extreme of x over a block's threads, returned to all of them; `room` has a number per warp. NaN is ignored.
 __device__ inline float most_extreme(int what, float x, float *room) {
   for (int bit = 16; bit > 0; bit /= 2) x = more_extreme(what, x, __shfl_xor_sync(ALL_LANES, x, bit));
   __syncthreads();
@@ -205,12 +205,12 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) weights_kernel(const __grid_cons
     const int64_t row = p.order ? p.order[i] : i, place = k * n + row;
     const bool positives = p.counts[row] > 0, negatives = p.counts[n + row] > 0;
     const bool present[FIELDS] = {positives || negatives, positives, negatives, positives};
-    const float bases[3] = {p.bases[place], p.bases[2 * every + place], p.bases[every + place]}; // of all, positives, negatives
+    const float bases[3] = {p.bases[place], p.bases[2 * every + place], p.bases[every + place]}; // over all, positives, negatives
     float weights[FIELDS] = {};
     for (int f = 0; f < FIELDS; f++) {
       const int64_t field = p.wanted.place[f];
       if (field < 0) continue;
-      // A user's formula may well divide by a count of zero in a row that it masks out, and send NaN back.
+      // For a row that it masks out, a user's formula may divide by a count of zero and give a NaN gradient.
       const float grad = present[f] ? p.gradients[field * every + place] : 0.0f;
       found[PEAK] += fabsf(grad);
       if (f == SUM_POS) {
@@ -218,8 +218,8 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) weights_kernel(const __grid_cons
         continue;
       }
       const float shift = p.parts[field * every + place], sum = p.parts[(p.wanted.log_sums + field) * every + place];
-      // The sum may since have been joined by another term, and its base have been raised. That of an empty sum may
-      // have fallen: there is nothing to weight then, and nothing to overflow.
+      // Another term may have been added to the sum since, which raises its base. The base of an empty sum may be lower, but then
+      // the weight is 0 and must not overflow.
       weights[f] = (sum == 0 ? 0.0f : grad / sum) * exp2_fast(fminf((bases[f] * LN2 - shift) * LOG2E, 0.0f));
       if (sum > 0) {
         const float log_sum = shift * LOG2E + log2f(sum);
@@ -242,24 +242,23 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) weights_kernel(const __grid_cons
   }
 }
 
-// side [scales, 5, side_stride(n)], as the gradient's sweep reads it, of one side's weights; and, where asked for, of
-// each scale
-//     one     1 where one exponential serves both sides, whose log-sums then differ by less than `close`
-//     middle  the one base, in the middle of all log-sums (to base 2): no logit exceeds the log-sum of a set that it is in, so none overflows
+// Writes side [scales, 5, side_stride(n)] for the gradient's sweep from one side's weights; and for each scale, unless null,
+//     one     1 if both sides share one exponential because all log-sums differ by less than `close`
+//     middle  the shared base, in the middle of all log-sums (to base 2): no logit exceeds the log-sum of its set, so none overflows
 //     lift    the power of two that brings the largest gradient of a logit near 2^LARGEST
-//     factor  what the lifted sums of gradients are multiplied by: scale / lift
+//     factor  multiplies the lifted sums of gradients: scale / lift
 struct MakeSide {
-  int64_t n, count, other_count; // blocks of weights_kernel, of either side
+  int64_t n, count, other_count; // number of blocks of weights_kernel on each side
   const float *weights, *extremes, *other_extremes;
   bool two_sides;
   float close;
   const float *scale;
   float *side;
-  int *one; // null: filled in already, as the others
+  int *one; // null: this and the next three are already written
   float *middle, *lift, *factor;
 };
 
-// weight 2^exponent, by halves: the result may be in float32's range where the power is not.
+// weight * 2^exponent in two halves: the result may be in float32's range when the power is not.
 __device__ inline float shifted(float weight, float exponent) {
   const float half = exp2_fast(exponent * 0.5f);
   return weight == 0 ? weight : weight * half * half;
@@ -313,7 +312,7 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) side_kernel(const __grid_constan
   to[4 * stride] = own[6 * n] * lift;
 }
 
-// gradient [n, width] of rows without positives: weighted sums of columns times a weight for each row.
+// gradient [n, width] of rows without positives: weighted sums of columns times a weight per row.
 struct ApplyWeights {
   const float *weighted, *side; // side [5, side_stride(n)]
   const float *factor;
@@ -328,14 +327,14 @@ __global__ void __launch_bounds__(32 * ROW_WARPS) weighed_kernel(const __grid_co
   for (int64_t d = threadIdx.x % 32; d < p.width; d += 32) p.gradient[i * p.width + d] = p.weighted[i * p.width + d] * weight * factor;
 }
 
-// out [n, d]: the gradient [n, width], off the rows where they were normalised, in the caller's order and dtype. Below
-// the floor of the norm a row was divided by a constant, and there is nothing to project.
+// out [n, d]: the gradient [n, width] through the normalisation, if any, in the caller's order and dtype. Rows with norms below the
+// floor were divided by a constant and need no projection.
 struct FinishRows {
   const float *gradient;
-  const void *rows; // as they were arranged: the caller's times powers of two
+  const void *rows; // the arranged rows: the caller's times powers of two
   Dtype dtype;
   int n, d, width;
-  const float *norms; // of the caller's rows, in its order; null: taken as they are
+  const float *norms; // of the caller's rows, in the caller's order; null: not normalised
   const int64_t *order;
   void *out;
   Dtype out_dtype;

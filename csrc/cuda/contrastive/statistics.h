@@ -1,20 +1,19 @@
-// The forward's sweep: statistics of each row over the columns, and with `lines` of each column over the rows, from one
-// pass.
+// The forward's sweep: one pass computes statistics of each row over the columns, and with `lines` also of each column over the
+// rows.
 //
-// STATISTICS [7, n], in the caller's order: base and sum of 2^(t - base) over the negatives, the same over the
-// positives, sum of the positives' logits, number of positives, number of inadmissible pairs; t = s log2(e).
+// STATISTICS [7, n], in the caller's order: base and sum of 2^(t - base) over the negatives, base and sum over the positives, sum of
+// the positives' logits, number of positives, number of inadmissible pairs; t = s log2(e).
 //
-// Where a bound on the logits allows it, nothing is taken off them, and one exponential serves row and column. Else
-// each lane keeps a running maximum for each of its rows, and a column takes the maximum of its tile. Positives, which
-// are few, are kept in shared memory.
+// If a bound on the logits allows it, no base is subtracted, and row and column share one exponential. Otherwise each lane keeps a
+// running maximum for each of its rows, and a column uses the maximum of its tile. Sums over positives, which are few, are in shared
+// memory.
 //
-// LINES [blocks of the grid, 2, m]: each block's share of the columns' sums over negatives, and their bases, which only
-// one block writes: no atomics, and always the same order of additions. What the tiles' positives are to columns is
-// found by a second launch with rows and columns exchanged, `mixed_only`, that visits the few tiles which may hold
-// some.
+// LINES [blocks of the grid, 2, m]: each block's part of the columns' sums over negatives, and their bases. Each block writes only its
+// own line: no atomics, and a fixed order of additions. The columns' sums over positives come from a second launch, `mixed_only`, with
+// rows and columns exchanged, which visits only the few tiles that may hold positives.
 //
-// Version 1: 128 x 128 tiles (128 x 64 of float32), 32 x 64 a warp. Wider tiles than the backward's because nothing
-// else lives in registers.
+// Version 1: 128 x 128 tiles (128 x 64 for float32), 32 x 64 per warp. The tiles are wider than the backward's because registers hold
+// nothing else.
 #pragma once
 #include "sweep.h"
 
@@ -30,24 +29,24 @@ template <class Element> struct StatisticsShape {
   static constexpr int FRAGMENTS = sizeof(Element) == 2 ? 8 : 4, COLUMNS = WARPS_ACROSS * FRAGMENTS * 8;
 };
 
-// Numbers of a row, in shared memory, for each of the warps across: [KEPT, WARPS_ACROSS, BLOCK_ROWS].
+// Numbers of a row in shared memory, separately for each of the warps across: [KEPT, WARPS_ACROSS, BLOCK_ROWS].
 enum Kept : int { BASE, SUM, POSITIVE_BASE, POSITIVE_SUM, SUM_POSITIVE, NUM_POSITIVE, NUM_INADMISSIBLE, KEPT };
 constexpr int KEPT_SIZE = KEPT * WARPS_ACROSS * BLOCK_ROWS * 4;
 
-// A base no smaller than `top`, and what sums to the old one are multiplied by.
+// Raises a base to at least `top`, and returns the factor for sums with the old base.
 __device__ inline float raise(float &base, float top) {
   const float old = base;
   base = fmaxf(old, top);
   return exp2_fast(old - base);
 }
-// Adds to a sum with a base another one.
+// Adds a sum with another base.
 __device__ inline void join(float &base, float &sum, float other_base, float other) {
   const float fading = raise(base, other_base);
   sum = sum * fading + other * exp2_fast(other_base - base);
 }
 
-// Sums of COUNT numbers over the 8 lanes that share columns. At each step a lane keeps half of its numbers, and gives
-// the other half to the lane that keeps those; it is left with COUNT / 8. `kept_by` chooses alike.
+// Sums COUNT numbers over the 8 lanes that share columns. At each step a lane keeps half of its numbers and sends the other half to
+// the lane that keeps those. It ends with COUNT / 8 numbers. `kept_by` selects the same ones.
 template <int COUNT, int BIT = 16, int NUMBERS> __device__ __forceinline__ void sum_over_rows(float (&v)[NUMBERS], int lane) {
   if constexpr (BIT >= 4) {
     constexpr int HALF = COUNT / 2;
@@ -68,8 +67,8 @@ template <int COUNT, int BIT = 16, int NUMBERS> __device__ __forceinline__ void 
     kept_by<HALF, BIT / 2>(v, lane);
   }
 }
-// The statistics of a block of rows, whose tiles have 16 FRAGMENTS columns: logits of a tile, its positives, what is
-// written in the end. How negatives are summed is left to those below.
+// The statistics of a block of rows with tiles of 16 FRAGMENTS columns: logits of a tile, sums over its positives, the final writes.
+// The classes below sum the negatives.
 template <class Element, int FRAGMENTS> class RowStatistics {
 protected:
   static constexpr int COLUMNS = WARPS_ACROSS * FRAGMENTS * 8;
@@ -95,7 +94,7 @@ protected:
   }
   __device__ __forceinline__ float &kept_of(int what, int row, int across) { return kept_[(what * WARPS_ACROSS + across) * BLOCK_ROWS + row]; }
 
-  // The logits of a tile of negatives alone.
+  // The logits of a tile with negatives only.
   __device__ __forceinline__ void interior_logits(int j0) {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
@@ -110,7 +109,7 @@ protected:
     }
   }
 
-  // Those of any tile, -inf for what is no negative; and the sums over its positives.
+  // The logits of any tile, -inf for places that are not negatives; and the sums over its positives.
   __device__ __forceinline__ void mixed_logits(int j0) {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
@@ -164,7 +163,7 @@ protected:
           count += __shfl_xor_sync(ALL_LANES, count, bit);
           inadmissible += __shfl_xor_sync(ALL_LANES, inadmissible, bit);
         }
-        if (at_.lane % 4 == 0) { // nobody else touches the row's places of this warp
+        if (at_.lane % 4 == 0) { // one lane per row, so there is no race
           join(kept_of(POSITIVE_BASE, row, at_.across), kept_of(POSITIVE_SUM, row, at_.across), positive_top, positive);
           kept_of(SUM_POSITIVE, row, at_.across) += logits;
           float &positives = kept_of(NUM_POSITIVE, row, at_.across), &others = kept_of(NUM_INADMISSIBLE, row, at_.across);
@@ -211,7 +210,7 @@ protected:
       to[5 * n] = float(positives);
       to[6 * n] = float(inadmissible + p_.self);
     }
-    __syncthreads(); // the next block of rows begins with other numbers
+    __syncthreads(); // the next block of rows overwrites shared memory
   }
 };
 
@@ -222,7 +221,7 @@ template <class Element> class StatisticsBlock : RowStatistics<Element, Statisti
   const bool narrow_;
   float *const columns_; // in shared memory
 
-  // Adds up the negatives of a tile, BOTH: those of columns too, where they share the exponentials.
+  // Sums the negatives of a tile for its rows; with BOTH also for its columns, which share the exponentials.
   template <bool BOTH> __device__ __forceinline__ void add_rows(float (&by_column)[COUNT]) {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
@@ -243,7 +242,7 @@ template <class Element> class StatisticsBlock : RowStatistics<Element, Statisti
     }
   }
 
-  // The columns' sums over the tile's rows, added to the block's line.
+  // Adds the columns' sums over the tile's rows to the block's line.
   __device__ __forceinline__ void add_columns(int j0, float (&by_column)[COUNT], float *line, bool first) {
     float top[COUNT];
     if (!narrow_) {
@@ -268,9 +267,9 @@ template <class Element> class StatisticsBlock : RowStatistics<Element, Statisti
       columns_[place] = by_column[k];
       if (!narrow_) columns_[WARPS_DOWN * COLUMNS + place] = top[k];
     }
-    __syncthreads(); // the next tile's slices are waited for together before this is written again
+    __syncthreads(); // the barrier for the next tile's slices comes before this is overwritten
     const int own = threadIdx.x, j = j0 + own;
-    if (own < COLUMNS && j < p_.m) { // always this thread's column of the line
+    if (own < COLUMNS && j < p_.m) { // a column of the line always belongs to the same thread
       float sum = columns_[own], base = narrow_ ? 0.0f : columns_[WARPS_DOWN * COLUMNS + own];
       for (int down = 1; down < WARPS_DOWN; down++) {
         const int place = down * COLUMNS + own;

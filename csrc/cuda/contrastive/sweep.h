@@ -1,14 +1,14 @@
-// What both sweeps over tiles share: the problem as they see it, rows on their way through shared memory, products.
+// Shared by the sweeps over tiles: their parameters, the ring of rows in shared memory, products.
 //
-// A block of 8 warps owns 128 rows and walks over tiles of columns (tiles.h). Slices of 128 bytes of the tiles' rows
-// pass through a ring in shared memory, one or two slices ahead of the product; the block's own rows stay in shared
-// memory if they fit, else their slices pass by in the same slots.
+// A block of 8 warps owns 128 rows and visits tiles of columns (tiles.h). Slices of 128 bytes of the tiles' rows are loaded into a
+// ring in shared memory, one or two slices ahead of the product. The block's own rows stay in shared memory if they fit; otherwise
+// their slices use the same slots.
 //
-// Version 1: mma.sync and cp.async, which sm_80 brought, one code for every newer chip. Rows are multiplied as they
-// come, norms enter the tile. float32 rows are multiplied as sums of two tf32 numbers (three products): twice the rate
-// of FMA or more, and no less exact, as the two small products have sums of their own. Those are added to each other
-// first, so that <x, y> and <y, x> agree to the bit. Tensor cores truncate what they add to a sum: of float32 rows they
-// sum no more than a slice, and slices are added outside.
+// Version 1: mma.sync and cp.async, the instructions of sm_80, for all newer chips. Rows are multiplied without normalisation; norms
+// are applied to the tile. float32 rows are multiplied as sums of two tf32 numbers (three products). That has at least twice the rate
+// of FMA and is no less exact, because the two small products have separate sums. These are added to each other first, so that
+// <x, y> and <y, x> agree bitwise. Tensor cores truncate when they add to a sum, so for float32 rows they sum only one slice, and
+// slices are added outside.
 #pragma once
 #include "cuda/products.h"
 #include "tiles.h"
@@ -17,24 +17,24 @@ namespace fastcl::cuda {
 
 struct Sweep {
   const void *x, *y;                   // [n, width], [m, width], padded with zeros
-  int n, m, width;                     // of bytes
+  int n, m, width;                     // numbers of rows and columns; width in bytes
   const float *a, *c;                  // [n], [m]: inverse norms; null: 1
-  const float *row_bias, *column_bias; // at most one of them, times log2(e), or LEFT_OUT
-  const int *start, *end;              // [n]: row i's positives are the columns [start_i, end_i); both grow
-  const int *row_names, *column_names; // equal names but 0 make a pair inadmissible
-  const int64_t *order;                // [n]: the caller's places of rows
+  const float *row_bias, *column_bias; // at most one is not null; times log2(e), or LEFT_OUT
+  const int *start, *end;              // [n]: row i's positives are the columns [start_i, end_i); both grow with i
+  const int *row_names, *column_names; // a pair with equal nonzero names is inadmissible
+  const int64_t *order;                // [n]: the caller's indices of rows
   const float *scale;                  // [1]
-  const float *longest, *largest_bias; // [1]: what bounds the logits, where it is not 1 and 0
-  bool self;                           // no row meets itself
-  bool exact;                          // float32 products in three parts, else in tf32
+  const float *longest, *largest_bias; // [1]: factors of the bound of the logits; null: 1 and 0
+  bool self;                           // self-contrast: pairs (i, i) are excluded
+  bool exact;                          // multiply float32 in three products, else as tf32
   bool resident;                       // the block's rows stay in shared memory
-  int slots, prefetch;                 // of the ring: how many, and how many of them are on their way, 1 or 2
+  int slots, prefetch;                 // of the ring: number of slots, and number of slices that are loaded ahead, 1 or 2
 };
 
-// Logits (to base 2) below which no base is taken off: 2^30 of 2^96, or of 2^-96, are float32's.
+// Below this bound of logits (to base 2) no base is subtracted: sums of 2^30 terms of 2^96, or of 2^-96, are in float32's range.
 constexpr float NARROW = 96;
 
-// Whether no base is needed. A bound that is not a number is not narrow.
+// Whether no base is needed. A bound of NaN is not narrow.
 __device__ inline bool is_narrow(const Sweep &p) {
   float bound = fabsf(*p.scale) * LOG2E * 1.002f;
   if (p.longest) bound *= *p.longest;
@@ -42,7 +42,7 @@ __device__ inline bool is_narrow(const Sweep &p) {
   return bound <= NARROW;
 }
 
-// Interior tiles look neither at names nor at a bias. careful: nor at the end of rows.
+// The walk of a block of rows. Interior tiles ignore names and bias. careful: the block of rows is incomplete, so all tiles are mixed.
 __device__ inline Walk walk_of(const Sweep &p, int i0, int columns, bool careful) {
   int low = 0, high = 0;
   const int end = smaller(i0 + BLOCK_ROWS, p.n);
@@ -58,7 +58,7 @@ __device__ inline Walk walk_of(const Sweep &p, int i0, int columns, bool careful
   return walk(low, high, p.m, columns);
 }
 
-// s log2(e) of a pair; the same roundings wherever a logit is formed, and for (j, i) as for (i, j).
+// The functions below compute s log2(e) of a pair. Every kernel rounds it in the same way, and (j, i) as (i, j).
 __device__ inline float similarity_of(float dot, float a, float c) { return __fmul_rn(dot, __fmul_rn(a, c)); }
 __device__ inline float logit_of(float similarity, float scale) { return __fmul_rn(similarity, scale); }
 __device__ inline float logit_of(float similarity, float scale, const Sweep &p, float bias) {
@@ -66,7 +66,7 @@ __device__ inline float logit_of(float similarity, float scale, const Sweep &p, 
   return p.row_bias || p.column_bias ? __fadd_rn(t, bias) : t;
 }
 
-// What a lane sees of a tile: 4 rows (two fragments, two rows of each) and two columns of each fragment across.
+// A lane's places in a tile: 4 rows (two fragments with two rows each) and two columns of each fragment across.
 struct Lane {
   int lane, down, across;
 
@@ -79,7 +79,7 @@ struct Lane {
   template <int FRAGMENTS> __device__ int column(int f) const { return (across * FRAGMENTS + f) * 8 + fragment_column(lane, 0); }
 };
 
-// Two neighbouring numbers of a vector that may not be there.
+// Two neighbouring numbers of a vector; `otherwise` if it is null.
 __device__ inline float2 two_of(const float *values, int j, float otherwise) {
   return values ? *reinterpret_cast<const float2 *>(values + j) : make_float2(otherwise, otherwise);
 }
@@ -96,8 +96,8 @@ template <int ROWS> __device__ void load_slice(uint32_t to, const void *rows, in
   }
 }
 
-// The slices of a block's walk, in the order in which they are multiplied: of each tile all slices of its rows, then
-// `again` slices from `part` on, for a second product, unless they are still in the ring.
+// Loads the slices of a block's walk in the order of the products: for each tile all slices of its rows, then for a second product
+// `again` slices from `part` on, unless they are still in the ring.
 template <int COLUMNS> class Feed {
 public:
   __device__ Feed(const Sweep &p, const Walk &walk, int i0, uint32_t shared, int again, int part)
@@ -110,7 +110,7 @@ public:
     }
     for (int k = 0; k < p.prefetch; k++) issue();
   }
-  // The next slice of columns: the wait for it, and, as every thread is done with the slot, the start of another.
+  // Waits for the next slice of columns. After the wait all threads are done with the previous slot, so another load starts.
   __device__ uint32_t next() {
     if (p_.prefetch == 2) copy_wait<1>();
     else copy_wait<0>();
@@ -120,12 +120,12 @@ public:
     out_ = after(out_);
     return at;
   }
-  // The block's own rows' slice that goes with the slice at `at`.
+  // The slice of the block's own rows that belongs to the columns' slice at `at`.
   __device__ uint32_t own(int slice, uint32_t at) const { return p_.resident ? own_ + slice * BLOCK_ROWS * SLICE : at + COLUMNS * SLICE; }
-  // Where the slice is that was `back` slices before the next one.
+  // The address of the slice that was loaded `back` slices before the next one.
   __device__ uint32_t earlier(int back) const { return ring_ + (out_ >= back ? out_ - back : out_ - back + p_.slots) * slot_size_; }
   __device__ int slices() const { return slices_; }
-  // How many steps of the product's depth there are in a slice.
+  // The number of steps of the product's depth in a slice.
   __device__ int steps(int slice) const { return smaller((p_.width - slice * SLICE) / STEP, STEPS); }
   __device__ __forceinline__ void finish() {
     copy_wait<0>();
@@ -146,7 +146,7 @@ private:
         step_++;
       }
     }
-    copy_commit(); // empty ones too: what is waited for is counted
+    copy_commit(); // also empty groups, because the wait counts groups
   }
   const Sweep &p_;
   const Walk walk_;
@@ -155,13 +155,13 @@ private:
   int slot_size_, step_ = 0, item_ = 0, in_ = 0, out_ = 0;
 };
 
-// Bytes of shared memory that a feed takes.
+// Bytes of shared memory of a feed.
 template <int COLUMNS> int64_t feed_size(int width, bool resident, int slots) {
   const int64_t own = int64_t(BLOCK_ROWS) * SLICE, columns = COLUMNS * SLICE;
   return resident ? blocks_of(width, SLICE) * own + slots * columns : slots * (own + columns);
 }
 
-// A fragment's number as the sum of two that tf32 holds.
+// Splits a fragment's number into two that tf32 can represent.
 __device__ inline void split(uint32_t x, uint32_t &large, uint32_t &small) {
   large = to_tf32(__uint_as_float(x));
   small = to_tf32(__fsub_rn(__uint_as_float(x), __uint_as_float(large)));
@@ -171,12 +171,11 @@ template <int COUNT> __device__ void split(const uint32_t (&x)[COUNT], uint32_t 
   for (int k = 0; k < COUNT; k++) split(x[k], large[k], small[k]);
 }
 
-// <x_i, y_j> of a warp's 32 rows and 8 FRAGMENTS columns. Always by the same instructions in the same order along the
-// depth.
+// <x_i, y_j> of a warp's 32 rows and 8 FRAGMENTS columns, always with the same instructions in the same order along the depth.
 template <class Element, int FRAGMENTS> struct Dots {
   static constexpr bool WIDE = sizeof(Element) == 4;
   float sums[2][FRAGMENTS][4];
-  float small[WIDE ? 2 : 1][2][WIDE ? FRAGMENTS : 1][4]; // of float32 rows: the small part of x with y, and of y with x
+  float small[WIDE ? 2 : 1][2][WIDE ? FRAGMENTS : 1][4]; // for float32 rows: the small part of x times y, and of y times x
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -190,9 +189,9 @@ template <class Element, int FRAGMENTS> struct Dots {
         }
   }
 
-  // x, y: where the warp's rows and columns begin, of a slice in shared memory.
+  // x, y: addresses of the warp's rows and columns in a slice in shared memory.
   __device__ __forceinline__ void add(uint32_t x, uint32_t y, int steps, int lane, bool exact) {
-    float part[WIDE ? 2 : 1][WIDE ? FRAGMENTS : 1][4] = {}; // of float32 rows: the slice's sums
+    float part[WIDE ? 2 : 1][WIDE ? FRAGMENTS : 1][4] = {}; // for float32 rows: the slice's sums
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
       if (k >= steps) break;
@@ -257,7 +256,7 @@ template <class Element, int FRAGMENTS> struct Dots {
     }
   }
 
-  // The warp's products for a tile whose slices the feed brings next.
+  // Computes the warp's products for the feed's next tile.
   template <int COLUMNS> __device__ __forceinline__ void take(Feed<COLUMNS> &feed, const Lane &at, bool exact) {
     clear();
     for (int slice = 0; slice < feed.slices(); slice++) {

@@ -1,11 +1,11 @@
-// Launches of the sweeps; compiled once for each dtype of rows.
+// Launches of the sweeps, compiled once per dtype of rows.
 #pragma once
 #include "cuda/runtime.h"
 #include "weighted.h"
 
 namespace fastcl::cuda {
 
-// blocks: 0 for one for each block of rows. The launches choose what shared memory is for.
+// blocks: size of the grid; 0: one per block of rows. The launches decide how to use the shared memory.
 template <class Element> void launch_statistics(StatisticsSweep sweep, int64_t blocks, const Where &where);
 template <class Element> void launch_gradient(GradientSweep sweep, const Where &where);
 template <class Element> void launch_weighted(WeightedSweep sweep, const Where &where);
@@ -19,15 +19,15 @@ template <class Element> void launch_statistics(StatisticsSweep sweep, int64_t b
   sweep.prefetch = 2;
   sweep.slots = 3;
   if (size() > most) sweep.resident = false;
-  if (size() > most) sweep.prefetch = 1, sweep.slots = 2; // not more than 100 KiB, as some chips have
+  if (size() > most) sweep.prefetch = 1, sweep.slots = 2; // fits 100 KiB, the limit of some chips
   launch("statistics", statistics_kernel<Element>, {blocks ? blocks : blocks_of(sweep.n, BLOCK_ROWS), THREADS, size()}, where, sweep);
 }
 
-// Bytes of shared memory, beside `fixed` ones, of a sweep with a second product.
+// Decides how a sweep with a second product uses shared memory; returns its bytes in addition to `fixed`.
 template <class Element, class Products> int64_t choose_memory(Products &sweep, int64_t fixed, int64_t most) {
   constexpr int COLUMNS = GradientShape<Element>::COLUMNS;
-  // What serves best comes first: nothing is loaded twice; columns are, for the second product; the block's own rows
-  // are too.
+  // From best to worst: nothing is loaded twice; columns are loaded twice, for the second product; the block's own rows are also
+  // loaded again.
   sweep.resident = sweep.whole = true;
   sweep.prefetch = 2;
   sweep.slots = int(blocks_of(sweep.width, SLICE)) + 2;

@@ -1,13 +1,12 @@
-// A forward that leaves the anchors' gradient, for contrasts that need none (a queue): the statistics of each row, and
-// beside them
+// A forward that prepares the anchors' gradient, for contrasts that need none (a queue). It computes the statistics of each row, and
 //
 //     weighted [n, width] = sum_j 2^(t_ij - base_i) c_j y_j  over the negatives, base_i as in the statistics,
 //
-// of which the backward makes the gradient by a factor for each row: 4 n m D in all in place of 6. Only blocks of rows
-// that have positives are swept again.
+// from which the backward computes the gradient with a factor per row: 4 n m D operations in all instead of 6. The backward sweeps
+// only blocks of rows that have positives.
 //
-// Version 1: tiles and products are the gradient's. Both warps that share rows need one base for them, a running
-// maximum, which they find through shared memory.
+// Version 1: tiles and products are those of the gradient. The two warps that share rows need a common base, a running maximum, which
+// they exchange through shared memory.
 #pragma once
 #include "gradient.h"
 #include "statistics.h"
@@ -19,7 +18,7 @@ struct WeightedSweep : StatisticsSweep {
   bool whole; // as in GradientSweep
 };
 
-// Of exponentials, at most 1, times inverse norms, below 2 in float16, which ends at 2^16 and flushes below 2^-24.
+// Factor of the weights. Exponentials are at most 1, times inverse norms below 2; float16 overflows at 2^16 and flushes below 2^-24.
 constexpr float WEIGHTS_LIFT = 16384;
 constexpr int TOPS_SIZE = WARPS_ACROSS * BLOCK_ROWS * 4;
 
@@ -29,10 +28,10 @@ template <class Element> class WeightedBlock : RowStatistics<Element, GradientSh
   using Base::at_, Base::i0_, Base::base_, Base::sum_, Base::dots_;
   const WeightedSweep &p_;
   const int part_;
-  float *const tops_; // in shared memory: of each warp across, the largest logit of each row
+  float *const tops_; // in shared memory: the largest logit of each row, for each warp across
   Products<Element> products_;
 
-  // Raises the bases of rows to the tile's largest logits, and takes from the sums what they lose by it.
+  // Raises the bases of rows to the tile's largest logits, and rescales the sums.
   __device__ __forceinline__ void raise_bases() {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
@@ -43,7 +42,7 @@ template <class Element> class WeightedBlock : RowStatistics<Element, GradientSh
       for (int bit = 1; bit <= 2; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, bit));
       if (at_.lane % 4 == 0) tops_[at_.across * BLOCK_ROWS + at_.row(r)] = top;
     }
-    __syncthreads(); // written again after the next tile's slices have been waited for together
+    __syncthreads(); // overwritten only after the barrier for the next tile's slices
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       const float top = fmaxf(tops_[at_.row(r)], tops_[BLOCK_ROWS + at_.row(r)]), fading = raise(base_[r], top);

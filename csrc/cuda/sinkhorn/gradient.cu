@@ -1,4 +1,4 @@
-// The gradient of the scores: R (gradient - less) minus terms that are softmaxes of their own. A warp owns a few rows.
+// The gradient of the scores: R (gradient - less) minus terms, each with its own softmax. A warp owns a few rows.
 #include "passes.h"
 #include "rows.h"
 
@@ -10,7 +10,7 @@ constexpr int THREADS = 256, ROWS = 4, STRIP = 4;
 __global__ void __launch_bounds__(THREADS) score_gradient_kernel(const SinkhornPassCall call) {
   const int64_t n = call.rows, k = call.columns, per_batch = blocks_of(n, ROWS);
   const int64_t task = int64_t(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP;
-  if (task >= call.batch * per_batch) return; // a whole warp
+  if (task >= call.batch * per_batch) return; // holds for a whole warp
   const int64_t b = task / per_batch, i = task % per_batch * ROWS;
   const float inverse_epsilon = *call.inverse_epsilon, scale = inverse_epsilon * LOG2E;
   float moment[ROWS];
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS) score_gradient_kernel(const SinkhornP
       for (int c = 0; c < STRIP; c++) {
         const int64_t j = first + c * WARP;
         if (i + r >= n || j >= k) continue;
-        if (total[r][c] != 0) moment[r] += total[r][c] * score[r][c]; // a score of -inf has no weight
+        if (total[r][c] != 0) moment[r] += total[r][c] * score[r][c]; // a score of -inf has weight 0
         store(call.matrix, call.scores.dtype, (b * n + i + r) * k + j, total[r][c] * inverse_epsilon);
       }
     }
@@ -101,7 +101,7 @@ void sinkhorn_score_gradient(const Where &where, const SinkhornPassCall &call) {
   launch("sinkhorn score gradient", score_gradient_kernel, shape, where, call);
 }
 
-// A pass as it is made of launches.
+// Launches the kernels of a pass.
 void sinkhorn_pass(const Where &where, const SinkhornPassCall &call) {
   const DeviceGuard guard(where.device);
   const bool sums = call.partial != nullptr, columns = sums || call.matrix;
@@ -111,7 +111,7 @@ void sinkhorn_pass(const Where &where, const SinkhornPassCall &call) {
   case SinkhornStep::column_sums: return sinkhorn_columns(where, call);
   default:
     if (call.columns <= SINKHORN_WHOLE) return sinkhorn_whole_rows(where, call);
-    // Without a gradient there is nothing that rows reduce to: the caller has written zeros.
+    // Without a gradient the sums over rows are zero, and the caller has written them.
     if (call.step != SinkhornStep::gradient || call.gradient.data) sinkhorn_long_rows(where, call);
     if (columns) sinkhorn_columns(where, call);
   }

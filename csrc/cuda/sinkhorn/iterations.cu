@@ -1,13 +1,13 @@
-// All iterations in one cooperative launch. A block owns a chunk of a batch's rows, which stays in its shared memory where all
-// chunks fit; else each iteration reads the scores once. An iteration: rows, and the sums of each chunk's columns; then all
-// wait, and each block adds up some columns over the chunks, in their order, and moves the potential there; then all wait again.
+// All iterations in one cooperative launch. A block owns a chunk of a problem's rows. The chunk stays in shared memory if all chunks
+// fit; otherwise each iteration reads the scores once. An iteration processes the rows and the column sums of each chunk. After a
+// barrier each block adds some columns over the chunks, in order, and updates their potential. A second barrier ends the iteration.
 #include "rows.h"
 
 namespace fastcl::cuda {
 namespace {
 
-constexpr int ROWS = 1;                             // of a group at once: two do not fit into registers beside the rest
-constexpr float SMALLEST = 1.1754943508222875e-38f; // mass of a column, as a logarithm is taken of it
+constexpr int ROWS = 1;                             // rows of a group at once: two do not fit into the registers
+constexpr float SMALLEST = 1.1754943508222875e-38f; // smallest mass of a column, so that its logarithm is finite
 
 __host__ __device__ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 __device__ int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -18,7 +18,7 @@ template <class T> __device__ void copy_rows(const Matrix &from, int64_t b, int6
     for (int64_t j = threadIdx.x; j < columns; j += SINKHORN_THREADS) place[(i - first) * columns + j] = row_of<T>(from, b, i)[j * from.per_column];
 }
 
-// g [K] in two parts.
+// Loads g [K] in two parts.
 __device__ void load_potential(const double *g, int64_t columns, const SharedRows &shared) {
   for (int64_t j = threadIdx.x; j < columns; j += SINKHORN_THREADS) {
     const float high = float(g[j]);
@@ -27,7 +27,7 @@ __device__ void load_potential(const double *g, int64_t columns, const SharedRow
   }
 }
 
-// Sums [b, j] over the chunks, the new potential there, and each 32 columns' part of the error.
+// Sums columns over the chunks, updates their potential, and writes the error of every 32 columns.
 __device__ void update_columns(const SinkhornIterations &call, int64_t t, const double *g, double *next, float *scratch) {
   const int64_t k = call.columns, tiles = blocks_of(k, WARP);
   const int own = int(threadIdx.x) / WARP;
@@ -45,7 +45,7 @@ __device__ void update_columns(const SinkhornIterations &call, int64_t t, const 
       if (j < k) {
         const float log_prior = call.log_prior[b * k + j];
         call.kept_masses[(call.tolerance < 0 ? t : 0) * call.batch * k + b * k + j] = sum;
-        const double log_mass = log(double(sum < SMALLEST ? SMALLEST : sum)); // NaN stays
+        const double log_mass = log(double(sum < SMALLEST ? SMALLEST : sum)); // NaN stays NaN
         next[b * k + j] = log_prior == -INFINITY ? double(-INFINITY) : g[b * k + j] + epsilon * (log_prior - log_mass);
         difference = fabsf(sum - expf(log_prior));
       }
@@ -56,7 +56,7 @@ __device__ void update_columns(const SinkhornIterations &call, int64_t t, const 
   }
 }
 
-// Whether a batch is not yet within the tolerance; every block finds the same.
+// Whether any problem of the batch misses the tolerance. All blocks get the same result.
 __device__ bool unfinished(const SinkhornIterations &call, float *flags) {
   const int64_t tiles = blocks_of(call.columns, WARP);
   const int own = int(threadIdx.x) / WARP;
@@ -66,7 +66,7 @@ __device__ bool unfinished(const SinkhornIterations &call, float *flags) {
     for (int64_t tile = lane(); tile < tiles; tile += WARP) error += call.error_parts[b * tiles + tile];
     error = warp_sum(error);
     if (blockIdx.x == 0 && lane() == 0) call.error[b] = error;
-    open |= error >= call.tolerance; // NaN ends it
+    open |= error >= call.tolerance; // false for NaN, which ends the iterations
   }
   if (lane() == 0) flags[own] = open;
   __syncthreads();
@@ -79,11 +79,11 @@ __global__ void __launch_bounds__(SINKHORN_THREADS) iterations_kernel(const Sink
   const int64_t n = call.rows, k = call.columns, each = call.batch * k, b = blockIdx.x / call.chunks, chunk = blockIdx.x % call.chunks;
   const int64_t first = chunk * call.chunk, last = first + call.chunk < n ? first + call.chunk : n;
   const SharedRows shared(k);
-  float *const scratch = shared.low; // [SINKHORN_THREADS], between the passes over rows
+  float *const scratch = shared.low; // [SINKHORN_THREADS], used between the passes over rows
   char *const held = reinterpret_cast<char *>(shared.low + larger(k, SINKHORN_THREADS));
   if (call.resident) {
     if (call.scores.dtype == Dtype::float32) copy_rows<float>(call.scores, b, first, last, k, held);
-    else copy_rows<Half>(call.scores, b, first, last, k, held); // or another of two bytes
+    else copy_rows<Half>(call.scores, b, first, last, k, held); // any dtype of two bytes
   }
   if (threadIdx.x == 0) {
     RowsOfBatch rows{};
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(SINKHORN_THREADS) iterations_kernel(const Sink
     *shared.rows = rows;
   }
   const bool fixed = call.tolerance < 0;
-  bool last_pass = false; // over the rows: their assignments, and no sums
+  bool last_pass = false; // of the rows: writes assignments, without column sums
   int64_t t = 0;
   for (;;) {
     const double *g = fixed ? call.kept_g + t * each : call.g + (t & 1) * each;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(SINKHORN_THREADS) iterations_kernel(const Sink
       rows.matrix = last_pass ? static_cast<char *>(call.matrix) + b * n * k * bytes_of(call.scores.dtype) : nullptr;
       rows.sums = !last_pass;
     }
-    __syncthreads(); // of the scores too
+    __syncthreads(); // also for the scores
     whole_rows<SinkhornStep::normalize, ROWS>(first, last, shared);
     if (last_pass) break;
     for (int64_t j = threadIdx.x; j < k; j += SINKHORN_THREADS) call.partial[(b * call.chunks + chunk) * k + j] = shared.high[j];
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(SINKHORN_THREADS) iterations_kernel(const Sink
     update_columns(call, t, g, fixed ? call.kept_g + (t + 1) * each : call.g + ((t + 1) & 1) * each, scratch);
     grid_barrier();
     if (fixed || (unfinished(call, scratch) && t + 1 < call.iterations)) t++;
-    else last_pass = true; // of this iteration's potential, once more
+    else last_pass = true; // repeats the pass with this iteration's potential
   }
   if (!fixed && chunk == 0)
     for (int64_t j = threadIdx.x; j < k; j += SINKHORN_THREADS) call.kept_g[b * k + j] = call.g[(t & 1) * each + b * k + j];
@@ -133,7 +133,7 @@ int64_t shared_bytes(int64_t columns, int64_t held) {
 
 SinkhornPlan sinkhorn_plan(int index, int64_t batch, int64_t rows, int64_t columns, int64_t bytes) {
   const Device &here = device(index);
-  const int64_t most = batch ? here.processors / batch : 0; // chunks of each batch: a block for each multiprocessor
+  const int64_t most = batch ? here.processors / batch : 0; // chunks per problem: one block per multiprocessor
   if (columns > SINKHORN_WHOLE || most < 1 || rows < 1) return {0, 0, false};
   const int64_t chunk = blocks_of(rows, most < rows ? most : rows), chunks = blocks_of(rows, chunk);
   return {chunk, chunks, shared_bytes(columns, chunk * columns * bytes) <= here.shared};

@@ -1,23 +1,22 @@
-// Sinkhorn's passes on a GPU: descriptions, and what their kernels share. What the passes compute stands in
-// fastcl/ops/sinkhorn/reference.py. All numbers but the scores are float; potentials come in two parts, of which the second
-// is what the first rounded off.
+// Sinkhorn's passes on a GPU: their descriptions and launches. fastcl/ops/sinkhorn/reference.py defines what the passes compute. All
+// numbers but the scores are float. Potentials have two parts; the second is the rounding error of the first.
 //
-// Exponentials are exp2((S + potential - shift) * scale) with scale = log2(e) / epsilon: the sum comes first, as its terms
-// nearly cancel where it matters. Nothing is added up by two threads without an order: sums over rows leave as one partial
-// sum for each chunk of rows, and are added in the order of chunks.
+// Exponentials are exp2((S + potential - shift) * scale) with scale = log2(e) / epsilon. The sum is formed before the product because
+// its terms nearly cancel where the plan has mass. Additions have a fixed order: each chunk of rows writes a partial sum over its
+// rows, and the partial sums are added in the order of chunks.
 #pragma once
 #include "problem.h"
 #include "cuda/cuda.h"
 
 namespace fastcl::cuda {
 
-struct Matrix { // [B, N, K] at any strides, in elements; data null: none
+struct Matrix { // [B, N, K] with any strides, in elements; data null: none
   const void *data;
   Dtype dtype;
   int64_t per_batch, per_row, per_column;
 };
 
-// The first three have kernels for whole rows, and for longer ones a kernel for what rows reduce to and one for columns.
+// The first three have a kernel for whole rows, and for longer rows one kernel for sums over rows and one for column sums.
 enum class SinkhornStep : int { normalize, products, gradient, column_products, column_sums, score_gradient };
 
 struct SinkhornPassCall {
@@ -25,16 +24,16 @@ struct SinkhornPassCall {
   Matrix scores, gradient;
   int64_t batch, rows, columns; // B, N, K
   const float *inverse_epsilon; // [1]
-  const float *high, *low;      // g [B, K]; f [B, N] of column_products and column_sums
-  float *shift, *sum;           // [B, N]: written by normalize, else read; shift [B, K] of column_products
+  const float *high, *low;      // g [B, K]; f [B, N] for column_products and column_sums
+  float *shift, *sum;           // [B, N]: written by normalize, else read; for column_products shift [B, K]
   const float *mass;            // [B, N]
   const float *weights;         // w [B, K]
   const float *less;            // [B, N]
   float *by_row;                // [B, N]
-  float *partial;               // [B, chunks, K]; null: sums of columns are not wanted. Of column_sums [2, B, chunks, K]
-  void *matrix;                 // [B, N, K] of the scores' dtype in one piece; null: not wanted
-  int64_t chunk, chunks;        // rows of a chunk, and how many of them
-  // Of score_gradient, stacked: row terms, then column terms.
+  float *partial;               // [B, chunks, K]; null: column sums are not wanted. For column_sums [2, B, chunks, K]
+  void *matrix;                 // [B, N, K] in the scores' dtype, contiguous; null: not wanted
+  int64_t chunk, chunks;        // rows per chunk, number of chunks
+  // For score_gradient, stacked: row terms, then column terms.
   int64_t row_terms, column_terms;
   const float *term_high, *term_low, *term_w; // [terms, B, K]
   const float *term_shift, *term_p, *term_q;  // [terms, B, N]; p and q divided by their rows' sums
@@ -51,27 +50,27 @@ struct SinkhornIterations {
   const float *log_prior; // [B, K]
   int64_t iterations;
   float tolerance;     // negative: none
-  float *kept_rows;    // [T, 2, B, N]: shift and sum of iteration t, or with a tolerance of the last one (T = 1)
-  double *kept_g;      // [T, B, K]: g of each iteration, of which the first is given
-  double *kept_masses; // [T, B, K]: the columns' masses after each, without a tolerance not after the last
-  float *error;        // [B]: L1 error of the columns after the last; where there is a tolerance
+  float *kept_rows;    // [T, 2, B, N]: shift and sum of each iteration; with a tolerance of the last one (T = 1)
+  double *kept_g;      // [T, B, K]: g of each iteration; the first is an input
+  double *kept_masses; // [T, B, K]: column masses after each iteration; without a tolerance, not after the last
+  float *error;        // [B]: L1 error of the column masses after the last iteration; only with a tolerance
   int64_t *done;       // [1]
   void *matrix;        // [B, N, K]: assignments
   float *partial;      // [B, chunks, K]
   float *error_parts;  // [B, ceil(K / 32)]
-  double *g;           // [2, B, K]: with a tolerance
+  double *g;           // [2, B, K]: only with a tolerance
   int64_t chunk, chunks;
   bool resident; // the scores stay in shared memory; else each iteration reads them once
 };
 
-// How the rows of each batch are dealt out for SinkhornIterations: `chunks` blocks of `chunk` rows. chunks = 0: not at all.
+// The division of each problem's rows for SinkhornIterations: `chunks` blocks of `chunk` rows. chunks = 0: not supported.
 struct SinkhornPlan {
   int64_t chunk, chunks;
   bool resident;
 };
 
-constexpr int SINKHORN_THREADS = 512, SINKHORN_WIDTH = 16;                     // of a block; columns that a thread holds of a row
-constexpr int64_t SINKHORN_WHOLE = int64_t(SINKHORN_THREADS) * SINKHORN_WIDTH; // columns of the longest row held whole
+constexpr int SINKHORN_THREADS = 512, SINKHORN_WIDTH = 16;                     // threads of a block; columns of a row that a thread holds
+constexpr int64_t SINKHORN_WHOLE = int64_t(SINKHORN_THREADS) * SINKHORN_WIDTH; // most columns of a row that is held whole
 
 SinkhornPlan sinkhorn_plan(int device, int64_t batch, int64_t rows, int64_t columns, int64_t bytes);
 void sinkhorn_pass(const Where &where, const SinkhornPassCall &call);

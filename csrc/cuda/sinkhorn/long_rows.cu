@@ -1,20 +1,20 @@
-// Passes over rows that are too long to be held: the scores are read for what rows reduce to, and again for the columns.
+// Passes over rows that are too long to be held whole: they read the scores once for the sums over rows, and again for the columns.
 #include "passes.h"
 #include "rows.h"
 
 namespace fastcl::cuda {
 namespace {
 
-constexpr int THREADS = 256, STRIP = 8; // columns that a lane has at hand
+constexpr int THREADS = 256, STRIP = 8; // columns that a lane holds
 
 // A warp owns a few rows.
 template <SinkhornStep STEP> __global__ void __launch_bounds__(THREADS) long_rows_kernel(const SinkhornPassCall call) {
   const int64_t n = call.rows, k = call.columns;
   const int64_t per_batch = blocks_of(n, ROWS_AT_ONCE), task = int64_t(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP;
-  if (task >= call.batch * per_batch) return; // a whole warp
+  if (task >= call.batch * per_batch) return; // holds for a whole warp
   const int64_t b = task / per_batch, i = task % per_batch * ROWS_AT_ONCE;
   const float scale = *call.inverse_epsilon * LOG2E;
-  constexpr bool COLUMNS = STEP == SinkhornStep::column_products; // the softmax over rows, of a potential of rows
+  constexpr bool COLUMNS = STEP == SinkhornStep::column_products; // the softmax over the rows of a column, with the rows' potential
   float most[ROWS_AT_ONCE], total[ROWS_AT_ONCE], high[ROWS_AT_ONCE], low[ROWS_AT_ONCE];
 #pragma unroll
   for (int r = 0; r < ROWS_AT_ONCE; r++) {
@@ -81,7 +81,7 @@ template <SinkhornStep STEP> __global__ void __launch_bounds__(THREADS) long_row
   }
 }
 
-constexpr int ROW_LANES = THREADS / WARP, STEP_ROWS = 4; // threads that share a column; rows that one has at hand
+constexpr int ROW_LANES = THREADS / WARP, STEP_ROWS = 4; // threads that share a column; rows that a thread holds
 
 // A block owns 32 columns of a chunk of rows.
 template <SinkhornStep STEP> __global__ void __launch_bounds__(THREADS) long_columns_kernel(const SinkhornPassCall call) {
@@ -139,7 +139,7 @@ template <SinkhornStep STEP> __global__ void __launch_bounds__(THREADS) long_col
     sum += parts[THREADS + w * WARP + lane()] * (SUMS ? exp2_fast((parts[w * WARP + lane()] - largest) * scale) : 1);
   const int64_t at = (b * call.chunks + chunk) * k + j;
   if (SUMS) {
-    call.partial[at] = sum == 0 ? -INFINITY : largest; // else the largest term is 1
+    call.partial[at] = sum == 0 ? -INFINITY : largest; // a non-empty sum has a term of 1
     call.partial[call.batch * call.chunks * k + at] = sum;
   } else {
     call.partial[at] = sum;

@@ -1,13 +1,13 @@
-// Rows that are held whole: a group of warps reads a few rows once, reduces them, and adds them to the sums of its columns,
-// which stay in registers over all rows of a chunk.
+// Rows that are held whole. A group of warps reads a few rows once, reduces them, and adds them to its column sums, which stay in
+// registers for all rows of a chunk.
 #pragma once
 #include "cuda/device.h"
 #include "launches.h"
 
 namespace fastcl::cuda {
 
-constexpr float NOTHING = -3.4028234663852886e38f; // of running maxima: a difference from it is never NaN
-constexpr int ROWS_AT_ONCE = 2;                    // at most, of a group
+constexpr float NOTHING = -3.4028234663852886e38f; // initial running maximum: finite, so that differences are never NaN
+constexpr int ROWS_AT_ONCE = 2;                    // largest number for a group
 constexpr int WARPS = SINKHORN_THREADS / WARP;
 
 // Row i of batch b in memory.
@@ -15,7 +15,7 @@ template <class T> __device__ const T *row_of(const Matrix &m, int64_t b, int64_
   return static_cast<const T *>(m.data) + b * m.per_batch + i * m.per_row;
 }
 
-// x[r][c] = the number in row i + r, column first + c * step, of the `mine` that there are and 0 elsewhere.
+// x[r][c] = the number in row i + r, column first + c * step, for c < mine; 0 elsewhere.
 template <class T, int ROWS, int WIDTH>
 __device__ void load_as(const Matrix &m, int64_t b, int64_t i, int64_t rows, int first, int step, int mine, float (&x)[ROWS][WIDTH]) {
   T raw[ROWS][WIDTH];
@@ -42,7 +42,7 @@ __device__ void load(const Matrix &m, int64_t b, int64_t i, int64_t rows, int fi
   else load_as<Half>(m, b, i, rows, first, step, mine, x);
 }
 
-// How many of the columns first, first + step, ... there are.
+// The number of columns first, first + step, ... below `columns`.
 __device__ inline int columns_of_lane(int columns, int first, int step) { return first < columns ? (columns - first + step - 1) / step : 0; }
 
 __device__ inline void store(void *matrix, Dtype dtype, int64_t at, float x) {
@@ -51,14 +51,14 @@ __device__ inline void store(void *matrix, Dtype dtype, int64_t at, float x) {
   else from_float(x, static_cast<Half *>(matrix)[at]);
 }
 
-// How many warps share a row: a power of two.
+// The number of warps that share a row: a power of two.
 __host__ __device__ inline int warps_of_row(int64_t columns) {
   int warps = 1;
   while (warps * WARP * SINKHORN_WIDTH < columns) warps *= 2;
   return warps;
 }
 
-// Of each of a few rows, over all lanes of the group, in the order of lanes and warps.
+// Reduces each of a few rows over all lanes of the group, in the order of lanes and warps.
 class Group {
 public:
   __device__ Group(int warps, float *scratch) : warps_(warps), first_(int(threadIdx.x) / WARP / warps * warps), scratch_(scratch) {}
@@ -75,7 +75,7 @@ public:
   }
 
 private:
-  // Two places in turn: who writes again has met, at the barrier between, all who read the last.
+  // Alternates between two buffers: a buffer is overwritten only after the barrier that follows its last read.
   template <int ROWS, class Join> __device__ void exchange(float (&x)[ROWS], Join join) {
     if (warps_ == 1) return;
     float *place = scratch_ + turn_ * WARPS * ROWS;
@@ -94,23 +94,23 @@ private:
   float *scratch_;
 };
 
-// What a pass reads and writes of the rows of one batch.
+// The inputs and outputs of a pass for the rows of one problem.
 struct RowsOfBatch {
-  Matrix scores, gradient; // per_batch is in `data` already
+  Matrix scores, gradient; // `data` already includes per_batch
   int columns;
   float scale; // log2(e) / epsilon
   float *shift, *sum;
   const float *mass, *less;
   float *by_row;
   void *matrix;
-  bool sums; // of columns
+  bool sums; // compute column sums
 };
 
 // A block's shared memory.
 struct SharedRows {
-  RowsOfBatch *rows;           // here, and not in registers, which are few
-  float *scratch;              // what the group exchanges
-  float *high, *low, *weights; // [K]; `high` in the end holds the columns' sums
+  RowsOfBatch *rows;           // in shared memory, because registers are few
+  float *scratch;              // for exchanges within the group
+  float *high, *low, *weights; // [K]; at the end `high` holds the column sums
 
   __device__ explicit SharedRows(int64_t columns) {
     rows = reinterpret_cast<RowsOfBatch *>(shared_memory());
@@ -124,7 +124,7 @@ struct SharedRows {
   }
 };
 
-// Rows [first, last) of a batch, with the potential in shared memory. Leaves the columns' sums in `shared.high`.
+// Processes rows [first, last) of a problem, with the potential in shared memory. Leaves the column sums in `shared.high`.
 template <SinkhornStep STEP, int ROWS> __device__ void whole_rows(int64_t first, int64_t last, const SharedRows &shared) {
   const RowsOfBatch &rows = *shared.rows;
   const int warps = warps_of_row(rows.columns);
@@ -234,7 +234,7 @@ template <SinkhornStep STEP, int ROWS> __device__ void whole_rows(int64_t first,
 
   if (!rows.sums) return;
   for (int g = 0; g < groups; g++) { // one group after another
-    __syncthreads();                 // the potential, too, has been read by all
+    __syncthreads();                 // all threads have also read the potential
     if (g == group.index())
 #pragma unroll
       for (int c = 0; c < SINKHORN_WIDTH; c++) {

@@ -1,4 +1,4 @@
-// Passes over rows that are held whole: one read of the scores. A block owns a chunk of a batch's rows.
+// Passes over rows that are held whole: one read of the scores. A block owns a chunk of a problem's rows.
 #include "passes.h"
 #include "rows.h"
 

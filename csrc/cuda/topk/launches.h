@@ -6,14 +6,14 @@
 namespace fastcl::cuda {
 
 struct TopKCall {
-  Rows queries, keys; // any strides; float64 excepted
+  Rows queries, keys; // any strides; not float64
   int64_t dimension;
-  const int32_t *query_names, *key_names; // equal ones but -1 make a pair inadmissible; null: none
-  int64_t slots, span, parts;             // places for each query and part; keys of a part; parts
-  int64_t *best;                          // [N, parts, slots], as fastcl/ops/topk/chunked.py packs them, best first
+  const int32_t *query_names, *key_names; // a pair with equal names other than -1 is inadmissible; null: no names
+  int64_t slots, span, parts;             // slots per query and part; keys per part; number of parts
+  int64_t *best;                          // [N, parts, slots], packed as in fastcl/ops/topk/chunked.py, best first
 };
 
-constexpr int64_t TOPK_LEAST = 16, TOPK_MOST = 256; // slots: powers of two between
+constexpr int64_t TOPK_LEAST = 16, TOPK_MOST = 256; // slots: a power of two between these
 
 void topk(const Where &where, const TopKCall &call);
 

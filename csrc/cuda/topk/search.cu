@@ -1,25 +1,25 @@
-// Streaming top-k. A block owns some queries and a part of the keys, and goes through tiles of 64 keys: products first, then
-// each warp takes its queries' rows of the tile, and appends what beats the worst of the best so far to a list behind them.
-// When a tile might not fit there, the list is sorted. Candidates are packed with their places into 64 bits whose order is
-// total, so that the best are the same whatever the order: the lower place wins a tie.
+// Streaming top-k. A block owns some queries and a part of the keys, and processes tiles of 64 keys. It computes the products; then
+// each warp appends the candidates of its queries that are better than the worst of the best so far to the queries' lists. When the
+// next tile might not fit, the list is sorted. A candidate and its place are packed into 64 bits with a total order, so the result
+// does not depend on the order of candidates; the lower place wins a tie.
 #include "cuda/products.h"
 #include "launches.h"
 
 namespace fastcl::cuda {
 namespace {
 
-constexpr int THREADS = 256, TILE = 64, PAD = 4; // keys of a tile
-constexpr int64_t NO_PLACE = INT64_MIN;          // worse than any that is admissible
+constexpr int THREADS = 256, TILE = 64, PAD = 4; // threads of a block, keys of a tile, padding
+constexpr int64_t NO_PLACE = INT64_MIN;          // smaller than every admissible candidate
 
-// The order is that of the value, NaN first, and of equal ones by the lower place, of below 2^32.
+// Larger is better: NaN first, then the greater value, then the lower place. Places are below 2^32.
 __device__ int64_t packed(float value, int64_t place) {
   const uint32_t given = float_to_bits(value + 0.0f), bits = value == value ? given : 0x7fc00000u; // -0 + 0 is 0
   const int32_t ordered = int32_t(bits) ^ (int32_t(bits) >> 31 & 0x7fffffff);
   return int64_t(uint64_t(uint32_t(ordered)) << 32 | uint64_t(0xffffffffu - uint32_t(place)));
 }
 
-// Products of ROWS queries and a tile of keys, DEPTH numbers at a time: `fetch` reads them, `place` leaves them in shared
-// memory, `multiply` adds their products, and `write` hands the sums over. Here from any rows, in float.
+// Products of ROWS queries and a tile of keys, DEPTH numbers at a time: `fetch` reads them, `place` stores them in shared memory,
+// `multiply` adds their products, and `write` stores the sums. This class reads rows of any dtype, and multiplies in float.
 template <int ROWS, class Element> class Products {
 public:
   static constexpr int DEPTH = 16;
@@ -61,7 +61,7 @@ public:
   }
 
 private:
-  static constexpr int HIGH = ROWS / 16; // a thread's products: so many rows, 4 columns
+  static constexpr int HIGH = ROWS / 16; // rows of a thread's products, with 4 columns
   static __device__ int row() { return int(threadIdx.x) / 16 * HIGH; }
   static __device__ int column() { return int(threadIdx.x) % 16 * 4; }
   template <class T, int COUNT>
@@ -92,10 +92,10 @@ private:
   float x_[ROWS * DEPTH / THREADS], y_[TILE * DEPTH / THREADS], sum_[HIGH][4];
 };
 
-// Of rows of one 16-bit dtype, on tensor cores: a warp forms 16 x 8 products at once, of 16 rows and WIDE times 8 keys.
+// For rows of one 16-bit dtype, on tensor cores: a warp multiplies 16 rows with WIDE times 8 keys, 16 x 8 products at once.
 template <int ROWS, class Element> class TensorProducts {
 public:
-  static constexpr int DEPTH = 32, PITCH = DEPTH + 8; // 80 bytes from row to row: the 8 rows of a fragment meet all banks
+  static constexpr int DEPTH = 32, PITCH = DEPTH + 8; // 80 bytes from row to row: the 8 rows of a fragment use different banks
   static constexpr int64_t BYTES = 2 * PITCH * (ROWS + TILE);
   __device__ explicit TensorProducts(char *shared) : left_(reinterpret_cast<Element *>(shared)), right_(left_ + ROWS * PITCH) {}
   __device__ void fetch(const TopKCall &call, int64_t query, int64_t key, int64_t start) {
@@ -140,7 +140,7 @@ private:
   static constexpr int BANDS = ROWS / 16, WIDE = BANDS; // bands of 16 rows, each shared by 8 / BANDS warps
   static __device__ int row() { return int(threadIdx.x) / WARP % BANDS * 16; }
   static __device__ int column() { return int(threadIdx.x) / WARP / BANDS * WIDE * 8; }
-  static __device__ int owner() { return int(threadIdx.x) / 4; } // of a row's 8 numbers from `part`
+  static __device__ int owner() { return int(threadIdx.x) / 4; } // the row whose 8 numbers from `part` on this thread loads
   static __device__ int part() { return int(threadIdx.x) % 4 * 8; }
   static __device__ uint32_t pair(const Element *at) { return *reinterpret_cast<const uint32_t *>(at); }
   static __device__ void load(const Rows &rows, int64_t i, int64_t start, int64_t dimension, Eight &x) {
@@ -161,7 +161,7 @@ private:
   float sum_[WIDE][4];
 };
 
-// A bitonic network of one warp, largest first.
+// Sorts a list, largest first: a bitonic network of one warp.
 __device__ void sort(int64_t *list, int size) {
   for (int run = 2; run <= size; run *= 2)
     for (int step = run / 2; step > 0; step /= 2) {
@@ -175,7 +175,7 @@ __device__ void sort(int64_t *list, int size) {
     }
 }
 
-// Room for the best `slots`, and behind them for two tiles' candidates at least.
+// Size of a list: the best `slots`, followed by space for the candidates of at least one tile.
 __host__ __device__ int list_size(int slots) { return slots < TILE ? 2 * TILE : 2 * slots; }
 
 template <int ROWS, class Multiply> int64_t shared_bytes(int slots) {
@@ -183,7 +183,7 @@ template <int ROWS, class Multiply> int64_t shared_bytes(int slots) {
 }
 
 template <int ROWS, class Multiply> __global__ void __launch_bounds__(THREADS, ROWS == 64 ? 1 : 2) topk_kernel(const TopKCall call) {
-  constexpr int WARP_ROWS = ROWS / (THREADS / WARP); // of a warp's lists
+  constexpr int WARP_ROWS = ROWS / (THREADS / WARP); // number of a warp's lists
   const int slots = int(call.slots), size = list_size(slots), own = int(threadIdx.x) / WARP;
   int64_t *const lists = reinterpret_cast<int64_t *>(shared_memory());    // [ROWS, size]
   float *const products = reinterpret_cast<float *>(lists + ROWS * size); // [ROWS, TILE + 1]
@@ -199,10 +199,10 @@ template <int ROWS, class Multiply> __global__ void __launch_bounds__(THREADS, R
     tiles.clear();
     tiles.fetch(call, first, tile, 0);
     for (int64_t k = 0; k < call.dimension; k += Multiply::DEPTH) {
-      __syncthreads(); // the last numbers, and the last tile's products, have been read
+      __syncthreads(); // all threads have read the previous numbers and the previous tile's products
       tiles.place();
       __syncthreads();
-      if (k + Multiply::DEPTH < call.dimension) tiles.fetch(call, first, tile, k + Multiply::DEPTH); // while these are multiplied
+      if (k + Multiply::DEPTH < call.dimension) tiles.fetch(call, first, tile, k + Multiply::DEPTH); // overlaps with the products
       tiles.multiply();
     }
     tiles.write(products);
@@ -211,7 +211,7 @@ template <int ROWS, class Multiply> __global__ void __launch_bounds__(THREADS, R
     for (int r = 0; r < WARP_ROWS; r++) {
       const int mine = own * WARP_ROWS + r;
       int64_t *const list = lists + mine * size;
-      if (first + mine >= call.queries.size) continue; // a whole warp
+      if (first + mine >= call.queries.size) continue; // holds for a whole warp
       const int32_t name = call.query_names ? call.query_names[first + mine] : -1;
 #pragma unroll
       for (int half = 0; half < TILE; half += WARP) {
@@ -235,7 +235,7 @@ template <int ROWS, class Multiply> __global__ void __launch_bounds__(THREADS, R
   for (int r = 0; r < WARP_ROWS; r++) {
     const int mine = own * WARP_ROWS + r;
     if (first + mine >= call.queries.size) continue;
-    __syncwarp(); // every part has keys, so that the block has waited since the lists were begun
+    __syncwarp(); // every part has keys, so a block barrier has followed the initialisation of the lists
     sort(lists + mine * size, size);
     for (int at = lane(); at < slots; at += WARP) call.best[((first + mine) * call.parts + blockIdx.y) * slots + at] = lists[mine * size + at];
   }

@@ -1,1 +1,1 @@
-"""What the families share on a backend: the choice of one, loaders, launches, tiles, arithmetic of rows."""
+"""Code that the families share: choice of the backend, loaders, launches, tiles, arithmetic of rows."""

@@ -1,4 +1,4 @@
-"""The one chooser: which backends are here, why others are not, and which one takes a call."""
+"""Chooses the backend of a call; records which backends are available and why others are not."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...checks import shown
 from . import cuda_runtime, native, triton_launch
 
 AVAILABLE: dict[str, str] = {"reference": "", "chunked": ""}
-"""The backends that are here, and what is known of each."""
+"""The available backends, each with a description."""
 
 MISSING: dict[str, str] = {}
-"""Those that are not, and why."""
+"""The missing backends, each with the reason."""
 
 
 def _look() -> None:
@@ -37,18 +37,18 @@ _chosen: ContextVar[str | None] = ContextVar("fastcl_backend", default=None)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Fixes the backend inside a ``with`` block, for the current thread or task.
+    """Selects the backend inside a ``with`` block, for the current thread or task.
 
     Args:
-        name: ``"reference"`` (everything materialised: the specification in code), ``"chunked"`` (plain PyTorch in
-            blocks of rows), ``"cpu"`` (C++ on x86-64), ``"triton"`` or ``"cuda"`` (GPUs; float64 rows go through
-            ``"chunked"``). The environment variable ``FASTCL_BACKEND`` does the same for a process; this wins over it.
+        name: ``"reference"`` (the specification in code; stores every logit), ``"chunked"`` (plain PyTorch in blocks of
+            rows), ``"cpu"`` (C++ on x86-64), ``"triton"`` or ``"cuda"`` (GPUs; float64 rows use ``"chunked"``). The
+            environment variable ``FASTCL_BACKEND`` selects a backend for the process; this context overrides it.
 
-    A backward runs on the backend of its forward. A function under ``torch.compile`` keeps the backend that it was
-    traced with.
+    A backward runs on the backend of its forward. A function under ``torch.compile`` keeps the backend with which it
+    was traced.
 
     Raises:
-        ValueError: if there is no such backend, or it is not available here; the message says why.
+        ValueError: if the backend does not exist or is not available; the message says why.
     """
     token = _chosen.set(_available(name, "use_backend"))
     try:
@@ -68,9 +68,9 @@ def _available(name: str, source: str) -> str:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "contrastive_stats") -> str:
-    """The backend that computes an operator's family for rows on `device` whose sums have `dtype`.
+    """The backend that computes a family of operators for rows on `device` with sums in `dtype`.
 
-    It is the one that was asked for, else the fastest one here; or what stands in for it by `_stand_in`.
+    It is the selected backend, else the fastest available one; or its replacement by `_stand_in`.
 
     family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"sinkhorn"`` or ``"topk"``.
     """
@@ -80,7 +80,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "cont
 
 
 def _asked_for(device: torch.device) -> str | None:
-    """The backend that `use_backend` or ``FASTCL_BACKEND`` names; ValueError if it does not take `device`."""
+    """The backend that `use_backend` or ``FASTCL_BACKEND`` names; ValueError if it does not support `device`."""
     chosen, source = _chosen.get(), "use_backend"
     if chosen is None and os.environ.get("FASTCL_BACKEND"):
         source = "FASTCL_BACKEND"
@@ -99,14 +99,14 @@ def _fastest(device: torch.device, dtype: torch.dtype, family: str) -> str:
     return "triton" if here else "chunked"
 
 
-# What falls back to what is decided here and nowhere else, but for sets without rows, which every backend leaves to
-# `chunked`. docs/internals.md has the table.
-FLOAT64 = ("reference", "chunked", "cpu")  # the backends that compute it; on a GPU `chunked` does
-MOST_NEIGHBOURS = 256  # k of top-k, up to which the GPU's kernels keep a row's best in registers
+# All fallbacks are decided here, except for empty sets of rows, which every backend passes to `chunked`.
+# docs/internals.md has the table.
+FLOAT64 = ("reference", "chunked", "cpu")  # the backends that compute float64; on a GPU `chunked` does
+MOST_NEIGHBOURS = 256  # largest k of top-k for which the GPU kernels keep a query's best candidates on chip
 
 
 def _stand_in(name: str, device: torch.device, dtype: torch.dtype, family: str) -> str:
-    """`name`, or the backend that computes in its place what it does not have."""
+    """`name`, or the backend that replaces it if it lacks the family or dtype."""
     if name == "cuda" and family == "soft_assignments":
         there = "triton" in AVAILABLE and not unsupported_reason("triton", device)
         name = "triton" if there else "chunked"
@@ -114,12 +114,12 @@ def _stand_in(name: str, device: torch.device, dtype: torch.dtype, family: str) 
 
 
 def for_neighbours(name: str, k: int) -> str:
-    """The backend that finds k neighbours where `name` is chosen for top-k."""
+    """`name`, the backend chosen for top-k, or its replacement for a large k."""
     return "chunked" if k > MOST_NEIGHBOURS and name in ("triton", "cuda") else name
 
 
 def unsupported_reason(name: str, device: torch.device) -> str:
-    """Why a backend that is here does not take tensors on `device`; empty if it does."""
+    """Why an available backend does not support tensors on `device`; empty if it does."""
     if name == "cpu":
         return "" if device.type == "cpu" else f"takes tensors on the CPU, got tensors on {device}"
     if name == "triton":
@@ -127,6 +127,6 @@ def unsupported_reason(name: str, device: torch.device) -> str:
     return cuda_runtime.unsupported_reason(device) if name == "cuda" else ""
 
 
-# Tracing cannot look into context variables or the environment: what they say then becomes part of the graph. This is
-# torch.compiler.assume_constant_result, which would import the whole compiler with fastcl, for seconds.
+# Tracing cannot read context variables or the environment, so the choice becomes a constant of the graph. This mark
+# has the effect of torch.compiler.assume_constant_result, which imports the whole compiler and takes seconds.
 choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]

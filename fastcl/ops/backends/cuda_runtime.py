@@ -1,6 +1,6 @@
-"""Backend ``cuda``: whether the kernels of ``csrc/cuda`` are there, and what every call of them shares.
+"""Backend ``cuda``: whether the kernels of ``csrc/cuda`` are available, and what all calls of them share.
 
-They are a part of the native module where nvcc was there when it was built. Nothing here waits for the device.
+The native module contains the kernels if nvcc was found when it was built. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from . import native
 
 OLDEST_DEVICE = (8, 0)
 
-# (architecture, operator) for which a recorded measurement on that architecture says that these kernels are faster than
-# Triton's, and on which their GPU tests have passed: those are chosen by themselves. None is measured yet.
+# Pairs (architecture, operator) for which `cuda` is the default: a recorded measurement on that architecture shows that
+# these kernels are faster than Triton's, and their GPU tests have passed on it. None has been measured yet.
 MEASURED_FASTER: frozenset[tuple[int, str]] = frozenset()
 
 
@@ -28,12 +28,12 @@ def _failed_build() -> Any:
 
 
 def kernels() -> Any:
-    """The part of the native module with the kernels, or None."""
+    """The submodule of the native module with the kernels, or None."""
     return getattr(native.native_module(), "cuda", None)
 
 
 def availability() -> tuple[bool, str]:
-    """Whether the backend is there, and how or why not. That there is a device, or a driver, is not asked."""
+    """Whether the backend is available, and a description or the reason. Does not check for a device or driver."""
     module = native.native_module()
     if module is None:
         return False, native.engine()[1]
@@ -48,14 +48,14 @@ def availability() -> tuple[bool, str]:
 
 
 def report() -> list[str]:
-    """What ``python -m fastcl.info`` tells."""
+    """The lines that ``python -m fastcl.info`` prints."""
     lines = [availability()[1]]
     if failure := _failed_build():
         lines += [f"  {line}" for line in failure.LOG.splitlines()]
     if kernels() is not None and not kernels().emulated:
         lines.append(f"CUDA {_number(kernels().runtime_version())} inside; {driver_failure() or _driver()}")
     chosen = ", ".join(f"{op} on sm_{number}" for number, op in sorted(MEASURED_FASTER))
-    lines.append(f"chosen by itself: {chosen or 'nowhere; no GPU has measured it yet'}; elsewhere by name")
+    lines.append(f"chosen by default: {chosen or 'nowhere; not yet measured on a GPU'}; elsewhere by name")
     return lines
 
 
@@ -69,13 +69,13 @@ def _number(version: int) -> str:
 
 @cache
 def driver_failure() -> str:
-    """What is wrong with the driver, or that there is no device; empty: nothing."""
+    """What is wrong with the driver, or that there is no device; empty if all is well."""
     failure: str = kernels().driver_failure()
     return failure
 
 
 def unsupported_reason(device: torch.device) -> str:
-    """Why rows on `device` are not for this backend; empty if they are."""
+    """Why this backend does not support rows on `device`; empty if it does."""
     if kernels().emulated:
         return "" if device.type == "cpu" else f"is emulated and takes tensors on the CPU, got tensors on {device}"
     if device.type != "cuda":
@@ -91,7 +91,7 @@ def unsupported_reason(device: torch.device) -> str:
 
 
 def measured_faster(device: torch.device, op: str) -> bool:
-    """Whether the backend is to be chosen by itself."""
+    """Whether the backend is the default for this operator on `device`."""
     return (
         device.type == "cuda" and bool(MEASURED_FASTER) and (architecture(device), op) in MEASURED_FASTER
     ) and not unsupported_reason(device)
@@ -104,7 +104,7 @@ def architecture(device: torch.device) -> int:
 
 
 def where(device: torch.device) -> tuple[int, int]:
-    """(device, stream) as csrc/bindings reads them: the current stream of that device."""
+    """(device, stream) in the form that csrc/bindings reads: the device's index and its current stream."""
     if device.type == "cpu":  # emulated
         return 0, 0
     index = torch.cuda.current_device() if device.index is None else device.index

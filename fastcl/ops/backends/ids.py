@@ -1,4 +1,4 @@
-"""Ids as the GPU's kernels compare them: int32 names in place of any int64."""
+"""Maps int64 ids to the int32 names that GPU kernels compare."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def places_of_ids(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """int32 names of the ids of two sets: places among the right ones in ascending order, -1 for an id not among them.
+    """int32 names of the ids of two sets: the id's position in the sorted right ids, or -1 if it is not among them.
 
-    -1 is no id. Found without asking the device how many there are.
+    An id of -1 means none and gets -1. Never waits for the device.
     """
     if left is None or right is None:
         return None, None

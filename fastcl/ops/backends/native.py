@@ -1,7 +1,7 @@
-"""The native module of ``csrc``: whether it is there, and how it is told of tensors.
+"""The native module of ``csrc``: whether it is available, and how tensors are described to it.
 
-It knows addresses, sizes and strides, and does not link torch; it comes with the package where a compiler was there
-when it was built.
+It receives addresses, sizes and strides, and does not link torch. The package contains it if a compiler was found when
+the package was built.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 
 @cache
 def engine() -> tuple[str | None, str]:
-    """The instruction set of the engine that is used and why that one, or None and why there is none.
+    """The name of the engine that is used and why it was chosen, or None and why there is no engine.
 
-    The environment variable ``FASTCL_CPU_ISA``, read once, names the newest that may be used: ``baseline``, ``avx2``,
-    ``avx512`` or ``avx512_bf16``.
+    The environment variable ``FASTCL_CPU_ISA``, read once, names the newest instruction set that may be used:
+    ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``.
     """
     if _native is None:
         return None, build_failure() or f"the native module does not load ({_failure})"
@@ -49,18 +49,18 @@ def engine() -> tuple[str | None, str]:
 
 
 def build_failure() -> str:
-    """Why the package was built without the native module; empty if it was, or if no build was tried."""
+    """Why the build of the native module failed; empty if it succeeded or was not tried."""
     return f"not built ({_failed_build.REASON})" if _failed_build else ""
 
 
 def build_log() -> str:
-    """The end of what the compiler or CMake said when the native module failed to build."""
+    """The end of the output of the compiler or CMake when the native module failed to build."""
     log: str = _failed_build.LOG if _failed_build else ""
     return log
 
 
 def wrong_cap() -> str:
-    """What is wrong with FASTCL_CPU_ISA; empty if nothing is, or there is no engine for it to choose from."""
+    """What is wrong with FASTCL_CPU_ISA; empty if nothing is, or if no engine was built."""
     name, reason = engine()
     return reason if name is None and _native is not None and _native.built_engines() else ""
 
@@ -70,7 +70,7 @@ def native_module() -> Any:
     return _native
 
 
-# Descriptions of calls, number by number as csrc/bindings reads them.
+# Descriptions of calls: the numbers in the order in which csrc/bindings reads them.
 
 
 def address(tensor: Tensor | None, offset: int = 0) -> int:
@@ -82,5 +82,5 @@ def describe_rows(rows: Tensor | None) -> tuple[int, ...]:
 
 
 def run(call: Any) -> None:
-    workspace = torch.empty(call.workspace, dtype=torch.uint8, device="cpu")  # a name, so that it outlives the call
+    workspace = torch.empty(call.workspace, dtype=torch.uint8, device="cpu")  # a variable keeps it alive until the end
     call.run(workspace.data_ptr())

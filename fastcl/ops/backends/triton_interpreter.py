@@ -1,8 +1,8 @@
-"""Triton's interpreter, as the kernels need it where there is no GPU.
+"""Makes products in Triton's interpreter independent of the tile's shape, as they are on a GPU.
 
-It multiplies by NumPy, and so by BLAS, which may round an element of a product differently in tiles of different shape:
-OpenBLAS does on processors without AVX-512. The kernels rely on the opposite, which holds on a GPU: a backward repeats
-the logits of its forward to the bit, whatever tiles either of them uses.
+The interpreter multiplies with NumPy, and so with BLAS, which may round an element of a product differently in tiles of
+different shape (OpenBLAS does on processors without AVX-512). The kernels rely on products that do not depend on the
+tile: a backward reproduces its forward's logits bitwise, with any tiles.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Floats = npt.NDArray[np.float32]
 
 
 def matrix_product(a: Floats, b: Floats) -> Floats:
-    """a [M, K] @ b [K, N]. How an element is rounded depends on its row of a, its column of b, and nothing else."""
+    """a [M, K] @ b [K, N]. The rounding of an element depends only on its row of a and its column of b."""
     terms: Floats = np.ascontiguousarray(a.T)[:, :, None] * np.ascontiguousarray(b)[:, None, :]
-    while len(terms) > 1:  # the second half of the terms is added to the first, place by place
+    while len(terms) > 1:  # adds the second half of the terms to the first half, elementwise
         half = (len(terms) + 1) // 2
         terms[: len(terms) - half] += terms[half:]
         terms = terms[:half]
@@ -30,8 +30,8 @@ def matrix_product(a: Floats, b: Floats) -> Floats:
 
 @contextmanager
 def kernels_run() -> Iterator[None]:
-    """While a kernel runs: products round alike in every tile, and NumPy passes over overflows in silence, as a device
-    does (masked places may hold anything)."""
+    """Replaces the interpreter's product while a kernel runs, and silences NumPy's warnings: masked places may hold any
+    number, and a device does not warn either."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     original = InterpreterBuilder.create_dot
@@ -51,11 +51,11 @@ def kernels_run() -> Iterator[None]:
 
 
 def _as_float32(operand: Any) -> Floats | None:
-    """A matrix of float32, float16 or bfloat16 numbers in float32, which holds all of them; None of other operands."""
+    """A matrix of float32, float16 or bfloat16 as float32, which is exact; None for other operands."""
     data: npt.NDArray[Any] = operand.data
     name = operand.dtype.scalar.name
     if data.ndim != 2 or name not in ("fp32", "fp16", "bf16"):
         return None
-    if name == "bf16":  # the interpreter has their bits as integers
+    if name == "bf16":  # the interpreter stores the bits as integers
         return (data.astype(np.uint32) << 16).view(np.float32)
     return data.astype(np.float32, copy=False)

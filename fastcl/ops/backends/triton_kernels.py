@@ -1,10 +1,10 @@
-"""What the Triton kernels share: the walk over tiles, masks, products, logits.
+"""Shared parts of the Triton kernels: the walk over tiles, masks, products, logits.
 
-Nothing else in these kernels decides which tile is visited, which place of it counts, or how a number is rounded to the
-rows' dtype. `tests/ops/contrastive/test_triton_maps.py` checks walk and masks against lists of pairs.
+Only this file decides which tiles are visited, which of their places count, and how numbers are rounded to the rows'
+dtype. `tests/ops/contrastive/test_triton_maps.py` checks walk and masks against lists of pairs.
 
-Rows lie contiguous, D (a multiple of 16) numbers each, sorted by cluster. Row i's positives are then the columns
-[start_i, end_i), and both bounds grow with i: no kernel compares cluster ids.
+Rows are contiguous, with D numbers each (a multiple of 16), and sorted by cluster. Row i's positives are then the
+columns [start_i, end_i), and both bounds grow with i, so no kernel compares cluster ids.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-# The bias of a contrast that is left out. A finite one may be -inf once it is multiplied by log2(e).
+# Marks the bias of a contrast that is left out. -inf cannot: a finite bias times log2(e) may become -inf.
 LEFT_OUT = tl.constexpr(float("inf"))
-# Exponents that a sum may reach, and the bound on logits (to base 2) above which running maxima are taken at once.
+# To base 2. HEADROOM: largest logit after the shift. WIDE: bound on logits above which running maxima are used at once.
 HEADROOM, WIDE = tl.constexpr(64.0), tl.constexpr(150.0)
-LOWEST = tl.constexpr(-1e38)  # of running maxima, before there is any: finite, so that a difference is never NaN
+LOWEST = tl.constexpr(-1e38)  # initial running maximum: finite, so that differences are never NaN
 
 
-# Which tiles.
+# Which tiles are visited.
 
 
 @triton.jit
@@ -38,21 +38,21 @@ def column_walk(
     CLUSTERS: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """The tiles of columns that the rows [i0, i0 + BLOCK_M) meet: (interior, mixed, first, hole, last, full).
+    """The tiles of columns for the rows [i0, i0 + BLOCK_M): (interior, mixed, first, hole, last, full).
 
-    `mixed` of them (`mixed_tile` says which) hold a positive, the diagonal, or the ragged end. The other `interior`
-    ones (`interior_tile`) hold none: whole tiles of admissible negatives. With ids every tile is mixed, as equal ids
-    lie anywhere.
+    interior, mixed: numbers of tiles; `interior_tile` and `mixed_tile` enumerate them. A mixed tile holds a positive,
+    the diagonal, or the ragged end. An interior tile is a whole tile of admissible negatives. With ids every tile is
+    mixed, because equal ids can be anywhere.
 
-    Mixed are the tiles [first, last), and the ragged last one if it is not among them; `hole` of the `full` whole tiles
-    are in that run.
+    The mixed tiles are [first, last), and the ragged last tile if it is not among them. There are `full` whole tiles,
+    and `hole` of them are in [first, last).
     """
     full = M // BLOCK_N
     low = 0
     high = 0
     if IDS:
         high = M
-    elif CLUSTERS:  # in self-contrast a row lies in its own range, and so does the diagonal
+    elif CLUSTERS:  # in self-contrast a row's range contains the row itself, and so the diagonal
         low = tl.load(START + i0)
         high = tl.load(END + tl.minimum(i0 + BLOCK_M, N) - 1)
     elif SELF:
@@ -77,16 +77,16 @@ def mixed_tile(t, first, last, full):
     return tl.where(first + t < last, first + t, full)
 
 
-# Which places of a mixed tile.
+# Which places of a mixed tile count.
 
 
 @triton.jit
 def admissible_pairs(
     i, j, N, M, names_i, names_j, bias_i, bias_j, SELF: tl.constexpr, IDS: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. Names are those of sample ids, 0 for none.
+    """Bool [BLOCK_M, BLOCK_N]: i and j exist, and j is a contrast of i. The names are of sample ids; 0 means none.
 
-    No anchor meets contrasts that are left out (`LEFT_OUT`), be contrasts the columns (BIAS 1) or the rows (2).
+    Excludes contrasts that are left out (`LEFT_OUT`). Contrasts are the columns (BIAS 1) or the rows (BIAS 2).
     """
     pairs = (j < M)[None, :] & (i < N)[:, None]
     if SELF:
@@ -102,7 +102,7 @@ def admissible_pairs(
 
 @triton.jit
 def in_cluster(j, start, end):
-    """Bool [BLOCK_M, BLOCK_N]: start_i <= j < end_i, by one comparison."""
+    """Bool [BLOCK_M, BLOCK_N]: start_i <= j < end_i, with a single comparison."""
     return (j[None, :] - start[:, None]).to(tl.uint32, bitcast=True) < (end - start).to(tl.uint32, bitcast=True)[
         :, None
     ]
@@ -113,10 +113,10 @@ def in_cluster(j, start, end):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x in `dtype`, rounded to nearest, as an operand of a product or to be stored.
+    """x rounded to nearest in `dtype`, as an operand of a product or for a store.
 
-    The interpreter keeps bfloat16 as integers: its products multiply bit patterns, and its casts to bfloat16 truncate.
-    There x stays float32 and moves to the grid of `dtype`, which is what the hardware computes with.
+    The interpreter stores bfloat16 as integers: its products multiply bit patterns, and its casts to bfloat16 truncate.
+    There x stays float32 but is rounded to a value of `dtype`, the value that hardware computes with.
     """
     if not INTERPRETED:
         x = x.to(dtype)
@@ -130,7 +130,7 @@ def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.con
             x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
         if dtype == tl.float32:
             if PRECISION == "tf32":
-                bits = x.to(tl.uint32, bitcast=True) & 0xFFFFE000  # the hardware reads no further
+                bits = x.to(tl.uint32, bitcast=True) & 0xFFFFE000  # the hardware ignores the lower bits
                 x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x
 
@@ -158,7 +158,7 @@ def load_rows(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """X[row : row + ROWS, column : column + COLUMNS], 0 beyond row N. D is padded: there is no end of columns."""
+    """X[row : row + ROWS, column : column + COLUMNS], 0 beyond row N. D is padded, so columns need no mask."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
     places = X + (tl.cast(row, tl.int64) * D + column) + (r[:, None] * D + c[None, :])
@@ -187,7 +187,7 @@ def inner_products(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """<x_i, y_j> [BLOCK_M, BLOCK_N]: of the tiles at hand where they hold all of D, else streamed along D."""
+    """<x_i, y_j> [BLOCK_M, BLOCK_N]: from the loaded tiles x and y if they hold all of D, else streamed along D."""
     dots = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if BLOCK_K == D:
         dots = product(x, tl.trans(y), dots, PRECISION, INTERPRETED)
@@ -204,10 +204,10 @@ def inner_products(
 
 @triton.jit
 def fixed_shift(scale, LONGEST, LARGEST_BIAS):
-    """What to take off all logits (to base 2), and whether that keeps their sums in range; of a scale with log2(e).
+    """The shift to subtract from all logits (to base 2), and whether it keeps their sums in range.
 
-    No logit is larger than the bound. LONGEST [1]: the product of both sides' longest rows, if not all are normalised.
-    A bound that is not a number is too wide.
+    The bound is an upper bound of all logits. scale: includes log2(e). LONGEST [1]: product of the norms of both sides'
+    longest rows, if not all rows are normalised. A bound of NaN counts as out of range.
     """
     bound = tl.abs(scale) * 1.002
     if LONGEST is not None:
@@ -219,7 +219,7 @@ def fixed_shift(scale, LONGEST, LARGEST_BIAS):
 
 @triton.jit
 def similarities(dots, a, c, NORMED: tl.constexpr):
-    """a_i c_j <x_i, y_j>, from inner products; a_i and c_j are multiplied first, so that i and j may change places."""
+    """a_i c_j <x_i, y_j> from inner products. a_i c_j is formed first, so exchanging i and j gives the same bits."""
     if NORMED:
         dots = dots * (a[:, None] * c[None, :])
     return dots
@@ -227,7 +227,7 @@ def similarities(dots, a, c, NORMED: tl.constexpr):
 
 @triton.jit
 def base2_logits(similarity, scale, bias_i, bias_j, BIAS: tl.constexpr):
-    """s_ij log2(e). BIAS: 0 none, 1 of the columns, 2 of the rows; scale and bias have their log2(e) already."""
+    """s_ij log2(e). BIAS: 0 none, 1 of the columns, 2 of the rows. scale and bias already include log2(e)."""
     t = similarity * scale
     if BIAS == 1:
         t = t + tl.where(bias_j == LEFT_OUT, -INF, bias_j)[None, :]
@@ -238,7 +238,7 @@ def base2_logits(similarity, scale, bias_i, bias_j, BIAS: tl.constexpr):
 
 @triton.jit
 def load_or(P, places, mask, default: tl.constexpr):
-    """P[places], `default` outside of the mask or where there is no P."""
+    """P[places]; `default` outside of the mask, or everywhere if P is None."""
     if P is not None:
         values = tl.load(P + places, mask=mask, other=default)
     else:
@@ -261,9 +261,9 @@ def masked_logits(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile where any pair may be inadmissible: y, c, the columns' bias and names, similarities, logits to base 2.
+    """A tile in which any pair may be inadmissible: (y, c, column bias, column names, similarities, logits to base 2).
 
-    Its rows are [i0, i0 + BLOCK_M), with x, a and row_bias, its columns [j0, j0 + BLOCK_N). y is 0 where rows are
+    Its rows are [i0, i0 + BLOCK_M), with x, a and row_bias; its columns are [j0, j0 + BLOCK_N). y is 0 if rows are
     streamed along D.
     """
     j = j0 + tl.arange(0, BLOCK_N)

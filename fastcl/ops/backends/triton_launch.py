@@ -1,4 +1,4 @@
-"""Whether Triton is there, and how its kernels are launched. Triton itself is imported by the first launch."""
+"""Whether Triton is available, and how its kernels are launched. The first launch imports Triton."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import triton_interpreter
 from .rows import tf32_allowed
 from .triton_tiles import Tile
 
-FLOOR = (3, 2)  # torch 2.6 brings it
+FLOOR = (3, 2)  # the version that torch 2.6 includes
 OLDEST_DEVICE = (8, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 
@@ -24,7 +24,7 @@ PROGRAMS_INTERPRETED = 2
 
 
 def triton_version() -> str:
-    """Of Triton as it is installed; PyTorch's own builds go by another name."""
+    """The installed version of Triton; PyTorch's own builds are packages with other names."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def triton_version() -> str:
 
 @cache
 def availability() -> tuple[bool, str]:
-    """Whether the backend is there, and how or why not."""
+    """Whether the backend is available, and a description or the reason."""
     if util.find_spec("triton") is None:
         return False, "Triton is not installed"
     version = triton_version()
@@ -49,7 +49,7 @@ def availability() -> tuple[bool, str]:
 
 
 def unsupported_reason(device: torch.device) -> str:
-    """Why rows on `device` are not for this backend; empty if they are."""
+    """Why this backend does not support rows on `device`; empty if it does."""
     if INTERPRETED:
         return "" if device.type == "cpu" else f"is interpreted and takes tensors on the CPU, got tensors on {device}"
     if device.type != "cuda":
@@ -62,7 +62,7 @@ def unsupported_reason(device: torch.device) -> str:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, and on that device's current stream."""
+    """Makes `device` current: Triton launches on the current device and its current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -77,7 +77,7 @@ MODULES = {
     "soft_statistics_kernel": "soft.triton_kernels",
     "soft_gradient_kernel": "soft.triton_kernels",
 }
-PER_ROW = "contrastive.triton.per_row_kernels"  # of all others
+PER_ROW = "contrastive.triton.per_row_kernels"  # the module of all other kernels
 
 
 @cache
@@ -89,14 +89,14 @@ def kernel_named(name: str) -> Any:
 def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -> None:
     kernel = kernel_named(name)
     arguments = {name: given[name] for name in kernel.arg_names}
-    # Fused multiply-adds would round a logit in one place and not in another.
+    # Fused multiply-adds would round the same logit differently in different kernels.
     with _interpreting():
         kernel[tuple(grid)](**arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False)
 
 
 @contextmanager
 def _interpreting() -> Iterator[None]:
-    """The interpreter replaces parts of Triton while it runs a kernel, so there can be one at a time."""
+    """The interpreter replaces parts of Triton while it runs a kernel, so only one kernel may run at a time."""
     if not INTERPRETED:
         yield
         return
@@ -122,7 +122,7 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def programs(device: torch.device) -> int:
-    """Of a kernel whose programs go on from row block to row block."""
+    """Number of programs of a kernel whose programs each process several row blocks."""
     if device.type != "cuda":
         return PROGRAMS_INTERPRETED
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -133,5 +133,5 @@ def blocks(size: int, block: int) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """The `input_precision` of products of rows."""
+    """The `input_precision` for products of rows."""
     return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"

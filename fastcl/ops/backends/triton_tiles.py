@@ -1,7 +1,7 @@
 """Tile shapes of the Triton kernels: a static table by kernel, architecture, dtype and dimension.
 
-Compiler-chosen, unmeasured. Each entry is among the largest shapes that compile for its architecture without spills and
-within the shared memory of the chip (`tests/backends/test_triton_compiled.py` compiles them all); none has been timed.
+Chosen by compiling, not by timing: each entry is among the largest shapes that compile for its architecture without
+spills and fit into its shared memory. `tests/backends/test_triton_compiled.py` compiles them all.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from typing import NamedTuple
 
 import torch
 
-WHOLE = 256  # rows of at most so many numbers are held whole by a tile; longer ones are streamed, and gradients split
+WHOLE = 256  # a tile holds whole rows of at most this many numbers; longer rows are streamed, and their gradients split
 KINDS = ("forward", "running", "two_way", "weighted", "backward")
-# The table's. A device between two of them takes the older one's shapes, one beyond them the last one's.
+# A device between two of these architectures uses the older one's shapes, a newer device the last one's.
 ARCHITECTURES = (80, 90, 100)
 
 
 class Tile(NamedTuple):
     block_m: int
     block_n: int
-    block_k: int  # of D, in the product of rows and columns
-    block_d: int  # of D, in the product of the gradient's tile with columns; D itself where there is no such product
+    block_k: int  # slice of D in the product of rows and columns
+    block_d: int  # slice of D in the product of the gradient's tile with columns; D if there is no such product
     warps: int
     stages: int
 
 
 def padded(d: int, interpreted: bool = False) -> int:
-    """D as rows are stored for the kernels: a tile's width, or a multiple of the widths in which rows are cut."""
+    """The padded D of the kernels' rows: a power of two if a tile holds whole rows, else a multiple of the slice."""
     whole = WHOLE // 2 if interpreted else WHOLE
     if d <= whole:
         return max(32, 1 << (d - 1).bit_length())
@@ -45,7 +45,8 @@ def tile(
 ) -> Tile:
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`.
 
-    careful: there are sample ids or a bias, whose masks and loads take registers. tf32: how float32 is multiplied.
+    careful: whether there are sample ids or a bias, whose masks and loads need registers. tf32: whether float32 rows
+    are multiplied as TF32.
     """
     sums = kind in ("weighted", "backward")
     if interpreted:
@@ -60,8 +61,8 @@ def tile(
 
 
 def neighbours(shape: Tile) -> list[Tile]:
-    """Shapes to time against one of the table's. Logits round as with it: D is cut alike, and rows do not become so few
-    that another instruction multiplies them."""
+    """Shapes to time against a shape of the table. They round logits in the same way: D is split in the same way, and
+    they keep enough rows for the same multiply instruction."""
     wide, narrow = shape.block_n * 2, shape.block_n // 2
     tried = [
         shape._replace(block_n=wide),
@@ -77,11 +78,11 @@ def neighbours(shape: Tile) -> list[Tile]:
 
 
 def row_tile(d: int, interpreted: bool = False) -> Tile:
-    """Of the kernels that visit each row once: `block_m` rows, `block_d` of their numbers at a time."""
+    """The shape for kernels that visit each row once: `block_m` rows, `block_d` of their numbers at a time."""
     return Tile(64 if interpreted else 16, 0, 0, min(d & -d, 512 if interpreted else 128), 4, 1)
 
 
-# Of the kernels that visit each row once, and have a few numbers of each.
+# The shape for kernels that visit each row once and read a few numbers of each.
 ROWS_AT_ONCE = Tile(1024, 0, 0, 0, 4, 1)
 
 
@@ -106,7 +107,7 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
 
 
 def _single(kind: str, architecture: int, d: int, careful: bool) -> Tile:
-    # What spills with four warps or with eight was found by compiling.
+    # Compiling showed which shapes spill with four warps and which with eight.
     if careful:
         eight = d > 64 or (d == 64 and (kind != "two_way" or architecture == 80))
     else:
@@ -115,7 +116,7 @@ def _single(kind: str, architecture: int, d: int, careful: bool) -> Tile:
 
 
 def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
-    # Which of the tensor cores' instructions multiplies depends on the rows, and logits must round as in `_single`.
+    # The number of rows decides which tensor-core instruction multiplies; logits must round as in `_single`.
     rows = 64 if tf32 and d > 64 and architecture > 80 else 32
     stages = 2 if rows == 64 and architecture == 100 else 1
     return Tile(rows, 32, min(d, 32), min(d, 64), 8 if d > (64 if careful and not tf32 else 32) else 4, stages)

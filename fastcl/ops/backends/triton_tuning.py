@@ -1,10 +1,10 @@
-"""Tiles of the Triton kernels chosen by time, where ``FASTCL_TRITON_AUTOTUNE`` asks for it; else they are the table's.
+"""Chooses tiles of the Triton kernels by time if ``FASTCL_TRITON_AUTOTUNE`` is set; otherwise the table's are used.
 
-``1``: for the process. The name of a file that ends in .json: found there, and kept there. A kernel is timed at its
-first call of at least `FEWEST` pairs, for its device, dtype and dimension; smaller calls take what has been found, or
-the table's.
+With ``1`` the result is kept for the process. With the name of a .json file it is read from and written to that file. A
+kernel is timed at its first call of at least `FEWEST` pairs, per device, dtype and dimension. Smaller calls use the
+result if there is one, else the table's tile.
 
-Tiles decide in which order numbers are added: the same tiles give the same bits, others give other roundings.
+Tiles determine the order of additions: the same tiles give the same bits, other tiles round differently.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ REPETITIONS = 5
 
 Trial = Callable[[Tile], None]  # launches with this tile; the results are the same up to rounding
 
-_found: dict[str, dict[str, Tile]] = {}  # by what the variable says, then by `key`
+_found: dict[str, dict[str, Tile]] = {}  # by the variable's value, then by `key`
 _lock = threading.Lock()
 
 
 def mode() -> str:
-    """What the variable says; empty: nothing is to be tuned."""
+    """The variable's value; empty if tuning is off."""
     value = os.environ.get(VARIABLE, "")
     if value in ("", "0"):
         return ""
@@ -40,7 +40,7 @@ def mode() -> str:
 
 
 def choose(key: str, table: Tile, pairs: int, trial: Trial | None = None) -> Tile:
-    """The tile for a kernel, `table` without better knowledge. Without a trial, or with few pairs, nothing is timed."""
+    """The fastest known tile for a kernel, else `table`. Times tiles only with a trial and at least `FEWEST` pairs."""
     asked = mode()
     if not asked:
         return table
@@ -55,7 +55,7 @@ def choose(key: str, table: Tile, pairs: int, trial: Trial | None = None) -> Til
 
 
 def seconds(launch: Callable[[], None]) -> float:
-    """The median time of a launch on the current device, which it waits for."""
+    """The median time of a launch on the current device. Waits for the device."""
     launch()
     times: list[float] = []
     for _ in range(REPETITIONS):
@@ -73,7 +73,7 @@ def _fastest(table: Tile, trial: Trial) -> Tile:
     for tile in neighbours(table):
         try:
             time = seconds(lambda tile=tile: trial(tile))  # type: ignore[misc]
-        except Exception as error:  # of whatever kind: too much shared memory, or what the compiler makes of it
+        except Exception as error:  # Triton's errors, such as too much shared memory, only rule out this tile
             if type(error).__module__.partition(".")[0] != "triton":
                 raise
             continue

@@ -1,6 +1,6 @@
-"""Sinkhorn's passes in blocks of rows: `reference` a block at a time, on any device.
+"""Sinkhorn's passes in blocks of rows: calls `reference` for each block, on any device.
 
-Memory O(N + K + block). On a CPU a block stays in the caches while several passes go over it.
+Memory O(N + K + block). On a CPU a block stays in the caches during its several operations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sinkhorn's passes on backend ``cpu``: the C++ engines of ``csrc/cpu``, a problem of the batch at a time."""
+"""Sinkhorn's passes on backend ``cpu``: the C++ engines of ``csrc/cpu``, one problem of the batch at a time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .reference import ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum
 if TYPE_CHECKING:
     from .solver import Problem, Solution
 
-WORK = 1 << 15  # scores for which another thread is worth waking
+WORK = 1 << 15  # scores per thread: fewer do not pay for waking a thread
 
 
 class Pass(IntEnum):
-    """As in csrc/cpu/sinkhorn/call.h."""
+    """The values are those of csrc/cpu/sinkhorn/call.h."""
 
     COLUMN_SUMS = 0
     ROW_PASS = 1
@@ -87,7 +87,10 @@ def score_gradient(
 
 
 def solve(p: Problem) -> Solution | None:
-    """The solver's fixed iterations in one call (csrc/cpu/sinkhorn/solve.h); None where it does not take them."""
+    """A fixed number of iterations in one call (csrc/cpu/sinkhorn/solve.h).
+
+    None with a tolerance, with a process group, or without rows: the solver then makes one call per pass.
+    """
     from .solver import Kept, Solution
 
     batch, n, k = p.scores.shape
@@ -123,7 +126,7 @@ def _threads(n: int, k: int) -> int:
     return max(1, min(torch.get_num_threads(), n * k // WORK))
 
 
-_Term = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # as SinkhornTerm in csrc/cpu/sinkhorn/call.h
+_Term = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # SinkhornTerm in csrc/cpu/sinkhorn/call.h
 
 
 def _divided(term: RowTerm | ColumnTerm) -> _Term:
@@ -165,13 +168,13 @@ def _call(
     matrix: Tensor | None = None,
     terms: Sequence[_Term] = (),
 ) -> None:
-    """Runs a pass; numbers go over as csrc/bindings reads them. Outputs are contiguous already."""
+    """Runs a pass, with its arguments in the order that csrc/bindings reads. Outputs must be contiguous."""
     batch, n, k = x.values.shape
     if batch == 0 or n == 0:
         _of_nothing(which, columns, by_column)
         return
     scores, gradient = _plain(x.values), None if gradient is None else _plain(gradient)
-    # Everything in one piece, and named, so that it outlives the calls.
+    # Contiguous, and in variables, so that the tensors live until the calls end.
     inputs = [potential, *(rows or (None, None)), *(columns or (None, None)), above, mass, weights, less]
     inputs = [None if value is None else _plain(value).contiguous() for value in inputs]
     laid_out = [[None if part is None else _plain(part).contiguous() for part in term] for term in terms]
@@ -194,7 +197,7 @@ def _call(
 
 
 def _of_nothing(which: Pass, columns: Normalizer | None, by_column: Tensor | None) -> None:
-    """A process without rows: its sums are empty."""
+    """The results of a process without rows: empty sums."""
     if which == Pass.COLUMN_SUMS and columns is not None:
         columns.shift.fill_(-torch.inf)
         columns.sum.zero_()

@@ -1,12 +1,12 @@
 """Sinkhorn's passes on backend ``cuda``, and all iterations in one launch: the kernels of ``csrc/cuda/sinkhorn``.
 
-Rows of up to 8192 columns are held whole by a group of warps: one read of the scores gives what the rows reduce to and
-the columns' sums. Longer rows are read twice in a pass: for the rows, then for the columns. Sums over rows are formed
-in chunks, then in the order of chunks: the same bits in every run on one device.
+A group of warps holds a whole row of up to 8192 columns, so one read of the scores gives the sums over rows and over
+columns. A pass reads longer rows twice: for the sums over each row, then for the columns. Column sums are formed in
+chunks of rows, then added in the order of chunks: the same bits in every run on one device.
 
-Without a process group, and where rows can be held whole and each batch has a multiprocessor, all iterations are one
-cooperative launch (`iterate`), in which the scores stay in shared memory where they fit; beyond that each iteration
-reads them once. Not yet measured on a GPU.
+All iterations run in one cooperative launch (`iterate`) if there is no process group, rows fit whole, and each problem
+of the batch has a multiprocessor. The scores then stay in shared memory if they fit; otherwise each iteration reads
+them once. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .reference import CHUNK, LEAST_CHUNK, ColumnTerm, Normalizer, RowTerm, Scor
 if TYPE_CHECKING:
     from .solver import Kept, Problem
 
-BLOCKS = 2  # that a multiprocessor should have to choose from
+BLOCKS = 2  # blocks that each multiprocessor should have
 
 
 class Step(IntEnum):
-    """As in csrc/cuda/sinkhorn/launches.h."""
+    """The values are those of csrc/cuda/sinkhorn/launches.h."""
 
     NORMALIZE = 0
     PRODUCTS = 1
@@ -161,7 +161,7 @@ def _reduced(
     matrix: Tensor | None = None,
     sums: bool = True,
 ) -> Tensor:
-    """The columns' sums [B, K] of a pass, which fills what it reduces rows to; of nothing without `sums`."""
+    """Runs a pass, which fills its per-row outputs, and returns its column sums [B, K]; [0] without `sums`."""
     batch, n, k = x.values.shape
     if n == 0 or batch == 0:
         return x.new(batch, k).zero_()
@@ -185,7 +185,7 @@ def _reduced(
 
 
 def _chunk(x: Scores, others: int) -> tuple[int, int]:
-    """Rows of a chunk and how many chunks: enough for the device, where `others` blocks go over each row."""
+    """Rows per chunk and number of chunks: enough to fill the device if `others` blocks process each chunk."""
     batch, n, _ = x.values.shape
     device = cuda_runtime.where(x.values.device)[0]
     wanted = -(-cuda_runtime.kernels().processors(device) * BLOCKS // (others * batch))
@@ -209,7 +209,10 @@ def _call(
     chunk: int = 0,
     terms: tuple[int | Tensor | None, ...] = (0, 0, *[None] * 10),
 ) -> None:
-    """Numbers as csrc/bindings reads them. Outputs are contiguous already, inputs become so and outlive the call."""
+    """Launches a pass, with its arguments in the order that csrc/bindings reads.
+
+    Outputs must be contiguous. Inputs are made contiguous, and variables keep them alive until the call ends.
+    """
     batch, n, k = x.values.shape
     scores, gradient = x.values.resolve_neg(), None if gradient is None else gradient.resolve_neg()
     shift, total = rows or (None, None)

@@ -1,6 +1,6 @@
-"""Sinkhorn's operators: schemas, shapes for tracing, derivatives, and the backends that have its passes.
+"""Sinkhorn's operators: schemas, shapes for tracing, derivatives, and the table of backends.
 
-As for the contrastive statistics: opaque to torch.compile, and the derivative is an operator whose derivative raises.
+As for the contrastive statistics, the operators are opaque to torch.compile, and a second derivative raises.
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ def sinkhorn(
     tol: float | None,
     group: str,
 ) -> tuple[Tensor, ...]:
-    """Assignments [B, N, K], potentials [B, N] and [B, K], error [B], count []; arguments checked, as in Problem."""
+    """Assignments [B, N, K], potentials [B, N] and [B, K], error [B], number of iterations [].
+
+    The arguments are those of `Problem`, already checked.
+    """
     backend = choose_backend(scores.device, epsilon.dtype, "sinkhorn")
     outputs: tuple[Tensor, ...] = _forward(
         scores, epsilon, log_prior, log_row_marginal, init, n_iters, tol, group, backend
@@ -128,7 +131,7 @@ def sinkhorn(
 
 
 class _SumOver(torch.autograd.Function):
-    """The sum over the processes of a group. Its gradient is the sum of those of all processes."""
+    """The sum over the processes of a group. The gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, group: str, values: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Sinkhorn's passes over the scores, dense: the specification in code. What `solver` iterates.
+"""Sinkhorn's passes over the scores, dense: the specification in code. `solver` iterates them.
 
-Every pass forms exp((S + potential - shift) / epsilon), with the largest S + potential of the row or column as its
-shift, and reduces. Sums come before the division by epsilon: scores and potentials nearly cancel where it matters, and
-their difference is then exact however large they are. Potentials therefore come in float64; what their rounding to
-float32 leaves is added as a second part. Shift and sum stay apart: their log-sum rounds at the size of the scores, a
-quotient of two exponentials does not.
+Every pass computes exp((S + potential - shift) / epsilon), with the largest S + potential of the row or column as its
+shift, and reduces it. The sum is formed before the division by epsilon: scores and potentials nearly cancel where the
+plan has mass, and their sum is then exact even if they are large. Potentials are therefore float64, and are added in
+two parts: rounded to float32, and the remainder. Shift and sum are stored separately: a log-sum-exp in one number would
+round at the size of the scores, a quotient of two exponentials does not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores S [B, N, K] of any dtype and strides, and 1 / epsilon [], of the dtype in which all is computed."""
+    """Scores S [B, N, K] of any dtype and strides, and 1 / epsilon [] in the dtype of the computation."""
 
     values: Tensor
     inverse_epsilon: Tensor
@@ -32,24 +32,24 @@ class Scores:
         return torch.empty(shape, dtype=self.dtype, device=self.values.device)
 
     def new_matrix(self) -> Tensor:
-        """[B, N, K] of the scores' dtype, contiguous"""
+        """Uninitialised [B, N, K] in the scores' dtype, contiguous."""
         return torch.empty(self.values.shape, dtype=self.values.dtype, device=self.values.device)
 
     def block(self, rows: slice) -> Scores:
         return replace(self, values=self.values[:, rows])
 
     def plus(self, potential: Tensor) -> Tensor:
-        """S + potential; [B, N, K]"""
+        """S + potential, [B, N, K]."""
         high, low = split(potential, self.dtype)
         return (self.values.to(self.dtype) + high).add_(low)
 
 
-CHUNK = 512  # rows that the GPU's kernels sum at once, at most: bounds the rounding error
-LEAST_CHUNK = 16  # rows at least, where there are as many: the sums of a chunk are written and read again
+CHUNK = 512  # largest number of rows that a GPU kernel sums at once: bounds the rounding error
+LEAST_CHUNK = 16  # smallest number of rows of a chunk, whose sums are written and read once
 
 
 def split(potential: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A potential as the sum of two of `dtype`."""
+    """A potential as the sum of two tensors of `dtype`."""
     high = potential.to(dtype)
     return high, (potential - high).masked_fill_(high.isinf(), 0).to(dtype)
 
@@ -61,12 +61,12 @@ class Normalizer(NamedTuple):
     sum: Tensor
 
     def total(self, epsilon: Tensor) -> Tensor:
-        """In the dtype of epsilon."""
+        """The log-sum-exp as one number, in the dtype of epsilon."""
         return self.shift.to(epsilon.dtype) + epsilon * self.sum.to(epsilon.dtype).log()
 
 
 class RowTerm(NamedTuple):
-    """R_ij * (p_i + q_i w_j), with R the softmax over j of (S + g) / epsilon. See `score_gradient`."""
+    """The term R_ij (p_i + q_i w_j) of `score_gradient`, with R the softmax over j of (S + g) / epsilon."""
 
     g: Tensor  # [B, K]
     rows: Normalizer  # [B, N]
@@ -76,7 +76,7 @@ class RowTerm(NamedTuple):
 
 
 class ColumnTerm(NamedTuple):
-    """C_ij * w_j, with C the softmax over i of (S + f) / epsilon."""
+    """The term C_ij w_j of `score_gradient`, with C the softmax over i of (S + f) / epsilon."""
 
     f: Tensor  # [B, N]
     columns: Normalizer  # [B, K]
@@ -84,12 +84,12 @@ class ColumnTerm(NamedTuple):
 
 
 def finite(shift: Tensor) -> Tensor:
-    """A maximum over nothing but -inf is no shift: exp(-inf - 0) is 0."""
+    """Shifts with -inf replaced by 0, so that exp(-inf - shift) is 0 instead of NaN."""
     return shift.masked_fill(shift == -torch.inf, 0)
 
 
 def column_sums(x: Scores, f: Tensor) -> Normalizer:
-    """sum_i exp((S_ij + f_i) / epsilon) [B, K], of f [B, N]."""
+    """sum_i exp((S_ij + f_i) / epsilon) [B, K] for f [B, N], as shift and sum."""
     t = x.plus(f[..., None])
     if t.shape[1] == 0:
         return Normalizer(t.new_full(t.shape[::2], -torch.inf), t.new_zeros(t.shape[::2]))
@@ -102,9 +102,9 @@ def row_pass(
 ) -> tuple[Normalizer, Tensor | None, Tensor | None]:
     """The softmax R over j of (S + g) / epsilon, g [B, K].
 
-    Returns its normalizer [B, N]; the columns' masses sum_i mass_i R_ij [B, K], where the rows' mass [B, N] is given;
-    and R in the scores' dtype, where asked for. above [B, N], where known, is no smaller than the row's largest S + g:
-    a backend may take it for the shift where that is near enough.
+    Returns its normalizer [B, N]; the column masses sum_i mass_i R_ij [B, K] if the row masses `mass` [B, N] are given;
+    and R in the scores' dtype if `assignments`. above [B, N], if given, is an upper bound of each row's largest S + g.
+    A backend may use it as the shift if it is close enough.
     """
     rows, e = _exponentials(x, g)
     columns = None if mass is None else _times(mass / rows.sum, e)
@@ -126,7 +126,10 @@ def column_products(x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Ten
 def assignment_gradient(
     x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of a gradient [B, N, K] of R: d_i = sum_j R_ij grad_ij [B, N] and sum_i R_ij (grad_ij - d_i - less_i) [B, K]."""
+    """For a gradient [B, N, K] of R: d_i = sum_j R_ij grad_ij [B, N] and sum_i R_ij (grad_ij - d_i - less_i) [B, K].
+
+    grad None: a gradient of zeros.
+    """
     r = _exponentials_again(x, g, rows) / rows.sum[..., None]
     if grad is None:
         return torch.zeros_like(less), -_times(less, r)
@@ -151,7 +154,7 @@ def score_gradient(
             total -= e * (per_row[..., None] + per_pair[..., None] * term.w[:, None])
         else:
             total -= _column_exponentials(x, term.f, term.columns) * per_sum(term.w, term.columns)[:, None]
-    moment = torch.where(total != 0, total * x.values.to(x.dtype), 0).sum(-1)  # a score of -inf has no weight
+    moment = torch.where(total != 0, total * x.values.to(x.dtype), 0).sum(-1)  # a score of -inf has weight 0
     return total.mul_(x.inverse_epsilon).to(x.values.dtype), moment
 
 
@@ -175,10 +178,10 @@ def _column_exponentials(x: Scores, f: Tensor, columns: Normalizer) -> Tensor:
 
 
 def per_sum(w: Tensor, columns: Normalizer) -> Tensor:
-    """A column that no row reaches has no sum, and no weight."""
+    """w / columns.sum; 0 for a column with sum 0, which no row reaches."""
     return torch.where(columns.sum > 0, w / columns.sum, 0)
 
 
 def _times(weights: Tensor, e: Tensor) -> Tensor:
-    """sum_i weights_i e_ij; [B, K]"""
+    """sum_i weights_i e_ij, [B, K]."""
     return torch.einsum("bn,bnk->bk", weights, e)

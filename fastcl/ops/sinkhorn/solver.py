@@ -1,15 +1,16 @@
-"""Sinkhorn's iteration and its gradients, over the passes that a backend offers.
+"""Sinkhorn's iteration and its gradients, built from the passes of a backend.
 
-P_ij = exp((S_ij + f_i + g_j) / epsilon), row masses a, column masses b, all with a leading batch dimension B. With
-lse(t) = epsilon log sum exp(t / epsilon), one iteration is
+P_ij = exp((S_ij + f_i + g_j) / epsilon) has row masses a and column masses b; all tensors have a leading batch
+dimension B. With lse(t) = epsilon log sum exp(t / epsilon), one iteration is
 
     g_j = epsilon log b_j - lse_i(S_ij + f_i),      then      f_i = epsilon log a_i - lse_j(S_ij + g_j)
 
-and after it P = a R with R the softmax over j of (S + g) / epsilon. Its columns have the masses m_j = sum_i a_i R_ij,
-so the next column update is g_j += epsilon (log b_j - log m_j): rows and the next columns come from one exponential and
-one read of the scores.
-m_j cannot underflow where b_j >= 1e-30 and the row masses spread over less than that: after a column update column j
-holds b_j, and a row update takes P_ij to a_i P_ij / sum_j P_ij, whose denominator is at most sum_j b_j = 1.
+After it P = a R, with R the softmax over j of (S + g) / epsilon. The column masses are then m_j = sum_i a_i R_ij, and
+the next column update is g_j += epsilon (log b_j - log m_j). A row update and the next column update therefore take one
+exponential per entry and one read of the scores.
+
+m_j does not underflow if b_j >= 1e-30 and the ratio of row masses is less extreme than that: after a column update
+column j has mass b_j, a row update maps P_ij to a_i P_ij / sum_j P_ij, and the denominator is at most sum_j b_j = 1.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from .reference import ColumnTerm, Normalizer, RowTerm, Scores
 
 
 class Passes(Protocol):
-    """What a backend offers; described in `reference`.
+    """The passes of a backend; `reference` describes them.
 
-    One may also offer `solve(problem) -> Solution | None`: what `pass_by_pass` does in one call, where it can.
+    A backend may also define `solve(problem) -> Solution | None`: all of `pass_by_pass` in one call, or None for a
+    problem that it does not support.
     """
 
     def column_sums(self, x: Scores, f: Tensor) -> Normalizer: ...
@@ -53,10 +55,10 @@ class Passes(Protocol):
 
 
 class Iterations(Protocol):
-    """What a backend may offer besides, as `iterate`: all iterations at once, from the first g [B, K] in float64 on.
+    """The optional function `iterate` of a backend: all iterations at once, from the first g [B, K] in float64.
 
-    Fills `kept` but for its first rows and columns, and returns the assignments [B, N, K], the columns' error [B] and
-    the number of iterations []; or None for a problem that it does not take.
+    Fills `kept` except for its first rows and columns, and returns the assignments [B, N, K], the L1 error of the
+    column masses [B] and the number of iterations []; or None for a problem that it does not support.
     """
 
     def __call__(self, p: Problem, g: Tensor, mass: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor] | None: ...
@@ -64,12 +66,12 @@ class Iterations(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be solved. Masses are of the dtype of epsilon: float32, float64 for float64 scores."""
+    """A Sinkhorn problem. Masses have the dtype of epsilon: float32, or float64 for float64 scores."""
 
     scores: Tensor  # [B, N, K]: this process's rows
     epsilon: Tensor  # []
     log_prior: Tensor  # [B, K], normalised; -inf: no mass
-    log_row_marginal: Tensor  # [B, N]; not normalised, as the other processes' rows count
+    log_row_marginal: Tensor  # [B, N]; not normalised, because the sum includes other processes' rows
     init: Tensor | None  # [B, K]: a column potential
     n_iters: int
     tol: float | None
@@ -77,18 +79,17 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        """How many iterations are kept: all, or with a tolerance the last one."""
+        """Number of iterations that are saved: all, or with a tolerance only the last."""
         return self.n_iters if self.tol is None else 1
 
-    # What does not change from iteration to iteration is computed once: on few scores such operations take as long as
-    # the passes.
+    # Cached, because for few scores these operations take as long as the passes.
     @cached_property
     def x(self) -> Scores:
         return Scores(self.scores, self.exact.reciprocal().to(self.epsilon.dtype))
 
     @cached_property
     def exact(self) -> Tensor:
-        """Epsilon in float64, and with it the potentials. They are O(N + K) numbers."""
+        """Epsilon in float64. Potentials, which are only O(N + K) numbers, are computed with it in float64."""
         return self.epsilon.double()
 
     def log_row_mass(self) -> Tensor:
@@ -100,7 +101,7 @@ class Problem:
         return self.log_prior == -torch.inf
 
     def start(self) -> Tensor:
-        """f = 0; a row without mass takes no part, from the first column update on."""
+        """f = 0; -inf for rows without mass, which are thus excluded from the first column update on."""
         return self.exact.new_zeros(self.log_row_marginal.shape).masked_fill(
             self.log_row_marginal == -torch.inf, -torch.inf
         )
@@ -125,10 +126,10 @@ class Problem:
 
 
 class Kept(NamedTuple):
-    """What the backward finds again, stacked: the normalizers and potentials of T kept iterations."""
+    """Normalizers and potentials of T iterations, stacked and saved for the backward."""
 
-    rows: Tensor  # [T + 1, 2, B, N]: shift and sum of each row update, first of the one from `init`
-    columns: Tensor  # [2 T + 2, B, K] float64: shift and sum of the first column update; g of each iteration; m of each
+    rows: Tensor  # [T + 1, 2, B, N]: shift and sum of the row update from `init`, then of each iteration's
+    columns: Tensor  # [2 T + 2, B, K] float64: shift and sum of the first column update, then T times g, then T times m
 
     @classmethod
     def like(cls, p: Problem) -> Kept:
@@ -188,7 +189,7 @@ def pass_by_pass(passes: Passes, p: Problem) -> Solution:
     done, assignments = 0, None
     for t in range(p.n_iters):
         last = t + 1 == p.n_iters and p.tol is None
-        # After a column update no entry exceeds its column's mass, so none exceeds 1: S + g <= -f.
+        # After a column update no entry of the plan exceeds its column's mass, so none exceeds 1: S + g <= -f.
         rows, part, assignments = passes.row_pass(x, g, -f, None if last else mass, last)
         f = p.row_update(rows, log_mass)
         done += 1
@@ -201,7 +202,7 @@ def pass_by_pass(passes: Passes, p: Problem) -> Solution:
         kept.columns[2 + kept.steps + place] = masses
         if p.tol is not None:
             error = (masses - prior).abs().sum(-1)
-            if done == p.n_iters or not bool((error >= p.tol).any()):  # NaN ends it too
+            if done == p.n_iters or not bool((error >= p.tol).any()):  # NaN ends the iterations too
                 break
         floor = torch.finfo(masses.dtype).tiny
         g = p.without_mass(g + p.exact * (p.log_prior - masses.clamp(min=floor).to(g.dtype).log()))
@@ -213,7 +214,7 @@ def pass_by_pass(passes: Passes, p: Problem) -> Solution:
         f.to(p.epsilon.dtype),
         g.to(p.epsilon.dtype),
         error,
-        torch.full((), done, dtype=torch.int64, device=p.scores.device),  # by a kernel: a graph can capture that
+        torch.full((), done, dtype=torch.int64, device=p.scores.device),  # a kernel, which a CUDA graph can capture
         kept,
     )
 
@@ -239,13 +240,13 @@ class Needs(NamedTuple):
 class Gradients(NamedTuple):
     scores: Tensor | None  # [B, N, K]
     epsilon: Tensor | None  # []
-    log_prior: Tensor  # [B, K]: of this process's copy
+    log_prior: Tensor  # [B, K]: gradient of this process's copy
     log_row_marginal: Tensor  # [B, N]
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """Gradients that come back for what `solve` returned."""
+    """Incoming gradients of the results of `solve`."""
 
     assignments: Tensor | None  # [B, N, K]
     row_potential: Tensor  # [B, N]
@@ -253,23 +254,23 @@ class Incoming:
 
 
 class _Adjoint(NamedTuple):
-    """The gradients of the logarithms of the masses, and what the gradient of S / epsilon is made of."""
+    """Gradients of the logarithms of the masses, and the terms of the gradient of S / epsilon."""
 
     less: Tensor  # [B, N]
     terms: list[RowTerm | ColumnTerm]
     log_prior: Tensor
     log_mass: Tensor  # [B, N]
-    from_init: Tensor  # [] gradient of 1 / epsilon by way of init / epsilon, float64
+    from_init: Tensor  # [] float64: the part of the gradient of 1 / epsilon that passes through init / epsilon
 
 
 def differentiate(passes: Passes, p: Problem, kept: Kept, error: Tensor, grad: Incoming, needs: Needs) -> Gradients:
-    """Gradients: implicit where a tolerance was met, else exact for the iterations that were done."""
+    """Gradients: implicit if a tolerance was met, else exact for the iterations that ran."""
     log_mass = p.log_row_mass()
-    if p.tol is not None and not bool((error >= p.tol).any()):  # as the iterations ended: NaN counts as met
+    if p.tol is not None and not bool((error >= p.tol).any()):  # the condition of `pass_by_pass`: NaN counts as met
         adjoint = _implicit(passes, p, kept, grad, log_mass)
     else:
         if p.tol is not None:
-            # The iterations were not kept, as nobody knew how many there would be: they are done again.
+            # With a tolerance the forward saves only the last iteration, so the iterations run again.
             p = replace(p, tol=None)
             kept = solve(passes, p).kept
         adjoint = _unrolled(passes, p, kept, grad, log_mass)
@@ -287,21 +288,21 @@ def differentiate(passes: Passes, p: Problem, kept: Kept, error: Tensor, grad: I
 
 
 def _product(grad: Tensor, potential: Tensor) -> Tensor:
-    """A potential of -inf stays so whatever happens, and has no gradient."""
+    """grad * potential; 0 for an infinite potential, which is constant and has no gradient."""
     return torch.where(potential.isinf(), 0, grad * potential)
 
 
 def _scaled(p: Problem, grad: Incoming, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of u = f / epsilon and v = g / epsilon, in which the adjoint goes back, from those of f and g."""
+    """Gradients of u = f / epsilon and v = g / epsilon, the variables of the adjoint, from gradients of f and g."""
     u = torch.where(log_mass == -torch.inf, 0, p.epsilon * grad.row_potential)
     v = torch.where(p.log_prior == -torch.inf, 0, p.epsilon * grad.col_potential)
     return u, v
 
 
 def _unrolled(passes: Passes, p: Problem, kept: Kept, grad: Incoming, log_mass: Tensor) -> _Adjoint:
-    """Back through the iterations.
+    """The gradient back through the iterations.
 
-    C, the softmax over i of (S + f) / epsilon, is a R / m of the iteration before: no exponential of its own.
+    C, the softmax over i of (S + f) / epsilon, equals a R / m of the previous iteration, so it needs no exponential.
     """
     x, mass = p.x, log_mass.exp()
     u_grad, v_grad = _scaled(p, grad, log_mass)
@@ -339,14 +340,15 @@ CG_ITERATIONS = 500
 
 
 def _implicit(passes: Passes, p: Problem, kept: Kept, grad: Incoming, log_mass: Tensor) -> _Adjoint:
-    """By the implicit function theorem at the fixed point.
+    """The gradient by the implicit function theorem at the fixed point.
 
     With X = S / epsilon, u = f / epsilon, v = g / epsilon and P's margins a and m, du and dv solve
 
         a_i du_i + sum_j P_ij dv_j = da_i - sum_j P_ij dX_ij,      sum_i P_ij du_i + m_j dv_j = db_j - sum_i P_ij dX_ij.
 
-    The adjoint system, reduced to the columns, is (diag m - R' diag(a) R) beta = r with R = P / a; scaled by sqrt m it
-    is the identity less a symmetric matrix, singular along sqrt m alone: a constant moved from u to v changes nothing.
+    The adjoint system, reduced to the columns, is (diag m - R' diag(a) R) beta = r with R = P / a. Scaled by sqrt m it
+    is the identity minus a symmetric matrix. It is singular only along sqrt m: moving a constant from u to v does not
+    change the plan.
     """
     x, mass = p.x, log_mass.exp()
     g, rows, masses = kept.step(0)
@@ -383,7 +385,7 @@ class _System(Protocol):
 
 
 def _conjugate_gradients(system: _System, right: Tensor) -> Tensor:
-    """z [B, K] of system(z) = right, each batch on its own, to the precision of the dtype."""
+    """Solves system(z) = right for z [B, K], separately for each problem of the batch, to the dtype's precision."""
     z: Tensor
     z, residual, direction = torch.zeros_like(right), right, right
     square = (residual * residual).sum(-1, keepdim=True)
@@ -398,6 +400,6 @@ def _conjugate_gradients(system: _System, right: Tensor) -> Tensor:
         z = z + step * direction
         residual = residual - step * image
         before, square = square, (residual * residual).sum(-1, keepdim=True)
-        square = torch.where(step > 0, square, 0)  # a direction without curvature is rounding: that batch is done
+        square = torch.where(step > 0, square, 0)  # without curvature the direction is rounding: that problem is done
         direction = residual + torch.where(before > 0, square / before, 0) * direction
     return z

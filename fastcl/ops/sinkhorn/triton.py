@@ -1,9 +1,9 @@
 """Sinkhorn's passes on backend ``triton``: launches of the kernels in `triton_kernels`.
 
-Rows of up to `WHOLE` columns are held whole by a program: one read of the scores gives what the rows reduce to and
-the columns' sums. Longer rows are read twice in a pass, in tiles: for the rows, then for the columns. Sums over rows
-are formed in chunks of at most `CHUNK` rows, then in the order of chunks: the same bits in every run on one device, in
-memory of K numbers a chunk.
+A program holds whole rows of up to `WHOLE` columns, so one read of the scores gives the sums over rows and over
+columns. A pass reads longer rows twice, in tiles: for the sums over each row, then for the columns. Column sums are
+formed in chunks of at most `CHUNK` rows, then added in the order of chunks: the same bits in every run on one device,
+with memory of K numbers per chunk.
 
 Tiles are not yet measured on a GPU.
 """
@@ -21,34 +21,34 @@ from ..backends.triton_launch import blocks, launch, on_device
 from ..backends.triton_tiles import Tile
 from .reference import CHUNK, LEAST_CHUNK, ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum
 
-WHOLE, WHOLE_SPREAD = 8192, 2048  # where the columns lie side by side, and where not: addresses take registers then
-WARPS = 32  # that a multiprocessor should have to choose from
+WHOLE, WHOLE_SPREAD = 8192, 2048  # for contiguous columns, and for strided ones, whose addresses need registers
+WARPS = 32  # warps that each multiprocessor should have
 NORMALIZE, PRODUCTS, GRADIENT, COLUMN_PRODUCTS = range(4)  # as in `triton_kernels`
 
 
 def whole_rows_tile(k: int, spread: bool, interpreted: bool) -> Tile | None:
-    """Of rows that a program holds whole; None for longer ones. spread: their columns do not lie side by side."""
+    """Shape for rows that a program holds whole; None for longer rows. spread: the columns are not contiguous."""
     columns = max(16, 1 << (k - 1).bit_length())
     if interpreted:
         return Tile(128, columns, 0, 0, 4, 1) if k <= 64 else None
     if k > (WHOLE_SPREAD if spread else WHOLE):
         return None
-    warps = max(4, columns // (128 if spread else 256))  # four or eight numbers a thread
+    warps = max(4, columns // (128 if spread else 256))  # four or eight numbers per thread
     return Tile(max(1, min(16, (512 if spread else 1024) // columns)), columns, 0, 0, warps, 1)
 
 
 def part_rows_tile(interpreted: bool) -> Tile:
-    """Of longer rows, and of passes that keep nothing of a row."""
+    """Shape for longer rows, and for passes that hold no row."""
     return Tile(128, 128, 0, 0, 4, 1) if interpreted else Tile(4, 1024, 0, 0, 8, 1)
 
 
 def score_gradient_tile(interpreted: bool) -> Tile:
-    """Of the pass that has the most at hand."""
+    """Shape for `score_gradient`, the pass that needs the most registers."""
     return Tile(128, 128, 0, 0, 4, 1) if interpreted else Tile(4, 512, 0, 0, 4, 1)
 
 
 def columns_tile(interpreted: bool) -> Tile:
-    """Of programs that own columns, and go through rows."""
+    """Shape for programs that own columns and loop over rows."""
     return Tile(128, 128, 0, 0, 4, 1) if interpreted else Tile(16, 256, 0, 0, 8, 1)
 
 
@@ -63,7 +63,7 @@ def column_sums(x: Scores, f: Tensor) -> Normalizer:
     shift, total = x.new(2, batch, chunks, k)
     given = {**_potential(f), "PART_SHIFT": shift, "PART_SUM": total, "CHUNK": chunk, "CHUNKS": chunks}
     _launch("sinkhorn_column_sums_kernel", x, shape, tiles * chunks * batch, **given)
-    shift = torch.where(total == 0, -torch.inf, shift)  # else the largest term is 1
+    shift = torch.where(total == 0, -torch.inf, shift)  # a non-empty sum has a term of 1, so 0 means only -inf
     largest = shift.amax(1)
     scale = ((shift - finite(largest)[:, None]) * x.inverse_epsilon).exp()
     return Normalizer(largest, (total * scale).sum(1))
@@ -160,7 +160,7 @@ def _reduce(
     matrix: Tensor | None = None,
     sums: bool = True,
 ) -> Tensor:
-    """Fills what a pass reduces rows to, and returns the columns' sums [B, K]; of nothing without `sums`."""
+    """Runs a pass, which fills its per-row outputs, and returns its column sums [B, K]; [0] without `sums`."""
     batch, n, k = x.values.shape
     if n == 0 or batch == 0:
         return x.new(batch, k).zero_()
@@ -190,7 +190,7 @@ def _reduce(
 
 
 def _chunk(x: Scores, shape: Tile, others: int) -> int:
-    """Rows of a chunk: enough chunks for the device, where `others` programs go over each row."""
+    """Rows per chunk: enough chunks to fill the device if `others` programs process each chunk."""
     n = x.values.shape[1]
     programs = triton_launch.programs(x.values.device) * max(1, WARPS // shape.warps)
     rows = min(max(blocks(n, blocks(programs, others)), LEAST_CHUNK), CHUNK)
@@ -198,7 +198,7 @@ def _chunk(x: Scores, shape: Tile, others: int) -> int:
 
 
 def _potential(potential: Tensor, prefix: str = "") -> dict[str, Tensor]:
-    """float64 of any shape, in two parts."""
+    """A float64 potential of any shape as two float32 tensors."""
     exact = potential.contiguous()
     high, low = torch.empty(2, *exact.shape, dtype=torch.float32, device=exact.device)
     if exact.numel():

@@ -1,12 +1,12 @@
-"""Sinkhorn's passes as Triton kernels; `reference` has what they compute, `triton` launches them.
+"""Sinkhorn's passes as Triton kernels; `reference` defines what they compute, `triton` launches them.
 
-Scores have any strides; everything else lies contiguous, potentials as two float32 (`split_kernel`). A program owns
-rows, or columns of a chunk of rows. Nothing is added up by two programs: sums over rows leave as one partial sum a
-chunk, and are added in the order of chunks.
+Scores have any strides; all other tensors are contiguous, and potentials are pairs of float32
+(`sinkhorn_split_kernel`). A program owns rows, or columns of a chunk of rows. No sum is shared by two programs: each
+chunk writes a partial sum over its rows, and the partial sums are added in the order of chunks.
 
-Exponentials are exp2((S + potential - shift) * scale) with scale = log2(e) / epsilon: the sum comes first, as its terms
-nearly cancel where it matters. They are 0 outside: a row or column too many has potential -inf or shift inf, so that
-nothing overflows there and becomes NaN in a sum.
+Exponentials are exp2((S + potential - shift) * scale) with scale = log2(e) / epsilon. The sum is formed before the
+product because its terms nearly cancel where the plan has mass. Outside of the matrix the potential is -inf or the
+shift is inf, so exponentials are 0 there, and no NaN enters a sum.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton.language as tl
 
 from ..backends.triton_kernels import LOG2E, rounded
 
-NOTHING = tl.constexpr(-3.4028234663852886e38)  # of running maxima: a difference from it is never NaN
-# What a row reduces to, and what its exponentials are weighted with in the columns' sums.
+NOTHING = tl.constexpr(-3.4028234663852886e38)  # initial running maximum: finite, so that differences are never NaN
+# The values of PASS: what a row is reduced to, and the weights of its exponentials in the column sums.
 NORMALIZE = tl.constexpr(0)
 PRODUCTS = tl.constexpr(1)
 GRADIENT = tl.constexpr(2)
@@ -26,7 +26,7 @@ COLUMN_PRODUCTS = tl.constexpr(3)
 
 @triton.jit(do_not_specialize=["SIZE"])
 def sinkhorn_split_kernel(POTENTIAL, HIGH, LOW, SIZE, COLUMNS: tl.constexpr):
-    """float64 as the sum of two float32."""
+    """Splits float64 numbers into sums of two float32."""
     j = tl.cast(tl.program_id(0), tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     exact = tl.load(POTENTIAL + j, mask=j < SIZE, other=0.0)
     high = exact.to(tl.float32)
@@ -37,7 +37,7 @@ def sinkhorn_split_kernel(POTENTIAL, HIGH, LOW, SIZE, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_tile(S, b, i, j, N, K, PER_BATCH, PER_ROW, PER_COLUMN):
-    """Float32 [ROWS, COLUMNS], 0 outside."""
+    """A tile [ROWS, COLUMNS] as float32, 0 outside of the matrix."""
     places = i.to(tl.int64)[:, None] * PER_ROW + j.to(tl.int64)[None, :] * PER_COLUMN
     inside = (i < N)[:, None] & (j < K)[None, :]
     return tl.load(S + tl.cast(b, tl.int64) * PER_BATCH + places, mask=inside, other=0.0).to(tl.float32)
@@ -52,7 +52,7 @@ def store_tile(MATRIX, b, i, j, N, K, values, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def weights(e, grad, less, per_sum, reduced, PASS: tl.constexpr):
-    """What a tile adds to the columns' sums. per_sum: mass / sum, of GRADIENT 1 / sum; 0 where there is no row."""
+    """A tile's terms of the column sums. per_sum: mass / sum, for GRADIENT 1 / sum; 0 beyond the last row."""
     if PASS == PRODUCTS:
         weighted = e * (per_sum * reduced)[:, None]
     elif PASS == GRADIENT:
@@ -62,7 +62,7 @@ def weights(e, grad, less, per_sum, reduced, PASS: tl.constexpr):
     return weighted
 
 
-# The first column update
+# The first column update.
 
 
 @triton.jit(do_not_specialize=["N", "CHUNK", "CHUNKS"])
@@ -108,7 +108,7 @@ def sinkhorn_column_sums_kernel(
     tl.store(PART_SUM + places, total, mask=columns)
 
 
-# Rows that a program holds whole: one read of the scores
+# Rows that a program holds whole: one read of the scores.
 
 
 @triton.jit(do_not_specialize=["N", "CHUNK", "CHUNKS"])
@@ -141,8 +141,8 @@ def sinkhorn_whole_rows_kernel(
     COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """row_pass, products or assignment_gradient of a chunk of rows: what each row reduces to, and their part of the
-    columns' sums."""
+    """row_pass, products or assignment_gradient of a chunk of rows: the sum over each row, and the chunk's part of the
+    column sums."""
     chunk = tl.program_id(0) % CHUNKS
     b = tl.program_id(0) // CHUNKS
     j = tl.arange(0, COLUMNS)
@@ -194,15 +194,15 @@ def sinkhorn_whole_rows_kernel(
         tl.store(PARTIAL + places, tl.sum(sums, 0), mask=columns)
 
 
-# Longer rows: what they reduce to, then their tiles once more
+# Longer rows: first the sums over each row, then the column sums in a second read.
 
 
 @triton.jit(do_not_specialize=["N"])
 def sinkhorn_rows_kernel(
     S,
-    HIGH,  # g [B, K]; of COLUMN_PRODUCTS f [B, N]
+    HIGH,  # g [B, K]; for COLUMN_PRODUCTS f [B, N]
     LOW,
-    SHIFT,  # [B, N]: written by NORMALIZE, else read; of COLUMN_PRODUCTS [B, K]
+    SHIFT,  # [B, N]: written by NORMALIZE, else read; for COLUMN_PRODUCTS [B, K]
     SUM,
     W,  # [B, K]
     GRAD,
@@ -220,7 +220,7 @@ def sinkhorn_rows_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """What each row reduces to, a tile of columns after the other."""
+    """The sum over each row, one tile of columns after another."""
     blocks = tl.cdiv(N, ROWS)
     i = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(0) // blocks
@@ -294,7 +294,7 @@ def sinkhorn_columns_kernel(
     COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A chunk's part of the columns' sums, and the assignments, once it is known what rows reduce to."""
+    """A chunk's part of the column sums, and the assignments, from the sums over each row."""
     tiles = tl.cdiv(K, COLUMNS)
     tile = tl.program_id(0) % tiles
     chunk = tl.program_id(0) // tiles % CHUNKS
@@ -336,7 +336,7 @@ def sinkhorn_columns_kernel(
         tl.store(PARTIAL + places, tl.sum(sums, 0), mask=columns)
 
 
-# The gradient of the scores
+# The gradient of the scores.
 
 
 @triton.jit(do_not_specialize=["N", "ROW_TERMS", "COLUMN_TERMS"])
@@ -376,7 +376,7 @@ def sinkhorn_score_gradient_kernel(
     COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """score_gradient of a block of rows, a tile of columns after the other; terms are divided by their sums already."""
+    """score_gradient of a block of rows, one tile of columns after another. Terms are already divided by their sums."""
     blocks = tl.cdiv(N, ROWS)
     i = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(0) // blocks
@@ -422,6 +422,6 @@ def sinkhorn_score_gradient_kernel(
             w = tl.load(COLUMN_W + term_j, mask=columns, other=0.0)
             t = (s + f_high[:, None]) + f_low[:, None]
             total -= tl.exp2((t - column_shift[None, :]) * scale) * w[None, :]
-        moment += tl.sum(tl.where(total != 0.0, total * s, 0.0), 1)  # a score of -inf has no weight
+        moment += tl.sum(tl.where(total != 0.0, total * s, 0.0), 1)  # a score of -inf has weight 0
         store_tile(MATRIX, b, i, j, N, K, total * inverse_epsilon, INTERPRETED)
     tl.store(MOMENT + at_i, moment, mask=rows)

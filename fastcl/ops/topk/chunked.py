@@ -1,4 +1,4 @@
-"""The largest inner products in blocks of rows and keys, plain PyTorch on any device; a block is all that is stored."""
+"""The largest inner products in plain PyTorch, on any device; stores one block of queries and keys at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from ..backends.rows import CPU_BLOCK, FEWEST_ROWS, GPU_BLOCK, accumulation_dtype
 from .reference import equal, largest
 
-NOTHING = torch.iinfo(torch.int64).min  # a packed place that is not admissible: worse than any that is
+NOTHING = torch.iinfo(torch.int64).min  # an inadmissible place, packed: smaller than every admissible one
 _LOW = (1 << 32) - 1
-KEYS = 1 << 14  # of a block, at least
+KEYS = 1 << 14  # smallest number of keys of a block
 
 
 def topk(
@@ -40,7 +40,7 @@ def topk(
 def _better(
     best: tuple[Tensor, ...] | None, similarity: Tensor, places: Tensor, k: int, outside: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The k best of `best` and a block that comes after it: packed, or in float64 (values, indices)."""
+    """The k best of `best` and of a block of later keys: a packed tensor, or for float64 (values, indices)."""
     if similarity.dtype != torch.float64:
         block = _packed_best(similarity, places, k, outside)
         if best is not None:
@@ -57,8 +57,8 @@ def _better(
 def _packed_best(similarity: Tensor, places: Tensor, k: int, outside: Tensor | None) -> Tensor:
     """At most k packed places [B, k] of a block [B, C].
 
-    torch.topk is ten times faster on floats, but of equal ones takes any: where the last that is taken equals the
-    first that is not, a row is done by packed numbers.
+    torch.topk is ten times faster on floats than on packed numbers, but breaks ties arbitrarily. If the last selected
+    value equals the first one that is not selected, the row is searched again by packed numbers.
     """
 
     def exactly(rows: Tensor | slice) -> Tensor:
@@ -82,14 +82,17 @@ def _packed_best(similarity: Tensor, places: Tensor, k: int, outside: Tensor | N
 
 
 def packed(values: Tensor, places: Tensor) -> Tensor:
-    """int64 whose order is that of float32 values, NaN first, and of equal values by the lower place, of below 2^32."""
+    """int64 in the order of results: larger float32 values are larger, NaN largest; among equals the lower place.
+
+    Places are below 2^32.
+    """
     bits = torch.where(values.isnan(), torch.nan, values + 0.0).view(torch.int32)  # -0 + 0 is 0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(torch.int64) << 32) | (_LOW - places)
 
 
 def unpacked(both: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, places); (-inf, -1) of NOTHING, and of what is as small: no float32 is."""
+    """(values, places) of packed numbers; (-inf, -1) for NOTHING and all numbers below those of float32 values."""
     ordered = (both >> 32).to(torch.int32)
     nothing = ordered == torch.iinfo(torch.int32).min
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The largest inner products on backend ``cpu``: the C++ engines, driven through addresses of tensors."""
+"""The largest inner products on backend ``cpu``: the C++ engines, called with addresses of tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def topk(
 
 
 def _names(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The ids in 32 bits, as many as a lane has; a query without one gets a name that no key has."""
+    """The ids as int32, the width of a lane. A query without an id gets a name that no key has."""
     if query_ids is None or key_ids is None or len(key_ids) == 0:
         return None, None
     query_ids = torch.where(query_ids == -1, -2, query_ids)

@@ -1,7 +1,7 @@
-"""The largest inner products on backend ``cuda``: a kernel over row blocks and parts of the keys, and a merge.
+"""The largest inner products on backend ``cuda``: a kernel over row blocks and parts of the keys, then a merge.
 
-Rows have any strides. Those of one 16-bit dtype are multiplied on tensor cores, others in float32. Not yet measured on
-a GPU.
+Rows have any strides. If all rows have the same 16-bit dtype, they are multiplied on tensor cores, otherwise in
+float32. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ..backends.ids import places_of_ids
 from ..backends.native import address, describe_rows
 from . import chunked
 
-LEAST = 16  # slots
-ROWS, TILE = 64, 64  # of a block, as a rule; keys of a tile
-WAVES = 4  # blocks for each multiprocessor
-TILES = 16  # that a block sees, at least
+LEAST = 16  # smallest number of slots for a query's best keys
+ROWS, TILE = 64, 64  # queries of a block, as a rule; keys of a tile
+WAVES = 4  # blocks per multiprocessor
+TILES = 16  # smallest number of tiles per block
 
 
 def topk(

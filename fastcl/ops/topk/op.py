@@ -1,6 +1,6 @@
-"""The operator of the largest inner products: schema, shape for tracing, and the backends that have it.
+"""The operator of the largest inner products: schema, shape for tracing, and the table of backends.
 
-It has no derivative: values are those of stored or detached rows.
+It has no derivative; its rows are stored or detached.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from . import chunked, cpu, cuda, reference, triton
 
 
 class Search(Protocol):
-    """Of queries [N, D] and keys [M, D], ids int64 [N] and [M] of which -1 equals nothing: (values [N, k], int64
-    indices [N, k])."""
+    """The k best keys [M, D] of each query [N, D]: (values [N, k], int64 indices [N, k]).
+
+    Ids are int64 [N] and [M], both or neither; -1 means none.
+    """
 
     def __call__(
         self, queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
@@ -58,7 +60,7 @@ torch.library.register_fake("fastcl::topk", _fake, lib=LIBRARY)
 def topk(
     queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Checked arguments, as in `Search`."""
+    """Runs the operator; the arguments are those of `Search`, already checked."""
     backend = for_neighbours(choose_backend(queries.device, accumulation_dtype(queries, keys), "topk"), k)
     values, indices = _op(queries.detach(), keys.detach(), k, query_ids, key_ids, backend)
     return values, indices

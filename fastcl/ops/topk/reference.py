@@ -1,4 +1,4 @@
-"""The largest inner products, the specification in code: all of them at once, sorted."""
+"""The largest inner products, the specification in code: computes all products at once and sorts them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def topk(
 
 
 def equal(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """Bool [N, M]: inadmissible pairs. None: there are no ids."""
+    """Bool [N, M], True for inadmissible pairs; None if there are no ids."""
     if left is None or right is None:
         return None
     return (left[:, None] == right) & (left != -1)[:, None]
 
 
 def largest(values: Tensor, indices: Tensor, k: int, inadmissible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k best of values [N, M] in order, and their indices, of `indices` [M] or [N, M]; equal values as they come.
+    """The k best of values [N, M] in order, with their entries of `indices` [M] or [N, M]. Ties keep their order.
 
-    A place that is not admissible is worse than any that is, be that -inf: (-inf, -1).
+    An inadmissible place gives (-inf, -1) and comes after all admissible ones, even those of -inf.
     """
     indices = indices.expand(values.shape)
     if inadmissible is not None:

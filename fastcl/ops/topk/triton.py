@@ -1,4 +1,4 @@
-"""The largest inner products on backend ``triton``: a kernel over row blocks and parts of the columns, and a merge."""
+"""The largest inner products on backend ``triton``: a kernel over row blocks and parts of the columns, then a merge."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..backends.triton_launch import INTERPRETED, architecture, blocks, on_devic
 from ..backends.triton_tiles import Tile, padded
 from . import chunked
 
-WAVES = 4  # programs for each multiprocessor
-TILES = 16  # of columns that a program sees, at least
+WAVES = 4  # programs per multiprocessor
+TILES = 16  # smallest number of tiles of columns per program
 
 
 def shape(architecture: int, dtype: torch.dtype, d: int, slots: int, interpreted: bool = False) -> Tile:
-    """Compiler-chosen, unmeasured, as in `triton_tiles`: no spills on any architecture of its table."""
+    """The tile, chosen by compiling and not yet timed: no spills on any architecture of `triton_tiles`."""
     if interpreted:
         return Tile(32, 64, d if d <= 128 else d & -d, d, 4, 1)
     few = slots <= 64
@@ -65,7 +65,7 @@ def topk(
 
 
 def _packed(rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    """[n, width] contiguous, zeros behind the row."""
+    """Rows as contiguous [n, width], padded with zeros."""
     rows = rows.resolve_neg().to(dtype)
     if width == rows.shape[1]:
         return rows.contiguous()

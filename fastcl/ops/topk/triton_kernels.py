@@ -1,10 +1,10 @@
-"""The Triton kernel of top-k: tiles of inner products against each row's k best so far.
+"""The Triton kernel of top-k: compares tiles of inner products with each row's k best so far.
 
-Value and place travel as one int64 whose order is theirs (`chunked.packed`): no two are equal, so that results do
-not depend on who was compared first. Sorting is left to the end: what the kernel keeps is a set, of which it knows the
-least. A tile that holds nothing better costs a maximum; else its best candidates go in one by one.
+Value and place are packed into one int64 (`chunked.packed`). No two packed numbers are equal, so results do not depend
+on the order of comparisons. The kernel keeps the k best as an unsorted set and its minimum; the caller sorts. A tile
+without a better candidate costs only a maximum; otherwise its best candidates are inserted one by one.
 
-    BEST  [N, parts, SLOTS]  of a program's part of the columns, in no order; below EMPTY + SLOTS where there are fewer
+    BEST  [N, parts, SLOTS]  the best of a part of the columns, unsorted; unused slots hold numbers below EMPTY + SLOTS
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOW = tl.constexpr(2**32 - 1)
 
 @triton.jit
 def packed(values, j):
-    """int64 [BLOCK_M, BLOCK_N] of float32 values and columns j: greater values first, NaN before all, then lower j."""
+    """int64 [BLOCK_M, BLOCK_N] of float32 values and columns j; larger is better: NaN, greater values, then lower j."""
     bits = (values + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is 0
     bits = tl.where(values != values, 0x7FC00000, bits)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -34,7 +34,7 @@ def topk_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr,
     IDS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Of a row block and the columns [part * SPAN, (part + 1) * SPAN)."""
+    """Finds the best of the columns [part * SPAN, (part + 1) * SPAN) for a block of rows."""
     i0 = tl.program_id(0) * BLOCK_M
     part = tl.program_id(1)
     i = i0 + tl.arange(0, BLOCK_M)
@@ -44,7 +44,7 @@ def topk_kernel(
     x = 0.0
     if BLOCK_K == D:
         x = load_rows(X, i0, 0, N, D, BLOCK_M, BLOCK_K, True, PRECISION, INTERPRETED)
-    # Numbers of their own, so that the least of a row is in one place; those beyond K are never the least.
+    # Distinct numbers, so that a row's minimum is in exactly one slot. Slots beyond K are never the minimum.
     empty = tl.where(slot < K, slot.to(tl.int64) + EMPTY, FULL)
     best = tl.zeros([BLOCK_M, SLOTS], tl.int64) + empty[None, :]
     least = tl.min(best, 1)

@@ -35,7 +35,8 @@ def add(p: Problem, found: Statistics) -> Statistics:
     bias = None if sums.bias is None else sums.over_contrasts(sums.bias[:, None])[:, 0]
     anchors = _with(p, found.anchors, sums.logits(sums.x, sums.over_contrasts(sums.y), bias))
     if not p.both:
-        return found._replace(anchors=anchors)
+        nothing = found.contrasts.fields.new_empty(p.sizes[0], 0)
+        return found._replace(anchors=anchors, contrasts=_with(p, found.contrasts, nothing))
     bias = None if sums.bias is None else sums.bias * sums.number_of_anchors()
     contrasts = _with(p, found.contrasts, sums.logits(sums.y, sums.over_anchors(sums.x), bias))
     return found._replace(anchors=anchors, contrasts=contrasts)

@@ -105,12 +105,25 @@ FLOAT64 = ("reference", "chunked", "cpu")  # the backends that compute float64; 
 MOST_NEIGHBOURS = 256  # largest k of top-k for which the GPU kernels keep a query's best candidates on chip
 
 
+# Backends that replace one which lacks a family or a dtype, best first.
+REPLACEMENTS = {"cuda": ("triton", "chunked"), "triton": ("chunked",)}
+
+
+def missing_feature(name: str, dtype: torch.dtype, family: str) -> str:
+    """What a backend does not compute of a call; empty if it computes all of it."""
+    if dtype == torch.float64 and name not in FLOAT64:
+        return "computes no float64"
+    if name == "cuda" and family == "soft_assignments":
+        return "computes no soft assignments"
+    return ""
+
+
 def _stand_in(name: str, device: torch.device, dtype: torch.dtype, family: str) -> str:
     """`name`, or the backend that replaces it if it lacks the family or dtype."""
-    if name == "cuda" and family == "soft_assignments":
-        there = "triton" in AVAILABLE and not unsupported_reason("triton", device)
-        name = "triton" if there else "chunked"
-    return "chunked" if dtype == torch.float64 and name not in FLOAT64 else name
+    if not missing_feature(name, dtype, family):
+        return name
+    usable = [other for other in REPLACEMENTS[name] if other in AVAILABLE and not unsupported_reason(other, device)]
+    return next(other for other in usable if not missing_feature(other, dtype, family))
 
 
 def for_neighbours(name: str, k: int) -> str:

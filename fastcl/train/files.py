@@ -1,6 +1,7 @@
 """Files of a run: written whole or not at all, verified when they are read, and in the hands of one run at a time."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -37,11 +38,11 @@ def write(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _synchronise(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         raise _unwritable(path, error) from error
+    _synchronise(path.parent)
 
 
 def append(path: Path, line: str) -> None:
@@ -148,14 +149,18 @@ def _lock(path: Path, folder: Path, option: str) -> int:
 
 
 def _synchronise(folder: Path) -> None:
-    """The names in the folder reach the disk. Windows has no such call."""
+    """The names in the folder reach the disk, where the system can do that: Windows and some networks cannot."""
     if sys.platform == "win32":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise WriteError(f"{folder} cannot be synchronised to the disk: {error.strerror}") from error
 
 
 def _unwritable(path: Path, error: OSError) -> WriteError:

@@ -13,7 +13,7 @@ from fastcl.command import Parser
 from fastcl.train import Config, OptionError
 
 # Methods, loop and pictures are imported where they are used: without these packages the command says what to install.
-NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow", "tqdm": "tqdm"}
 
 
 def at_least(kind: type[Any], low: float, exclusive: bool = False, below: float = math.inf) -> Any:

@@ -155,6 +155,7 @@ def _accuracy(title: str, history: list[dict[str, Any]], knn: dict[str, float]) 
     right.set(xlabel="optimiser steps", ylabel="training loss (nats)")
     for axes in (left, right):
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(y=0.08)
         axes.grid(alpha=0.25)
     return figure

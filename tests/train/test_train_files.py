@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,22 @@ def test_files_and_their_names_are_synchronised(tmp_path, monkeypatch) -> None:
     assert path.read_text() == "one two\n"
     expected = ["file.part", "replace", tmp_path.name, "file"]
     assert calls == (expected if calls[0] else [None, "replace", None, None])
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_folders_that_cannot_be_synchronised(number, refused, tmp_path, monkeypatch) -> None:
+    fsync = os.fsync
+
+    def of_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", of_files_only)
+    message = "cannot be synchronised to the disk: Input/output error"
+    with pytest.raises(WriteError, match=message) if refused else contextlib.nullcontext():
+        write(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def run(prog: str, main: Callable[[], int]) -> NoReturn:
         signal.signal(signal.SIGINT, _first_interrupt)
     try:
         code = main()
-        sys.stdout.flush()
+        _flush()
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         code = INTERRUPTED
@@ -57,7 +57,7 @@ def run(prog: str, main: Callable[[], int]) -> NoReturn:
 def leave(code: int) -> NoReturn:
     """Exit; what could not be printed is not tried again, which Python would report with a traceback."""
     try:
-        sys.stdout.flush()
+        _flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
@@ -65,6 +65,11 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is where a shell closed it: >&-
+        sys.stdout.flush()
 
 
 def _code(ending: SystemExit) -> int:

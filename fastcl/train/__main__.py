@@ -179,7 +179,7 @@ def _how_to_go_on(folder: Path) -> str:
 def _kept(run: "Run | None", folder: Path | None) -> str:
     """What is left of a run that was ended, for the line that says so."""
     if run is None or folder is None:
-        return " before training began"
+        return f" before training began{f'. {_how_to_go_on(folder)}' if folder and _begun(folder) else ''}"
     try:
         return f"; kept {run.keep()} of {run.config.epochs} epochs. {_how_to_go_on(folder)}"
     except (OptionError, OSError, ValueError) as error:

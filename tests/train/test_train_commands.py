@@ -104,6 +104,13 @@ def test_a_reader_that_goes_away_ends_a_run_that_can_go_on(npz, tmp_path) -> Non
     )
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_a_closed_output_is_no_error() -> None:
+    command = ["sh", "-c", f"{sys.executable} -m fastcl >&-"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
 def test_an_output_that_cannot_be_written_ends_in_one_line() -> None:
     with open("/dev/full", "w") as full:

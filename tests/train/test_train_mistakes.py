@@ -171,3 +171,17 @@ def test_tensorboard_has_the_metrics_of_the_whole_run(npz, tmp_path, monkeypatch
     assert Writer.last.lines == [*expected, ("closed", 0, 0)]
     assert main(["--resume", str(tmp_path / "run"), "--tensorboard"]) == 0
     assert Writer.last.lines == [*expected, ("closed", 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("place", "rest"), [("_initial", ""), ("_write_metrics", ". Go on with: python -m fastcl.train --resume {}")]
+)
+def test_an_interrupt_before_training_says_what_is_left(place, rest, npz, tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(loop.Run, place, interrupted)
+    assert main(options(npz, out)) == 130
+    assert capsys.readouterr().err == f"interrupted before training began{rest.format(out)}\n"
+    assert out.exists() == bool(rest)

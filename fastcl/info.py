@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
 
 from . import __version__
 from .checks import ROW_DTYPES
+from .command import Parser, run
 from .ops.backends import cuda_runtime, native, triton_launch
 from .ops.backends.choose import AVAILABLE, MISSING, choose_backend
 from .ops.backends.rows import accumulation_dtype
+
+_PROG = "python -m fastcl.info"
+_EXAMPLES = """\
+  python -m fastcl.info                             this machine, and which backend each operation takes
+  FASTCL_BACKEND=chunked python -m fastcl.info      the same, with a backend fixed by name
+  FASTCL_CPU_ISA=avx2 python -m fastcl.info         the same, with an older processor's instructions"""
 
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
@@ -115,5 +123,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, exits with 2 on an option, as there is none but --help."""
+    Parser(_PROG, str(__doc__), _EXAMPLES).parse_args(argv)
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    run(_PROG, main)

@@ -7,6 +7,10 @@ class OptionError(ValueError):
     """An option, or a file that an option names, cannot be used; the command line prints it in one line."""
 
 
+class WriteError(OptionError):
+    """A file cannot be written: the disk is full, or the folder may not be written to."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run's numbers (``config.json``); the field names are the option names.
@@ -24,6 +28,7 @@ class Config:
     long_tail: float | None = None
     epochs: int = 120
     batch_size: int = 1024
+    batch_classes: int | None = None
     temperature: float = 0.1
     lr: float = 2e-3
     seed: int = 0

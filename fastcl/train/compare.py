@@ -7,6 +7,7 @@ table has the mean and standard deviation over seeds.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -17,11 +18,30 @@ from typing import Any
 
 import numpy as np
 
-from fastcl.train import Config, OptionError
-from fastcl.train.__main__ import Parser, add_options, at_least, require_packages, settle
+from fastcl.command import INTERRUPTED, Parser, run
+from fastcl.train import Config, OptionError, WriteError
+from fastcl.train.options import add_options, at_least, require_packages, settle
 
+PROG = "python -m fastcl.train.compare"
+EXAMPLES = """\
+  python -m fastcl.train.compare --quick                            two epochs each, to see that all works
+  python -m fastcl.train.compare                                    the digits, three seeds, minutes
+  python -m fastcl.train.compare --data photographs.npz --auxiliary tags.csv:camera
+  python -m fastcl.train.compare --n-clusters 50 --seeds 5 --device cuda"""
 DEFAULT = Config(epochs=20, batch_size=256, renew=4)
-OPTIONS = ("data", "root", "long-tail", "epochs", "batch-size", "temperature", "lr", "renew", "device", "precision")
+OPTIONS = (
+    "data",
+    "root",
+    "long-tail",
+    "epochs",
+    "batch-size",
+    "batch-classes",
+    "temperature",
+    "lr",
+    "renew",
+    "device",
+    "precision",
+)
 PROBES = {
     "knn": "kNN", "linear_1": "1 label a class", "linear_5": "5 labels a class", "linear_all": "all labels"
 }  # fmt: skip
@@ -92,11 +112,13 @@ def _known(folder: Path, config: Config, data: str) -> Outcome | None:
     try:
         if not (folder / "checkpoint.pt").exists():
             return None
-        stored = json.loads(path.read_text())
+        stored = vars(Config(**json.loads(path.read_text())))
         differ = [name for name, value in vars(config).items() if name != "device" and stored[name] != value]
         path = folder / "probes.json"
         outcome: Outcome = json.loads(path.read_text()) if path.exists() else {}
         stale = bool(outcome) and outcome.pop("data") != {"sha256": data}
+        if outcome and outcome.pop("numbers") != {"sha256": _digest(outcome)}:
+            raise ValueError("the file is damaged: its numbers do not have the hash that is beside them")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OptionError(f"--out holds {path}, which cannot be used: {type(error).__name__}: {error}") from error
     if differ:
@@ -107,22 +129,29 @@ def _known(folder: Path, config: Config, data: str) -> Outcome | None:
     return outcome or None
 
 
+def _digest(outcome: Outcome) -> str:
+    return hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()
+
+
 def _outcome(config: Config, folder: Path, columns: Sequence[str]) -> Outcome:
     """Train what is left to train, then probe: accuracies, and what the clusters trained with tell about the labels."""
     from fastcl.train.data import fingerprint
     from fastcl.train.evaluate import cluster_information, probe
-    from fastcl.train.loop import Run, write
+    from fastcl.train.files import claimed, write
+    from fastcl.train.loop import Run
 
-    run = Run(config, folder, resumed=(folder / "checkpoint.pt").exists())
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar goes to stderr
-        run.train()
-    outcome: Outcome = {}
-    for column in columns:
-        values = probe(run.representation(column), run.images, config.n_clusters, config.seed)[0]
-        outcome[column] = {name: values[name] for name in PROBES}
-    information = cluster_information(run.images.train_labels, run.last_clusters())
-    outcome["trained"].update(zip(INFORMATION, information, strict=True))
-    write(folder / "probes.json", json.dumps({**outcome, "data": {"sha256": fingerprint(run.images)}}, indent=2) + "\n")
+    with claimed(folder):
+        run = Run(config, folder, resumed=(folder / "checkpoint.pt").exists())
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar goes to stderr
+            run.train()
+        outcome: Outcome = {}
+        for column in columns:
+            values = probe(run.representation(column), run.images, config.n_clusters, config.seed)[0]
+            outcome[column] = {name: values[name] for name in PROBES}
+        information = cluster_information(run.images.train_labels, run.last_clusters())
+        outcome["trained"].update(zip(INFORMATION, information, strict=True))
+        hashes = {"data": {"sha256": fingerprint(run.images)}, "numbers": {"sha256": _digest(outcome)}}
+        write(folder / "probes.json", json.dumps({**outcome, **hashes}, indent=2) + "\n")
     return outcome
 
 
@@ -131,18 +160,20 @@ def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], o
 
     Returns the probes, a line a seed, under the contestants' names, ``raw`` (pixels) and ``untrained``.
     """
+    from fastcl.train.batches import check_batch_classes
     from fastcl.train.data import fingerprint, load, long_tailed
     from fastcl.train.loop import check_n_clusters
     from fastcl.train.methods import fixed_clusters
 
     rows: dict[str, Rows] = {name: [] for name in (*BASELINES, *chosen)}
-    settle(base)  # what cannot be used is refused before anything is trained
     for seed in seeds:
         images = load(base.data, base.root, seed)
         if base.long_tail is not None:
             images = long_tailed(images, base.long_tail, seed)
         for contestant in chosen.values():
             check_n_clusters(contestant.n_clusters or 0, images)
+        if base.batch_classes is not None:
+            check_batch_classes(base.batch_classes, min(base.batch_size, len(images.train_labels)), images)
         try:
             fixed_clusters(str(chosen["auxiliary"].clusters), images)
         except OptionError as error:
@@ -199,10 +230,11 @@ def tables(rows: dict[str, Rows], chosen: dict[str, Contestant], base: Config) -
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m fastcl.train.compare", description=__doc__)
+    parser = Parser(PROG, str(__doc__), EXAMPLES)
+    group = parser.add_argument_group("comparison")
 
     def add(name: str, text: str, **settings: Any) -> None:
-        parser.add_argument(name, help=text, **settings)
+        group.add_argument(name, help=text, **settings)
 
     add("--auxiliary", "attributes or FILE.csv:COLUMN, as the trainer's --clusters (default: attributes)",
         default="attributes", metavar="CLUSTERS")  # fmt: skip
@@ -216,10 +248,36 @@ def _parser() -> Parser:
     return parser
 
 
+def _check(base: Config, chosen: dict[str, Contestant], folder: Path) -> None:
+    """Raise what can be refused before any image is read."""
+    from fastcl.train.data import check_clusters
+    from fastcl.train.files import LOCK, PART
+    from fastcl.train.loop import usable_device
+    from fastcl.train.processes import Processes
+
+    auxiliary = str(chosen["auxiliary"].clusters)
+    if auxiliary in ("kmeans", "labels", "sinkhorn"):
+        raise OptionError(f"--auxiliary must be attributes or FILE.csv:COLUMN; got {auxiliary}")
+    try:
+        check_clusters(auxiliary)
+    except OptionError as error:
+        raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
+    settle(base)
+    usable_device(base.device, Processes())
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"--out must be a new folder or a comparison's; {folder} is a file")
+    if (folder / "config.json").exists():
+        raise OptionError(f"--out must be a new folder or a comparison's; {folder} is a run of the trainer")
+    if folder.exists():
+        held = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not path.name.endswith(PART))
+        if held and not any(folder.glob("*-seed*")):
+            raise OptionError(f"--out must be a new folder or a comparison's; {folder} holds {held[0]}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0, or 130 after Ctrl-C), exits with 2 on an option it cannot use."""
     require_packages()
-    from fastcl.train.report import draw_information
+    from fastcl.train.files import claimed
 
     parser = _parser()
     given = vars(parser.parse_args(argv))
@@ -231,23 +289,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = contestants(auxiliary, list(dict.fromkeys(counts)))
     folder = Path(out or f"runs/compare-{Path(base.data).stem}{'-quick' if quick else ''}")
     try:
-        if auxiliary in ("kmeans", "labels", "sinkhorn"):
-            raise OptionError(f"--auxiliary must be attributes or FILE.csv:COLUMN; got {auxiliary}")
-        rows = measure(base, chosen, range(seeds), folder)
+        _check(base, chosen, folder)
+        with claimed(folder):
+            _report(measure(base, chosen, range(seeds), folder), chosen, base, folder)
+    except WriteError as error:
+        parser.error(f"{error}. The same command goes on from here")
     except OptionError as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    return 0
+
+
+def _report(rows: dict[str, Rows], chosen: dict[str, Contestant], base: Config, folder: Path) -> None:
+    """Write and print the tables, and draw the plane."""
+    from fastcl.train.files import write
+    from fastcl.train.report import draw_information
+
     text = tables(rows, chosen, base)
-    (folder / "compare.md").write_text(text + "\n![The plane of information](information.png)\n")
+    write(folder / "compare.md", text + "\n![The plane of information](information.png)\n")
     panels: dict[str, dict[str, Rows]] = {}
     for name, contestant in chosen.items():
         panels.setdefault(contestant.loss, {})[contestant.title] = rows[name]
     draw_information(folder / "information.png", f"{Path(base.data).stem}, {base.epochs} epochs", panels)
     print(f"\n{text}\nwrote {folder}/compare.md and information.png")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(PROG, main)

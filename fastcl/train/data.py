@@ -19,10 +19,16 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fastcl.train import OptionError
+from fastcl.train.image_folder import read_image_folder
 
 HELD_OUT = 0.3  # the share of a source without a test set of its own
-FOLDER_SIZE = 64  # pixels a side of images read by --data imagefolder
 VIEWS = 2
+_CIFAR = "Download https://www.cs.toronto.edu/~kriz/{}.tar.gz and unpack it there: it makes the folder {}"
+_ROOT = {  # what --root must hold
+    "imagefolder": "It must hold a folder per class, or such folders in train and test (or val)",
+    "cifar10": _CIFAR.format("cifar-10-python", "cifar-10-batches-py"),
+    "cifar100": _CIFAR.format("cifar-100-python", "cifar-100-python"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,38 +75,20 @@ def load(data: str, root: str | None, seed: int) -> ImageData:
     if data.endswith(".npz"):
         return _load_npz(Path(data), seed)
     if root is None or not Path(root).is_dir():
-        raise OptionError(f"--data {data} needs --root, an existing folder; got {root}")
+        raise OptionError(f"--data {data} needs --root, an existing folder; got {root}. {_ROOT[data]}")
+    if data == "imagefolder":
+        return _assemble(*read_image_folder(Path(root)), seed)
     try:
-        from torchvision import datasets, transforms
+        from torchvision import datasets
     except ImportError as error:
         raise OptionError(f'--data {data} needs torchvision: pip install "fastcl[vision]"') from error
-    if data == "imagefolder":
-        square = transforms.Compose(
-            [transforms.Resize(FOLDER_SIZE), transforms.CenterCrop(FOLDER_SIZE), transforms.PILToTensor()]
-        )
-        train_root, test_root = Path(root, "train"), Path(root, "test")
-        split = train_root.is_dir() and test_root.is_dir()
-        return _assemble(
-            _read_folder(datasets.ImageFolder, train_root if split else Path(root), square),
-            _read_folder(datasets.ImageFolder, test_root, square) if split else None,
-            seed,
-        )
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data]
     try:
         parts = [source(root, train=train, download=False) for train in (True, False)]
-    except RuntimeError as error:
-        raise OptionError(f"--data {data} was not found in --root {root}: {error}") from error
+    except RuntimeError as error:  # whose words advise an option that the command line has not
+        raise OptionError(f"--data {data} is not, or not whole, in --root {root}. {_ROOT[data]}") from error
     train, test = ((part.data, np.array(part.classes)[part.targets]) for part in parts)
     return _assemble(train, test, seed)
-
-
-def _read_folder(reader: Any, folder: Path, transform: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    try:
-        source = reader(str(folder), transform=transform)
-    except FileNotFoundError as error:  # torchvision's own words say which class folder is empty
-        raise OptionError(f"--root {folder} holds no image folder: {error}") from error
-    images = np.stack([image.permute(1, 2, 0).numpy() for image, _ in source])
-    return images, np.array(source.classes)[source.targets]
 
 
 def long_tailed(images: ImageData, ratio: float, seed: int) -> ImageData:
@@ -148,11 +136,32 @@ def _load_npz(path: Path, seed: int) -> ImageData:
             raise OptionError(f"--data {path}: '{prefix}labels' must be [{len(images)}]; got {list(labels.shape)}")
         if not images.size:
             raise OptionError(f"--data {path}: '{prefix}images' must hold images; got {list(images.shape)}")
-        floating = np.issubdtype(images.dtype, np.floating)
-        if images.dtype != np.uint8 and not (floating and images.min() >= 0 and images.max() <= 1):
-            raise OptionError(f"--data {path}: '{prefix}images' must be uint8 or float in [0, 1]; got {images.dtype}")
+        _check_range(images, f"--data {path}: '{prefix}images'")
+        if np.issubdtype(labels.dtype, np.floating) and not np.isfinite(labels).all():
+            raise OptionError(f"--data {path}: '{prefix}labels' must be finite; got NaN or infinity")
         sets.append((images, labels))
     return _assemble(sets[0], sets[1] if len(sets) == 2 else None, seed)
+
+
+def _check_range(images: NDArray[Any], name: str) -> None:
+    """uint8, or float in [0, 1]; else an error that says what came, and what makes it fit."""
+    if images.dtype == np.uint8:
+        return
+    came, advice = str(images.dtype), ""
+    if images.dtype.kind in "iuf":
+        bad = ~np.isfinite(images)
+        if bad.any():
+            came += f" with NaN or infinity in {int(bad.reshape(len(images), -1).any(1).sum())} of {len(images)} images"
+        else:
+            low, high = images.min(), images.max()
+            if images.dtype.kind == "f" and low >= 0 and high <= 1:
+                return
+            came += f" from {low:g} to {high:g}"
+            if low >= 0 and 1 < high <= 255:
+                advice = ": images.astype(np.uint8) fits" if images.dtype.kind in "iu" else ": images / 255 fits"
+    elif images.dtype == np.bool_:
+        advice = ": images.astype(np.float32) fits"
+    raise OptionError(f"{name} must be uint8 or float in [0, 1]; got {came}{advice}")
 
 
 def _assemble(
@@ -187,12 +196,14 @@ def _assemble(
     )
 
 
-def read_csv_clusters(option: str, source_size: int) -> NDArray[np.int64]:
-    """Cluster ids ``[source_size]`` from ``FILE.csv:COLUMN``: one row per image in the order of the file or data set
-    that --data names, before the split.
+def check_clusters(option: str) -> None:
+    """Raise what is wrong with --clusters as far as it can be known without the images."""
+    if option not in ("kmeans", "attributes", "labels", "sinkhorn"):
+        _read_csv(option)
 
-    Equal values make a cluster. Blank is "no cluster", -1, and so are negative numbers in a column of integers.
-    """
+
+def _read_csv(option: str) -> tuple[str, list[str], list[list[str]], str]:
+    """Path, header, rows and the chosen column of ``FILE.csv:COLUMN``."""
     match = re.fullmatch(r"(.+\.csv):(.+)", option)
     if match is None:
         raise OptionError(f"--clusters must be kmeans, attributes, labels, sinkhorn or FILE.csv:COLUMN; got {option}")
@@ -204,6 +215,16 @@ def read_csv_clusters(option: str, source_size: int) -> NDArray[np.int64]:
         raise OptionError(f"--clusters {path} cannot be read: {error}") from error
     if column not in header:
         raise OptionError(f"--clusters {path} has no column '{column}'; it has {header}")
+    return path, header, rows, column
+
+
+def read_csv_clusters(option: str, source_size: int) -> NDArray[np.int64]:
+    """Cluster ids ``[source_size]`` from ``FILE.csv:COLUMN``: one row per image in the order of the file or data set
+    that --data names, before the split.
+
+    Equal values make a cluster. Blank is "no cluster", -1, and so are negative numbers in a column of integers.
+    """
+    path, header, rows, column = _read_csv(option)
     place = header.index(column)
     # The csv module reads a blank line as a row without cells: in a file of one column that is a blank value, but for
     # one at the end, with which some programs close a file.

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastcl.train import Config, OptionError, report
+from fastcl.train.batches import batches_of_few_classes, check_batch_classes
 from fastcl.train.data import VIEWS, ImageData, augment, fingerprint, load, long_tailed
 from fastcl.train.evaluate import (
     Labels,
@@ -26,6 +26,7 @@ from fastcl.train.evaluate import (
     raw_pixels,
     represent,
 )
+from fastcl.train.files import append, load_checkpoint, save_checkpoint, write
 from fastcl.train.methods import (
     ClusterPrediction,
     Method,
@@ -37,24 +38,29 @@ from fastcl.train.methods import (
     renumbered,
 )
 from fastcl.train.processes import Processes
+from fastcl.train.tensorboard import Board
 
 WARM_UP = 0.1  # the share of all steps over which the learning rate rises
 WEIGHT_DECAY = 1e-4
 MEASUREMENTS = 20  # of the kNN accuracy in a run, about
 
 
-def write(path: Path, text: str) -> None:
-    """All or nothing: an interrupted write leaves the old file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+def usable_device(name: str, processes: Processes) -> torch.device:
+    """The device of that name; OptionError where it cannot hold a number."""
+    try:
+        device = torch.device(processes.device(name))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise OptionError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def other_prototypes(folder: Path) -> dict[str, Any]:
     """What another run's results.json says of its prototypes."""
     try:
         prototypes: dict[str, Any] = json.loads((folder / "results.json").read_text())["prototypes"]
-        return {name: prototypes[name] for name in ("name", "prior", "sizes")}
+        numbers = {name: [float(share) for share in prototypes[name]] for name in ("prior", "sizes")}
+        return {"name": str(prototypes["name"]), **numbers}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(f"--beside must name the folder of a finished swav or pmsn run; got {folder}") from error
 
@@ -71,11 +77,7 @@ class Run:
     def __init__(self, config: Config, folder: Path, resumed: bool, processes: Processes | None = None) -> None:
         """processes: None: this one alone. Only the first of several writes into the folder."""
         self.config, self.folder, self.processes = config, folder, processes or Processes()
-        try:
-            self.device = torch.device(self.processes.device(config.device))
-            torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-            raise OptionError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
+        self.device = usable_device(config.device, self.processes)
         # Without this a resumed run on a GPU could choose other convolution kernels, and other roundings.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.images = load(config.data, config.root, config.seed)
@@ -84,9 +86,12 @@ class Run:
         count = len(self.images.train_labels)
         check_n_clusters(config.n_clusters, self.images)
         self.batch = min(config.batch_size, count)
-        if self.batch < self.processes.size:
-            raise OptionError(f"--batch-size must be at least the number of processes; got {self.batch}")
-        self.steps = count // self.batch  # of an epoch: the images left over have their turn in another epoch's order
+        if config.batch_classes is not None:
+            check_batch_classes(config.batch_classes, self.batch, self.images)
+        smallest = min(map(len, self._batches(0)))
+        if smallest < self.processes.size:
+            raise OptionError(f"--batch-size must be at least the number of processes; got {smallest}")
+        self.steps = len(self._batches(0))  # of an epoch, the same in each
         self.clusters: NDArray[np.int64] | None = None
         if config.clusters not in (None, "kmeans", "sinkhorn"):
             self.clusters = fixed_clusters(config.clusters, self.images)
@@ -94,6 +99,7 @@ class Run:
         self.processes.gathering(self.method)
         self.optimiser = torch.optim.AdamW(self.method.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY)
         self.history: list[dict[str, Any]] = []
+        self.board: Board | None = None
         if resumed:
             self._restore()
         elif self.processes.first:
@@ -126,17 +132,29 @@ class Run:
             raise OptionError(f"--clusters must give --method cluster-ce a cluster; {self.config.clusters} has none")
         return 1 + int(self.clusters.max())
 
+    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The places of each batch's images among the training images; a function of the seed and the epoch."""
+        generator = np.random.default_rng([self.config.seed, epoch])
+        if self.config.batch_classes is not None:
+            return batches_of_few_classes(self.images.train_labels, self.batch, self.config.batch_classes, generator)
+        # The images left over have their turn in another epoch's order.
+        order = generator.permutation(len(self.images.train_labels))
+        return [order[start : start + self.batch] for start in range(0, len(order) - self.batch + 1, self.batch)]
+
     def _save(self, history: list[dict[str, Any]]) -> None:
         state = {
+            "config": self._identity(),
             "method": self.method.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "clusters": None if self.clusters is None else torch.from_numpy(self.clusters),
             "history": history,
             "data": fingerprint(self.images),
         }
-        part = self.folder / "checkpoint.pt.part"
-        torch.save(state, part)
-        os.replace(part, self.folder / "checkpoint.pt")
+        save_checkpoint(state, self.folder / "checkpoint.pt")
+
+    def _identity(self) -> dict[str, Any]:
+        """The config without what may differ between two parts of a run."""
+        return {name: value for name, value in dataclasses.asdict(self.config).items() if name != "device"}
 
     def _write_metrics(self) -> None:
         """metrics.jsonl as the history has it: an interruption may fall between the checkpoint and its line there."""
@@ -144,14 +162,20 @@ class Run:
 
     def keep(self) -> int:
         """After an interruption at any moment: bring metrics.jsonl to the checkpoint's state; returns its epochs."""
-        self.history = torch.load(self.folder / "checkpoint.pt", weights_only=True)["history"]
+        self.history = load_checkpoint(self.folder / "checkpoint.pt")["history"]
         self._write_metrics()
         return len(self.history)
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_checkpoint(path)
+            for name, value in self._identity().items():
+                if state["config"][name] != value:
+                    raise OptionError(
+                        f"--resume {self.folder}: config.json has {name} {value}, but the checkpoint was trained with "
+                        f"{state['config'][name]}"
+                    )
             if state["data"] != fingerprint(self.images):
                 raise OptionError(
                     f"--data {self.config.data} no longer holds the images that {self.folder} was trained on"
@@ -168,9 +192,11 @@ class Run:
 
     def summary(self) -> str:
         training, held_out = len(self.images.train_labels), len(self.images.test_labels)
+        few = self.config.batch_classes
+        up_to, classes = ("up to ", f" of at most {few} classes") if few else ("", "")
         return (
             f"{self.folder}: {training} training images, {held_out} held out; {self.config.epochs} epochs of "
-            f"{self.steps} step(s) of {self.batch} images ({VIEWS * self.batch} rows)"
+            f"{self.steps} step(s) of {up_to}{self.batch} images ({VIEWS * self.batch} rows){classes}"
         )
 
     def train(self) -> None:
@@ -192,11 +218,12 @@ class Run:
                     print(
                         f"epoch {epoch + 1}/{config.epochs}  loss {line['loss']:.3f}  kNN {line['knn']:.1%}", flush=True
                     )
-                with open(self.folder / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append(self.folder / "metrics.jsonl", json.dumps(line))
+                if self.board is not None:
+                    self.board.add(line)
 
     def _epoch(self, epoch: int, bar: Any) -> dict[str, Any]:
-        config, images = self.config, self.images
+        config = self.config
         if (
             config.clusters == "kmeans"
             and epoch % config.renew == 0
@@ -206,12 +233,11 @@ class Run:
             self.clusters = found if self.clusters is None else renumbered(found, self.clusters)
         # A method that draws random numbers draws the same ones after a resume.
         torch.manual_seed(config.seed * 1_000_003 + epoch + 1)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(images.train_labels))
         self.method.train()
         losses = []
-        for step in range(self.steps):
+        for step, batch in enumerate(self._batches(epoch)):
             rate = self._rate(epoch * self.steps + step)
-            loss = self._step(order[step * self.batch : (step + 1) * self.batch], epoch, rate)
+            loss = self._step(batch, epoch, rate)
             if not math.isfinite(loss):
                 raise OptionError(f"the loss became {loss} in epoch {epoch + 1}: try a lower --lr than {config.lr}")
             losses.append(loss)

@@ -14,6 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from fastcl.train.data import ImageData, as_float
 from fastcl.train.evaluate import Labels, Representation
+from fastcl.train.files import save_figure
 
 ROWS = {
     "knn": ("kNN accuracy", "%"),
@@ -26,6 +27,7 @@ ROWS = {
 }
 COLUMNS = ("raw", "untrained", "trained")
 POINTS = 2000  # shown in the embedding, at most
+FEW = 25  # epochs, each of which gets a dot
 QUERIES, SHOWN = 10, 8
 _COLOURS = [colormaps["tab20"](place) for place in range(20)]
 
@@ -62,9 +64,9 @@ def draw(
     clusters: Labels,
 ) -> None:
     """Write accuracy.png, embedding.png and neighbours.png of the trained rows; clusters ``[n]`` are the held-out."""
-    _accuracy(title, history, results["knn"]).savefig(folder / "accuracy.png")
-    _embedding(title, images, rows.test, clusters).savefig(folder / "embedding.png")
-    _neighbours(title, images, rows).savefig(folder / "neighbours.png")
+    save_figure(_accuracy(title, history, results["knn"]), folder / "accuracy.png")
+    save_figure(_embedding(title, images, rows.test, clusters), folder / "embedding.png")
+    save_figure(_neighbours(title, images, rows), folder / "neighbours.png")
 
 
 def draw_prototypes(folder: Path, title: str, panels: list[dict[str, Any]], labels: NDArray[np.float64]) -> None:
@@ -89,7 +91,7 @@ def draw_prototypes(folder: Path, title: str, panels: list[dict[str, Any]], labe
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
         axes.grid(alpha=0.25, axis="y")
-    figure.savefig(folder / "prototypes.png")
+    save_figure(figure, folder / "prototypes.png")
 
 
 def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[dict[str, float]]]]) -> None:
@@ -127,7 +129,7 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
         axes.set_xlabel("H(cluster | label) (nats): what is in the clusters besides")
     for axes in grid[:, 0]:
         axes.set_ylabel("I(label; cluster) (nats): what they tell about the label")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -146,10 +148,14 @@ def _accuracy(title: str, history: list[dict[str, Any]], knn: dict[str, float]) 
     left.axhline(100 * knn["untrained"], color="C7", linestyle=":", label="untrained encoder")
     left.set(xlabel="optimiser steps", ylabel="held-out kNN accuracy (%)")
     left.legend(loc="best", frameon=False)
-    right.plot([line["step"] for line in history], [line["loss"] for line in history], color="C0")
+    dots = "o" if len(history) <= FEW else None  # a single one is no line
+    right.plot(
+        [line["step"] for line in history], [line["loss"] for line in history], marker=dots, markersize=3.5, color="C0"
+    )
     right.set(xlabel="optimiser steps", ylabel="training loss (nats)")
     for axes in (left, right):
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(y=0.08)
         axes.grid(alpha=0.25)
     return figure

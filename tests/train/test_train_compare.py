@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastcl.train import Config, compare, evaluate, report
 from fastcl.train.compare import COMPARISONS, INFORMATION, PROBES, contestants, main
+from fastcl.train.files import claimed
 from fastcl.train.loop import Run
 from tests.support.training import write_csv
 
@@ -118,6 +119,23 @@ def test_folders_of_other_runs_are_refused(finished, npz, tmp_path, capsys) -> N
     assert "simclr-seed0/probes.json, which cannot be used" in message(*other)
     config.write_text("[]")
     assert "simclr-seed0/config.json, which cannot be used" in message(*other)
+
+
+def test_damaged_numbers_and_folders_in_use_are_refused(finished, tmp_path, capsys) -> None:
+    out, command = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    command = [*command[:-1], str(copy)]
+    with claimed(copy), pytest.raises(SystemExit):
+        main(command)
+    assert f"--out {copy} is in use by another process" in capsys.readouterr().err
+    path = copy / "supcon-seed1" / "probes.json"
+    content = json.loads(path.read_text())
+    content["trained"]["knn"] /= 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "supcon-seed1/probes.json, which cannot be used: ValueError: the file is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

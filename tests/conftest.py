@@ -21,7 +21,11 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.support.backends import VARIANTS, running
+from tests.support.backends import INTERPRETED, VARIANTS, running
+from tests.support.interpreter import quicken
+
+if INTERPRETED:
+    quicken()
 
 # The same examples on every run; HYPOTHESIS_PROFILE=explore draws new ones.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, print_blob=False)

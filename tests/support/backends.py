@@ -15,6 +15,9 @@ BACKENDS = tuple(
 ENGINES = tuple(native.native_module().supported_engines()) if "cpu" in BACKENDS else ()
 # Backends, and the engines of `cpu` that it does not use by itself on this machine, as cpu-<instruction set>.
 VARIANTS = BACKENDS + tuple(f"cpu-{name}" for name in ENGINES if name != native.engine()[0])
+# All but Triton's, which an interpreter runs here: it takes a hundred times as long as the others.
+QUICK = tuple(name for name in VARIANTS if name != "triton")
+INTERPRETED = tuple(name for name in VARIANTS if name == "triton")
 
 
 @contextmanager

@@ -341,10 +341,7 @@ def test_positives_and_no_contrasts(form, backend) -> None:
 # Gradients
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("denominator", DENOMINATORS)
-@pytest.mark.parametrize("backend", QUICK, indirect=True)  # with float64; Triton has none
+@pairs(backend=QUICK, normalize=[False, True], form=FORMS, denominator=DENOMINATORS)  # float64: Triton has none
 def test_gradcheck(normalize, form, denominator, backend) -> None:
     """Finite differences, in everything that has a gradient at once."""
     g = generator(0)

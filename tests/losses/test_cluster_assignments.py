@@ -107,7 +107,7 @@ def library(embeddings: Tensor, assignments: Tensor, **options: Any) -> Tensor:
 
 
 def check_loss(arguments: dict[str, Any], backends: tuple[str, ...] = VARIANTS) -> None:
-    """Value and gradients against the float64 formula, by the error rule."""
+    """Value and gradients by the error rule."""
     floating = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
     leaves = tuple(name for name in floating if name != "weights")
     embeddings, contrasts = arguments["embeddings"], arguments.get("contrasts")

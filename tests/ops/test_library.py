@@ -579,13 +579,14 @@ def test_environment_of_a_new_process() -> None:
 
 
 def test_threads_at_the_same_time_give_the_same_numbers(backend) -> None:
-    """Autograd runs backwards on the thread that asks; no state is shared."""
-    expected = with_gradients(self_contrast, 50)
+    """Backwards run on the thread that asks."""
+    n = 20 if backend == "triton" else 50
+    expected = with_gradients(self_contrast, n)
     results: list[list[Tensor]] = []
 
     def work() -> None:
         with fastcl.use_backend(backend):
-            results.append(with_gradients(self_contrast, 50))
+            results.append(with_gradients(self_contrast, n))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

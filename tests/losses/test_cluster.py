@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcl.functional import cluster_infonce as library_loss
 from fastcl.ops.backends import rows as rows_arithmetic
-from tests.support.backends import BACKENDS, INTERPRETED, QUICK, VARIANTS, running
+from tests.support.backends import BACKENDS, INTERPRETED, QUICK, VARIANTS, needs_interpreter, running
 from tests.support.judging import judge, objective, terms
 from tests.support.oracle import TRUTH, Evaluation, differentiate, eager_evaluations, similarities
 from tests.support.pairs import pairs
@@ -32,7 +32,7 @@ def test_matches_the_formula(problem: LossProblem) -> None:
     check_loss(problem.arguments(), problem.leaves, QUICK)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
+@needs_interpreter
 @settings(max_examples=25)
 @given(loss_problems(interpreted=True))
 def test_triton_matches_the_formula(problem: LossProblem) -> None:

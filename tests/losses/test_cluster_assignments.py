@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastcl
 from fastcl.functional import cluster_infonce, contrastive_stats, sinkhorn
-from tests.support.backends import INTERPRETED, QUICK, VARIANTS, running
+from tests.support.backends import INTERPRETED, QUICK, VARIANTS, needs_interpreter, running
 from tests.support.oracle import TRUTH, Evaluation, differentiate, eager_evaluations, similarities
 from tests.support.pairs import pairs
 from tests.support.strategies import DTYPES, generator, rows
@@ -29,7 +29,7 @@ def admissible_pairs(n: int, m: int | None, ids: Tensor | None, contrast_ids: Te
 
 
 def loss_of_rows(s: Tensor, w: Tensor, allowed: Tensor, part: str | None) -> tuple[Tensor, Tensor]:
-    """Of each row, 0 where it does not count, and which rows count."""
+    """Of each row, 0 where it does not count; which do."""
     w = torch.where(allowed, w, 0.0)
     counts = w.sum(1) > 0
     s, w, allowed = s[counts], w[counts], allowed[counts]
@@ -235,6 +235,7 @@ def test_matches_the_formula(arguments) -> None:
     check_loss(arguments, QUICK)
 
 
+@needs_interpreter
 @settings(max_examples=12)
 @given(problems(DTYPES[1:]))
 def test_triton_matches_the_formula(arguments) -> None:
@@ -364,9 +365,6 @@ def test_second_derivatives_raise(backend) -> None:
     for first in torch.autograd.grad(cluster_infonce(x, assignments=r), [x, r], create_graph=True):
         with pytest.raises(RuntimeError, match="second derivatives are not supported"):
             first.square().sum().backward(retain_graph=True)
-
-
-# Statistics
 
 
 def test_statistics(backend) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
+
 import fastcl
 from fastcl.ops.backends import choose, native, triton_launch
 
@@ -18,6 +20,7 @@ VARIANTS = BACKENDS + tuple(f"cpu-{name}" for name in ENGINES if name != native.
 # All but Triton's, which an interpreter runs here: it takes a hundred times as long as the others.
 QUICK = tuple(name for name in VARIANTS if name != "triton")
 INTERPRETED = tuple(name for name in VARIANTS if name == "triton")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
 
 
 @contextmanager

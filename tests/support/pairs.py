@@ -30,7 +30,7 @@ def chosen(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
 def pairs(*fixtures: str, **axes: Sequence[Any]) -> pytest.MarkDecorator:
     """`parametrize` by all pairs of values of these arguments, of which `backend` and others may be fixtures."""
     rows = chosen(*axes.values())
-    ids = ["-".join(str(value).removeprefix("torch.") for value in row) for row in rows]
+    ids = ["-".join(getattr(value, "__name__", str(value)).removeprefix("torch.") for value in row) for row in rows]
     return pytest.mark.parametrize(
         tuple(axes), rows, ids=ids, indirect=[name for name in axes if name in ("backend", *fixtures)]
     )

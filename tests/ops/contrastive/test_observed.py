@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastcl
 from fastcl.functional import cluster_infonce
-from tests.support.backends import INTERPRETED, QUICK, VARIANTS, running
+from tests.support.backends import QUICK, VARIANTS, needs_interpreter, running
 from tests.support.oracle import TRUTH, Evaluation, eager_evaluations, op_masks, similarities
 from tests.support.pairs import pairs
 from tests.support.stats_checks import simple_problem
@@ -88,7 +88,7 @@ def test_is_the_formula(problem: StatsProblem) -> None:
     check_observed(problem, QUICK)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
+@needs_interpreter
 @settings(max_examples=8)
 @given(stats_problems(interpreted=True))
 def test_triton_is_the_formula(problem: StatsProblem) -> None:

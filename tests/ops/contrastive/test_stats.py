@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 import fastcl
 from fastcl.ops.backends import rows as rows_arithmetic
-from tests.support.backends import INTERPRETED, QUICK, VARIANTS, running
+from tests.support.backends import INTERPRETED, QUICK, VARIANTS, needs_interpreter, running
 from tests.support.oracle import differentiate
 from tests.support.pairs import pairs
 from tests.support.stats_checks import check_stats, library_stats, objective, simple_problem
@@ -22,7 +22,7 @@ def test_matches_the_formula(problem: StatsProblem) -> None:
     check_stats(problem.arguments(), problem.leaves, backends=QUICK)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
+@needs_interpreter
 @settings(max_examples=25)
 @given(stats_problems(interpreted=True))
 def test_triton_matches_the_formula(problem: StatsProblem) -> None:
@@ -43,11 +43,13 @@ def test_blocks_smaller_than_the_problem(m, scales, rows_in_a_block, offset, mon
     check_stats(arguments, problem.leaves, backends=("chunked",))
 
 
-@pytest.mark.parametrize("backend", VARIANTS)
-def test_more_rows_than_fit_in_one_block(backend) -> None:
-    n, m = (131, 150) if backend == "triton" else (1100, 2300)  # interpreted, its blocks have 64 rows
+@pytest.mark.parametrize(
+    ("backends", "n", "m"), [(QUICK, 1100, 2300), pytest.param(INTERPRETED, 131, 150, marks=needs_interpreter)]
+)
+def test_more_rows_than_fit_in_one_block(backends, n, m) -> None:
+    """Triton's, interpreted, have 64."""
     problem = simple_problem(n=n, m=m, d=7, scales=(20.0,), kind="converged")
-    check_stats(problem.arguments(), problem.leaves, backends=(backend,))
+    check_stats(problem.arguments(), problem.leaves, backends=backends)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

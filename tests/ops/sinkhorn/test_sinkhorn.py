@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastcl
-from tests.support.backends import INTERPRETED, QUICK, VARIANTS, running
+from tests.support.backends import QUICK, VARIANTS, needs_interpreter, running
 from tests.support.pairs import pairs
 from tests.support.sinkhorn_oracle import differentiated, log_domain, swav_loop
 from tests.support.strategies import generator
@@ -189,7 +189,7 @@ def test_values_and_gradients_follow_the_formula(variant: str, case: Case) -> No
         compare(case)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
+@needs_interpreter
 @settings(max_examples=25)
 @given(case=problems(dtypes=DTYPES[1:], large=(31, 64, 65, 131)))
 def test_triton_follows_the_formula(case: Case) -> None:
@@ -288,7 +288,7 @@ def test_rows_sum_to_one_and_nothing_is_nan(variant: str, case: Case) -> None:
         check_assignments(case)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
+@needs_interpreter
 @settings(max_examples=15)
 @given(case=problems(dtypes=DTYPES[1:], large=(31, 64, 65)))
 def test_rows_sum_to_one_in_triton_too(case: Case) -> None:

@@ -1,4 +1,4 @@
-"""Soft cluster assignments: the loss and its statistics against the plain formula."""
+"""Soft assignments: the loss and its statistics against the plain formula."""
 
 from typing import Any
 
@@ -319,7 +319,7 @@ def test_no_rows(backend) -> None:
 
 # Derivatives
 
-EXACT = pytest.mark.parametrize("backend", QUICK, indirect=True)  # float64
+EXACT = pytest.mark.parametrize("backend", QUICK, indirect=True)
 
 
 @EXACT

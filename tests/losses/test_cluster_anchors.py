@@ -1,17 +1,24 @@
 """cluster_infonce: which anchors count, weights, and what does not matter to the loss."""
 
+from itertools import cycle
+
 import pytest
 import torch
 
 from fastcl.functional import cluster_infonce as library_loss
+from tests.support.backends import VARIANTS
 from tests.support.judging import terms
+from tests.support.pairs import pairs
 from tests.support.strategies import INTEGERS, generator, loss_problem
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("form", ["outside", "inside"])
-@pytest.mark.parametrize("denominator", ["all", "negatives"])
-@pytest.mark.parametrize("contrasts", [False, True])
+@pairs(
+    backend=VARIANTS,
+    reduction=["mean", "sum", "none"],
+    form=["outside", "inside"],
+    denominator=["all", "negatives"],
+    contrasts=[False, True],
+)
 def test_when_no_anchor_counts(reduction, form, denominator, contrasts, backend) -> None:
     """0 with zero gradient, never NaN and never detached."""
     g = generator(0)
@@ -142,8 +149,9 @@ def test_order_of_samples_and_names_of_clusters_do_not_matter(contrasts, backend
     torch.testing.assert_close(library_loss(**other), library_loss(**arguments)[order], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize(("dtype", "backend"), list(zip(INTEGERS, cycle(VARIANTS), strict=False)), indirect=["backend"])
 def test_integer_dtypes(dtype, backend) -> None:
+    """Every backend with each: `test_stats_fields.py`."""
     g = generator(0)
     x, y = torch.randn(8, 3, generator=g), torch.randn(9, 3, generator=g)
     clusters, other = torch.randint(0, 3, (8,), generator=g), torch.randint(0, 3, (9,), generator=g)

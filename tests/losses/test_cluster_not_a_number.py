@@ -13,6 +13,7 @@ from fastcl.functional import cluster_infonce
 from fastcl.losses.formulas import _log_difference
 from tests.support.backends import VARIANTS, running
 from tests.support.emulated import emulating
+from tests.support.pairs import pairs
 from tests.support.strategies import generator
 
 N, M, D = 7, 23, 9
@@ -20,7 +21,10 @@ NOT_NUMBERS = (torch.nan, torch.inf, -torch.inf)
 FIELDS = ("lse_all", "lse_pos", "lse_neg", "sum_pos", "max_pos", "max_neg", "sum_neg", "entropy")
 
 
-@pytest.fixture(params=(*VARIANTS, "cuda"))
+EVERYWHERE = (*VARIANTS, "cuda")
+
+
+@pytest.fixture(params=EVERYWHERE)
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels of CUDA on the emulator too."""
     if request.param == "cuda":
@@ -80,8 +84,7 @@ def test_a_key_is_all_there_is_where_every_other_logit_is_minus_infinity() -> No
         assert loss == 0
 
 
-@pytest.mark.parametrize("tau_plus", [0.0, 0.1])
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pairs("variant", variant=EVERYWHERE, tau_plus=[0.0, 0.1], beta=[0.0, 1.0])
 def test_a_negative_reaches_debiased_and_hard_losses(beta: float, tau_plus: float, variant: str) -> None:
     x = rows(N, 0).requires_grad_()
     for bad in NOT_NUMBERS:
@@ -99,8 +102,7 @@ def test_difference_of_exponentials() -> None:
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 0.005])
-@pytest.mark.parametrize("normalize", [True, False])
+@pairs("variant", variant=EVERYWHERE, temperature=[0.5, 0.005], normalize=[True, False])
 def test_statistics_of_both_sides(normalize: bool, temperature: float, variant: str) -> None:
     """A contrast's NaN is in all statistics of its own row, and in those of the anchors that have it in their set."""
     n, m = (40, 31) if variant in ("triton", "cuda") else (210, 260)

@@ -1,6 +1,7 @@
 """DebiasedLoss and HardNegativeLoss against the papers' formulas in float64."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 import fastcl
 from fastcl.functional import cluster_infonce
-from tests.support.backends import BACKENDS, running
+from tests.support.backends import BACKENDS, VARIANTS, running
 from tests.support.oracle import CANCELLING, TRUTH, Evaluation, eager_evaluations, op_masks, similarities
+from tests.support.pairs import pairs
 from tests.support.tolerances import ROUNDINGS, accumulation_dtype, check
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -182,12 +184,10 @@ def check_precision(
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spread", [1.0, 0.02])
-@pytest.mark.parametrize("t", [0.5, 0.05, 0.01])
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_precision(dtype, spread: float, t: float, beta: float, backend) -> None:
+@pairs(spread_and_t=list(product([1.0, 0.02], [0.5, 0.05, 0.01])), backend=VARIANTS, dtype=DTYPES, beta=[0.0, 1.0])
+def test_precision(spread_and_t, dtype, beta: float, backend) -> None:
     """Random and converged rows."""
+    spread, t = spread_and_t
     check_precision(rows(26, 16, 5, dtype, spread), torch.arange(26) // 2, t, 0.1, beta)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcl
+from tests.support.backends import QUICK
+from tests.support.pairs import pairs
 from tests.support.sinkhorn_oracle import log_domain, swav_loop
 from tests.support.strategies import generator
 
@@ -36,9 +38,7 @@ def swav(high: list[Tensor], low: list[Tensor], queue: list[Tensor] | None, prio
     return torch.stack(terms).mean()
 
 
-@pytest.mark.parametrize("with_queue", [False, True])
-@pytest.mark.parametrize("with_prior", [False, True])
-@pytest.mark.parametrize("low", [0, 3])
+@pairs(backend=QUICK, with_queue=[False, True], with_prior=[False, True], low=[0, 3])
 def test_swav_is_the_papers(backend: str, with_queue: bool, with_prior: bool, low: int) -> None:
     crops = [cosines(13, 6, seed).requires_grad_() for seed in range(2 + low)]
     queue = [cosines(9, 6, 50 + seed) for seed in range(2)] if with_queue else None
@@ -69,9 +69,7 @@ def msn(anchors: Tensor, targets: Tensor, prototypes: Tensor, prior: Tensor, n_i
     return cross_entropy + (prior * (prior / mean).log()).sum()
 
 
-@pytest.mark.parametrize("n_iters", [0, 1, 3])
-@pytest.mark.parametrize("kl", ["mean_prior", "prior_mean"])
-@pytest.mark.parametrize("kind", ["msn", "pmsn", "counts"])
+@pairs(backend=QUICK, kind=["msn", "pmsn", "counts"], n_iters=[0, 1, 3], kl=["mean_prior", "prior_mean"])
 def test_msn_is_the_papers(backend: str, kind: str, kl: str, n_iters: int) -> None:
     g = generator(0)
     anchors, targets, prototypes = (

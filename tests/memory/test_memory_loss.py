@@ -11,6 +11,8 @@ import fastcl
 from fastcl import ClusterInfoNCE, MemoryBank, MemoryQueue, MoCoLoss
 from fastcl.losses.batch import Tensors, batch
 from fastcl.ops.contrastive import op
+from tests.support.backends import VARIANTS
+from tests.support.pairs import pairs
 from tests.support.strategies import generator
 from tests.support.tolerances import check
 
@@ -123,8 +125,7 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES)
+@pairs(case=CASES, backend=VARIANTS, dtype=[torch.float32, torch.bfloat16])
 def test_loss_and_gradients_are_exact_in_the_stored_values(backend, case, dtype) -> None:
     arguments, plain = posed(case, dtype)
     plain = {"admissible": torch.ones_like(plain["positive"]), "key": None, "live": None} | plain

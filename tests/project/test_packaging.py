@@ -21,10 +21,8 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "P
 ENVIRONMENT["FASTCL_CUDA"] = "0"  # minutes a build; `test_cuda_build.py` is about that
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-needs_engines = pytest.mark.skipif(
-    COMPILER is None or platform.machine() != "x86_64" or not sys.platform.startswith("linux"),
-    reason="builds the engines, for Linux on x86-64",
-)
+ENGINES = COMPILER is not None and platform.machine() == "x86_64" and sys.platform.startswith("linux")
+needs_engines = pytest.mark.skipif(not ENGINES, reason="builds the engines, for Linux on x86-64")
 MODULE = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
 
 USE = """
@@ -131,12 +129,19 @@ def test_metadata_leaves_the_user_free_to_have_any_torch(built: tuple[Path, Path
 
 @pytest.mark.slow
 def test_sdist_and_wheel_install_into_an_empty_environment(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """The sdist for another architecture: a module without engines. Those are in the wheel, which came of it too."""
     sdist, wheel = built
+    other = "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64" if ENGINES else ""
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     constraints = ROOT / "constraints.txt"
-    run(python, "-m", "pip", "install", "-q", "-c", constraints, sdist, cwd=tmp_path)
+    install_sdist = (python, "-m", "pip", "install", "-q", "-c", constraints, sdist)
+    run(*install_sdist, cwd=tmp_path, CMAKE_ARGS=other, FASTCL_REQUIRE_NATIVE=str(int(ENGINES)))
     assert str(tmp_path / "venv") in run(python, "-W", "error", "-c", USE, cwd=tmp_path)
+    if ENGINES:
+        report = run(python, "-W", "error", "-m", "fastcl.info", cwd=tmp_path)
+        assert "used: none (this build carries no engine: it was not built for x86-64)" in report
+        assert re.search(r"contrastive_stats +cpu +float32 +chunked", report), report
     run(python, "-m", "pip", "uninstall", "-q", "-y", "fastcl", cwd=tmp_path)
     run(python, "-m", "pip", "install", "-q", "--no-deps", wheel, cwd=tmp_path)
     assert str(tmp_path / "venv") in run(python, "-W", "error", "-c", USE, cwd=tmp_path)
@@ -222,18 +227,6 @@ def test_switches_of_the_build_are_checked(name: str, tmp_path: Path) -> None:
     done = attempt(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **{name: "yes"})
     assert done.returncode != 0
     assert f"{name}: expected 0 or 1, got 'yes'" in done.stderr
-
-
-@needs_engines
-@pytest.mark.slow
-def test_another_architecture_gets_a_module_without_engines(clean: Path, tmp_path: Path) -> None:
-    source = copy_source(tmp_path / "source")
-    other = "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64"
-    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, CMAKE_ARGS=other, FASTCL_REQUIRE_NATIVE="1")
-    run(clean, "-W", "error", "-c", USE, cwd=source)
-    report = run(clean, "-W", "error", "-m", "fastcl.info", cwd=source)
-    assert "used: none (this build carries no engine: it was not built for x86-64)" in report
-    assert re.search(r"contrastive_stats +cpu +float32 +chunked", report), report
 
 
 SMALL_PROJECT = """

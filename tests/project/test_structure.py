@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.order import LONGEST
+
 ROOT = Path(__file__).parents[2]
 LARGEST_FILE = 25_000  # bytes
 
@@ -148,6 +150,10 @@ def test_tests_lie_where_their_source_lies() -> None:
         subject = path.stem.removeprefix("test_")
         known = [*(ROOT / "fastcl" / "losses").glob("*.py")]
         assert any(subject.startswith(module.stem) for module in known), f"{path.name} is no loss's"
+
+
+def test_what_comes_first_is_there() -> None:
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).exists()] == []
 
 
 def test_kernels_of_triton_are_in_files_of_their_own() -> None:

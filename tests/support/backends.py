@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
+
 import fastcl
 from fastcl.ops.backends import choose, native, triton_launch
 
@@ -15,6 +17,10 @@ BACKENDS = tuple(
 ENGINES = tuple(native.native_module().supported_engines()) if "cpu" in BACKENDS else ()
 # Backends, and the engines of `cpu` that it does not use by itself on this machine, as cpu-<instruction set>.
 VARIANTS = BACKENDS + tuple(f"cpu-{name}" for name in ENGINES if name != native.engine()[0])
+# All but Triton's, which an interpreter runs here: it takes a hundred times as long as the others.
+QUICK = tuple(name for name in VARIANTS if name != "triton")
+INTERPRETED = tuple(name for name in VARIANTS if name == "triton")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
 
 
 @contextmanager

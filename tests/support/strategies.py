@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 SIZES = st.one_of(st.sampled_from([1, 2, 3, 7, 127, 129]), st.integers(1, 40))
+# Of problems for Triton's interpreter, which takes seconds for a few tiles: they have 64 rows and columns there.
+INTERPRETED_SIZES = st.one_of(st.sampled_from([1, 3, 63, 64, 65]), st.integers(1, 40))
+INTERPRETED_WIDTHS = st.sampled_from([1, 2, 7, 16, 31, 33, 65])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (
     torch.uint8,
@@ -127,21 +130,24 @@ class StatsProblem:
 
 
 @st.composite
-def stats_problems(draw: st.DrawFn) -> StatsProblem:
+def stats_problems(draw: st.DrawFn, interpreted: bool = False) -> StatsProblem:
+    """interpreted: of sizes for Triton's interpreter, and without float64, which is not its own."""
+    sizes, widths = (INTERPRETED_SIZES, INTERPRETED_WIDTHS) if interpreted else (SIZES, SIZES)
+    dtypes = DTYPES[1:] if interpreted else DTYPES
     kind = draw(st.sampled_from(KINDS))
     self_contrast = draw(st.booleans())
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(dtypes))
     normalize_anchors = draw(st.booleans())
     many = draw(st.integers(0, 3)) == 0
     scales = st.just(20.0) if kind == "converged" else st.sampled_from([1.0, 2.0, 10.0])
     return StatsProblem(
-        n=draw(SIZES),
-        m=None if self_contrast else draw(SIZES),
-        d=draw(SIZES),
+        n=draw(sizes),
+        m=None if self_contrast else draw(sizes),
+        d=draw(widths),
         kind=kind,
         pattern=draw(st.sampled_from([*PATTERNS, None])),
         dtype=dtype,
-        contrast_dtype=dtype if self_contrast else draw(st.sampled_from([dtype, *DTYPES])),
+        contrast_dtype=dtype if self_contrast else draw(st.sampled_from([dtype, *dtypes])),
         normalize_anchors=normalize_anchors,
         normalize_contrasts=normalize_anchors if self_contrast else draw(st.booleans()),
         bias=draw(st.booleans()),
@@ -257,16 +263,19 @@ class LossProblem:
 
 
 @st.composite
-def loss_problems(draw: st.DrawFn) -> LossProblem:
+def loss_problems(draw: st.DrawFn, interpreted: bool = False) -> LossProblem:
+    """interpreted: as in `stats_problems`."""
+    sizes, widths = (INTERPRETED_SIZES, INTERPRETED_WIDTHS) if interpreted else (SIZES, SIZES)
+    dtypes = DTYPES[1:] if interpreted else DTYPES
     kind = draw(st.sampled_from(KINDS))
     views = draw(st.sampled_from([0, 0, 1, 2, 3]))
-    n = draw(SIZES)
+    n = draw(sizes)
     if views > 1:
         n = max(n // views, 1)
     flat = n * max(views, 1)
     contrasts = draw(st.sampled_from([None, None, "paired", "clustered", "list"]))
     positives = draw(st.integers(0, 3)) == 0
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(dtypes))
     symmetric = contrasts is not None and draw(st.booleans())
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     needs_clusters = contrasts is None and views < 2
@@ -278,18 +287,18 @@ def loss_problems(draw: st.DrawFn) -> LossProblem:
     elif symmetric and reduction == "none":
         m = flat
     elif contrasts == "clustered":
-        m = draw(st.one_of(SIZES, st.just(0)))
+        m = draw(st.one_of(sizes, st.just(0)))
     else:
         m = flat + draw(st.sampled_from([0, 0, 1, 9]))
     return LossProblem(
         n=n,
         views=views,
         m=m,
-        d=draw(SIZES),
+        d=draw(widths),
         kind=kind,
         pattern=draw(st.sampled_from(PATTERNS if needs_clusters else (*PATTERNS, None, None))),
         dtype=dtype,
-        contrast_dtype=dtype if contrasts is None else draw(st.sampled_from([dtype, dtype, *DTYPES])),
+        contrast_dtype=dtype if contrasts is None else draw(st.sampled_from([dtype, dtype, *dtypes])),
         contrasts=contrasts,
         form=form,
         denominator=denominator,

@@ -13,6 +13,7 @@ from fastcl.ops.contrastive.fields import FIELDS
 from fastcl.ops.contrastive.records import Problem, Rows, flatten, flatten_rows
 from tests.support.backends import VARIANTS, running
 from tests.support.emulated import emulating
+from tests.support.pairs import pairs
 from tests.support.strategies import generator, rows
 
 
@@ -98,13 +99,13 @@ def check(variant: str, kind: str, dtype: torch.dtype, both: bool, scales: list[
         assert (got.double() - value.double()).norm() <= rounding * value.double().norm()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", ["random", "converged", "far apart"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("both", [False, True])
+@pairs(
+    variant=VARIANTS,
+    kind=["random", "converged", "far apart"],
+    dtype=[torch.float32, torch.bfloat16],
+    both=[False, True],
+)
 def test_blocks_are_merged_into_what_one_sweep_finds(variant, kind, dtype, both) -> None:
-    if variant == "triton" and (dtype == torch.bfloat16) != both:
-        pytest.skip("the interpreter's time")
     check(variant, kind, dtype, both, [20.0] if kind == "converged" else [1.0, 3.0])
 
 

@@ -1,5 +1,7 @@
 """The mean loss in one node of autograd's graph, with its gradient at once or when asked: the formula's results."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from fastcl.functional import cluster_infonce
 from fastcl.ops.backends import choose, native
 from fastcl.ops.contrastive import direct
 from fastcl.ops.contrastive.records import Problem, Rows
+from tests.support.backends import VARIANTS
+from tests.support.pairs import pairs
 
 WHEN = {"at once": 1 << 60, "when asked": 0}
 KINDS = ("self", "views", "two sets", "constant contrasts", "symmetric", "momentum key", "bias", "ids")
@@ -61,11 +65,9 @@ def results(leaves: list[Tensor], options: dict[str, object], factor: float = 1.
     return [loss.detach(), *torch.autograd.grad(loss * factor, leaves)]
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("denominator", DENOMINATORS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_node_is_the_formula(kind: str, dtype, denominator: str, when: str, backend: str, monkeypatch) -> None:
+@pairs(kind_and_when=list(product(KINDS, WHEN)), denominator=DENOMINATORS, dtype=DTYPES, backend=VARIANTS)
+def test_one_node_is_the_formula(kind_and_when, dtype, denominator: str, backend: str, monkeypatch) -> None:
+    kind, when = kind_and_when
     monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
     leaves, options = case(kind, dtype)
     options["denominator"] = denominator

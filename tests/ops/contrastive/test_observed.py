@@ -9,14 +9,14 @@ from torch import Tensor
 
 import fastcl
 from fastcl.functional import cluster_infonce
-from tests.support.backends import VARIANTS, running
+from tests.support.backends import QUICK, VARIANTS, needs_interpreter, running
 from tests.support.oracle import TRUTH, Evaluation, eager_evaluations, op_masks, similarities
+from tests.support.pairs import pairs
 from tests.support.stats_checks import simple_problem
 from tests.support.strategies import StatsProblem, stats_problems
 from tests.support.tolerances import accumulation_dtype, check
 
 OBSERVED = ("max_pos", "max_neg", "sum_neg", "entropy")
-QUICK = tuple(name for name in VARIANTS if name != "triton")
 
 
 def formula(arguments: dict[str, Any], how: Evaluation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -88,9 +88,9 @@ def test_is_the_formula(problem: StatsProblem) -> None:
     check_observed(problem, QUICK)
 
 
-@pytest.mark.skipif("triton" not in VARIANTS, reason="Triton is not interpreted here")
+@needs_interpreter
 @settings(max_examples=8)
-@given(stats_problems().filter(lambda p: torch.float64 not in (p.dtype, p.contrast_dtype)))
+@given(stats_problems(interpreted=True))
 def test_triton_is_the_formula(problem: StatsProblem) -> None:
     check_observed(problem, ("triton",))
 
@@ -157,8 +157,7 @@ LOSSES = (
 )
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pairs(loss=LOSSES, backend=VARIANTS, dtype=[torch.float64, torch.float32, torch.bfloat16])
 def test_of_self_contrast(loss, dtype, backend) -> None:
     """And loss and gradient are the same to the bit, asked or not."""
     x = rows(13, 7, dtype=dtype).requires_grad_()
@@ -172,9 +171,7 @@ def test_of_self_contrast(loss, dtype, backend) -> None:
     assert stats.reverse is None
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("bias", [False, True])
+@pairs(backend=VARIANTS, symmetric=[False, True], reduction=["mean", "none"], bias=[False, True])
 def test_of_two_sets(symmetric, reduction, bias, backend) -> None:
     """Similarities are those of the rows, whatever is added to the logits."""
     x, y = rows(13, 7, 1), rows(13, 7, 2)

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 import fastcl
+from tests.support.backends import VARIANTS
 from tests.support.oracle import TRUTH, contrastive_stats, differentiate
+from tests.support.pairs import pairs
 from tests.support.stats_checks import as_dict, check_stats, library_stats, objective, simple_problem
 from tests.support.strategies import FIELDS, INTEGERS, PATTERNS, generator
 
@@ -189,8 +191,7 @@ def test_names_of_clusters_do_not_matter(pattern, backend) -> None:
 # Ids
 
 
-@pytest.mark.parametrize("dtype", INTEGERS)
-@pytest.mark.parametrize("other", [torch.uint8, torch.int64])
+@pairs(dtype=INTEGERS, backend=VARIANTS, other=[torch.uint8, torch.int64])
 def test_integer_dtypes(dtype, other, backend) -> None:
     g = generator(0)
     x, y = torch.randn(8, 3, generator=g), torch.randn(9, 3, generator=g)

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastcl
-from tests.support.backends import VARIANTS, running
+from tests.support.backends import QUICK, VARIANTS, needs_interpreter, running
+from tests.support.pairs import pairs
 from tests.support.sinkhorn_oracle import differentiated, log_domain, swav_loop
 from tests.support.strategies import generator
 from tests.support.tolerances import accumulation_dtype, check
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("assignments", "row_potential", "col_potential")
+EXACT = pytest.mark.parametrize("backend", QUICK, indirect=True)  # with float64, which Triton leaves to `chunked`
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ KINDS = ("uniform", "random", "wide", "zeros")
 
 
 @st.composite
-def problems(draw, dtypes=DTYPES) -> Case:
-    n = draw(st.one_of(st.integers(1, 24), st.sampled_from([31, 64, 131, 257])))
-    k = draw(st.one_of(st.integers(1, 24), st.sampled_from([31, 64, 131, 257])))
+def problems(draw, dtypes=DTYPES, large=(31, 64, 131, 257)) -> Case:
+    n = draw(st.one_of(st.integers(1, 24), st.sampled_from(large)))
+    k = draw(st.one_of(st.integers(1, 24), st.sampled_from(large)))
     dtype = draw(st.sampled_from(dtypes))
     seed = draw(st.integers(0, 2**20))
     g = generator(seed)
@@ -179,7 +181,7 @@ def compare(case: Case) -> None:
         check(name, got, exact, draws, accumulation=case.accumulation, half_rows=half, magnitude=magnitude)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", QUICK)
 @settings(max_examples=60)
 @given(case=problems())
 def test_values_and_gradients_follow_the_formula(variant: str, case: Case) -> None:
@@ -187,9 +189,15 @@ def test_values_and_gradients_follow_the_formula(variant: str, case: Case) -> No
         compare(case)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", ["uniform", "zeros"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@needs_interpreter
+@settings(max_examples=15)
+@given(case=problems(dtypes=DTYPES[1:], large=(31, 64, 65, 131)))
+def test_triton_follows_the_formula(case: Case) -> None:
+    with fastcl.use_backend("triton"):
+        compare(case)
+
+
+@pairs(variant=VARIANTS, kind=["uniform", "zeros"], dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_small_epsilon_and_large_scores(variant: str, kind: str, dtype: torch.dtype) -> None:
     """Epsilon 0.001 and scores of 1e4: ten million nats between two entries of a row."""
     g = generator(3)
@@ -247,19 +255,16 @@ def plan_error(result: fastcl.SinkhornResult, prior: Tensor, rows: Tensor) -> fl
     return (mass - prior / prior.sum()).abs().sum().item()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=40)
-@given(case=problems())
-def test_rows_sum_to_one_and_nothing_is_nan(variant: str, case: Case) -> None:
-    with running(variant):
-        result = fastcl.sinkhorn(
-            case.scores,
-            epsilon=case.epsilon,
-            prior=case.prior,
-            row_marginal=case.row_marginal,
-            n_iters=case.n_iters,
-            init=case.init,
-        )
+def check_assignments(case: Case) -> None:
+    """Rows sum to one, and nothing is NaN."""
+    result = fastcl.sinkhorn(
+        case.scores,
+        epsilon=case.epsilon,
+        prior=case.prior,
+        row_marginal=case.row_marginal,
+        n_iters=case.n_iters,
+        init=case.init,
+    )
     k = case.scores.shape[1]
     eps = torch.finfo(case.scores.dtype).eps
     rounding = 8 * torch.finfo(case.accumulation).eps
@@ -275,7 +280,23 @@ def test_rows_sum_to_one_and_nothing_is_nan(variant: str, case: Case) -> None:
     assert not result.col_potential.isnan().any()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", QUICK)
+@settings(max_examples=40)
+@given(case=problems())
+def test_rows_sum_to_one_and_nothing_is_nan(variant: str, case: Case) -> None:
+    with running(variant):
+        check_assignments(case)
+
+
+@needs_interpreter
+@settings(max_examples=15)
+@given(case=problems(dtypes=DTYPES[1:], large=(31, 64, 65)))
+def test_rows_sum_to_one_in_triton_too(case: Case) -> None:
+    with fastcl.use_backend("triton"):
+        check_assignments(case)
+
+
+@pytest.mark.parametrize("variant", QUICK)
 @settings(max_examples=25)
 @given(case=problems(dtypes=(torch.float64,)))
 def test_column_error_never_grows(variant: str, case: Case) -> None:
@@ -289,7 +310,7 @@ def test_column_error_never_grows(variant: str, case: Case) -> None:
     assert all(later <= earlier + 1e-11 for earlier, later in itertools.pairwise(errors)), errors
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", QUICK)
 @settings(max_examples=25)
 @given(case=problems(dtypes=(torch.float64,)), seed=st.integers(0, 99))
 def test_shifts_and_permutations_change_nothing_else(variant: str, case: Case, seed: int) -> None:
@@ -345,6 +366,7 @@ def test_a_tolerance_is_met_and_reported(backend: str) -> None:
     )
 
 
+@EXACT
 def test_a_solution_is_where_a_warm_start_stays(backend: str) -> None:
     scores = torch.randn(40, 15, dtype=torch.float64, generator=generator(0))
     prior = masses("wide", 15, 1)
@@ -361,6 +383,7 @@ def test_a_solution_is_where_a_warm_start_stays(backend: str) -> None:
 # Gradients
 
 
+@EXACT
 @pytest.mark.parametrize("n_iters", [1, 2, 5])
 @pytest.mark.parametrize("warm", [False, True])
 def test_gradcheck_of_the_iteration(backend: str, n_iters: int, warm: bool) -> None:
@@ -374,6 +397,7 @@ def test_gradcheck_of_the_iteration(backend: str, n_iters: int, warm: bool) -> N
     assert torch.autograd.gradcheck(outputs, leaves)
 
 
+@EXACT
 def test_gradcheck_of_the_fixed_point(backend: str) -> None:
     """Of the assignments, and of potentials up to the constant that may be moved from one to the other."""
 
@@ -392,6 +416,7 @@ def leaf_problem() -> tuple[Tensor, ...]:
     return tuple(t.requires_grad_() for t in (scores, epsilon, masses("random", 4, 1), masses("random", 6, 2)))
 
 
+@EXACT
 @pytest.mark.parametrize("zeros", [False, True])
 def test_the_implicit_gradient_is_the_limit_of_the_unrolled_one(backend: str, zeros: bool) -> None:
     scores = torch.randn(30, 12, dtype=torch.float64, generator=generator(0)).requires_grad_()
@@ -418,6 +443,7 @@ def test_a_tolerance_that_was_missed_differentiates_the_iterations(backend: str)
     torch.testing.assert_close(one, other)
 
 
+@EXACT
 def test_the_implicit_gradient_is_that_of_ott(backend: str) -> None:
     jax = pytest.importorskip("jax")
     pytest.importorskip("ott")

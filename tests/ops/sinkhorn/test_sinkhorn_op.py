@@ -1,6 +1,7 @@
 """What torch and its tools may rely on in `sinkhorn`: registration, compilation, strides, errors, memory."""
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastcl
 from fastcl.ops.sinkhorn import chunked as sinkhorn_chunked
 from fastcl.ops.sinkhorn.op import PASSES
-from tests.support.backends import VARIANTS, running
+from tests.support.backends import BACKENDS, VARIANTS, running
+from tests.support.pairs import pairs
 from tests.support.sinkhorn_oracle import log_domain
 from tests.support.strategies import generator
 
@@ -37,24 +39,35 @@ def op_arguments(backend: str, dtype: torch.dtype, grad: bool, everything: bool,
     return (*leaves, x(2, 5, seed=3).to(wide) if everything else None, 3, tol, "", name)
 
 
-@pytest.mark.parametrize("tol", [None, 1e-3])
-@pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pairs(
+    backend=VARIANTS,
+    tol=[None, 1e-3],
+    everything=[False, True],
+    grad=[False, True],
+    dtype=[torch.bfloat16, torch.float64],
+)
 def test_opcheck_of_the_forward(backend, dtype, grad, everything, tol) -> None:
     torch.library.opcheck(FORWARD, op_arguments(backend, dtype, grad, everything, tol))
 
 
-NEEDS = ((True, True, True, True), *((i == k for i in range(4)) for k in range(4)))
-
-
-@pytest.mark.parametrize("needs", [list(flags) for flags in NEEDS], ids=str)
-@pytest.mark.parametrize("tol", [None, 1e-3])
-def test_opcheck_of_the_backward(backend, needs, tol) -> None:
+def backward_arguments(backend: str, tol: float | None, needs: list[bool]) -> tuple[Any, ...]:
     arguments = op_arguments(backend, torch.float32, False, True, tol)
     _, _, _, error, _, rows, columns = FORWARD(*arguments)
     grads = (x(2, 7, 5, seed=4), x(2, 7, seed=5), x(2, 5, seed=6))
-    torch.library.opcheck(BACKWARD, (*arguments, error, rows, columns, *grads, list(needs)))
+    return (*arguments, error, rows, columns, *grads, needs)
+
+
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_opcheck_of_the_backward(backend, tol) -> None:
+    torch.library.opcheck(BACKWARD, backward_arguments(backend, tol, [True] * 4))
+
+
+@pytest.mark.parametrize("needed", range(4))
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_opcheck_of_one_gradient(backend, needed, tol) -> None:
+    """The empty places of the other gradients are what tracing is told."""
+    arguments = backward_arguments(backend, tol, [k == needed for k in range(4)])
+    torch.library.opcheck(BACKWARD, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_second_derivatives_are_refused(backend) -> None:
@@ -87,7 +100,9 @@ def test_the_backend_that_was_asked_for_runs(backend) -> None:
     assert set(PASSES) == {"reference", "chunked", "cpu", "triton", "cuda"}
 
 
-@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize(
+    ("tol", "backend"), list(zip(cycle([None, 1e-3]), BACKENDS, strict=False)), indirect=["backend"]
+)
 def test_under_torch_compile(backend, tol) -> None:
     def loss(scores: Tensor, epsilon: Tensor, prior: Tensor) -> Tensor:
         result = fastcl.sinkhorn(scores, epsilon=epsilon, prior=prior, n_iters=4, tol=tol)
@@ -114,8 +129,11 @@ def negated(values: Tensor) -> Tensor:
     return torch._neg_view(-values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", [transposed, spaced, negated])
+@pairs(
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    layout=[transposed, spaced, negated],
+    backend=VARIANTS,
+)
 def test_strides(backend, layout: Callable[[Tensor], Tensor], dtype) -> None:
     values = x(19, 21, dtype=dtype)
     outputs = []

@@ -14,6 +14,7 @@ from fastcl.ops.topk import cpu as topk_cpu
 from fastcl.ops.topk import triton as topk_triton
 from fastcl.ops.topk.op import SEARCHES
 from tests.support.backends import BACKENDS, VARIANTS, running
+from tests.support.pairs import pairs
 from tests.support.strategies import DTYPES, generator
 
 
@@ -109,10 +110,14 @@ def test_queries_and_keys_cut_among_threads(backend, threads) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("n", "d"), [(1, 1), (1, 2100), (2, 37), (7, 16), (8, 130), (9, 130)])
-def test_few_queries(backend, dtype, n, d) -> None:
+@pairs(
+    shape=[(1, 1), (1, 2100), (2, 37), (7, 16), (8, 130), (9, 130)],
+    backend=VARIANTS,
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+)
+def test_few_queries(shape, backend, dtype) -> None:
     """Fewer than lanes: long rows, rows that end within a vector, keys apart in memory, a last group of few keys."""
+    n, d = shape
     m = 150 if backend == "triton" else 1003
     queries, all_keys = whole(n, d, n, dtype), whole(2 * m, d + 3, d, dtype)
     ids = torch.arange(n), torch.arange(m) % (2 * n)

@@ -1,0 +1,36 @@
+"""Triton's interpreter, without what it looks for again and again.
+
+It replaces the functions of Triton's language before each launch, and before each call of a function within a kernel,
+and finds them by looking through all members of the modules. Their names do not change: this takes a third of the time
+off small kernels, and replaces the same functions.
+"""
+
+from functools import cache
+from typing import Any
+
+
+@cache
+def quicken() -> None:
+    """For the rest of the process. An interpreter that is built otherwise is left as it is."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_patch_attr") or not hasattr(interpreter, "_patch_builtin"):
+        return
+
+    @cache
+    def builtins(package: Any) -> tuple[str, ...]:
+        """As the interpreter finds them; those that are replaced at the moment are none, so it has to be at rest."""
+        return tuple(name for name in dir(package) if tl.core.is_builtin(getattr(package, name, None)))
+
+    for package in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base):
+        builtins(package)
+
+    def patch_builtin(package: Any, builder: Any, *scope: Any) -> None:
+        names = builtins(package)
+        if names and not tl.core.is_builtin(getattr(package, names[0])):
+            return  # all are replaced already, by the kernel that calls this function
+        for name in names:
+            interpreter._patch_attr(package, name, getattr(package, name), builder, *scope)
+
+    interpreter._patch_builtin = patch_builtin

@@ -167,7 +167,7 @@ def test_opcheck_of_the_backward_with_inputs_that_need_gradients(backend) -> Non
 
 
 def test_gradients_have_the_strides_that_tracing_is_told(backend) -> None:
-    """Compiled code reads the gradients by the strides of the fake ones, whatever the strides of the rows."""
+    """Compiled code reads gradients by the strides of the fake ones."""
     names = [argument.name for argument in FORWARD._schema.arguments]
     arguments = list(op_arguments("everything", backend, torch.float32, False))
     for name in ("anchor_values", "contrast_values", "positives"):
@@ -382,8 +382,8 @@ def test_half_precision_rows_stay_so_into_the_op(autocast, normalize, dtype, bac
             loss = cluster_infonce(z, contrasts=queue, normalize=normalize)
         (gradient,) = torch.autograd.grad(loss, z)
     ((_, arguments),) = calls.calls
-    assert arguments["anchors"].dtype == dtype
-    assert arguments["contrasts"].dtype == dtype
+    assert arguments["anchor_values"].dtype == dtype
+    assert arguments["contrast_values"].dtype == dtype
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
     plain = cluster_infonce(z, contrasts=queue, normalize=normalize)
@@ -404,7 +404,7 @@ def test_training_under_autocast(backend) -> None:
     layer = torch.nn.Linear(6, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16), Calls() as calls:
         loss = cluster_infonce(layer(x(10, 2, 6)))
-    assert calls.calls[0][1]["anchors"].dtype == torch.bfloat16
+    assert calls.calls[0][1]["anchor_values"].dtype == torch.bfloat16
     loss.backward()
     assert layer.weight.grad.dtype == torch.float32
     assert layer.weight.grad.abs().sum() > 0

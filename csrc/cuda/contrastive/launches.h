@@ -45,7 +45,7 @@ struct Side {
   float *bases;      // [3, scales, n]: of the sums over all, negatives and positives, to base 2
   float *statistics; // [scales, 7, n]: workspace of the forward
   float *weights;    // [scales, 7, n]: workspace of the backward, as those below
-  float *extremes;   // [3, scales, extreme_blocks(n)]
+  float *extremes;   // [4, scales, extreme_blocks(n)]
   float *side;       // [scales, 5, side_stride(n)]
 };
 

@@ -152,12 +152,12 @@ def _derived(
     counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
     of_fields: list[Tensor | None] = [None, None]
     for k, (side, those) in enumerate(zip((counts, contrast_counts), rows, strict=False)):
-        of_fields[k] = _derivative(side, those, len(rows)).mul_(grad)
+        of_fields[k] = _derivative(side, those, len(rows)) * grad
     return differentiate_saved(saved, options, needs, *of_fields)
 
 
 def _rows_of(side: Side, want: Sequence[str], look: bool = True) -> _Rows:
-    """look: at the counts' values, to find that there is nothing to mask: the common case takes the fewest operators."""
+    """look: at the counts' values, whether there is nothing to mask: the common case takes the fewest operators."""
     positives = side.counts[0]
     if want[0] == "lse_neg":
         counted = side.counts.amin(0) > 0
@@ -173,7 +173,7 @@ def _rows_of(side: Side, want: Sequence[str], look: bool = True) -> _Rows:
 def _mean(side: Side, rows: _Rows) -> Tensor:
     sum_pos, num_pos = side.fields[-1], side.counts[0]
     if rows.log_ratio is not None:
-        # Linear beyond the threshold: what is lost there is less than a rounding. Nothing is added but NaN, of infinity.
+        # Beyond the threshold linear, by less than a rounding. Infinite logits make no loss of 0: 0 * inf is added.
         singles = torch.add(torch.nn.functional.softplus(rows.log_ratio, threshold=50), sum_pos, alpha=0)
         if rows.single is None:
             return singles.mean()

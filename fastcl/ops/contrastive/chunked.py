@@ -150,7 +150,9 @@ def _members(field: str, tile: _Tile) -> Tensor:
         return tile.logits
     if tile.positive is None:
         return torch.full_like(tile.logits, -torch.inf)
-    return tile.logits.masked_fill(tile.positive if field == "lse_neg" else ~tile.positive, -torch.inf)
+    if field == "lse_neg":
+        return torch.where(tile.positive, -torch.inf, tile.logits)
+    return torch.where(tile.positive, tile.logits, -torch.inf)
 
 
 class _Accumulator:
@@ -200,18 +202,18 @@ class _Accumulator:
         """Those of the tile, by field; over all and over the negatives by the same exponentials, where that serves."""
         fields = self.p.log_sums
         if "lse_all" not in fields or "lse_neg" not in fields:
-            return {field: _log_sum(_members(field, tile), self.dim) for field in fields}
-        found = {"lse_pos": _log_sum(_members("lse_pos", tile), self.dim)} if "lse_pos" in fields else {}
+            return {field: _log_sum(field, tile, self.dim) for field in fields}
+        found = {"lse_pos": _log_sum("lse_pos", tile, self.dim)} if "lse_pos" in fields else {}
         if single is not None:
-            negative = _log_sum(_members("lse_neg", tile), self.dim)
+            negative = _log_sum("lse_neg", tile, self.dim)
             return found | {"lse_all": _joined(negative, single), "lse_neg": negative}
-        shift, powers = _powers(tile.logits, self.dim)
+        shift, powers = _shift_and_powers("lse_all", tile, self.dim)
         found["lse_all"] = _LogSum(shift, powers.sum(self.dim))
         if tile.positive is not None and self.p.device.type == "cpu":
             total = powers.masked_fill_(tile.positive, 0).sum(self.dim)
             if bool((total >= torch.finfo(total.dtype).tiny * FAR_ABOVE).all()):
                 return found | {"lse_neg": _LogSum(shift, total)}
-        return found | {"lse_neg": _log_sum(_members("lse_neg", tile), self.dim)}
+        return found | {"lse_neg": _log_sum("lse_neg", tile, self.dim)}
 
     def result(self) -> Side:
         shifts = self.shifts.masked_fill_(self.shifts == -torch.inf, 0)
@@ -247,15 +249,21 @@ class _LogSum(NamedTuple):
     total: Tensor
 
 
-def _powers(members: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest of each row, and exponentials of all less that."""
+def _powers(members: Tensor, shift: Tensor, tile: _Tile) -> Tensor:
+    """exp(members - shift), in the place of members unless these are the tile's own."""
+    return (members - shift if members is tile.logits else members.sub_(shift)).exp_()
+
+
+def _shift_and_powers(field: str, tile: _Tile, dim: int) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row's set, and exponentials of all less that."""
+    members = _members(field, tile)
     shift = members.amax(dim)
     finite = shift.masked_fill(shift == -torch.inf, 0)
-    return shift, (members - finite.unsqueeze(dim)).exp_()
+    return shift, _powers(members, finite.unsqueeze(dim), tile)
 
 
-def _log_sum(members: Tensor, dim: int) -> _LogSum:
-    shift, powers = _powers(members, dim)
+def _log_sum(field: str, tile: _Tile, dim: int) -> _LogSum:
+    shift, powers = _shift_and_powers(field, tile, dim)
     return _LogSum(shift, powers.sum(dim))
 
 
@@ -287,15 +295,20 @@ def _add_logit_gradient(
     g: Tensor | None, p: Problem, tile: _Tile, side: _SideGradient, where: slice, dim: int
 ) -> Tensor:
     """g [S, B, M], or nothing, plus dL/ds of one side: the softmax part, then the positive part, in the tile."""
-    for k, field in enumerate(p.log_sums):
-        if side.idle[k]:
-            continue
-        members = _members(field, tile)
-        exponents = members - side.shifts[k, :, where].unsqueeze(dim)
+    active = [k for k, idle in enumerate(side.idle) if not idle]
+    extra = side.grad[p.want.index("sum_pos")][:, where].unsqueeze(dim) if "sum_pos" in p.want else None
+    if g is None and extra is not None and tile.positive is not None and [p.log_sums[k] for k in active] == ["lse_neg"]:
+        # As of single positives: what is written over need not be masked before.
+        shift, weights = side.shifts[active[0], :, where], side.weights[active[0], :, where]
+        negatives = _powers(tile.logits, shift.unsqueeze(dim), tile).mul_(weights.unsqueeze(dim))
+        return torch.where(tile.positive, extra, negatives)
+    for k in active:
+        field = p.log_sums[k]
+        powers = _powers(_members(field, tile), side.shifts[k, :, where].unsqueeze(dim), tile)
         weights = side.weights[k, :, where].unsqueeze(dim)
-        g = exponents.exp_().mul_(weights) if g is None else g.addcmul_(exponents.exp_(), weights)
+        g = powers.mul_(weights) if g is None else g.addcmul_(powers, weights)
     if g is None:
         g = torch.zeros_like(tile.logits)
-    if "sum_pos" in p.want and tile.positive is not None:
-        g.addcmul_(tile.positive.to(g.dtype), side.grad[p.want.index("sum_pos")][:, where].unsqueeze(dim))
+    if extra is not None and tile.positive is not None:
+        g.addcmul_(tile.positive.to(g.dtype), extra)
     return g

@@ -188,8 +188,7 @@ def _mean(side: Side, rows: _Rows) -> Tensor:
 def _derivative(counts: Tensor, rows: _Rows, means: int) -> Tensor:
     """Of the mean of so many `_mean`s, in the fields [W, 1, N] of one of them."""
     n = counts.shape[1]
-    weight: float | Tensor = 1 / (n * means)
-    num_pos = counts[0]
+    weight, num_pos = counts.new_full((), 1 / (n * means)), counts[0]
     if rows.counted is not None:
         of_rows = rows.counted.to(counts.dtype)
         weight = of_rows / (of_rows.sum().clamp(min=1) * means)

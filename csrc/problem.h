@@ -44,7 +44,7 @@ struct Statistics {
   void *sums[SUM_POS];   // [scales, N]: and its sum of exp(s_ij - shift)
   void *positives;       // [N]: number of positives
   void *negatives;       // [N]: number of negatives
-  void *negative_share;  // [scales, N]: sum over the negatives / sum over all
+  void *negative_ratio;  // [scales, N]: sum over the negatives / sum over the positives
   void *negative_base;   // [scales, N]: largest logit (to base 2) of the negatives,
   void *positive_base;   // [scales, N]: and of the positives, if the forward kept them, else 0
   void *observed;        // [OBSERVED, scales, N]; null: not wanted
@@ -58,7 +58,7 @@ struct Statistics {
     for (void *&p : s.fields) advance(p);
     for (void *&p : s.shifts) advance(p);
     for (void *&p : s.sums) advance(p);
-    advance(s.negative_share);
+    advance(s.negative_ratio);
     advance(s.negative_base);
     advance(s.positive_base);
     advance(s.observed);

@@ -51,14 +51,14 @@ Statistics read_statistics(const py::tuple &numbers) {
   for (void *&sum : s.sums) sum = in.address();
   s.positives = in.address();
   s.negatives = in.address();
-  s.negative_share = in.address();
+  s.negative_ratio = in.address();
   s.negative_base = in.address();
   s.positive_base = in.address();
   s.observed = in.address();
   s.inverse_norms = in.address();
   in.end();
   for (int f = 0; f < SUM_POS; f++) require(!s.fields[f] || (s.shifts[f] && s.sums[f]), "a log-sum-exp without its parts");
-  require(s.positives && s.negatives && s.negative_share && s.negative_base && s.positive_base, "counts: a null pointer");
+  require(s.positives && s.negatives && s.negative_ratio && s.negative_base && s.positive_base, "counts: a null pointer");
   return s;
 }
 

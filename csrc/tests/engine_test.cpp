@@ -50,7 +50,7 @@ template <class T> struct Outputs { // of one side
     }
     addresses.positives = pool.array<T>(size);
     addresses.negatives = pool.array<T>(size);
-    addresses.negative_share = pool.array<T>(all);
+    addresses.negative_ratio = pool.array<T>(all);
     addresses.negative_base = pool.array<T>(all);
     addresses.positive_base = pool.array<T>(all);
     if (normalize) addresses.inverse_norms = pool.array<T>(size);

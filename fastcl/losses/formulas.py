@@ -19,7 +19,7 @@ class Formula(Protocol):
         """The statistics that `terms` asks for."""
 
     def mean_of_differences(self) -> bool:
-        """Whether the loss of a row is lse - sum_pos / num_pos of what is wanted, and nothing else."""
+        """Whether the loss of a row is lse - sum_pos / num_pos, lse the first of what is wanted, and nothing else."""
 
     def exact(self) -> bool:
         """Whether log-sum-exps are wanted in float64, as `terms` takes the difference of their exponentials."""
@@ -43,13 +43,13 @@ class InfoNCE(NamedTuple):
     label_smoothing: float = 0.0
 
     def wanted(self) -> tuple[str, ...]:
-        if self.label_smoothing:
-            return "lse_all", "sum_pos", "sum_all"
         if self.form == "inside":
             return "lse_pos", "lse_neg"
         if self.denominator == "negatives":
             return "lse_neg", "sum_pos"
-        return ("lse_all", "sum_pos") if self.margin == 0 else ("lse_pos", "lse_neg", "sum_pos")
+        if self.label_smoothing:
+            return "lse_all", "lse_neg", "sum_pos", "sum_all"
+        return "lse_all" if self.margin == 0 else "lse_pos", "lse_neg", "sum_pos"
 
     def mean_of_differences(self) -> bool:
         return self.form == "outside" and self.margin == 0 and self.label_smoothing == 0
@@ -63,27 +63,27 @@ class InfoNCE(NamedTuple):
     def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
         counted = stats.num_pos > 0
         num_pos = stats.num_pos.clamp(min=1)
-        if self.form == "outside" and self.denominator == "all" and self.margin == 0:
-            assert stats.lse_all is not None
-            assert stats.sum_pos is not None
-            target = stats.sum_pos / num_pos
-            if self.label_smoothing:
-                assert stats.sum_all is not None
-                mean_all = stats.sum_all / (num_pos + stats.num_neg)
-                target = torch.lerp(target, mean_all, self.label_smoothing)
-            return stats.lse_all - target, counted
         if self.denominator == "negatives":
             counted = counted & (stats.num_neg > 0)
-        lse_pos, lse_neg, sum_pos = _harmless(stats, counted)
+        lse_all, lse_pos, lse_neg, sum_pos = _harmless(stats, counted)
         mean_pos = sum_pos / num_pos
         shift = scale * self.margin
         if self.form == "outside" and self.denominator == "negatives":
             return lse_neg - mean_pos + shift, counted
-        log_ratio = lse_neg - lse_pos + shift
-        if self.denominator == "all":
-            # log(neg + pos) - log(pos) = log(1 + neg / pos) does not cancel as the positives come to dominate.
-            log_ratio = torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
-        return log_ratio + (num_pos.log() if self.form == "inside" else lse_pos - mean_pos), counted
+        if self.form == "inside":
+            log_ratio = lse_neg - lse_pos + shift
+            return (_log1p_exp(log_ratio) if self.denominator == "all" else log_ratio) + num_pos.log(), counted
+        single = stats.num_pos == 1
+        if self.margin == 0:
+            log_ratio = lse_neg.masked_fill(~single, 0) - sum_pos.masked_fill(~single, 0)
+            loss = torch.where(single, _log1p_exp(log_ratio) + _not_finite(sum_pos), lse_all - mean_pos)
+            if self.label_smoothing:
+                assert stats.sum_all is not None
+                mean_all = stats.sum_all.masked_fill(~counted, 0) / (num_pos + stats.num_neg)
+                loss = torch.lerp(loss, lse_all - mean_all, self.label_smoothing)
+            return loss, counted
+        log_ratio = lse_neg - torch.where(single, sum_pos, lse_pos) + shift
+        return _log1p_exp(log_ratio) + torch.where(single, _not_finite(sum_pos), lse_pos - mean_pos), counted
 
 
 def infonce(options: LossOptions) -> InfoNCE:
@@ -138,11 +138,13 @@ class Debiased(NamedTuple):
     def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
         counted, some = stats.num_pos > 0, stats.num_neg > 0
         num_pos, log_n = stats.num_pos.clamp(min=1), stats.num_neg.clamp(min=1).log()
-        lse_pos, _, sum_pos = _harmless(stats, counted)
-        _, lse_neg, _ = _harmless(stats, some)
+        _, lse_pos, _, sum_pos = _harmless(stats, counted)
+        _, _, lse_neg, _ = _harmless(stats, some)
         if self.beta:
             lse_pos, sum_pos = lse_pos[0], sum_pos[0]
             lse_neg = lse_neg[2] - lse_neg[1] + log_n
+        single = stats.num_pos == 1
+        lse_pos = torch.where(single, sum_pos + (lse_pos - sum_pos).detach(), lse_pos)  # the value is the less rounded
         least = log_n - scale  # of N negatives, when all are opposite to the anchor
         log_ng = lse_neg
         if self.tau_plus:
@@ -150,7 +152,8 @@ class Debiased(NamedTuple):
             log_ng = _log_difference(lse_neg, log_false) - math.log1p(-self.tau_plus)
         log_ng = torch.maximum(log_ng, least)
         log_ratio = torch.where(some, log_ng - lse_pos, -torch.inf)
-        return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio)) + (lse_pos - sum_pos / num_pos), counted
+        rest = torch.where(single, _not_finite(sum_pos), lse_pos - sum_pos / num_pos)
+        return _log1p_exp(log_ratio) + rest, counted
 
 
 def _log_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -163,11 +166,25 @@ def _log_difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(no_less, -torch.inf, a + log_rest)
 
 
+def _log1p_exp(log_ratio: Tensor) -> Tensor:
+    """log(1 + neg / pos), in place of log(neg + pos) - log(pos), which cancels as the positives come to dominate.
+
+    The logit of a single positive is its log-sum-exp too. A formula takes the logit, so that all of its derivative, the
+    small quotient neg / (neg + pos), arrives at one place: as 1 - p it would have cancelled.
+    """
+    return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
+
+
+def _not_finite(sum_pos: Tensor) -> Tensor:
+    """0, or NaN if the sum is not finite: infinite logits make no loss of 0. Without a derivative."""
+    return sum_pos.detach() * 0
+
+
 def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
-    """lse_pos, lse_neg, sum_pos, harmless numbers in rows that do not count or are not wanted.
+    """lse_all, lse_pos, lse_neg, sum_pos, harmless numbers in rows that do not count or are not wanted.
 
     Masking the result of a formula alone would let the NaN of its derivative through.
     """
     zero, ignored = stats.num_pos.new_zeros(()), ~counted
-    fields = (stats.lse_pos, stats.lse_neg, stats.sum_pos)
+    fields = (stats.lse_all, stats.lse_pos, stats.lse_neg, stats.sum_pos)
     return [zero if field is None else field.masked_fill(ignored, 0) for field in fields]

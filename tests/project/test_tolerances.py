@@ -16,12 +16,12 @@ TEMPERATURE = 0.05
 class Problem:
     """SimCLR on 128 samples in two views: loss and gradient from the formula, and what the rule needs to judge others.
 
-    Converged rows are few enough dimensions apart that the loss is not yet all rounding.
+    Converged rows are few enough dimensions apart that float16 holds the gradient, unless d says otherwise.
     """
 
-    def __init__(self, kind: str, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(self, kind: str, dtype: torch.dtype, seed: int = 0, d: int | None = None) -> None:
         groups = torch.arange(128).repeat_interleave(2)
-        self.x = rows(kind, groups, 64 if kind == "random" else 16, generator(seed), unit=False).to(dtype)
+        self.x = rows(kind, groups, d or (64 if kind == "random" else 16), generator(seed), unit=False).to(dtype)
         arguments = {"embeddings": self.x, "clusters": groups, "temperature": TEMPERATURE}
 
         def evaluate(how: Evaluation) -> tuple[Tensor, Tensor]:
@@ -71,6 +71,9 @@ class Kernel:
         self.softmax = masked.softmax(1)
         self.positive = torch.zeros(n, n)
         self.positive[torch.arange(n), self.partner] = 1
+        # The softmax less the positive, of which nothing cancels: what the negatives have is what the positive lacks.
+        negatives = self.softmax * (1 - self.positive)
+        self.difference = negatives - self.positive * negatives.sum(1, keepdim=True)
         self.scale = 1 / (n * TEMPERATURE)
 
     def through(self, g: Tensor) -> Tensor:
@@ -98,17 +101,25 @@ def test_a_careful_kernel_is_accepted(dtype) -> None:
     """Where the planted errors below start from."""
     problem = Problem("converged", dtype)
     kernel = Kernel(problem)
-    problem.check_gradient(kernel.project(kernel.through(kernel.softmax - kernel.positive)).to(dtype))
+    problem.check_gradient(kernel.project(kernel.through(kernel.difference)).to(dtype))
+
+
+def test_one_less_the_share_of_a_single_positive_is_refused() -> None:
+    """What is left of its gradient has then the digits of the 1."""
+    problem = Problem("converged", torch.float32, d=64)
+    kernel = Kernel(problem)
+    problem.check_gradient(kernel.project(kernel.through(kernel.difference)))
+    problem.is_refused(kernel.project(kernel.through(kernel.softmax - kernel.positive)))
 
 
 def test_positive_part_added_from_sums_is_refused() -> None:
-    """The positive term outside the tile, from sums that have been rounded before: two digits of float32."""
-    problem = Problem("converged", torch.float32)
+    """The positive term outside the tile, in float32 or rounded further."""
+    problem = Problem("converged", torch.float32, d=64)
     kernel = Kernel(problem)
     softmax_part = kernel.through(kernel.softmax)
     cluster_sums = kernel.unit + kernel.unit[kernel.partner]
     positive_part = 2 * (cluster_sums - kernel.unit) * kernel.scale
-    problem.check_gradient(kernel.project(softmax_part - positive_part))  # in float32 throughout
+    problem.is_refused(kernel.project(softmax_part - positive_part))
     rounded = softmax_part.bfloat16().float() - positive_part.bfloat16().float()
     problem.is_refused(kernel.project(rounded))
 
@@ -124,7 +135,7 @@ def test_gradient_cast_before_the_projection_is_refused() -> None:
     problem = Problem("random", torch.bfloat16)
     kernel = Kernel(problem)
     # Most of this gradient lies along the rows: every row's own part would have to be projected out in float32.
-    along = kernel.through(kernel.softmax - kernel.positive) + 20 * kernel.unit * kernel.scale
+    along = kernel.through(kernel.difference) + 20 * kernel.unit * kernel.scale
     problem.check_gradient(kernel.project(along).bfloat16())
     problem.is_refused(kernel.project(along.bfloat16().float()).bfloat16())
 

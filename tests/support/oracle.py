@@ -22,7 +22,8 @@ class Evaluation:
     dtype: of everything. order: seed of a permutation of features and rows in the product (None: as they come).
     scale_first: multiply the anchors by inverse norm and scale before the product, rather than the tile after it.
     part: to measure what cancels. "constant norms": hold norms and the sum of weights constant in the derivative, whose
-    part is a projection. "denominator", "positives": also leave only that term of a loss.
+    part is a projection. "denominator", "positives": also leave only that term of a loss; of a row with one positive,
+    whose loss is a function of their difference, hold the other one constant.
     """
 
     dtype: torch.dtype = torch.float64
@@ -227,7 +228,10 @@ def loss_rows(
     part: str | None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each row, 0 where it does not count, and which rows count, from logits that have their margin already."""
+    """Loss of each row, 0 where it does not count, and which rows count, from logits that have their margin already.
+
+    With one positive the difference of log-sums is log(1 + neg / pos), which cancels nothing in any dtype.
+    """
     counts = positive.any(1) & (negative.any(1) if denominator == "negatives" else positive.any(1))
     s, positive, negative = s[counts], positive[counts], negative[counts]
     size = positive.sum(1).to(s.dtype)
@@ -237,6 +241,14 @@ def loss_rows(
         everything = positive | negative
         top = (1 - label_smoothing) * top + label_smoothing * _sum(s, everything) / everything.sum(1)
     rows = {"denominator": bottom, "positives": top}.get(part, bottom - top)
+    if denominator == "all" and not label_smoothing:
+        of_negatives, of_positive = _lse(s, negative), _sum(s, positive)
+        if part == "denominator":
+            of_positive = of_positive.detach()
+        elif part == "positives":
+            of_negatives = of_negatives.detach()
+        log_ratio = of_negatives - of_positive
+        rows = torch.where(size == 1, torch.logaddexp(log_ratio, torch.zeros_like(log_ratio)), rows)
     return s.new_zeros(len(counts)).masked_scatter(counts, rows), counts
 
 

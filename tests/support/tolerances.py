@@ -16,6 +16,10 @@ float32; where eager happens to round both alike its error is 0, which no other 
 the numbers that cancel (`oracle.CANCELLING`), of which ROUNDINGS roundings are always allowed. This is far below
 eager's usual error: rounding a logit s costs |s| roundings of its exponential.
 
+*With one positive nothing cancels*: the loss is log(1 + neg / pos), its gradient a multiple of neg / (neg + pos), and
+the oracle evaluates it so in float32 too. Logits are then all that is rounded, and however small the loss, 1e-5 of it
+is all that is allowed at ordinary temperatures.
+
 Products in float64 are held to the same rule in units of float64, with 1e-12 in place of 1e-5 and more
 roundings of what cancels, as the truth has made some of its own.
 """

@@ -216,8 +216,8 @@ private:
       to.positive_base[place] = T(positive);
       to.negative[place] = T(rebased(saved, LSE_ALL, i, negative) + rebased(saved, LSE_NEG, i, negative));
       if (out.single_positives && ((const T *)saved.positives)[i] == 1) {
-        // A single positive's share of the sum is 1 - the negatives' share. Using the latter avoids cancellation if it is small.
-        const double share = ((const T *)saved.negative_share)[i];
+        // A single positive's share of the sum is 1 - the negatives' share: so nothing cancels when it is almost all.
+        const double share = 1 / (1 + 1 / double(((const T *)saved.negative_ratio)[i])); // of an infinite ratio 1
         to.positive[place] = 0;
         to.constant[place] = T(gradient(LSE_ALL, i) + gradient(SUM_POS, i) + gradient(LSE_POS, i) - gradient(LSE_ALL, i) * share);
       } else {

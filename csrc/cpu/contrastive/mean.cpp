@@ -18,7 +18,7 @@ struct Memory {
 Statistics taken(Memory &memory, Field log_sum, int64_t bytes) {
   Statistics s{};
   void **const wanted[MEAN_KEPT] = {&s.fields[log_sum], &s.shifts[log_sum], &s.sums[log_sum], &s.fields[SUM_POS], &s.positives,
-                                    &s.negatives,       &s.negative_share,  &s.negative_base, &s.positive_base};
+                                    &s.negatives,       &s.negative_ratio,  &s.negative_base, &s.positive_base};
   for (void **p : wanted) *p = memory.take(bytes);
   return s;
 }
@@ -27,13 +27,14 @@ Statistics taken(Memory &memory, Field log_sum, int64_t bytes) {
 template <class Real> double mean(const Statistics &s, Field log_sum, bool need_negatives, int64_t size, double share) {
   Real *const lse = static_cast<Real *>(s.fields[log_sum]), *const sum = static_cast<Real *>(s.fields[SUM_POS]);
   const Real *const positives = static_cast<const Real *>(s.positives), *const negatives = static_cast<const Real *>(s.negatives);
-  const Real *const negative_share = static_cast<const Real *>(s.negative_share);
+  const Real *const negative_ratio = static_cast<const Real *>(s.negative_ratio);
   const auto counts = [&](int64_t i) { return positives[i] > 0 && (!need_negatives || negatives[i] > 0); };
   double total = 0, count = 0;
   for (int64_t i = 0; i < size; i++) {
     if (!counts(i)) continue;
-    // For a single positive exp(s_pos - lse) = 1 - the negatives' share, which does not cancel if the share is small.
-    if (log_sum == LSE_ALL && positives[i] == 1 && negative_share[i] < Real(0.5)) total -= std::log1p(-double(negative_share[i]));
+    // The logit of a single positive is its log-sum: what is left, log(1 + neg / pos), does not cancel as the negatives vanish, nor
+    // where large logits are all alike. A positive so far below the negatives may have underflown.
+    if (log_sum == LSE_ALL && positives[i] == 1 && negative_ratio[i] < Real(1e30)) total += std::log1p(double(negative_ratio[i]));
     else total += double(lse[i]) - double(sum[i]) / double(positives[i]);
     count += 1;
   }

@@ -338,7 +338,7 @@ private:
       if (out.fields[SUM_POS]) ((T *)out.fields[SUM_POS])[row] = T(LN2 * double(x[LOGITS]));
       ((T *)out.positives)[row] = x[POSITIVES];
       ((T *)out.negatives)[row] = T(others) - x[POSITIVES] - x[INADMISSIBLE];
-      ((T *)out.negative_share)[row] = negative / (negative + positive);
+      ((T *)out.negative_ratio)[row] = negative / positive;
       ((T *)out.negative_base)[row] = x[NEGATIVE_MAXIMUM];
       ((T *)out.positive_base)[row] = x[POSITIVE_MAXIMUM];
       if (out.inverse_norms) ((T *)out.inverse_norms)[row] = s.whole_inverse_norm(side, i);

@@ -44,8 +44,8 @@ struct Side {
   float *fields, *counts, *parts;
   float *bases;      // [3, scales, n]: bases (logits to base 2) of the sums over all, negatives and positives
   float *statistics; // [scales, 7, n]: workspace of the forward
-  float *weights;    // [scales, 7, n]: workspace of the backward, also the two below
-  float *extremes;   // [3, scales, extreme_blocks(n)]
+  float *weights;    // [scales, 7, n]: workspace of the backward, as those below
+  float *extremes;   // [4, scales, extreme_blocks(n)]
   float *side;       // [scales, 5, side_stride(n)]
 };
 

@@ -20,7 +20,9 @@ constexpr int ROW_WARPS = 8;      // rows of a block, with a warp each
 constexpr float NORM_FLOOR = 1e-12f, LARGEST_INVERSE = 1.0f / NORM_FLOOR;
 // G is scaled so that its largest number is near 2^LARGEST: float16 overflows at 2^16, and would flush shares of 1 / N^2.
 constexpr float LARGEST = 11;
-// Rows with larger norms are scaled by powers of two to norms near 1: products and gradients of two such rows would overflow.
+// 2^FITS, and sums of some, are in float32's range.
+constexpr float FITS = 100;
+// Norms beyond which rows are stored near 1, by powers of two: products and gradients of two such rows leave the range.
 constexpr float FAR = 1099511627776.0f; // 2^40
 
 __device__ inline float load_as(const void *values, Dtype dtype, int64_t place) {
@@ -173,9 +175,10 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) fields_kernel(const __grid_const
   }
 }
 
-// weights [scales, 7, n], in `order`: the bases of the sums over all, negatives and positives; the weights of the terms 2^(t - base)
-// of each; and the constant for a positive's logit. extremes [3, scales, blocks]: for each block of rows the smallest and the largest
-// log-sum (to base 2), and the largest gradient that a logit can get.
+// weights [scales, 7, n], in `order`: the bases of the sums over all, negatives and positives, what a term 2^(t - base)
+// of each gets, and what a positive's logit gets on top. extremes [4, scales, blocks]: of a block of rows the smallest
+// and the largest log-sum (to base 2) of those that have a gradient, the largest gradient that a logit can get, and the
+// largest log-sum of all.
 struct MakeWeights {
   Wanted wanted;
   int64_t n;
@@ -184,7 +187,7 @@ struct MakeWeights {
   float *weights, *extremes;
 };
 
-enum Extreme : int { LOWEST_SUM, HIGHEST_SUM, PEAK, EXTREMES };
+enum Extreme : int { LOWEST_SUM, HIGHEST_SUM, PEAK, HIGHEST_OF_ALL, EXTREMES };
 __device__ inline float more_extreme(int what, float a, float b) { return what == LOWEST_SUM ? fminf(a, b) : fmaxf(a, b); }
 // The extreme of x over a block's threads, returned to all of them; `room` has a number per warp. NaN is ignored.
 __device__ inline float most_extreme(int what, float x, float *room) {
@@ -200,7 +203,7 @@ __device__ inline float nothing(int what) { return what == LOWEST_SUM ? infinity
 __global__ void __launch_bounds__(ROWS_AT_ONCE) weights_kernel(const __grid_constant__ MakeWeights p) {
   char *const memory = shared_memory();
   const int64_t i = int64_t(blockIdx.x) * ROWS_AT_ONCE + threadIdx.x, n = p.n, k = blockIdx.y, every = gridDim.y * n;
-  float found[EXTREMES] = {infinity(), -infinity(), 0};
+  float found[EXTREMES] = {infinity(), -infinity(), 0, -infinity()};
   if (i < n) {
     const int64_t row = p.order ? p.order[i] : i, place = k * n + row;
     const bool positives = p.counts[row] > 0, negatives = p.counts[n + row] > 0;
@@ -223,6 +226,8 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) weights_kernel(const __grid_cons
       weights[f] = (sum == 0 ? 0.0f : grad / sum) * exp2_fast(fminf((bases[f] * LN2 - shift) * LOG2E, 0.0f));
       if (sum > 0) {
         const float log_sum = shift * LOG2E + log2f(sum);
+        found[HIGHEST_OF_ALL] = fmaxf(found[HIGHEST_OF_ALL], log_sum);
+        if (grad == 0) continue;
         found[LOWEST_SUM] = fminf(found[LOWEST_SUM], log_sum);
         found[HIGHEST_SUM] = fmaxf(found[HIGHEST_SUM], log_sum);
       }
@@ -242,9 +247,12 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) weights_kernel(const __grid_cons
   }
 }
 
-// Writes side [scales, 5, side_stride(n)] for the gradient's sweep from one side's weights; and for each scale, unless null,
-//     one     1 if both sides share one exponential because all log-sums differ by less than `close`
-//     middle  the shared base, in the middle of all log-sums (to base 2): no logit exceeds the log-sum of its set, so none overflows
+// side [scales, 5, side_stride(n)], as the gradient's sweep reads it, of one side's weights; and, where asked for, of
+// each scale
+//     one     1 where one exponential serves both sides, whose log-sums then differ by less than `close`, but for those that
+//             have no gradient: as single positives' of large logits, whose weight is 0
+//     middle  the one base, in the middle of these log-sums (to base 2): no logit exceeds the log-sum of a set that it is in,
+//             and the highest log-sum of all is less than FITS above, so none overflows
 //     lift    the power of two that brings the largest gradient of a logit near 2^LARGEST
 //     factor  multiplies the lifted sums of gradients: scale / lift
 struct MakeSide {
@@ -275,16 +283,18 @@ __global__ void __launch_bounds__(ROWS_AT_ONCE) side_kernel(const __grid_constan
     return most_extreme(what, found, room);
   };
   float low = extreme(LOWEST_SUM, p.extremes, p.count, true), high = extreme(HIGHEST_SUM, p.extremes, p.count, true);
-  float peak = extreme(PEAK, p.extremes, p.count, false);
+  float peak = extreme(PEAK, p.extremes, p.count, false), most = extreme(HIGHEST_OF_ALL, p.extremes, p.count, true);
   if (p.other_extremes) {
     low = fminf(low, extreme(LOWEST_SUM, p.other_extremes, p.other_count, true));
     high = fmaxf(high, extreme(HIGHEST_SUM, p.other_extremes, p.other_count, true));
     peak += extreme(PEAK, p.other_extremes, p.other_count, false);
+    most = fmaxf(most, extreme(HIGHEST_OF_ALL, p.other_extremes, p.other_count, true));
   }
   float lift = LARGEST - log2f(fmaxf(peak, 1e-30f));
   lift = peak < infinity() ? exp2f(fminf(fmaxf(floorf(lift), -100.0f), 100.0f)) : 1.0f;
-  const bool one = p.two_sides && high - low < p.close;
-  const float middle = one && high >= low ? (high + low) * 0.5f : 0.0f;
+  const float between = high >= low ? (high + low) * 0.5f : 0.0f;
+  const bool one = p.two_sides && high - low < p.close && most - between < FITS;
+  const float middle = one ? between : 0.0f;
   if (blockIdx.x == 0 && threadIdx.x == 0 && p.one) {
     p.one[k] = one;
     p.middle[k] = middle;

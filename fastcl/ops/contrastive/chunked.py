@@ -6,7 +6,7 @@ bit, and softmax weights sum to one however large the logits are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ from .backend import planes as planes
 from .backend import saved_size as saved_size
 from .observed import merge, nothing, observe
 from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, over_sets, pair_weights
+
+# So many times the least exponential, a sum has lost nothing that matters to terms below it.
+FAR_ABOVE = 1e12
 
 
 class _Tile(NamedTuple):
@@ -55,16 +58,12 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     # In float64 until an extra positive's share has met it, which it cancels as training converges.
     d_scale = torch.zeros_like(p.logit_scale, dtype=torch.float64) if needs.logit_scale else None
     d_bias = y.new_zeros(y.shape[0]) if needs.bias else None
-    rows = _SideGradient(saved.anchors.parts[0], _softmax_weights(p, saved.anchors, grad), grad)
-    columns = None
-    if p.both:
-        weights = _softmax_weights(p, saved.contrasts, grad_contrasts)
-        columns = _SideGradient(saved.contrasts.parts[0], weights, grad_contrasts)
+    rows = _side_gradient(p, saved.anchors, grad)
+    columns = _side_gradient(p, saved.contrasts, grad_contrasts) if p.both else None
     for tile in _tiles(p, x, y):
-        g = torch.zeros_like(tile.logits)
-        _add_logit_gradient(g, p, tile, rows, tile.rows, -1)
+        g = _add_logit_gradient(None, p, tile, rows, tile.rows, -1)
         if columns is not None:
-            _add_logit_gradient(g, p, tile, columns, slice(None), -2)
+            g = _add_logit_gradient(g, p, tile, columns, slice(None), -2)
         if d_scale is not None:
             d_scale += (g * tile.similarity).sum((1, 2), dtype=torch.float64)
         if d_bias is not None:
@@ -150,7 +149,9 @@ def _members(field: str, tile: _Tile) -> Tensor:
         return tile.logits
     if tile.positive is None:
         return torch.full_like(tile.logits, -torch.inf)
-    return tile.logits.masked_fill(tile.positive if field == "lse_neg" else ~tile.positive, -torch.inf)
+    if field == "lse_neg":
+        return torch.where(tile.positive, -torch.inf, tile.logits)
+    return torch.where(tile.positive, tile.logits, -torch.inf)
 
 
 class _Accumulator:
@@ -171,23 +172,47 @@ class _Accumulator:
     def add(self, tile: _Tile, where: slice) -> None:
         if tile.logits.shape[self.dim] == 0:
             return
+        single = self._add_positives(tile, where)
+        found = self._log_sums(tile, single)
         for k, field in enumerate(self.p.log_sums):
-            members = _members(field, tile)
-            shift = torch.maximum(self.shifts[k, :, where], members.amax(self.dim))
-            finite = shift.masked_fill(shift == -torch.inf, 0)
-            rescaled = self.sums[k, :, where] * (self.shifts[k, :, where] - finite).exp()
-            self.sums[k, :, where] = rescaled + (members - finite.unsqueeze(self.dim)).exp_().sum(self.dim)
-            self.shifts[k, :, where] = shift
+            shift, total = _joined(_LogSum(self.shifts[k, :, where], self.sums[k, :, where]), found[field])
+            self.shifts[k, :, where], self.sums[k, :, where] = shift, total
         if self.observed is not None:
-            found = _observed(self.p, tile, self.dim)
-            self.observed[..., where] = merge(self.observed[..., where], found)
+            self.observed[..., where] = merge(self.observed[..., where], _observed(self.p, tile, self.dim))
         if tile.inadmissible is not None:
             self.inadmissible[where] += tile.inadmissible.sum(self.dim)
-        if tile.positive is not None:
-            self.positives[where] += tile.positive.sum(self.dim)
-            if "sum_pos" in self.p.want:
-                weighted = tile.logits if tile.positive.dtype == torch.bool else tile.positive * tile.logits
-                self.sum_pos[:, where] += torch.where(tile.positive != 0, weighted, 0).sum(self.dim)
+
+    def _add_positives(self, tile: _Tile, where: slice) -> _LogSum | None:
+        """Adds their logits; their log-sum-exp comes back where it is known to be of no more than one in each row."""
+        if tile.positive is None:
+            return _LogSum(tile.logits.new_tensor(-torch.inf), tile.logits.new_tensor(0))
+        count = tile.positive.sum(self.dim)
+        self.positives[where] += count
+        if "sum_pos" not in self.p.want:
+            return None
+        weighted = tile.logits if tile.positive.dtype == torch.bool else tile.positive * tile.logits
+        sum_pos = torch.where(tile.positive != 0, weighted, 0).sum(self.dim)
+        self.sum_pos[:, where] += sum_pos
+        if tile.positive.dtype != torch.bool or self.p.device.type != "cpu" or bool((count > 1).any()):
+            return None  # waits for no device
+        return _LogSum(sum_pos.masked_fill(count == 0, -torch.inf), count.to(sum_pos.dtype).expand_as(sum_pos))
+
+    def _log_sums(self, tile: _Tile, single: _LogSum | None) -> dict[str, _LogSum]:
+        """Those of the tile, by field; over all and over the negatives by the same exponentials, where that serves."""
+        fields = self.p.log_sums
+        if "lse_all" not in fields or "lse_neg" not in fields:
+            return {field: _log_sum(field, tile, self.dim) for field in fields}
+        found = {"lse_pos": _log_sum("lse_pos", tile, self.dim)} if "lse_pos" in fields else {}
+        if single is not None:
+            negative = _log_sum("lse_neg", tile, self.dim)
+            return found | {"lse_all": _joined(negative, single), "lse_neg": negative}
+        shift, powers = _shift_and_powers("lse_all", tile, self.dim)
+        found["lse_all"] = _LogSum(shift, powers.sum(self.dim))
+        if tile.positive is not None and self.p.device.type == "cpu":
+            total = powers.masked_fill_(tile.positive, 0).sum(self.dim)
+            if bool((total >= torch.finfo(total.dtype).tiny * FAR_ABOVE).all()):
+                return found | {"lse_neg": _LogSum(shift, total)}
+        return found | {"lse_neg": _log_sum("lse_neg", tile, self.dim)}
 
     def result(self) -> Side:
         shifts = self.shifts.masked_fill_(self.shifts == -torch.inf, 0)
@@ -216,25 +241,73 @@ def _observed(p: Problem, tile: _Tile, dim: int) -> Tensor:
     return observe(tile.logits.mT, positive.T, negative.T, None if plain is None else plain.mT)
 
 
+class _LogSum(NamedTuple):
+    """shift + log(total), [S, B or M]."""
+
+    shift: Tensor  # -inf where there is nothing
+    total: Tensor
+
+
+def _powers(members: Tensor, shift: Tensor, tile: _Tile) -> Tensor:
+    """exp(members - shift), in the place of members unless these are the tile's own."""
+    return (members - shift if members is tile.logits else members.sub_(shift)).exp_()
+
+
+def _shift_and_powers(field: str, tile: _Tile, dim: int) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row's set, and exponentials of all less that."""
+    members = _members(field, tile)
+    shift = members.amax(dim)
+    finite = shift.masked_fill(shift == -torch.inf, 0)
+    return shift, _powers(members, finite.unsqueeze(dim), tile)
+
+
+def _log_sum(field: str, tile: _Tile, dim: int) -> _LogSum:
+    shift, powers = _shift_and_powers(field, tile, dim)
+    return _LogSum(shift, powers.sum(dim))
+
+
+def _joined(one: _LogSum, other: _LogSum) -> _LogSum:
+    shift = torch.maximum(one.shift, other.shift)
+    finite = shift.masked_fill(shift == -torch.inf, 0)
+    return _LogSum(shift, one.total * (one.shift - finite).exp() + other.total * (other.shift - finite).exp())
+
+
 class _SideGradient(NamedTuple):
     """What the gradient of the logits is made of, on one side."""
 
     shifts: Tensor  # [L, S, N]
     weights: Tensor  # [L, S, N]
+    idle: Sequence[bool]  # [L]: whether all weights are known to be 0
     grad: Tensor  # [W, S, N]
 
 
-def _softmax_weights(p: Problem, side: Side, grad: Tensor) -> Tensor:
-    """grad / sum for each log-sum-exp [L, S, N], 0 where the sum is empty."""
+def _side_gradient(p: Problem, side: Side, grad: Tensor) -> _SideGradient:
+    """Weights are grad / sum for each log-sum-exp, 0 where the sum is empty."""
     grads = [grad[p.want.index(field)] for field in p.log_sums]
-    sums = side.parts[1]
-    return torch.where(sums == 0, 0, torch.stack(grads) / sums) if grads else sums
+    shifts, sums = side.parts
+    weights = torch.where(sums == 0, 0, torch.stack(grads) / sums) if grads else sums
+    visible = p.device.type == "cpu"  # elsewhere one would wait for the device
+    return _SideGradient(shifts, weights, [visible and not bool(of_field.any()) for of_field in weights], grad)
 
 
-def _add_logit_gradient(g: Tensor, p: Problem, tile: _Tile, side: _SideGradient, where: slice, dim: int) -> None:
-    """Adds dL/ds of one side to g [S, B, M]: the softmax part, then the positive part, in the tile."""
-    for k, field in enumerate(p.log_sums):
-        exponents = _members(field, tile) - side.shifts[k, :, where].unsqueeze(dim)
-        g.addcmul_(exponents.exp_(), side.weights[k, :, where].unsqueeze(dim))
-    if "sum_pos" in p.want and tile.positive is not None:
-        g.addcmul_(tile.positive.to(g.dtype), side.grad[p.want.index("sum_pos")][:, where].unsqueeze(dim))
+def _add_logit_gradient(
+    g: Tensor | None, p: Problem, tile: _Tile, side: _SideGradient, where: slice, dim: int
+) -> Tensor:
+    """g [S, B, M], or nothing, plus dL/ds of one side: the softmax part, then the positive part, in the tile."""
+    active = [k for k, idle in enumerate(side.idle) if not idle]
+    extra = side.grad[p.want.index("sum_pos")][:, where].unsqueeze(dim) if "sum_pos" in p.want else None
+    if g is None and extra is not None and tile.positive is not None and [p.log_sums[k] for k in active] == ["lse_neg"]:
+        # As of single positives: what is written over need not be masked before.
+        shift, weights = side.shifts[active[0], :, where], side.weights[active[0], :, where]
+        negatives = _powers(tile.logits, shift.unsqueeze(dim), tile).mul_(weights.unsqueeze(dim))
+        return torch.where(tile.positive, extra, negatives)
+    for k in active:
+        field = p.log_sums[k]
+        powers = _powers(_members(field, tile), side.shifts[k, :, where].unsqueeze(dim), tile)
+        weights = side.weights[k, :, where].unsqueeze(dim)
+        g = powers.mul_(weights) if g is None else g.addcmul_(powers, weights)
+    if g is None:
+        g = torch.zeros_like(tile.logits)
+    if extra is not None and tile.positive is not None:
+        g.addcmul_(tile.positive.to(g.dtype), extra)
+    return g

@@ -23,9 +23,9 @@ _NOTHING = Needs()
 def saved_size(p: Problem) -> int:
     """How many numbers the forward keeps for the backward.
 
-    Of each row the negatives' share of the sum over all, and the largest logits to base 2 among negatives and among
-    positives: [3, S, N], with `both` then [3, S, M]. For a backward of the anchors alone also the softmax-weighted sums
-    of contrasts [N, D] and whether they are valid [1].
+    Of each row the sum over the negatives / that over the positives, and the largest logits to base 2 among negatives
+    and among positives: [3, S, N], with `both` then [3, S, M]. For a backward of the anchors alone also the
+    softmax-weighted sums of contrasts [N, D] and whether they are valid [1].
     """
     s, n, m = p.sizes
     return 3 * s * (n + m if p.both else n) + _weighted_size(p)
@@ -46,15 +46,16 @@ def merge_planes(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
     """Those [B, 3, S, N] of B blocks as one, [3, S, N].
 
     counts: the blocks' [B, 2, N]. sums: over all, of one base [B, S, N]; None where lse_all is not wanted, and nobody
-    asks for a share of it.
+    asks for a ratio of its parts.
     """
-    share = torch.zeros_like(found[0, 0])
+    ratio = torch.zeros_like(found[0, 0])
     if sums is not None:
-        total = sums.sum(0)
-        negative = torch.where(sums != 0, found[:, 0] * sums, 0).sum(0)
-        share = torch.where(total != 0, negative / total, 0)
+        of_block = torch.where(sums != 0, found[:, 0], 0)
+        positive = (sums / (1 + of_block)).sum(0)
+        negative = torch.where(of_block != 0, sums / (1 + 1 / of_block), 0).sum(0)
+        ratio = torch.where(negative != 0, negative / positive, 0)
     positives, negatives = (counts > 0).unbind(1)
-    return torch.stack([share, largest_base(found[:, 1], negatives), largest_base(found[:, 2], positives)])
+    return torch.stack([ratio, largest_base(found[:, 1], negatives), largest_base(found[:, 2], positives)])
 
 
 def _weighted(p: Problem) -> bool:

@@ -70,7 +70,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 
     def weights(size: int) -> tuple[Tensor, Tensor, Tensor]:
         stride = -(-size // 4) * 4
-        return new(s, 7, size), new(3, s, kernels.extreme_blocks(size)), new(s, 5, stride)
+        return new(s, 7, size), new(4, s, kernels.extreme_blocks(size)), new(s, 5, stride)
 
     def rows(source: Tensor | None, needed: bool) -> tuple[Tensor | None, Tensor | None]:
         """The gradient as it is summed, and as it leaves: rounded, where nothing is to be added yet."""

@@ -7,7 +7,7 @@ longer than the sweep.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,13 +56,14 @@ class DirectStats(torch.autograd.Function):
 
 
 class DirectMean(torch.autograd.Function):
-    """Mean over the rows that count of lse_i - sum_pos_i / num_pos_i, of fields that are wanted as (lse, sum_pos).
+    """Mean over the rows that count of lse_i - sum_pos_i / num_pos_i.
 
-    With `both`, the mean of that over the anchors and that over the contrasts. What was observed is a second output,
-    where it is asked for. A row counts if it has a positive and, for lse_neg, a negative.
+    Wanted are (lse_neg, sum_pos), or (lse_all, lse_neg, sum_pos) where lse is lse_all: a single positive's loss is then
+    log(1 + neg / pos). With `both`, the mean of that over the anchors and that over the contrasts. What was observed is
+    a second output, where it is asked for. A row counts if it has a positive and, for (lse_neg, sum_pos), a negative.
 
-    The derivatives in the fields are functions of the counts alone: so the native engine has both, and loss and
-    gradient of a small batch in one call, after which the backward only scales.
+    The derivatives in the fields are functions of the counts and of neg / pos: so the native engine has both, and loss
+    and gradient of a small batch in one call, after which the backward only scales.
     """
 
     @staticmethod
@@ -75,8 +76,8 @@ class DirectMean(torch.autograd.Function):
             observed = observed_by(problem, found) if problem.observe else None
             save(ctx, args, as_outputs(found))
             sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
-            ctx.counted = [_counted(side.counts, problem.want[0] == "lse_neg") for side in sides]
-            means = [_mean(side, rows) for side, rows in zip(sides, ctx.counted, strict=True)]
+            ctx.rows = [_rows_of(side, problem.want) for side in sides]
+            means = [_mean(side, rows) for side, rows in zip(sides, ctx.rows, strict=True)]
             return _with(ctx, means[0] if len(means) == 1 else (means[0] + means[1]) / 2, observed)
         differentiated = grad_mode and any(ctx.needs_input_grad)
         ctx.at_once = not differentiated or problem.anchors.values.numel() * problem.sizes[2] <= AT_ONCE
@@ -98,14 +99,14 @@ class DirectMean(torch.autograd.Function):
         saved, options = ctx.saved_tensors, ctx.options  # once: those of a checkpoint cannot be had again
         needs = [ctx.needs_input_grad[place] for place in gradient_places(saved)]
         if not ctx.native:
-            return *_derived(saved, options, needs, grad, ctx.counted), None
+            return *_derived(saved, options, needs, grad, ctx.rows), None
         if not ctx.at_once and intercepted(saved[0], grad):  # the operators, which can be seen, from the start
             with torch.no_grad():
                 *outputs, _ = forward_op(*saved[:TENSORS], *options)
             kept = of_backward(outputs)
-            sides = (kept[0], kept[2]) if options[BOTH - TENSORS] else (kept[0],)
-            counted = [_which(counts, options[WANT - TENSORS][0] == "lse_neg") for counts in sides]
-            return *_derived((*saved[:TENSORS], *kept), options, needs, grad, counted), None
+            sides = [Side(*outputs[:3]), Side(*outputs[3:6])][: 2 if options[BOTH - TENSORS] else 1]
+            rows = [_rows_of(side, options[WANT - TENSORS], False) for side in sides]
+            return *_derived((*saved[:TENSORS], *kept), options, needs, grad, rows), None
         arguments = (_scaled if ctx.at_once else _gradients, options, needs, grad, *saved)
         return *by_argument(saved, once_differentiable("contrastive_stats", *arguments)), None
 
@@ -135,46 +136,76 @@ def _as_arguments(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | N
     )
 
 
+class _Rows(NamedTuple):
+    """What the loss of a side's rows, and its derivative, depend on. None, for masks: true of all rows."""
+
+    counted: Tensor | None  # bool [N]
+    single: Tensor | None  # bool [N]: one positive; with `log_ratio` only
+    log_ratio: Tensor | None  # [N]: log(neg / pos), of single positives; None: lse is lse_neg
+
+
 def _derived(
-    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor, counted: Sequence[Tensor | None]
+    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor, rows: Sequence[_Rows]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments from that of the mean, of what `op.save` has kept."""
     counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
     of_fields: list[Tensor | None] = [None, None]
-    for k, (side, rows) in enumerate(zip((counts, contrast_counts), counted, strict=False)):
-        of_fields[k] = _derivative(side, rows, len(counted)) * grad
+    for k, (side, those) in enumerate(zip((counts, contrast_counts), rows, strict=False)):
+        of_fields[k] = _derivative(side, those, len(rows)) * grad
     return differentiate_saved(saved, options, needs, *of_fields)
 
 
-def _which(counts: Tensor, need_negatives: bool) -> Tensor:
-    """Which rows count, bool [N]."""
-    return (counts.amin(0) if need_negatives else counts[0]) > 0
+def _rows_of(side: Side, want: Sequence[str], look: bool = True) -> _Rows:
+    """look: at the counts' values, whether there is nothing to mask: the common case takes the fewest operators."""
+    positives = side.counts[0]
+    if want[0] == "lse_neg":
+        counted = side.counts.amin(0) > 0
+        return _Rows(None if look and bool(counted.all()) else counted, None, None)
+    shift, total = side.parts[:, 1, 0]
+    # The logit of a single positive is its log-sum-exp. Shift and logit are added first: they cancel where logits are
+    # large and all alike, and the field lse_neg has been rounded at their size.
+    log_ratio = (shift - side.fields[2, 0]).add_(total.log())
+    least, most = torch.stack(positives.aminmax()).tolist() if look else (0, 2)
+    return _Rows(None if least > 0 else positives > 0, None if least == most == 1 else positives == 1, log_ratio)
 
 
-def _counted(counts: Tensor, need_negatives: bool) -> Tensor | None:
-    """The same; None: all of them, the common case, which then takes the fewest operators."""
-    rows = _which(counts, need_negatives)
-    return None if bool(rows.all()) else rows
+def _mean(side: Side, rows: _Rows) -> Tensor:
+    sum_pos, num_pos = side.fields[-1], side.counts[0]
+    if rows.log_ratio is not None:
+        # Beyond the threshold linear, by less than a rounding. Infinite logits make no loss of 0: 0 * inf is added.
+        singles = torch.add(torch.nn.functional.softplus(rows.log_ratio, threshold=50), sum_pos, alpha=0)
+        if rows.single is None:
+            return singles.mean()
+    terms = torch.addcdiv(side.fields[0], sum_pos, num_pos if rows.counted is None else num_pos.clamp(min=1), value=-1)
+    if rows.single is not None:
+        terms = torch.where(rows.single, singles, terms)
+    if rows.counted is None:
+        return terms.mean()
+    return torch.where(rows.counted, terms, 0).sum() / rows.counted.sum().clamp(min=1)
 
 
-def _mean(side: Side, counted: Tensor | None) -> Tensor:
-    (lse, sum_pos), num_pos = side.fields.unbind(0), side.counts[0]
-    if counted is None:
-        return torch.addcdiv(lse, sum_pos, num_pos, value=-1).mean()
-    terms = torch.addcdiv(lse, sum_pos, num_pos.clamp(min=1), value=-1)
-    return torch.where(counted, terms, 0).sum() / counted.sum().clamp(min=1)
-
-
-def _derivative(counts: Tensor, counted: Tensor | None, means: int) -> Tensor:
-    """Of the mean of so many `_mean`s, in the fields [2, 1, N] of one of them."""
+def _derivative(counts: Tensor, rows: _Rows, means: int) -> Tensor:
+    """Of the mean of so many `_mean`s, in the fields [W, 1, N] of one of them."""
     n = counts.shape[1]
-    if counted is None:
-        result = counts.new_full((2, 1, n), 1 / (n * means))
-        result[1].div_(counts[0]).neg_()
+    weight, num_pos = counts.new_full((), 1 / (n * means)), counts[0]
+    if rows.counted is not None:
+        of_rows = rows.counted.to(counts.dtype)
+        weight = of_rows / (of_rows.sum().clamp(min=1) * means)
+        num_pos = num_pos.clamp(min=1)
+    result = counts.new_zeros(2 if rows.log_ratio is None else 3, 1, n)
+    if rows.log_ratio is None:
+        result[0] = weight
+        result[1] = weight / -num_pos
         return result
-    rows = counted.to(counts.dtype)
-    weights = rows / (rows.sum().clamp(min=1) * means)
-    return torch.stack((weights, weights / -counts[0].clamp(min=1)))[:, None]
+    negatives = rows.log_ratio.sigmoid().mul_(weight)  # the negatives' share of the sum, and what is not the positive's
+    if rows.single is None:
+        result[1] = negatives
+        result[2, 0] = -negatives
+        return result
+    result[0] = torch.where(rows.single, 0, weight)
+    result[1] = torch.where(rows.single, negatives, 0)
+    result[2] = torch.where(rows.single, -negatives, weight / -num_pos)
+    return result
 
 
 def taken_apart(

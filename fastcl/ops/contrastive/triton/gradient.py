@@ -84,7 +84,7 @@ class _Weights:
         _, s, n = bases.shape
         self.count = blocks(n, ROWS_AT_ONCE.block_m)
         self.values = bases.new_empty(s, 7, n)
-        self.extremes = bases.new_empty(3, s, self.count)
+        self.extremes = bases.new_empty(4, s, self.count)
         triton_launch.launch(
             "weights_kernel",
             ROWS_AT_ONCE,

@@ -19,6 +19,8 @@ from ...backends.triton_kernels import INF, LEFT_OUT, LN2, LOG2E, load_rows, rou
 
 # G is lifted until its largest number lies near 2^LARGEST: float16 ends at 2^16, and would flush a share of 1 / N^2.
 LARGEST = tl.constexpr(11.0)
+# 2^FITS, and sums of some, are in float32's range.
+FITS = tl.constexpr(100.0)
 # Norms beyond which rows are stored near 1, by powers of two: products and gradients of two such rows leave the range.
 FAR = tl.constexpr(2.0**40)
 
@@ -258,8 +260,8 @@ def weights_kernel(
     """WEIGHTS [S, 7, N], in ORDER: the bases of the sums over all, negatives and positives, what a term 2^(t - base) of
     each gets, and what a positive's logit gets on top. A program: rows of one scale.
 
-    EXTREMES [3, S, blocks]: of a block of rows the smallest and the largest log-sum (to base 2), and the largest
-    gradient that a logit can get.
+    EXTREMES [4, S, blocks]: of a block of rows the smallest and the largest log-sum (to base 2) of those that have a
+    gradient, the largest gradient that a logit can get, and the largest log-sum of all.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = i < N
@@ -279,10 +281,13 @@ def weights_kernel(
         GRAD, PARTS, both_base, positives | negatives, places, every, is_row, ALL, LOG_SUMS
     )
     peak = tl.abs(grad)
+    used_all = used(log_all, grad)
     grad, positive, log_pos = weight_of(GRAD, PARTS, positive_base, positives, places, every, is_row, POS, LOG_SUMS)
     peak += tl.abs(grad)
+    used_pos = used(log_pos, grad)
     grad, negative, log_neg = weight_of(GRAD, PARTS, base, negatives, places, every, is_row, NEG, LOG_SUMS)
     peak += tl.abs(grad)
+    used_neg = used(log_neg, grad)
     extra = tl.zeros([BLOCK], tl.float32)
     if SUM >= 0:
         extra = tl.load(GRAD + SUM * every + places, mask=is_row & positives, other=0.0)
@@ -295,13 +300,25 @@ def weights_kernel(
     tl.store(out + 4 * size, negative, mask=is_row)
     tl.store(out + 5 * size, positive, mask=is_row)
     tl.store(out + 6 * size, extra, mask=is_row)
-    lowest = tl.minimum(finite_or(log_all, INF), tl.minimum(finite_or(log_pos, INF), finite_or(log_neg, INF)))
-    highest = tl.maximum(finite_or(log_all, -INF), tl.maximum(finite_or(log_pos, -INF), finite_or(log_neg, -INF)))
+    lowest = tl.minimum(finite_or(used_all, INF), tl.minimum(finite_or(used_pos, INF), finite_or(used_neg, INF)))
     blocks = tl.num_programs(0)
     block = EXTREMES + k * blocks + tl.program_id(0)
     tl.store(block, tl.min(lowest, 0))
-    tl.store(block + tl.num_programs(1) * blocks, tl.max(highest, 0))
+    tl.store(block + tl.num_programs(1) * blocks, tl.max(highest_of(used_all, used_pos, used_neg), 0))
     tl.store(block + 2 * tl.num_programs(1) * blocks, tl.max(peak, 0))
+    tl.store(block + 3 * tl.num_programs(1) * blocks, tl.max(highest_of(log_all, log_pos, log_neg), 0))
+
+
+@triton.jit
+def used(log_sum, grad):
+    """The log-sum where it has a gradient, else NaN."""
+    return tl.where(grad == 0.0, float("nan"), log_sum)
+
+
+@triton.jit
+def highest_of(a, b, c):
+    """-INF where none is a number."""
+    return tl.maximum(finite_or(a, -INF), tl.maximum(finite_or(b, -INF), finite_or(c, -INF)))
 
 
 @triton.jit
@@ -337,13 +354,14 @@ def side_kernel(
 ):  # fmt: skip
     """SIDE [S, 5, N], as `gradient_kernel` reads it, of one side's WEIGHTS; and, where asked for, of each scale [S]
 
-    ONE     1 where one exponential serves both sides, whose log-sums then differ by less than CLOSE
-    MIDDLE  the one base, in the middle of all log-sums (to base 2): no logit exceeds the log-sum of a set that it is
-            in, so none overflows
+    ONE     1 where one exponential serves both sides, whose log-sums then differ by less than CLOSE, but for those that
+            have no gradient: as single positives' of large logits, whose weight is 0
+    MIDDLE  the one base, in the middle of these log-sums (to base 2): no logit exceeds the log-sum of a set that it is
+            in, and the highest log-sum of all is less than FITS above, so none overflows
     LIFT    the power of two that brings the largest gradient of a logit near 2^LARGEST
     FACTOR  what the lifted sums of gradients are multiplied by: SCALE / LIFT
 
-    EXTREMES [3, S, COUNT] and OTHER_EXTREMES, of the other side where that is another one, are of `weights_kernel`.
+    EXTREMES [4, S, COUNT] and OTHER_EXTREMES, of the other side where that is another one, are of `weights_kernel`.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = i < N
@@ -352,15 +370,18 @@ def side_kernel(
     low = extreme(EXTREMES + k * COUNT, COUNT, False, BLOCK)
     high = extreme(EXTREMES + (scales + k) * COUNT, COUNT, True, BLOCK)
     peak = extreme(EXTREMES + 2 * scales * COUNT, scales * COUNT, True, BLOCK)
+    most = extreme(EXTREMES + (3 * scales + k) * COUNT, COUNT, True, BLOCK)
     if OTHER_EXTREMES is not None:
         low = tl.minimum(low, extreme(OTHER_EXTREMES + k * OTHER_COUNT, OTHER_COUNT, False, BLOCK))
         high = tl.maximum(high, extreme(OTHER_EXTREMES + (scales + k) * OTHER_COUNT, OTHER_COUNT, True, BLOCK))
         peak += extreme(OTHER_EXTREMES + 2 * scales * OTHER_COUNT, scales * OTHER_COUNT, True, BLOCK)
+        most = tl.maximum(most, extreme(OTHER_EXTREMES + (3 * scales + k) * OTHER_COUNT, OTHER_COUNT, True, BLOCK))
     lift = LARGEST - tl.log2(tl.maximum(peak, 1e-30))
     lift = tl.exp2(tl.minimum(tl.maximum(tl.floor(lift), -100.0), 100.0))
     lift = tl.where(peak < INF, lift, 1.0)
-    one = (high - low < CLOSE) & TWO_SIDES
-    middle = tl.where(one & (high >= low), (high + low) * 0.5, 0.0)
+    middle = tl.where(high >= low, (high + low) * 0.5, 0.0)
+    one = (high - low < CLOSE) & (most - middle < FITS) & TWO_SIDES
+    middle = tl.where(one, middle, 0.0)
     own = WEIGHTS + 7 * k * tl.cast(N, tl.int64) + i
     both_base = tl.load(own, mask=is_row, other=0.0)
     base = tl.load(own + N, mask=is_row, other=0.0)

@@ -296,4 +296,4 @@ def test_contrasts_that_are_negatives_only_have_no_clusters_to_arrange(monkeypat
     for module in (op, fastcl.ops.contrastive.direct):
         monkeypatch.setattr(module, "statistics", watched)
     MoCoLoss()(rows(N, 0), rows(N, 1), a_queue(torch.float32))
-    assert seen[0].anchor_clusters is None
+    assert seen[0].anchors.clusters is None

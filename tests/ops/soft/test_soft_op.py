@@ -10,6 +10,7 @@ from torch import Tensor
 import fastcl
 from fastcl.functional import cluster_infonce
 from fastcl.ops.backends import choose
+from fastcl.ops.contrastive.records import Needs, gradient_places
 from fastcl.ops.soft import assignments as soft_assignments
 from tests.losses.test_cluster_assignments import check_loss, library, objective, problem
 from tests.ops.test_library import allocated
@@ -27,27 +28,26 @@ def operator_arguments(case: str, backend: str, dtype: torch.dtype, grad: bool) 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     g = generator(3)
     arguments: dict[str, Any] = {
-        "anchors": torch.randn(5, 3, generator=g).to(dtype),
-        "contrasts": None,
+        **{argument.name: None for argument in FORWARD._schema.arguments},
+        "anchor_values": torch.randn(5, 3, generator=g).to(dtype),
         "anchor_assignments": torch.rand(5, 4, generator=g).to(dtype),
-        "contrast_assignments": None,
         "logit_scale": torch.tensor([2.0], dtype=wide),
-        "contrast_bias": None,
-        "anchor_ids": None,
-        "contrast_ids": None,
-        "normalize_anchors": False,
-        "normalize_contrasts": False,
+        "anchor_normalize": False,
+        "contrast_normalize": False,
+        "want": ["lse_all", "sum_pos"],
         "both": False,
+        "anchors_only": False,
+        "observe": False,
     }
     if case == "everything":
         arguments |= {
-            "contrasts": torch.randn(7, 3, generator=g).to(dtype),
+            "contrast_values": torch.randn(7, 3, generator=g).to(dtype),
             "contrast_assignments": torch.rand(7, 4, generator=g),
             "contrast_bias": torch.rand(7, generator=g).to(wide),
             "anchor_ids": torch.tensor([0, 1, 2, 3, -1]),
             "contrast_ids": torch.tensor([0, -1, -1, 2, -1, 1, 5]),
-            "normalize_anchors": True,
-            "normalize_contrasts": True,
+            "anchor_normalize": True,
+            "contrast_normalize": True,
             "both": True,
         }
     if grad:
@@ -69,10 +69,11 @@ def test_opcheck(case, dtype, backend) -> None:
     arguments = operator_arguments(case, name, dtype, False)
     outputs = FORWARD(*arguments)
     gradients = (torch.ones_like(outputs[0]), torch.ones_like(outputs[3]))
-    for needs in ([True] * 6, [True, False, False, False, True, False], [False, False, True, False, False, False]):
-        present = [need and value is not None for need, value in zip(needs, arguments, strict=False)]
-        torch.library.opcheck(BACKWARD, (*arguments, *outputs, *gradients, present))
-    for output in (*outputs, *BACKWARD(*arguments, *outputs, *gradients, [True] * 6)):
+    for wanted in (Needs._fields, ("anchors", "logit_scale"), ("anchor_assignments",)):
+        there = [arguments[place] is not None for place in gradient_places(arguments)]
+        needs = [name in wanted and one for name, one in zip(Needs._fields, there, strict=True)]
+        torch.library.opcheck(BACKWARD, (*arguments, *outputs, *gradients, needs))
+    for output in (*outputs, *BACKWARD(*arguments, *outputs, *gradients, [True] * 7)):
         assert output.is_contiguous()
 
 

@@ -1,8 +1,8 @@
 """The gradient of soft assignments, the same for every backend. The gradient of the weights of pairs has low rank.
 
 The gradient of w_ij = <r_i, q_j> is H_ij = (g_i + g'_j) s_ij + h_i + h'_j. Here g is the gradient of sum_pos and h that
-of num_pos; a prime marks those of the reverse direction. The logits are s_ij = <u_i, v_j>, where u and v are the rows as
-they enter the logits with one more column for the bias. So H = L K^T with L = [g u, h, u, 1] and K = [v, 1, g' v, h'].
+of num_pos; a prime marks those of the reverse direction. The logits are s_ij = <u_i, v_j>: u and v are the rows as they
+enter the logits, with one more column for the bias. So H = L K^T with L = [g u, h, u, 1] and K = [v, 1, g' v, h'].
 The assignments' gradients are L (K^T Q) and K (L^T R), minus the terms of inadmissible pairs: O((N + M) C D). As
 training converges, s_ij and the mean in h_i cancel. All of it is float64, so only the digits that h_i has lost before
 are lost.

@@ -15,7 +15,7 @@ from tests.support.oracle import TRUTH, Evaluation, differentiate, eager_evaluat
 from tests.support.strategies import DTYPES, generator, rows
 from tests.support.tolerances import accumulation_dtype, check
 
-# What cancels: log-sum-exps against the mean, and in the mean's derivative the sum against the weights.
+# Terms that cancel: log-sum-exps and the mean; in the mean's derivative the sum and the weights.
 CANCELLING = (Evaluation(part="denominator"), Evaluation(part="sum"), Evaluation(part="weights"))
 
 
@@ -28,7 +28,7 @@ def admissible_pairs(n: int, m: int | None, ids: Tensor | None, contrast_ids: Te
 
 
 def loss_of_rows(s: Tensor, w: Tensor, allowed: Tensor, part: str | None) -> tuple[Tensor, Tensor]:
-    """Of each row, 0 where it does not count, and which rows count."""
+    """The loss of each row, 0 if it does not count, and which rows count."""
     w = torch.where(allowed, w, 0.0)
     counts = w.sum(1) > 0
     s, w, allowed = s[counts], w[counts], allowed[counts]
@@ -165,10 +165,10 @@ def problem(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Arguments of a call. m: contrasts, None for self-contrast; paired: with the anchors' assignments.
+    """Arguments of a call. m: contrasts, None for self-contrast; paired: contrasts with the anchors' assignments.
 
-    Assignments are a softmax of `peak` times normal numbers, of each sample or view; converged rows lie by their column
-    of the largest one.
+    Assignments are a softmax of `peak` times normal numbers, for each sample or view. Converged rows with the same
+    largest assignment lie close together.
     """
     g = generator(seed)
     flat = n * max(views, 1)
@@ -176,7 +176,7 @@ def problem(
     count = of_samples + (0 if m is None else m)
     logits = peak * torch.randn(count, c, generator=g, dtype=torch.float64)
     r = logits.softmax(1)
-    r[torch.rand(count, generator=g) < 0.1] = 0  # rows that belong nowhere
+    r[torch.rand(count, generator=g) < 0.1] = 0  # rows without assignments
     groups = r.argmax(1)
     own = groups[:of_samples].repeat_interleave(flat // of_samples)
     x = rows(kind, torch.cat((own, groups[of_samples:])), d, g, unit=False)
@@ -238,7 +238,7 @@ def test_matches_the_formula(arguments) -> None:
 @pytest.mark.parametrize("views", [0, 2])
 @pytest.mark.parametrize("two_sets", [False, True])
 def test_converged_rows(dtype, views, two_sets) -> None:
-    """Softmax part and positive part cancel, and so do logits and their mean in the assignments' gradient."""
+    """Softmax and positive terms cancel, and so do logits and their mean in the assignments' gradient."""
     n = 61
     arguments = problem(
         n, 64, 30, views=views, m=n * max(views, 1) if two_sets else None, kind="converged", peak=40.0, dtype=dtype,
@@ -261,7 +261,7 @@ def test_options(options) -> None:
     check_loss(problem(**options, dtype=torch.float64))
 
 
-# What the formula says
+# Properties of the formula
 
 
 def test_hard_assignments_are_clusters(backend) -> None:
@@ -273,7 +273,7 @@ def test_hard_assignments_are_clusters(backend) -> None:
 
 
 def test_a_row_of_assignments_may_be_scaled(backend) -> None:
-    """Both sums over an anchor's contrasts are; in two sets the other direction's are not."""
+    """Both sums over an anchor's contrasts scale with it; in two sets those of the other direction do not."""
     arguments = problem(8, 5, 3, m=11, dtype=torch.float64, reduction="none")
     expected = library(**arguments)
     scaled = arguments | {"assignments": arguments["assignments"] * torch.arange(1.0, 9.0)[:, None]}
@@ -281,7 +281,7 @@ def test_a_row_of_assignments_may_be_scaled(backend) -> None:
 
 
 def test_rows_without_weight_do_not_count(backend) -> None:
-    """Disjoint, zero, or alone: no loss, no gradient, and none is NaN."""
+    """Disjoint, zero, or a single row: no loss, no gradient, no NaN."""
     x = torch.randn(4, 3, generator=generator(0)).requires_grad_()
     r = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [0, 0, 0]]).requires_grad_()
     loss = cluster_infonce(x, assignments=r, reduction="none")
@@ -319,7 +319,7 @@ def test_gradcheck(backend) -> None:
         pytest.skip("its kernels have no float64")
     arguments = problem(6, 3, 4, m=7, dtype=torch.float64, bias=True, symmetric=True)
     for name in ("assignments", "contrast_assignments"):
-        arguments[name] = arguments[name] + 0.1  # differences leave none negative
+        arguments[name] = arguments[name] + 0.1  # so that finite differences leave none negative
     names = [name for name in arguments if name != "symmetric"]
     inputs = [arguments[name].requires_grad_() for name in names]
     for extra in ({}, {"ids": torch.tensor([0, 1, 1, -1, 2, 3]), "contrast_ids": torch.tensor([1, 1, 5, -1, 2, 2, 0])}):
@@ -332,7 +332,7 @@ def test_gradcheck(backend) -> None:
 
 @pytest.mark.parametrize("views", [0, 2])
 def test_training_through_sinkhorn(views, backend) -> None:
-    """Assignments of embeddings to learned prototypes: gradients reach both, as through the plain formula."""
+    """Assignments of embeddings to learned prototypes: both get the same gradients as through the plain formula."""
     g = generator(2)
     shape = (12, 2, 5) if views else (12, 5)
     x = torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
@@ -387,11 +387,11 @@ def test_statistics(backend) -> None:
     expected = torch.autograd.grad(((allowed.sum(1) - w.sum(1)) * (w * s).sum(1) * coefficients).sum(), [x, y, r, q])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
-    nobody = torch.zeros_like(r, requires_grad=True)  # without weight a row still has a log-sum-exp
+    nobody = torch.zeros_like(r, requires_grad=True)  # a row without weight still has a log-sum-exp
     lse = contrastive_stats(x, anchor_assignments=nobody, normalize_anchors=True).lse_all
     plain = contrastive_stats(x, normalize_anchors=True).lse_all
     torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x)[0] for value in (lse, plain)))
-    ones = torch.eye(9, dtype=torch.float64).requires_grad_()  # disjoint: what is no weight yet has a derivative
+    ones = torch.eye(9, dtype=torch.float64).requires_grad_()  # disjoint: a weight of 0 has a derivative too
     alone = contrastive_stats(x, anchor_assignments=ones, logit_scale=2.0)
     weights = (ones @ ones.T).fill_diagonal_(0)
     for value, plain in ((alone.num_pos, weights), (alone.sum_pos, weights * (2 * x @ x.T).detach())):
@@ -508,7 +508,7 @@ def test_the_module_takes_assignments() -> None:
     ],
 )
 def test_on_a_gpu(options, dtype) -> None:
-    """Against the float64 formula; products of float32 add up in an order of their own there."""
+    """Against the float64 formula; a GPU adds up float32 products in another order."""
     arguments = problem(130, **({"d": 40, "c": 90} | options), dtype=dtype)
     leaves = tuple(k for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point())
     truth, expected = differentiate(formula, arguments, leaves, objective, torch.float64)

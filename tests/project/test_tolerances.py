@@ -1,5 +1,4 @@
-"""The error rule accepts PyTorch and refuses what it is there to find: planted errors, from crude ones to those of
-kernels that round too early."""
+"""The error rule accepts PyTorch and rejects planted errors: crude ones, and those of kernels that round too early."""
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ TEMPERATURE = 0.05
 class Problem:
     """SimCLR on 128 samples in two views: loss and gradient from the formula, and what the rule needs to judge others.
 
-    Converged rows are few enough dimensions apart that the loss is not yet all rounding.
+    Converged rows have so few dimensions that the loss is not all rounding yet.
     """
 
     def __init__(self, kind: str, dtype: torch.dtype, seed: int = 0) -> None:
@@ -58,7 +57,7 @@ class Problem:
 
 
 class Kernel:
-    """The float32 gradient in the steps of a kernel, so that each can be done wrongly. dL/dx, before any cast."""
+    """The float32 gradient in the steps of a kernel, each of which a test can do wrongly. dL/dx, before any cast."""
 
     def __init__(self, problem: Problem) -> None:
         x = problem.x.float()
@@ -85,7 +84,7 @@ class Kernel:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(3))
 def test_pytorch_itself_is_accepted(kind, dtype, seed) -> None:
-    """In orders of summation that the rule has not seen."""
+    """Also with orders of summation that the rule has not seen."""
     problem = Problem(kind, dtype, seed)
     for order in range(10, 14):
         loss, gradient = problem.evaluate(Evaluation(problem.accumulation, order, scale_first=order % 2 == 0))
@@ -95,14 +94,14 @@ def test_pytorch_itself_is_accepted(kind, dtype, seed) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_careful_kernel_is_accepted(dtype) -> None:
-    """Where the planted errors below start from."""
+    """The planted errors below start from this kernel."""
     problem = Problem("converged", dtype)
     kernel = Kernel(problem)
     problem.check_gradient(kernel.project(kernel.through(kernel.softmax - kernel.positive)).to(dtype))
 
 
 def test_positive_part_added_from_sums_is_refused() -> None:
-    """The positive term outside the tile, from sums that have been rounded before: two digits of float32."""
+    """The positive term is added outside the tile, from rounded sums: two digits of float32 are lost."""
     problem = Problem("converged", torch.float32)
     kernel = Kernel(problem)
     softmax_part = kernel.through(kernel.softmax)
@@ -123,7 +122,7 @@ def test_positive_part_rounded_to_bfloat16_is_refused() -> None:
 def test_gradient_cast_before_the_projection_is_refused() -> None:
     problem = Problem("random", torch.bfloat16)
     kernel = Kernel(problem)
-    # Most of this gradient lies along the rows: every row's own part would have to be projected out in float32.
+    # Most of this gradient is parallel to the rows, and the projection must remove it in float32.
     along = kernel.through(kernel.softmax - kernel.positive) + 20 * kernel.unit * kernel.scale
     problem.check_gradient(kernel.project(along).bfloat16())
     problem.is_refused(kernel.project(along.bfloat16().float()).bfloat16())
@@ -181,7 +180,7 @@ def test_an_error_of_the_floor_is_accepted_and_of_twice_the_floor_refused() -> N
     check("x", truth + 0.99e-5 * off, truth, perfect)
     with pytest.raises(AssertionError, match="x: error"):
         check("x", truth + 2e-5 * off, truth, perfect)
-    # Eager's own error raises the bound, 1.5 times, and the largest draw counts.
+    # Eager's own error raises the bound 1.5 times, and the largest draw counts.
     draws = [truth + 1e-4 * off, truth + 1e-3 * off]
     check("x", truth + 1.49e-3 * off, truth, draws)
     with pytest.raises(AssertionError, match="x: error"):

@@ -13,7 +13,7 @@ from tests.support.oracle import differentiate
 from tests.support.stats_checks import check_stats, library_stats, objective, simple_problem
 from tests.support.strategies import DTYPES, FIELDS, StatsProblem, cluster_ids, generator, rows, stats_problems
 
-QUICK = tuple(name for name in VARIANTS if name != "triton")  # which runs in an interpreter here
+QUICK = tuple(name for name in VARIANTS if name != "triton")  # triton runs in an interpreter here
 
 
 @settings(max_examples=100)
@@ -34,7 +34,7 @@ def test_triton_matches_the_formula(problem: StatsProblem) -> None:
 @pytest.mark.parametrize("rows_in_a_block", [1, 2, 7])
 @pytest.mark.parametrize("offset", [0, -500, 500])
 def test_blocks_smaller_than_the_problem(m, scales, rows_in_a_block, offset, monkeypatch) -> None:
-    """Also where exp of a logit under- or overflows, after blocks in which a set has no member yet."""
+    """Also where exp of a logit under- or overflows, after blocks in which a set is still empty."""
     problem = simple_problem(n=71, m=m, d=5, scales=scales, bias=True)
     monkeypatch.setattr(rows_arithmetic, "CPU_BLOCK", 1)
     monkeypatch.setattr(rows_arithmetic, "FEWEST_ROWS", rows_in_a_block)
@@ -45,7 +45,7 @@ def test_blocks_smaller_than_the_problem(m, scales, rows_in_a_block, offset, mon
 
 @pytest.mark.parametrize("backend", VARIANTS)
 def test_more_rows_than_fit_in_one_block(backend) -> None:
-    n, m = (200, 300) if backend == "triton" else (1100, 2300)  # interpreted, its blocks have 64 rows
+    n, m = (200, 300) if backend == "triton" else (1100, 2300)  # interpreted blocks have 64 rows
     problem = simple_problem(n=n, m=m, d=7, scales=(20.0,), kind="converged")
     check_stats(problem.arguments(), problem.leaves, backends=(backend,))
 
@@ -53,7 +53,7 @@ def test_more_rows_than_fit_in_one_block(backend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [None, 130])
 def test_logits_of_ten_thousand(dtype, m) -> None:
-    """Unnormalised rows: exponents overflow unless the largest is taken off."""
+    """Unnormalised rows: exponents overflow unless the largest is subtracted."""
     problem = simple_problem(n=129, m=m, d=16, dtype=dtype, contrast_dtype=dtype, bias=False)
     arguments = problem.arguments() | {"normalize_anchors": False, "normalize_contrasts": False, "logit_scale": 1.0}
     for name in ("anchors", "contrasts"):
@@ -77,10 +77,10 @@ def test_low_temperature(temperature, kind, m) -> None:
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 10.0, 150.0])
 def test_contrasts_without_gradient(dtype, positives, ids, scale) -> None:
-    """As in a queue: the anchors' gradient may then come out of the forward. 150: exponents leave float32's range."""
+    """As in a queue: the forward may compute the anchors' gradient. 150: exponents exceed float32's range."""
     problem = simple_problem(n=71, m=333, d=37, dtype=dtype, contrast_dtype=dtype, bias=False, both=False, ids=ids)
     arguments = problem.arguments() | {"logit_scale": scale}
-    if not positives:  # though there are clusters
+    if not positives:  # despite clusters
         arguments |= {
             "anchor_clusters": torch.zeros(71, dtype=torch.int64),
             "contrast_clusters": torch.ones(333).long(),
@@ -90,7 +90,7 @@ def test_contrasts_without_gradient(dtype, positives, ids, scale) -> None:
 
 @pytest.mark.parametrize("magnitude", [1e6, 1e9, 1e12, 1e18])
 def test_logits_of_any_size(magnitude, backend) -> None:
-    """Float32 can no longer tell such logits apart by less than an exponent's range: the largest takes all."""
+    """In float32 such logits differ by more than an exponent's range: the largest has all the mass."""
     g = generator(0)
     x, y = torch.randn(64, 16, generator=g) / 4, torch.randn(30, 16, generator=g) / 4 * magnitude
     logits = x.double() @ y.double().T
@@ -105,7 +105,7 @@ def test_logits_of_any_size(magnitude, backend) -> None:
 
 
 def test_exponentials(backend) -> None:
-    """Equal logits of every fraction: what is left of the log-sum is the exponential's own error."""
+    """Equal logits of every fraction: the error of the log-sum is that of the exponential."""
     anchors = torch.linspace(-0.7, 0.7, 389)[:, None]
     lse = fastcl.contrastive_stats(anchors, torch.ones(96, 1), want=("lse_all",)).lse_all
     expected = anchors.double().squeeze(1) + math.log(96)
@@ -114,7 +114,7 @@ def test_exponentials(backend) -> None:
 
 @pytest.mark.parametrize("size", [20.0, 80.0])
 def test_small_logits_beside_large_ones(size, backend) -> None:
-    """What serves rows of large log-sums must not round the exponents of a row whose log-sum is near zero."""
+    """A shift for rows with large log-sums must not round the exponents of a row whose log-sum is near zero."""
     anchors = torch.tensor([[0.7], [size]])
     contrasts = 0.5 + torch.rand(37, 1, generator=generator(5)) / 2
     probabilities = torch.softmax((0.7 * contrasts.double()).squeeze(1), 0)
@@ -142,7 +142,7 @@ def test_what_is_not_a_number_is_not_hidden(bits, side, dtype, backend) -> None:
 
 
 def test_extra_positive_without_contrasts(backend) -> None:
-    """An anchor all of whose contrasts are inadmissible, and whose own positive lies far away."""
+    """An anchor whose contrasts are all inadmissible, with its own positive far away."""
     x = torch.randn(4, 8, generator=generator(0), requires_grad=True)
     y = torch.randn(1, 8, generator=generator(1))
     loss = fastcl.functional.cluster_infonce(
@@ -216,7 +216,7 @@ def test_want_may_be_any_iterable(backend) -> None:
 
 
 def test_one_dimensional_unit_rows_have_no_gradient(backend) -> None:
-    """Nothing is left of a gradient once it is projected off a row of one dimension."""
+    """Nothing is left of a gradient after the projection off a row of one dimension."""
     x = torch.randn(40, 1, generator=generator(0)).requires_grad_()
     s = fastcl.contrastive_stats(x, logit_scale=20.0, normalize_anchors=True, want=("lse_all",))
     s.lse_all.sum().backward()

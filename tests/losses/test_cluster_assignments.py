@@ -168,7 +168,7 @@ def problem(
     """Arguments of a call. m: contrasts, None for self-contrast; paired: contrasts with the anchors' assignments.
 
     Assignments are a softmax of `peak` times normal numbers, for each sample or view. Converged rows with the same
-    largest assignment lie close together.
+    largest one lie close together.
     """
     g = generator(seed)
     flat = n * max(views, 1)
@@ -332,7 +332,7 @@ def test_gradcheck(backend) -> None:
 
 @pytest.mark.parametrize("views", [0, 2])
 def test_training_through_sinkhorn(views, backend) -> None:
-    """Assignments of embeddings to learned prototypes: both get the same gradients as through the plain formula."""
+    """Assignments of embeddings to learned prototypes: both get the plain formula's gradients."""
     g = generator(2)
     shape = (12, 2, 5) if views else (12, 5)
     x = torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()

@@ -165,7 +165,7 @@ def test_opcheck_of_the_backward_with_inputs_that_need_gradients(backend) -> Non
 
 
 def test_gradients_have_the_strides_that_tracing_is_told(backend) -> None:
-    """Compiled code uses the strides of the fake gradients, whatever the strides of the rows."""
+    """Compiled code uses the strides of the fake gradients, for rows of any strides."""
     names = [argument.name for argument in FORWARD._schema.arguments]
     arguments = list(op_arguments("everything", backend, torch.float32, False))
     for name in ("anchor_values", "contrast_values", "positives"):
@@ -400,7 +400,7 @@ def test_backward_outside_autocast(backend) -> None:
 
 
 def test_training_under_autocast(backend) -> None:
-    """The projector's output is bfloat16 there, and its weights get a gradient."""
+    """The projector's output is bfloat16, and its weights get a gradient."""
     layer = torch.nn.Linear(6, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16), Calls() as calls:
         loss = cluster_infonce(layer(x(10, 2, 6)))
@@ -414,7 +414,7 @@ def test_training_under_autocast(backend) -> None:
 
 
 def allocated(run: Callable[[], object]) -> tuple[int, int]:
-    """Largest single allocation on the CPU, and the peak of all, in bytes above the start."""
+    """Largest single CPU allocation, and the peak of all, in bytes above the start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -538,7 +538,7 @@ def test_backward_under_another_backend(forward, backward, monkeypatch) -> None:
     with fastcl.use_backend(backward), Calls() as calls:
         (got,) = torch.autograd.grad(loss, z)
     assert torch.equal(got, expected)
-    # `Calls` is an active mode: the backward of the native engine's mean loss runs the operators, forward and backward.
+    # `Calls` is an active mode, so the backward of the native engine's mean loss runs the operators, forward included.
     assert calls.backends == [forward] * (2 if loss.grad_fn.native else 1)
 
 

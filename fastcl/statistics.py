@@ -88,7 +88,7 @@ def statistics(p: Problem, exact: bool = False, quotients: bool = False) -> tupl
         factor, so that they stay in float32's range.
     """
     if p.anchors.assignments is not None:
-        return _weighted(p, quotients), None
+        return _soft_statistics(p, quotients), None
     order = [field for field in FIELDS if field in p.want]
     arguments = _arguments(p, order)
     one_scale = p.logit_scale.dim() == 0
@@ -131,7 +131,7 @@ def named(p: Problem, values: Sequence[Tensor], observed: Tensor | None = None) 
     return side(values[:size], slice(n), other)
 
 
-def _weighted(p: Problem, quotients: bool) -> ContrastiveStats:
+def _soft_statistics(p: Problem, quotients: bool) -> ContrastiveStats:
     """The statistics of a problem with assignments."""
     dtype = p.dtype
     units = []
@@ -148,7 +148,7 @@ def _weighted(p: Problem, quotients: bool) -> ContrastiveStats:
     own, other = soft_op.statistics(problem, choose_backend(p.device, dtype, "soft_assignments"))
     unit = units[0] * units[-1]
 
-    def side(found: soft_op.Weighted, reverse: ContrastiveStats | None) -> ContrastiveStats:
+    def side(found: soft_op.SoftSide, reverse: ContrastiveStats | None) -> ContrastiveStats:
         lse_all, *sums = found.fields.unbind(0)
         if not quotients:
             sums = [(value.double() * unit).to(dtype) for value in sums]

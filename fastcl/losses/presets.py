@@ -184,7 +184,7 @@ class MoCoLoss(ClusterInfoNCE):
                 raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
             if isinstance(queue, MemoryQueue):
                 if queue.cluster_ids is not None:
-                    raise ValueError("queue: expected a MemoryQueue without clusters, got one that stores clusters")
+                    raise ValueError("queue: expected one without clusters, got a MemoryQueue that stores clusters")
             elif not isinstance(queue, Tensor):
                 kind = type(queue).__name__
                 raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {kind}")

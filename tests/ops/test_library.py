@@ -573,7 +573,7 @@ def test_environment_of_a_new_process() -> None:
 
 
 def test_threads_at_the_same_time_give_the_same_numbers(backend) -> None:
-    """Autograd runs backwards on the calling thread; no state is shared."""
+    """Autograd runs backwards on the calling thread; nothing is shared."""
     expected = with_gradients(self_contrast, 50)
     results: list[list[Tensor]] = []
 

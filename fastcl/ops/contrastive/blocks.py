@@ -203,7 +203,7 @@ class _Blocks:
         nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
         self.kept = _Kept(None, clusters, ids, bias, {}, *nothing, None)
         sums = layout.blank(base.logit_scale, len(base.anchors.values))
-        columns = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
+        of_contrasts = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
 
         def add(key: int, p: Problem) -> None:
             nonlocal sums
@@ -214,7 +214,7 @@ class _Blocks:
             sums = layout.merge(torch.stack([sums, layout.pack(found.anchors, planes[0])]), self.backend)
             self.kept.of_blocks[key] = found.anchor_inverse_norms, found.contrast_inverse_norms, found.saved
             if p.both:
-                columns[:, key : key + p.sizes[2]] = layout.pack(found.contrasts, planes[1])
+                of_contrasts[:, key : key + p.sizes[2]] = layout.pack(found.contrasts, planes[1])
 
         def visit(place: Place, rows: Tensor | None) -> None:
             add(place.start, self.block(place, rows))
@@ -226,7 +226,7 @@ class _Blocks:
         merged, own = None, nothing[0]
         if base.both:
             # Sent in the dtype of the statistics, as a block's sums have no more digits.
-            merged = layout.merge(self.exchange.collect(columns.to(base.dtype)).double(), self.backend)
+            merged = layout.merge(self.exchange.collect(of_contrasts.to(base.dtype)).double(), self.backend)
             own, _ = layout.side(merged, base.dtype)
             merged = merged.to(base.dtype)
         empty = base.logit_scale.new_empty(0)
@@ -269,13 +269,13 @@ class _Blocks:
         dx = torch.zeros_like(base.anchors.values, dtype=base.dtype)
         d_scale = torch.zeros_like(base.logit_scale, dtype=torch.float64)
         d_bias = base.logit_scale.new_zeros(self.exchange.total if call.bias_needs else 0)
-        columns = grad_contrasts
+        grad_others = grad_contrasts
         empty = others_found, other_planes = self.layout.side(self.layout.blank(base.logit_scale, 0), base.dtype)
         if kept.contrasts is not None:  # every process needs the merged statistics of all contrasts and their gradients
             of_all = self.exchange.spread(torch.cat([kept.contrasts, grad_contrasts.flatten(0, 1)]))
             size = len(kept.contrasts)
             others_found, other_planes = self.layout.side(of_all[:size].double(), base.dtype)
-            columns = of_all[size:].unflatten(0, grad_contrasts.shape[:2])
+            grad_others = of_all[size:].unflatten(0, grad_contrasts.shape[:2])
 
         def add(key: int, p: Problem, others: bool, bias: bool) -> Gradients | None:
             if 0 in p.sizes[1:]:
@@ -283,16 +283,16 @@ class _Blocks:
             a, c, saved = kept.of_blocks[key]
             planes = self.backend.planes(p, saved)
             planes[0].copy_(kept.planes)
-            side, of_columns = Side(grad, kept.anchors.counts, kept.anchors.parts), grad_contrasts[..., :0]
+            side, grad_block = Side(grad, kept.anchors.counts, kept.anchors.parts), grad_contrasts[..., :0]
             other = empty[0]
             if p.both:
                 place = slice(key, key + p.sizes[2])
                 planes[1].copy_(other_planes[..., place])
                 other = Side(*(part[..., place].contiguous() for part in others_found[:3]))
-                of_columns = columns[..., place].contiguous()
+                grad_block = grad_others[..., place].contiguous()
             needs = own._replace(contrasts=others, bias=bias and p.others.bias is not None)
             known = Statistics(side, other, a, c, saved)
-            found = swept_gradients(p, self.backend, known, grad, of_columns, needs)
+            found = swept_gradients(p, self.backend, known, grad, grad_block, needs)
             if found.anchors is not None:
                 dx.add_(found.anchors)
             if found.logit_scale is not None:
@@ -343,8 +343,8 @@ class Layout(NamedTuple):
         """
         s, logs = self.scales, self.log_sums
         lengths = (s * (len(self.want) - logs), 2, logs * s, logs * s, self.planes * s)
-        sum_pos, counts, *others = packed.split(lengths, -2)
-        return sum_pos, counts, *(part.unflatten(-2, (-1 if part.shape[-2] else 0, s)) for part in others)
+        plain_sums, counts, *others = packed.split(lengths, -2)
+        return plain_sums, counts, *(part.unflatten(-2, (-1 if part.shape[-2] else 0, s)) for part in others)
 
     def blank(self, like: Tensor, n: int) -> Tensor:
         """Packed statistics of n rows over no contrasts."""
@@ -352,17 +352,17 @@ class Layout(NamedTuple):
         return like.new_zeros(self.scales * (len(self.want) + logs + self.planes) + 2, n, dtype=torch.float64)
 
     def pack(self, side: Side, planes: Tensor) -> Tensor:
-        sum_pos = side.fields[self.log_sums :].flatten(0, 1)
-        return torch.cat([sum_pos, side.counts, *side.parts.flatten(1, 2), planes.flatten(0, 1)]).double()
+        plain_sums = side.fields[self.log_sums :].flatten(0, 1)
+        return torch.cat([plain_sums, side.counts, *side.parts.flatten(1, 2), planes.flatten(0, 1)]).double()
 
     def merge(self, packed: Tensor, backend: Backend) -> Tensor:
         """Merges packed statistics [blocks, K, n] over disjoint contrasts into [K, n]."""
-        sum_pos, counts, shifts, sums, planes = self.split(packed)
+        plain_sums, counts, shifts, sums, planes = self.split(packed)
         there = sums != 0  # true for NaN
         shift = torch.where(there, shifts, -torch.inf).amax(0)
         shift = torch.where(shift == -torch.inf, 0, shift)
         each = torch.where(there, sums * (shifts - shift).exp(), 0)
-        parts = [sum_pos.sum(0), counts.sum(0), shift.flatten(0, 1), each.sum(0).flatten(0, 1)]
+        parts = [plain_sums.sum(0), counts.sum(0), shift.flatten(0, 1), each.sum(0).flatten(0, 1)]
         if self.planes:
             everything = each[:, 0] if "lse_all" in self.want else None
             parts.append(backend.merge_planes(planes, counts, everything).flatten(0, 1))
@@ -370,7 +370,7 @@ class Layout(NamedTuple):
 
     def side(self, packed: Tensor, dtype: torch.dtype) -> tuple[Side, Tensor]:
         """Unpacks [K, n] into a `Side` and the planes [P, S, n]."""
-        sum_pos, counts, shifts, sums, planes = self.split(packed)
-        fields = torch.cat([(shifts + sums.log()).flatten(0, 1), sum_pos]).unflatten(0, (-1, self.scales))
+        plain_sums, counts, shifts, sums, planes = self.split(packed)
+        fields = torch.cat([(shifts + sums.log()).flatten(0, 1), plain_sums]).unflatten(0, (-1, self.scales))
         parts = torch.stack([shifts, sums])
         return Side(*(values.to(dtype).contiguous() for values in (fields, counts, parts))), planes.to(dtype)

@@ -103,7 +103,7 @@ def as_outputs(found: Statistics) -> tuple[Tensor, ...]:
 
 
 def observed_by(problem: Problem, found: Statistics) -> Tensor:
-    """`Side.observed` of the anchors [10, S, N]; with `both`, of anchors and contrasts [10, S, N + M]; else [0]."""
+    """`Side.observed` of the anchors [10, S, N]; with `both`, of both sides [10, S, N + M]; without `observe` [0]."""
     sides = [side.observed for side in (found.anchors, found.contrasts) if side.observed is not None]
     if not sides:
         return problem.logit_scale.new_empty(0)

@@ -96,7 +96,7 @@ PLACES = {name: k for k, name in enumerate(ARGUMENTS)}
 
 
 def flatten_rows(rows: Rows | None) -> tuple[Any, ...]:
-    """The tensors of a set of rows; for no rows as many None."""
+    """The tensors of a set of rows, or as many None."""
     if rows is None:
         return (None,) * OF_ROWS
     *tensors, _ = rows  # torch 2.6 cannot compile a slice here
@@ -126,7 +126,7 @@ def flatten(p: Problem) -> tuple[Any, ...]:
 
 
 def unflatten(arguments: Sequence[Any]) -> Problem:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`, which drops `partial`."""
     k = OF_ROWS
     positives, logit_scale, normalize, normalize_contrasts, *rest = arguments[2 * k :]
     anchors = Rows(*arguments[:k], normalize)  # type: ignore[call-arg]
@@ -138,7 +138,7 @@ class Side(NamedTuple):
     """Statistics of one side: each anchor over the contrasts, or each contrast over the anchors."""
 
     fields: Tensor  # [W, S, N]: the wanted fields
-    # [2, N]: number of positives and of negatives; with assignments the sum of weights and the number of all pairs
+    # [2, N]: number of positives and of negatives; with assignments sum of weights and number of admissible contrasts
     counts: Tensor
     # [2, L, S, N]: for each wanted log-sum-exp a shift and the sum of exp(s_ij - shift). The backward needs both:
     # exp(s_ij - lse) would have a rounding error in proportion to the logits, exp(s_ij - shift) / sum does not.

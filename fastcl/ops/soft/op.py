@@ -57,7 +57,7 @@ forward_op = torch.ops.fastcl.soft_stats_fwd
 backward_op = torch.ops.fastcl.soft_stats_bwd
 
 
-class Weighted(NamedTuple):
+class SoftSide(NamedTuple):
     """The statistics of one side."""
 
     fields: Tensor  # [3, N]: lse_all, sum_pos, num_pos
@@ -183,7 +183,7 @@ def at_unit(assignments: Tensor) -> tuple[Tensor, Tensor]:
     return assignments * (1 / unit).to(assignments.dtype), unit
 
 
-def statistics(p: Problem, backend: str) -> tuple[Weighted, Weighted]:
+def statistics(p: Problem, backend: str) -> tuple[SoftSide, SoftSide]:
     """The statistics of the anchors and, with `both`, of the contrasts."""
     fields, sizes, _, contrast_fields, contrast_sizes, *_ = forward_op(*flatten(p), backend)
-    return Weighted(fields, sizes), Weighted(contrast_fields, contrast_sizes)
+    return SoftSide(fields, sizes), SoftSide(contrast_fields, contrast_sizes)

@@ -1,4 +1,4 @@
-"""Statistics of contrastive logits: what every loss is a formula of."""
+"""Statistics of contrastive logits. Every loss is a formula of them."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from .ops.soft import op as soft_op
 
 @dataclass(frozen=True, eq=False)
 class ContrastiveStats:
-    """Statistics of each anchor over its contrasts, or of each contrast over its anchors. None where not wanted.
+    """Statistics of each anchor over its contrasts, or of each contrast over its anchors. Unwanted fields are None.
 
-    Shapes are ``[N]``, or ``[S, N]`` (counts: ``[N]``) where several scales were asked for. Natural logarithms.
-    An empty set has log-sum-exp ``-inf`` and sum 0; gradients of such entries are taken for zero.
+    Fields are ``[N]``, or ``[S, N]`` for ``[S]`` scales; counts are always ``[N]``. Logarithms are natural. An empty
+    set has log-sum-exp ``-inf`` and sum 0; incoming gradients of such entries are ignored.
     """
 
     num_pos: Tensor
-    """number of positives, in the fields' dtype; of assignments the sum of their weights, which has a gradient"""
+    """number of positives, in the fields' dtype; with assignments the sum of the weights, which has a gradient"""
     num_neg: Tensor
-    """number of negatives, in the fields' dtype; of assignments that of admissible contrasts less ``num_pos``"""
+    """number of negatives, in the fields' dtype; with assignments admissible contrasts minus ``num_pos``"""
     lse_all: Tensor | None = None
     """log-sum-exp of the logits over all admissible contrasts"""
     lse_pos: Tensor | None = None
@@ -55,21 +55,21 @@ class ContrastiveStats:
     sum_pos: Tensor | None = None
     """sum of the logits over the positives"""
     sum_all: Tensor | None = None
-    """sum of the logits over all admissible contrasts; the only sweep-free field: it costs O((N + M) D)"""
+    """sum of the logits over all admissible contrasts; costs O((N + M) D), as it alone needs no sweep"""
     max_pos: Tensor | None = None
-    """largest logit of the positives, -inf where there are none; detached, as the next three"""
+    """largest logit of the positives, -inf if there are none; this field and the next three are detached"""
     max_neg: Tensor | None = None
-    """largest logit of the negatives, -inf where there are none"""
+    """largest logit of the negatives, -inf if there are none"""
     sum_neg: Tensor | None = None
     """sum of the logits over the negatives"""
     entropy: Tensor | None = None
-    """entropy of the softmax over all admissible contrasts, natural logarithm; 0 where there are none"""
+    """entropy in nats of the softmax over all admissible contrasts; 0 if there are none"""
     reverse: ContrastiveStats | None = None
-    """the statistics of each contrast over the anchors, ``[M]``, where ``both=True``"""
+    """with ``both=True`` the statistics of each contrast over the anchors, ``[M]``"""
 
     @property
     def valid(self) -> Tensor:
-        """Bool ``[N]``: whether every wanted field of the row is over a non-empty set."""
+        """Bool ``[N]``: whether the sets of all wanted fields are non-empty in this row."""
         sizes = {ALL: self.num_pos + self.num_neg, POSITIVES: self.num_pos, NEGATIVES: self.num_neg}
         valid = torch.ones_like(self.num_pos, dtype=torch.bool)
         for over in {field.over for name, field in TABLE.items() if getattr(self, name) is not None}:
@@ -78,13 +78,17 @@ class ContrastiveStats:
 
 
 def statistics(p: Problem, exact: bool = False, quotients: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
-    """The wanted statistics of a checked problem, and what was observed: [10, S, N], or [10, S, N + M] with `both`.
+    """The wanted statistics of a checked problem, and the observed ones or None.
 
-    exact: fields in float64, and log-sum-exps not rounded to the dtype of their sums, for what cancels them.
-    quotients: of assignments, only quotients of sum_pos and num_pos are used: both stay at a scale that float32 holds.
+    Observed statistics are [10, S, N], or [10, S, N + M] with `both`.
+
+    exact: fields are float64, and log-sum-exps are not rounded to the dtype of their sums. For formulas in which
+        log-sum-exps cancel.
+    quotients: with assignments, the caller uses only quotients of sum_pos and num_pos. Both then keep a common scale
+        factor, so that they stay in float32's range.
     """
     if p.anchors.assignments is not None:
-        return _weighted(p, quotients), None
+        return _soft_statistics(p, quotients), None
     order = [field for field in FIELDS if field in p.want]
     arguments = _arguments(p, order)
     one_scale = p.logit_scale.dim() == 0
@@ -99,9 +103,9 @@ def statistics(p: Problem, exact: bool = False, quotients: bool = False) -> tupl
 
 
 def mean_loss(p: Problem) -> tuple[Tensor, Tensor | None] | None:
-    """`DirectMean` of one log-sum-exp and sum_pos in one node, and what was observed as in `statistics`.
+    """The loss of `DirectMean`, one node of autograd's graph, and the observed statistics as `statistics` returns them.
 
-    None where the formula itself has to be traced, or a set is empty.
+    None if the formula itself has to be traced, or if there are no anchors or no contrasts.
     """
     if len(p.anchors.values) == 0 or len(p.others.values) == 0 or _is_intercepted(p):
         return None
@@ -110,7 +114,7 @@ def mean_loss(p: Problem) -> tuple[Tensor, Tensor | None] | None:
 
 
 def named(p: Problem, values: Sequence[Tensor], observed: Tensor | None = None) -> ContrastiveStats:
-    """Values as `taken_apart` lists them, and what was observed, by name where wanted."""
+    """The wanted fields by name, from values in the order of `taken_apart` and from observed statistics."""
     n, scale = len(p.anchors.values), 0 if p.logit_scale.dim() == 0 else slice(None)
     order = [field for field in FIELDS if field in p.want]
 
@@ -127,8 +131,8 @@ def named(p: Problem, values: Sequence[Tensor], observed: Tensor | None = None) 
     return side(values[:size], slice(n), other)
 
 
-def _weighted(p: Problem, quotients: bool) -> ContrastiveStats:
-    """Statistics over assignments."""
+def _soft_statistics(p: Problem, quotients: bool) -> ContrastiveStats:
+    """The statistics of a problem with assignments."""
     dtype = p.dtype
     units = []
 
@@ -144,7 +148,7 @@ def _weighted(p: Problem, quotients: bool) -> ContrastiveStats:
     own, other = soft_op.statistics(problem, choose_backend(p.device, dtype, "soft_assignments"))
     unit = units[0] * units[-1]
 
-    def side(found: soft_op.Weighted, reverse: ContrastiveStats | None) -> ContrastiveStats:
+    def side(found: soft_op.SoftSide, reverse: ContrastiveStats | None) -> ContrastiveStats:
         lse_all, *sums = found.fields.unbind(0)
         if not quotients:
             sums = [(value.double() * unit).to(dtype) for value in sums]
@@ -157,18 +161,18 @@ def _weighted(p: Problem, quotients: bool) -> ContrastiveStats:
 
 
 def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
-    """Those of the operator, in its order."""
+    """The operator's arguments."""
     anchors, contrasts = p.anchors, p.contrasts
     dtype = p.dtype
     scales, bias = p.logit_scale.to(dtype).reshape(-1), p.others.bias
-    # Contrasts without a gradient, as in a queue, spare the backward its sweep where the forward knows of it.
+    # If only the anchors need a gradient, as with a queue, the forward can save the backward its sweep.
     anchors_only = (
         contrasts is not None
         and torch.is_grad_enabled()
         and anchors.values.requires_grad
         and not (p.both or contrasts.values.requires_grad or scales.requires_grad or bias is not None)
     )
-    if bias is not None and bias.dtype != dtype:  # not by _replace, which torch 2.6 does not compile
+    if bias is not None and bias.dtype != dtype:  # torch 2.6 cannot compile _replace
         others = p.others
         others = Rows(others.values, others.clusters, others.ids, bias.to(dtype), None, others.normalize)
         anchors, contrasts = (others, None) if contrasts is None else (anchors, others)
@@ -202,16 +206,16 @@ def contrastive_stats(
     anchor_assignments: Tensor | None = None,
     contrast_assignments: Tensor | None = None,
 ) -> ContrastiveStats:
-    r"""Statistics of contrastive logits, in one pass that never stores them.
+    r"""Statistics of contrastive logits, in one pass that never stores the logits.
 
     The logits are
 
     .. math:: s_{ij} = \text{logit\_scale} \cdot a_i \, c_j \, \langle x_i, y_j \rangle + \text{bias}_j
 
-    with :math:`a`, :math:`c` either 1 or, for cosine similarity, the rows' inverse norms (norms floored at 1e-12; a row
-    of zeros has similarity 0 and gradient 0). For anchor i, A_i are its admissible contrasts (self-contrast: all
-    j != i; two sets: all j but those of the anchor's sample id), P_i those of A_i in the anchor's cluster, N_i the
-    rest of A_i.
+    :math:`a_i` and :math:`c_j` are 1 or, for cosine similarity, the inverse norms of the rows. Norms are floored at
+    1e-12; a row of zeros has similarity 0 and gradient 0. The admissible contrasts A_i of anchor i are all j != i in
+    self-contrast, and with two sets all j without the anchor's sample id. Its positives P_i are the contrasts in A_i
+    of the anchor's cluster; its negatives N_i are the rest of A_i.
 
     A contrastive loss is a formula of the result. SupCon, for instance::
 
@@ -220,27 +224,28 @@ def contrastive_stats(
 
     Args:
         anchors: ``[N, D]``; float64, float32, bfloat16 or float16.
-        contrasts: ``[M, D]``, or None for self-contrast: the contrasts are the anchors, normalised as they are.
-        anchor_clusters: ``[N]`` integers; negative: in no cluster, equal to nothing. None: there are no positives.
-        contrast_clusters: ``[M]`` integers; two sets take both or neither.
-        logit_scale: 1 / temperature; a number, a tensor of no dimension, or ``[S]`` scales at once.
+        contrasts: ``[M, D]``, or None for self-contrast: the anchors are the contrasts too.
+        anchor_clusters: ``[N]`` integers. A negative number means no cluster. None: there are no positives.
+        contrast_clusters: ``[M]`` integers. With two sets, give both clusters or neither.
+        logit_scale: 1 / temperature; a number, a tensor ``[]``, or ``[S]`` scales at once.
         normalize_anchors, normalize_contrasts: cosine similarity.
         contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency). -inf leaves the
-            contrast out of every set and count; as a row of the other direction it has no admissible anchors.
-        anchor_ids, contrast_ids: ``[N]``, ``[M]`` integers; equal ones make a pair inadmissible; negative: no id.
-        want: of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, ``"sum_all"``, and, without a
-            gradient, of ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``; only these are computed.
-        both: two sets: also each contrast's statistics over the anchors, from the same sweep, as ``.reverse``.
-        anchor_assignments: ``[N, C]`` floating, >= 0, in place of clusters: contrast j is a positive of weight
-            w_ij = <r_i, r_j>. ``sum_pos`` is then the sum of w_ij s_ij over A_i, ``num_pos`` that of w_ij, and
-            ``lse_all`` as before; ``want`` may name no others, and logit_scale is a single one.
+            contrast out of every set and count; in the other direction it has no admissible anchors.
+        anchor_ids, contrast_ids: ``[N]`` and ``[M]`` integers. A pair of equal ids is inadmissible. A negative number
+            means no id.
+        want: any of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, ``"sum_all"``, and of the fields
+            without a gradient, ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``. Only these are computed.
+        both: with two sets, ``.reverse`` holds each contrast's statistics over the anchors, from the same sweep.
+        anchor_assignments: ``[N, C]`` floating, >= 0, in place of clusters. Contrast j is then a positive of weight
+            w_ij = <r_i, r_j>: ``sum_pos`` is the sum of w_ij s_ij over A_i, ``num_pos`` is the sum of w_ij, and
+            ``lse_all`` does not change. ``want`` may name only ``"lse_all"`` and ``"sum_pos"``, and there is one scale.
         contrast_assignments: ``[M, C]``, with two sets.
 
     Returns:
         :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale, contrast_bias and
-        assignments. Of a row without weight, gradients of ``sum_pos`` and ``num_pos`` that are not finite, as a
-        division by its ``num_pos`` makes them, are taken for zero.
-        float32; float64 where a set of rows is float64. Rows of two dtypes are multiplied in the wider one.
+        assignments. float32, or float64 if a set of rows is float64. Rows of two dtypes are multiplied in the wider
+        one. With assignments, in rows whose weights sum to 0, gradients of ``sum_pos`` and ``num_pos`` that are not
+        finite are ignored: a formula divides by ``num_pos``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -266,8 +271,8 @@ def contrastive_stats(
             raise ValueError("both: expected False for self-contrast (contrasts=None), got True")
         if normalize_contrasts and not normalize_anchors:
             raise ValueError(
-                "normalize_contrasts: self-contrast (contrasts=None) normalises both sides or none; "
-                "expected normalize_anchors=True with it, got False"
+                "normalize_contrasts: expected False for self-contrast (contrasts=None) with normalize_anchors=False, "
+                "got True"
             )
     if anchor_assignments is not None or contrast_assignments is not None:
         for name, value in (("anchor_clusters", anchor_clusters), ("contrast_clusters", contrast_clusters)):

@@ -5,10 +5,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch loads OpenMP: threads that spin while they wait take minutes where more of them run than there are cores.
+# Before torch loads OpenMP: threads that spin while they wait take minutes if there are more threads than cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# What the compiler keeps between processes knows nothing of a change in an operator's shapes.
+# The compiler's cache between processes does not notice changes of an operator's shapes.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastcl-inductor-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Without a GPU the Triton kernels run in Triton's interpreter. It has to know before it is imported.
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be enabled before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -28,7 +28,7 @@ from tests.support.order import place
 if INTERPRETED:
     quicken()
 
-# The same examples on every run; HYPOTHESIS_PROFILE=explore draws new ones.
+# The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, print_blob=False)
 settings.register_profile("explore", deadline=None, database=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(params=VARIANTS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on each backend, and on `cpu` once with each engine that this machine has."""
+    """Runs the test once on each backend, and on `cpu` once with each engine that this machine supports."""
     with running(request.param) as name:
         yield name
 

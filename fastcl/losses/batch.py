@@ -1,4 +1,4 @@
-"""Who is whose positive: the rows of a loss flattened, and cluster ids in which the rules are already settled."""
+"""Flattens the rows of a loss and gives every row a cluster id, so that equal ids mean positives."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
 
 
 class Batch(NamedTuple):
-    """The rows of a loss, views flattened, with the cluster and ids of each. Without clusters only `positives` are."""
+    """The rows of a loss, views flattened, with the cluster and the id of each.
+
+    If the rows have no clusters, `positives` are the only positives.
+    """
 
     anchors: Rows  # R rows, R = N or N * V
     contrasts: Rows | None  # M rows
     positives: Tensor | None  # [R, D]
     shape: tuple[int, ...]  # [N] or [N, V]
-    views: int  # V, 1 without views
-    by_sample: bool = False  # clusters are indices of samples, which mean other samples in another process
-    # Contrast i has the cluster of anchor row i and further contrasts have -1, all of them by sample.
+    views: int  # V, or 1 for embeddings without views
+    by_sample: bool = False  # clusters are indices of this process's samples
+    # by_sample, and contrast i has the cluster of anchor row i; extra contrasts have -1.
     aligned: bool = False
-    parts: tuple[tuple[int, bool], ...] = ()  # of each of the contrasts: how many rows, and whether they are stored
+    parts: tuple[tuple[int, bool], ...] = ()  # for each part of the contrasts: number of rows, whether it is stored
 
     def dtype(self) -> torch.dtype:
-        """Of the loss."""
+        """The dtype of the loss."""
         return torch.float64 if self.anchors.values.dtype == torch.float64 else torch.float32
 
     def others(self) -> Rows:
@@ -39,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """The tensors of a call of `cluster_infonce`, as they came; shapes are described there."""
+    """The unchecked tensors of a call of `cluster_infonce`, which describes their shapes."""
 
     embeddings: Tensor
     clusters: Tensor | None = None
@@ -54,9 +57,9 @@ class Tensors(NamedTuple):
 
 
 def batch(given: Tensors, normalize: bool) -> Batch:
-    """Checks the tensors of a call without assignments, flattens views and settles the cluster of every row.
+    """Checks the tensors of a call without assignments, flattens views and gives every row its cluster.
 
-    normalize: cosine similarity; stored rows are taken as they are all the same.
+    normalize: cosine similarity. Stored rows are never normalised.
     """
     embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, *_ = given
     check_rows("embeddings", embeddings, dims=(2, 3))
@@ -100,7 +103,7 @@ def batch(given: Tensors, normalize: bool) -> Batch:
         anchor_clusters = per_row(torch.arange(n, device=device), views)
     elif views == 1 and parts is None:  # a row in no cluster has no positive
         anchor_clusters = clusters.to(torch.int64).clamp(min=-1)
-    else:  # private clusters -2, -3, ... are unlike any of the user's, who says "no cluster" by a negative number
+    else:  # rows without a cluster get private ones, -2, -3, ...: the user's clusters are not negative
         wide = clusters.to(torch.int64)
         private = torch.arange(-2, -2 - n, -1, device=device)
         anchor_clusters = per_row(torch.where(wide < 0, private, wide), views)
@@ -140,7 +143,7 @@ def batch(given: Tensors, normalize: bool) -> Batch:
 
 
 def of_parts(values: Tensor | None, rows: Batch, stored: bool) -> Tensor | None:
-    """Of values [M, ...] of all contrasts those of the stored contrasts, or those of the tensors."""
+    """From values [M, ...] of all contrasts, the values of the stored contrasts, or those of the tensors."""
     if values is None or all(kind == stored for _, kind in rows.parts):
         return values
     pieces = values.split([length for length, _ in rows.parts])
@@ -148,13 +151,13 @@ def of_parts(values: Tensor | None, rows: Batch, stored: bool) -> Tensor | None:
 
 
 def offset(rows: Batch, first: int) -> tuple[Tensor | None, Tensor | None]:
-    """Clusters of anchors and of contrasts, where this process's samples are numbered from `first` on."""
+    """Clusters of anchors and of contrasts, if the samples of this process are numbered from `first` on."""
     samples = rows.shape[0]
 
     def moved(ids: Tensor | None) -> Tensor | None:
         if ids is None:
             return None
-        if rows.by_sample:  # an index that no sample has matches none, in every process
+        if rows.by_sample:  # an index beyond the samples matches no sample of any process
             ids = torch.where(ids >= samples, -1, torch.where(ids >= 0, ids + first, ids))
         return torch.where(ids < -1, ids - first, ids)  # private clusters
 
@@ -162,7 +165,7 @@ def offset(rows: Batch, first: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def aligned_clusters(samples: list[int], views: int, contrasts: list[int], device: torch.device) -> Tensor:
-    """Clusters of all processes' contrasts after `offset`, of a `Batch` that is `aligned`, from the numbers of rows."""
+    """For an `aligned` batch, the clusters after `offset` of all processes' contrasts, from numbers of rows alone."""
     found, first = [], 0
     for n, m in zip(samples, contrasts, strict=True):
         places = per_row(torch.arange(first, first + n, device=device), views)
@@ -182,7 +185,7 @@ def assigned_batch(given: Tensors, normalize: bool) -> Batch:
     if assignments is None:
         raise ValueError("assignments: expected a tensor, as contrast_assignments is given, got None")
 
-    def wide(used_twice: Tensor) -> Tensor:  # so that gradients are rounded after they have been added
+    def wide(used_twice: Tensor) -> Tensor:  # gradients are then added before they are rounded
         return used_twice.to(accumulation_dtype(embeddings, *(part.rows for part in parts)))
 
     parts = [] if contrasts is None else _parts(contrasts, embeddings)
@@ -236,7 +239,7 @@ def assigned_batch(given: Tensors, normalize: bool) -> Batch:
 
 
 class _Part(NamedTuple):
-    """One of a list of contrasts: a tensor's rows, or what a memory holds."""
+    """One element of a list of contrasts: the rows of a tensor, or of a memory."""
 
     rows: Tensor
     stored: Stored | None
@@ -257,7 +260,7 @@ def _parts(contrasts: Contrasts, embeddings: Tensor) -> list[_Part]:
     for i, part in enumerate(listed):
         name = "contrasts" if alone else f"contrasts[{i}]"
         if isinstance(part, Memory):
-            # One memory alone is read in place, unless a backward may look at its rows again.
+            # A single memory is read in place, unless a backward may read its rows again.
             stored = part.stored(len(listed) == 1 and torch.is_grad_enabled())
             parts.append(_Part(stored.rows, stored))
         elif isinstance(part, Tensor):
@@ -277,7 +280,7 @@ def _check_others(
     ids: Tensor | None,
     contrast_ids: Tensor | None,
 ) -> None:
-    """That contrasts have the clusters and ids that the call needs, and no more."""
+    """Raises ValueError unless the contrasts have exactly the clusters and ids that the call needs."""
     device = parts[0].rows.device
     memories = [part.stored for part in parts if part.stored is not None]
     lengths = [part.length() for part in parts if part.stored is None]
@@ -316,7 +319,10 @@ def _rows(parts: list[_Part], normalize: bool) -> Tensor:
 
 
 def _joined(parts: list[_Part], name: str | None, own: Tensor | None) -> Tensor:
-    """Clusters or ids of all contrasts: those that memories store under `name`, and `own` for the rows of tensors."""
+    """Clusters or ids of all contrasts: memories bring the attribute `name`, and `own` holds those of the tensors.
+
+    Missing ones are -1.
+    """
     found, taken = [], 0
     for part in parts:
         values = None if part.stored is None or name is None else getattr(part.stored, name)

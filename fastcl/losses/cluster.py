@@ -1,4 +1,4 @@
-"""Cluster InfoNCE, the loss that the others are cases of."""
+"""Cluster InfoNCE, the general loss. SupCon, NT-Xent, CLIP, MoCo and the decoupled loss are cases of it."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def cluster_infonce(
     return_stats: bool = False,
     **options: Unpack[OptionKeywords],
 ) -> LossResult:
-    """The stateless form of :class:`ClusterInfoNCE`; formulas, shapes, dtypes, errors and sources are described there.
+    """The stateless form of :class:`ClusterInfoNCE`, which describes formulas, shapes, dtypes, errors and sources.
 
-    The mean over anchors i of ``logsumexp_{j in A_i}(s_ij) - mean_{j in P_i}(s_ij)`` at the defaults, with logits
-    s_ij = <x_i, y_j> / (|x_i| |y_j| temperature), contrasts A_i and positives P_i. Options are those of the constructor
-    there, tensors those of ``forward`` there; a scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``. With
-    ``return_stats=True`` a pair of that and a :class:`LossStats`.
+    By default the loss is the mean over anchors i of ``logsumexp_{j in A_i}(s_ij) - mean_{j in P_i}(s_ij)``, with
+    logits s_ij = <x_i, y_j> / (|x_i| |y_j| temperature), contrasts A_i and positives P_i. It takes the options of the
+    class's constructor and the tensors of its ``forward``. The result is a scalar, or ``[N]`` / ``[N, V]`` with
+    ``reduction="none"``; ``return_stats=True`` returns ``(loss, stats)``, stats a :class:`LossStats`.
     """
     given = Tensors(
         embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, assignments,
@@ -78,7 +78,7 @@ def loss_of(
     weights: Tensor | None = None,
     return_stats: bool = False,
 ) -> LossResult:
-    """`cluster_infonce` of its tensors and its options, which are checked here."""
+    """`cluster_infonce` from its tensors and options, which this function checks."""
     try:
         temperature = positive_number("temperature", temperature)
         options = options.checked()
@@ -96,14 +96,14 @@ def loss_of(
 
 
 class ClusterInfoNCE(nn.Module):
-    r"""Cluster-masked InfoNCE: every other row of the anchor's cluster is its positive, every row its contrast.
+    r"""Cluster-masked InfoNCE: the other rows of an anchor's cluster are its positives, all other rows its negatives.
 
-    With logits :math:`s_{ij} = \langle \hat x_i, \hat y_j \rangle / \text{temperature}` (less ``margin / temperature``
-    for positives), A_i the admissible contrasts of anchor i, P_i those in its cluster and N_i the others, the loss of
-    an anchor is
+    The logits are :math:`s_{ij} = \langle \hat x_i, \hat y_j \rangle / \text{temperature}`, minus
+    ``margin / temperature`` for positives. A_i are the admissible contrasts of anchor i, P_i those in its cluster and
+    N_i the others. The loss of an anchor is
 
     ============= =========================================================================================
-    form          loss of anchor i (``denominator="negatives"`` sums over N_i where A_i stands)
+    form          loss of anchor i (``denominator="negatives"`` sums over N_i in place of A_i)
     ============= =========================================================================================
     ``"outside"`` :math:`\log \sum_{j \in A_i} e^{s_{ij}} - \frac{1}{|P_i|} \sum_{j \in P_i} s_{ij}`
     ``"inside"``  :math:`\log \sum_{j \in A_i} e^{s_{ij}} - \log \frac{1}{|P_i|} \sum_{j \in P_i} e^{s_{ij}}`
@@ -111,62 +111,65 @@ class ClusterInfoNCE(nn.Module):
 
     ``ClusterInfoNCE()(z)`` of views ``[N, V, D]`` is SimCLR, ``(z, labels)`` is SupCon, ``(z, cluster_ids)`` is
     Cl-InfoNCE, ``(image, contrasts=text)`` with ``symmetric=True`` is CLIP. Logits are never stored: memory is
-    O((N + M) D), so the batch may be as large as its embeddings allow.
+    O((N + M) D), so memory for the embeddings is the only limit on the batch.
 
     Args:
-        temperature: number, tensor or ``nn.Parameter``; a parameter is registered and learned, unclamped.
+        temperature: number, tensor or ``nn.Parameter``. A parameter is registered and learned; it is not clamped.
         form: ``"outside"`` (SupCon's L_out) or ``"inside"`` (L_in).
         denominator: ``"all"``, or ``"negatives"`` for the decoupled loss.
-        margin: cosine margin >= 0 taken off every positive, wherever it occurs (NT-Xent-AM).
+        margin: cosine margin >= 0, subtracted from every positive's similarity in all terms (NT-Xent-AM).
         label_smoothing: a in [0, 1): :math:`(1 - a)` times the loss plus :math:`a (\log \sum_{j \in A_i} e^{s_{ij}} -
-            \operatorname{mean}_{j \in A_i} s_{ij})`. With one positive that is ``torch.nn.functional.cross_entropy``'s
-            option. Only with ``form="outside"``, ``denominator="all"`` and no margin; not with assignments.
-        symmetric: two sets: the mean of the loss of the anchors and that of the contrasts over the anchors.
-        normalize: cosine similarity; False takes the inner products of the rows as they come.
+            \operatorname{mean}_{j \in A_i} s_{ij})`. With one positive this is the option of
+            ``torch.nn.functional.cross_entropy``. Only with ``form="outside"``, ``denominator="all"`` and no margin;
+            not with assignments.
+        symmetric: with two sets, the mean of the anchors' loss and of the contrasts' loss over the anchors.
+        normalize: True for cosine similarity, False for inner products of the rows as given.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that count: those with a positive and a
-            denominator that is not empty. If none counts the loss is 0 and so is its gradient.
+            non-empty denominator. If none counts, the loss and its gradient are 0.
         gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
-            `torch.distributed`; without one a no-op. Each process returns its share of the loss of the whole batch,
-            times their number: the mean over processes is that loss (docs/distributed.md).
+            `torch.distributed`; without a group it has no effect. Each process returns its share of the loss of the
+            whole batch, times the number of processes: the mean over processes is that loss (docs/distributed.md).
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, contrast_bias=None, weights=None, temperature=None, assignments=None,
     contrast_assignments=None, return_stats=False)``:
 
     - embeddings: ``[N, D]``, or ``[N, V, D]`` for V views of N samples. float64, float32, bfloat16, float16.
-    - clusters: ``[N]`` integers. Negative: no cluster, positive only with its own other views. None: each sample is a
-      cluster of its own (self-contrast then needs two views).
-    - positives: as embeddings, or ``[N, D]`` for all views of a sample; one more positive of each anchor that is nobody
-      else's contrast (MoCo's momentum key).
+    - clusters: ``[N]`` integers. A negative number means no cluster: only the sample's other views are positives. None:
+      each sample is its own cluster (self-contrast then needs two views).
+    - positives: shaped as embeddings, or ``[N, D]`` for all views of a sample. Each anchor has its row as one more
+      positive; it is no contrast of other anchors (MoCo's momentum key).
     - contrasts: None for self-contrast; or ``[M, D]``, a :class:`MemoryQueue`, a :class:`MemoryBank`, or a list of
-      such, concatenated. Gradients flow into tensors that require them. Stored rows are taken as they are, whatever
-      ``normalize`` says, and bring clusters and ids of their own: a queue that stores clusters requires ``clusters``;
-      one that does not holds negatives only and requires ``positives``, if no tensor is beside it.
-    - contrast_clusters: ``[M]`` integers, M without stored rows; with ``clusters=None``, the index of the sample that
-      a contrast belongs to, negative: none. None: contrast i of the tensors belongs with anchor row i (M >= rows) and
-      shares its cluster, further contrasts are negatives.
-    - ids, contrast_ids: ``[N]`` and ``[M]`` integers, M without stored rows; equal ones make a pair inadmissible (a
-      stale copy of oneself).
-    - contrast_bias: ``[M]`` floating, added to the logits (``[N * V]`` in self-contrast). -inf leaves a contrast out
-      (padding): it is in no set and no count, a positive neither, in both directions, whatever its row holds.
-    - weights: ``[N]`` floating >= 0 on the anchors' terms; the mean becomes the weighted mean. The reverse direction
-      of ``symmetric`` is not weighted.
-    - temperature: overrides the module's for this call.
-    - assignments: ``[N, C]`` floating, finite, >= 0, in place of ``clusters``: soft ones, such as Sinkhorn's; of views
-      also ``[N, V, C]``, each view its own. Contrast j is then a positive of weight :math:`w_{ij} = \langle r_i, r_j
-      \rangle`, another view of the sample too, and the anchor's loss is :math:`\log \sum_{j \in A_i} e^{s_{ij}} -
-      \sum_{j \in A_i} w_{ij} s_{ij} / \sum_{j \in A_i} w_{ij}`. It counts if its weights sum to at least 1e-30
-      (float64 rows: 1e-200) where rows' largest assignments lie around 1, as they are scaled first. Differentiable in
-      the assignments. Only ``form="outside"`` over all contrasts, without margin and ``positives``; contrasts are
-      tensors.
-    - contrast_assignments: ``[M, C]``; None: contrast i has those of anchor row i (M >= rows), further ones zeros.
+      these, concatenated. Gradients flow into tensors that require them. Stored rows are never normalised, whatever
+      ``normalize`` says, and bring their own clusters and ids. A queue that stores clusters requires ``clusters``. The
+      rows of a queue without clusters are all negatives; unless tensors are in the list, it requires ``positives``.
+    - contrast_clusters: ``[M]`` integers for the rows of tensors only. With ``clusters=None`` they are indices of
+      samples; a negative number means no sample. None: contrast i of the tensors has the cluster of anchor row i
+      (M >= rows); extra contrasts are negatives.
+    - ids, contrast_ids: ``[N]`` and, for the rows of tensors only, ``[M]`` integers. A pair of equal ids is
+      inadmissible (an old copy of the sample itself).
+    - contrast_bias: ``[M]`` floating (``[N * V]`` in self-contrast), added to the logits. -inf leaves a contrast out,
+      for instance padding: it is in no set and no count of either direction, and the values of its row are ignored.
+    - weights: ``[N]`` floating >= 0, multiply the anchors' terms; the mean becomes the weighted mean. The reverse
+      direction of ``symmetric`` has no weights.
+    - temperature: replaces the module's temperature in this call.
+    - assignments: ``[N, C]`` floating, finite, >= 0, in place of ``clusters``: soft clusters, such as Sinkhorn's. For
+      views also ``[N, V, C]``, a row for each view. Every contrast j, other views included, is then a positive of
+      weight :math:`w_{ij} = \langle r_i, r_j \rangle`, and the anchor's loss is :math:`\log \sum_{j \in A_i} e^{s_{ij}}
+      - \sum_{j \in A_i} w_{ij} s_{ij} / \sum_{j \in A_i} w_{ij}`. An anchor counts if its weights, after assignments
+      are scaled to rows with a largest number around 1, sum to at least 1e-30 (float64 rows: 1e-200). The loss is
+      differentiable in the assignments. Only with ``form="outside"``, ``denominator="all"``, no margin and no
+      ``positives``; contrasts must be tensors.
+    - contrast_assignments: ``[M, C]``. None: contrast i has those of anchor row i (M >= rows); extra contrasts have
+      zeros.
     - return_stats: True returns ``(loss, stats)``, stats a :class:`LossStats` (top-1 accuracy, mean similarities and
-      entropy, all detached) out of the same sweep. The loss and its gradient are the same to the bit. Not with
-      assignments, nor with ``gather`` over several processes.
+      entropy, all detached) from the same sweep. Loss and gradient stay the same to the bit. Not with assignments, nor
+      with ``gather`` over several processes.
 
     Returns:
-        A scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"`` (0 where an anchor does not count; with
-        ``symmetric``, the mean of row i's two terms, which needs M = N rows). float32; float64 for float64 embeddings.
+        A scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``: 0 for anchors that do not count; with
+        ``symmetric`` the mean of row i's two terms, which needs as many contrasts as anchor rows. float32, or float64
+        for float64 embeddings.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -177,7 +180,7 @@ class ClusterInfoNCE(nn.Module):
 
     gather: bool | str
 
-    # Which options the constructor takes, and the values of others: a preset has its own.
+    # The options that the constructor takes, and fixed values of others. Presets override both.
     _takes: ClassVar[tuple[str, ...]] = LossOptions._fields
     _fixed: ClassVar[OptionKeywords] = {}
 
@@ -185,7 +188,7 @@ class ClusterInfoNCE(nn.Module):
     def __init__(self, temperature: float | Tensor = 0.1, **options: Unpack[OptionKeywords]) -> None:
         super().__init__()
         parsed = parse_options(type(self).__name__, options, self._takes, self._fixed).checked()
-        # nn.Module registers it where it is an nn.Parameter.
+        # nn.Module registers an nn.Parameter.
         self.temperature = positive_number("temperature", temperature)
         for name in LossOptions._fields:
             setattr(self, name, getattr(parsed, name))
@@ -207,7 +210,7 @@ class ClusterInfoNCE(nn.Module):
         contrast_assignments: Tensor | None = None,
         return_stats: bool = False,
     ) -> LossResult:
-        """The loss; shapes and errors are in the class's description."""
+        """The loss. The class describes shapes and errors."""
         given = Tensors(
             embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias,
             assignments, contrast_assignments,
@@ -223,7 +226,7 @@ class ClusterInfoNCE(nn.Module):
 
 
 def _assigned(given: Tensors, options: LossOptions, return_stats: bool) -> Batch:
-    """The batch of a call with assignments; ValueError for what they replace or do not go with."""
+    """The batch of a call with assignments. ValueError for arguments and options that assignments do not support."""
     for name in ("clusters", "contrast_clusters", "positives"):
         if getattr(given, name) is not None:
             raise ValueError(f"{name}: expected None with assignments, got a value")

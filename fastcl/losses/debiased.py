@@ -1,4 +1,4 @@
-"""Losses that correct for negatives of the anchor's own class, and weigh the hard ones."""
+"""Losses that correct for negatives of the anchor's own class and give hard negatives more weight."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .modules import shown_temperature
 from .options import LossOptions
 from .reduce import LossResult, inverse_temperature, reduced_loss
 
-# Beyond it logits times beta and logits times 1 + beta differ by no more than their roundings.
+# Beyond these, logits times beta and logits times 1 + beta differ only by rounding.
 LARGEST_BETA = {torch.float32: 2.0**22, torch.float64: 2.0**51}
 
 
 class HardNegativeLoss(nn.Module):
     r"""Contrastive loss with debiased, hard negatives (Robinson et al. 2021), in the log domain.
 
-    With logits :math:`s_{ij} = \langle \hat x_i, \hat y_j \rangle / t` of the positives P_i and the N negatives N_i of
-    anchor i, each negative weighs in proportion to :math:`e^{\beta s_{ij}}`, and a part :math:`\tau^+` of the negatives
-    is taken to be of the anchor's class:
+    The logits are :math:`s_{ij} = \langle \hat x_i, \hat y_j \rangle / t`; anchor i has positives P_i and N negatives
+    N_i. Each negative has a weight in proportion to :math:`e^{\beta s_{ij}}`, and a share :math:`\tau^+` of the
+    negatives is assumed to be of the anchor's class:
 
     .. math::
         N_g = \max\left( \frac{N}{1 - \tau^+} \left(
@@ -30,18 +30,18 @@ class HardNegativeLoss(nn.Module):
             - \tau^+ \operatorname{mean}_{j \in P_i} e^{s_{ij}} \right), N e^{-1/t} \right), \qquad
         l_i = \log\Big( \sum_{j \in P_i} e^{s_{ij}} + N_g \Big) - \operatorname{mean}_{j \in P_i} s_{ij}
 
-    With one positive that is the paper's loss; :math:`\beta = 0` is :class:`DebiasedLoss`, and :math:`\tau^+ = 0` with
-    it :class:`ClusterInfoNCE`. Nothing overflows, whatever the temperature.
+    With one positive this is the paper's loss. With :math:`\beta = 0` it is :class:`DebiasedLoss`; with
+    :math:`\tau^+ = 0` as well it is :class:`ClusterInfoNCE`. Nothing overflows at any temperature.
 
     Args:
         temperature: t > 0, number, tensor or ``nn.Parameter``, as in :class:`ClusterInfoNCE`.
         tau_plus: :math:`\tau^+`, the probability of a class, in [0, 1).
         beta: concentration on hard negatives, from 0 to 2^22 (float64 rows: 2^51).
-        normalize: cosine similarity. Without it the floor :math:`N e^{-1/t}` remains that of unit rows.
+        normalize: cosine similarity. Without it the floor is still :math:`N e^{-1/t}`, which is that of unit rows.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that have a positive.
         gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
-            `torch.distributed`; without one a no-op. Each process returns its share of the loss of the whole batch,
-            times their number: the mean over processes is that loss (docs/distributed.md).
+            `torch.distributed`; without a group it has no effect. Each process returns its share of the loss of the
+            whole batch, times the number of processes: the mean over processes is that loss (docs/distributed.md).
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, weights=None, temperature=None, return_stats=False)``, dtypes, result and errors are those of
@@ -65,7 +65,7 @@ class HardNegativeLoss(nn.Module):
         if beta < 0:
             raise ValueError(f"beta: expected a number of at least 0, got {beta}")
         LossOptions(normalize=normalize, reduction=reduction, gather=gather).checked()
-        self.temperature = positive_number("temperature", temperature)  # registered where it is an nn.Parameter
+        self.temperature = positive_number("temperature", temperature)  # nn.Module registers an nn.Parameter
         self.tau_plus = tau_plus
         self.beta = beta
         self.normalize = normalize
@@ -86,7 +86,7 @@ class HardNegativeLoss(nn.Module):
         temperature: float | Tensor | None = None,
         return_stats: bool = False,
     ) -> LossResult:
-        """The loss; shapes and errors are in the class's description."""
+        """The loss. The class describes shapes and errors."""
         try:
             options = LossOptions(normalize=self.normalize, reduction=self.reduction, gather=self.gather).checked()
             temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
@@ -107,7 +107,7 @@ class HardNegativeLoss(nn.Module):
 
 
 def _check_beta(beta: float, temperature: float | Tensor, scale: Tensor) -> None:
-    """That the logits at 1 + beta can be told from those at beta, in the dtype of `scale`, 1 / temperature."""
+    """Raises ValueError unless logits times 1 + beta and times beta differ in the dtype of `scale`, 1 / temperature."""
     most = LARGEST_BETA[scale.dtype]
     if not isinstance(temperature, Tensor) or values_visible(temperature):
         number = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
@@ -123,7 +123,7 @@ class DebiasedLoss(HardNegativeLoss):
         N_g = \max\left( \frac{1}{1 - \tau^+} \Big( \sum_{j \in N_i} e^{s_{ij}}
             - N \tau^+ \operatorname{mean}_{j \in P_i} e^{s_{ij}} \Big), N e^{-1/t} \right)
 
-    Arguments, shapes, dtypes and errors are those of :class:`HardNegativeLoss`, whose ``beta`` is 0 here.
+    Arguments, shapes, dtypes and errors are those of :class:`HardNegativeLoss` with ``beta=0``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Statistics over the rows of all processes, as gathered losses ask for them."""
+"""Statistics over the rows of all processes, for losses with `gather`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from ..ops.contrastive.records import Problem, Rows, flatten, flatten_rows
 from ..statistics import ContrastiveStats, named, statistics
 from .batch import Batch, aligned_clusters, of_parts, offset
 
-# What losses do with all of it.
-
 
 def has_gradient(tensor: Tensor | None) -> bool:
-    """Whether a backward of what is computed with it now would want to know its gradient."""
+    """Whether a backward through results computed now from this tensor would compute its gradient."""
     return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
 
 def gathered_statistics(
     world: World, gather: bool | str, p: Problem, batch: Batch, exact: bool, call: str, alike: Mapping[str, Property]
 ) -> ContrastiveStats:
-    """`statistics` where tensors of the contrasts, or the anchors in self-contrast, are those of all processes.
+    """`statistics` over the contrast tensors of all processes, or in self-contrast over the anchors of all processes.
 
-    call, alike: what is called, and what else processes have to agree upon.
+    call, alike: the name of the call, and further values that must be equal in all processes.
     """
     anchors, contrasts, bias, dtype = p.anchors, p.contrasts, p.others.bias, p.dtype
     stored = any(kind for _, kind in batch.parts)
@@ -63,7 +61,7 @@ def gathered_statistics(
         "contrast_bias given": bias is not None,
         "assignments": -1 if anchors.assignments is None else anchors.assignments.shape[1],
     }
-    # Who needs a gradient of anything takes part in the backward, whose collectives wait for all.
+    # The backward's collectives wait for all processes, so all must need the same gradients.
     needs = {name: has_gradient(tensor) for name, tensor in tensors.items()}
     samples, sizes = world.agree(
         call,
@@ -80,8 +78,8 @@ def gathered_statistics(
     clusters, contrast_clusters = offset(batch, sum(samples[: world.rank]))
     anchors = anchors._replace(clusters=clusters, bias=None if anchors.bias is None else anchors.bias.to(dtype))
 
-    def some(of_stored: bool) -> Rows | None:
-        """The contrasts that are stored, or the others."""
+    def part_of_contrasts(of_stored: bool) -> Rows | None:
+        """The stored contrasts, or those of tensors."""
         if contrasts is None or (of_stored and not stored):
             return None
         of_bias = of_parts(bias, batch, of_stored)
@@ -104,14 +102,14 @@ def gathered_statistics(
     )
     scales = p.logit_scale.to(dtype).reshape(-1)
     want = [field for field in FIELDS if field in p.want]
-    travelling = replace(p, anchors=anchors, contrasts=some(False), logit_scale=scales, want=want)
-    return named(p, BlockStats.apply(called, *flatten(travelling), *flatten_rows(some(True))))
+    travelling = replace(p, anchors=anchors, contrasts=part_of_contrasts(False), logit_scale=scales, want=want)
+    return named(p, BlockStats.apply(called, *flatten(travelling), *flatten_rows(part_of_contrasts(True))))
 
 
 class _AllRows(torch.autograd.Function):
-    """Contrasts' rows, or numbers, of all processes; back comes the sum over processes of their gradients.
+    """Gathers the rows or numbers of contrasts from all processes. The backward sums their gradients over processes.
 
-    Each is the other's derivative, of any order.
+    This function and `_SummedRows` are each other's derivatives, so there are derivatives of any order.
     """
 
     @staticmethod
@@ -125,6 +123,8 @@ class _AllRows(torch.autograd.Function):
 
 
 class _SummedRows(torch.autograd.Function):
+    """The sum over processes, of which each process keeps its own rows."""
+
     @staticmethod
     def forward(ctx: Any, exchange: Gathered, values: Tensor) -> Tensor:
         ctx.exchange = exchange
@@ -136,38 +136,39 @@ class _SummedRows(torch.autograd.Function):
 
 
 def _assigned(world: World, rows: list[int], sizes: list[int], p: Problem, own: Tensor) -> ContrastiveStats:
-    """`statistics` of assignments: sums of weights, which have derivatives, are not merged but swept over all rows."""
-    dtype = p.dtype  # of the sums, so that gradients are rounded after they have been added
+    """`statistics` with assignments: one sweep over the gathered rows, as the sums of weights need gradients too."""
+    dtype = p.dtype  # of the sums: gradients are then added before they are rounded
     anchors, own = p.anchors.values.to(dtype), own.to(dtype)
     contrasts = anchors if p.contrasts is None else p.contrasts.values.to(dtype)
     theirs = own if p.contrasts is None or p.others.assignments is None else p.others.assignments.to(dtype)
     bias = None if p.others.bias is None else p.others.bias.to(dtype)
     by_row, by_contrast = Gathered(world, rows), Gathered(world, sizes)
 
-    def everywhere(exchange: Gathered, values: Tensor) -> Tensor:
+    def of_all(exchange: Gathered, values: Tensor) -> Tensor:
         found: Tensor = _AllRows.apply(exchange, values)
         return found
 
     ids, contrast_ids = p.anchors.ids, p.others.ids
-    if p.contrasts is None:  # every row but itself
+    if p.contrasts is None:  # ids leave out the row itself
         contrast_ids = torch.arange(by_row.total, device=anchors.device)
         ids = contrast_ids[by_row.own]
     elif contrast_ids is not None:
         contrast_ids = by_contrast.spread(contrast_ids)
     normalize = p.anchors.normalize
     others = Rows(
-        everywhere(by_contrast, contrasts),
+        of_all(by_contrast, contrasts),
         None,
         contrast_ids,
-        None if bias is None else everywhere(by_contrast, bias),
-        everywhere(by_contrast, theirs),
+        None if bias is None else of_all(by_contrast, bias),
+        of_all(by_contrast, theirs),
         normalize,
     )
     problem = replace(p, anchors=Rows(anchors, None, ids, None, own, normalize), contrasts=others, both=False)
     found = statistics(problem, quotients=True)[0]
     if not p.both:
         return found
-    # A contrast's bias is alike in all of its logits, and no loss of assignments sees it; but it may be left out.
+    # In the reverse direction the bias adds the same number to all logits of a contrast, and cancels in a loss of
+    # assignments. Only a bias of -inf matters: it leaves the contrast out.
     if p.others.bias is not None:
         left_out = (p.others.bias == -torch.inf)[:, None]
         contrasts, theirs = contrasts.masked_fill(left_out, 0), theirs.masked_fill(left_out, 0)
@@ -175,6 +176,6 @@ def _assigned(world: World, rows: list[int], sizes: list[int], p: Problem, own: 
     reverse = replace(
         problem,
         anchors=Rows(contrasts, None, p.others.ids, None, theirs, p.others.normalize),
-        contrasts=Rows(everywhere(by_row, anchors), None, own_ids, None, everywhere(by_row, own), normalize),
+        contrasts=Rows(of_all(by_row, anchors), None, own_ids, None, of_all(by_row, own), normalize),
     )
     return replace(found, reverse=statistics(reverse, quotients=True)[0])

@@ -1,4 +1,4 @@
-"""What modules of losses share: buffers that keep their dtype, and how a temperature is shown."""
+"""Shared by the modules of losses: buffers that keep their dtype, and the temperature in `extra_repr`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.nn import Parameter
 
 
 class ExactModule(nn.Module):
-    """A module whose own buffers move with it but keep their dtype: masses of a prior, the logarithm of a constant.
+    """A module whose own buffers move between devices with it but keep their dtype.
 
-    `.half()`, `.to(dtype)` and a loaded state would round them. Its parameters are the user's, and are cast.
+    `.half()`, `.to(dtype)` and a loaded state would round such buffers, for instance the masses of a prior. Parameters
+    are cast as usual.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactModule:
@@ -35,14 +36,14 @@ class ExactModule(nn.Module):
     ) -> None:
         dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *reports)
-        for name, dtype in dtypes.items():  # with assign=True the state's tensor has become the buffer
+        for name, dtype in dtypes.items():  # with assign=True the buffer is the state's tensor
             buffer = self._buffers[name]
             if buffer is not None and buffer.dtype != dtype:
                 self._buffers[name] = buffer.to(dtype)
 
 
 def shown_temperature(temperature: float | Tensor) -> str:
-    """For `extra_repr`. Only a plain tensor is read: others are sharded, or have no values."""
+    """The temperature for `extra_repr`. Only plain tensors are read: others are sharded or have no values."""
     learned = " (learned)" if isinstance(temperature, Parameter) else ""
     if isinstance(temperature, Tensor):
         if temperature.is_meta:

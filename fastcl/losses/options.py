@@ -18,7 +18,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class LossOptions(NamedTuple):
-    """The options of `ClusterInfoNCE`, which describes them, and their defaults."""
+    """The options of `ClusterInfoNCE` and their defaults; the class describes them."""
 
     form: str = "outside"
     denominator: str = "all"
@@ -30,7 +30,7 @@ class LossOptions(NamedTuple):
     gather: bool | str = False
 
     def checked(self) -> LossOptions:
-        """The options, numbers as floats; ValueError or TypeError names one that is out of range."""
+        """The options with numbers as floats. ValueError or TypeError names an option that is not valid."""
         check_option("form", self.form, FORMS)
         check_option("denominator", self.denominator, DENOMINATORS)
         margin = finite_number("margin", self.margin)
@@ -49,7 +49,7 @@ class LossOptions(NamedTuple):
         check_flag("normalize", self.normalize)
         check_option("reduction", self.reduction, REDUCTIONS)
         check_option("gather", self.gather, MODES)
-        # Not by _replace, which torch 2.6 does not compile.
+        # torch 2.6 cannot compile _replace.
         return LossOptions(
             self.form, self.denominator, margin, smoothing, self.symmetric, self.normalize, self.reduction, self.gather
         )
@@ -68,17 +68,17 @@ class OptionKeywords(TypedDict, total=False):
     gather: bool | str
 
 
-# Options that are shown only where they are set.
+# `extra_repr` shows these only if they are set.
 _SHOWN_IF_SET = ("label_smoothing", "gather")
 
 
 def options_of(module: nn.Module) -> LossOptions:
-    """The options that a module has as attributes."""
+    """The options, from the module's attributes."""
     return LossOptions(*[getattr(module, name) for name in LossOptions._fields])
 
 
 def shown_options(module: nn.Module, names: tuple[str, ...] = LossOptions._fields) -> str:
-    """For `extra_repr`, each option behind a comma."""
+    """The options for `extra_repr`, each after a comma."""
     values = {name: getattr(module, name) for name in names}
     shown = (item for item in values.items() if item[0] not in _SHOWN_IF_SET or item[1])
     return "".join(f", {name}={value!r}" for name, value in shown)
@@ -90,7 +90,7 @@ def parse_options(
     names: tuple[str, ...] = LossOptions._fields,
     fixed: Mapping[str, Any] | None = None,
 ) -> LossOptions:
-    """Options from keywords, of which `owner` takes those in `names`, and those that it fixes."""
+    """Options from the keywords `given` and the values that `owner` fixes. TypeError for a keyword not in `names`."""
     for name in given:
         if name not in names:
             raise TypeError(f"{owner}: expected options out of {', '.join(names)}; got {name!r}")
@@ -101,7 +101,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def takes_options(*names: str) -> Callable[[F], F]:
-    """Spells out the options that a function takes as ``**options``, all of them without names, in its signature."""
+    """Decorator: the function's signature lists the options `names` in place of ``**options``; no names means all."""
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)

@@ -1,4 +1,4 @@
-"""Presets of `ClusterInfoNCE` with the calls of the libraries that people come from."""
+"""Presets of `ClusterInfoNCE` for well-known losses, called as in the usual libraries."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _TwoViewLoss(ClusterInfoNCE):
 class NTXentLoss(_TwoViewLoss):
     """SimCLR's loss of two views (Chen et al. 2020): ``NTXentLoss(temperature=0.5)(z0, z1)``, both ``[N, D]``.
 
-    The mean over all 2 N rows of ``logsumexp_j(s_ij) - s_ip``, p the row's other view, j over all rows but i. Dtypes,
+    The mean over all 2 N rows i of ``logsumexp_{j != i}(s_ij) - s_ip``, where p is the other view of row i. Dtypes,
     result and errors are those of :class:`ClusterInfoNCE`; with ``reduction="none"`` the result is ``[N, 2]``.
     """
 
@@ -100,15 +100,15 @@ class SupConLoss(ClusterInfoNCE):
 class ClipLoss(nn.Module):
     """CLIP's loss (Radford et al. 2021): ``ClipLoss()(image_features, text_features, logit_scale)``.
 
-    Features are ``[N, D]`` and taken as they come, as open_clip's are normalised by the model; ``logit_scale`` is
-    1 / temperature (open_clip passes ``logit_scale.exp()``), a number or a tensor of one element. The loss is the mean
-    of the cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal;
-    with ``output_dict=True`` it comes as ``{"contrastive_loss": loss}``, as open_clip's training loop asks for it. With
-    ``return_stats=True`` a :class:`LossStats` comes too: ``(loss, stats)``, or as ``"stats"`` of the dictionary.
-    ``logit_bias``, as open_clip's SigLIP models return it, is not read: one number added to every logit cancels in both
-    softmaxes. The loss stays CLIP's, not SigLIP's loss of sigmoids, and each module warns of it once (not under
-    ``torch.compile``). Dtypes and errors are those of :class:`ClusterInfoNCE`, and so are ``label_smoothing`` and
-    ``gather``.
+    Features are ``[N, D]`` and are not normalised here: open_clip's models do that. ``logit_scale`` is 1 / temperature
+    (open_clip passes ``logit_scale.exp()``), a number or a tensor of one element. The loss is the mean of the
+    cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal.
+
+    ``output_dict=True`` returns ``{"contrastive_loss": loss}``, as open_clip's training loop expects.
+    ``return_stats=True`` adds a :class:`LossStats`: ``(loss, stats)``, or ``"stats"`` in the dictionary.
+    ``logit_bias``, which open_clip's SigLIP models return, is ignored: one number added to every logit cancels in both
+    softmaxes. The loss is CLIP's, not SigLIP's sigmoid loss, and each module warns of it once (not under
+    ``torch.compile``). Dtypes, errors, ``label_smoothing`` and ``gather`` are those of :class:`ClusterInfoNCE`.
     """
 
     _warned = False
@@ -148,7 +148,7 @@ class ClipLoss(nn.Module):
         if logit_bias is not None and not torch.compiler.is_compiling() and not self._warned:
             self._warned = True
             warnings.warn(
-                "logit_bias: expected None; its value is not used, as one number added to every logit cancels in both "
+                "logit_bias: expected None; its value is ignored, as one number added to every logit cancels in both "
                 "softmaxes. This is CLIP's softmax loss, not SigLIP's sigmoid loss.",
                 stacklevel=4,  # the line that called the module
             )
@@ -161,11 +161,11 @@ class ClipLoss(nn.Module):
 class MoCoLoss(ClusterInfoNCE):
     """MoCo's loss (He et al. 2020): ``MoCoLoss(temperature=0.07)(query, key, queue)``.
 
-    The mean of ``log(exp(s_i) + sum_k exp(s_ik)) - s_i``, s_i the logit of query i with its key and s_ik with row k of
-    the queue. Queries and keys are ``[N, D]``; the queue is a :class:`MemoryQueue` without clusters, its rows taken as
-    stored, or a tensor ``[K, D]`` (all negatives; K may be 0). Dtypes, result and errors are those of
-    :class:`ClusterInfoNCE`. With ``gather`` only the mean is taken over all processes: queues are each process's own,
-    and a tensor, which would be gathered, is a ``ValueError``.
+    The mean of ``log(exp(s_i) + sum_k exp(s_ik)) - s_i``, where s_i is the logit of query i with its key and s_ik its
+    logit with row k of the queue. Queries and keys are ``[N, D]``. The queue is a :class:`MemoryQueue` without
+    clusters, whose rows are taken as stored, or a tensor ``[K, D]``; all of its rows are negatives, and K may be 0.
+    Dtypes, result and errors are those of :class:`ClusterInfoNCE`. With ``gather`` each process keeps its own queue and
+    only the mean is over all processes; a tensor as queue is then a ``ValueError``, as it would be gathered.
     """
 
     _takes = OPTIONS
@@ -184,7 +184,7 @@ class MoCoLoss(ClusterInfoNCE):
                 raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
             if isinstance(queue, MemoryQueue):
                 if queue.cluster_ids is not None:
-                    raise ValueError("queue: expected one without clusters, as all of its rows are negatives")
+                    raise ValueError("queue: expected one without clusters, got a MemoryQueue that stores clusters")
             elif not isinstance(queue, Tensor):
                 kind = type(queue).__name__
                 raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {kind}")

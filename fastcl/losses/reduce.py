@@ -1,4 +1,4 @@
-"""What all losses do with a formula: one sweep, weights, reduction over the rows that count."""
+"""Evaluates the formula of a loss: one sweep, weights, and the reduction over the rows that count."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .gathered import gathered_statistics, has_gradient
 from .options import LossOptions
 from .summary import LossStats, summary
 
-LossResult = Tensor | tuple[Tensor, LossStats]  # the latter with return_stats
+LossResult = Tensor | tuple[Tensor, LossStats]  # a tuple with return_stats
 
 
 def scalar(name: str, value: float | Tensor, rows: Batch) -> Tensor:
-    """In the dtype of the logits."""
+    """The value as a 0-dimensional tensor in the dtype of the logits."""
     dtype = accumulation_dtype(rows.anchors.values, rows.others().values, rows.positives)
     return scalar_tensor(name, value, rows.anchors.values.device, dtype)
 
@@ -43,9 +43,9 @@ def reduced_loss(
     weights: Tensor | None = None,
     return_stats: bool = False,
 ) -> LossResult:
-    """The formula's terms from one sweep, weighted and reduced over the rows that count.
+    """The formula's terms from one sweep, times the weights, reduced over the rows that count.
 
-    return_stats: also a summary of the same sweep.
+    return_stats: also return a summary of the same sweep.
     """
     world = World.of(options.gather)
     try:
@@ -83,9 +83,9 @@ def _problem(rows: Batch, scale: Tensor, formula: Formula, options: LossOptions,
 def _loss(
     problem: Problem, rows: Batch, scale: Tensor, formula: Formula, options: LossOptions, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss, and what was observed."""
+    """The loss, and the observed statistics or None."""
     if formula.mean_of_differences() and options.reduction == "mean" and weights is None:
-        found = mean_loss(problem)  # the formula below in one node of autograd's graph
+        found = mean_loss(problem)  # the same formula as below, in one node of autograd's graph
         if found is not None:
             return found[0].to(rows.dtype()), found[1]
     stats, observed = statistics(problem, formula.exact(), quotients=True)
@@ -107,7 +107,7 @@ def _summary(problem: Problem, observed: Tensor, rows: Batch, scale: Tensor, opt
     return found._replace(reverse=of_rows(n, None, (observed.shape[-1] - n,))) if problem.both else found
 
 
-@uncompiled  # processes would have to agree upon their graphs
+@uncompiled  # processes could compile different graphs, with collectives that do not match
 def _of_all(
     world: World,
     problem: Problem,
@@ -118,9 +118,11 @@ def _of_all(
     weights: Tensor | None,
     unit: float | Tensor | None,
 ) -> Tensor:
-    """This process's share of the loss of all processes' rows, times their number, so that the mean is that loss.
+    """This process's share of the loss over all processes' rows, times the number of processes.
 
-    With reduction "none" the terms of its own rows, as they are. unit: what the weights were divided by.
+    The mean over processes is then the loss. With reduction "none", the unscaled terms of the process's own rows.
+
+    unit: what the weights were divided by.
     """
     alike: dict[str, Property] = {
         **{name: value if isinstance(value, str) else float(value) for name, value in formula._asdict().items()},
@@ -133,11 +135,11 @@ def _of_all(
     if stats.reverse is not None:
         sides.append((*formula.terms(stats.reverse, scale), None))
     totals: list[Any] = [None] * len(sides)
-    if options.reduction == "mean":  # of both directions at once, and exact, also where they are numbers of rows
+    if options.reduction == "mean":  # one collective for both directions; float64, so that row counts are exact
         masses = []
         for k, (terms, counted, of_rows) in enumerate(sides):
             mass = _mass(counted, of_rows).double()
-            # A term that is NaN or infinite makes the mean NaN on all processes.
+            # A term that is NaN or infinite makes the mean NaN in all processes.
             masses.append((mass if unit is None or k else mass * unit) + _nan_of(terms, counted))
         totals = list(world.total(torch.stack(masses)).unbind())
         if unit is not None:
@@ -151,7 +153,10 @@ def _of_all(
 def _reduce(
     terms: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, rows: Batch, total: Tensor | None = None
 ) -> Tensor:
-    """total: what the mean divides by, where that is not the `_mass` of these rows alone."""
+    """The terms of the rows that count, weighted and reduced.
+
+    total: what the mean divides by; None for the `_mass` of these rows.
+    """
     terms = torch.where(counted, terms, 0).to(rows.dtype())
     if weights is not None:
         terms = terms * weights
@@ -166,17 +171,18 @@ def _reduce(
 
 
 def _nan_of(terms: Tensor, counted: Tensor) -> Tensor:
-    """0, or NaN if a term that counts is not finite; without a gradient."""
+    """[]: NaN if a term that counts is not finite, else 0. It has no gradient."""
     return torch.where(counted, terms.detach() * 0, 0).sum()
 
 
-ORDINARY_WEIGHTS = 1e-20, 1e20  # so large is the largest; neither their sum nor its inverse leaves float32's range
+# If the largest weight is in this range, the sum of the weights and its inverse stay in float32's range.
+ORDINARY_WEIGHTS = 1e-20, 1e20
 
 
 def _at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float | Tensor | None]:
-    """Checked weights [N] in `dtype`, divided by a power of two that is returned; None: they are not divided.
+    """Checked weights [N] in `dtype`, and the power of two that they are divided by, or None.
 
-    Only a mean, which depends on the weights' ratios alone, takes divided ones.
+    They are divided only for a mean, which depends on nothing but ratios of weights.
     """
     values = weights.detach().double()
     if values_visible(weights) and len(weights):
@@ -200,5 +206,5 @@ def _at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tenso
 
 
 def _mass(counted: Tensor, weights: Tensor | None) -> Tensor:
-    """How many rows count, or their weights' sum."""
+    """The number of rows that count, or the sum of their weights."""
     return counted.sum() if weights is None else (counted * weights).sum()

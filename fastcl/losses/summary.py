@@ -1,4 +1,4 @@
-"""What to look at while a contrastive loss trains: its statistics, detached, out of the sweep that makes the loss."""
+"""Detached statistics to monitor a contrastive loss in training, from the same sweep as the loss."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from ..ops.contrastive.observed import part
 class LossStats(NamedTuple):
     """Detached statistics of a loss, from ``criterion(..., return_stats=True)``, which returns ``(loss, stats)``.
 
-    Means over anchors, 0-dimensional; NaN where there is no anchor of that kind. With ``reduction="none"`` the anchors'
-    own, shaped as the loss, NaN where an anchor has no such set. float32, or float64 for float64 embeddings.
+    Means over the anchors that have the set in question, 0-dimensional; NaN if no anchor has it. With
+    ``reduction="none"`` one value for each anchor, shaped as the loss; NaN for an anchor without the set. float32, or
+    float64 for float64 embeddings.
 
-    With ``symmetric`` these are the anchors', and `reverse` holds the contrasts'. They are of the logits as they are:
-    without margin, unweighted, and not told by `form` or `denominator`.
+    With ``symmetric``, `reverse` holds the statistics of the contrasts over the anchors. Margin, weights, `form` and
+    `denominator` have no influence.
     """
 
     top1: Tensor
-    """share of the anchors with a positive whose nearest contrast is one: no negative's logit is as large as the
-    largest positive's"""
+    """share of anchors, among those with a positive, whose largest logit is a positive's; a tie with a negative does
+    not count"""
     positive_similarity: Tensor
-    """mean similarity with the positives, of anchors that have some: cosine, or inner product without ``normalize``"""
+    """mean similarity with the positives: cosine, or inner product with ``normalize=False``"""
     negative_similarity: Tensor
-    """the same of the negatives"""
+    """mean similarity with the negatives"""
     entropy: Tensor
-    """entropy of the softmax of the logits over all contrasts, natural logarithm: 0 where one contrast takes all of it,
-    log of their number where all are alike"""
+    """entropy in nats of the softmax of the logits over all contrasts: 0 if one contrast has all the mass, the log of
+    their number if all logits are equal"""
     reverse: LossStats | None = None
-    """the same for each contrast over the anchors, with ``symmetric``"""
+    """with ``symmetric`` the statistics of each contrast over the anchors"""
 
 
 def summary(observed: Tensor, scale: Tensor, shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> LossStats:
-    """Of one side: `observed` [10, S, N], the first scale of which is the loss's, `scale` []."""
+    """The summary of one side. observed: [10, S, N], of which scale 0 is the loss's. scale: that scale, []."""
     seen = observed[:, 0]
     num_pos, num_neg = part(seen, "num_pos"), part(seen, "num_neg")
 
@@ -49,7 +50,7 @@ def summary(observed: Tensor, scale: Tensor, shape: tuple[int, ...], reduction: 
         return torch.where(there, values, 0).sum() / there.sum()
 
     nearest = (part(seen, "max_pos") > part(seen, "max_neg")).to(dtype)
-    nearest = torch.where(part(seen, "lse").isfinite(), nearest, torch.nan)  # with NaN there is no largest logit
+    nearest = torch.where(part(seen, "lse").isfinite(), nearest, torch.nan)  # with NaN logits there is no largest one
     return LossStats(
         reduced(nearest, num_pos > 0),
         reduced(similarity("plain_pos", num_pos), num_pos > 0),

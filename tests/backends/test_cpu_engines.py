@@ -1,4 +1,4 @@
-"""Backend `cpu`: which engine runs, what its results may depend on, and how it gets on with the process around it."""
+"""Backend `cpu`: which engine runs, what its results depend on, and how it coexists with threads and processes."""
 
 import gc
 import multiprocessing
@@ -50,7 +50,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def results(dtype: torch.dtype = torch.float32, m: int | None = None, scale: float = 20.0) -> list[Tensor]:
-    """Every statistic and every gradient of one call; statistics of empty sets as 0."""
+    """All statistics and gradients of one call; 0 for statistics of empty sets."""
     n = 700
     g = generator(0)
     clusters = cluster_ids("random", n + (m or 0), g)
@@ -89,7 +89,7 @@ def test_environment_caps_the_instruction_set(cap: str) -> None:
     assert used == cap, done.stderr
     assert any(f"used: {cap} (at most {cap})" in line for line in text)
     scores = torch.arange(60.0).reshape(6, 10).sin().requires_grad_()
-    with using_engine(cap), fastcl.use_backend("cpu"):  # what it computes on that engine, to the last bit
+    with using_engine(cap), fastcl.use_backend("cpu"):  # the result of that engine, to the bit
         fastcl.sinkhorn(scores).assignments.square().sum().backward()
     assert torch.equal(scores.grad.flatten(), torch.tensor([float(x) for x in gradient.split()]))
 
@@ -127,7 +127,7 @@ def test_an_unknown_instruction_set_is_an_error_of_every_call() -> None:
 @pytest.mark.parametrize("m", [None, 420])
 @pytest.mark.usefixtures("_threads_restored")
 def test_bit_identical_for_a_number_of_threads_and_near_for_any(engine, dtype, m) -> None:
-    for scale in (20.0, 300.0):  # one exponential for row and column, and running maxima
+    for scale in (20.0, 300.0):  # one case with one exponential for row and column, one with running maxima
         torch.set_num_threads(1)
         expected = results(dtype, m=m, scale=scale)
         for threads in THREADS:
@@ -136,7 +136,7 @@ def test_bit_identical_for_a_number_of_threads_and_near_for_any(engine, dtype, m
             for got, again, one_thread in zip(first, results(dtype, m=m, scale=scale), expected, strict=True):
                 assert torch.equal(got, again)
                 size = one_thread.double().norm()
-                # a logit of 300 rounds so much, and so does its exponential
+                # logits of 300 and their exponentials have a larger rounding error
                 sums = 1000 * torch.finfo(torch.promote_types(one_thread.dtype, torch.float32)).eps
                 stored = torch.finfo(one_thread.dtype).eps
                 assert (got.double() - one_thread.double()).norm() <= (sums + stored) * size
@@ -202,10 +202,8 @@ def test_forked_child_at_one_thread_does_not_hang() -> None:
 
 
 def test_other_threads_run_during_a_call(engine, monkeypatch) -> None:
-    """A thread that counts is seen to have counted between the last line before a call and the first one after it.
-
-    As nobody is made to hand over the interpreter's lock, it cannot unless the call lets go of it.
-    """
+    """A counting thread makes progress during a call. It needs the interpreter's lock, so it can only if the call
+    releases the lock."""
     counted = [0]
     stop = threading.Event()
     progress: list[bool] = []
@@ -213,13 +211,13 @@ def test_other_threads_run_during_a_call(engine, monkeypatch) -> None:
     def count() -> None:
         while not stop.is_set():
             counted[0] += 1
-            time.sleep(0)  # hands over the lock
+            time.sleep(0)  # releases the lock
 
     def run(call) -> None:
         workspace = torch.empty(call.workspace, dtype=torch.uint8)
         address = workspace.data_ptr()
         seen = False
-        for _ in range(100):  # on a busy machine the thread may miss its chance
+        for _ in range(100):  # on a busy machine the thread may not get to run
             before = counted[0]
             call.run(address)
             seen = counted[0] > before
@@ -243,14 +241,14 @@ def test_other_threads_run_during_a_call(engine, monkeypatch) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """The process's resident memory in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.usefixtures("_threads_restored")
 def test_no_leak_over_a_thousand_calls(engine) -> None:
-    """A call of this size arranges over 10 kB and works on more than 200: were they kept, it would show."""
+    """A call of this size arranges over 10 kB and works on more than 200 kB: a leak would show."""
     torch.set_num_threads(1)
     g = generator(0)
     x, y = (torch.randn(size, 8, generator=g).requires_grad_() for size in (256, 200))
@@ -290,7 +288,8 @@ def test_autograd_from_several_threads_at_once(engine) -> None:
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
 def test_python_threads_compute_what_one_does(name) -> None:
-    """Each has its own threads of OpenMP below it; the interpreter takes one at a time."""
+    """Python threads with OpenMP threads of their own compute what one thread does. The interpreter runs one thread at
+    a time."""
     slow = name == "triton"  # interpreted
     z = torch.randn(2 if slow else 4, 5 if slow else 300, 2, 32, generator=generator(0))
 

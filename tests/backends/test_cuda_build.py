@@ -1,4 +1,4 @@
-"""Whether setup.py builds the CUDA kernels, what it does when they cannot be built, and what the module then says."""
+"""Whether setup.py builds the CUDA kernels, what it does if the build fails, and what the module then reports."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from fastcl.ops.backends import cuda_runtime, native
 from tests.project.test_packaging import MODULE, attempt, copy_source, needs_compiler, run
 
 BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
-# Compiled in no time. What it says of nvcc is what CMake says of one that does not work.
+# Compiles quickly. Its message about nvcc is the one that CMake prints for a broken nvcc.
 SMALL_PROJECT = """
 cmake_minimum_required(VERSION 3.18)
 project(fastcl LANGUAGES CXX)
@@ -27,7 +27,7 @@ Python_add_library(_native MODULE WITH_SOABI csrc/module.cpp)
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The sources, of a small project, that look for nvcc on PATH and in CUDA_HOME only."""
+    """The sources of a small project that look for nvcc only on PATH and in CUDA_HOME."""
     where = copy_source(tmp_path / "source")
     (where / "CMakeLists.txt").write_text(SMALL_PROJECT)
     (where / "csrc" / "module.cpp").write_text("int works;")
@@ -38,7 +38,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def without_nvcc() -> str:
-    """PATH with no nvcc on it: links to what there is else in such a folder would be many, so it is left out whole."""
+    """PATH without the folders that contain nvcc."""
     folders = os.environ["PATH"].split(os.pathsep)
     return (
         os.pathsep.join(f for f in folders if not shutil.which("nvcc", path=f))
@@ -91,7 +91,7 @@ def test_the_switch_is_checked(source: Path) -> None:
     assert "FASTCL_CUDA: expected auto, 0 or 1, got 'yes'" in done.stderr
 
 
-# The module that is installed here
+# The installed module
 
 
 HERE = cuda_runtime.kernels() is not None and not cuda_runtime.kernels().emulated

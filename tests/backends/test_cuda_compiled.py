@@ -1,6 +1,6 @@
-"""The machine code of the CUDA kernels in the native module: for every target, without spills, on tensor cores.
+"""The machine code of the CUDA kernels in the native module: all targets, no spills, tensor cores.
 
-No GPU is needed. The module has kernels where nvcc was there when it was built.
+No GPU is needed. The module has kernels if nvcc was available when it was built.
 """
 
 import os
@@ -19,7 +19,7 @@ HERE = cuda_runtime.kernels() is not None and not cuda_runtime.kernels().emulate
 pytestmark = pytest.mark.skipif(not HERE, reason="the native module was built without CUDA kernels")
 
 TARGETS = ("sm_80", "sm_90")
-# By the part of a kernel's mangled name that is its own.
+# Keyed by the distinctive part of a kernel's mangled name.
 PRODUCTS = {
     "Bfloat16": r"HMMA\.16816\.F32\.BF16",
     "Half": r"HMMA\.16816\.F32 ",
@@ -52,7 +52,7 @@ def dumped(*options: str) -> str:
 
 @cache
 def usage() -> dict[tuple[str, str], dict[str, int]]:
-    """By target and kernel: registers, and bytes of stack and of local memory."""
+    """For each target and kernel: number of registers, bytes of stack and of local memory."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     target = name = ""
     for line in dumped("--dump-resource-usage").splitlines():
@@ -68,7 +68,7 @@ def usage() -> dict[tuple[str, str], dict[str, int]]:
 
 @cache
 def machine_code(target: str) -> dict[str, str]:
-    """Of each kernel."""
+    """The machine code of each kernel."""
     parts = re.split(r"^\s*Function : (\S+)$", dumped("--dump-sass", "--gpu-architecture", target), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -95,15 +95,15 @@ def test_sweeps_use_tensor_cores(target, kernel, dtype) -> None:
     assert re.search(PRODUCTS[dtype], code)
     for other, product in PRODUCTS.items():
         assert other == dtype or not re.search(product, code), other
-    assert "LDSM" in code  # fragments, from shared memory
-    assert "LDGSTS" in code  # past the registers
+    assert "LDSM" in code  # loads fragments from shared memory
+    assert "LDGSTS" in code  # copies to shared memory without registers
     assert "MUFU.EX2" in code
     assert not re.search(r"\b(LDL|STL|ATOM|RED)\b", code)
-    # A block of 256 threads at least, of a multiprocessor's 65536 registers.
+    # A block has at least 256 threads, and a multiprocessor 65536 registers.
     assert usage()[target, name]["reg"] * 256 <= 65536
 
 
-# Kernels of Sinkhorn and top-k, and how many of each there are.
+# Kernels of Sinkhorn and top-k, with the number of instances of each.
 OTHERS = {
     "whole_rows_kernel": 3,
     "iterations_kernel": 1,
@@ -126,9 +126,9 @@ def test_sinkhorn_and_topk(target, kernel) -> None:
                 assert bool(re.search(PRODUCTS[element], text)) == (element in name), name
             continue
         assert "MUFU.EX2" in text
-        if kernel == "iterations_kernel":  # waits for the whole grid, and has a multiprocessor for itself
+        if kernel == "iterations_kernel":  # waits for the whole grid, so it has a multiprocessor to itself
             assert re.search(r"\bATOMG?\b", text)
-        else:  # sums are added by their owner alone
+        else:  # each sum has one owner
             assert not re.search(r"\b(ATOMG?|ATOMS|RED)\b", text)
         if kernel in ("whole_rows_kernel", "iterations_kernel"):
             assert usage()[target, name]["reg"] * 512 <= 65536

@@ -1,4 +1,4 @@
-"""Backend ``cuda`` on the emulator: what it takes, and who chooses it."""
+"""Backend ``cuda`` on the emulator: what it finds, and when it is chosen."""
 
 import math
 import os
@@ -28,7 +28,7 @@ def test_is_taken_by_name_only() -> None:
     assert not cuda_runtime.MEASURED_FASTER
 
 
-# What it finds
+# What the emulator finds
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_barriers_and_exchanges(program, order) -> None:
 
 
 def test_a_missing_barrier_shows(program) -> None:
-    """Whoever reads too early reads what shared memory begins with."""
+    """A thread that reads too early reads the initial content of shared memory."""
     for order in ("forward", "backward"):
         assert any(map(math.isnan, ran(program, "no_barrier", order)[1]))
 
@@ -72,5 +72,5 @@ def test_a_missing_barrier_shows(program) -> None:
 )
 def test_errors_end_the_process(program, case, message) -> None:
     code, _, said = ran(program, case)
-    assert code < 0  # by a signal
+    assert code < 0  # killed by a signal
     assert message in said

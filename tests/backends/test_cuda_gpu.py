@@ -1,4 +1,4 @@
-"""Backend ``cuda`` on a device under NVIDIA's checkers. What all kernels must do there is in `test_gpu.py`."""
+"""Backend ``cuda`` on a device under NVIDIA's checkers. `test_gpu.py` has the tests of all backends on a GPU."""
 
 import os
 import shutil
@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer"),
 ]
 
-# Small odd shapes: rows that stay in shared memory and rows that pass by; one way and both, ids, bias, scales, a queue.
+# Small odd shapes: rows that fit in shared memory and streamed rows; one or both directions, ids, bias, scales,
+# a queue.
 STATISTICS = """
 import torch, fastcl
 want = ("lse_all", "lse_pos", "lse_neg", "sum_pos")
@@ -54,7 +55,7 @@ print("done")
 """
 
 
-# Rows for a warp, for several, and longer ones; scores that stay on the chip; lists of top-k that are sorted again.
+# Rows for one warp, for several, and longer ones; scores that stay on the chip; top-k lists that are sorted repeatedly.
 SINKHORN_AND_TOPK = """
 import torch, fastcl
 with fastcl.use_backend("cuda"):

@@ -1,4 +1,4 @@
-"""On a CUDA device, every backend that computes there; ``pytest -m gpu`` runs these alone."""
+"""Every backend that runs on a CUDA device; ``pytest -m gpu`` runs only these tests."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +19,7 @@ from tests.support.waiting import waiting_is_an_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-# Backends with kernels of ours, as they are on a device.
+# Backends with kernels of this library on this device.
 KERNELS = ("triton", "cuda")
 PRETENDED = {
     "triton": triton_launch.INTERPRETED,
@@ -28,7 +28,7 @@ PRETENDED = {
 HERE = [name for name in KERNELS if name in choose.AVAILABLE and not PRETENDED[name]]
 HALF = (torch.bfloat16, torch.float16)
 
-# Of the gradient's norm. float32 products on a GPU add up in an order of their own, at temperature 0.05.
+# Relative to the gradient's norm. A GPU adds up float32 products in another order; temperature 0.05.
 ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 
@@ -56,7 +56,7 @@ def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_the_fastest_is_the_default() -> None:
-    expected = "triton" if "triton" in HERE else "chunked"  # that nobody tests the fall-back by mistake
+    expected = "triton" if "triton" in HERE else "chunked"  # so that the fall-back is never tested by mistake
     assert choose.choose_backend(torch.device("cuda", 0), torch.float32) == expected
     assert choose.choose_backend(torch.device("cuda", 0), torch.float64) == "chunked"
 
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_float64_on_the_cpu(dtype, two_sets, kind, backen
     assert (grad - true_grad).norm() <= ALLOWED[dtype] * true_grad.norm()
 
 
-# By the error rule, against the float64 formula, with everything wanted
+# By the error rule, against the float64 formula, with all fields wanted
 
 CALLS: dict[str, dict[str, Any]] = {
     "self-contrast": {},
@@ -197,11 +197,11 @@ def test_a_temperature_on_the_cpu_learns_from_rows_on_the_device(backend) -> Non
     torch.testing.assert_close(temperature.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
-# Where and when
+# Devices and streams
 
 
 def training_step(z: Tensor, y: Tensor, scale: Tensor) -> list[Tensor]:
-    """Loss and gradients of a self-contrast and of two sets, both ways."""
+    """Loss and gradients of self-contrast and of two sets in both directions."""
     leaves = [t.detach().requires_grad_() for t in (z, y, scale)]
     clusters = torch.arange(len(z), device=z.device) // 2
     loss = cluster_infonce(leaves[0], clusters, temperature=1 / leaves[2])
@@ -323,7 +323,7 @@ def test_more_pairs_than_32_bits_count(dtype) -> None:
 
 @pytest.mark.usefixtures("_kernels")
 def test_rows_of_more_than_32_bits_of_numbers() -> None:
-    """Offsets into the rows themselves."""
+    """Offsets into the rows themselves exceed 32 bits."""
     n, d = 600_000, 4096
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB")
@@ -369,7 +369,7 @@ def test_memory_is_not_quadratic(symmetric) -> None:
 
 @pytest.mark.usefixtures("_triton")
 def test_ragged_batches_compile_nothing_new() -> None:
-    """Neither N nor M is part of what is compiled."""
+    """Kernels are not specialised for N or M."""
 
     def variants() -> int:
         total = 0

@@ -1,4 +1,4 @@
-"""The objects of `csrc`: symbols and instructions, and the native test program between guard pages and sanitized."""
+"""The objects of `csrc`: symbols and instructions; the native test program with guard pages and sanitizers."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ def tool(name: str) -> str:
 
 
 def build(name: str, *options: str) -> Path:
-    """The native test program and its objects, in a folder that keeps what is up to date."""
+    """The native test program and its objects, in a folder that is reused while it is up to date."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("there is no C++ compiler")
     folder = ROOT / "build" / name
@@ -63,7 +63,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_engines(folder: Path, place: str, cases: int) -> None:
     done = subprocess.run(
         [folder / "engine_test", place, str(cases)],
-        # threads that wait without spinning: the tests may have fewer cores than threads
+        # waiting threads do not spin: tests may run on fewer cores than threads
         env=os.environ | {"OMP_WAIT_POLICY": "passive", "ASAN_OPTIONS": "detect_leaks=1"},
         capture_output=True,
         text=True,
@@ -74,7 +74,7 @@ def run_engines(folder: Path, place: str, cases: int) -> None:
 
 
 def test_engines_stay_within_their_buffers(built: Path) -> None:
-    """All dtypes at every dimension from 1 to 70, three times; buffers next to pages that may not be touched."""
+    """All dtypes at every dimension from 1 to 70, three times; buffers lie next to inaccessible pages."""
     run_engines(built, "pages", 3 * 280)
 
 
@@ -92,14 +92,15 @@ def objects(folder: Path, pattern: str) -> list[Path]:
 
 
 def symbols(path: Path) -> list[tuple[str, str]]:
-    """(kind, name) of all that the object defines."""
+    """(kind, name) of all symbols that the object defines."""
     done = subprocess.run([tool("nm"), "-C", "--defined-only", path], capture_output=True, text=True, check=True)
     return [tuple(line.split(maxsplit=2)[1:]) for line in done.stdout.splitlines()]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_an_engine_shares_no_symbol_with_another(built: Path, isa: str) -> None:
-    """A weak or unique symbol is merged with others of its name: an older machine would run a newer one's copy."""
+    """The linker merges a weak or unique symbol with others of its name, so an old machine might run code for a newer
+    one."""
     (path,) = objects(built, f"fastcl_{isa}.dir/**/*.o")
     assert [name for kind, name in symbols(path) if kind.isupper() or kind in "wvu"] == [f"fastcl::{isa}::engine"]
 
@@ -109,7 +110,7 @@ def instructions(path: Path) -> str:
 
 
 def test_what_every_machine_runs_has_no_wide_instructions(built: Path) -> None:
-    """Detection, arrangement, the baseline, and (compiled with the same flags) the module's own code."""
+    """Detection, arrangement, the baseline, and (compiled with the same flags) the module's own code have none."""
     for path in objects(built, "fastcl_cpu.dir/**/*.o") + objects(built, "fastcl_baseline.dir/**/*.o"):
         code = instructions(path)
         assert "xmm" in code or "ret" in code

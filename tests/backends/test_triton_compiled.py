@@ -1,7 +1,7 @@
-"""Every entry of the Triton kernels' table of tiles compiles for its architecture: no spills, within shared memory,
-with the tensor cores' instructions, and with logits that are rounded alike in all kernels. No GPU is needed.
+"""Every entry of the Triton kernels' table of tiles compiles for its architecture. No GPU is needed.
 
-By default a few entries; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about half an hour on two cores).
+There are no spills, shared memory suffices, tensor cores are used, and all kernels round logits alike. By default a few
+entries are compiled; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about half an hour on two cores).
 """
 
 import json
@@ -21,10 +21,10 @@ from fastcl.ops.backends.triton_tiles import ARCHITECTURES, KINDS, WHOLE, padded
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-# Bytes that a block can have on the smallest chip of the family, and that Triton does not check.
+# Shared memory of a block in bytes on the smallest chip of the family. Triton does not check it.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-DIMENSIONS = (32, 64, 128, 256, 512)  # beyond WHOLE all are cut alike
+DIMENSIONS = (32, 64, 128, 256, 512)  # longer rows are all cut in the same way
 ROWS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"))
 ALL = [
     (architecture, dtype, precision, d, careful)
@@ -33,7 +33,7 @@ ALL = [
     for d in DIMENSIONS
     for careful in (False, True)
 ]
-# Each kernel in each variant once, with and without ids; and the products of each architecture and dtype.
+# Each variant of each kernel once, with and without ids; and the products of each architecture and dtype.
 SOME = {
     (90, "bfloat16", "ieee", 256, False): KINDS,
     (90, "bfloat16", "ieee", 128, True): KINDS,
@@ -49,7 +49,7 @@ PER_ROW = ("labels", "rows", "fields", "weights", "side", "finish")
 def jobs(
     architecture: int, dtype: str, precision: str, d: int, careful: bool, kinds: tuple[str, ...] = KINDS
 ) -> list[dict[str, Any]]:
-    """The kernels of the table's entries, in the variants that take the most registers and in the commonest."""
+    """The kernels of the table's entries, in the variants that take the most registers and in the most common ones."""
     common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d, "careful": careful}
     own_set = {"SELF": not careful}
     both = [
@@ -83,7 +83,7 @@ def compiled(asked: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[list[dict[str, Any]]]]]:
-    """Of each entry; a compiler on each core."""
+    """The result of each entry; one compiler runs on each core."""
     cache = tmp_path_factory.mktemp("compiled")
     asked = {entry: jobs(*entry, kinds) for entry, kinds in ENTRIES.items()}
     common = {"architecture": 90, "dtype": "float16", "d": 128, "careful": True}
@@ -101,14 +101,14 @@ def test_compiles_without_spills(entry, results) -> None:
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
         block_m, block_n, block_k, block_d, warps, _ = result["tile"]
-        # What rounds a logit must not be fused in one kernel and not in another: no multiply-add but those of products
-        # without tensor cores, in the loops over interior and mixed tiles.
+        # If only some kernels fused the rounding of a logit into a multiply-add, logits would differ. So there may
+        # be no multiply-adds but those of products without tensor cores, in the loops over interior and mixed tiles.
         numbers = block_k + (block_d if result["kind"] in ("weighted", "backward") else 0)
         expected = 2 * block_m * block_n * numbers // (32 * warps) if (dtype, precision) == ("float32", "ieee") else 0
         assert result["multiply_adds"] == expected, result
         assert result["fusible"] == 0, result
         products.add((*result["products"], block_k))
-    # The backward repeats the forward's logits to the bit: the same instructions, with sums in the same order.
+    # The backward repeats the forward's logits to the bit: same instructions, sums in the same order.
     assert len(products) == 1, products
     if dtype != "float32" or (precision == "tf32" and d > 64):  # else in few rows, half of what wgmma takes
         assert PRODUCT[architecture] in products.pop()
@@ -132,7 +132,7 @@ def test_observation_compiles_without_spills(entry, tmp_path) -> None:
 
 
 def test_all_kernels_form_logits_in_one_way() -> None:
-    """By the same functions, of products in the same order along D."""
+    """They use the same functions and the same order along D."""
     from fastcl.ops.contrastive.triton import gradient_kernels as triton_backward
     from fastcl.ops.contrastive.triton import statistics_kernels as triton_forward
 
@@ -164,7 +164,7 @@ def test_topk_compiles_without_spills(architecture, dtype, d, slots, tmp_path) -
         assert result["shared"] <= SHARED[architecture], result
 
 
-# Of rows and of assignments. Any pair may be a positive: every tile is a careful one.
+# Of rows and of assignments. Any pair may be a positive, so every tile is masked.
 SOFT = [
     (architecture, dtype, precision, d, assignments)
     for architecture in ARCHITECTURES

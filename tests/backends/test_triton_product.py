@@ -1,4 +1,4 @@
-"""Products in Triton's interpreter: what an element depends on, and what its operands may be."""
+"""Products in Triton's interpreter: what an element depends on, and which operands are possible."""
 
 import itertools
 
@@ -25,7 +25,7 @@ SIZE = 64
 @triton.jit
 def products_kernel(X, Y, OUT, D: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """OUT[i, j] = <x_i, y_j>, as the kernels of the losses form it."""
+    """OUT[i, j] = <x_i, y_j>, computed as in the kernels of the losses."""
     i0 = tl.program_id(0) * BLOCK_M
     j0 = tl.program_id(1) * BLOCK_N
     x = load_rows(X, i0, 0, SIZE, D, BLOCK_M, BLOCK_K, True, PRECISION, True)
@@ -38,14 +38,14 @@ def products_kernel(X, Y, OUT, D: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.
 
 @triton.jit
 def dot_kernel(A, B, ACC, OUT, SIZE: tl.constexpr):
-    """OUT = ACC + A @ B, of operands that no function of ours has touched."""
+    """OUT = ACC + A @ B of plain operands, without the library's functions."""
     i = tl.arange(0, SIZE)
     places = i[:, None] * SIZE + i[None, :]
     tl.store(OUT + places, tl.dot(tl.load(A + places), tl.load(B + places), tl.load(ACC + places)))
 
 
 def launch(kernel, grid, monkeypatch, **given) -> None:
-    """As the kernels of the losses are launched."""
+    """Launches a kernel as the losses do."""
     monkeypatch.setattr(triton_launch, "kernel_named", lambda name: kernel)
     triton_launch.launch("", Tile(0, 0, 0, 0, 4, 1), grid, given)
 
@@ -97,7 +97,7 @@ def test_the_sum_of_any_number_of_terms() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 def test_operands_and_the_sum_that_they_are_added_to(dtype, monkeypatch) -> None:
-    """Small integers, which every dtype holds."""
+    """Small integers, which are exact in every dtype."""
     g = generator(1)
     a, b = (torch.randint(-5, 6, (32, 32), generator=g).to(dtype) for _ in range(2))
     acc = torch.randint(-99, 100, (32, 32), generator=g).to(torch.int32 if dtype == torch.int8 else torch.float32)

@@ -1,4 +1,4 @@
-"""The helper that finds waits for a CUDA device, on a mode that is not a device's."""
+"""The helper that finds waits for a CUDA device, tested on a mode that needs no device."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from tests.support.waiting import waiting_is_an_error
 
 @pytest.fixture
 def modes(monkeypatch) -> list[int]:
-    """All modes that are set, the last one being in force. torch warns once it has set one."""
+    """All modes that are set; the last one is active. torch warns when it has set one."""
     history = [1]
 
     def set_mode(mode: int | str) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark suite of two processes: baselines compute the same; and the page's tables on paper are the model's."""
+"""The benchmark suite of two processes: baselines compute the same, and the page's tables follow from the model."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_all_compute_the_same(tmp_path, monkeypatch, capsys, two_sets) -> None:
 
 
 def test_the_formula_is_a_loss_of_ours() -> None:
-    """What errors are measured from."""
+    """The formula that errors are measured against is one of the library's losses."""
     import fastcl
 
     for two_sets in (True, False):
@@ -46,7 +46,7 @@ def test_tables_on_paper_are_the_models() -> None:
 
 
 def test_the_model_counts_bytes() -> None:
-    """Two GPUs of a node, by hand: a row has 512 numbers."""
+    """Two GPUs of a node, computed by hand: a row has 512 numbers."""
     row = 100 * 512
     assert traffic.gathered(2, 100).traffic == row * 2 + row * 4
     assert traffic.ring(2, 100).traffic == 2 * row * 2 + row * 4

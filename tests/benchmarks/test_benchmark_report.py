@@ -1,4 +1,4 @@
-"""The command of the benchmarks, its rows, and the pages that are made of them, those that are committed included."""
+"""The benchmark command, its rows, and the pages made from them, committed ones included."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ MEASURED = {"direction", "problem", "n", "m", "d", "dtype", "samples", "calls_pe
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
-    """A run of the command over two tiny cases, without torch.compile, which takes seconds: folder and printed rows."""
+    """Runs the command on two tiny cases, without torch.compile, which takes seconds. Returns folder and rows."""
     folder = tmp_path_factory.mktemp("results") / "a-machine"
     everybody = providers.providers
 
@@ -147,7 +147,7 @@ def test_with_only_the_other_cases_of_a_suite_stay(measured: tuple[Path, list[Ro
 
 
 def with_ratio(rows: list[Row], p20: float, p50: float, p80: float) -> list[Row]:
-    """The rows of one case, fastcl's ratio to eager replaced."""
+    """The rows of one case, with another ratio of fastcl to eager."""
     chosen = copy.deepcopy([row for row in rows if row.get("n") == 32 and row["direction"] == BOTH])
     for row in chosen:
         if row["provider"] == "fastcl chunked":

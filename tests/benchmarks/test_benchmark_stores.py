@@ -1,4 +1,4 @@
-"""The benchmark suites of queue and top-k: baselines compute the same, a wrong one shows, rows and pages hold it."""
+"""The benchmark suites of queue and top-k: baselines agree, a wrong one is reported, rows and pages are right."""
 
 import json
 

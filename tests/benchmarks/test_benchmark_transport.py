@@ -1,4 +1,4 @@
-"""The benchmark suite of Sinkhorn: its baselines compute the same, and its rows say what each is worth."""
+"""The benchmark suite of Sinkhorn: its baselines compute the same, and its rows report each one's accuracy."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_every_solver_solves_the_same_problem(gradient) -> None:
     scores = x @ y.T
     expected = swav_loop(scores.double(), case.epsilon, case.n_iters)
     for name, (solve, _) in transport.providers(torch.device("cpu"))[0].items():
-        if name == "GeomLoss" or (gradient and name == "OTT-JAX"):  # iterations, or a gradient, of its own
+        if name == "GeomLoss" or (gradient and name == "OTT-JAX"):  # its own number of iterations, or its own gradient
             continue
         torch.testing.assert_close(solve(case, scores, x, y).double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -76,7 +76,7 @@ def test_the_page_says_what_the_rows_say(tmp_path) -> None:
     text = (tmp_path / transport_report.PAGE).read_text()
     assert "| solver | time (20 to 80 %) | fastcl cpu is faster by |" in text
     assert "| peer | 40 ms (40 ms to 40 ms) | 4x |" in text
-    assert "| 50 % |" in text  # four reads and a write of 2.5 copies' bytes, in the time of five copies
+    assert "| 50 % |" in text  # four reads and one write take 2.5 copies' bytes, in the time of five copies
     assert "took up to 20 %" in text
 
 

@@ -34,7 +34,7 @@ MEGABYTE = 10**6
 
 
 class Clock:
-    """Stands still unless something advances it."""
+    """A clock that moves only when it is told to."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -50,7 +50,7 @@ class Clock:
         return step
 
 
-# Providers, at the top of the module, as they travel to another process.
+# Providers, at module level, as they are pickled for another process.
 
 
 def eager_loss(inputs: Inputs) -> Tensor:
@@ -130,7 +130,7 @@ def test_percentiles_interpolate() -> None:
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
-    """As the machine slows down from round to round, a ratio of medians says what no round ever showed."""
+    """While the machine slows down from round to round, a ratio of medians is one that no round measured."""
     samples = measure.Samples({"ours": [1.0, 4.0, 2.0], "theirs": [3.0, 12.0, 4.0]}, {})
     assert samples.ratio("ours", "theirs") == percentiles([3.0, 3.0, 2.0])
     assert np.median([3.0, 12.0, 4.0]) / np.median([1.0, 4.0, 2.0]) == 2.0
@@ -142,7 +142,7 @@ def test_alternation_finds_the_slow_step_whatever_the_machine_does_meanwhile() -
 
     def timer(step: measure.Step, calls: int) -> float:
         order.append(names[step])
-        clock.speed = 1.0 + (len(order) - 1) // 2  # so that a pair runs at one speed
+        clock.speed = 1.0 + (len(order) - 1) // 2  # both calls of a pair run at the same speed
         return clock_timer(clock)(step, calls)
 
     steps = {"quick": clock.takes(0.01), "slow": clock.takes(0.03)}
@@ -220,7 +220,7 @@ def test_converged_rows_are_converged_and_random_rows_are_not() -> None:
 
 
 def tiny_cases() -> list[Case]:
-    """One of each problem and dtype of the suites, clusters included."""
+    """One of each problem and dtype of the suites, with and without clusters."""
     found = {}
     for case in [case for suite in (*SUITES.values(), *QUICK.values(), *GPU_SUITES.values()) for case in suite]:
         n, m = (24, 24) if case.n == case.m else (14, 40)
@@ -235,7 +235,7 @@ def _nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
 
 
-# Warnings of torch's own: of 2.13's inductor, of 2.6's.
+# Warnings from torch 2.13's inductor and from torch 2.6's.
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     "ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning",
@@ -329,7 +329,7 @@ def test_a_planted_slow_provider_has_the_ratio_that_it_was_given(
         assert row["status"] == "ok"
         assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == pytest.approx((40, 40, 40))
         assert row["ratio"]["eager"] == pytest.approx({"p20": 0.25, "p50": 0.25, "p80": 0.25})
-        assert rows["eager", direction]["ratio"] == {}  # to itself; and fastcl is nobody's baseline
+        assert rows["eager", direction]["ratio"] == {}  # it is its own baseline; and fastcl is no baseline
         assert row["flops_per_second"] == pytest.approx(TINY.flops(direction) / 0.040)
         assert row["share_of_peak"] == pytest.approx(row["flops_per_second"] / 1e9)
         assert row["peak_extra_bytes"] == (None if direction == FORWARD else 2000)
@@ -350,7 +350,7 @@ def test_the_peak_takes_turns_and_is_nobodys_rival(
 
         return loss
 
-    # Half as fast as it was at the start of the run.
+    # Half as fast as at the start of the run.
     slower = peak.Peak(1e9, "made up", clock.takes(0.004), 2e6)
     setting = Setting(CPU, 1, {"float32": slower}, "a processor", "a commit")
     rows = list(run.run(TINY, [Provider("planted", pose, "torch")], setting, **EFFORT))
@@ -379,7 +379,7 @@ def test_a_planted_wrong_provider_gets_no_time(how: str, package: str, measured_
 
 
 def test_only_a_peer_may_be_imprecise(measured_without_processes: None) -> None:
-    """An error far below what cancels, yet above the rule, as torch.compile makes on converged rows."""
+    """An error far below the terms that cancel, yet above the rule, as torch.compile makes on converged rows."""
 
     def pose(case: Case) -> Callable[[Inputs], Tensor]:
         return lambda inputs: eager_loss(inputs) + 5e-4
@@ -461,7 +461,7 @@ def test_peers_that_do_not_import_are_missing_with_their_reason(monkeypatch: pyt
 
 @pytest.mark.parametrize("name", ["Inf-CL", "cut-cross-entropy", "Liger-Kernel"])
 def test_peers_for_a_gpu_are_posed_the_two_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins with the calls that these libraries have: what they are handed makes up the loss of the case."""
+    """Stand-ins with these libraries' interfaces: their arguments give the loss of the case."""
 
     def entropy(x: Tensor, classes: Tensor, target: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(x @ classes.T, target, reduction="none")

@@ -1,4 +1,4 @@
-"""Losses of rows that are spread over processes (gloo), against the formula and against one process with all rows."""
+"""Losses of rows spread over processes (gloo), against the formula and against one process with all rows."""
 
 import os
 import time
@@ -35,7 +35,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 @cache
 def found(world: int) -> list[dict[str, Any]]:
-    """What each of so many processes has found, by subject."""
+    """The results of each of `world` processes, by subject."""
     results, errors = spread(everything, world)
     assert not errors, errors[min(errors)][1]
     return results
@@ -71,7 +71,7 @@ def test_is_the_formula(name: str, world: int) -> None:
 
 
 def test_both_ways_of_travelling_give_the_same_numbers(world: int) -> None:
-    """Within roundings of float64: a block's sums are merged, wherever the blocks are cut."""
+    """Up to roundings of float64, as sums of blocks are merged and the two modes cut blocks differently."""
     for results in found(world):
         for name, (problem, _) in PROBLEMS.items():
             if problem.dtype == torch.float64:
@@ -97,7 +97,7 @@ def test_other_losses_are_those_of_one_process(world: int) -> None:
 
 
 def test_wrapped_and_accumulated_gradients_are_those_of_one_process(world: int) -> None:
-    """The temperature's among them, which is averaged with the rest because it is inside the wrapped module."""
+    """Also the temperature's gradient, which is averaged because the loss is inside the wrapped module."""
     model = Model(False)
     for left, right in batches():
         model(left, right).backward()
@@ -138,7 +138,7 @@ def test_an_error_of_one_process_is_told_to_the_others(world: int) -> None:
 
 
 def test_broadcast_buffers_take_the_first_process_memory_along(world: int) -> None:
-    """Rows, how many of them and the next one's place; whether a bank has clusters."""
+    """The first process's rows, their number and the next place are broadcast, and whether a bank has clusters."""
     first, *others = [results["memories"] for results in found(world)]
     assert first["lengths"] == (8, 6)
     assert first["clusters"] == [40, 41, 42, 43, 44, 45]
@@ -174,7 +174,7 @@ def test_compiled_functions_leave_the_loss_out_and_second_derivatives_raise(worl
 
 
 def test_a_nan_of_one_process_reaches_the_loss_of_all(world: int) -> None:
-    """Where rows are exchanged, or what a mean divides by."""
+    """By exchanged rows, or by the number that a mean divides by."""
     for results in found(world):
         for name, loss in results["not_a_number"].items():
             assert loss.isnan(), name

@@ -139,12 +139,12 @@ def test_memory_is_split_into_blocks(monkeypatch) -> None:
     check_loss(problem.arguments(), problem.leaves, backends=("chunked",))
 
 
-# By hand
+# Values computed by hand
 
 
 def test_two_views_of_two_samples_by_hand(backend) -> None:
     z = torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[0.0, 2.0], [0.0, 1.0]]])
-    # Cosines: 1 with the other view, 0 with the rest.
+    # Cosines: 1 with the other view, 0 with the others.
     expected = torch.tensor([2.0, 0.0, 0.0]).logsumexp(0) - 2.0
     torch.testing.assert_close(library_loss(z, temperature=0.5), expected)
     torch.testing.assert_close(library_loss(z, torch.tensor([0, 1]), temperature=0.5), expected)
@@ -193,11 +193,11 @@ def test_negative_cluster_in_two_sets(backend) -> None:
     g = generator(0)
     x, y = torch.randn(4, 3, generator=g), torch.randn(6, 3, generator=g)
     clusters = torch.tensor([-1, -1, 4, 4])
-    # With clusters of their own, contrasts of no cluster match nothing.
+    # With contrast clusters, contrasts without a cluster match nothing.
     loss = terms(x, clusters, contrasts=y, contrast_clusters=torch.tensor([-1, -1, 4, 5, -2, 4]))
     assert torch.equal(loss[:2], torch.zeros(2))
     assert (loss[2:] > 0).all()
-    # Without, contrast i is anchor i's positive, and further rows are negatives.
+    # Without contrast clusters, contrast i is anchor i's positive, and extra contrasts are negatives.
     loss = terms(x, clusters, contrasts=y)
     torch.testing.assert_close(
         loss, terms(x, torch.tensor([8, 9, 4, 4]), contrasts=y, contrast_clusters=torch.tensor([8, 9, 4, 4, -1, -1]))
@@ -255,7 +255,7 @@ def test_equal_ids_are_no_pair(backend) -> None:
 
 
 def test_a_sample_is_its_own_cluster_in_two_sets_too(backend) -> None:
-    """Contrast i shares the sample of anchor row i, so the other views' contrasts are positives, clusters or not."""
+    """Contrast i has the sample of anchor row i, so other views' contrasts are positives, with or without clusters."""
     z, y = torch.randn(4, 2, 3, generator=generator(0)), torch.randn(9, 3, generator=generator(1))
     expected = library_loss(z, torch.arange(4), contrasts=y)
     assert torch.equal(library_loss(z, contrasts=y), expected)
@@ -273,7 +273,7 @@ def test_one_positive_of_a_sample_serves_all_its_views(backend) -> None:
 
 
 def test_the_inside_form_does_not_cancel_on_converged_rows(backend) -> None:
-    """Loss and gradient keep float32's digits where log-sum minus log-sum would have lost half of them."""
+    """Loss and gradient keep float32's digits where a difference of log-sums would lose half of them."""
     g = generator(0)
     z = torch.randn(64, 1, 32, generator=g) + 0.01 * torch.randn(64, 2, 32, generator=g)
     leaves = z.clone().requires_grad_(), z.double().requires_grad_()
@@ -286,7 +286,7 @@ def test_the_inside_form_does_not_cancel_on_converged_rows(backend) -> None:
 
 @pytest.mark.parametrize(("n", "m", "noise"), [(256, 16384, 0.05), (512, 2048, 0.02)])
 def test_temperature_of_queries_that_have_found_their_keys(n, m, noise) -> None:
-    """Its gradient is what is left of a sweep's sum and the keys'; judged without allowance for what cancels."""
+    """Its gradient is the difference between the sweep's sum and the keys'; cancellation excuses no error."""
     g = generator(2)
     query, other, queue = (torch.randn(k, 32, generator=g) for k in (n, n, m))
     arguments = {
@@ -328,7 +328,7 @@ def test_positives_are_nobody_elses_contrast(backend) -> None:
 
 @pytest.mark.parametrize("form", ["outside", "inside"])
 def test_positives_and_no_contrasts(form, backend) -> None:
-    """An empty queue: the positive is all there is. Loss 0 over all, and no term over negatives alone."""
+    """An empty queue: the positive is the only contrast. Over all the loss is 0; over negatives there is no term."""
     x = torch.randn(4, 3, generator=generator(0), requires_grad=True)
     empty = {"contrasts": torch.empty(0, 3), "contrast_clusters": torch.empty(0, dtype=torch.int64)}
     for denominator in ("all", "negatives"):
@@ -343,7 +343,7 @@ def test_positives_and_no_contrasts(form, backend) -> None:
 
 @pairs(backend=QUICK, normalize=[False, True], form=FORMS, denominator=DENOMINATORS)  # float64: Triton has none
 def test_gradcheck(normalize, form, denominator, backend) -> None:
-    """Finite differences, in everything that has a gradient at once."""
+    """Finite differences, in all differentiable arguments at once."""
     g = generator(0)
 
     def leaf(*shape):

@@ -1,4 +1,4 @@
-"""cluster_infonce: which anchors count, weights, and what does not matter to the loss."""
+"""cluster_infonce: which anchors count, weights, and invariances of the loss."""
 
 from itertools import cycle
 
@@ -20,7 +20,7 @@ from tests.support.strategies import INTEGERS, generator, loss_problem
     contrasts=[False, True],
 )
 def test_when_no_anchor_counts(reduction, form, denominator, contrasts, backend) -> None:
-    """0 with zero gradient, never NaN and never detached."""
+    """The loss is 0 with zero gradient, never NaN and never detached."""
     g = generator(0)
     inputs = {
         "embeddings": torch.randn(5, 3, generator=g, requires_grad=True),

@@ -1,4 +1,4 @@
-"""Soft assignments whose products with each other leave the range of float32."""
+"""Soft assignments whose products with each other exceed the range of float32."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.support.strategies import generator
     ],
 )  # fmt: skip
 def test_assignments_of_any_size(exponent, dtype, two_sets, backend) -> None:
-    """Powers of two cancel to the bit where products of weights and their sums leave the range of the rows' float32."""
+    """Powers of two cancel to the bit, although products of weights and their sums exceed the range of float32."""
     arguments = problem(9, 6, 4, m=7 if two_sets else None, symmetric=two_sets, assignment_dtype=dtype)
     assignments = [name for name in ("assignments", "contrast_assignments") if name in arguments]
     leaves = ("embeddings", *assignments)
@@ -32,7 +32,7 @@ def test_assignments_of_any_size(exponent, dtype, two_sets, backend) -> None:
 
 
 def test_an_anchor_of_hardly_any_weight_does_not_count(backend) -> None:
-    """Hardly any beside the largest assignments: its derivatives are beyond float32, and what they meet were NaN."""
+    """Its weights are tiny beside the largest assignments: its derivatives would overflow float32 and become NaN."""
     x = torch.randn(6, 3, generator=generator(0)).requires_grad_()
     for overlap, counts in ((1e-41, False), (1e-38, False), (1e-32, False), (1e-28, True)):
         r = torch.eye(2)[[0, 1, 1, 1, 1, 1]]
@@ -48,7 +48,7 @@ def test_an_anchor_of_hardly_any_weight_does_not_count(backend) -> None:
 @pytest.mark.parametrize("two_sets", [False, True])
 @pytest.mark.parametrize(("size", "dtype"), [(1e30, torch.float32), (1e39, torch.float64), (1e-33, torch.float32)])
 def test_one_row_of_another_size(size, dtype, two_sets, views, backend) -> None:
-    """The others count with what they have in common with it."""
+    """The other rows count by the weights that they share with it."""
     arguments = problem(9, 6, 4, views=views, m=7 if two_sets else None, symmetric=two_sets, assignment_dtype=dtype)
     arguments["assignments"][2] = size * torch.rand(4, generator=generator(1), dtype=torch.float64)
     leaves = tuple(name for name in ("embeddings", "assignments", "contrasts") if name in arguments)

@@ -16,7 +16,7 @@ from tests.support.pairs import pairs
 from tests.support.strategies import DTYPES, generator, rows
 from tests.support.tolerances import accumulation_dtype, check
 
-# What cancels: log-sum-exps against the mean, and in the mean's derivative the sum against the weights.
+# Terms that cancel: log-sum-exps and the mean; in the mean's derivative the sum and the weights.
 CANCELLING = (Evaluation(part="denominator"), Evaluation(part="sum"), Evaluation(part="weights"))
 
 
@@ -166,10 +166,10 @@ def problem(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Arguments of a call. m: contrasts, None for self-contrast; paired: with the anchors' assignments.
+    """Arguments of a call. m: contrasts, None for self-contrast; paired: contrasts with the anchors' assignments.
 
-    Assignments are a softmax of `peak` times normal numbers, of each sample or view; converged rows lie by their column
-    of the largest one.
+    Assignments are a softmax of `peak` times normal numbers, for each sample or view. Converged rows with the same
+    largest one lie close together.
     """
     g = generator(seed)
     flat = n * max(views, 1)
@@ -177,7 +177,7 @@ def problem(
     count = of_samples + (0 if m is None else m)
     logits = peak * torch.randn(count, c, generator=g, dtype=torch.float64)
     r = logits.softmax(1)
-    r[torch.rand(count, generator=g) < 0.1] = 0  # rows that belong nowhere
+    r[torch.rand(count, generator=g) < 0.1] = 0  # rows without assignments
     groups = r.argmax(1)
     own = groups[:of_samples].repeat_interleave(flat // of_samples)
     x = rows(kind, torch.cat((own, groups[of_samples:])), d, g, unit=False)
@@ -267,7 +267,7 @@ def test_options(options) -> None:
     check_loss(problem(**options, dtype=torch.float64))
 
 
-# What the formula says
+# Properties of the formula
 
 
 def test_hard_assignments_are_clusters(backend) -> None:
@@ -287,7 +287,7 @@ def test_a_row_of_assignments_may_be_scaled(backend) -> None:
 
 
 def test_rows_without_weight_do_not_count(backend) -> None:
-    """Disjoint, zero, or alone: no loss, no gradient, and none is NaN."""
+    """Disjoint, zero, or a single row: no loss, no gradient, no NaN."""
     x = torch.randn(4, 3, generator=generator(0)).requires_grad_()
     r = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [0, 0, 0]]).requires_grad_()
     loss = cluster_infonce(x, assignments=r, reduction="none")
@@ -326,7 +326,7 @@ EXACT = pytest.mark.parametrize("backend", QUICK, indirect=True)
 def test_gradcheck(backend) -> None:
     arguments = problem(6, 3, 4, m=7, dtype=torch.float64, bias=True, symmetric=True)
     for name in ("assignments", "contrast_assignments"):
-        arguments[name] = arguments[name] + 0.1  # differences leave none negative
+        arguments[name] = arguments[name] + 0.1  # so that finite differences leave none negative
     names = [name for name in arguments if name != "symmetric"]
     inputs = [arguments[name].requires_grad_() for name in names]
     for extra in ({}, {"ids": torch.tensor([0, 1, 1, -1, 2, 3]), "contrast_ids": torch.tensor([1, 1, 5, -1, 2, 2, 0])}):
@@ -392,11 +392,11 @@ def test_statistics(backend) -> None:
     expected = torch.autograd.grad(((allowed.sum(1) - w.sum(1)) * (w * s).sum(1) * coefficients).sum(), [x, y, r, q])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
-    nobody = torch.zeros_like(r, requires_grad=True)  # without weight a row still has a log-sum-exp
+    nobody = torch.zeros_like(r, requires_grad=True)  # a row without weight still has a log-sum-exp
     lse = contrastive_stats(x, anchor_assignments=nobody, normalize_anchors=True).lse_all
     plain = contrastive_stats(x, normalize_anchors=True).lse_all
     torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x)[0] for value in (lse, plain)))
-    ones = torch.eye(9, dtype=torch.float64).requires_grad_()  # disjoint: what is no weight yet has a derivative
+    ones = torch.eye(9, dtype=torch.float64).requires_grad_()  # disjoint: a weight of 0 has a derivative too
     alone = contrastive_stats(x, anchor_assignments=ones, logit_scale=2.0)
     weights = (ones @ ones.T).fill_diagonal_(0)
     for value, plain in ((alone.num_pos, weights), (alone.sum_pos, weights * (2 * x @ x.T).detach())):
@@ -513,7 +513,7 @@ def test_the_module_takes_assignments() -> None:
     ],
 )
 def test_on_a_gpu(options, dtype) -> None:
-    """Against the float64 formula; products of float32 add up in an order of their own there."""
+    """Against the float64 formula; a GPU adds up float32 products in another order."""
     arguments = problem(130, **({"d": 40, "c": 90} | options), dtype=dtype)
     leaves = tuple(k for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point())
     truth, expected = differentiate(formula, arguments, leaves, objective, torch.float64)

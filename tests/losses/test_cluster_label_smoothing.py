@@ -1,4 +1,4 @@
-"""Label smoothing of `ClusterInfoNCE` and its presets, and the sum over all contrasts that it is made of."""
+"""Label smoothing of `ClusterInfoNCE` and its presets, and the sum over all contrasts that it uses."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ F64 = torch.float64
 
 
 def cross_entropy(x: Tensor, y: Tensor, scale: float, smoothing: float) -> Tensor:
-    """CLIP's loss of rows as they come, by torch."""
+    """CLIP's loss of rows as given, computed by torch."""
     logits = scale * x @ y.T
     target = torch.arange(len(x))
     rows, columns = (nn.functional.cross_entropy(s, target, label_smoothing=smoothing) for s in (logits, logits.T))
@@ -60,7 +60,7 @@ def test_the_formula(options, dtype) -> None:
 
 
 def test_contrasts_that_are_left_out() -> None:
-    """They are in no mean, whatever they hold; in self-contrast they are anchors all the same."""
+    """They are in no mean, whatever their values; in self-contrast they still are anchors."""
     z = torch.randn(9, 5, generator=generator(1), dtype=F64)
     clusters = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
     bias = torch.zeros(9, dtype=F64)

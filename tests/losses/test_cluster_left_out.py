@@ -1,4 +1,4 @@
-"""A contrast whose bias is -inf takes no part: results are those of a call without it, whatever its row holds."""
+"""A contrast with a bias of -inf is left out: results are those of a call without it, whatever its row holds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ EVERYWHERE = pytest.mark.parametrize("name", [*VARIANTS, "cuda"])
 
 
 def some(m: int) -> Tensor:
-    """Which contrasts take part, bool [m]."""
+    """The contrasts that take part, bool [m]."""
     return torch.arange(m) % 3 != 1
 
 
@@ -67,7 +67,7 @@ def test_statistics_are_the_formula(call, name) -> None:
 @EVERYWHERE
 @pytest.mark.parametrize("ids", [False, True])
 def test_as_a_call_without(ids, name) -> None:
-    """All fields and gradients; rows that are left out hold NaN. As rows of the other direction they are empty."""
+    """All fields and gradients; rows that are left out hold NaN. In the other direction their sets are empty."""
     n, m = 19, 61
     problem = simple_problem(n=n, m=m, d=7, ids=ids, scales=(3.0, 40.0))
     arguments = problem.arguments() | {"want": ALL}
@@ -168,7 +168,7 @@ def test_losses(call, name) -> None:
 
 @EVERYWHERE
 def test_self_contrast(name) -> None:
-    """A row that is nobody's contrast stays an anchor."""
+    """A row that is left out as a contrast is still an anchor."""
     z, bias = rows(11, seed=4), torch.where(some(11), 0.5, -INF)
     truth = formula(z.double(), torch.arange(11) % 4, contrast_bias=bias.double(), temperature=0.3, reduction="none")
     left, own = some(11), torch.arange(11)
@@ -200,7 +200,7 @@ def test_stored_contrasts(name) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("self_contrast", [False, True])
 def test_assignments(self_contrast, name) -> None:
-    """Weights of what is left out are in no sum, and it gets no gradient."""
+    """Weights of contrasts that are left out are in no sum, and these contrasts get no gradient."""
     left, m = some(23), 23
     r, q = (torch.rand(n, 4, generator=torch.Generator().manual_seed(n)) for n in (14, m))
     bias = torch.where(left, 0.3, -INF)
@@ -238,7 +238,7 @@ def test_assignments(self_contrast, name) -> None:
                 assert (y_gradient[~left] == 0).all()
                 assert (q_gradient[~left] == 0).all()
                 y_gradient, q_gradient = y_gradient[left], q_gradient[left]
-        elif self_contrast:  # two sets that are one
+        elif self_contrast:  # self-contrast with a bias runs as two sets
             x_gradient = x_gradient.index_add(0, left.nonzero()[:, 0], y_gradient)
             r_gradient = r_gradient.index_add(0, left.nonzero()[:, 0], q_gradient)
         found = [x_gradient, r_gradient, b_gradient]
@@ -251,18 +251,18 @@ def test_assignments(self_contrast, name) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 
 
-# Large biases, and what is no bias
+# Large biases, and biases that are not valid
 
 
 @EVERYWHERE
 @pytest.mark.parametrize("bias", [-1e9, 1e9, torch.finfo(torch.float32).min])
 def test_similarities_beside_a_large_bias(bias, name) -> None:
-    """They are not what is left of a logit once its bias is taken off."""
+    """They are not computed as a logit minus its bias."""
     far = torch.zeros(23)
     far[[3, 20]] = bias
     unit = [torch.nn.functional.normalize(t.double(), dim=1) for t in (X, Y)]
     cosines, positive = unit[0] @ unit[1].T, CLUSTERS[:, None] == OTHERS
-    positive[:, [3, 20]] = False  # their logarithm to base 2 leaves float32's range
+    positive[:, [3, 20]] = False  # times log2(e) their bias exceeds the range of float32
     others = torch.where(far == 0, OTHERS, -1)
     with on(name):
         _, stats = cluster_infonce(
@@ -278,7 +278,7 @@ def test_similarities_beside_a_large_bias(bias, name) -> None:
 
 @EVERYWHERE
 def test_a_finite_bias_is_never_left_out(name) -> None:
-    """Not even where it overflows as a logarithm to base 2."""
+    """Not even if it overflows when it is multiplied by log2(e)."""
     bias = torch.zeros(23)
     bias[2] = torch.finfo(torch.float32).min
     with on(name):
@@ -306,7 +306,7 @@ def test_what_is_no_bias(wrong) -> None:
 @EVERYWHERE
 @pytest.mark.parametrize("wrong", [torch.nan, INF])
 def test_where_values_are_not_looked_at(wrong, name, monkeypatch) -> None:
-    """As on a GPU or in a compiled graph."""
+    """As on a GPU or in a compiled graph, where values are not read."""
     monkeypatch.setattr("fastcl.checks.values_visible", lambda tensor: False)
     bias = torch.zeros(23)
     bias[5] = wrong

@@ -103,7 +103,7 @@ def test_repr_tells_the_options() -> None:
     assert "0.5" in repr(fastcl.ClusterInfoNCE(nn.Parameter(torch.tensor(0.5))))
 
 
-# Training lowers it
+# Training lowers the loss
 
 
 def test_gradient_descent_separates_clusters(backend) -> None:
@@ -133,7 +133,7 @@ LEARNED = (
 
 @pytest.mark.parametrize("loss", LEARNED)
 def test_repr_reads_no_values_that_are_not_there(loss) -> None:
-    """As models that are built without memory, or traced, print themselves."""
+    """The repr of models without memory, or under tracing."""
     with torch.device("meta"):
         module = loss(nn.Parameter(torch.tensor(0.1)))
     assert "temperature=meta (learned)" in repr(module)

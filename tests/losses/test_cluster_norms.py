@@ -1,4 +1,4 @@
-"""Rows whose squares leave the range of their dtype are normalised as all others; norms are floored at 1e-12."""
+"""Rows whose squares exceed the range of their dtype are normalised like all others; norms are floored at 1e-12."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ DTYPES = {
 
 
 def check_powers(call: Callable[..., Tensor], dtype: torch.dtype, factor: float) -> None:
-    """A power of two changes no bit of the loss, and the gradient by its inverse, whichever rows it multiplies."""
+    """A power of two times either set of rows changes no bit of the loss, and divides the gradient by it."""
     inputs = [rows(13, 0, dtype), rows(16, 1, dtype), rows(13, 2, dtype)]
     factors = [torch.ones(len(x), 1, dtype=dtype) for x in inputs]
     for one, step in zip(factors, (2, 3, 1), strict=True):
@@ -88,7 +88,7 @@ def test_beyond_the_range_in_presets(call) -> None:
 @pytest.mark.parametrize("name", [*VARIANTS, "cuda"])
 @pytest.mark.parametrize("size", [1e-25, 1e38])
 def test_ends_of_the_range(size, name) -> None:
-    """Rows below the floor of the norm count by their size, those of the largest numbers as all others."""
+    """Rows with norms below the floor keep their size; rows of the largest numbers are like all others."""
     x, y = rows(13, 0), rows(16, 1)
     x[::2] *= size / 3
     y[::3] *= size / 3
@@ -107,7 +107,7 @@ def test_ends_of_the_range(size, name) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inverse_norms(dtype, monkeypatch) -> None:
-    """Alike where values may be looked at and where they may not; of rows in range as torch has them."""
+    """The same with and without reading values; for rows in range the same as torch's."""
     big = 1e30 if dtype == torch.float32 else 1e200
     x = torch.tensor([[3.0, 4.0], [3 * big, 4 * big], [3 / big, 4 / big], [0.0, 0.0]], dtype=dtype)
     expected = [0.2, 0.2 / big, 1e12, 0.0]

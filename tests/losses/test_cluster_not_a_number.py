@@ -1,4 +1,4 @@
-"""A NaN in a row that takes part shows in the loss and in its statistics; it is never taken for an empty set."""
+"""A NaN in a row that takes part makes the loss and its statistics NaN; it is never taken for an empty set."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,7 @@ EVERYWHERE = (*VARIANTS, "cuda")
 
 @pytest.fixture(params=EVERYWHERE)
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels of CUDA on the emulator too."""
+    """Every backend, and the CUDA kernels on the emulator."""
     if request.param == "cuda":
         with emulating(), fastcl.use_backend("cuda"):
             yield "cuda"
@@ -76,7 +76,7 @@ def test_an_extra_positive_reaches_its_anchor(variant: str) -> None:
 
 
 def test_a_key_is_all_there_is_where_every_other_logit_is_minus_infinity() -> None:
-    """Rows that are finite, and whose product is beyond float32: their sum is 0, and its base says nothing."""
+    """Finite rows whose product overflows float32: their sum is 0, and its base is undefined."""
     x, queue = torch.tensor([[1e20, 1.0]]), torch.tensor([[-1e20, 0.0]])
     for backend in ("reference", "chunked"):
         with fastcl.use_backend(backend):
@@ -88,7 +88,7 @@ def test_a_key_is_all_there_is_where_every_other_logit_is_minus_infinity() -> No
 def test_a_negative_reaches_debiased_and_hard_losses(beta: float, tau_plus: float, variant: str) -> None:
     x = rows(N, 0).requires_grad_()
     for bad in NOT_NUMBERS:
-        y = with_a(bad, rows(M, 1), M - 1)  # nobody's positive
+        y = with_a(bad, rows(M, 1), M - 1)  # positive of no anchor
         loss = fastcl.HardNegativeLoss(0.5, tau_plus, beta)(x, contrasts=y)
         assert loss.isnan()
         assert torch.autograd.grad(loss, x)[0].isnan().any()
@@ -123,7 +123,7 @@ def test_statistics_of_both_sides(normalize: bool, temperature: float, variant: 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
 def test_in_compiled_functions(backend: str) -> None:
-    """Where values are not looked at, a NaN in a prior shows too."""
+    """Values cannot be read there; a NaN in a prior must show too."""
     if backend not in fastcl.ops.backends.choose.AVAILABLE:
         pytest.skip(f"no backend {backend}")
     x, y = rows(N, 0), rows(N, 1)
@@ -142,7 +142,7 @@ def test_in_compiled_functions(backend: str) -> None:
 
 
 def test_assignments(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of positives on a device, where nobody looks at values."""
+    """The weights of positives; values are not checked, as on a device."""
     monkeypatch.setattr(checks, "values_visible", lambda tensor: False)
     x, weights = rows(N, 0).requires_grad_(), with_a(torch.nan, rows(N, 2).abs(), 3)
     for options in ({}, {"contrasts": rows(N, 1)}):

@@ -26,7 +26,7 @@ def formula(
     y: Tensor | None = None,
     of: Tensor | None = None,
 ) -> Tensor:
-    """Per anchor, every exponential relative to the row's largest logit; NaN for one without positives."""
+    """The loss of each anchor, every exponential relative to the row's largest logit; NaN for one without positives."""
     unit = torch.nn.functional.normalize(x, dim=1)
     other = unit if y is None else torch.nn.functional.normalize(y, dim=1)
     s = unit @ other.T / t
@@ -53,7 +53,7 @@ def formula(
 
 
 def as_released(out_1: Tensor, out_2: Tensor, t: float, tau_plus: float, beta: float) -> Tensor:
-    """The estimator of github.com/joshr17/HCL, of normalised views."""
+    """The estimator of github.com/joshr17/HCL, for normalised views."""
     b = len(out_1)
     out = torch.cat([out_1, out_2])
     neg = torch.exp(out @ out.T / t)
@@ -70,7 +70,7 @@ def as_released(out_1: Tensor, out_2: Tensor, t: float, tau_plus: float, beta: f
 
 
 def rows(n: int, d: int, seed: int, dtype: torch.dtype = torch.float64, spread: float = 1.0) -> Tensor:
-    """Pairs of neighbours: `spread` of noise around common centres."""
+    """Pairs of neighbours: noise of size `spread` around common centres."""
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(n // 2 + 1, d, generator=g, dtype=torch.float64).repeat_interleave(2, 0)[:n]
     return (centres + spread * torch.randn(n, d, generator=g, dtype=torch.float64)).to(dtype)
@@ -122,7 +122,7 @@ def evaluated(x: Tensor, clusters: Tensor, t: float, tau_plus: float, beta: floa
     """The mean loss, or a part of it, in one of several equivalent ways; every row has positives and negatives.
 
     Parts "hard" and "false": the denominator as a function of one term of the estimate of the negatives alone, times
-    what a relative error of the terms is multiplied by on its way into the denominator, and so into its gradient.
+    the factor by which a relative error of the term grows in the denominator, and so in its gradient.
     """
     temperature = torch.tensor(t, dtype=how.dtype)
     s = similarities(x, x, 1 / temperature, True, True, how)
@@ -151,7 +151,7 @@ def evaluated(x: Tensor, clusters: Tensor, t: float, tau_plus: float, beta: floa
 def check_precision(
     x: Tensor, clusters: Tensor, t: float, tau_plus: float, beta: float, estimate_cancels: bool = False
 ) -> None:
-    """By the error rule, of the loss and of its gradient. estimate_cancels: that of the negatives, too."""
+    """By the error rule, of the loss and its gradient. estimate_cancels: the estimate of the negatives cancels too."""
     accumulation = accumulation_dtype(x.dtype)
 
     def differentiated(how: Evaluation) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,7 @@ def check_precision(
     size, of_gradient = (sum(part[k].abs() for part in cancelling) for k in range(2))
     if estimate_cancels:
         terms = [differentiated(Evaluation(part=part))[1].abs() for part in ("hard", "false")]
-        rounding = (1 + 2 * beta) / t / ROUNDINGS[accumulation]  # one, of the largest logits at all scales
+        rounding = (1 + 2 * beta) / t / ROUNDINGS[accumulation]  # one rounding of the largest logits, at all scales
         of_gradient = of_gradient + rounding * (terms[0] + terms[1])
     draws = [differentiated(how) for how in eager_evaluations(accumulation)]
     eager, of_draws = ([draw[k] for draw in draws] for k in range(2))
@@ -196,11 +196,11 @@ def test_precision(spread_and_t, dtype, beta: float, backend) -> None:
 @pytest.mark.parametrize("t", [0.05, 0.1])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_precision_where_the_estimate_of_the_negatives_nearly_cancels(seed, t, tau_plus, beta) -> None:
-    """A rounding of a logit is then one of the estimate times tau_plus * N, eager's as well as ours.
+    """A rounding of a logit becomes a rounding of the estimate times tau_plus * N, in eager PyTorch as well.
 
-    The papers' quotient of sums rounds a logit once, for numerator and denominator. Log-sum-exps at two scales, without
-    which low temperatures overflow, round it at beta and at 1 + beta times its size, each by itself: an exponential is
-    off by that much, so one rounding of a logit is allowed of either term of the estimate.
+    The papers' quotient of sums rounds a logit once, for numerator and denominator. Low temperatures would overflow
+    there, so the loss uses log-sum-exps at two scales. They round the logit separately, at beta and at 1 + beta times
+    its size, and the exponential has that error. So each term of the estimate may have one rounding of a logit.
     """
     for backend in (name for name in BACKENDS if name in ("reference", "chunked", "cpu")):
         with running(backend):

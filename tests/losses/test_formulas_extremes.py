@@ -1,4 +1,4 @@
-"""Arguments at the ends of float32's range: computed, or refused by name."""
+"""Arguments at the ends of float32's range: computed, or rejected by name."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def weighted(weights: Tensor, dtype: torch.dtype = torch.float32, **options: Any
 @pytest.mark.parametrize("size", [1e-42, 1e-300, 1e-20, 1e20, 3e38, 1e300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_of_a_mean_have_no_unit(dtype: torch.dtype, size: float) -> None:
-    """A mean of numbers is the same whatever the weights' size; 1e-42 in float32 has three digits."""
+    """A mean of numbers does not depend on the weights' size; 1e-42 in float32 has three digits."""
     weights = SHAPE * size
     if 1e-42 <= size <= 3e38:
         weights = weights.float()
@@ -38,7 +38,7 @@ def test_weights_of_a_mean_have_no_unit(dtype: torch.dtype, size: float) -> None
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(loss.double(), expected, **close)
     torch.testing.assert_close(gradient.double(), expected_gradient, **close)
-    compiled = torch.compile(lambda w: weighted(w, dtype)[0], backend="aot_eager")(weights)  # looks at no value
+    compiled = torch.compile(lambda w: weighted(w, dtype)[0], backend="aot_eager")(weights)  # reads no values
     torch.testing.assert_close(compiled, loss, **close)
 
 
@@ -53,7 +53,7 @@ def test_gradient_of_small_weights() -> None:
 
 
 def test_ordinary_weights_are_not_touched() -> None:
-    """To the bit what the plain formula of terms and weights gives; sums are as they were at any size."""
+    """The same to the bit as the plain formula of terms and weights; sums work with weights of any size."""
     weights = torch.rand(N, generator=generator(1))
     each = cluster_infonce(rows(0), LABELS, reduction="none")
     assert torch.equal(cluster_infonce(rows(0), LABELS, weights=weights), (each * weights).sum() / weights.sum())

@@ -1,7 +1,7 @@
-"""Each row of docs/losses.md's table of papers against the paper's formula, as far as no other file has it.
+"""Each row of docs/losses.md's table of papers against the paper's formula.
 
-SimCLR, L_out of SupCon, CLIP, DCL and MoCo are in `test_presets`, the debiased losses in `test_debiased`, sampled ones
-in `test_sampled`, soft assignments in `test_soft`.
+SimCLR, L_out of SupCon, CLIP, DCL and MoCo are in `test_presets`, the debiased losses in `test_debiased`, the sampled
+ones in `test_sampled`, soft assignments in `test_cluster_assignments`.
 """
 
 import re
@@ -24,7 +24,7 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
 
 
 def test_ntxent_with_an_additive_margin(backend) -> None:
-    """Lepage and Dehak 2023: the positive's cosine less m, above and below the fraction's bar."""
+    """Lepage and Dehak 2023: the positive's cosine minus m, in numerator and denominator."""
     z = draw(6, 2, 5)
     rows = z.transpose(0, 1).flatten(0, 1)  # first views, then second ones
     partner = torch.arange(12).roll(6)
@@ -56,7 +56,7 @@ def test_cluster_infonce_across_views(backend) -> None:
 
 
 def test_infonce(backend) -> None:
-    """Oord et al. 2018: which of the other set is mine?"""
+    """Oord et al. 2018: a cross-entropy with row i of the other set as the target."""
     z0, z1 = draw(8, 5), draw(8, 5, seed=1)
     agree(ClusterInfoNCE(0.1)(z0, contrasts=z1), cross_entropy(cosines(z0, z1) / 0.1, torch.arange(8)), [z0, z1])
 
@@ -107,7 +107,7 @@ def test_pirl() -> None:
 
 
 def test_nnclr(backend) -> None:
-    """Dwibedi et al. 2021: the nearest stored row of a view in place of the view."""
+    """Dwibedi et al. 2021: the nearest stored row of a view replaces the view."""
     z0, p1 = draw(6, 5).detach(), draw(6, 5, seed=1)
     stored = normalize(draw(10, 5, seed=2).detach(), dim=1)
     queue = MemoryQueue(10, 5, dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_nnclr(backend) -> None:
 
 
 def test_sampled_softmax_with_log_q_correction(backend) -> None:
-    """Yi et al. 2019: items come as often as they are popular, which their logits are corrected for."""
+    """Yi et al. 2019: items are sampled in proportion to their popularity, and logits are corrected for it."""
     query, items = draw(8, 5), draw(8, 5, seed=1)
     log_q = torch.linspace(-4, -1, 8, dtype=torch.float64)
     got = ClusterInfoNCE(0.1)(query, contrasts=items, contrast_bias=-log_q)
@@ -126,7 +126,7 @@ def test_sampled_softmax_with_log_q_correction(backend) -> None:
 
 
 def test_logit_adjustment(backend) -> None:
-    """Menon et al. 2021: a softmax over classes, each with the logarithm of its frequency."""
+    """Menon et al. 2021: a softmax over classes, plus the logarithm of each class's frequency."""
     z, prototypes = draw(8, 5), draw(3, 5, seed=1)
     log_prior = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log()
     got = ClusterInfoNCE(0.1)(
@@ -149,7 +149,7 @@ def test_alignment_and_uniformity(backend) -> None:
 
 
 def weighted_dcl(z0: Tensor, z1: Tensor, temperature: float, sigma: float) -> Tensor:
-    """The page's own code."""
+    """The code on the documentation's page."""
     page = (DOCS / "own_loss.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "sigma" in block)
     made = {"z0": z0, "z1": z1, "temperature": temperature, "sigma": sigma}
@@ -160,7 +160,7 @@ def weighted_dcl(z0: Tensor, z1: Tensor, temperature: float, sigma: float) -> Te
 
 
 def test_weighted_decoupled_loss(backend) -> None:
-    """Yeh et al. 2022, equation 7: the weights are a von Mises-Fisher distribution's, of the positives."""
+    """Yeh et al. 2022, equation 7: the positives' weights follow a von Mises-Fisher distribution."""
     z0, z1 = draw(7, 5), draw(7, 5, seed=1)
 
     def one_view(x: Tensor, y: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def test_ntxent(n, dtype, backend) -> None:
 
 
 def test_ntxent_of_a_single_pair(backend) -> None:
-    """Nothing to tell the positive from: the loss is 0."""
+    """There is no negative: the loss is 0."""
     z0, z1 = draw(1, 5), draw(1, 5, seed=1)
     loss = fastcl.NTXentLoss()(z0, z1)
     assert loss.item() == pytest.approx(0, abs=1e-12)
@@ -103,7 +103,7 @@ def test_supcon(views, backend) -> None:
 
 
 def test_supcon_leaves_out_anchors_without_positives(backend) -> None:
-    """Where SupContrast's released code gives NaN: the mean runs over the others."""
+    """The mean is over the other anchors. SupContrast's released code gives NaN."""
     features = draw(5, 1, 4)
     loss = fastcl.SupConLoss()(features[:, 0], torch.tensor([0, 0, 1, 1, 2]))
     z = normalize(features[:, 0], dim=1)
@@ -119,7 +119,7 @@ def test_supcon_without_labels_needs_views() -> None:
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_clip(normalized, backend) -> None:
-    """Rows are taken as they are, whatever their norm."""
+    """Rows are not normalised, whatever their norm."""
     image, text = draw(9, 5), draw(9, 5, seed=1)
     if normalized:
         image, text = (normalize(t.detach(), dim=1).requires_grad_() for t in (image, text))
@@ -166,7 +166,7 @@ def test_moco_with_an_empty_queue(backend) -> None:
     [(fastcl.NTXentLoss, 0.5), (fastcl.SupConLoss, 0.07), (fastcl.DCLLoss, 0.1), (fastcl.MoCoLoss, 0.07)],
 )
 def test_temperature(preset, temperature) -> None:
-    """The published default, shown; a parameter is learned."""
+    """The default is the published one and is in the repr; a parameter is learned."""
     assert f"temperature={temperature}" in repr(preset())
     module = preset(temperature=nn.Parameter(torch.tensor(0.3)))
     assert [name for name, _ in module.named_parameters()] == ["temperature"]
@@ -205,7 +205,7 @@ def test_shapes_that_do_not_match() -> None:
 
 
 def test_contrast_mode_one_of_supcontrast_as_documented() -> None:
-    """First views are the anchors, all rows but the anchor's own the contrasts."""
+    """First views are the anchors; all rows but the anchor's own are the contrasts."""
     g = torch.Generator().manual_seed(0)
     features, labels = torch.randn(8, 2, 16, generator=g), torch.randint(0, 4, (8,), generator=g)
     rows = torch.nn.functional.normalize(features.double(), dim=2).flatten(0, 1)
@@ -222,7 +222,7 @@ def test_contrast_mode_one_of_supcontrast_as_documented() -> None:
 
 
 class Unread:
-    """A value that says so if it is read."""
+    """A value that raises if it is read."""
 
     def __getattribute__(self, name: str) -> None:
         raise AssertionError(f"{name} was read")

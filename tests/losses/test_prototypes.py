@@ -22,7 +22,7 @@ def cosines(n: int, k: int, seed: int, dtype: torch.dtype = torch.float64) -> Te
 
 
 def swav(high: list[Tensor], low: list[Tensor], queue: list[Tensor] | None, prior: Tensor | None) -> Tensor:
-    """As the paper has it, with temperature 0.1, epsilon 0.05 and three iterations."""
+    """As in the paper, with temperature 0.1, epsilon 0.05 and three iterations."""
     crops, terms = [*high, *low], []
     for h, crop in enumerate(high):
         rows = crop if queue is None else torch.cat([crop, queue[h]])
@@ -51,7 +51,7 @@ def test_swav_is_the_papers(backend: str, with_queue: bool, with_prior: bool, lo
 
 
 def msn(anchors: Tensor, targets: Tensor, prototypes: Tensor, prior: Tensor, n_iters: int, kl: str) -> Tensor:
-    """As the paper and its code have it, temperature 0.1 and sharpening 0.25; the prior also in Sinkhorn."""
+    """As in the paper and its code, temperature 0.1 and sharpening 0.25; the prior is used in Sinkhorn too."""
 
     def probabilities(rows: Tensor) -> Tensor:
         return (F.normalize(rows, dim=1) @ F.normalize(prototypes, dim=1).T / 0.1).softmax(1)
@@ -157,7 +157,7 @@ def test_lightly_agrees_where_it_follows_the_papers() -> None:
     torch.testing.assert_close(
         fastcl.MSNLoss()(anchors, targets, prototypes), lightly.MSNLoss()(anchors, targets, prototypes)
     )
-    # With a power law lightly's Sinkhorn stays uniform, and its KL is the other one: without Sinkhorn they agree.
+    # With a power law lightly's Sinkhorn stays uniform, and its KL is "prior_mean": without Sinkhorn they agree.
     theirs = lightly.PMSNLoss(sinkhorn_iterations=0)(anchors, targets, prototypes)
     ours = fastcl.PMSNLoss(n_iters=0, kl="prior_mean")(anchors, targets, prototypes)
     torch.testing.assert_close(ours, theirs)

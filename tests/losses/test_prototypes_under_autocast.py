@@ -1,4 +1,4 @@
-"""No product or sum of any loss happens in half precision because autocast is on: not forward, not backward."""
+"""Autocast makes no product or sum of any loss run in half precision, neither forward nor backward."""
 
 import warnings
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def value_and_gradients(call: Callable[..., Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_changes_nothing(name: str, dtype: torch.dtype) -> None:
-    """To the bit, and with the backward inside of autocast as well."""
+    """Results are the same to the bit, also with the backward inside autocast."""
     expected = value_and_gradients(CALLS[name])
     with torch.autocast("cpu", dtype):
         got = value_and_gradients(CALLS[name])
@@ -75,7 +75,7 @@ def test_changes_nothing(name: str, dtype: torch.dtype) -> None:
 
 
 def test_sums_stay_in_range() -> None:
-    """Where half precision's sums are infinite."""
+    """Half precision's sums would be infinite."""
     high = scores(9000, 300)
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(fastcl.SwAVLoss()(high), _outside(lambda: fastcl.SwAVLoss()(high)))
@@ -90,7 +90,7 @@ def _outside(call: Callable[[], Tensor]) -> Tensor:
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", ["SwAVLoss", "MSNLoss"])
 def test_compiled(name: str, inside: bool) -> None:
-    """The compiler bakes autocast into its backward, wherever that runs."""
+    """The compiler makes autocast part of the compiled backward, wherever that runs."""
     torch.compiler.reset()
     call = CALLS[name]
     modules = {"SwAVLoss": fastcl.SwAVLoss(), "MSNLoss": fastcl.MSNLoss()}
@@ -111,7 +111,7 @@ def test_compiled(name: str, inside: bool) -> None:
 
 def test_autocast_of_another_device() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that there is no GPU
+        warnings.simplefilter("ignore")  # torch warns that there is no GPU
         context = torch.autocast("cuda", torch.float16)
     expected = value_and_gradients(CALLS["MSNLoss"])
     with context:

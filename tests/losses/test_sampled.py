@@ -53,7 +53,7 @@ def test_products_and_their_gradients(monkeypatch, blocks, dtypes) -> None:
 
 
 def test_never_holds_all_gathered_rows(monkeypatch) -> None:
-    """Blocks of a thousand numbers, of 50 x 40 x 64 that there would be."""
+    """It works in blocks of a thousand numbers; all gathered rows have 50 x 40 x 64."""
     monkeypatch.setattr(sampled_op, "CPU_BLOCK", 1000)
     most = 0
     plain = torch.bmm
@@ -132,7 +132,7 @@ def test_loss_is_the_papers(form, with_positives, dtype, log_z, normalize) -> No
     own = stored[indices]
     if with_positives:
         own = nn.functional.normalize(wide[2], dim=1) if normalize else wide[2]
-    known = loss.log_normalizer.item()  # float32, as it was estimated or given
+    known = loss.log_normalizer.item()  # float32, estimated or given
     assert form == "infonce" or log_z is None or known == log_z
     truth = formula(form, wide[0], own, stored[negatives], wide[1], known, normalize)
     counted = torch.ones(N, dtype=torch.bool) if with_positives else bank.filled[indices]
@@ -196,7 +196,7 @@ def loaded(loss: SampledNCELoss, assign: bool) -> SampledNCELoss:
 @pytest.mark.parametrize("given", [12.3456, None])
 @pytest.mark.parametrize("cast", CASTS)
 def test_no_cast_rounds_the_normalizer(cast, given) -> None:
-    """Given or estimated, rows of float64 meet it in float64."""
+    """Given or estimated, it is not rounded before it meets rows of float64."""
     bank, x, indices, negatives = a_bank(torch.float64), rows(N, 0, torch.float64), torch.arange(N), samples()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -247,7 +247,7 @@ def test_negatives_are_drawn_evenly_and_never_oneself(known) -> None:
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("second", [0, 1, 2])
 def test_second_derivatives_raise(form, normalize, first, second) -> None:
-    """In embeddings, temperature and positives, in any two of them."""
+    """In embeddings, temperature and positives, for every pair of them."""
     leaves = [rows(N, 0), torch.tensor(0.5), rows(N, 1)]
     for i in {first, second}:
         leaves[i].requires_grad_()
@@ -302,7 +302,7 @@ def test_no_anchors(form) -> None:
     value = loss(x, torch.arange(0), a_bank(), negatives=samples(0))
     value.backward()
     assert value == 0
-    assert loss.log_normalizer.isnan()  # for a call with anchors to estimate
+    assert loss.log_normalizer.isnan()  # NaN until a call with anchors estimates it
 
 
 def test_the_normalizer_is_of_finite_rows_that_count() -> None:

@@ -1,4 +1,4 @@
-"""Queue and bank against plain lists of rows, whatever is done to them in whatever order."""
+"""Queue and bank against plain lists of rows, after any sequence of operations."""
 
 import copy
 import io
@@ -74,7 +74,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(seed=SEEDS, wrong=st.sampled_from(["dim", "length", "dtype", "missing", "superfluous", "rank"]))
     def refuse(self, seed: int, wrong: str) -> None:
-        """A call with bad input leaves every row as it is: the invariant checks."""
+        """A call with bad input changes no row; the invariant checks that."""
         arguments = self.arguments(3, seed, torch.float32)
         if wrong == "dim":
             arguments["embeddings"] = batch(3, self.made["dim"] + 1, seed)
@@ -138,7 +138,7 @@ class BankMachine(RuleBasedStateMachine):
     @rule(n=st.integers(0, 9), seed=SEEDS, dtype=st.sampled_from(DTYPES), clusters=st.booleans())
     def update(self, n: int, seed: int, dtype: torch.dtype, clusters: bool) -> None:
         g = generator(seed + 1)
-        # Rows that point the same way, more or less: the mean of opposite ones is any number of roundings.
+        # Rows of similar direction: the mean of opposite rows would have any relative error.
         embeddings = (torch.rand(n, self.made["dim"], generator=g) + 0.5).to(dtype)
         indices = torch.randint(0, self.made["num_samples"], (n,), generator=g, dtype=torch.int32)
         ids = torch.randint(-2, 4, (n,), generator=g) if clusters else None
@@ -153,7 +153,7 @@ class BankMachine(RuleBasedStateMachine):
             if ids is not None:
                 assert self.clusters is not None
                 self.clusters[index] = max(int(ids[i]), -1)
-        self.roundings += n  # each update rounds the row once, and halves what was off before
+        self.roundings += n  # each update rounds the row once and halves the earlier error
 
     @rule(seed=SEEDS, wrong=st.sampled_from(["dim", "length", "large", "negative", "float", "clusters"]))
     def refuse(self, seed: int, wrong: str) -> None:
@@ -243,7 +243,7 @@ def test_values_that_do_not_fit_change_nothing(name, value, message) -> None:
 
 @pytest.mark.parametrize("kind", ["queue", "bank"])
 def test_a_state_that_is_assigned(kind) -> None:
-    """Tensors of the state become the memory's own, also of one made without memory; only fit ones do."""
+    """With assign=True the state's tensors become the memory's own, also for a memory on meta; only valid ones do."""
 
     def made():
         return MemoryQueue(4, 2, clusters=True, dtype=torch.bfloat16) if kind == "queue" else MemoryBank(4, 2)
@@ -278,7 +278,7 @@ def test_a_state_that_is_assigned(kind) -> None:
             other.load_state_dict(full.state_dict() | {name: value}, assign=True)
         for key, kept in other.state_dict().items():
             assert torch.equal(kept, before[key])
-        other.load_state_dict(full.state_dict() | {name: value.detach()})  # copied, anything of the kind will do
+        other.load_state_dict(full.state_dict() | {name: value.detach()})  # copied, so any such tensor will do
         assert other.rows.dtype == rows.dtype
 
 

@@ -1,4 +1,4 @@
-"""Losses against stored rows: the values that are stored are what counts, and nothing that comes later."""
+"""Losses against stored rows use the values at the time of the call, and no later ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def numbers(n: int, seed: int, most: int = 5) -> Tensor:
 
 
 def a_queue(dtype: torch.dtype, clusters: bool = False, ids: bool = False, seed: int = 10) -> MemoryQueue:
-    """Wrapped, so that storage and age differ in their order."""
+    """A queue that has wrapped around, so that storage order and age order differ."""
     queue = MemoryQueue(31, D, dtype=dtype, clusters=clusters, ids=ids)
     for step in range(2):
         given = {name: numbers(23, seed + step + 50) for name, on in (("clusters", clusters), ("ids", ids)) if on}
@@ -51,7 +51,7 @@ def equal(left: Tensor, right: Tensor) -> Tensor:
 def formula(
     embeddings: Tensor, stored: Tensor, positive: Tensor, admissible: Tensor, key: Tensor | None, live: Tensor | None
 ) -> Tensor:
-    """Mean over anchors with a positive of lse over admissible contrasts and the key, less the mean positive."""
+    """Mean over anchors with a positive of lse over admissible contrasts and the key, minus the mean positive."""
     x = nn.functional.normalize(embeddings, dim=1)
     y = stored if live is None else torch.cat([nn.functional.normalize(live, dim=1), stored])
     logits = (x @ y.T / T).masked_fill(~admissible, -torch.inf)
@@ -155,7 +155,7 @@ def test_what_comes_after_the_forward_does_not_change_its_backward(backend, case
     for meddle in (False, True):
         arguments, _ = posed(case, torch.float32)
         x = arguments["embeddings"].requires_grad_()
-        # more work than is done ahead of the backward
+        # reduction="none", so the gradient is computed in the backward
         anchors = x.repeat(1, 1)
         loss = ClusterInfoNCE(T, reduction="none")(**(arguments | {"embeddings": anchors}))
         memory = arguments["contrasts"]
@@ -209,7 +209,7 @@ def test_compiled_without_a_break() -> None:
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(query, key), call(query, key))
-    queue.enqueue(rows(3, 7))  # a full queue keeps its shape: nothing is compiled again
+    queue.enqueue(rows(3, 7))  # a full queue keeps its shape: no recompilation
     with torch.compiler.set_stance("fail_on_recompile"):
         torch.testing.assert_close(compiled(query, key), call(query, key))
 

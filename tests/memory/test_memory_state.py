@@ -1,4 +1,4 @@
-"""The state of queue and bank: it travels as a whole, however it is copied, loaded, averaged or changed in place."""
+"""The state of queue and bank stays consistent when it is copied, loaded, averaged or changed in place."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ def made(kind: str) -> Memory:
 
 
 def fill(memory: Memory, n: int, seed: int = 0) -> None:
-    """The queue's next n rows; the bank's first."""
+    """The queue's next n rows, or the bank's first n."""
     clusters = torch.arange(n) + 100
     if isinstance(memory, MemoryQueue):
         memory.enqueue(rows(n, seed), clusters, torch.arange(n) + 200)
@@ -36,7 +36,7 @@ def fill(memory: Memory, n: int, seed: int = 0) -> None:
 
 
 def check_same(memory: Memory, other: Memory) -> None:
-    """Now, and after further rows."""
+    """Both are equal now, and after further rows."""
     for step in range(3):
         assert len(memory) == len(other)
         for name in ("embeddings", "clusters", "ids"):
@@ -56,7 +56,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)])
 @pytest.mark.parametrize("kind", ["queue", "bank"])
 def test_an_averaged_model_has_the_models_memory(kind, average) -> None:
-    """The average is made while the memory is empty; torch copies the buffers from then on."""
+    """The average is made while the memory is empty; from then on torch copies the buffers."""
     model = Model(made(kind))
     averaged = AveragedModel(model, multi_avg_fn=average)
     for n in (4, 6):
@@ -72,7 +72,7 @@ def test_an_averaged_model_has_the_models_memory(kind, average) -> None:
 
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)])
 def test_an_averaged_queue_can_be_used(average) -> None:
-    """With use_buffers=True the rows are means over time, and their number is one of those that there were."""
+    """With use_buffers=True the rows are means over time, and their number is one that the queue has had."""
     model = Model(MemoryQueue(SIZE, D))
     averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     for n, most in ((4, 4), (2, 6), (9, 7)):
@@ -104,16 +104,16 @@ WRITES = {
 def test_whatever_writes_into_the_buffers_is_noticed(kind, write) -> None:
     memory, other = made(kind), made(kind)
     fill(memory, SIZE, seed=3)
-    assert len(memory) == SIZE  # so that it is known to be full
+    assert len(memory) == SIZE  # the memory now knows that it is full
     fill(other, 4)
     WRITES[write](memory, other)
-    copied = copy.deepcopy(memory)  # before anything was read
+    copied = copy.deepcopy(memory)  # copied before anything was read
     check_same(memory, other)
     check_same(pickle.loads(pickle.dumps(copied)), copied)
 
 
 class Reads(TorchDispatchMode):
-    """Counts reads of a tensor's value, for which a GPU is waited for. On a CPU too, memories then avoid them."""
+    """Counts reads of a tensor's value, for which the host waits on a GPU. Memories avoid them on a CPU too."""
 
     count = 0
 
@@ -147,7 +147,7 @@ def test_a_queue_reads_its_counter_only_after_others_changed_it() -> None:
 
 
 def former_state(memory: Memory) -> dict[str, Tensor]:
-    """As versions with counters in Python saved it."""
+    """The state as earlier versions with counters in Python saved it."""
     state = copy.deepcopy(memory.state_dict())
     counter = int(state.pop(memory.counter))
     numbers = [counter % SIZE, min(counter, SIZE)] if isinstance(memory, MemoryQueue) else [counter]
@@ -236,7 +236,7 @@ def test_reset_empties(kind) -> None:
     for name, value in made(kind).state_dict().items():
         assert torch.equal(memory.state_dict()[name], value), name
     check_same(memory, made(kind))
-    if kind == "bank":  # and clusters that never came are the indices again
+    if kind == "bank":  # and clusters that were never given are the indices again
         memory.reset()
         memory.update(torch.tensor([4]), rows(1, 0))
         assert memory.clusters.tolist() == [4]
@@ -244,7 +244,7 @@ def test_reset_empties(kind) -> None:
 
 @pytest.mark.parametrize("kind", ["queue", "bank"])
 def test_a_call_that_raises_changes_nothing(kind) -> None:
-    """4-bit integers are no ids: whoever finds that out, nothing has been written by then."""
+    """4-bit integers are no ids: whichever check finds out, nothing has been written by then."""
     memory = made(kind)
     fill(memory, 4)
     before = copy.deepcopy(memory.state_dict())
@@ -275,7 +275,7 @@ def test_threads_get_places_of_their_own() -> None:
 
 
 def test_a_compiled_step_with_its_enqueue() -> None:
-    """A queue of which a batch is a part comes back to the same places: then nothing is compiled again."""
+    """A queue whose length is a multiple of the batch returns to the same places: then nothing is compiled again."""
     loss, queue = MoCoLoss(), MemoryQueue(6, D)
     queue.enqueue(rows(6, 0))
     plain = copy.deepcopy(queue)
@@ -293,7 +293,7 @@ def test_a_compiled_step_with_its_enqueue() -> None:
     torch.testing.assert_close(queue.embeddings, plain.embeddings)
     assert queue.enqueued.item() == plain.enqueued.item() == 21
     queue.enqueued.fill_(4)
-    assert len(queue) == 4  # which a graph learns of when it is asked for outside
+    assert len(queue) == 4  # reading it outside makes the change known to the graph
     expected = loss(query, key, queue.rows[:4])
     torch.testing.assert_close(compiled(query, key), expected)
 
@@ -307,7 +307,7 @@ def test_a_label_below_zero() -> None:
 
 
 def test_sampled_loss_of_a_bank_that_was_copied_into() -> None:
-    """Negatives are drawn from the rows that are there by then."""
+    """Negatives are drawn from the rows that are there at the time of the call."""
     bank, other = MemoryBank(SIZE, D), MemoryBank(SIZE, D)
     other.update(torch.arange(SIZE), rows(SIZE, 0))
     WRITES["buffer by buffer"](bank, other)

@@ -1,4 +1,4 @@
-"""What torch and its tools may rely on: registration, compilation, autocast, memory, backends."""
+"""What torch and its tools require: registration, compilation, autocast, memory, backends."""
 
 import os
 import subprocess
@@ -158,7 +158,7 @@ def test_opcheck_of_the_backward(case, dtype, needed, backend) -> None:
 
 
 def test_opcheck_of_the_backward_with_inputs_that_need_gradients(backend) -> None:
-    """All but the derivative, which raises (below)."""
+    """All checks but the derivative, which raises (below)."""
     arguments = list(backward_arguments("everything", backend, torch.float32, [True] * 5 + [False] * 2))
     arguments[0].requires_grad_()
     torch.library.opcheck(
@@ -216,7 +216,7 @@ def test_inputs_changed_in_place_before_the_backward_are_noticed(backend) -> Non
     z = x(6, 3).requires_grad_()
     rows = z * 1
     loss = fastcl.contrastive_stats(rows, want=("lse_all",)).lse_all.sum()
-    rows.data.add_(0)  # unseen by autograd
+    rows.data.add_(0)  # autograd does not notice
     loss.backward(retain_graph=True)
     with torch.no_grad():
         rows.add_(1)
@@ -232,7 +232,7 @@ def self_contrast(z: Tensor, clusters: Tensor, temperature: Tensor) -> Tensor:
 
 
 def two_sets(z: Tensor, clusters: Tensor, temperature: Tensor) -> Tensor:
-    """As many options as go together; contrasts are the rows in another order."""
+    """As many options as can be combined; contrasts are the rows in another order."""
     flat = z.flatten(0, 1)
     return cluster_infonce(
         z,
@@ -265,8 +265,8 @@ def with_gradients(function: Callable[..., Tensor], n: int) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, (z, temperature))]
 
 
-# Inductor's own imports, on the first compilation.
-# Warnings of torch's own: of 2.13's inductor, of 2.6's.
+# Inductor's own imports in the first compilation.
+# Warnings from torch 2.13's inductor and from torch 2.6's.
 inductor = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     "ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning",
@@ -293,7 +293,7 @@ def test_compile() -> None:
 @inductor
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_compile_of_transposed_rows() -> None:
-    """The layout of features that come from a convolution."""
+    """The layout of features from a convolution."""
 
     def function(w: Tensor, y: Tensor, p: Tensor) -> Tensor:
         return cluster_infonce(w.t(), contrasts=y.t(), positives=p.t(), symmetric=True)
@@ -321,7 +321,7 @@ def test_compile_with_dynamic_shapes() -> None:
 
 
 def counting(graphs: list[Any]) -> Callable[..., Any]:
-    """A dynamo backend that runs the graph as it is and keeps it in `graphs`."""
+    """A dynamo backend that runs the graph unchanged and appends it to `graphs`."""
 
     def backend(graph, example_inputs):
         graphs.append(graph)
@@ -400,7 +400,7 @@ def test_backward_outside_autocast(backend) -> None:
 
 
 def test_training_under_autocast(backend) -> None:
-    """The projector's output is bfloat16 there, and its weights get their gradient."""
+    """The projector's output is bfloat16, and its weights get a gradient."""
     layer = torch.nn.Linear(6, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16), Calls() as calls:
         loss = cluster_infonce(layer(x(10, 2, 6)))
@@ -414,7 +414,7 @@ def test_training_under_autocast(backend) -> None:
 
 
 def allocated(run: Callable[[], object]) -> tuple[int, int]:
-    """Largest single allocation on the CPU and the peak of all, in bytes above the start."""
+    """Largest single CPU allocation, and the peak of all, in bytes above the start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -448,7 +448,7 @@ def test_chunked_never_holds_all_logits(options) -> None:
     with fastcl.use_backend("chunked"):
         largest, peak = allocated(forward_and_backward(n, d, **options))
     assert largest < n * n // 4  # not even a mask of a quarter of the pairs
-    assert peak < n * n  # bytes; the logits would be four times that
+    assert peak < n * n  # bytes; the logits would take four times that
 
 
 def test_chunked_never_holds_all_logits_of_two_sets() -> None:
@@ -501,7 +501,7 @@ def test_use_backend_nests_and_restores() -> None:
 
 @pytest.mark.usefixtures("_no_environment")
 def test_use_backend_is_of_one_thread() -> None:
-    """One thread inside a block for each backend at the same time, and one in none."""
+    """One thread inside a block for each backend at the same time, and one outside."""
     meet = threading.Barrier(len(BACKENDS) + 1, timeout=30)
     seen: dict[str, list[str]] = {}
 
@@ -530,7 +530,7 @@ def test_use_backend_is_of_one_thread() -> None:
 @pytest.mark.parametrize("forward", BACKENDS)
 @pytest.mark.parametrize("backward", BACKENDS)
 def test_backward_under_another_backend(forward, backward, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", 0)  # else the gradient of a small batch is there already
+    monkeypatch.setattr(direct, "AT_ONCE", 0)  # otherwise a small batch already has its gradient
     z = x(9, 2, 4).requires_grad_()
     with fastcl.use_backend(forward):
         loss = cluster_infonce(z)
@@ -538,7 +538,7 @@ def test_backward_under_another_backend(forward, backward, monkeypatch) -> None:
     with fastcl.use_backend(backward), Calls() as calls:
         (got,) = torch.autograd.grad(loss, z)
     assert torch.equal(got, expected)
-    # `Calls` looks on: then the native engine's mean loss starts over with the operators, forward and backward.
+    # `Calls` is an active mode, so the backward of the native engine's mean loss runs the operators, forward included.
     assert calls.backends == [forward] * (2 if loss.grad_fn.native else 1)
 
 
@@ -596,7 +596,7 @@ def test_threads_at_the_same_time_give_the_same_numbers(backend) -> None:
 
 
 def test_importing_and_using_fastcl_does_not_import_the_compiler() -> None:
-    """It would add seconds to every start."""
+    """Importing it would add seconds to every start."""
     code = (
         "import sys, torch, fastcl; fastcl.ClusterInfoNCE()(torch.ones(2, 2, 2, requires_grad=True)).backward(); "
         "print('torch._dynamo' in sys.modules)"
@@ -606,7 +606,7 @@ def test_importing_and_using_fastcl_does_not_import_the_compiler() -> None:
 
 
 def test_gradients_in_a_batch(backend) -> None:
-    """Tensors that vmap wraps look plain: the operator has to see them."""
+    """Tensors under vmap look plain to Python: the operator must still get them."""
     q = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     lse = fastcl.contrastive_stats(q, want=("lse_all",)).lse_all
     one_by_one = [torch.autograd.grad(lse, q, row, retain_graph=True)[0] for row in torch.eye(8)[:3]]

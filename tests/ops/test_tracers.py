@@ -1,4 +1,4 @@
-"""What the tracers and transforms of torch see: a right result, or an error that says what is not supported."""
+"""torch's tracers and transforms get a right result, or an error that says what is not supported."""
 
 import copy
 from typing import Any
@@ -17,8 +17,8 @@ from tests.support.strategies import generator
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit",  # deprecated
-    "ignore::torch.jit.TracerWarning",  # of shapes that are compared
-    "ignore:.*performance drop",  # of vmap over an operator
+    "ignore::torch.jit.TracerWarning",  # from comparisons of shapes
+    "ignore:.*performance drop",  # from vmap over an operator
 )
 
 
@@ -27,7 +27,7 @@ def x(*shape: int) -> Tensor:
 
 
 FUNCTIONS: dict[str, Any] = {
-    "mean loss": lambda z: cluster_infonce(z),  # make_fx takes a function's defaults for arguments
+    "mean loss": lambda z: cluster_infonce(z),  # make_fx would trace a function's defaults as arguments
     "loss": lambda z: cluster_infonce(z, reduction="none"),
     "stats": lambda z: fastcl.contrastive_stats(z[:, 0], normalize_anchors=True).lse_all,
     "loss of assignments": lambda z: cluster_infonce(z, assignments=z[:, 0].exp()),
@@ -92,14 +92,14 @@ def on_meta(argument: Any) -> Any:
     return argument.to("meta") if isinstance(argument, (Tensor, fastcl.MemoryQueue)) else argument
 
 
-def has_bank(argument: Any) -> bool:  # which of its rows are filled cannot be known without its numbers
+def has_bank(argument: Any) -> bool:  # which of its rows are filled depends on values
     return isinstance(argument, fastcl.MemoryBank) or (isinstance(argument, list) and any(map(has_bank, argument)))
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if "self" not in target.examples[0]])
 def test_meta_tensors_give_shapes(name) -> None:
     for example in TARGETS[name].examples:
-        if any(map(has_bank, example.values())) or name == "knn_predict":  # and numbers of classes
+        if any(map(has_bank, example.values())) or name == "knn_predict":  # as does the number of classes
             continue
         expected = list(tensors_in(TARGETS[name].call(**copy.deepcopy(example))))
         got = list(tensors_in(TARGETS[name].call(**{key: on_meta(copy.deepcopy(v)) for key, v in example.items()})))

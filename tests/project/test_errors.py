@@ -1,4 +1,4 @@
-"""Bad input: the error names the argument and tells what came."""
+"""Bad input: the error names the argument and what came."""
 
 import re
 from typing import Any
@@ -20,7 +20,7 @@ def ids(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.arange(n).to(dtype)
 
 
-# Arguments, the argument that the message has to name, and what it has to say that came.
+# Arguments, the argument that the message must name, and how it must describe what came.
 STATS = {
     "anchors as list": ({"anchors": [[1.0]]}, "anchors", "list"),
     "anchors of one dimension": ({"anchors": x(4)}, "anchors", r"\[4\]"),
@@ -279,7 +279,7 @@ def test_temperature_on_another_device() -> None:
 
 
 def test_good_arguments_pass() -> None:
-    """The base of the tables above, so that each case fails for its own reason."""
+    """The base of the tables above is valid, so each case fails for its own reason."""
     fastcl.contrastive_stats(x(4, 3))
     fastcl.contrastive_stats(x(4, 3), x(5, 3), ids(4), ids(5), anchor_ids=ids(4), contrast_ids=ids(5), both=True)
     fastcl.contrastive_stats(x(4, 3), x(5, 3), contrast_bias=x(5))

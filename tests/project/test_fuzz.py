@@ -1,4 +1,4 @@
-"""Arguments of every kind at all that is public: a call computes, or its error names one of its arguments."""
+"""Random values for the arguments of everything public: a call computes, or its error names one of its arguments."""
 
 import copy
 import re
@@ -16,7 +16,7 @@ import fastcl
 from fastcl.ops.backends import choose
 from tests.support.fuzzing import TARGETS, VALUES, Target, value
 
-FUNCTIONS = ("class", "module", "queue", "bank")  # priors whose errors are their own
+FUNCTIONS = ("class", "module", "queue", "bank")  # functions as priors raise errors of their own
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
@@ -55,7 +55,9 @@ def check(target: Target, arguments: dict[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         message = str(error)
     except RuntimeError as error:
-        if not str(error).startswith("Inference tensors cannot be saved for backward"):  # torch's, and right
+        if not str(error).startswith(
+            "Inference tensors cannot be saved for backward"
+        ):  # torch's own error, which is right
             raise
         return
     if message is not None:
@@ -75,7 +77,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @st.composite
 def changes(draw: st.DrawFn, target: Target) -> tuple[int, dict[str, str]]:
-    """Which example, and for up to three of its arguments, or of those that it leaves out, the name of a value."""
+    """The index of an example, and values by name for up to three of its arguments or of those that it omits."""
     example = draw(st.integers(0, len(target.examples) - 1))
     own = [name for name in target.examples[example] if name != "self"]
     names = st.one_of(st.sampled_from(own), st.sampled_from(sorted(target.names)))
@@ -86,12 +88,12 @@ def changes(draw: st.DrawFn, target: Target) -> tuple[int, dict[str, str]]:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_right_calls(name) -> None:
-    """The base of the next test, in which each fails for a reason of its own."""
+    """The base of the next test is valid."""
     for example in TARGETS[name].examples:
         differentiate(TARGETS[name].call(**copy.deepcopy(example)))
 
 
-# Of each, about 2000 calls in all; as many as the profile says where that draws new ones.
+# Examples per target, about 2000 calls in all; the profile's number if the profile draws new ones.
 EXAMPLES = 60 if settings.default.derandomize else settings.default.max_examples
 PLAIN = [name for name in choose.AVAILABLE if name not in ("triton", "cuda")]
 

@@ -1,4 +1,4 @@
-"""What a user installs: sdist and wheel, into an environment that holds nothing else."""
+"""What users install: sdist and wheel, in an environment with nothing else."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ import fastcl
 ROOT = Path(__file__).parents[2]
 OURS = ("FASTCL_BACKEND", "FASTCL_CPU_ISA", "FASTCL_CUDA", "FASTCL_NATIVE", "FASTCL_REQUIRE_NATIVE")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONWARNINGS", *OURS)}
-ENVIRONMENT["FASTCL_CUDA"] = "0"  # minutes a build; `test_cuda_build.py` is about that
+ENVIRONMENT["FASTCL_CUDA"] = "0"  # a CUDA build takes minutes; `test_cuda_build.py` tests it
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 ENGINES = COMPILER is not None and platform.machine() == "x86_64" and sys.platform.startswith("linux")
@@ -57,7 +57,7 @@ def copy_source(to: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist, and the wheel built from the sdist; the tree still has what an editable install without it left."""
+    """The sdist, and the wheel built from it; the tree has a stale file of an editable install."""
     where = tmp_path_factory.mktemp("built")
     source = copy_source(where / "source")
     (source / "fastcl" / "_build_failure.py").write_text("REASON = LOG = 'stale'")
@@ -67,7 +67,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def clean(tmp_path: Path) -> Path:
-    """The Python of a new environment that can import what this one has installed, but no editable fastcl."""
+    """The Python of a new environment that sees the packages of this one, but no editable fastcl."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "clean", cwd=tmp_path)
     python = tmp_path / "clean" / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
@@ -239,9 +239,9 @@ Python_add_library(_native MODULE WITH_SOABI csrc/module.cpp)
 
 @needs_compiler
 def test_a_build_in_the_tree_replaces_what_the_last_one_left(tmp_path: Path) -> None:
-    """Failures and successes in turn, as editable installs have them; also where CMake's cache is of another tree."""
+    """Failed and successful builds in turn, as in editable installs; also with CMake's cache of another tree."""
     source = copy_source(tmp_path / "source")
-    (source / "CMakeLists.txt").write_text(SMALL_PROJECT)  # so that it compiles in no time
+    (source / "CMakeLists.txt").write_text(SMALL_PROJECT)  # compiles quickly
     module, failure = source / "fastcl" / MODULE, source / "fastcl" / "_build_failure.py"
 
     def build(text: str, **environment: str) -> str:

@@ -1,4 +1,4 @@
-"""Agreement with the peers themselves, each as its package has it; skipped where it is not installed."""
+"""Agreement with the peers' own packages; a peer that is not installed is skipped."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 0, 3, 3, 1, 2])
 
 
 def package(module: str) -> Any:
-    """The module. A package whose own requirements are broken is as good as absent."""
+    """The module. A package with broken requirements counts as absent."""
     return pytest.importorskip(module, exc_type=ImportError)
 
 
@@ -39,7 +39,7 @@ def test_metric_learning_supcon(labels, backend) -> None:
 
 
 def test_metric_learning_cross_batch_memory(backend) -> None:
-    """Of several batches: a memory of labelled rows beside the batch itself."""
+    """Over several batches: a memory of labelled rows beside the batch itself."""
     losses = package("pytorch_metric_learning.losses")
     memory = losses.CrossBatchMemory(losses.SupConLoss(temperature=0.1), 6, memory_size=42).double()
     queue = fastcl.MemoryQueue(28, 6, dtype=torch.float64, clusters=True)
@@ -49,7 +49,7 @@ def test_metric_learning_cross_batch_memory(backend) -> None:
         unit = torch.nn.functional.normalize(x, dim=1)
         expected = memory(unit, LABELS)
         clusters = {"contrast_clusters": LABELS, "ids": torch.arange(14), "contrast_ids": torch.arange(14)}
-        # The batch meets its own copy in the memory, from which no gradient comes; no row meets itself.
+        # The memory holds a copy of the batch without gradient; ids keep a row from meeting itself.
         got = loss(x, LABELS, contrasts=[x.detach(), queue], **clusters)
         agree(got, expected, [x])
         queue.enqueue(x.detach(), LABELS)

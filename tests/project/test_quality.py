@@ -1,4 +1,4 @@
-"""Alignment and uniformity against Wang and Isola's own lines."""
+"""Alignment and uniformity against Wang and Isola's published code."""
 
 import pytest
 import torch

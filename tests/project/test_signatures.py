@@ -1,4 +1,4 @@
-"""Calls that the documentation shows are calls that can be made: names, order and defaults as they really are."""
+"""Calls in the documentation match the real signatures: names, order and defaults."""
 
 import ast
 import inspect
@@ -18,7 +18,7 @@ CLASSES = {name: value for name, value in PUBLIC.items() if "forward" in vars(va
 
 
 def parameters(function: Any) -> dict[str, tuple[Any, str]]:
-    """Of each parameter whether it is given by name only, and its default as Python writes it."""
+    """For each parameter whether it is keyword-only, and its default as Python writes it."""
     found = [part for part in inspect.signature(function).parameters.values() if part.name != "self"]
     return {
         part.name: (part.kind is part.KEYWORD_ONLY, "" if part.default is part.empty else repr(part.default))
@@ -27,7 +27,7 @@ def parameters(function: Any) -> dict[str, tuple[Any, str]]:
 
 
 def written(signature: str) -> dict[str, tuple[Any, str]]:
-    """The same of the text between parentheses."""
+    """The same for the text between parentheses."""
     scope: dict[str, Any] = {}
     exec(f"def function({signature}): ...", scope)
     return parameters(scope["function"])
@@ -67,7 +67,7 @@ def test_signature(page, name, signature) -> None:
 
 
 def calls(page: Path) -> Iterator[ast.Call]:
-    """The calls in the page's inline code; in a table of another library's calls and ours, those of ours."""
+    """The calls in the page's inline code. In a table of another library's calls and ours, only ours."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     if page.name == "migration.md":
         text = "\n".join(line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ") and " | " in line)
@@ -80,7 +80,7 @@ def calls(page: Path) -> Iterator[ast.Call]:
 
 
 def bound(call: ast.Call) -> bool:
-    """Binds a call's arguments to the signature of what is called, if that is public."""
+    """Binds a call's arguments to the signature of its function, if that is public."""
     names = {keyword.arg: None for keyword in call.keywords if keyword.arg}
     made = call.func
     if isinstance(made, ast.Call) and isinstance(made.func, ast.Name) and made.func.id in CLASSES:
@@ -93,7 +93,7 @@ def bound(call: ast.Call) -> bool:
 
 
 def misfit(call: ast.Call) -> str:
-    """Why a call does not fit its signature, nothing if it does."""
+    """Why a call does not fit its signature; empty if it does."""
     try:
         bound(call)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""The structure of the sources: imports go one way, files stay small, tests lie where their source lies."""
+"""The structure of the sources: imports go one way, files stay small, tests mirror the sources."""
 
 import ast
 import subprocess
@@ -42,7 +42,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """The package's modules that one imports, wherever it does; what is for type checkers alone does not count."""
+    """The package's modules that a module imports anywhere, except under TYPE_CHECKING."""
     path = modules()[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def imports(module: str) -> frozenset[str]:
 
 
 def layer(module: str) -> int:
-    """The layer whose name is the longest that the module's begins with."""
+    """The layer with the longest name that is a prefix of the module's name."""
     fits = [
         (len(prefix), k)
         for k, prefixes in enumerate(LAYERS)
@@ -78,7 +78,7 @@ def layer(module: str) -> int:
 
 
 def folder(module: str) -> str:
-    """The family or the folder that a module belongs to."""
+    """The family or folder of a module."""
     return next(prefix for prefix in LAYERS[layer(module)] if module == prefix or module.startswith(f"{prefix}."))
 
 

@@ -1,5 +1,4 @@
-"""The error rule accepts PyTorch and refuses what it is there to find: planted errors, from crude ones to those of
-kernels that round too early."""
+"""The error rule accepts PyTorch and rejects planted errors: crude ones, and those of kernels that round too early."""
 
 import pytest
 import torch
@@ -58,7 +57,7 @@ class Problem:
 
 
 class Kernel:
-    """The float32 gradient in the steps of a kernel, so that each can be done wrongly. dL/dx, before any cast."""
+    """The float32 gradient in the steps of a kernel, each of which a test can do wrongly. dL/dx, before any cast."""
 
     def __init__(self, problem: Problem) -> None:
         x = problem.x.float()
@@ -88,7 +87,7 @@ class Kernel:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(3))
 def test_pytorch_itself_is_accepted(kind, dtype, seed) -> None:
-    """In orders of summation that the rule has not seen."""
+    """Also with orders of summation that the rule has not seen."""
     problem = Problem(kind, dtype, seed)
     for order in range(10, 14):
         loss, gradient = problem.evaluate(Evaluation(problem.accumulation, order, scale_first=order % 2 == 0))
@@ -98,7 +97,7 @@ def test_pytorch_itself_is_accepted(kind, dtype, seed) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_careful_kernel_is_accepted(dtype) -> None:
-    """Where the planted errors below start from."""
+    """The planted errors below start from this kernel."""
     problem = Problem("converged", dtype)
     kernel = Kernel(problem)
     problem.check_gradient(kernel.project(kernel.through(kernel.difference)).to(dtype))
@@ -192,7 +191,7 @@ def test_an_error_of_the_floor_is_accepted_and_of_twice_the_floor_refused() -> N
     check("x", truth + 0.99e-5 * off, truth, perfect)
     with pytest.raises(AssertionError, match="x: error"):
         check("x", truth + 2e-5 * off, truth, perfect)
-    # Eager's own error raises the bound, 1.5 times, and the largest draw counts.
+    # Eager's own error raises the bound 1.5 times, and the largest draw counts.
     draws = [truth + 1e-4 * off, truth + 1e-3 * off]
     check("x", truth + 1.49e-3 * off, truth, draws)
     with pytest.raises(AssertionError, match="x: error"):

@@ -1,4 +1,4 @@
-"""Which backends and engines tests run over, and how one is fixed. conftest.py sets the environment first."""
+"""The backends and engines that tests run over, and how to fix one. conftest.py sets the environment first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ import pytest
 import fastcl
 from fastcl.ops.backends import choose, native, triton_launch
 
-# What takes tensors on the CPU; with a GPU, Triton's kernels are not interpreted, and `test_gpu.py` is theirs. Those of
-# CUDA are there without a GPU too, where torch knows of CUDA; emulated, they have tests of their own.
+# Backends that take tensors on the CPU. With a GPU, Triton's kernels are not interpreted; `test_gpu.py` tests them.
+# `cuda` is listed without a GPU too if torch has CUDA; its kernels are tested on the emulator.
 BACKENDS = tuple(
     name for name in choose.AVAILABLE if name != "cuda" and (name != "triton" or triton_launch.INTERPRETED)
 )
 ENGINES = tuple(native.native_module().supported_engines()) if "cpu" in BACKENDS else ()
-# Backends, and the engines of `cpu` that it does not use by itself on this machine, as cpu-<instruction set>.
+# Backends, and as cpu-<instruction set> the engines of `cpu` that are not the default on this machine.
 VARIANTS = BACKENDS + tuple(f"cpu-{name}" for name in ENGINES if name != native.engine()[0])
 # All but Triton's, which an interpreter runs here: it takes a hundred times as long as the others.
 QUICK = tuple(name for name in VARIANTS if name != "triton")

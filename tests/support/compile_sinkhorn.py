@@ -1,4 +1,4 @@
-"""As `compile_triton`, for Sinkhorn's kernels."""
+"""`compile_triton` for Sinkhorn's kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PASSES = {
 
 
 def compiled(job: dict[str, Any]) -> dict[str, Any]:
-    """kernel, architecture, dtype, k; `pass` where the kernel has several; `spread`: no stride is known to be 1."""
+    """kernel, architecture, dtype, k; `pass` if the kernel has several; `spread`: no stride is known to be 1."""
     name, k = job["kernel"], job["k"]
     which, absent = PASSES[job.get("pass", "normalize")]
     shapes: dict[str, Tile | None] = {

@@ -1,6 +1,6 @@
-"""Compiles Triton kernels ahead of time for a GPU that need not be there: ``python compile_triton.py JOBS``, as JSON.
+"""Compiles Triton kernels ahead of time for a GPU that need not exist: ``python compile_triton.py JOBS``, as JSON.
 
-A process of its own: Triton is told by the environment whether it interprets, before it is imported.
+It is a separate process, as the environment must disable the interpreter before Triton is imported.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         of_assignments = name in ("R", "Q") and "assignments" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
         signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
-        if name not in ("N", "M", "SPAN", "K"):  # as at run time: memory of torch's begins at multiples of 16 bytes
+        if name not in ("N", "M", "SPAN", "K"):  # as at run time: torch's memory is aligned to 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
     return built(job, kernel, shape, signature, constexprs, attributes)
 
@@ -113,7 +113,7 @@ def built(
     constexprs: dict[str, Any],
     attributes: dict[tuple[int, ...], Any],
 ) -> dict[str, Any]:
-    """The job, and what became of it."""
+    """The job and its outcome."""
     result = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", job["architecture"], 32),
@@ -133,7 +133,8 @@ def built(
         "local": found["local"],
         "shared": result.metadata.shared,
         "products": [name for name in PRODUCTS if name in result.asm["ptx"]],
-        "multiply_adds": result.asm["ptx"].count("fma.rn.f32") + result.asm["ptx"].count("fma.rn.f32x2"),  # of two
+        "multiply_adds": result.asm["ptx"].count("fma.rn.f32")
+        + result.asm["ptx"].count("fma.rn.f32x2"),  # each counts two
         "fusible": len(re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32", result.asm["ptx"])),
     }
 

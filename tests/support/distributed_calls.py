@@ -1,4 +1,4 @@
-"""What test_distributed.py's processes run beside losses: calls that differ, second derivatives, collectives."""
+"""What the processes of test_distributed.py run besides losses: mismatched calls, second derivatives, collectives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ from tests.support.strategies import generator
 
 
 def disagreements(rank: int, world: int) -> dict[str, str]:
-    """What the processes say of calls that are not the same on all of them."""
+    """The errors of the processes for calls that differ between them."""
     z = torch.randn(4, 2, 3 + rank)
     views, x, y, p = torch.randn(4, 2, 3), torch.randn(4, 3), torch.randn(4, 3), torch.randn(5, 3)
     c, w = torch.arange(4) // 2, torch.ones(4)
@@ -53,7 +53,7 @@ def disagreements(rank: int, world: int) -> dict[str, str]:
     def nce(**options: Any) -> Callable[[], Any]:
         return lambda: fastcl.SampledNCELoss(gather=True, **options)(x, torch.arange(4), bank)
 
-    # By what the error says; after ":" another call that has to say it.
+    # Keyed by a part of the error's text; after ":" another call that must raise it.
     calls: dict[str, Callable[[], Any]] = {
         "dimension": loss(z),
         "anchors with a gradient": loss(learned(views), gather="ring"),
@@ -119,13 +119,13 @@ def disagreements(rank: int, world: int) -> dict[str, str]:
     for name, call in calls.items():
         try:
             call()
-        except ValueError as error:  # noqa: PERF203 - what raises is what is looked for
+        except ValueError as error:  # noqa: PERF203 - the error is what is tested
             said[name] = str(error)
     return said
 
 
 def own_errors(rank: int, world: int) -> dict[str, list[str]]:
-    """Type and text of what each process says where the arguments of the last one are wrong in themselves."""
+    """Type and text of each process's error if the arguments of the last process are wrong in themselves."""
     x, y, p = torch.randn(4, 3), torch.randn(4, 3), torch.randn(5, 3)
     wrong = rank == world - 1
     narrow = x[:, :2] if wrong else x
@@ -166,19 +166,19 @@ def own_errors(rank: int, world: int) -> dict[str, list[str]]:
     for name, call in calls.items():
         try:
             call()
-        except (TypeError, ValueError) as error:  # noqa: PERF203 - what raises is what is looked for
+        except (TypeError, ValueError) as error:  # noqa: PERF203 - the error is what is tested
             said[name] = [type(error).__name__, str(error)]
     return said
 
 
 def memories(rank: int, world: int) -> dict[str, Any]:
-    """Queue and bank in a wrapped model, after the first process alone has loaded a state."""
+    """Queue and bank in a wrapped model, after only the first process has loaded a state."""
     model = torch.nn.ModuleDict(
         {"encoder": torch.nn.Linear(3, 3), "queue": fastcl.MemoryQueue(8, 3), "bank": fastcl.MemoryBank(6, 3)}
     )
     model.forward = lambda x: model["encoder"](x)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    model["queue"].enqueue(torch.randn(rank + 1, 3))  # each process its own, and another number of them
+    model["queue"].enqueue(torch.randn(rank + 1, 3))  # each process enqueues its own rows, in different numbers
     if rank == 0:
         state = {name: value.clone() for name, value in model.state_dict().items()}
         g = generator(4)
@@ -200,7 +200,7 @@ def memories(rank: int, world: int) -> dict[str, Any]:
 
 
 def shown(rank: int, world: int) -> list[str]:
-    """Losses with a temperature of which the first process has the only shard."""
+    """The repr of losses with a temperature whose only shard the first process has."""
     mesh = init_device_mesh("cpu", (world,))
     whole = torch.tensor([0.25])
     temperature = DTensor.from_local(whole if rank == 0 else whole[:0], mesh, [Shard(0)], shape=(1,), stride=(1,))
@@ -209,9 +209,9 @@ def shown(rank: int, world: int) -> list[str]:
 
 
 def penalised(rank: int | None, world: int) -> dict[str, Any]:
-    """Second derivatives: what they are, summed over processes' functions, or what is said of them.
+    """Second derivatives, summed over the processes' functions, or the text of the error.
 
-    rank None: what they are in one process.
+    rank None: in one process.
     """
     first = 0 if rank is None else sum(SAMPLES[world][:rank])
     mine = slice(first, 9 if rank is None else first + SAMPLES[world][rank])
@@ -258,7 +258,7 @@ def penalised(rank: int | None, world: int) -> dict[str, Any]:
 
 
 def collectives(rank: int, world: int) -> dict[str, int]:
-    """How many a step of a loss has, forward and backward: small batches wait for each of them."""
+    """The number of collectives in a step of a loss, forward and backward: small batches wait for each of them."""
     count = 0
     names = [
         name
@@ -302,7 +302,7 @@ def collectives(rank: int, world: int) -> dict[str, int]:
 
 
 def not_a_number(rank: int, world: int) -> dict[str, Tensor]:
-    """Losses of a call in which the last process alone has a NaN."""
+    """Losses of a call in which only the last process has a NaN."""
 
     def draw(rows: int, columns: int, bad: bool = False) -> Tensor:
         values = torch.randn(rows, columns)
@@ -352,7 +352,7 @@ def not_a_number(rank: int, world: int) -> dict[str, Tensor]:
 
 
 def light_weights(rank: int, world: int) -> Tensor:
-    """A weighted mean whose weights are tiny, and of other sizes on each process."""
+    """A weighted mean whose weights are tiny, and of a different size in each process."""
     x, y = (torch.randn(4 * world, 3, generator=generator(seed))[4 * rank : 4 * rank + 4] for seed in (0, 1))
     weights = torch.linspace(1, 2, 4, dtype=F64) * 10.0 ** (rank - 300)
     return cluster_infonce(x, contrasts=y, weights=weights, gather=True)

@@ -1,6 +1,6 @@
-"""What test_distributed.py's processes run: calls of `cluster_infonce` shared out among them, and other losses.
+"""What the processes of test_distributed.py run: calls of `cluster_infonce` with shared-out rows, and other losses.
 
-A process holds its share of the samples, and of the contrasts the ones that belong with them.
+A process holds its share of the samples, and the contrasts that belong with them.
 """
 
 import json
@@ -21,13 +21,13 @@ from fastcl.functional import cluster_infonce
 from tests.support.judging import combination
 from tests.support.strategies import LossProblem, generator, loss_problem
 
-SAMPLES = {2: (3, 6), 4: (3, 0, 4, 2)}  # of each process
+SAMPLES = {2: (3, 6), 4: (3, 0, 4, 2)}  # samples of each process
 MODES = (True, "ring")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 def infonce_problems() -> dict[str, tuple[LossProblem, str | None]]:
-    """By name, with the backend (None: the one that is chosen)."""
+    """Problems by name, with the backend (None: the default)."""
     sets = {"contrasts": "paired", "m": 9}
     kinds: dict[str, dict[str, Any]] = {
         "views": {"pattern": None},
@@ -75,9 +75,10 @@ def infonce_problems() -> dict[str, tuple[LossProblem, str | None]]:
 
 
 def arguments_of(name: str, problem: LossProblem) -> dict[str, Any]:
-    """As `problem.arguments()`; of inner products, some rows so long that their logits leave what one base covers.
+    """`problem.arguments()`, changed for two kinds of problem.
 
-    Of those that are left out, the first contrasts and every third one.
+    With inner products some rows are so long that one base does not cover their logits. If contrasts are left out, they
+    are the first ones and every third one.
     """
     arguments = problem.arguments()
     if name.startswith("inner products"):
@@ -89,7 +90,7 @@ def arguments_of(name: str, problem: LossProblem) -> dict[str, Any]:
 
 
 def places(problem: LossProblem, arguments: dict[str, Any], rank: int, world: int) -> dict[str, Tensor]:
-    """Which of the whole's samples, rows and contrasts are this process's."""
+    """The indices of this process's samples, rows and contrasts in the whole."""
     counts, views = SAMPLES[world], max(problem.views, 1)
     first = sum(counts[:rank])
     samples = torch.arange(first, first + counts[rank])
@@ -97,7 +98,7 @@ def places(problem: LossProblem, arguments: dict[str, Any], rank: int, world: in
     m, flat = problem.m, problem.n * views
     if problem.contrasts == "clustered":
         contrasts = torch.arange(rank, m, world)
-        if problem.pattern is None:  # clusters are places of samples, and named as the process knows them
+        if problem.pattern is None:  # clusters are indices of samples, as the process numbers them
             of = arguments["contrast_clusters"]
             owner = torch.searchsorted(torch.tensor(counts).cumsum(0), of, right=True)
             contrasts = torch.where(of < 0, torch.arange(m) % world == rank, owner == rank).nonzero()[:, 0]
@@ -147,11 +148,11 @@ def run_infonce(rank: int, world: int) -> dict[str, Any]:
     return results
 
 
-# Losses that have no formula in oracle.py: one process with everything is what they are held to.
+# Losses without a formula in oracle.py are compared with one process that has everything.
 
 
 def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
-    """Loss and gradients in float64; of all samples (rank None), or of this process's."""
+    """Loss and gradients in float64, of all samples (rank None) or of this process's."""
     g = generator(3)
     n, d = 9, 5
     first = 0 if rank is None else sum(SAMPLES[world][:rank])
@@ -231,7 +232,7 @@ def run_others(rank: int, world: int) -> dict[Any, dict[str, Any]]:
     return {mode: other_losses(mode, rank, world) for mode in MODES}
 
 
-# What else processes do.
+# Other work of the processes.
 
 
 class Model(torch.nn.Module):
@@ -270,7 +271,7 @@ def accumulated(rank: int, world: int) -> dict[Any, dict[str, Tensor]]:
 
 
 def queues(rank: int, world: int) -> dict[str, Any]:
-    """Fed with gathered rows, of which each process brings others and another number of them."""
+    """Queues that are fed with gathered rows; each process brings its own, in different numbers."""
     g = generator(rank)
     queue = fastcl.MemoryQueue(11, 3, clusters=True, ids=True)
     for _ in range(3):
@@ -328,11 +329,11 @@ def _process(rank: int, world: int, folder: str, work: Callable[[int, int], Any]
         dist.destroy_process_group()
     except BaseException as error:
         Path(folder, f"{rank}.error").write_text(json.dumps([type(error).__name__, traceback.format_exc()]))
-        os._exit(1)  # a process group that has failed may wait for the others on its way out
+        os._exit(1)  # a process group that has failed may wait for the others at exit
 
 
 def spread(work: Callable[[int, int], Any], world: int, seconds: float = 60) -> tuple[list[Any], dict[int, list[str]]]:
-    """What `work(rank, world)` returns in each of so many processes (None where it failed), and their errors."""
+    """The result of `work(rank, world)` in each of `world` processes (None where it failed), and their errors."""
     context = multiprocessing.get_context("forkserver")  # imports torch once, then forks
     context.set_forkserver_preload(["torch", "torch.distributed", "tests.support.distributed_calls"])
     with tempfile.TemporaryDirectory() as folder:

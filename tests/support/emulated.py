@@ -1,4 +1,4 @@
-"""Backend ``cuda`` without a GPU: the kernels' own code, compiled for the host and run by csrc/tests/emulator.h."""
+"""Backend ``cuda`` without a GPU: csrc/tests/emulator.h runs the kernels, compiled for the host."""
 
 import fcntl
 import importlib.util
@@ -28,7 +28,7 @@ def _run(*command: object) -> None:
 
 @cache
 def module() -> Any:
-    """The native module with emulated kernels, built where it is not up to date."""
+    """The native module with emulated kernels, built if it is out of date."""
     if platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"):
         pytest.skip("the emulator is for Linux on x86-64")
     beside = [str(Path(sys.executable).parent / name) for name in ("cmake", "ninja")]
@@ -37,7 +37,7 @@ def module() -> Any:
         pytest.skip("CMake, Ninja and a C++ compiler build the emulator")
     pybind11 = pytest.importorskip("pybind11")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / "lock").open("w") as lock:  # another process may want it too
+    with (FOLDER / "lock").open("w") as lock:  # another process may build it too
         fcntl.flock(lock, fcntl.LOCK_EX)
         cmake, ninja = tools
         options = {

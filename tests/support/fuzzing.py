@@ -1,4 +1,4 @@
-"""What the fuzzer calls: right calls of all that is public, and values that may take an argument's place."""
+"""The fuzzer's targets: valid calls of everything public, and values that may replace an argument."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.strategies import generator
 
 
 class Subclass(Tensor):
-    """A tensor of another class, which torch's default `__torch_function__` lets through."""
+    """A tensor subclass, which torch's default `__torch_function__` lets through."""
 
 
 def _dtypes() -> list[torch.dtype]:
@@ -28,21 +28,21 @@ def _dtypes() -> list[torch.dtype]:
 
 
 def numbers(value: Any) -> Tensor:
-    """A plain float32 tensor, whatever stands in the place of the argument."""
+    """A plain float32 tensor: the argument, or another one if the argument is no such tensor."""
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested and value.numel():
         return value.detach().float()
     return torch.randn(4, 3, generator=generator(1))
 
 
 def of(change: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
-    """A change of the tensor in the argument's place, or of another where it cannot be done."""
+    """Changes the tensor in the argument's place, or another tensor if the change fails."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return [changed(value[0]), *value[1:]]
         try:
             return change(value.detach() if isinstance(value, Tensor) else numbers(value))
-        except (RuntimeError, TypeError, IndexError, NotImplementedError):  # nothing of the kind
+        except (RuntimeError, TypeError, IndexError, NotImplementedError):  # the change does not apply
             return change(torch.randn(4, 3, generator=generator(1)))
 
     return changed
@@ -54,7 +54,7 @@ def as_dtype(dtype: torch.dtype) -> Callable[[Any], Any]:
             return torch.quantize_per_tensor(tensor.float(), 0.1, 0, dtype)
         try:
             return tensor.to(dtype)
-        except (RuntimeError, TypeError, NotImplementedError):  # torch has no conversion to it
+        except (RuntimeError, TypeError, NotImplementedError):  # torch has no such conversion
             return torch.empty(tensor.shape, dtype=dtype)
 
     return of(convert)
@@ -81,7 +81,7 @@ def always(value: Any) -> Callable[[Any], Any]:
     return lambda _: value
 
 
-# Of each name a function of the value that a right call has in the place. Those that come first shrink best.
+# For each name a function of the valid value in the argument's place. The first ones shrink best.
 VALUES: dict[str, Callable[[Any], Any]] = {
     "None": always(None),
     "0": always(0),
@@ -192,7 +192,7 @@ def _inference(value: Tensor) -> Tensor:
 
 
 def value(name: str, original: Any) -> Any:
-    with warnings.catch_warnings():  # of layouts and dtypes that torch calls a prototype or deprecated
+    with warnings.catch_warnings():  # torch warns that some layouts and dtypes are prototypes or deprecated
         warnings.simplefilter("ignore")
         return VALUES[name](original)
 
@@ -202,12 +202,12 @@ def value(name: str, original: Any) -> Any:
 
 @dataclass(frozen=True)
 class Target:
-    """Something public. call: what is done with the arguments; names: of arguments that messages may tell of."""
+    """A public function. call: runs it on arguments; names: arguments that messages may name."""
 
     call: Callable[..., Any]
     names: frozenset[str]
     examples: tuple[dict[str, Any], ...]
-    changed: tuple[str, ...] = ()  # of arguments that a call changes unless it raises
+    changed: tuple[str, ...] = ()  # arguments that a call changes unless it raises
     parts: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -274,8 +274,8 @@ def function(call: Callable[..., Any], *examples: dict[str, Any]) -> Target:
 def module(
     kind: type[nn.Module], options: tuple[dict[str, Any], ...], *examples: dict[str, Any], method: str = "forward"
 ) -> Target:
-    """The constructor with options of its own, then a call."""
-    classes = kind.mro()[:2] if kind is fastcl.PMSNLoss else (kind,)  # whose further options are `MSNLoss`'s
+    """The constructor with its own options, then a call."""
+    classes = kind.mro()[:2] if kind is fastcl.PMSNLoss else (kind,)  # its further options are those of `MSNLoss`
     made, called = names_of(*(part.__init__ for part in classes)), names_of(getattr(kind, method))
 
     def call(**arguments: Any) -> Any:
@@ -292,7 +292,7 @@ def module(
 
 
 def method(name: str, *examples: dict[str, Any]) -> Target:
-    """A method of the memory that is an example's `self`."""
+    """A method of the memory, which an example passes as `self`."""
     kind = type(examples[0]["self"])
     called = getattr(kind, name)
     return Target(called, names_of(called), examples, ("self",))

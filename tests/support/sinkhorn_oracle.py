@@ -1,4 +1,4 @@
-"""Sinkhorn as its definition reads, in plain PyTorch through which autograd differentiates: the truth in float64."""
+"""Sinkhorn's definition in plain PyTorch, differentiated by autograd: the truth in float64."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Plan(NamedTuple):
 
 
 def log_masses(masses: Tensor) -> Tensor:
-    """Normalised. Nothing flows to what has no mass, by way of the sum either."""
+    """The logarithms of normalised masses. Masses of 0 get no gradient, not even through the sum."""
     present = masses > 0
     return torch.where(present, torch.where(present, masses, 1).log() - masses[present].sum().log(), -torch.inf)
 
@@ -31,8 +31,8 @@ def log_domain(
 ) -> Plan:
     """Scores [N, K], both marginals unnormalised, all of one dtype, in which everything is computed.
 
-    scaled: divide the scores by epsilon first, and the potentials by 1 / epsilon last. offset: keep f too large by it,
-    and g too small. Both are the same up to rounding.
+    scaled: divide the scores by epsilon first, and the potentials by 1 / epsilon last. offset: keep f too large by it
+    and g too small. Both change nothing but rounding.
     """
     if scaled:
         start = None if init is None else init / epsilon
@@ -42,7 +42,8 @@ def log_domain(
         f, g = (part.masked_fill(at, 0) * epsilon for part, at in zip(plan[1:], empty, strict=True))
         return Plan(plan.assignments, f.masked_fill(empty[0], -torch.inf), g.masked_fill(empty[1], -torch.inf))
     columns, rows = prior > 0, row_marginal > 0
-    # Autograd of a logsumexp over nothing but -inf is NaN: what has no mass is left out, and comes back at the end.
+    # Autograd of a logsumexp of nothing but -inf is NaN, so rows and columns without mass are removed, and restored at
+    # the end.
     part = scores[rows][:, columns]
     a, b = log_masses(row_marginal)[rows], log_masses(prior)[columns]
     f = torch.full_like(a, offset)
@@ -92,7 +93,7 @@ def differentiated(
     scaled: bool = False,
     offset: float = 0.0,
 ) -> Gradients:
-    """Values and gradients of <cotangents, plan> (what is infinite counts for nothing), computed in `dtype`."""
+    """Values and gradients of <cotangents, plan>, computed in `dtype`; infinite entries are ignored."""
     leaves = [
         value.detach().to(dtype).requires_grad_()
         for value in (scores, torch.tensor(epsilon, dtype=torch.float64), prior, row_marginal)

@@ -1,4 +1,4 @@
-"""Sinkhorn's passes on made-up problems, and their check against the dense ones in float64."""
+"""Sinkhorn's passes on synthetic problems, compared with the dense ones in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from fastcl.ops.sinkhorn import reference as sinkhorn_reference
 from fastcl.ops.sinkhorn.reference import ColumnTerm, Normalizer, RowTerm, Scores
 from tests.support.strategies import generator
 
-# Scores and potentials nearly cancel: a place too many, whose score reads as 0, has an exponential beyond all numbers.
+# Scores and potentials nearly cancel: one entry too many, whose score reads as 0, has an exponential that overflows.
 OFFSET = {torch.float32: 1e4, torch.bfloat16: 128.0, torch.float16: 1e3}
 EPSILON = 0.25
 
@@ -89,7 +89,7 @@ PASSES += (score_gradient, no_score_gradient)
 
 
 def widened(value: Any) -> Any:
-    """In float64, whatever it is made of."""
+    """In float64, whatever its layout."""
     if isinstance(value, Tensor):
         return value.double()
     if isinstance(value, Scores):
@@ -116,7 +116,7 @@ def plain(values: Tensor) -> Tensor:
 
 
 def spread(values: Tensor) -> Tensor:
-    """Negative bit set, columns two numbers apart, batches interleaved."""
+    """The values with the negative bit set, columns two numbers apart, batches interleaved."""
     room = torch.zeros(values.shape[1], values.shape[0], 2 * values.shape[2], dtype=values.dtype)
     view = room.transpose(0, 1)[:, :, ::2]
     view.copy_(-values)
@@ -124,7 +124,7 @@ def spread(values: Tensor) -> Tensor:
 
 
 def check_no_rows(which, passes, k: int) -> None:
-    """A process without rows takes part with sums of nothing."""
+    """A process without rows takes part with empty sums."""
     for batch, n in ((2, 0), (0, 3)):
         values = torch.empty(batch, n, k)
         rows, columns = Normalizer(*torch.ones(2, batch, n)), Normalizer(*torch.ones(2, batch, k))

@@ -1,4 +1,4 @@
-"""What tests of `contrastive_stats` share: the library beside its formula, and a problem to begin with."""
+"""Shared by the tests of `contrastive_stats`: the comparison with the formula, and a simple problem."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.support.tolerances import accumulation_dtype, check
 
 
 def as_dict(stats: fastcl.ContrastiveStats) -> dict[str, Tensor]:
-    """In the oracle's form; fields that were not wanted are left out."""
+    """The statistics in the oracle's form, without unwanted fields."""
     fields = {}
     for prefix, side in (("", stats), ("reverse.", stats.reverse)):
         if side is not None:
@@ -27,7 +27,7 @@ def library_stats(**arguments: Any) -> dict[str, Tensor]:
 
 
 def objective(fields: dict[str, Tensor]) -> Tensor:
-    """A fixed random combination of all fields, those of empty sets left out."""
+    """A fixed random combination of all fields, without those of empty sets."""
     total = torch.zeros((), dtype=torch.float64)
     for k, name in enumerate(sorted(fields)):
         if "num" not in name:
@@ -51,7 +51,7 @@ def check_stats(arguments: dict[str, Any], leaves: tuple[str, ...], backends: tu
     draws = [evaluate(how) for how in eager_evaluations(accumulation)]
     for backend in backends:
         if backend == "triton" and accumulation == torch.float64:
-            continue  # is chunked, as `test_backends_agree_in_float64` sees
+            continue  # it is chunked, as `test_backends_agree_in_float64` checks
         with running(backend):
             got, gradients = differentiate(library_stats, arguments, leaves, objective)
         assert set(got) == set(truth)

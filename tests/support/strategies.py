@@ -1,4 +1,4 @@
-"""hypothesis strategies: problems described by a few plain numbers, from which the tensors are drawn by a seed."""
+"""hypothesis strategies: a few plain numbers describe a problem, and a seed draws its tensors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,7 @@ def cluster_ids(pattern: str, n: int, g: torch.Generator) -> Tensor:
 def rows(kind: str, groups: Tensor, d: int, g: torch.Generator, *, unit: bool) -> Tensor:
     """[n, d] float64. random: independent rows. converged: rows of a group lie close together, as late in training.
 
-    unit: norms near 1; else they vary by a factor of 6 (the library is to normalise them).
+    unit: norms near 1; otherwise they vary by a factor of 6, for the library to normalise.
     """
     n = len(groups)
     if kind == "converged":
@@ -196,7 +196,7 @@ class LossProblem:
         views = max(self.views, 1)
         flat = self.n * views
         clusters = cluster_ids(self.pattern or "distinct", self.n, g)
-        # Where the rows lie: by cluster, rows without one by sample.
+        # Rows are placed by cluster; those without a cluster by sample.
         places = torch.where(clusters >= 0, clusters, -1 - torch.arange(self.n) - 10).repeat_interleave(views)
         m = 0 if self.contrasts is None else self.m
         if self.contrasts == "clustered":
@@ -318,7 +318,7 @@ def loss_problems(draw: st.DrawFn, interpreted: bool = False) -> LossProblem:
 
 
 def loss_problem(n: int = 9, views: int = 2, d: int = 6, contrasts: str | None = None, **changes: Any) -> LossProblem:
-    """A plain problem, changed as told."""
+    """A plain problem with these changes."""
     defaults: dict[str, Any] = {
         "m": 0 if contrasts is None else n * max(views, 1) + 4,
         "kind": "random",

@@ -1,4 +1,4 @@
-"""What the trainer's tests share: a short run's options, and what its folder holds."""
+"""Shared by the trainer's tests: the options of a short run, and the contents of its folder."""
 
 import csv
 import json

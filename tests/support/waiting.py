@@ -1,4 +1,4 @@
-"""For tests on a CUDA device: a call that waits for it is an error."""
+"""Makes a call that waits for a CUDA device an error, for tests on a GPU."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 def _set_mode(mode: int | str) -> None:
-    """torch sets the mode and then warns that it is a prototype, which would be an error here."""
+    """Sets torch's mode without torch's warning that it is a prototype, which would be an error here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode(mode)

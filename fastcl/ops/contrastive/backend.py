@@ -1,4 +1,4 @@
-"""What a backend of the contrastive statistics is: a module with these functions."""
+"""The interface of a backend of the contrastive statistics: a module with these functions."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ from .records import Gradients, Needs, Problem, Statistics
 
 
 class Backend(Protocol):
-    """A module that computes `Problem`s. Statistics and gradients are in `Problem.dtype`.
+    """A module that computes statistics and gradients of `Problem`s, in `Problem.dtype`.
 
-    Which backend takes a call, and why another one cannot, is decided in `ops.backends.choose`.
+    `ops.backends.choose` decides which backend takes a call.
     """
 
     def saved_size(self, p: Problem) -> int:
-        """How many numbers `forward` leaves in `Statistics.saved` for `backward`."""
+        """The length of `Statistics.saved`, which `forward` leaves for `backward`."""
 
     def forward(self, p: Problem) -> Statistics:
         """The wanted statistics of the anchors and, with ``both``, of the contrasts."""
 
     def backward(self, p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
-        """Gradients from those of the anchors' fields [W, S, N] and, with ``both``, of the contrasts' [W, S, M].
+        """The needed gradients.
 
-        saved: what `forward` returned; blocks of contrasts (`blocks`) replace its counts and parts by merged ones.
+        saved: what `forward` returned. With blocks of contrasts (`blocks`), counts and parts are the merged ones.
+        grad, grad_contrasts: gradients of the anchors' fields [W, S, N] and, with ``both``, of the contrasts' fields
+            [W, S, M].
         """
 
     def plane_count(self, p: Problem) -> int:
-        """P, how many numbers of each row in `saved` hold for one block of contrasts only, until blocks are merged."""
+        """P, the number of planes: numbers of each row and scale in `saved` that depend on the block of contrasts."""
 
     def planes(self, p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
-        """These numbers as views of `saved`: [P, S, N] and, with ``both``, [P, S, M]."""
+        """The planes as views of `saved`: [P, S, N] and, with ``both``, [P, S, M]."""
 
     def merge_planes(self, found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
-        """Planes [B, P, S, N] of B blocks -> [P, S, N].
+        """Merges the planes [B, P, S, N] of B blocks into [P, S, N].
 
-        counts: the blocks' [B, 2, N]. sums: over all contrasts, around one base, [B, S, N]; None without lse_all.
+        counts: [B, 2, N], of the blocks. sums: [B, S, N], each block's sum of exponentials over all contrasts, with one
+        shift for all blocks; None without lse_all.
         """
 
 
-# Of backends that keep nothing between forward and backward.
+# For backends that keep nothing between forward and backward.
 
 
 def saved_size(p: Problem) -> int:

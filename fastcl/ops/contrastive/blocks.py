@@ -1,7 +1,7 @@
-"""Statistics over contrasts that lie elsewhere and come in blocks: each block is swept by itself, the sums are merged,
-and the backward sweeps the blocks again, with the sums over all of them.
+"""Statistics over blocks of contrasts, such as those of other processes.
 
-An `Exchange` (`fastcl.distributed`) brings the blocks, and takes their gradients home.
+The forward sweeps each block and merges the sums. The backward sweeps the blocks again, with the merged sums. An
+`Exchange` (`fastcl.distributed`) brings the blocks and returns their gradients to the processes that own them.
 """
 
 from __future__ import annotations
@@ -35,53 +35,61 @@ from .records import (
     unflatten_rows,
 )
 
-Place = slice  # of a block among the contrasts of all processes
+Place = slice  # where a block is among the contrasts of all processes
 Visit = Callable[[Place, Tensor | None], Tensor | None]
 
 
 class Exchange(Protocol):
-    """Rows and numbers that belong to contrasts, between the process whose contrasts they are and all others.
+    """Moves rows and numbers of contrasts between the process that owns them and all others.
 
-    Own contrasts are m, those of all processes M. The order of blocks is the same in every walk.
+    The process owns m contrasts; all processes have M. The order of blocks is the same in every walk.
     """
 
     total: int  # M
     own: Place
 
     def walk(self, rows: Tensor, alone: bool, visit: Visit) -> Any:
-        """Visits all contrasts' rows, block by block. alone: the own rows as a block for itself, and named by None."""
+        """Visits the rows of all contrasts, block by block.
+
+        alone: the own rows are a block of their own, and the visit gets None in place of them.
+        """
 
     def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
-        """The same walk again. A visit returns its block's gradient, of `dtype`; the sum over processes of those of the
-        own rows [m, D] is returned. kept: what `walk` returned. dtype None: they are not needed."""
+        """The same walk again, for gradients of rows. A visit returns the gradient of its block, in `dtype`.
+
+        Returns the gradient of the own rows [m, D], summed over processes; None if dtype is None: no row needs one.
+
+        kept: what `walk` returned.
+        """
 
     def spread(self, values: Tensor) -> Tensor:
-        """Each process's [..., m] -> [..., M]."""
+        """Gathers the values [..., m] of all processes: [..., M]."""
 
     def collect(self, values: Tensor) -> Tensor:
-        """What each process has found about each contrast, [K, M] -> [processes, K, m]."""
+        """Sends values [K, M] to the contrasts' owners. Returns [processes, K, m], each process's values of the own
+        contrasts."""
 
     def summed(self, values: Tensor) -> Tensor:
-        """Sums over processes, [M] -> [m]."""
+        """The sum over processes of values [M], for the own contrasts: [m]."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a `BlockStats` is told besides tensors."""
+    """The arguments of `BlockStats` besides the problem."""
 
     exchange: Exchange
     backend: str
     exact: bool
     one_scale: bool
-    contrasts_need: bool  # whether any process's contrasts need a gradient, and their bias
-    bias_needs: bool
-    clusters: Tensor | None = None  # [M], of all travelling contrasts, where every process knows them
+    contrasts_need: bool  # whether the travelling contrasts need a gradient, the same in all processes
+    bias_needs: bool  # the same of their bias
+    clusters: Tensor | None = None  # [M], of all travelling contrasts, if they need not be sent
 
 
 class BlockStats(torch.autograd.Function):
-    """As `DirectStats`: anchors over the travelling contrasts of all processes, and over stored ones of its own.
+    """`DirectStats` of the anchors over the travelling contrasts of all processes and the own stored ones.
 
-    With `both` also the own travelling contrasts over the anchors of all processes.
+    With `both` also of the own travelling contrasts over the anchors of all processes.
     """
 
     @staticmethod
@@ -109,7 +117,7 @@ class BlockStats(torch.autograd.Function):
     @staticmethod
     @uncompiled
     def gradients(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Of the inputs, from those of the values, the first `count` tensors; the others are what the forward saved."""
+        """Gradients of the inputs. tensors: gradients of the `count` values, then what the forward saved."""
         grads, saved = tensors[:count], tensors[count:]
         arguments = (*saved[:TENSORS], *ctx.options, *saved[TENSORS:])
         blocks = _Blocks(ctx.call, arguments)
@@ -139,17 +147,18 @@ class BlockStats(torch.autograd.Function):
 class _Kept(NamedTuple):
     """What the forward leaves for the backward."""
 
-    rows: Any  # the exchange's
-    clusters: Tensor | None  # [M], and ids, bias
-    ids: Tensor | None
-    bias: Tensor | None
-    of_blocks: dict[int, tuple[Tensor, Tensor, Tensor]]  # by their first row: inverse norms, and what backends save
+    rows: Any  # what `Exchange.walk` returned
+    clusters: Tensor | None  # [M]
+    ids: Tensor | None  # [M]
+    bias: Tensor | None  # [M]
+    # By the block's first row: inverse norms of anchors and contrasts, and `Statistics.saved`.
+    of_blocks: dict[int, tuple[Tensor, Tensor, Tensor]]
     anchors: Side  # merged
-    planes: Tensor
-    contrasts: Tensor | None  # [K, m]: merged, of the own contrasts, as `Layout` packs it
+    planes: Tensor  # [P, S, N], merged
+    contrasts: Tensor | None  # [K, m]: the own contrasts' merged statistics, as `Layout` packs them
 
 
-STORED = -1  # the place of stored contrasts among `_Kept.of_blocks`
+STORED = -1  # the key of the stored contrasts in `_Kept.of_blocks`
 
 
 class _Blocks:
@@ -160,16 +169,15 @@ class _Blocks:
     def __init__(self, call: Call, arguments: Sequence[Any]) -> None:
         self.call, self.exchange = call, call.exchange
         self.backend: Backend = BACKENDS[call.backend]
-        # The anchors among themselves, or with their own contrasts, which travel.
+        # The anchors among themselves, or with the own travelling contrasts.
         self.base = base = replace(unflatten(arguments[:-OF_ROWS]), partial=True)
         self.alone = base.contrasts is None
         self.stored = unflatten_rows(arguments[-OF_ROWS:], base.others.normalize)
         self.own_size = len(base.others.values)
         self.layout = Layout(tuple(base.want), len(base.logit_scale), self.backend.plane_count(base))
 
-    # Blocks as problems.
-
     def block(self, place: Place, rows: Tensor | None) -> Problem:
+        """The anchors with a block of the travelling contrasts. rows: None for the own rows in self-contrast."""
         if rows is None:
             return self.base
 
@@ -184,8 +192,6 @@ class _Blocks:
         """The anchors with these contrasts."""
         return replace(self.base, anchors=self.base.anchors._replace(bias=None), contrasts=contrasts)
 
-    # Forward.
-
     def forward(self) -> Statistics:
         base, layout = self.base, self.layout
 
@@ -197,7 +203,7 @@ class _Blocks:
         nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
         self.kept = _Kept(None, clusters, ids, bias, {}, *nothing, None)
         sums = layout.blank(base.logit_scale, len(base.anchors.values))
-        columns = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
+        of_contrasts = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
 
         def add(key: int, p: Problem) -> None:
             nonlocal sums
@@ -208,7 +214,7 @@ class _Blocks:
             sums = layout.merge(torch.stack([sums, layout.pack(found.anchors, planes[0])]), self.backend)
             self.kept.of_blocks[key] = found.anchor_inverse_norms, found.contrast_inverse_norms, found.saved
             if p.both:
-                columns[:, key : key + p.sizes[2]] = layout.pack(found.contrasts, planes[1])
+                of_contrasts[:, key : key + p.sizes[2]] = layout.pack(found.contrasts, planes[1])
 
         def visit(place: Place, rows: Tensor | None) -> None:
             add(place.start, self.block(place, rows))
@@ -219,8 +225,8 @@ class _Blocks:
         anchors, planes = layout.side(sums, base.dtype)
         merged, own = None, nothing[0]
         if base.both:
-            # In the dtype of the statistics: the sums of a block have no more digits.
-            merged = layout.merge(self.exchange.collect(columns.to(base.dtype)).double(), self.backend)
+            # Sent in the dtype of the statistics, as a block's sums have no more digits.
+            merged = layout.merge(self.exchange.collect(of_contrasts.to(base.dtype)).double(), self.backend)
             own, _ = layout.side(merged, base.dtype)
             merged = merged.to(base.dtype)
         empty = base.logit_scale.new_empty(0)
@@ -229,7 +235,7 @@ class _Blocks:
         return found
 
     def _spread(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Integers or floating numbers [m] -> [M], all of them at once: the bits of the latter travel as integers."""
+        """`Exchange.spread` of integers or floating numbers [m], in one collective: floats are sent as their bits."""
         given = [one for one in values if one is not None]
         if not given:
             return [None] * len(values)
@@ -245,30 +251,31 @@ class _Blocks:
         return [taken(like) for like in values]
 
     def _anchor_norms(self) -> Tensor:
-        """[N], where the anchors are normalised; else [0]."""
+        """Inverse norms of the anchors, [N], or [0] if they are not normalised."""
         if not self.base.anchors.normalize:
             return self.base.logit_scale.new_empty(0)
         for norms, *_ in self.kept.of_blocks.values():
             return norms
         return inverse_norms(self.base.anchors.values.to(self.base.dtype))
 
-    # Backward.
-
     def backward(
         self, grad: Tensor, grad_contrasts: Tensor, own: Needs, stored_bias: bool
     ) -> tuple[Gradients, Tensor | None]:
-        """Gradients from those of the fields, [W, S, N] and [W, S, m]; and that of the stored contrasts' bias."""
+        """Gradients of the problem, and of the stored contrasts' bias.
+
+        grad, grad_contrasts: gradients of the fields, [W, S, N] and, with `both`, [W, S, m].
+        """
         base, call, kept = self.base, self.call, self.kept
         dx = torch.zeros_like(base.anchors.values, dtype=base.dtype)
         d_scale = torch.zeros_like(base.logit_scale, dtype=torch.float64)
         d_bias = base.logit_scale.new_zeros(self.exchange.total if call.bias_needs else 0)
-        columns = grad_contrasts
-        nobody = others_found, other_planes = self.layout.side(self.layout.blank(base.logit_scale, 0), base.dtype)
-        if kept.contrasts is not None:  # what their processes have merged and received, everywhere
-            everyone = self.exchange.spread(torch.cat([kept.contrasts, grad_contrasts.flatten(0, 1)]))
+        grad_others = grad_contrasts
+        empty = others_found, other_planes = self.layout.side(self.layout.blank(base.logit_scale, 0), base.dtype)
+        if kept.contrasts is not None:  # every process needs the merged statistics of all contrasts and their gradients
+            of_all = self.exchange.spread(torch.cat([kept.contrasts, grad_contrasts.flatten(0, 1)]))
             size = len(kept.contrasts)
-            others_found, other_planes = self.layout.side(everyone[:size].double(), base.dtype)
-            columns = everyone[size:].unflatten(0, grad_contrasts.shape[:2])
+            others_found, other_planes = self.layout.side(of_all[:size].double(), base.dtype)
+            grad_others = of_all[size:].unflatten(0, grad_contrasts.shape[:2])
 
         def add(key: int, p: Problem, others: bool, bias: bool) -> Gradients | None:
             if 0 in p.sizes[1:]:
@@ -276,16 +283,16 @@ class _Blocks:
             a, c, saved = kept.of_blocks[key]
             planes = self.backend.planes(p, saved)
             planes[0].copy_(kept.planes)
-            side, of_columns = Side(grad, kept.anchors.counts, kept.anchors.parts), grad_contrasts[..., :0]
-            other = nobody[0]
+            side, grad_block = Side(grad, kept.anchors.counts, kept.anchors.parts), grad_contrasts[..., :0]
+            other = empty[0]
             if p.both:
                 place = slice(key, key + p.sizes[2])
                 planes[1].copy_(other_planes[..., place])
                 other = Side(*(part[..., place].contiguous() for part in others_found[:3]))
-                of_columns = columns[..., place].contiguous()
+                grad_block = grad_others[..., place].contiguous()
             needs = own._replace(contrasts=others, bias=bias and p.others.bias is not None)
             known = Statistics(side, other, a, c, saved)
-            found = swept_gradients(p, self.backend, known, grad, of_columns, needs)
+            found = swept_gradients(p, self.backend, known, grad, grad_block, needs)
             if found.anchors is not None:
                 dx.add_(found.anchors)
             if found.logit_scale is not None:
@@ -310,8 +317,8 @@ class _Blocks:
         home = self.exchange.walk_back(kept.rows, base.others.values, self.alone, visit, dtype)
         if self.alone and home is not None:
             dx += home
-        empty = base.logit_scale.new_empty(0)
-        joined = Statistics(kept.anchors, kept.anchors, self._anchor_norms(), empty, empty)
+        no_numbers = base.logit_scale.new_empty(0)
+        joined = Statistics(kept.anchors, kept.anchors, self._anchor_norms(), no_numbers, no_numbers)
         own_bias = self.exchange.summed(d_bias) if call.bias_needs else None
         swept = Gradients(dx, None if self.alone else home, d_scale, own_bias)
         needs = own._replace(contrasts=call.contrasts_need, bias=call.bias_needs)
@@ -319,48 +326,51 @@ class _Blocks:
 
 
 class Layout(NamedTuple):
-    """How one side's statistics lie in one tensor [K, n] of float64, to be sent and merged."""
+    """Packs the statistics of one side into a float64 tensor [K, n], to be sent and merged."""
 
     want: tuple[str, ...]
     scales: int
-    planes: int  # numbers of each row and scale that a backend wants to find again, and can merge
+    planes: int  # `Backend.plane_count`
 
     @property
     def log_sums(self) -> int:
         return len(log_sums(self.want))
 
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """[..., K, n] -> sum_pos [..., 0 or S, n], counts [..., 2, n], shifts and sums [..., L, S, n], planes."""
+        """[..., K, n] -> plain sums [..., S for each, n], counts [..., 2, n], shifts and sums [..., L, S, n], planes.
+
+        Plain sums are the wanted fields that are not log-sum-exps.
+        """
         s, logs = self.scales, self.log_sums
         lengths = (s * (len(self.want) - logs), 2, logs * s, logs * s, self.planes * s)
-        sum_pos, counts, *others = packed.split(lengths, -2)
-        return sum_pos, counts, *(part.unflatten(-2, (-1 if part.shape[-2] else 0, s)) for part in others)
+        plain_sums, counts, *others = packed.split(lengths, -2)
+        return plain_sums, counts, *(part.unflatten(-2, (-1 if part.shape[-2] else 0, s)) for part in others)
 
     def blank(self, like: Tensor, n: int) -> Tensor:
-        """Statistics over nothing."""
+        """Packed statistics of n rows over no contrasts."""
         logs = self.log_sums
         return like.new_zeros(self.scales * (len(self.want) + logs + self.planes) + 2, n, dtype=torch.float64)
 
     def pack(self, side: Side, planes: Tensor) -> Tensor:
-        sum_pos = side.fields[self.log_sums :].flatten(0, 1)
-        return torch.cat([sum_pos, side.counts, *side.parts.flatten(1, 2), planes.flatten(0, 1)]).double()
+        plain_sums = side.fields[self.log_sums :].flatten(0, 1)
+        return torch.cat([plain_sums, side.counts, *side.parts.flatten(1, 2), planes.flatten(0, 1)]).double()
 
     def merge(self, packed: Tensor, backend: Backend) -> Tensor:
-        """[blocks, K, n] -> [K, n]"""
-        sum_pos, counts, shifts, sums, planes = self.split(packed)
-        there = sums != 0  # also where it is NaN
+        """Merges packed statistics [blocks, K, n] over disjoint contrasts into [K, n]."""
+        plain_sums, counts, shifts, sums, planes = self.split(packed)
+        there = sums != 0  # true for NaN
         shift = torch.where(there, shifts, -torch.inf).amax(0)
         shift = torch.where(shift == -torch.inf, 0, shift)
         each = torch.where(there, sums * (shifts - shift).exp(), 0)
-        parts = [sum_pos.sum(0), counts.sum(0), shift.flatten(0, 1), each.sum(0).flatten(0, 1)]
+        parts = [plain_sums.sum(0), counts.sum(0), shift.flatten(0, 1), each.sum(0).flatten(0, 1)]
         if self.planes:
             everything = each[:, 0] if "lse_all" in self.want else None
             parts.append(backend.merge_planes(planes, counts, everything).flatten(0, 1))
         return torch.cat(parts)
 
     def side(self, packed: Tensor, dtype: torch.dtype) -> tuple[Side, Tensor]:
-        """And the planes [P, S, n]."""
-        sum_pos, counts, shifts, sums, planes = self.split(packed)
-        fields = torch.cat([(shifts + sums.log()).flatten(0, 1), sum_pos]).unflatten(0, (-1, self.scales))
+        """Unpacks [K, n] into a `Side` and the planes [P, S, n]."""
+        plain_sums, counts, shifts, sums, planes = self.split(packed)
+        fields = torch.cat([(shifts + sums.log()).flatten(0, 1), plain_sums]).unflatten(0, (-1, self.scales))
         parts = torch.stack([shifts, sums])
         return Side(*(values.to(dtype).contiguous() for values in (fields, counts, parts))), planes.to(dtype)

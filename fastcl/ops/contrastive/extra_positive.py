@@ -1,7 +1,7 @@
-"""One more positive of each anchor, a contrast of that anchor only (MoCo's key), joined to any backend's statistics.
+"""Adds one more positive of each anchor, a contrast of that anchor only (MoCo's key), to any backend's statistics.
 
-It costs O(N D) and belongs inside the operator, because its gradient and the sweep's must meet in the accumulation
-dtype: added after each has been rounded to half-precision rows, they would be rounded three times.
+It costs O(N D). It is part of the operator so that its gradient and the sweep's are added in the dtype of the sums and
+rounded once to the dtype of the rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def join(p: Problem, statistics: Statistics) -> Statistics:
             continue
         shift, total = side.parts[:, p.log_sums.index(field)]
         if joins:
-            nothing = total == 0  # the shift of such a sum has no meaning; NaN is not 0, and stays
+            nothing = total == 0  # the shift of an empty sum is undefined; a NaN sum is not 0 and stays NaN
             larger = torch.where(nothing, logits, torch.maximum(shift, logits))
             total = torch.where(nothing, 0, total * (shift - larger).exp()) + (logits - larger).exp()
             shift = larger
@@ -50,7 +50,7 @@ def join(p: Problem, statistics: Statistics) -> Statistics:
 
 
 def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, sweep: Gradients) -> Gradients:
-    """The sweep's gradients with those of the extra positive, whose fields' gradients [W, S, N] are `grad`."""
+    """The sweep's gradients plus those through the extra positive. grad: [W, S, N], of the joined fields."""
     if p.positives is None:
         return sweep
     x, y, b, similarity = _pairs(p, p.positives, saved.anchor_inverse_norms)
@@ -64,7 +64,7 @@ def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, swe
         else:
             shift, total = saved.anchors.parts[:, p.log_sums.index(field)]
             g = g + grad[k] / total * (logits - shift).exp()
-    of_scale = (g * similarity).double().sum(1)  # as training converges it cancels what the sweep has
+    of_scale = (g * similarity).double().sum(1)  # cancels against the sweep's as training converges
     dt = (p.logit_scale[:, None] * g).sum(0)[:, None]  # [N, 1]
 
     def rows(towards: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
@@ -78,9 +78,11 @@ def add_gradients(p: Problem, saved: Statistics, grad: Tensor, needs: Needs, swe
 
 
 class _Pairs(NamedTuple):
-    x: Tensor  # [N, D], normalised where the anchors are
-    y: Tensor
-    inverse_norms: Tensor  # of y [N], or [0]
+    """Each anchor and its extra positive."""
+
+    x: Tensor  # [N, D], normalised if the anchors are
+    y: Tensor  # [N, D], likewise
+    inverse_norms: Tensor  # [N], of the positives; [0] if they are not normalised
     similarity: Tensor  # [N]
 
 

@@ -1,4 +1,4 @@
-"""The table of statistics: every field that can be wanted, and what it sums over which set."""
+"""The table of statistics: for every field its set and its kind of sum."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Field(NamedTuple):
     """One statistic of the logits of a row."""
 
     over: str  # the set that it runs over: ALL, POSITIVES or NEGATIVES
-    log_sum: bool = False  # log-sum-exp of the logits, kept as a shift and a sum; else their plain sum
-    # False: the sum is linear in the contrasts, so `linear` finds it from sums of rows and no backend sees it.
+    log_sum: bool = False  # log-sum-exp of the logits, kept as a shift and a sum; else a plain sum
+    # False: the sum is linear in the contrasts, so `linear` computes it from sums of rows and backends never see it.
     swept: bool = True
-    # False: for reading only, without a gradient; a backend that is asked to `observe` returns it.
+    # False: has no gradient; backends return it in `Side.observed`.
     differentiable: bool = True
 
 
@@ -30,7 +30,7 @@ TABLE = {
     "sum_neg": Field(NEGATIVES, differentiable=False),
     "entropy": Field(ALL, differentiable=False),
 }
-"""By name. A backend keeps the fields that it sweeps in this order, log-sums first."""
+"""The fields by name. Their order, log-sums first, is the order in which backends return them."""
 
 FIELDS = tuple(name for name, field in TABLE.items() if field.differentiable)
 SWEPT = tuple(name for name in FIELDS if TABLE[name].swept)

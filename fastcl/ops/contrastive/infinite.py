@@ -1,7 +1,7 @@
-"""Infinite numbers in rows that are taken as they are: the statistics of every row that meets one are NaN.
+"""Makes statistics NaN if rows that are not normalised have infinite numbers.
 
-Without this, a row whose logits are all -inf would drop out of the log-sums, and a loss would be finite. Normalised
-rows need nothing: an infinite number makes them NaN. The `cpu` engine sees infinite rows as it measures their norms.
+Otherwise an infinite row could have logits of -inf only, leave no trace in the log-sums, and the loss would be finite.
+Normalised rows need nothing: an infinite number makes them NaN. The `cpu` engine does the same as it computes norms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .records import Problem, Rows, Side, Statistics
 
 
 def mark(p: Problem, found: Statistics) -> Statistics:
-    """The statistics, NaN where a row is infinite or meets one that is."""
+    """The statistics, NaN for every row that is not finite and for every row with such a contrast."""
     if (p.anchors.normalize and p.others.normalize) or 0 in p.sizes[1:]:
         return found
     rows = _marks(p.anchors, p)
@@ -27,7 +27,7 @@ def mark(p: Problem, found: Statistics) -> Statistics:
 
 
 def _marks(rows: Rows, p: Problem) -> Tensor:
-    """Of each row 0, or NaN if it has a number that is not finite."""
+    """[N]: NaN for a row with a number that is not finite, else 0."""
     if rows.normalize:
         return p.logit_scale.new_zeros(len(rows.values))
     largest: Tensor = torch.linalg.vector_norm(rows.values, ord=torch.inf, dim=1)

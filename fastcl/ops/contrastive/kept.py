@@ -1,4 +1,4 @@
-"""What the wrappers of both GPU backends share: what a forward keeps for its backward, and what bounds the logits."""
+"""Shared by both GPU backends: what a forward keeps for its backward, and bounds of the logits."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape, by n
 
 
 def sums_are_kept(p: Problem) -> bool:
-    """Whether the forward leaves the anchors' weighted sums of contrasts, of which their gradient is made."""
+    """Whether the forward keeps sums of contrasts times exponentials for each anchor, to save the backward a sweep."""
     return p.anchors_only and p.contrasts is not None and p.contrasts.bias is None and p.sizes[0] == 1 and not p.both
 
 
 class Store(NamedTuple):
-    """Several tensors in one, float32, one behind the other."""
+    """Several tensors, one after the other in one float32 tensor."""
 
     layout: Callable[[Problem], Layout]
 
     def size(self, p: Problem) -> int:
-        """In numbers of float32."""
+        """The length of the float32 tensor."""
         return sum(_places(*entry) for entry in self.layout(p).values())
 
     def parts(self, p: Problem, saved: Tensor) -> dict[str, Tensor]:
-        """`saved` [size], taken apart."""
+        """The tensors by name, as views of `saved` [size]."""
         parts, start = {}, 0
         for name, (dtype, shape) in self.layout(p).items():
             size = _places(dtype, shape)
@@ -38,7 +38,7 @@ class Store(NamedTuple):
         return parts
 
     def planes(self, p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
-        """The bases of the sums, of both sides: they hold for a block of contrasts only, until blocks are merged."""
+        """The bases of both sides' sums, which depend on the block of contrasts."""
         parts = self.parts(p, saved)
         bases = parts["bases"]
         return bases, parts["contrast_bases"] if p.both else bases[..., :0]
@@ -49,7 +49,10 @@ def plane_count(p: Problem) -> int:
 
 
 def logit_bounds(p: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """What bounds the logits, besides the scale: the product of both sides' longest rows, and the largest bias."""
+    """Bounds of |similarity| and |bias|, [1] each: the product of both sides' largest norms, and the largest |bias|.
+
+    The first is None if both sides are normalised, the second without a bias.
+    """
 
     def longest(rows: Tensor, normalized: bool) -> Tensor | None:
         return None if normalized else torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).amax().reshape(1)
@@ -64,5 +67,6 @@ def logit_bounds(p: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _places(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Rounded up to 16 bytes: Triton compiles a kernel apart for memory that begins elsewhere."""
+    """The float32 numbers that a tensor takes, rounded up to 16 bytes: Triton compiles another kernel for memory that
+    is not aligned to them."""
     return -(-prod(shape) * (dtype.itemsize // 4) // 4) * 4

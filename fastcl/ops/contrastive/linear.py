@@ -1,9 +1,9 @@
-"""Sums of logits over all admissible contrasts: linear in the contrasts, so they need no sweep.
+"""The sum of the logits over all admissible contrasts. It is linear in the contrasts, so it needs no sweep.
 
 The sum of s_ij over A_i is scale * <x_i, T_i> + B_i, where T_i and B_i are the sums of the rows y_j and of their biases
-over A_i: the sums over all contrasts, less the anchor itself in self-contrast, or less the contrasts of the anchor's
-sample id. That is O((N + M) D) on any backend. Backends never see these fields: `without` takes them out of what is
-wanted, `add` and `add_gradients` put them back.
+over A_i. These are the sums over all contrasts, minus the anchor itself in self-contrast, or minus the contrasts with
+the anchor's sample id. The cost is O((N + M) D) on any backend. Backends never see the field: `without` removes it from
+the wanted fields, `add` and `add_gradients` put it back.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FIELD = "sum_all"
 
 
 def without(p: Problem) -> Problem:
-    """The problem as a backend sees it."""
+    """The problem without the field, as backends see it."""
     if FIELD not in p.want:
         return p
     return replace(p, want=[name for name in p.want if TABLE[name].swept], partial=True)
 
 
 def add(p: Problem, found: Statistics) -> Statistics:
-    """The statistics of `without(p)` with the field."""
+    """Adds the field to the statistics of `without(p)`."""
     if FIELD not in p.want:
         return found
     sums = _Sums(p)
@@ -43,14 +43,14 @@ def add(p: Problem, found: Statistics) -> Statistics:
 
 
 def _with(p: Problem, side: Side, values: Tensor) -> Side:
-    """The side with the field's values [S, N] in its place."""
+    """The side with the field's values [S, N] inserted in the order of `Problem.want`."""
     fields = list(side.fields.unbind(0))
     fields.insert(list(p.want).index(FIELD), values)
     return side._replace(fields=torch.stack(fields))
 
 
 def swept_gradient(p: Problem, grad: Tensor) -> Tensor:
-    """Of the gradients [W, S, N] of the fields, those of `without(p)`."""
+    """Selects the gradients of the fields of `without(p)` from those of all fields, [W, S, N]."""
     if FIELD not in p.want:
         return grad
     return grad[[k for k, name in enumerate(p.want) if TABLE[name].swept]]
@@ -59,7 +59,7 @@ def swept_gradient(p: Problem, grad: Tensor) -> Tensor:
 def add_gradients(
     p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs, swept: Gradients
 ) -> Gradients:
-    """The gradients of `without(p)` with those of the field."""
+    """Adds the gradients through the field to those of `without(p)`."""
     if FIELD not in p.want:
         return swept
     place, sums = list(p.want).index(FIELD), _Sums(p)
@@ -94,21 +94,22 @@ def add_gradients(
 
 
 def _of_present(grad: Tensor, side: Side) -> Tensor:
-    """0 where no pair is admissible: the field is a constant there."""
+    """The gradient [S, N], 0 for rows without admissible pairs: the field is a constant there."""
     return torch.where(side.counts.sum(0) > 0, grad, 0)
 
 
 def _of_similarity(p: Problem, grad: Tensor) -> Tensor:
-    """Gradient [N, 1] of the similarity of each row with the sum of rows that it meets, from that of the field."""
+    """Gradient [N, 1] of <x_i, T_i>, from that of the field [S, N]."""
     return (p.logit_scale[:, None] * grad).sum(0)[:, None]
 
 
 def _of_scale(grad: Tensor, rows: Tensor, totals: Tensor) -> Tensor:
+    """Gradient [S] of the scales, float64."""
     return (grad.double() * (rows * totals).sum(1).double()).sum(1)
 
 
 class _Sums:
-    """The rows of a problem as they enter the logits, and sums over the rows that each may meet."""
+    """The rows of a problem as they enter the logits, and sums over the rows with which each is admissible."""
 
     def __init__(self, p: Problem) -> None:
         self.p, self.left_out = p, p.left_out
@@ -121,20 +122,20 @@ class _Sums:
         self.bias = bias if bias is None or self.left_out is None else bias.masked_fill(self.left_out, 0)
 
     def logits(self, rows: Tensor, totals: Tensor, bias: Tensor | None) -> Tensor:
-        """[S, N] of rows [N, D], of the sums [N or 1, D] of the rows that they meet, and of those rows' biases."""
+        """The field [S, N]. rows: [N, D]. totals, bias: T [N or 1, D] and B [N or 1]."""
         found = self.p.logit_scale[:, None] * (rows * totals).sum(1)
         return found if bias is None else found + bias
 
     def over_contrasts(self, values: Tensor) -> Tensor:
-        """Of each anchor the sum of values [M, K] over its contrasts: [N, K], or [1, K] if all have the same."""
+        """For each anchor the sum of values [M, K] over its contrasts: [N, K], or [1, K] if it is the same for all."""
         return self._over(values, self.p.anchors.ids, self.p.others.ids)
 
     def over_anchors(self, values: Tensor) -> Tensor:
-        """Of each contrast the sum of values [N, K] over the anchors that meet it."""
+        """For each contrast the sum of values [N, K] over its anchors: [M, K] or [1, K]."""
         return self._over(values, self.p.others.ids, self.p.anchors.ids)
 
     def number_of_anchors(self) -> Tensor:
-        """Of each contrast, [M] or [1]."""
+        """The number of anchors of each contrast, [M] or [1]."""
         return self.over_anchors(self.x.new_ones(len(self.x), 1))[:, 0]
 
     def _over(self, values: Tensor, own: Tensor | None, other: Tensor | None) -> Tensor:
@@ -147,9 +148,9 @@ class _Sums:
 
 
 def _entering(p: Problem, rows: Rows, left_out: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows as they enter the logits, and their inverse norms, None where they are taken as they are."""
+    """Rows as they enter the logits, and their inverse norms, or None if they are not normalised."""
     values = rows.values.to(p.dtype)
-    if left_out is not None:  # whatever these rows hold, NaN too, reaches no sum
+    if left_out is not None:  # these rows may hold NaN
         values = values.masked_fill(left_out[:, None], 0)
     if not rows.normalize:
         return values, None
@@ -158,9 +159,9 @@ def _entering(p: Problem, rows: Rows, left_out: Tensor | None) -> tuple[Tensor, 
 
 
 def _of_equal_ids(values: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """For each of the own ids [N] the sum, in float64, of values [M, K] whose id [M] is the same; -1 equals nothing.
+    """For each of the own ids [N] the sum of the values [M, K] with the same id, float64 [N, K]. -1 equals nothing.
 
-    Without atomic additions, so that results are reproducible, and without asking the device how many ids there are.
+    It uses no atomic additions, so that results are reproducible, and never waits for the device.
     """
     if len(other) == 0:
         return values.new_zeros(len(own), values.shape[1], dtype=torch.float64)

@@ -1,14 +1,15 @@
-"""Detached statistics of each row, for people to look at, out of the sweep that makes the others.
+"""Detached statistics of each row, for monitoring.
 
-A backend that is asked to `observe` leaves in `Side.observed` [10, S, N], in this order:
+If `Problem.observe` is set, a backend returns `Side.observed` [10, S, N], in this order:
 
-    max_pos, max_neg   largest logit over P_i and over N_i; -inf where the set is empty
-    sum_pos, sum_neg   sums of the logits
-    lse, entropy       log-sum-exp over A_i, and the entropy of that softmax, in nats; -inf and 0 where A_i is empty
-    num_pos, num_neg
-    plain_pos, plain_neg   sums of the logits without their bias: taken off a sum, a large bias would leave nothing
+    max_pos, max_neg       largest logit over P_i and over N_i; -inf if the set is empty
+    sum_pos, sum_neg       sums of the logits
+    lse, entropy           log-sum-exp over A_i, and the entropy of its softmax in nats; -inf and 0 if A_i is empty
+    num_pos, num_neg       sizes of the sets
+    plain_pos, plain_neg   sums of the logits without bias, as subtracting a large bias from a sum would lose all digits
 
-Two disjoint parts of a row are merged without the logits: entropies by the grouping property, in which nothing cancels.
+Statistics over disjoint sets of contrasts merge without the logits. Entropies merge by the grouping property, in which
+nothing cancels.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ PARTS = ("max_pos", "max_neg", "sum_pos", "sum_neg", "lse", "entropy", "num_pos"
 
 
 def part(observed: Tensor, name: str) -> Tensor:
-    """[S, N]"""
+    """The statistic `name` [S, N]."""
     return observed[PARTS.index(name)]
 
 
 def observe(logits: Tensor, positive: Tensor, negative: Tensor, plain: Tensor | None = None) -> Tensor:
-    """[10, S, N] of logits [S, N, M], of the masks [N, M] of P and N, and of the logits without their bias, if any."""
+    """The statistics [10, S, N] of logits [S, N, M].
+
+    positive, negative: the masks [N, M] of P and N. plain: the logits without bias; None if there is no bias.
+    """
     (max_pos, sum_pos, num_pos), (max_neg, sum_neg, num_neg) = (
         (_largest(logits.masked_fill(~members, -torch.inf)), torch.where(members, logits, 0).sum(-1), members.sum(-1))
         for members in (positive, negative)
@@ -49,7 +53,7 @@ def _largest(members: Tensor) -> Tensor:
 
 
 def nothing(like: Tensor, s: int, n: int) -> Tensor:
-    """[10, S, N] of rows that have met no contrast yet."""
+    """The statistics [10, S, N] of rows without contrasts."""
     observed = like.new_zeros(len(PARTS), s, n)
     for name in ("max_pos", "max_neg", "lse"):
         part(observed, name).fill_(-torch.inf)
@@ -57,7 +61,7 @@ def nothing(like: Tensor, s: int, n: int) -> Tensor:
 
 
 def one_positive(logits: Tensor) -> Tensor:
-    """[10, S, N] of rows that have met one positive each, of logits [S, N] without a bias."""
+    """The statistics [10, S, N] of rows with one positive each, whose logits [S, N] have no bias."""
     observed = nothing(logits, *logits.shape)
     for name in ("max_pos", "sum_pos", "lse", "plain_pos"):
         part(observed, name).copy_(logits)
@@ -66,7 +70,7 @@ def one_positive(logits: Tensor) -> Tensor:
 
 
 def merge(one: Tensor, other: Tensor) -> Tensor:
-    """[10, S, N] of the union of disjoint parts."""
+    """The statistics [10, S, N] over the union of two disjoint sets of contrasts."""
     lse = torch.logaddexp(part(one, "lse"), part(other, "lse"))
 
     def share(side: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The operator of the contrastive statistics: schema, shapes for tracing, derivatives, and the backends that have it.
+"""The operator of the contrastive statistics: schema, shapes for tracing, derivative, table of backends.
 
-It is registered with `torch.library` as an opaque operator, so that torch.compile sees one node; the derivative is an
-operator of its own whose derivative raises.
+It is registered with `torch.library` as an opaque operator, so torch.compile sees one node. The derivative is a second
+operator, whose own derivative raises.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ backward_op = torch.ops.fastcl.contrastive_stats_bwd
 
 
 def parsed(args: Sequence[Any]) -> tuple[Problem, Backend]:
-    """The problem that the forward operator's arguments describe, and the backend that they name."""
+    """The problem and the backend, from the arguments of the forward operator."""
     return unflatten(args[:-1]), BACKENDS[args[-1]]
 
 
 def statistics(problem: Problem, backend: Backend) -> Statistics:
+    """All wanted statistics."""
     with without_autocast(problem.device):
         return extra_positive.join(problem, swept_statistics(problem, backend))
 
@@ -69,14 +70,14 @@ def statistics(problem: Problem, backend: Backend) -> Statistics:
 def gradients(
     problem: Problem, backend: Backend, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs
 ) -> Gradients:
-    """From the gradients [W, S, N] and [W, S, M] of the fields."""
+    """The needed gradients, from those of the fields: `grad` [W, S, N], `grad_contrasts` [W, S, M]."""
     with without_autocast(problem.device):
         swept = swept_gradients(problem, backend, saved, grad, grad_contrasts, needs)
         return extra_positive.add_gradients(problem, saved, grad, needs, swept)
 
 
 def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
-    """All wanted fields, but for the extra positive."""
+    """All wanted statistics, without the extra positive."""
     found = backend.forward(linear.without(problem))
     return linear.add(problem, found if backend is cpu else infinite.mark(problem, found))
 
@@ -84,6 +85,7 @@ def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
 def swept_gradients(
     problem: Problem, backend: Backend, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs
 ) -> Gradients:
+    """The gradients of `swept_statistics`."""
     of_sides = linear.swept_gradient(problem, grad), linear.swept_gradient(problem, grad_contrasts)
     found = backend.backward(linear.without(problem), saved, *of_sides, needs)
     return linear.add_gradients(problem, saved, grad, grad_contrasts, needs, found)
@@ -96,12 +98,12 @@ def run_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def as_outputs(found: Statistics) -> tuple[Tensor, ...]:
-    """What the backward is given again, in the order of the forward operator's outputs."""
+    """The outputs of the forward operator, without `observed`."""
     return *found.anchors[:3], *found.contrasts[:3], *found[2:]
 
 
 def observed_by(problem: Problem, found: Statistics) -> Tensor:
-    """`Side.observed` of the anchors [10, S, N]; with `both`, the contrasts' behind it: [10, S, N + M]. Or empty."""
+    """`Side.observed` of the anchors [10, S, N]; with `both`, of both sides [10, S, N + M]; without `observe` [0]."""
     sides = [side.observed for side in (found.anchors, found.contrasts) if side.observed is not None]
     if not sides:
         return problem.logit_scale.new_empty(0)
@@ -109,7 +111,7 @@ def observed_by(problem: Problem, found: Statistics) -> Tensor:
 
 
 def run_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    """The gradients that the backward operator returns, in the order of `Needs`; None where not needed."""
+    """The outputs of the backward operator, in the order of `Needs`; None for gradients that are not needed."""
     counts, parts, contrast_counts, contrast_parts, *others, grad, grad_contrasts, flags = args[_LENGTH:]
     needs = Needs(*flags)
     saved = Statistics(Side(grad, counts, parts), Side(grad_contrasts, contrast_counts, contrast_parts), *others)
@@ -122,7 +124,7 @@ def run_backward(*args: Any) -> tuple[Tensor | None, ...]:
 
 
 def _backward_impl(*args: Any) -> tuple[Tensor, ...]:
-    nothing = args[PLACES["logit_scale"]].new_empty  # an output each: an operator's outputs must not share memory
+    nothing = args[PLACES["logit_scale"]].new_empty  # called for each output, as outputs must not share memory
     return tuple(nothing(0) if gradient is None else gradient for gradient in run_backward(*args))
 
 
@@ -169,22 +171,22 @@ class _ContrastiveStats(torch.autograd.Function):
 
 
 def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Keeps what the backward needs of `as_outputs`, and returns that."""
+    """Saves the arguments and the outputs that the backward needs; returns these outputs."""
     saved = of_backward(outputs)
-    ctx.set_materialize_grads(False)  # zeros for every output, saved ones too, cost more than small kernels
+    ctx.set_materialize_grads(False)  # zeros for all outputs would cost more than a small sweep
     ctx.save_for_backward(*args[:TENSORS], *saved)
     ctx.options = args[TENSORS:]
     return saved
 
 
 def of_backward(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of `as_outputs`, all but the fields."""
+    """The outputs that the backward needs: all of `as_outputs` but the fields."""
     _, counts, parts, _, contrast_counts, contrast_parts, *others = outputs
     return counts, parts, contrast_counts, contrast_parts, *others
 
 
 def differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the arguments from those of the fields [W, S, N] of both sides; None: zeros."""
+    """Gradients of the arguments, from those of the fields of both sides, [W, S, N] and [W, S, M]; None means zeros."""
     saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[place] for place in gradient_places(saved)]
     return differentiate_saved(saved, ctx.options, needs, grad, grad_contrasts)
@@ -193,7 +195,7 @@ def differentiate(ctx: Any, grad: Tensor | None, grad_contrasts: Tensor | None) 
 def differentiate_saved(
     saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor | None, grad_contrasts: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """`differentiate`, from what `save` has kept."""
+    """`differentiate` without a context: `saved` and `options` are what `save` stored."""
     counts, parts, contrast_counts = saved[TENSORS : TENSORS + 3]
     shape = len(options[PLACES["want"] - TENSORS]), parts.shape[2]
     grad = counts.new_zeros(*shape, counts.shape[1]) if grad is None else grad.to(counts.dtype)
@@ -201,14 +203,17 @@ def differentiate_saved(
         grad_contrasts = counts.new_zeros(*shape, contrast_counts.shape[1])
     grad_contrasts = grad_contrasts.to(counts.dtype)
     arguments = (*saved[:TENSORS], *options, *saved[TENSORS:], grad, grad_contrasts, needs)
-    # With gradients on, this is to be differentiated once more: the operator's derivative says that it cannot be.
+    # With gradients enabled a second derivative may follow. The operator makes it raise; `run_backward` cannot.
     plain = not torch.is_grad_enabled() and not intercepted(saved[0], grad, grad_contrasts)
     results = (run_backward if plain else backward_op)(*arguments)
     return by_argument(saved, [gradient if need else None for need, gradient in zip(needs, results, strict=True)])
 
 
 def by_argument(arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of `Gradients` -> in the order of the operator's arguments, which begin as `arguments`."""
+    """Reorders gradients from the order of `Gradients` to that of the operator's arguments.
+
+    arguments: at least the tensors among the arguments.
+    """
     result: list[Tensor | None] = [None] * _LENGTH
     for place, gradient in zip(gradient_places(arguments), gradients, strict=True):
         result[place] = gradient

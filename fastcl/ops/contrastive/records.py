@@ -1,4 +1,4 @@
-"""What every backend receives and returns, and a problem as arguments of an operator."""
+"""The records that backends receive and return, and a problem as the arguments of an operator."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .fields import ALL, NEGATIVES, POSITIVES, TABLE, log_sums
 
 
 class Rows(NamedTuple):
-    """One set of rows, and what belongs to each row. Ids are int64; -1 equals nothing, not even itself."""
+    """One set of rows and the data of each row. Clusters and ids are int64; -1 equals nothing, not even itself."""
 
     values: Tensor  # [N, D]
     clusters: Tensor | None = None  # [N]; None in both sets: there are no positives
     ids: Tensor | None = None  # [N]; a pair of equal ids is inadmissible
-    bias: Tensor | None = None  # [N], added to the logits in which these rows are contrasts; -inf leaves a row out
-    assignments: Tensor | None = None  # [N, C], >= 0, in place of clusters: <r_i, r_j> is the weight of positive i, j
+    bias: Tensor | None = None  # [N], added to the logits where these rows are contrasts; -inf leaves a row out
+    assignments: Tensor | None = None  # [N, C], >= 0, in place of clusters: the pair i, j has weight <r_i, r_j>
     normalize: bool = False  # cosine similarity: rows enter the logits with norm 1
 
 
@@ -31,13 +31,13 @@ class Problem:
     anchors: Rows  # N
     contrasts: Rows | None  # M; None: self-contrast, the anchors are the contrasts, without the diagonal
     positives: Tensor | None  # [N, D]: one more positive of each anchor; a contrast of that anchor only
-    logit_scale: Tensor  # [S]; in the front also []
+    logit_scale: Tensor  # [S]; before it reaches an operator also []
     want: Sequence[str]  # of FIELDS, in that order; with assignments lse_all and sum_pos
-    both: bool = False  # also the statistics of each contrast over the anchors
-    # The backward will ask for the anchors' gradient only: the forward may leave what makes a second sweep unnecessary.
+    both: bool = False  # also compute the statistics of each contrast over the anchors
+    # The backward needs only the anchors' gradient, so the forward may save it a second sweep.
     anchors_only: bool = False
-    observe: bool = False  # also what `observed` describes, of each side
-    partial: bool = False  # more will be added to the gradients of rows, so they stay in `dtype`
+    observe: bool = False  # also return `Side.observed`
+    partial: bool = False  # the caller adds to the gradients of rows, so they stay in `dtype`
 
     @property
     def others(self) -> Rows:
@@ -46,7 +46,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits, sums and statistics: float64 where a set of rows is float64, else float32."""
+        """The dtype of logits, sums and statistics: float64 if a set of rows is float64, else float32."""
         return accumulation_dtype(self.anchors.values, self.others.values, self.positives)
 
     @property
@@ -60,11 +60,11 @@ class Problem:
 
     @property
     def left_out(self) -> Tensor | None:
-        """Bool [M]: the contrasts that a bias of -inf leaves out of every set; None: there are none."""
+        """Bool [M]: the contrasts that a bias of -inf leaves out. None without a bias and, on the CPU, without any."""
         if (bias := self.others.bias) is None:
             return None
         left_out = bias == -torch.inf
-        return left_out if self.device.type != "cpu" or bool(left_out.any()) else None  # waits for no device
+        return left_out if self.device.type != "cpu" or bool(left_out.any()) else None  # must not wait for a GPU
 
     @property
     def log_sums(self) -> tuple[str, ...]:
@@ -75,18 +75,18 @@ class Problem:
 # Problems as arguments of an operator.
 
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", Sequence[str]: "str[]"}
-OF_ROWS = len(Rows._fields) - 1  # tensors of a set of rows; the last field of `Rows` is a flag
+OF_ROWS = len(Rows._fields) - 1  # number of tensors of a set of rows; the last field of `Rows` is a flag
 
 
 def _arguments() -> dict[str, str]:
-    """The type of each argument that `flatten` makes, by name; the tensors come first."""
+    """The name and schema type of each value that `flatten` returns; tensors come first."""
     found = {}
     for side in ("anchor", "contrast"):
         for name, kind in get_type_hints(Rows).items():
             found[f"{side}_{name}"] = "Tensor?" if side == "contrast" and kind is Tensor else _SCHEMA[kind]
     others = ("anchors", "contrasts", "partial")
     found |= {name: _SCHEMA[kind] for name, kind in get_type_hints(Problem).items() if name not in others}
-    return dict(sorted(found.items(), key=lambda item: "Tensor" not in item[1]))  # stable
+    return dict(sorted(found.items(), key=lambda item: "Tensor" not in item[1]))  # sorted is stable
 
 
 ARGUMENTS = _arguments()
@@ -96,20 +96,20 @@ PLACES = {name: k for k, name in enumerate(ARGUMENTS)}
 
 
 def flatten_rows(rows: Rows | None) -> tuple[Any, ...]:
-    """The tensors of a set of rows."""
+    """The tensors of a set of rows, or as many None."""
     if rows is None:
         return (None,) * OF_ROWS
-    *tensors, _ = rows  # not a slice, which torch 2.6 does not compile
+    *tensors, _ = rows  # torch 2.6 cannot compile a slice here
     return tuple(tensors)
 
 
 def unflatten_rows(tensors: Sequence[Any], normalize: bool) -> Rows | None:
-    """The set of rows that was flattened."""
+    """The inverse of `flatten_rows`."""
     return None if tensors[0] is None else Rows(*tensors, normalize)  # type: ignore[call-arg]
 
 
 def flatten(p: Problem) -> tuple[Any, ...]:
-    """The problem as `ARGUMENTS`."""
+    """The problem as a tuple in the order of `ARGUMENTS`."""
     anchors, contrasts = p.anchors, p.contrasts
     return (
         *flatten_rows(anchors),
@@ -126,7 +126,7 @@ def flatten(p: Problem) -> tuple[Any, ...]:
 
 
 def unflatten(arguments: Sequence[Any]) -> Problem:
-    """The problem that was flattened."""
+    """The inverse of `flatten`, which drops `partial`."""
     k = OF_ROWS
     positives, logit_scale, normalize, normalize_contrasts, *rest = arguments[2 * k :]
     anchors = Rows(*arguments[:k], normalize)  # type: ignore[call-arg]
@@ -138,38 +138,44 @@ class Side(NamedTuple):
     """Statistics of one side: each anchor over the contrasts, or each contrast over the anchors."""
 
     fields: Tensor  # [W, S, N]: the wanted fields
-    counts: Tensor  # [2, N]: positives, negatives; with assignments, the sum of weights, and all admissible pairs
-    # [2, L, S, N]: for each wanted log-sum-exp a shift and the sum of exp(s_ij - shift). The backward needs them
-    # apart: their log-sum rounds at the size of the logits, the quotient exp(s_ij - shift) / sum does not.
+    # [2, N]: number of positives and of negatives; with assignments sum of weights and number of admissible contrasts
+    counts: Tensor
+    # [2, L, S, N]: for each wanted log-sum-exp a shift and the sum of exp(s_ij - shift). The backward needs both:
+    # exp(s_ij - lse) would have a rounding error in proportion to the logits, exp(s_ij - shift) / sum does not.
     parts: Tensor
-    observed: Tensor | None = None  # [10, S, N]: see `observed`; None: not asked for
+    observed: Tensor | None = None  # [10, S, N], see `observed`; None unless `Problem.observe`
 
 
 def new_side(p: Problem, size: int) -> Side:
-    """A side of `size` rows to be filled in."""
+    """An uninitialised side of `size` rows."""
     s, new = p.sizes[0], p.logit_scale.new_empty
     return Side(new(len(p.want), s, size), new(2, size), new(2, len(p.log_sums), s, size))
 
 
 def empty_side(p: Problem) -> Side:
-    """The side that is not wanted."""
+    """A side of no rows: the contrasts' without `both`."""
     return new_side(p, 0)
 
 
 class Statistics(NamedTuple):
+    """What a backend's forward returns."""
+
     anchors: Side
     contrasts: Side  # of size 0 unless Problem.both
-    anchor_inverse_norms: Tensor  # [N], or [0] where the rows are taken as they are
+    anchor_inverse_norms: Tensor  # [N], or [0] if the rows are not normalised
     contrast_inverse_norms: Tensor  # [M], or [0]
-    saved: Tensor  # [R]: what else the backend wants to find again in the backward; R is its `saved_size`
+    saved: Tensor  # [R]: anything else that the backend's backward needs; R is `Backend.saved_size`
 
 
 class Gradients(NamedTuple):
-    """None where not needed. Rows are still in the accumulation dtype and already projected."""
+    """What a backend's backward returns; unneeded gradients may be None.
+
+    Gradients of rows are in `Problem.dtype` and include the derivative of the normalisation.
+    """
 
     anchors: Tensor | None  # [N, D]
     contrasts: Tensor | None  # [M, D]
-    logit_scale: Tensor | None  # [S]; or float64
+    logit_scale: Tensor | None  # [S], in `Problem.dtype` or float64
     bias: Tensor | None  # [M]
     positives: Tensor | None = None  # [N, D]
     anchor_assignments: Tensor | None = None  # [N, C]
@@ -177,7 +183,7 @@ class Gradients(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are needed, as in `Gradients`."""
+    """Which of `Gradients` are needed."""
 
     anchors: bool = False
     contrasts: bool = False
@@ -199,34 +205,34 @@ _GRADIENT_PLACES = _gradient_places(False), _gradient_places(True)
 
 
 def gradient_places(arguments: Sequence[Any]) -> tuple[int, ...]:
-    """Among `ARGUMENTS` the place of what each of `Gradients` is the gradient of."""
+    """For each of `Gradients` the index in `ARGUMENTS` of the tensor that it belongs to."""
     return _GRADIENT_PLACES[arguments[OF_ROWS] is not None]
 
 
 def pair_weights(left: Tensor, right: Tensor) -> Tensor:
-    """<r_i, r_j> [N, M] of assignments; what overflows is the largest number, so that 0 times it is 0."""
+    """The weights <r_i, r_j> [N, M] of assignments. Overflow gives the largest finite number: 0 times it is 0."""
     weights = left @ right.T
     return weights.clamp_(max=torch.finfo(weights.dtype).max)
 
 
 def largest_bias(bias: Tensor) -> Tensor:
-    """The largest |bias| of a contrast that is not left out, [1]."""
+    """The largest |bias| over the contrasts that are not left out, [1]."""
     return bias.masked_fill(bias == -torch.inf, 0).abs().amax().reshape(1)
 
 
 def largest_base(bases: Tensor, there: Tensor) -> Tensor:
-    """Of the bases [B, S, N] of sums in B blocks that of their sum, [S, N]; 0 where no block has anything to sum.
+    """The base [S, N] of the sum of B blocks: the largest of the blocks' bases [B, S, N], or 0 if all are empty.
 
-    there: bool [B, N], where a block has.
+    there: bool [B, N], False where a block is empty.
     """
     largest = bases.masked_fill(~there[:, None], -torch.inf).amax(0)
     return largest.masked_fill(largest == -torch.inf, 0)
 
 
 def merge_bases(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
-    """Bases of sums over all, negatives and positives, [B, 3, S, N] of B blocks, as one, [3, S, N].
+    """Merges the bases [B, 3, S, N] of B blocks into [3, S, N]; the three sums are over all, negatives and positives.
 
-    counts: the blocks' [B, 2, N]. sums: ignored.
+    counts: [B, 2, N], of the blocks. sums: ignored.
     """
     positives, negatives = (counts > 0).unbind(1)
     there = (positives | negatives, negatives, positives)
@@ -234,9 +240,9 @@ def merge_bases(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
 
 
 def over_sets(p: Problem, grad: Tensor, counts: Tensor) -> Tensor:
-    """Gradients [W, S, N] of fields whose set is empty become zero: the fields are constants there.
+    """The gradients [W, S, N] of fields, 0 where the field's set is empty: the field is a constant there.
 
-    A user's formula may well divide by a count of zero in a row that it masks out, and send NaN back.
+    A user's formula may divide by a count of 0 in a row that it masks out, so that the gradient there is NaN.
     """
     if grad.numel() == 0:
         return grad

@@ -1,6 +1,6 @@
-"""The specification in code: every logit at once, every set a mask, the gradient written out.
+"""The specification in code: it stores every logit, makes every set a mask and writes the gradient out.
 
-Memory O(S N M). Exact in float64; the other backends are held to it.
+Memory is O(S N M). The other backends are tested against it in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def forward(p: Problem) -> Statistics:
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
-    """Gradients from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' fields [W, S, M]."""
+    """The gradients, from those of the anchors' fields [W, S, N] and, with `both`, of the contrasts' [W, S, M]."""
     grad = over_sets(p, grad, saved.anchors.counts)
     if p.both:
         grad_contrasts = over_sets(p, grad_contrasts, saved.contrasts.counts)
@@ -51,13 +51,13 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     return Gradients(
         through_normalization(dx, x, a) if p.anchors.normalize else dx,
         None if p.contrasts is None else dy,
-        (g * similarity).sum((1, 2), dtype=torch.float64),  # as training converges they cancel
+        (g * similarity).sum((1, 2), dtype=torch.float64),  # terms cancel as training converges
         g.sum((0, 1)) if needs.bias else None,
     )
 
 
 def _rows(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Anchors and contrasts as they enter the product, and their inverse norms (empty where not normalised)."""
+    """Anchors and contrasts as they enter the product, and their inverse norms; [0] for rows that keep their norms."""
     x = p.anchors.values.to(p.dtype)
     a = inverse_norms(x) if p.anchors.normalize else x.new_empty(0)
     x = x * a[:, None] if p.anchors.normalize else x
@@ -65,18 +65,18 @@ def _rows(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return x, x, a, x.new_empty(0)
     y = p.contrasts.values.to(p.dtype)
     if (left_out := p.left_out) is not None:
-        y = y.masked_fill(left_out[:, None], 0)  # whatever these rows hold, NaN too, reaches no product
+        y = y.masked_fill(left_out[:, None], 0)  # these rows may hold NaN
     c = inverse_norms(y) if p.others.normalize else y.new_empty(0)
     return x, y * c[:, None] if p.others.normalize else y, a, c
 
 
 def _biased(p: Problem, logits: Tensor) -> Tensor:
-    """[S, N, M]"""
+    """The logits [S, N, M] plus the bias."""
     return logits if p.others.bias is None else logits + p.others.bias
 
 
 def _sets(p: Problem) -> dict[str, Tensor]:
-    """The set [N, M] that each field runs over: A, P or N = A without P; of assignments, the weights of its pairs."""
+    """The mask [N, M] of each field's set: A, P or N = A without P. With assignments sum_pos has weights instead."""
     _, n, m = p.sizes
     if p.contrasts is None:
         admissible = ~torch.eye(n, dtype=torch.bool, device=p.device)
@@ -123,7 +123,7 @@ def _reduce(p: Problem, logits: Tensor, plain: Tensor, sets: dict[str, Tensor]) 
 
 
 def _largest(members: Tensor) -> Tensor:
-    """The maximum over the last dimension; 0 where there is no finite one, so that exp(-inf - shift) is 0."""
+    """The maximum over the last dimension; 0 if that is -inf, so that exp(-inf - shift) is 0."""
     if members.shape[-1] == 0:
         return members.new_zeros(members.shape[:-1])
     largest = members.amax(-1)
@@ -131,7 +131,7 @@ def _largest(members: Tensor) -> Tensor:
 
 
 def _logit_gradient(p: Problem, logits: Tensor, sets: dict[str, Tensor], parts: Tensor, grad: Tensor) -> Tensor:
-    """dL/ds [S, N, M]: softmax part and positive part meet here, before any rounding to the rows' dtype."""
+    """dL/ds [S, N, M]. Terms of softmax and of positives are added here, before any rounding to the rows' dtype."""
     g = torch.zeros_like(logits)
     for k, field in enumerate(p.want):
         if not TABLE[field].log_sum:

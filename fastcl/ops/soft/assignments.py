@@ -1,10 +1,11 @@
-"""The gradient of soft assignments, the same for every backend: that of their pairs is a product of low rank.
+"""The gradient of soft assignments, the same for every backend. The gradient of the weights of pairs has low rank.
 
-With w_ij = <r_i, q_j> the gradient of w_ij is H_ij = (g_i + g'_j) s_ij + h_i + h'_j, from the gradients g of the sums
-over positives and h of their weights; s_ij = <u_i, v_j> of the rows as they enter the logits and a column for the bias.
-So H = L K' with L = [g u, h, u, 1] and K = [v, 1, g' v, h'], and the assignments' gradients are L (K' Q) and K (L' R),
-less the pairs that are inadmissible: O((N + M) C D). As training converges, s_ij and the mean in h_i cancel: all of
-it is float64, so that nothing is lost but what h_i has lost already.
+The gradient of w_ij = <r_i, q_j> is H_ij = (g_i + g'_j) s_ij + h_i + h'_j. Here g is the gradient of sum_pos and h that
+of num_pos; a prime marks those of the reverse direction. The logits are s_ij = <u_i, v_j>: u and v are the rows as they
+enter the logits, with one more column for the bias. So H = L K^T with L = [g u, h, u, 1] and K = [v, 1, g' v, h'].
+The assignments' gradients are L (K^T Q) and K (L^T R), minus the terms of inadmissible pairs: O((N + M) C D). As
+training converges, s_ij and the mean in h_i cancel. All of it is float64, so only the digits that h_i has lost before
+are lost.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from ..backends.rows import inverse_norms
 from ..contrastive.records import Problem
 
 BLOCK = 1 << 20  # numbers in a block of a factor
-FEW = 16  # places of a sample id that are looked at one by one
+FEW = 16  # a sample id with more contrasts is subtracted as a product of factors, not pair by pair
 Index = slice | Tensor
 
 
 class _Factor(NamedTuple):
-    """Rows of L or of K, formed where they are needed."""
+    """The factor L or K, whose rows are computed when they are needed."""
 
     rows: Tensor  # [N, D]
     normalize: bool
-    scale: Tensor | None  # []: of the logits, taken with the anchors
-    end: Tensor | None  # [N]: the last column of u or v; None: ones
-    sums: Tensor | None  # g or g' [N]; None: zeros, whose columns are left out
-    weights: Tensor | None  # h or h'
-    own_first: bool  # L = [g u, h, u, 1] or K = [v, 1, g' v, h']
-    other: bool  # whether the other side has gradients
+    scale: Tensor | None  # [], the logit scale, which u includes; None for v
+    end: Tensor | None  # [N], the last column of u or v; None: ones
+    sums: Tensor | None  # [N], g or g'; None: zeros, and their columns are omitted
+    weights: Tensor | None  # [N], h or h'; None likewise
+    own_first: bool  # True for L = [g u, h, u, 1], False for K = [v, 1, g' v, h']
+    other: bool  # whether the other side has gradients; if not, the columns that they multiply are omitted
 
     def at(self, index: Index) -> Tensor:
         rows = self.rows[index].double()
@@ -57,9 +58,9 @@ class _Factor(NamedTuple):
 def assignment_gradients(
     p: Problem, grad: Tensor, grad_contrasts: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of the anchors' assignments [N, C] and of the contrasts' [M, C], float64.
+    """Gradients of the anchors' assignments [N, C] and of the contrasts' assignments [M, C], float64.
 
-    From the gradients [2, N] of the anchors' sum_pos and num_pos, and with `both` of the contrasts' [2, M].
+    grad: [2, N], of the anchors' sum_pos and num_pos. grad_contrasts: with `both` of the contrasts', [2, M].
     """
     assert p.anchors.assignments is not None
     self_contrast = p.contrasts is None
@@ -72,7 +73,7 @@ def assignment_gradients(
     scale = p.logit_scale.double()[0]
     bias = y.new_zeros(len(y)) if bias is None else bias
     left_out = p.left_out
-    if left_out is not None:  # their pairs weigh nothing, and what they hold reaches no product
+    if left_out is not None:  # their pairs have weight 0, and their rows may hold NaN
         bias, q = bias.masked_fill(left_out, 0), q.masked_fill(left_out[:, None], 0)
         y = y if self_contrast else y.masked_fill(left_out[:, None], 0)
     left = _Factor(p.anchors.values, p.anchors.normalize, scale, None, sums, weights, True, p.both)
@@ -99,7 +100,7 @@ def assignment_gradients(
 
 
 def _product(left: _Factor, right: _Factor, assignments: Tensor) -> Tensor:
-    """L (K' Q) [N, C]"""
+    """L (K^T Q) [N, C], or K (L^T R) with the factors exchanged."""
     result = assignments.new_zeros(len(left.rows), assignments.shape[1], dtype=torch.float64)
     if len(right.rows):
         total = _total(right, right.blocks(), assignments)
@@ -109,7 +110,7 @@ def _product(left: _Factor, right: _Factor, assignments: Tensor) -> Tensor:
 
 
 def _total(right: _Factor, blocks: Iterable[Index], assignments: Tensor) -> Tensor:
-    """K' Q [2 (D + 2) or so, C] of the rows in all blocks, of which there are some."""
+    """K^T Q [K's columns, C], summed over the rows of the blocks; there must be a block."""
     total = assignments.new_zeros((), dtype=torch.float64)
     for block in blocks:
         total = total + right.at(block).T @ assignments[block].double()
@@ -119,9 +120,10 @@ def _total(right: _Factor, blocks: Iterable[Index], assignments: Tensor) -> Tens
 def _take_off_equal(
     gradient: Tensor, left: _Factor, right: _Factor, assignments: Tensor, ids: tuple[Tensor | None, Tensor | None]
 ) -> None:
-    """gradient_i -= the sum over j of the same sample id of <L_i, K_j> q_j.
+    """Subtracts from gradient_i the sum of <L_i, K_j> q_j over all j with the sample id of i.
 
-    Ids of few places pair by pair, all of them at once; of ids of many, of which there are few, each as a product.
+    Ids with at most `FEW` contrasts are subtracted pair by pair, the k-th contrast of all of them at once. The others,
+    of which there cannot be many, are subtracted id by id, each as a product of factors.
     """
     own, other = ids
     if own is None or other is None or len(own) == 0 or len(other) == 0:

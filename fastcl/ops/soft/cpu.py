@@ -1,4 +1,4 @@
-"""Statistics over soft assignments on backend ``cpu``: the C++ engines, driven through addresses of tensors."""
+"""Backend ``cpu`` of the statistics over soft assignments: calls the C++ engine with addresses of tensors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def forward(p: Problem) -> Statistics:
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
-    """Gradients from those of the anchors' fields [2, 1, N] and, with `both`, of the contrasts' fields [2, 1, M]."""
+    """The gradients, from those of the anchors' fields [2, 1, N] and, with `both`, of the contrasts' [2, 1, M]."""
     p = contrastive_cpu.addressable(p)
     _, n, m = p.sizes
     if n == 0 or m == 0:
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     new = p.logit_scale.new_empty
     bias = needs.bias and p.others.bias is not None
-    # Two sets that are one: both gradients are the anchors'.
+    # Self-contrast with a bias runs as two sets. Both gradients belong to the anchors.
     folded = p.contrasts is None and p.anchors.bias is not None
     rows = new(p.anchors.values.shape) if needs.anchors else None
     columns = None
@@ -62,16 +62,16 @@ def _run(p: Problem, anchors: tuple[int, ...], contrasts: tuple[int, ...] | None
     native.run(call)
 
 
-# Descriptions, number by number as csrc/bindings reads them.
+# Tuples of numbers, in the order in which csrc/bindings reads them.
 
 
 def _side(side: Side, inverse_norms: Tensor) -> tuple[int, ...]:
-    """Where the forward is to write."""
+    """The addresses that the forward writes."""
     (lse, total), counts, (base, power) = side.fields, side.counts, side.parts
     norms = inverse_norms if len(inverse_norms) else None
     return (*map(native.address, (lse, total, *counts, base, power, norms)), 0, 0)
 
 
 def _gradient_side(side: Side, grad: Tensor) -> tuple[int, ...]:
-    """Where the backward is to read."""
+    """The addresses that the backward reads."""
     return (0, 0, 0, 0, *map(native.address, side.parts), 0, *map(native.address, grad))

@@ -1,6 +1,6 @@
-"""The operator of statistics over soft assignments: schema, shapes, derivatives, and the backends that have it.
+"""The operator of statistics over soft assignments: schema, shapes for tracing, derivative, table of backends.
 
-As for the contrastive statistics, but what is a count there is a sum of weights here, and so has a derivative.
+It differs from the contrastive statistics in one point: num_pos is a sum of weights, and so has a derivative.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .assignments import assignment_gradients
 
 
 class SoftBackend(Protocol):
-    """As `contrastive.backend.Backend`, of problems with assignments; it keeps nothing for the backward."""
+    """`contrastive.backend.Backend` for problems with assignments. It keeps nothing for the backward."""
 
     def forward(self, p: Problem) -> Statistics: ...
 
@@ -57,11 +57,11 @@ forward_op = torch.ops.fastcl.soft_stats_fwd
 backward_op = torch.ops.fastcl.soft_stats_bwd
 
 
-class Weighted(NamedTuple):
-    """One side's statistics, [N]."""
+class SoftSide(NamedTuple):
+    """The statistics of one side."""
 
     fields: Tensor  # [3, N]: lse_all, sum_pos, num_pos
-    size: Tensor  # of A_i
+    size: Tensor  # [N], the number of admissible contrasts
 
 
 def _parsed(args: Sequence[Any]) -> tuple[Problem, SoftBackend]:
@@ -101,14 +101,18 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _over_sets(side: Side, grad: Tensor) -> Tensor:
-    """Those of the fields [3, N] of rows without pairs do not count, and of rows without weight not those that a
-    formula which divides by it sends back as NaN or infinity."""
-    weighed, some = side.counts != 0  # NaN is a weight
+    """The gradients [3, N] of the fields that the backward uses; the others become 0.
+
+    Rows without admissible pairs have none. In rows whose weights sum to 0, gradients of sum_pos and num_pos that are
+    not finite are dropped: a formula divides by num_pos.
+    """
+    weighed, some = side.counts != 0  # true for a NaN weight
     usable = some & (weighed | grad.isfinite())
     return torch.where(torch.stack((some, usable[1], usable[2])), grad, 0)
 
 
 def _side(fields: Tensor, sizes: Tensor, parts: Tensor) -> Side:
+    """The side, restored from the outputs of the forward operator."""
     return Side(fields[:2, None], torch.stack((fields[2], sizes)), parts[:, None, None])
 
 
@@ -159,11 +163,12 @@ register("soft_stats", _SoftStats, (_forward, _forward_fake), (_backward, _backw
 
 
 def at_unit(assignments: Tensor) -> tuple[Tensor, Tensor]:
-    """The assignments divided by a power of two, float64 [], so that rows' largest ones lie around 1, at most 2^37.
+    """Divides assignments by a power of two, so that each row's largest number lies around 1, at most 2^37.
 
-    Products of large ones and their sums would overflow, those of small ones underflow. The power, near the geometric
-    mean of the largest and the smallest row that is not zero, is a constant for derivatives and stays on the device.
-    float16 has no numbers whose products float32 could not add up.
+    Otherwise the sums of products of large numbers overflow, and the products of small numbers underflow. The power,
+    float64 [], is returned too. It is near the geometric mean of the largest row and the smallest non-zero row. It is a
+    constant for derivatives and stays on the device. float16 assignments are not scaled: float32 can add up their
+    products.
     """
     one = assignments.new_ones((), dtype=torch.float64)
     if assignments.numel() == 0 or assignments.dtype == torch.float16:
@@ -178,7 +183,7 @@ def at_unit(assignments: Tensor) -> tuple[Tensor, Tensor]:
     return assignments * (1 / unit).to(assignments.dtype), unit
 
 
-def statistics(p: Problem, backend: str) -> tuple[Weighted, Weighted]:
-    """Of the anchors, and of the contrasts with `both`."""
+def statistics(p: Problem, backend: str) -> tuple[SoftSide, SoftSide]:
+    """The statistics of the anchors and, with `both`, of the contrasts."""
     fields, sizes, _, contrast_fields, contrast_sizes, *_ = forward_op(*flatten(p), backend)
-    return Weighted(fields, sizes), Weighted(contrast_fields, contrast_sizes)
+    return SoftSide(fields, sizes), SoftSide(contrast_fields, contrast_sizes)

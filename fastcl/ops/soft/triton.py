@@ -1,4 +1,4 @@
-"""Statistics over soft assignments on backend ``triton``: the kernels of `triton_kernels`, prepared and launched."""
+"""Backend ``triton`` of the statistics over soft assignments: prepares and launches the kernels of `triton_kernels`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..contrastive.records import Gradients, Needs, Problem, Side, Statistics, e
 from ..contrastive.triton.gradient import finish
 from ..contrastive.triton.rows import KEPT, Arranged, Launch, arrange
 
-# Of G times norms, below 2 in float16, whose range ends at 2^16.
+# Gradients of logits are scaled to stay below this. Times norms below 2 they stay in float16's range, up to 2^16.
 LARGEST = 2.0**13
 FINITE = torch.finfo(torch.float32).max
 
@@ -31,13 +31,13 @@ def forward(p: Problem) -> Statistics:
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
-    """Gradients from those of the anchors' fields [2, 1, N] and, with `both`, of the contrasts' fields [2, 1, M]."""
+    """The gradients, from those of the anchors' fields [2, 1, N] and, with `both`, of the contrasts' [2, 1, M]."""
     _, n, m = p.sizes
     if n == 0 or m == 0:
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     with on_device(p.device):
         call = _Call(p)
-        folded = p.contrasts is None and call.arranged.biased  # two sets that are one
+        folded = p.contrasts is None and call.arranged.biased  # self-contrast with a bias runs as two sets
         sides: list[Tensor | None] = [_side(saved.anchors, grad), None]
         bound = _bound(saved.anchors, grad)
         if p.both:
@@ -47,7 +47,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
             sides[1], bound = sides[0], 2 * bound
         lift = torch.exp2((LARGEST / bound.clamp(1e-30, 1e30)).log2().floor()).reshape(1)
         for side in {id(side): side for side in sides if side is not None}.values():
-            side[1:] = (side[1:] * lift).clamp_(-FINITE, FINITE)  # of hardly any weight: 0 times it is to be 0
+            side[1:] = (side[1:] * lift).clamp_(-FINITE, FINITE)  # finite, so that 0 times it is 0
         factor = p.logit_scale / lift
         rows = columns = scale = bias = None
         if needs.anchors or needs.logit_scale:
@@ -71,14 +71,14 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 
 
 def _side(side: Side, grad: Tensor) -> Tensor:
-    """[3, n] as `soft_gradient_kernel` takes it."""
+    """The argument SIDE of `soft_gradient_kernel`, [3, n]."""
     base, total = side.parts[:, 0, 0]
     lse, sum_pos = grad[:, 0]
     return torch.stack((base, torch.where(total == 0, 0, lse / total), sum_pos))
 
 
 def _bound(side: Side, grad: Tensor) -> Tensor:
-    """On a side's share of G: no softmax is above 1, and no weight above the sum of the row's."""
+    """A bound of the side's part of the logits' gradient: a softmax is at most 1, a weight at most the row's sum."""
     lse, sum_pos = grad[:, 0].abs()
     bound: Tensor = (lse + torch.where(sum_pos == 0, 0, sum_pos * side.counts[0])).amax()
     return bound
@@ -130,7 +130,10 @@ class _Call:
     def gradient(
         self, exchanged: bool, own: Tensor | None, other: Tensor | None, scaled: bool, summed: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of the rows [n, padded D], to be multiplied by the factor; sums of G times similarity, and of G, [n]."""
+        """The gradient of the rows [n, padded D], before the factor scale / lift, and two sums over each row, [n].
+
+        With `scaled` the sum of G times similarity, with `summed` the sum of G; G is the gradient of the logits.
+        """
         launch, arguments = self._launch(exchanged)
         new = self.p.logit_scale.new_empty
         gradient = new(launch.rows.rows.shape)
@@ -143,12 +146,12 @@ class _Call:
 
 
 def assignment_width(dtype: torch.dtype) -> int:
-    """Of C, in a step of the product that makes weights."""
+    """The numbers of C in one step of the product that computes weights."""
     return 64 if dtype.itemsize == 2 else 32
 
 
 def tile_for(kind: str, architecture: int, dtype: torch.dtype, d: int, tf32: bool, interpreted: bool = False) -> Tile:
-    """That of a careful kernel, as every tile is one of these; the second product takes registers of more warps."""
+    """`tile` with careful=True, as every tile is masked. The second product needs the registers of more warps."""
     shape = tile("running" if kind == "soft_forward" else "backward", architecture, dtype, d, True, tf32, interpreted)
     return shape if interpreted or dtype.itemsize > 2 else shape._replace(warps=8)
 
@@ -159,7 +162,7 @@ def _tile(kind: str, launch: Launch) -> Tile:
 
 
 def _widened(assignments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous [n, padded C], zeros behind C."""
+    """The assignments, contiguous [n, padded C], with zeros after C."""
     n, c = assignments.shape
     width = padded(c, INTERPRETED)
     assignments = assignments.detach().resolve_neg().to(dtype)

@@ -1,8 +1,9 @@
-"""Triton kernels of soft assignments: a tile of weights w_ij = <r_i, q_j> beside each tile of logits.
+"""Triton kernels of soft assignments: they compute a tile of weights w_ij = <r_i, q_j> beside each tile of logits.
 
-Assignments lie as rows do, C numbers each, padded with zeros, and are streamed along C. Any pair may be a positive, so
-every tile is masked, and running maxima keep all sums in range. A program owns rows, forward and backward; the other
-set's turn is the same kernel with rows and columns exchanged. Logits are formed by the functions of the other kernels.
+Assignments are stored like rows of C numbers, padded with zeros, and are streamed along C. Any pair may be a positive,
+so every tile is masked, and running maxima keep all sums in range. A program owns rows, in the forward and in the
+backward; the other set uses the same kernel with rows and columns exchanged. The functions of the contrastive kernels
+compute the logits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..backends.triton_kernels import (
     rounded,
 )
 
-LARGEST = tl.constexpr(3.4028234663852886e38)  # what overflows becomes this, so that 0 times it is 0
+LARGEST = tl.constexpr(3.4028234663852886e38)  # replaces infinity, so that 0 times it is 0
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def soft_tile(
     SELF: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, ASSIGNMENT_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Of the columns [j0, j0 + BLOCK_N): similarities, logits to base 2, weights, which pairs are admissible, c."""
+    """For the columns [j0, j0 + BLOCK_N): similarities, logits to base 2, weights, the mask of admissible pairs, c."""
     i = i0 + tl.arange(0, BLOCK_M)
     j = j0 + tl.arange(0, BLOCK_N)
     _, c, column_bias, column_names, similarity, t = masked_logits(
@@ -60,8 +61,8 @@ def soft_statistics_kernel(
     SELF: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, ASSIGNMENT_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A row block a program. STATISTICS [5, N]: the largest logit to base 2, the sum of 2^(t - it), the sums of w s and
-    of w, and how many pairs are admissible."""
+    """One row block for each program. STATISTICS [5, N]: the largest logit to base 2, the sum of 2^(t - that), the sums
+    of w s and of w, and the number of admissible pairs."""
     i0 = tl.program_id(0) * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
     is_row = i < N
@@ -108,10 +109,10 @@ def soft_gradient_kernel(
     SELF: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, ASSIGNMENT_PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A program: rows [i0, i0 + BLOCK_M) and columns [d0, d0 + BLOCK_D) of the gradient, sum_j G_ij c_j y_j.
+    """The gradient sum_j G_ij c_j y_j; a program has its rows [i0, i0 + BLOCK_M) and columns [d0, d0 + BLOCK_D).
 
-    SIDE [3, N], OTHER [3, M], where they have something to say: base and weight of 2^(t - base) * weight, and what
-    w_ij is multiplied by. The two parts of G meet in float32. Outputs as `gradient_kernel` has them.
+    SIDE [3, N] and OTHER [3, M] hold base, weight and factor of a side's part of G, 2^(t - base) * weight + factor
+    * w_ij; None if the side has no gradient. All parts are added in float32. Outputs are those of `gradient_kernel`.
     """
     dtype: tl.constexpr = Y.dtype.element_ty
     i0 = tl.program_id(0) * BLOCK_M

@@ -1,4 +1,4 @@
-"""Statistics that are merged from blocks of contrasts, on every backend; as if other processes had sent them."""
+"""Statistics merged from blocks of contrasts, on every backend, as if other processes had sent the blocks."""
 
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from tests.support.strategies import generator, rows
 
 
 class Cut:
-    """One process with all contrasts, which come in pieces."""
+    """One process that owns all contrasts and visits them in pieces."""
 
     def __init__(self, total: int, pieces: int) -> None:
         self.total, self.own = total, slice(0, total)
@@ -51,7 +51,7 @@ def problem(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
     g = generator(4)
     groups = torch.cat([torch.arange(23) // 2, torch.arange(31) // 2])
     both = rows("converged" if kind == "converged" else "random", groups, 24, g, unit=kind == "far apart")
-    if kind == "far apart":  # of some blocks logits are small, of others they are not
+    if kind == "far apart":  # logits are small in some blocks and large in others
         both[:6] *= 40
         both[23:30] *= 40
     x, y = both[:23].to(dtype), both[23:].to(dtype)
@@ -64,7 +64,7 @@ def problem(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def check(variant: str, kind: str, dtype: torch.dtype, both: bool, scales: list[float]) -> None:
-    """Against one sweep of the same backend, in units of the largest number."""
+    """Compares with one sweep of the same backend, in units of the largest number."""
     p = problem(kind, dtype)
     normalize = kind != "far apart"
     scale = torch.tensor(scales)

@@ -1,6 +1,6 @@
-"""Backend ``cuda``: its kernels' own code on the emulator against the formula, and what results may depend on.
+"""Backend ``cuda``: its kernels on the emulator against the formula, and what results depend on.
 
-The whole of `test_stats.py` passes on it too, but takes minutes there.
+The whole of `test_stats.py` passes on it too, but takes minutes.
 """
 
 import os
@@ -45,7 +45,7 @@ def check(p: StatsProblem, leaves: tuple[str, ...] = ()) -> None:
     check_stats(p.arguments(), leaves or p.leaves, backends=("cuda",))
 
 
-# Numbers. Blocks have 128 rows, tiles 128 or 64 columns, slices 64 or 32 numbers of a row.
+# Numerical results. Blocks have 128 rows, tiles 128 or 64 columns, slices 64 or 32 numbers of a row.
 
 TWO_SETS = {"m": 141, "both": True}
 CALLS: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ def test_one_gradient_alone(leaf) -> None:
 @pytest.mark.parametrize("scale", [10.0, 150.0])
 @pytest.mark.parametrize("positives", ["none", "some", "ids"])
 def test_contrasts_without_gradient(dtype, scale, positives) -> None:
-    """Their forward leaves the anchors' gradient, but for blocks of rows that have positives."""
+    """The forward computes the anchors' gradient, except for blocks of rows that have positives."""
     p = problem(dtype, n=140, m=75, d=20, scales=(scale,), ids=positives == "ids")
     arguments = p.arguments()
     if positives == "none":
@@ -120,7 +120,7 @@ def test_one_pass_and_two_agree(d, monkeypatch) -> None:
 
 
 def test_float32_sums_do_not_drift() -> None:
-    """Tensor cores truncate what they add: of long sums more would be lost than float32's rounding."""
+    """Tensor cores truncate when they add: long sums would lose more than float32's rounding."""
     g = generator(0)
     x = torch.rand(1, 3000, generator=g)
     with fastcl.use_backend("cuda"):
@@ -136,7 +136,7 @@ def test_float32_sums_do_not_drift() -> None:
 
 @pytest.mark.parametrize("size", [1e-7, 3e3])
 def test_float16_beside_a_row_of_another_size(size) -> None:
-    """Its inverse norm, and what is multiplied with it, may not drive other rows' numbers out of float16's range."""
+    """Its inverse norm, and products with it, may not push other rows' numbers out of float16's range."""
     x = torch.randn(80, 32, generator=generator(0))
     x[3] *= size
     gradients = []
@@ -171,7 +171,7 @@ def test_float32_products_obey_torchs_precision() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_those_of_the_exchanged_sets_to_the_bit(dtype) -> None:
-    """Else the forward's sums over columns would not be those of the backward's weights."""
+    """The forward's sums over columns must belong to the same logits as the backward's weights."""
     g = generator(0)
     x, y = torch.randn(50, 70, generator=g).to(dtype), torch.randn(1, 70, generator=g).to(dtype)
     arguments: dict[str, Any] = {"logit_scale": 30.0, "normalize_anchors": True, "normalize_contrasts": True}
@@ -202,8 +202,8 @@ with emulating(), fastcl.use_backend("cuda"):
 
 
 def test_the_order_of_threads_does_not_matter() -> None:
-    """Where a barrier is missing, it does."""
-    module()  # built once
+    """If a barrier were missing, it would."""
+    module()  # built once, here
     said = set()
     for order in ("forward", "backward", "5"):
         environment = os.environ | {"FASTCL_EMULATOR_ORDER": order, "PYTHONPATH": str(ROOT)}
@@ -245,7 +245,7 @@ def test_one_exponential_and_two_agree(scale, monkeypatch) -> None:
 
 
 def test_nothing_is_left_unwritten(monkeypatch) -> None:
-    """Every number of memory that is allocated empty and handed out has been written."""
+    """Every number of memory that is allocated empty and returned has been written."""
     empty, new_empty = torch.empty, Tensor.new_empty
 
     def poisoned(tensor: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def test_nothing_is_left_unwritten(monkeypatch) -> None:
 
 
 def test_no_values_are_looked_at_on_the_host(monkeypatch) -> None:
-    """Each look would make the host wait for a device, and break the capture of a CUDA graph."""
+    """Each read would make the host wait for a device, and break the capture of a CUDA graph."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("looked at a value")
@@ -285,7 +285,7 @@ def test_no_values_are_looked_at_on_the_host(monkeypatch) -> None:
 
 
 def test_rows_by_cluster_and_names() -> None:
-    """Every row's range holds its positives, and both ends grow."""
+    """Every row's range holds its positives, and both ends increase."""
     g = generator(0)
     own, other = torch.randint(-1, 6, (40,), generator=g), torch.randint(-1, 9, (50,), generator=g)
     x, y = rows("random", own, 3, g, unit=True).float(), rows("random", other, 3, g, unit=True).float()
@@ -307,7 +307,7 @@ def test_rows_by_cluster_and_names() -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_arithmetic_of_tiles(tmp_path) -> None:
-    """Who visits what, and where numbers lie: csrc/tests/cuda_tiles_test.cpp."""
+    """Which block visits what, and where numbers lie: csrc/tests/cuda_tiles_test.cpp."""
     source, program = ROOT / "csrc" / "tests" / "cuda_tiles_test.cpp", tmp_path / "tiles"
     flags = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror")
     built = subprocess.run(["c++", *flags, str(source), "-o", str(program)], capture_output=True, text=True)

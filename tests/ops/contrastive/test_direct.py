@@ -1,4 +1,4 @@
-"""The mean loss in one node of autograd's graph, with its gradient at once or when asked: the formula's results."""
+"""The mean loss as one node of autograd's graph, with its gradient in the forward or in the backward."""
 
 from itertools import product
 
@@ -39,7 +39,7 @@ def case(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, object]
     if kind == "views":
         z = leaf(n, 2, d, dtype=dtype)
         return [z, temperature], {"temperature": temperature}
-    if kind == "constant contrasts":  # so many that some lie in no anchor's cluster for a whole tile
+    if kind == "constant contrasts":  # so many that a whole tile has contrasts of no anchor's cluster
         options = {"clusters": clusters, "contrasts": torch.randn(9 * m, d).to(dtype)}
         return [z], options | {"contrast_clusters": torch.arange(9 * m) // 2, "temperature": 0.3}
     y = leaf(m, d, dtype=dtype)
@@ -72,8 +72,8 @@ def test_one_node_is_the_formula(kind_and_when, dtype, denominator: str, backend
     leaves, options = case(kind, dtype)
     options["denominator"] = denominator
     got = results(leaves, options, factor=-3.5)
-    monkeypatch.setattr(direct.DirectMean, "apply", None)  # not to be called
-    weights = torch.ones(len(leaves[0]), dtype=torch.float64)  # of one each: the formula step by step
+    monkeypatch.setattr(direct.DirectMean, "apply", None)  # the formula must not call it
+    weights = torch.ones(len(leaves[0]), dtype=torch.float64)  # weights of one: the formula step by step
     expected = results(leaves, options | {"weights": weights}, factor=-3.5)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
@@ -106,7 +106,7 @@ def test_backward_twice_and_without_gradients(when: str, monkeypatch) -> None:
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("kind", KINDS)
 def test_whoever_looks_on_in_the_backward_alone(kind: str, when: str, monkeypatch) -> None:
-    """The gradient that comes in is then no plain tensor, or what is done with it is to be seen."""
+    """The incoming gradient is then no plain tensor, or a mode records the operations on it."""
     monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
     leaves, options = case(kind, torch.float64)
     loss = cluster_infonce(leaves[0], **options)
@@ -136,7 +136,7 @@ class _Names(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own look
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler reads .grad
 @pytest.mark.parametrize("when", WHEN)
 def test_compiled_autograd(when: str, monkeypatch) -> None:
     monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
@@ -215,7 +215,7 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
     monkeypatch.setattr(direct, "AT_ONCE", 0)
     cluster_infonce(z)
     assert not calls
-    with torch.no_grad():  # whatever the size: nothing is kept for a backward
+    with torch.no_grad():  # nothing is kept for a backward, whatever the size
         cluster_infonce(z)
     assert calls.pop() == [False] * 7
 
@@ -293,7 +293,7 @@ def test_torchs_conventions_do_not_depend_on_the_batch(when: str, monkeypatch) -
         loss.backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # what functorch loads on first use
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # functorch triggers it on first use
 @pytest.mark.parametrize("function", [cluster_infonce, lambda z: fastcl.contrastive_stats(z[:, 0]).lse_all])
 def test_forward_mode_raises(function) -> None:
     z = torch.randn(6, 2, 3)
@@ -306,7 +306,7 @@ def test_forward_mode_raises(function) -> None:
 @pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
 def test_the_value_does_not_cancel_as_pairs_converge(temperature: float) -> None:
-    """Where a pair takes all of the sum, lse - s_pos in float32 keeps two digits of the loss, or none."""
+    """If a pair has nearly all of the sum, lse - s_pos in float32 keeps at most two digits of the loss."""
     torch.manual_seed(7)
     z = torch.eye(31).repeat_interleave(2, 0) + 1e-3 * torch.randn(62, 31)
     clusters = torch.arange(62) // 2

@@ -1,4 +1,4 @@
-"""Statistics for people to look at: against their formulas in float64, and the loss as if nobody had asked."""
+"""Observed statistics: against their formulas in float64, and the loss is the same as without them."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ OBSERVED = ("max_pos", "max_neg", "sum_neg", "entropy")
 
 
 def formula(arguments: dict[str, Any], how: Evaluation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The statistics, and the size of what they are the difference of; with `both` also under "reverse." + name."""
+    """The statistics, and the size of the terms that cancel in them; with `both` also under "reverse." + name."""
     x = arguments["anchors"].to(how.dtype)
     other = arguments.get("contrasts")
     y = x if other is None else other.to(how.dtype)
@@ -97,7 +97,7 @@ def test_triton_is_the_formula(problem: StatsProblem) -> None:
 
 @pytest.mark.parametrize("m", [None, 290])
 def test_more_rows_than_a_block(m, backend) -> None:
-    """Several threads, several blocks of rows and logits far from 0, which a shift of 0 would not survive."""
+    """Several threads, several blocks of rows, and logits far from 0, for which a shift of 0 would fail."""
     if backend == "triton":
         m = m and 70
     n = 67 if backend == "triton" else 431
@@ -113,7 +113,7 @@ def test_more_rows_than_a_block(m, backend) -> None:
         torch.testing.assert_close(field, value, rtol=1e-5, atol=2e-4)
 
 
-# Of a loss
+# Statistics of a loss
 
 
 def rows(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,7 +126,7 @@ CLUSTERS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, -1, 4, 4, 5, 5])
 
 
 def of_rows(logits: Tensor, cosines: Tensor, positive: Tensor, negative: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """By row, and for which rows there is such a thing."""
+    """The values of each row, and which rows have them."""
     largest = [logits.masked_fill(~of, -torch.inf).amax(1) for of in (positive, negative)]
     p = logits.masked_fill(~(positive | negative), -torch.inf).softmax(1)
     return {
@@ -159,7 +159,7 @@ LOSSES = (
 
 @pairs(loss=LOSSES, backend=VARIANTS, dtype=[torch.float64, torch.float32, torch.bfloat16])
 def test_of_self_contrast(loss, dtype, backend) -> None:
-    """And loss and gradient are the same to the bit, asked or not."""
+    """Loss and gradient are also the same to the bit with and without `return_stats`."""
     x = rows(13, 7, dtype=dtype).requires_grad_()
     value, stats = loss(x, CLUSTERS, return_stats=True)
     alone = loss(x, CLUSTERS)
@@ -232,7 +232,7 @@ def test_views_keep_their_shape_and_weights_do_not_enter() -> None:
 
 
 def test_collapsed_rows_are_not_accurate() -> None:
-    """No contrast is nearer than another: the positive does not win by coming first."""
+    """All contrasts are equally near: the positive does not win by coming first."""
     stats = cluster_infonce(torch.ones(5, 2, 3), return_stats=True)[1]
     assert stats.top1 == 0
     torch.testing.assert_close(stats.entropy, torch.tensor(9.0).log())

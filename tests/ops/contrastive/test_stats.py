@@ -34,7 +34,7 @@ def test_triton_matches_the_formula(problem: StatsProblem) -> None:
 @pytest.mark.parametrize("rows_in_a_block", [1, 2, 7])
 @pytest.mark.parametrize("offset", [0, -500, 500])
 def test_blocks_smaller_than_the_problem(m, scales, rows_in_a_block, offset, monkeypatch) -> None:
-    """Also where exp of a logit under- or overflows, after blocks in which a set has no member yet."""
+    """Also where exp of a logit under- or overflows, after blocks in which a set is still empty."""
     problem = simple_problem(n=71, m=m, d=5, scales=scales, bias=True)
     monkeypatch.setattr(rows_arithmetic, "CPU_BLOCK", 1)
     monkeypatch.setattr(rows_arithmetic, "FEWEST_ROWS", rows_in_a_block)
@@ -79,7 +79,7 @@ def test_contrasts_without_gradient(dtype, positives, ids, scale) -> None:
     """As in a queue: the anchors' gradient may then come out of the forward. 150: exponents leave float32's range."""
     problem = simple_problem(n=71, m=140, d=37, dtype=dtype, contrast_dtype=dtype, bias=False, both=False, ids=ids)
     arguments = problem.arguments() | {"logit_scale": scale}
-    if not positives:  # though there are clusters
+    if not positives:  # despite clusters
         arguments |= {
             "anchor_clusters": torch.zeros(71, dtype=torch.int64),
             "contrast_clusters": torch.ones(140).long(),
@@ -89,7 +89,7 @@ def test_contrasts_without_gradient(dtype, positives, ids, scale) -> None:
 
 @pytest.mark.parametrize("magnitude", [1e6, 1e9, 1e12, 1e18])
 def test_logits_of_any_size(magnitude, backend) -> None:
-    """Float32 can no longer tell such logits apart by less than an exponent's range: the largest takes all."""
+    """In float32 such logits differ by more than an exponent's range: the largest has all the mass."""
     g = generator(0)
     x, y = torch.randn(64, 16, generator=g) / 4, torch.randn(30, 16, generator=g) / 4 * magnitude
     logits = x.double() @ y.double().T
@@ -104,7 +104,7 @@ def test_logits_of_any_size(magnitude, backend) -> None:
 
 
 def test_exponentials(backend) -> None:
-    """Equal logits of every fraction: what is left of the log-sum is the exponential's own error."""
+    """Equal logits of every fraction: the error of the log-sum is that of the exponential."""
     anchors = torch.linspace(-0.7, 0.7, 389)[:, None]
     lse = fastcl.contrastive_stats(anchors, torch.ones(96, 1), want=("lse_all",)).lse_all
     expected = anchors.double().squeeze(1) + math.log(96)
@@ -113,7 +113,7 @@ def test_exponentials(backend) -> None:
 
 @pytest.mark.parametrize("size", [20.0, 80.0])
 def test_small_logits_beside_large_ones(size, backend) -> None:
-    """What serves rows of large log-sums must not round the exponents of a row whose log-sum is near zero."""
+    """A shift for rows with large log-sums must not round the exponents of a row whose log-sum is near zero."""
     anchors = torch.tensor([[0.7], [size]])
     contrasts = 0.5 + torch.rand(37, 1, generator=generator(5)) / 2
     probabilities = torch.softmax((0.7 * contrasts.double()).squeeze(1), 0)
@@ -144,7 +144,7 @@ def test_what_is_not_a_number_is_not_hidden(bits_and_dtype, side, backend) -> No
 
 
 def test_extra_positive_without_contrasts(backend) -> None:
-    """An anchor all of whose contrasts are inadmissible, and whose own positive lies far away."""
+    """An anchor whose contrasts are all inadmissible, with its own positive far away."""
     x = torch.randn(4, 8, generator=generator(0), requires_grad=True)
     y = torch.randn(1, 8, generator=generator(1))
     loss = fastcl.functional.cluster_infonce(
@@ -218,7 +218,7 @@ def test_want_may_be_any_iterable(backend) -> None:
 
 
 def test_one_dimensional_unit_rows_have_no_gradient(backend) -> None:
-    """Nothing is left of a gradient once it is projected off a row of one dimension."""
+    """Nothing is left of a gradient after the projection off a row of one dimension."""
     x = torch.randn(40, 1, generator=generator(0)).requires_grad_()
     s = fastcl.contrastive_stats(x, logit_scale=20.0, normalize_anchors=True, want=("lse_all",))
     s.lse_all.sum().backward()

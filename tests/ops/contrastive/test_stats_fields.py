@@ -1,4 +1,4 @@
-"""contrastive_stats: which fields come, over which sets, and what does not matter to them."""
+"""contrastive_stats: which fields are returned, over which sets, and invariances."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.support.pairs import pairs
 from tests.support.stats_checks import as_dict, check_stats, library_stats, objective, simple_problem
 from tests.support.strategies import FIELDS, INTEGERS, PATTERNS, generator
 
-# What is computed
+# Fields and sets
 
 
 @pytest.mark.parametrize("want", [(), *[(name,) for name in FIELDS], FIELDS, tuple(reversed(FIELDS)), list(FIELDS[:2])])
@@ -38,7 +38,7 @@ def test_default_want() -> None:
 
 
 def test_by_hand(backend) -> None:
-    """Three anchors and two contrasts whose inner products one can read off."""
+    """Three anchors and two contrasts whose inner products are easy to compute."""
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
     y = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     stats = fastcl.contrastive_stats(x, y, torch.tensor([7, 7, -1]), torch.tensor([7, 8]), want=FIELDS, both=True)
@@ -78,7 +78,7 @@ def test_valid(want, expected, backend) -> None:
 
 
 def test_nothing_admissible(backend) -> None:
-    """A single row has no contrast at all in self-contrast, and none in an empty queue."""
+    """A single row has no contrast in self-contrast, and an empty queue has none."""
     x = torch.ones(1, 3, requires_grad=True)
     for contrasts in (None, torch.ones(0, 3)):
         clusters = {} if contrasts is None else {"contrast_clusters": torch.zeros(0, dtype=torch.int64)}
@@ -142,7 +142,7 @@ def test_gradient_in_one_argument_alone_self_contrast(leaf) -> None:
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("side", ["", "reverse."])
 def test_gradient_of_one_field_alone(field, side, backend) -> None:
-    """The other fields are wanted but not used: their incoming gradient is absent, not zero."""
+    """The other fields are wanted but not used: their incoming gradient is None, not zero."""
     problem = simple_problem(dtype=torch.float64, contrast_dtype=torch.float64)
     leaves = problem.leaves
 
@@ -174,7 +174,7 @@ def test_order_of_rows_does_not_matter(pattern, backend) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_names_of_clusters_do_not_matter(pattern, backend) -> None:
-    """Any injective renaming; negative ids may take any other negative value."""
+    """Any injective renaming changes nothing; negative ids may be any negative numbers."""
     problem = simple_problem(n=40, m=33, pattern=pattern)
     arguments = problem.arguments()
     names = torch.randperm(2**20, generator=generator(3)) * 2**40

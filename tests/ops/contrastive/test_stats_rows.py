@@ -1,4 +1,4 @@
-"""contrastive_stats of rows of every size and layout, and of formulas that mask rows."""
+"""contrastive_stats with rows of every size and layout, and with formulas that mask rows."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_all_rows_zero(backend) -> None:
 @pytest.mark.parametrize("size", [1e-15, 1e-13, 1e-8, 1e8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_size_of_rows(size, dtype, backend) -> None:
-    """It does not matter to cosines, until norms come below 1e-12, which is divided by instead."""
+    """Cosines do not depend on norms above 1e-12; smaller norms are replaced by 1e-12."""
     problem = simple_problem(n=12, m=None, bias=False, dtype=dtype, contrast_dtype=dtype)
     arguments = problem.arguments()
     arguments["anchors"] = arguments["anchors"] * size
@@ -49,7 +49,7 @@ def test_size_of_rows(size, dtype, backend) -> None:
 
 
 def strided(x: Tensor, how: str) -> Tensor:
-    """The values of x in other strides."""
+    """The values of x with other strides."""
     if how == "transposed":
         return x.mT.contiguous().mT if x.dim() > 1 else x
     if how == "every other":
@@ -83,7 +83,7 @@ def test_strides(how, m, backend) -> None:
 
 
 def test_expanded_rows(backend) -> None:
-    """All rows in the same memory; the gradient still has a place for each."""
+    """All rows share memory; the gradient still has a place for each."""
     row = torch.randn(1, 4, generator=generator(0))
     expected = differentiate(library_stats, {"anchors": row.repeat(6, 1)}, ["anchors"], objective)
     got = differentiate(library_stats, {"anchors": row.expand(6, 4)}, ["anchors"], objective)
@@ -104,7 +104,7 @@ def test_non_leaf_inputs(backend) -> None:
 
 
 def test_expanded_gradients(backend) -> None:
-    """sum() sends one number in the place of all N."""
+    """The gradient of sum() is one number expanded to N."""
     problem = simple_problem(n=20, m=23)
 
     def expanded(fields):
@@ -127,7 +127,7 @@ def test_expanded_gradients(backend) -> None:
 @pytest.mark.parametrize("m", [None, 11])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_formulas_that_are_nan_where_masked(m, normalize, backend) -> None:
-    """NaN that comes back to the fields of empty sets leaves the gradient finite and right."""
+    """NaN gradients of fields over empty sets leave the gradient finite and right."""
     problem = simple_problem(
         n=12,
         m=m,
@@ -169,7 +169,7 @@ def test_formulas_that_are_nan_where_masked(m, normalize, backend) -> None:
 
 
 def test_nan_gradients_of_counting_rows_are_passed_on(backend) -> None:
-    """Only empty sets are excused: a NaN that is the user's own must show."""
+    """Only empty sets are exempt: a NaN from the user's formula must show."""
     x = torch.randn(4, 3, generator=generator(0), requires_grad=True)
     stats = fastcl.contrastive_stats(x, anchor_clusters=torch.tensor([0, 0, 1, 1]))
     (gradient,) = torch.autograd.grad((stats.lse_all * torch.tensor([torch.nan, 0, 0, 0])).sum(), x)

@@ -1,4 +1,4 @@
-"""Backend `triton`: whether it is there, whom it serves, what its results may depend on. Numbers: `test_stats.py`."""
+"""Backend `triton`: availability, which calls it takes, what its results depend on. Numbers: `test_stats.py`."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ interpreted = pytest.mark.skipif(
 )
 
 
-# Whether it is there
+# Availability
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_whom_it_serves(monkeypatch) -> None:
 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """What is launched from now on."""
+    """The kernel launches from now on."""
     seen: list[tuple[str, dict[str, Any]]] = []
     launch = triton_launch.launch
 
@@ -128,14 +128,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
     [(10.0, False, 1), (100.0, False, 2), (300.0, True, 2)],
 )
 def test_which_kernels_do_the_work(scale, redone, exponentials, monkeypatch) -> None:
-    """One shift, at 0.01 too, else running maxima; one exponential where log-sums lie close together, else two."""
+    """One shift, also at temperature 0.01, else running maxima; one exponential if log-sums are close, else two."""
     seen = launched(monkeypatch)
     g = generator(0)
     clusters = torch.arange(130) // 2
     z = rows("converged", clusters, 16, g, unit=True).float().requires_grad_()
     if redone:
         with torch.no_grad():
-            z[:65] *= -1  # some far from everything, some close to their like
+            z[:65] *= -1  # some rows far from all others, some close to similar ones
             z[7] = 0
     with fastcl.use_backend("triton"):
         s = fastcl.contrastive_stats(
@@ -150,7 +150,7 @@ def test_which_kernels_do_the_work(scale, redone, exponentials, monkeypatch) -> 
 
 @interpreted
 def test_rows_whose_sums_are_tiny_are_done_again(monkeypatch) -> None:
-    """At temperature 0.01, rows that point away from all others: the shift for all leaves them next to nothing."""
+    """At temperature 0.01, rows that point away from all others: with one shift for all, their sums are tiny."""
     problem = simple_problem(n=70, m=80, d=8, bias=False, ids=False, both=True, scales=(100.0,))
     arguments = problem.arguments()
     arguments["contrasts"][:, 0] = arguments["contrasts"][:, 0].abs() + 5
@@ -161,7 +161,7 @@ def test_rows_whose_sums_are_tiny_are_done_again(monkeypatch) -> None:
     again = [given for name, given in seen if name == "running_kernel"]
     swept = [given for name, given in seen if name == "two_way_kernel"]
     assert (swept[0]["PARTIAL_SUMS"] > 0).any()  # with one shift for all
-    assert len(again[0]["STATISTICS"][0].unique()) > 1  # its row block has maxima of its own
+    assert len(again[0]["STATISTICS"][0].unique()) > 1  # its row block has its own maxima
 
 
 @interpreted
@@ -208,7 +208,7 @@ def test_float32_products_obey_torchs_precision(precision) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [1, 2, 17, 128, 129, 300])
 def test_any_dimension(d, dtype) -> None:
-    """Whole and streamed rows, padded and not."""
+    """Whole and streamed rows, with and without padding."""
     problem = simple_problem(n=37, m=70, d=d, dtype=dtype, contrast_dtype=dtype, bias=False, ids=False)
     check_stats(problem.arguments(), problem.leaves, backends=("triton",))
 
@@ -221,14 +221,14 @@ def test_rows_of_4096_numbers() -> None:
 
 @interpreted
 def test_no_values_are_looked_at_on_the_host(monkeypatch) -> None:
-    """Each look would make the host wait for a device, and break the capture of a CUDA graph."""
+    """Each read would make the host wait for a device, and break the capture of a CUDA graph."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("looked at a value")
 
     launch = triton_launch.launch
 
-    def allowed(*args: Any) -> None:  # the interpreter itself may look
+    def allowed(*args: Any) -> None:  # the interpreter itself may read
         with monkeypatch.context() as inside:
             for name, method in originals.items():
                 inside.setattr(Tensor, name, method)
@@ -262,7 +262,7 @@ def test_no_values_are_looked_at_on_the_host(monkeypatch) -> None:
 @pytest.mark.parametrize("pattern", ["negatives", "random", None])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_self_contrast_with_a_bias(pattern, normalize) -> None:
-    """The rows meet themselves as a second set, and the gradients of both are added row by row."""
+    """The rows are also the second set, and the gradients of both are added row by row."""
     problem = simple_problem(
         n=20, m=None, pattern=pattern, bias=True, normalize_anchors=normalize, normalize_contrasts=normalize
     )
@@ -273,7 +273,7 @@ def test_self_contrast_with_a_bias(pattern, normalize) -> None:
 @pytest.mark.parametrize("size", [1e-7, 1e-5, 3e3])
 @pytest.mark.parametrize("queue", [False, True])
 def test_float16_beside_a_row_of_another_size(size, queue) -> None:
-    """Its inverse norm, and what is multiplied with it, may not drive other rows' numbers out of float16's range."""
+    """Its inverse norm, and products with it, may not push other rows' numbers out of float16's range."""
     torch.manual_seed(0)
     rows, others = torch.randn(80, 32), torch.randn(90, 32)
     rows[3] *= size
@@ -307,12 +307,12 @@ def test_either_setting_of_precision() -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-# Tiles by time
+# Timed tiles
 
 
 @pytest.fixture
 def timed(monkeypatch, tmp_path) -> tuple[Path, list[tuple[str, triton_tiles.Tile]]]:
-    """Tuning into a file, by a clock that likes tiles of few columns and cannot compile stages; what is launched."""
+    """Tunes into a file, with a clock that prefers few columns and stages that fail to compile; yields the launches."""
     from triton.runtime.errors import OutOfResources
 
     launched: list[tuple[str, triton_tiles.Tile]] = []
@@ -340,7 +340,7 @@ def timed(monkeypatch, tmp_path) -> tuple[Path, list[tuple[str, triton_tiles.Til
 @interpreted
 @pytest.mark.parametrize("both", [False, True])
 def test_tiles_by_time(both, timed, monkeypatch) -> None:
-    """What is timed leaves right results, is taken from then on, by smaller calls too, and is found in the file."""
+    """Tuning gives right results. Its choice is used from then on, also by smaller calls, and is read from the file."""
     path, launched = timed
     sweeps = {"two_way_kernel" if both else "weighted_kernel", "gradient_kernel"}
 

@@ -1,4 +1,4 @@
-"""The Triton kernels' walk over tiles and masks, against lists of pairs; who writes and reads what, place by place."""
+"""The Triton kernels' walk over tiles and masks against lists of pairs; reads and writes of every memory place."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +53,7 @@ def walk_kernel(START, END, INTERIOR, MIXED, N, M, TILES, BLOCK_M: tl.constexpr,
 @triton.jit
 def mask_kernel(START, END, ROW_NAMES, COLUMN_NAMES, ADMISSIBLE, POSITIVE, N, M, WIDTH, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr, SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr):  # fmt: skip
-    """The masks of every tile, side by side: [rows, WIDTH], both rounded up to tiles."""
+    """The masks of every tile, one beside the other: [rows, WIDTH], both rounded up to tiles."""
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_names = load_names(ROW_NAMES, i, i < N, IDS)
@@ -128,17 +128,17 @@ def test_each_pair_is_visited_once_and_masked_as_it_is(a: dict[str, Any]) -> Non
         same[:n, :m] = allowed & (left[:, None] == right) & (left != -1)[:, None]
     assert torch.equal(positive.bool(), same)
 
-    # What no mask looks at: tiles without a positive, a forbidden pair, or an end of columns.
+    # Interior tiles need no mask: no positive, no forbidden pair, no end of columns.
     plain = torch.zeros(rows * block_m, tiles * block_n, dtype=torch.bool)
     plain[:n, :m] = allowed
-    plain[n:, :m] = True  # rows that there are not are not stored
+    plain[n:, :m] = True  # rows beyond the end are not stored
     plain &= ~same
     plain = plain.view(rows, block_m, tiles, block_n).all(3).all(1)
     assert not (interior.bool() & ~plain).any()
 
 
 def test_most_tiles_of_many_pairs_are_interior() -> None:
-    """Else the walk would be right and slow."""
+    """Otherwise the walk would be right and slow."""
     n, block = 512, 16
     own = torch.arange(n) // 2 * 2
     bounds = [torch.searchsorted(own, own, out_int32=True, right=right) for right in (False, True)]
@@ -147,17 +147,17 @@ def test_most_tiles_of_many_pairs_are_interior() -> None:
     assert torch.equal(mixed, torch.eye(n // block, dtype=torch.int32))
 
 
-# Who writes and who reads
+# Writers and readers
 
 
 class Watch:
-    """Follows every place that kernels load and store, by launch and program."""
+    """Records every place that kernels load and store, by launch and program."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, dict[str, Any]]] = []
         self._writers: dict[int, tuple[int, ...]] = {}
         self._readers: dict[int, set[tuple[int, ...]]] = {}
-        self.tensors: list[Tensor] = []  # of the launch
+        self.tensors: list[Tensor] = []  # tensors of the launch
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -212,7 +212,7 @@ class Watch:
             assert self._readers.get(place, {writer}) == {writer}, f"{name}: a program reads what another one writes"
 
     def _written(self, tensor: Tensor) -> float:
-        """The share of the tensor's places that the launch has written to."""
+        """The share of the tensor's places that the launch has written."""
         size = tensor.element_size()
         places = range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * size, size)
         return sum(place in self._writers for place in places) / max(len(places), 1)
@@ -249,7 +249,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", CALLS)
 def test_each_output_has_one_writer_and_nobody_else_reads_it(call, dtype) -> None:
-    """And no kernel reaches beyond its tensors."""
+    """No kernel accesses memory beyond its tensors."""
     options = {"m": None, "d": 21, "both": False, "ids": False, "bias": False, "clusters": True, "queue": False}
     options |= {"scale": 5.0} | CALLS[call]
     n, m = options["n"], options["m"]
@@ -290,7 +290,7 @@ def test_each_output_has_one_writer_and_nobody_else_reads_it(call, dtype) -> Non
             outputs = OUTPUTS[name]
             for argument, share in written.items():
                 if call == "queue" and name == "gradient_kernel" and argument == "GRADIENT":
-                    assert 0 < share < 1  # rows without a positive have their gradient from the forward
+                    assert 0 < share < 1  # the forward has computed the gradient of rows without a positive
                 else:
                     assert share == (argument in outputs), (name, argument)
     assert any(written["GRADIENT"] > 0 for name, written in watch.launches if name == "gradient_kernel")
@@ -327,7 +327,7 @@ def test_soft_assignments_have_one_writer_too(m, bias, dtype) -> None:
 
 
 def test_the_watch_sees_what_it_is_for() -> None:
-    """A column block too many reads beyond the rows, and writes where the next row begins."""
+    """One column block too many reads beyond the rows, and writes at the beginning of the next row."""
     x = torch.randn(40, 8, generator=generator(0), requires_grad=True)
 
     def run() -> None:

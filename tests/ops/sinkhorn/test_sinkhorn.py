@@ -1,4 +1,4 @@
-"""`sinkhorn` against its definition in float64, and the properties that a transport plan has."""
+"""`sinkhorn` against its definition in float64, and the properties of a transport plan."""
 
 import itertools
 import math
@@ -50,7 +50,7 @@ class Case:
 
 
 def masses(kind: str, size: int, seed: int) -> Tensor:
-    """Unnormalised, float64; at least one is positive."""
+    """Unnormalised masses, float64; at least one is positive."""
     g = generator(seed)
     if kind == "uniform":
         return torch.full((size,), 3.0, dtype=torch.float64)
@@ -104,7 +104,7 @@ def run(case: Case) -> tuple[fastcl.SinkhornResult, tuple[Tensor, ...]]:
 
 
 def eager_forms(case: Case) -> list[tuple[Tensor, ...]]:
-    """Values and gradients in eager PyTorch of the accumulation dtype, in a few orders, epsilon early or late."""
+    """Values and gradients in eager PyTorch in the accumulation dtype, with several orders and divisions by epsilon."""
     n, k = case.scores.shape
     forms = []
     size = case.scores.double().abs().mean().item()
@@ -159,10 +159,10 @@ def compare(case: Case) -> None:
     largest = terms.sum(1) + cotangents[1].abs() * case.epsilon
     by_column = terms.sum(0) + cotangents[2].abs() * case.epsilon
     potentials = 1 + case.scores.double().abs().max() / case.epsilon + math.log(max(case.scores.shape))
-    # What cancels: potentials come from log-sums as large as the scores and the log of how many there are; the gradient
-    # of a softmax is a difference of weighted terms, that in epsilon a sum of such times scores / epsilon^2, those in
-    # the masses sums of them over a row or column and over the iterations. In float64, where the truth rounds as eager
-    # does, exponents as large as the potentials are rounded in all of them.
+    # Terms that cancel: potentials come from log-sums as large as the scores and the log of their number. The gradient
+    # of a softmax is a difference of weighted terms, that in epsilon a sum of such terms times scores / epsilon^2, and
+    # that in the masses a sum of them over a row or column and over the iterations. In float64 the truth rounds like
+    # eager PyTorch, so exponents as large as the potentials are rounded in all of them.
     exponents = potentials if case.accumulation == torch.float64 else 1.0
     magnitudes = (
         plan * exponents if case.accumulation == torch.float64 else None,
@@ -199,7 +199,7 @@ def test_triton_follows_the_formula(case: Case) -> None:
 
 @pairs(variant=VARIANTS, kind=["uniform", "zeros"], dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_small_epsilon_and_large_scores(variant: str, kind: str, dtype: torch.dtype) -> None:
-    """Epsilon 0.001 and scores of 1e4: ten million nats between two entries of a row."""
+    """Epsilon 0.001 and scores of 1e4: entries of a row are ten million nats apart."""
     g = generator(3)
     scores = (1e4 * torch.randn(65, 33, generator=g)).to(dtype)
     wide = accumulation_dtype(dtype)
@@ -235,7 +235,7 @@ def test_a_batch_is_its_problems_one_by_one(backend: str) -> None:
         ]
         one = torch.autograd.grad(whole.assignments, (scores, prior), weight)
         other = torch.autograd.grad([p.assignments for p in parts], (scores, prior), list(weight))
-        if tol is None:  # with a tolerance the batch goes on until its last problem is done
+        if tol is None:  # with a tolerance the batch runs until its last problem has converged
             for name in NAMES:
                 torch.testing.assert_close(getattr(whole, name), torch.stack([getattr(p, name) for p in parts]))
             for left, right in zip(one, other, strict=True):
@@ -319,8 +319,8 @@ def test_shifts_and_permutations_change_nothing_else(variant: str, case: Case, s
     options = {"epsilon": case.epsilon, "n_iters": case.n_iters}
     with running(variant):
         plain = fastcl.sinkhorn(case.scores, prior=case.prior, row_marginal=case.row_marginal, **options)
-        # A shift of columns is taken up by g. One of rows would be by f, but for the first column update, which takes
-        # f = 0 for what it is; a shift of everything is both.
+        # g absorbs a shift of columns. f would absorb a shift of rows, except that the first column update uses f = 0.
+        # A shift of everything is also a shift of columns.
         shift = torch.randn(k, dtype=torch.float64, generator=g)
         moved = fastcl.sinkhorn(case.scores + shift + 5, prior=case.prior, row_marginal=case.row_marginal, **options)
         rows, columns = torch.randperm(n, generator=g), torch.randperm(k, generator=g)
@@ -399,7 +399,7 @@ def test_gradcheck_of_the_iteration(backend: str, n_iters: int, warm: bool) -> N
 
 @EXACT
 def test_gradcheck_of_the_fixed_point(backend: str) -> None:
-    """Of the assignments, and of potentials up to the constant that may be moved from one to the other."""
+    """Of the assignments, and of potentials up to the constant that can move from one to the other."""
 
     def outputs(scores: Tensor, epsilon: Tensor, prior: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         result = fastcl.sinkhorn(scores, epsilon=epsilon, prior=prior, row_marginal=rows, n_iters=2000, tol=1e-14)
@@ -458,7 +458,7 @@ def test_the_implicit_gradient_is_that_of_ott(backend: str) -> None:
     prior = masses("random", 6, 1)
     prior, rows = prior / prior.sum(), torch.full((10,), 0.1, dtype=torch.float64)
 
-    def total(cost):  # of assignments, which are 10 times the plan
+    def total(cost):  # a function of assignments, which are 10 times the plan
         problem = linear_problem.LinearProblem(
             geometry.Geometry(cost_matrix=-cost, epsilon=0.5), a=rows.numpy(), b=prior.numpy()
         )
@@ -514,7 +514,7 @@ def test_a_problem_of_nan_leaves_the_gradient_of_its_batch_alone(backend: str) -
     torch.testing.assert_close(gradient(scores), gradient(scores[1:]))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # what functorch loads on first use
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # functorch triggers it on first use
 def test_forward_mode_raises() -> None:
     s = torch.randn(4, 3)
     with pytest.raises(NotImplementedError):

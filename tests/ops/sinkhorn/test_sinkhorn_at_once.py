@@ -1,4 +1,4 @@
-"""Sinkhorn's fixed iterations in one native call are those made pass by pass."""
+"""Fixed iterations of Sinkhorn in one native call equal those pass by pass."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ ENGINES = [variant for variant in VARIANTS if variant.startswith("cpu")]
 
 
 def problem(n: int, k: int, seed: int, dtype: torch.dtype, n_iters: int, init: bool, epsilon: float) -> Problem:
-    """Two problems; some rows and columns without mass, scores that are a strided view."""
+    """Two problems; some rows and columns have no mass, and the scores are a strided view."""
     g = generator(seed)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     scores = torch.randn(2, k, n + 1, generator=g).to(dtype).transpose(1, 2)[:, :n]
@@ -42,7 +42,7 @@ def problem(n: int, k: int, seed: int, dtype: torch.dtype, n_iters: int, init: b
     ],
 )
 def test_the_same_as_pass_by_pass(variant, dtype, n, k, n_iters, init, epsilon) -> None:
-    """To the bit, but for the logarithms between the passes, which PyTorch may round otherwise in their last place."""
+    """The same to the bit, except for logarithms between the passes, whose last place PyTorch may round differently."""
     p = problem(n, k, n + k, dtype, n_iters, init, epsilon)
     with running(variant):
         once = PASSES["cpu"].solve(p)
@@ -50,7 +50,7 @@ def test_the_same_as_pass_by_pass(variant, dtype, n, k, n_iters, init, epsilon) 
     assert once.n_iters == parts.n_iters
     assert once.assignments.dtype == p.scores.dtype
     assert not once.error.any()
-    # A potential's last place in float64 is nothing in float32; in float64, differences are divided by epsilon.
+    # The last place of a float64 potential is lost in float32; in float64, differences are divided by epsilon.
     tolerance = (
         {"rtol": 1e-6, "atol": 1e-7} if p.epsilon.dtype == torch.float32 else {"rtol": 1e-14 / epsilon, "atol": 1e-15}
     )

@@ -1,4 +1,4 @@
-"""Sinkhorn's CUDA kernels on the emulator: passes against the dense ones in float64, and all iterations at once."""
+"""Sinkhorn's CUDA kernels on the emulator: passes against dense ones in float64, and all iterations in one launch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +35,7 @@ def emulated() -> Iterator[None]:
         yield
 
 
-# One column; a row for a warp, the longest of them and one more; for all warps of a block; and too long for that.
+# One column; a row for one warp, the longest of these and one more; for all warps of a block; and longer ones.
 @pytest.mark.parametrize(("n", "k"), [(5, 1), (131, 33), (37, 512), (7, 513), (3, 8192), (3, 8193)])
 @pytest.mark.parametrize("which", PASSES, ids=lambda which: which.__name__)
 def test_a_pass_is_the_dense_one(which, n, k) -> None:
@@ -102,7 +102,7 @@ def test_small_epsilon_and_large_scores(kind: str, dtype: torch.dtype) -> None:
 
 
 def outputs(scores: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """What a user gets of a problem whose priors and row masses are far from uniform, some of them zero."""
+    """The results for a problem whose priors and row masses are far from uniform, some of them zero."""
     n, k = scores.shape[-2:]
     prior, rows = (torch.rand(size, generator=generator(size)) for size in (k, n))
     prior[k // 3] = 0
@@ -115,7 +115,7 @@ def outputs(scores: Tensor, **options: Any) -> tuple[Tensor, ...]:
 
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple[int, ...]]:
-    """What every launch of all iterations was told: chunks, and whether the scores stay."""
+    """The arguments of every launch of all iterations: chunks, and whether the scores stay on the chip."""
     seen = []
     inner = cuda_runtime.kernels().sinkhorn_iterations
     kernels = mock.Mock(wraps=cuda_runtime.kernels())
@@ -130,13 +130,13 @@ def launches(monkeypatch) -> list[tuple[int, ...]]:
     return seen
 
 
-# A row for a warp and for several; the scores stay on the chip, and do not; more chunks than one, and only one.
+# A row for one warp and for several; scores that stay on the chip and scores that do not; one chunk and several.
 @pytest.mark.parametrize(("shape", "stays"), [((1, 3), 1), ((50, 37), 1), ((2, 90, 520), 1), ((60, 2100), 0)])
 @pytest.mark.parametrize("options", [{"n_iters": 1}, {"n_iters": 4}, {"n_iters": 12, "tol": 1e-2}], ids=str)
 def test_one_launch_is_the_passes_one_after_another(shape, stays, options, launches, monkeypatch) -> None:
     scores = torch.randn(*shape, generator=generator(0))
     if len(shape) == 3:
-        scores[0, 5, 7] = torch.nan  # of one problem; the other goes on
+        scores[0, 5, 7] = torch.nan  # in one problem; the others continue
     at_once = outputs(scores, **options)
     assert [stayed for _, stayed in launches] == [stays]
     monkeypatch.setattr(sinkhorn_cuda, "iterate", lambda *_: None)
@@ -148,7 +148,7 @@ def test_one_launch_is_the_passes_one_after_another(shape, stays, options, launc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_wherever_the_scores_are_and_in_whatever_order_threads_run(dtype, launches, monkeypatch) -> None:
-    """Where a barrier is missing, somebody reads too early in one of the orders."""
+    """If a barrier were missing, a thread would read too early in one of the orders."""
     scores = torch.randn(2, 40, 600, generator=generator(0)).to(dtype)
     strided = torch.empty(40, 2, 1200, dtype=dtype).transpose(0, 1)[:, :, ::2].copy_(scores)
     for options in ({"n_iters": 3}, {"n_iters": 9, "tol": 1e-2}):
@@ -163,14 +163,14 @@ def test_the_same_bits_wherever_the_scores_are_and_in_whatever_order_threads_run
 
 
 def test_who_goes_through_the_passes(launches) -> None:
-    """Rows that no block holds; more problems than multiprocessors."""
+    """Rows that do not fit in a block; more problems than multiprocessors."""
     outputs(torch.randn(3, 8193, generator=generator(0)), n_iters=2)
     outputs(torch.randn(5, 4, 3, generator=generator(0)), n_iters=2)
     assert not launches
 
 
 def test_the_plan_deals_out_every_row_once() -> None:
-    """Whatever the sizes: chunks hold all rows, none is empty, there is a block for each, and what stays fits."""
+    """For all sizes: chunks hold all rows, none is empty, there is a block for each, and scores that stay fit."""
     plan = cuda_runtime.kernels().sinkhorn_plan
     for batch in (1, 2, 3, 4, 5):
         for n in (1, 2, 3, 4, 5, 7, 100, 1001):

@@ -15,7 +15,7 @@ import fastcl
 from tests.support.strategies import generator
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
-ROWS = (13, 6)  # of each process
+ROWS = (13, 6)  # number of rows of each process
 
 
 def problem() -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def share(values: Tensor, rank: int | None) -> Tensor:
 
 
 def solved(rank: int | None, group: Any, tol: float | None, warm: bool) -> dict[str, Tensor]:
-    """Result and gradients on the rows of a process, or on all of them (rank None)."""
+    """Result and gradients for the rows of a process, or for all rows (rank None)."""
     p = problem()
     leaves = {
         "scores": share(p["scores"], rank).clone(),
@@ -58,9 +58,9 @@ def solved(rank: int | None, group: Any, tol: float | None, warm: bool) -> dict[
     )
     cost = result.transport_cost
     total = (result.assignments * share(p["weight"], rank)).sum() + 3 * cost
-    if tol is None:  # the fixed point's potentials are known up to a constant
+    if tol is None:  # potentials of the fixed point are defined up to a constant
         total = total + (result.row_potential * share(p["row_weight"], rank)).sum()
-        # Every process has the column potentials: so that they count once, each takes its part.
+        # Every process has the column potentials, so each takes a part of this term.
         part = 1 if rank is None else (0.25, 0.75)[rank]
         total = total + part * (result.col_potential * p["col_weight"]).sum()
     gradients = torch.autograd.grad(total, list(leaves.values()))
@@ -90,7 +90,7 @@ def losses(rank: int | None, group: Any) -> dict[str, Tensor]:
 
 
 def without_rows(rank: int, group: Any) -> dict[str, Tensor]:
-    """One process has nothing to assign, and takes part all the same."""
+    """One process has no rows, and takes part nevertheless."""
     scores = problem()["scores"][: 13 * (1 - rank)]
     return {"col_potential": fastcl.sinkhorn(scores, group=group).col_potential}
 
@@ -118,7 +118,7 @@ def test_two_processes_solve_what_one_solves(tol, warm) -> None:
     close = {"rtol": 1e-7, "atol": 1e-9}
     for name in ("assignments", "row_potential", "d scores", "d row_marginal"):
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name], **close)
-    for name in ("d epsilon", "d prior", "transport_cost"):  # each process has its share
+    for name in ("d epsilon", "d prior", "transport_cost"):  # each process has its share of these
         torch.testing.assert_close(sum(part[name] for part in parts), whole[name], **close)
     for part in parts:
         torch.testing.assert_close(part["col_potential"], whole["col_potential"], **close)

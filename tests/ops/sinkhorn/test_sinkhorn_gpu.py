@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 HERE = "triton" if "triton" in choose.AVAILABLE and not triton_launch.INTERPRETED else "chunked"
 ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 CUDA = ["cuda"] if "cuda" in choose.AVAILABLE and not cuda_runtime.kernels().emulated else []
-# One column; several rows a step; the tiles' sizes and one more; rows that are held whole, and longer ones.
+# One column; several rows in one step; the tiles' sizes and one more; rows held whole, and longer ones.
 SIZES = [(7, 1), (300, 20), (513, 1024), (131, 1025), (70, 3000), (40, sinkhorn_triton.WHOLE), (40, 10_001)]
 
 
@@ -77,7 +77,7 @@ def test_the_same_bits_from_run_to_run(backend, k) -> None:
 
 @pytest.mark.parametrize("k", [100, 5000])
 def test_strides_and_batches(backend, k) -> None:
-    """Columns far apart take another tile; more than 2**31 bytes lie between batches."""
+    """Columns far apart use another tile; batches are more than 2**31 bytes apart."""
     scores = torch.randn(2, 90, k, generator=generator(0)).cuda()
     far = torch.empty(2, 1 << 31, dtype=torch.uint8, device="cuda").view(torch.float32)
     spread = far[:, : k * 90].view(2, k, 90).transpose(1, 2).copy_(scores)
@@ -100,7 +100,7 @@ def test_bit_identical_on_a_side_stream(backend) -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         busy = torch.randn(4096, 4096, device="cuda")
-        later = scores * 1 + 0 * (busy @ busy).sum()  # there when the stream comes to it
+        later = scores * 1 + 0 * (busy @ busy).sum()  # ready when the stream reaches it
         other = fastcl.sinkhorn(later, n_iters=5).assignments
     stream.synchronize()
     assert torch.equal(first, other)
@@ -108,7 +108,7 @@ def test_bit_identical_on_a_side_stream(backend) -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(300, 100), (20_000, 3000), (40, 8193)])
 def test_a_graph_replays_with_other_scores(backend, n, k) -> None:
-    """Scores that stay on the chip, that are read in each iteration, and that go through the passes."""
+    """Scores that stay on the chip, that are read in each iteration, and that use the passes."""
     if backend == "chunked":
         pytest.skip("plain PyTorch")
     scores = torch.randn(n, k, generator=generator(0)).cuda()

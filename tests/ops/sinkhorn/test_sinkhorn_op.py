@@ -1,4 +1,4 @@
-"""What torch and its tools may rely on in `sinkhorn`: registration, compilation, strides, errors, memory."""
+"""What torch and its tools require of `sinkhorn`: registration, compilation, strides, errors, memory."""
 
 from collections.abc import Callable
 from itertools import cycle
@@ -35,7 +35,7 @@ def op_arguments(backend: str, dtype: torch.dtype, grad: bool, everything: bool,
     if everything:
         differentiable[2][0, 3] = -torch.inf
     leaves = [value.requires_grad_(grad) for value in differentiable]
-    name = backend if backend in PASSES else "chunked"  # as `sinkhorn` itself chooses
+    name = backend if backend in PASSES else "chunked"  # as `sinkhorn` chooses
     return (*leaves, x(2, 5, seed=3).to(wide) if everything else None, 3, tol, "", name)
 
 
@@ -156,7 +156,7 @@ def test_the_same_bits_from_run_to_run(variant, threads) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        size = (301, 257) if variant != "triton" else (140, 70)  # more than a tile, where it is interpreted
+        size = (301, 257) if variant != "triton" else (140, 70)  # more than one tile in the interpreter
         scores = x(*size).requires_grad_()
         weight = x(*size, seed=1)
         runs = []
@@ -173,7 +173,7 @@ def test_the_same_bits_from_run_to_run(variant, threads) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("init", [False, True])
 def test_buffers_are_written_whole(monkeypatch, variant, init) -> None:
-    """An engine is handed memory as it comes: here, full of NaN."""
+    """An engine may get uninitialised memory; here it is full of NaN."""
     empty = torch.empty
 
     def filled(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sinkhorn's Triton kernels, pass by pass: each against the dense one in float64. The whole: `test_sinkhorn.py`."""
+"""Sinkhorn's Triton kernels, each pass against the dense one in float64. `test_sinkhorn.py` tests the whole."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# One column; rows that are held whole, the longest of them; rows in two tiles, the second of one column; in several.
+# One column; rows held whole, the longest of them; rows in two tiles, the second of one column; in several tiles.
 @pytest.mark.parametrize(("n", "k"), [(5, 1), (131, 33), (1, 64), (131, 65), (3, 300)])
 @pytest.mark.parametrize("which", PASSES, ids=lambda which: which.__name__)
 def test_a_pass_is_the_dense_one(which, n, k) -> None:

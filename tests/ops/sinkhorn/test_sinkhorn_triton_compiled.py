@@ -18,7 +18,7 @@ from fastcl.ops.sinkhorn import triton as sinkhorn_triton
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-SHARED = 99 * 1024  # bytes that a block can have on any chip of these families
+SHARED = 99 * 1024  # bytes of shared memory that a block can have on any chip of these families
 
 WHOLE, ROWS, COLUMNS = (f"sinkhorn_{name}_kernel" for name in ("whole_rows", "rows", "columns"))
 THREE = ("normalize", "products", "gradient")
@@ -62,7 +62,9 @@ def test_compiles_without_spills(architecture, tmp_path) -> None:
     for result in results:
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED, result
-        assert result["multiply_adds"] == 0, result  # it would round S + potential in one place and not in another
+        assert result["multiply_adds"] == 0, (
+            result
+        )  # a multiply-add would round S + potential differently in different places
 
 
 def test_tiles_hold_the_columns() -> None:

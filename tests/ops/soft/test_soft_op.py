@@ -96,7 +96,7 @@ def test_a_backend_without_assignments_is_replaced_by_blocks() -> None:
 
 
 def test_blocks_of_the_assignments_gradient(monkeypatch) -> None:
-    """Its factors are formed a block of rows at a time."""
+    """Its factors are computed for a block of rows at a time."""
     arguments = problem(23, 6, 4, m=19, ids=True, dtype=torch.float64, symmetric=True)
     leaves = ("assignments", "contrast_assignments")
     _, whole = differentiate(library, arguments, leaves, objective)
@@ -107,7 +107,7 @@ def test_blocks_of_the_assignments_gradient(monkeypatch) -> None:
 
 
 def test_sample_ids_of_many_places(monkeypatch) -> None:
-    """What equal ids rule out is taken off in a few products, also where hardly any pair is left."""
+    """Products subtract the pairs of frequent ids, also if hardly any pair is left."""
     formed: list[Any] = []
     form = soft_assignments._Factor.at
     monkeypatch.setattr(
@@ -133,7 +133,7 @@ def test_no_weights_are_stored(backend) -> None:
     r = torch.rand(n, 8, generator=generator(1)).requires_grad_()
     with fastcl.use_backend(backend):
         largest, _ = allocated(lambda: cluster_infonce(x, assignments=r).backward())
-    assert largest < n * n  # bytes; all weights would be four times that
+    assert largest < n * n  # bytes; all weights would take four times that
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -24,7 +24,7 @@ def whole(n: int, d: int, seed: int, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def plain(queries: Tensor, keys: Tensor, k: int, query_ids: Tensor | None, key_ids: Tensor | None) -> tuple:
-    """Row by row in Python: sorted by value, then by index; (-inf, -1) for what is missing."""
+    """Row by row in Python: sorted by value, then by index; (-inf, -1) for missing entries."""
     values, indices = [], []
     for i, row in enumerate((queries.double() @ keys.double().T).tolist()):
         own = -1 if query_ids is None else int(query_ids[i])
@@ -59,14 +59,14 @@ def test_exact_with_ties(problem) -> None:
     ids = {}
     if problem["ids"]:
         g = generator(seed + 7)
-        # few ids, of which large ones differ in their high bits alone
+        # few ids; the large ones differ only in their high bits
         few = [torch.randint(-1, 3, (size,), generator=g) for size in (n, m)]
         few = [torch.where(part > 0, part + (part % 2) * problem["most"], part) for part in few]
         ids = dict(zip(("query_ids", "key_ids"), few, strict=True))
     expected = plain(queries, keys, problem["k"], ids.get("query_ids"), ids.get("key_ids"))
     dtype = torch.float64 if torch.float64 in problem["dtypes"] else torch.float32
     for variant in VARIANTS:
-        if variant == "triton" and seed > 30:  # the interpreter takes its time
+        if variant == "triton" and seed > 30:  # the interpreter is slow
             continue
         with running(variant):
             values, indices = topk_similarity(queries, keys, problem["k"], **ids)
@@ -156,7 +156,7 @@ def test_blocks_of_queries_and_keys(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_that_are_none(backend, dtype) -> None:
-    """A NaN comes before all numbers and -inf after them, but before what is not admissible; -0 is 0."""
+    """NaN comes before all numbers; -inf comes after them and before inadmissible keys; -0 equals 0."""
     inf, nan = torch.inf, torch.nan
     keys = torch.tensor([0.0, -0.0, -inf, nan, inf, 1.0, -1.0, -nan, 0.0], dtype=dtype)[:, None]
     values, indices = topk_similarity(torch.ones(1, 1, dtype=dtype), keys, 9)
@@ -255,7 +255,7 @@ def test_errors_name_the_argument(call, message) -> None:
         call(whole(4, 3, 0))
 
 
-# On top of it.
+# kNN and the queue's nearest rows
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.005])

@@ -1,4 +1,4 @@
-"""The CUDA kernel of top-k on the emulator, held to what `test_topk.py` holds every backend to."""
+"""The CUDA kernel of top-k on the emulator, with the requirements of `test_topk.py`."""
 
 from collections.abc import Iterator
 
@@ -46,10 +46,10 @@ def test_any_strides() -> None:
 @pytest.mark.parametrize("slots", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("falling", [False, True])
 def test_lists_of_every_size_are_sorted_again_and_again(slots, falling) -> None:
-    """Keys that come best last are all appended, and push out all before them; the other way round few are."""
+    """If keys come in increasing order, each is appended and pushes out all before it; in the other order few are."""
     m = 5 * slots + 3
     keys = torch.arange(m, dtype=torch.float32)[:, None]
-    queries = torch.tensor([[-1.0 if falling else 1.0], [0.0]])  # and nothing but ties
+    queries = torch.tensor([[-1.0 if falling else 1.0], [0.0]])  # the second query has nothing but ties
     values, indices = topk_similarity(queries, keys, slots - 1)
     order = torch.arange(m) if falling else torch.arange(m - 1, -1, -1)
     assert torch.equal(indices, torch.stack((order, torch.arange(m)))[:, : slots - 1])
@@ -76,7 +76,7 @@ def test_the_same_bits_in_whatever_order_threads_run(monkeypatch) -> None:
 
 
 def test_whom_it_serves() -> None:
-    """A larger k, and float64, go through blocks."""
+    """A larger k and float64 use blocks."""
     assert choose.choose_backend(torch.device("cpu"), torch.float32, "topk") == "cuda"
     keys = torch.randn(400, 3, generator=generator(0))
     for rows, k in ((keys, 300), (keys.double(), 3)):

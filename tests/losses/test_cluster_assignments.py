@@ -244,7 +244,7 @@ def test_triton_matches_the_formula(arguments) -> None:
 
 @pairs(dtype=DTYPES, views=[0, 2], two_sets=[False, True])
 def test_converged_rows(dtype, views, two_sets) -> None:
-    """Softmax and positive part cancel, and logits and their mean in the assignments' gradient."""
+    """Softmax and positive part cancel; in the assignments' gradient logits and their mean."""
     n = 33
     arguments = problem(
         n, 64, 30, views=views, m=n * max(views, 1) if two_sets else None, kind="converged", peak=40.0, dtype=dtype,
@@ -279,7 +279,7 @@ def test_hard_assignments_are_clusters(backend) -> None:
 
 
 def test_a_row_of_assignments_may_be_scaled(backend) -> None:
-    """Both sums over its contrasts are; in two sets the other direction's are not."""
+    """Both sums over its contrasts are; in two sets the other direction's not."""
     arguments = problem(8, 5, 3, m=11, dtype=torch.float64, reduction="none")
     expected = library(**arguments)
     scaled = arguments | {"assignments": arguments["assignments"] * torch.arange(1.0, 9.0)[:, None]}

@@ -321,7 +321,7 @@ def test_compile_with_dynamic_shapes() -> None:
 
 
 def counting(graphs: list[Any]) -> Callable[..., Any]:
-    """A dynamo backend that runs the graph unchanged and appends it to `graphs`."""
+    """A dynamo backend that runs the graph and appends it to `graphs`."""
 
     def backend(graph, example_inputs):
         graphs.append(graph)
@@ -336,7 +336,7 @@ def counting(graphs: list[Any]) -> Callable[..., Any]:
     [(*call, b) for call, b in zip(product([self_contrast, two_sets, own_formula], [False, True]), cycle(BACKENDS))],
 )
 def test_trace_without_graph_break(function, dynamic, backend) -> None:
-    """Through AOTAutograd without generated code. To the tracer, backends differ by a word alone."""
+    """By AOTAutograd without generated code. To the tracer, backends differ by a word."""
     with fastcl.use_backend(backend):
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for n in (12, 7) if dynamic else (12,):

@@ -107,7 +107,7 @@ def mean_loss(p: Problem) -> tuple[Tensor, Tensor | None] | None:
 
     None if the formula itself has to be traced, or if there are no anchors or no contrasts.
     """
-    if len(p.anchors.values) == 0 or len(p.others.values) == 0 or _is_intercepted(p):
+    if 0 in (p.anchors.values.shape[0], p.others.values.shape[0]) or _is_intercepted(p):
         return None
     found = DirectMean.apply(*_arguments(p, list(p.want)), torch.is_grad_enabled())
     return found if p.observe else (found, None)
@@ -181,7 +181,8 @@ def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
 
 
 def _is_intercepted(p: Problem) -> bool:
-    found = intercepted(p.anchors.values, p.others.values, p.positives, p.logit_scale, p.others.bias)
+    contrasts = None if p.contrasts is None else p.contrasts.values
+    found = intercepted(p.anchors.values, contrasts, p.positives, p.logit_scale, p.others.bias)
     if found and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         raise NotImplementedError(
             "fastcl.contrastive_stats: torch.jit.trace is not supported, torch.export and torch.compile are"

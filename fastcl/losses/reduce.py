@@ -71,11 +71,11 @@ def reduced_loss(
 def _problem(rows: Batch, scale: Tensor, formula: Formula, options: LossOptions, observe: bool) -> Problem:
     if options.symmetric and rows.contrasts is None:
         raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
-    n, m = len(rows.anchors.values), len(rows.others().values)
-    if options.symmetric and options.reduction == "none" and m != n:
-        raise ValueError(
-            f"reduction: expected 'mean' or 'sum' for symmetric with {n} anchors and {m} contrasts, got 'none'"
-        )
+    if options.symmetric and options.reduction == "none":
+        n, m = len(rows.anchors.values), len(rows.others().values)
+        if m != n:
+            message = f"expected 'mean' or 'sum' for symmetric with {n} anchors and {m} contrasts, got 'none'"
+            raise ValueError(f"reduction: {message}")
     want, scales = formula.wanted(), formula.scales(scale)
     return Problem(rows.anchors, rows.contrasts, rows.positives, scales, want, options.symmetric, observe=observe)
 

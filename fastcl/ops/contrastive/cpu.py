@@ -171,30 +171,42 @@ def _mean(
 
 def addressable(p: Problem) -> Problem:
     """Rows may have any strides; what is small lies contiguous, and nothing is negated lazily."""
-    anchors = _addressable_rows(p.anchors)
-    contrasts = None if p.contrasts is None else _addressable_rows(p.contrasts)
-    scale = _dense(p.logit_scale)
-    if anchors is p.anchors and contrasts is p.contrasts and scale is p.logit_scale:
+    anchors, contrasts, scale = p.anchors, p.contrasts, p.logit_scale
+    if _is_addressable(anchors) and (contrasts is None or _is_addressable(contrasts)) and _is_dense(scale):
         return p
-    return replace(p, anchors=anchors, contrasts=contrasts, logit_scale=scale)
+    others = None if contrasts is None else _addressable_rows(contrasts)
+    return replace(p, anchors=_addressable_rows(anchors), contrasts=others, logit_scale=_dense(scale))
+
+
+def _is_addressable(rows: Rows) -> bool:
+    values, clusters, ids, bias, assignments, _ = rows
+    return (
+        not values.is_neg()
+        and (clusters is None or _is_dense(clusters))
+        and (ids is None or _is_dense(ids))
+        and (bias is None or _is_dense(bias))
+        and (assignments is None or not assignments.is_neg())
+    )
 
 
 def _addressable_rows(rows: Rows) -> Rows:
     values, clusters, ids, bias, assignments, normalize = rows
-    found = Rows(
-        values.resolve_neg() if values.is_neg() else values,
+    return Rows(
+        values.resolve_neg(),
         None if clusters is None else _dense(clusters),
         None if ids is None else _dense(ids),
         None if bias is None else _dense(bias),
-        assignments.resolve_neg() if assignments is not None and assignments.is_neg() else assignments,
+        None if assignments is None else assignments.resolve_neg(),
         normalize,
     )
-    same = all(new is old for new, old in zip(found, rows, strict=True))
-    return rows if same else found
+
+
+def _is_dense(values: Tensor) -> bool:
+    return values.is_contiguous() and not values.is_neg()
 
 
 def _dense(values: Tensor) -> Tensor:
-    return values if values.is_contiguous() and not values.is_neg() else values.resolve_neg().contiguous()
+    return values.resolve_neg().contiguous()
 
 
 def two_sets_if_biased(p: Problem) -> Problem:

@@ -47,7 +47,8 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of logits, sums and statistics: float64 if a set of rows is float64, else float32."""
-        return accumulation_dtype(self.anchors.values, self.others.values, self.positives)
+        contrasts = None if self.contrasts is None else self.contrasts.values
+        return accumulation_dtype(self.anchors.values, contrasts, self.positives)
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +57,8 @@ class Problem:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(S, N, M)"""
-        return self.logit_scale.shape[0], self.anchors.values.shape[0], self.others.values.shape[0]
+        n = self.anchors.values.shape[0]
+        return self.logit_scale.shape[0], n, n if self.contrasts is None else self.contrasts.values.shape[0]
 
     @property
     def left_out(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Losses as formulas of the statistics of logits: what each asks for, and the loss of a row."""
+"""Losses as formulas of the statistics of logits: the statistics that each needs, and the loss of a row."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .options import LossOptions
 
 
 class Formula(Protocol):
-    """A NamedTuple of its options. No properties, as torch 2.6 does not compile those of tuples."""
+    """A NamedTuple of options. It has methods, not properties: torch 2.6 cannot compile properties of tuples."""
 
     def wanted(self) -> tuple[str, ...]:
         """The statistics that `terms` asks for."""
 
     def mean_of_differences(self) -> bool:
-        """Whether the loss of a row is lse - sum_pos / num_pos, lse the first of what is wanted, and nothing else."""
+        """Whether the loss of a row is lse - sum_pos / num_pos, where lse is the first wanted field."""
 
     def exact(self) -> bool:
-        """Whether log-sum-exps are wanted in float64, as `terms` takes the difference of their exponentials."""
+        """Whether `terms` needs log-sum-exps in float64, because it subtracts their exponentials."""
 
     def _asdict(self) -> dict[str, Any]:
-        """Its options, by name, as of a NamedTuple."""
+        """The options by name (a method of every NamedTuple)."""
 
     def scales(self, scale: Tensor) -> Tensor:
-        """The logit scales at which they are wanted: [], or [S]."""
+        """The logit scales of the statistics: [], or [S]."""
 
     def terms(self, stats: ContrastiveStats, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each row and whether it counts, both [R]. Losses of other rows are undefined."""
 
 
 class InfoNCE(NamedTuple):
-    """The table of `ClusterInfoNCE`."""
+    """The formulas of `ClusterInfoNCE`."""
 
     form: str
     denominator: str
@@ -91,11 +91,11 @@ def infonce(options: LossOptions) -> InfoNCE:
     return InfoNCE(options.form, options.denominator, options.margin, options.label_smoothing)
 
 
-LEAST_WEIGHT = {torch.float32: 1e-30, torch.float64: 1e-200}  # that an anchor counts with; its inverse is finite
+LEAST_WEIGHT = {torch.float32: 1e-30, torch.float64: 1e-200}  # of an anchor that counts; its inverse is finite
 
 
 class Weighted(NamedTuple):
-    """That of `ClusterInfoNCE` with assignments: sum_pos and num_pos are sums of weights, at a scale of their own."""
+    """`ClusterInfoNCE` with assignments: sum_pos and num_pos are sums of weights with a common factor."""
 
     def wanted(self) -> tuple[str, ...]:
         return "lse_all", "sum_pos"
@@ -118,7 +118,7 @@ class Weighted(NamedTuple):
 
 
 class Debiased(NamedTuple):
-    """Those of `DebiasedLoss` (beta = 0) and `HardNegativeLoss`, in the log domain."""
+    """`DebiasedLoss` (beta = 0) and `HardNegativeLoss`, in the log domain."""
 
     tau_plus: float
     beta: float
@@ -144,7 +144,9 @@ class Debiased(NamedTuple):
             lse_pos, sum_pos = lse_pos[0], sum_pos[0]
             lse_neg = lse_neg[2] - lse_neg[1] + log_n
         single = stats.num_pos == 1
-        lse_pos = torch.where(single, sum_pos + (lse_pos - sum_pos).detach(), lse_pos)  # the value is the less rounded
+        lse_pos = torch.where(
+            single, sum_pos + (lse_pos - sum_pos).detach(), lse_pos
+        )  # the value of lse_pos, the gradient of sum_pos
         least = log_n - scale  # of N negatives, when all are opposite to the anchor
         log_ng = lse_neg
         if self.tau_plus:
@@ -159,7 +161,7 @@ class Debiased(NamedTuple):
 def _log_difference(a: Tensor, b: Tensor) -> Tensor:
     """log(exp(a) - exp(b)), and -inf where b >= a."""
     no_less = b >= a  # False for NaN, which the result shows
-    d = torch.where(no_less, -1, b - a)  # harmless, as the derivative of what is masked would be seen
+    d = torch.where(no_less, -1, b - a)  # finite, because masked values still reach the derivative
     close = d > -math.log(2)
     nearly, hardly = torch.where(close, d, -0.5), torch.where(close, -1, d)
     log_rest = torch.where(close, (-nearly.expm1()).log(), (-hardly.exp()).log1p())
@@ -167,23 +169,23 @@ def _log_difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _log1p_exp(log_ratio: Tensor) -> Tensor:
-    """log(1 + neg / pos), in place of log(neg + pos) - log(pos), which cancels as the positives come to dominate.
+    """log(1 + neg / pos), which does not cancel as the positives dominate; log(neg + pos) - log(pos) would.
 
-    The logit of a single positive is its log-sum-exp too. A formula takes the logit, so that all of its derivative, the
-    small quotient neg / (neg + pos), arrives at one place: as 1 - p it would have cancelled.
+    The logit of a single positive is its log-sum-exp too. Formulas use the logit, so its gradient is the small quotient
+    neg / (neg + pos) itself; as 1 - p it would cancel.
     """
     return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio))
 
 
 def _not_finite(sum_pos: Tensor) -> Tensor:
-    """0, or NaN if the sum is not finite: infinite logits make no loss of 0. Without a derivative."""
+    """0, or NaN if the sum is not finite, so that an infinite logit does not give a loss of 0. No derivative."""
     return sum_pos.detach() * 0
 
 
 def _harmless(stats: ContrastiveStats, counted: Tensor) -> list[Tensor]:
-    """lse_all, lse_pos, lse_neg, sum_pos, harmless numbers in rows that do not count or are not wanted.
+    """lse_all, lse_pos, lse_neg, sum_pos; 0 in rows that do not count, and 0 for fields that are not wanted.
 
-    Masking the result of a formula alone would let the NaN of its derivative through.
+    Masking only the result of a formula would still give NaN derivatives.
     """
     zero, ignored = stats.num_pos.new_zeros(()), ~counted
     fields = (stats.lse_all, stats.lse_pos, stats.lse_neg, stats.sum_pos)

@@ -1,7 +1,7 @@
 """Plain PyTorch in blocks of rows, on any device. Memory O((N + M) (D + block)); the logits are never stored whole.
 
-Forward and backward cut the same blocks and multiply the same rows, so the backward's logits are the forward's to the
-bit, and softmax weights sum to one however large the logits are.
+Forward and backward use the same blocks and multiply the same rows, so their logits are bitwise equal, and softmax
+weights sum to one for logits of any size.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     self_contrast = p.contrasts is None
     dx = torch.zeros_like(x) if needs.anchors else None
     dy = torch.zeros_like(y) if needs.contrasts and not self_contrast else dx if self_contrast else None
-    # In float64 until an extra positive's share has met it, which it cancels as training converges.
+    # float64: the extra positive's part is added later, and the two cancel as training converges.
     d_scale = torch.zeros_like(p.logit_scale, dtype=torch.float64) if needs.logit_scale else None
     d_bias = y.new_zeros(y.shape[0]) if needs.bias else None
     rows = _side_gradient(p, saved.anchors, grad)
@@ -81,14 +81,14 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 
 
 def block_rows(p: Problem) -> int:
-    """Rows of a block: as many as make up a block of logits, at least FEWEST_ROWS."""
+    """The number of rows in a block of logits, at least FEWEST_ROWS."""
     s, _, m = p.sizes
     block = CPU_BLOCK if p.device.type == "cpu" else GPU_BLOCK
     return max(block // max(s * m, 1), FEWEST_ROWS)
 
 
 def _rows(p: Problem, saved: Statistics | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Anchors and contrasts in the accumulation dtype, normalised there where asked for, and their inverse norms."""
+    """Anchors and contrasts in the accumulation dtype, normalised if wanted, and their inverse norms."""
 
     def prepare(rows: Tensor, normalize: bool, known: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = rows.to(p.dtype)
@@ -102,7 +102,9 @@ def _rows(p: Problem, saved: Statistics | None = None) -> tuple[Tensor, Tensor, 
         return x, x, a, x.new_empty(0)
     contrasts = p.contrasts.values
     if (left_out := p.left_out) is not None:
-        contrasts = contrasts.masked_fill(left_out[:, None], 0)  # whatever these rows hold, NaN too, reaches no product
+        contrasts = contrasts.masked_fill(
+            left_out[:, None], 0
+        )  # no value of these rows, NaN included, enters a product
     y, c = prepare(contrasts, p.others.normalize, saved and saved.contrast_inverse_norms)
     return x, y, a, c
 
@@ -155,13 +157,13 @@ def _members(field: str, tile: _Tile) -> Tensor:
 
 
 class _Accumulator:
-    """Statistics of `size` rows (dim -1 reduced) or columns (dim -2 reduced) of the tiles that are added to it."""
+    """Accumulates statistics of `size` rows (reducing dim -1) or columns (reducing dim -2) over tiles."""
 
     def __init__(self, p: Problem, size: int, dim: int) -> None:
         s, n, m = p.sizes
         self.p = p
         self.dim = dim
-        self.pairs = (m if dim == -1 else n) - (p.contrasts is None)  # in a row of tiles, before ids are looked at
+        self.pairs = (m if dim == -1 else n) - (p.contrasts is None)  # pairs of a row, inadmissible ids included
         new = p.logit_scale.new_zeros
         self.sum_pos = new(s, size)
         self.positives, self.inadmissible = new(size), new(size)
@@ -194,7 +196,7 @@ class _Accumulator:
         sum_pos = torch.where(tile.positive != 0, weighted, 0).sum(self.dim)
         self.sum_pos[:, where] += sum_pos
         if tile.positive.dtype != torch.bool or self.p.device.type != "cpu" or bool((count > 1).any()):
-            return None  # waits for no device
+            return None  # does not synchronise
         return _LogSum(sum_pos.masked_fill(count == 0, -torch.inf), count.to(sum_pos.dtype).expand_as(sum_pos))
 
     def _log_sums(self, tile: _Tile, single: _LogSum | None) -> dict[str, _LogSum]:
@@ -273,7 +275,7 @@ def _joined(one: _LogSum, other: _LogSum) -> _LogSum:
 
 
 class _SideGradient(NamedTuple):
-    """What the gradient of the logits is made of, on one side."""
+    """Shifts, softmax weights and gradients that give the gradient of the logits on one side."""
 
     shifts: Tensor  # [L, S, N]
     weights: Tensor  # [L, S, N]
@@ -286,7 +288,7 @@ def _side_gradient(p: Problem, side: Side, grad: Tensor) -> _SideGradient:
     grads = [grad[p.want.index(field)] for field in p.log_sums]
     shifts, sums = side.parts
     weights = torch.where(sums == 0, 0, torch.stack(grads) / sums) if grads else sums
-    visible = p.device.type == "cpu"  # elsewhere one would wait for the device
+    visible = p.device.type == "cpu"  # on other devices this would synchronise
     return _SideGradient(shifts, weights, [visible and not bool(of_field.any()) for of_field in weights], grad)
 
 

@@ -21,11 +21,11 @@ _NOTHING = Needs()
 
 
 def saved_size(p: Problem) -> int:
-    """How many numbers the forward keeps for the backward.
+    """How many numbers the forward saves for the backward.
 
-    Of each row the sum over the negatives / that over the positives, and the largest logits to base 2 among negatives
-    and among positives: [3, S, N], with `both` then [3, S, M]. For a backward of the anchors alone also the
-    softmax-weighted sums of contrasts [N, D] and whether they are valid [1].
+    For each row: the sum over the negatives / the sum over the positives, and the largest logit (to base 2) of the
+    negatives and of the positives: [3, S, N], then [3, S, M] with `both`. If only the anchors need a gradient, also the
+    softmax-weighted sums of contrasts [N, D], and whether they are valid [1].
     """
     s, n, m = p.sizes
     return 3 * s * (n + m if p.both else n) + _weighted_size(p)
@@ -36,17 +36,17 @@ def plane_count(p: Problem) -> int:
 
 
 def planes(p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `saved`, what is true of blocks of contrasts only once it is merged: [3, S, N] and, with `both`, [3, S, M]."""
+    """Views of the part of `saved` that blocks of contrasts merge: [3, S, N] and, with `both`, [3, S, M]."""
     s, n, m = p.sizes
     rows, columns = saved[: 3 * s * n], saved[3 * s * n :][: 3 * s * m if p.both else 0]
     return rows.view(3, s, n), columns.view(3, s, m if p.both else 0)
 
 
 def merge_planes(found: Tensor, counts: Tensor, sums: Tensor | None) -> Tensor:
-    """Those [B, 3, S, N] of B blocks as one, [3, S, N].
+    """Planes [B, 3, S, N] of B blocks -> [3, S, N].
 
-    counts: the blocks' [B, 2, N]. sums: over all, of one base [B, S, N]; None where lse_all is not wanted, and nobody
-    asks for a ratio of its parts.
+    counts: of each block, [B, 2, N]. sums: over all contrasts, around one base, [B, S, N]; None without lse_all, when
+    the ratio is not used.
     """
     ratio = torch.zeros_like(found[0, 0])
     if sums is not None:
@@ -77,7 +77,7 @@ def forward(p: Problem) -> Statistics:
     c = new(m if p.contrasts is not None and p.contrasts.normalize else 0)
     anchors = _new_side(p, n)
     contrasts = _new_side(p, m) if p.both else empty_side(p)
-    swept = two_sets_if_biased(p)  # a name, so that its ids outlive the call
+    swept = two_sets_if_biased(p)  # named, so that its ids stay alive during the call
     own, other = _sides(p, anchors, contrasts, saved)
     sides = (*own, address(a)), other and (*other, address(c))
     native.run(native.native_module().forward(native.engine()[0], describe(swept), *sides, _weighted_sums(p, saved)))
@@ -93,7 +93,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     anchors = saved.anchors._replace(fields=grad.contiguous())
     contrasts = saved.contrasts._replace(fields=grad_contrasts.contiguous())
     swept = two_sets_if_biased(p)
-    folded = swept is not p  # two sets that are one: both gradients are the anchors'
+    folded = swept is not p  # the anchors are both sets, so both gradients are theirs
     new = p.logit_scale.new_empty
     rows = new(p.anchors.values.shape) if needs.anchors else None
     columns = None
@@ -114,20 +114,20 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 
 
 def takes_mean_loss(p: Problem) -> bool:
-    """Whether `mean_loss` is the whole of it: one scale, and nothing that is folded or joined in Python."""
+    """Whether `mean_loss` covers the problem: one scale, no extra positive, and no bias in self-contrast."""
     biased = p.contrasts is None and p.anchors.bias is not None
     return p.positives is None and not biased and len(p.logit_scale) == 1
 
 
 def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | None]:
-    """The mean of lse_i - sum_pos_i / num_pos_i that is `direct.DirectMean`'s, its gradients, and what was observed."""
+    """The mean of `direct.DirectMean`, its gradients, and the observed statistics."""
     p = addressable(p)
     loss, seen = _new_mean(p)
     return loss, _mean(p, None, loss, None, seen, needs), torch.cat(seen, -1) if seen else None
 
 
 def mean_forward(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The mean alone, what `mean_backward` needs to know of it, and what was observed."""
+    """The mean, what `mean_backward` needs, and the observed statistics."""
     p = addressable(p)
     _, n, m = p.sizes
     loss, seen = _new_mean(p)
@@ -137,7 +137,7 @@ def mean_forward(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def mean_backward(p: Problem, kept: Tensor, grad: Tensor, needs: Needs) -> Gradients:
-    """Gradients of the mean, times `grad` []."""
+    """Gradients of the mean times `grad` []."""
     return _mean(addressable(p), kept, None, grad, (), needs)
 
 
@@ -150,7 +150,7 @@ def _new_mean(p: Problem) -> tuple[Tensor, list[Tensor]]:
 def _mean(
     p: Problem, kept: Tensor | None, loss: Tensor | None, grad: Tensor | None, seen: Sequence[Tensor], needs: Needs
 ) -> Gradients:
-    """One call of the engine: the loss, where there is room for it, and the gradients that are needed."""
+    """One call of the engine: writes the loss if `loss` is given, and returns the needed gradients."""
     new = p.logit_scale.new_empty
     rows = new(p.anchors.values.shape) if needs.anchors else None
     columns = new(p.contrasts.values.shape) if needs.contrasts and p.contrasts is not None else None
@@ -170,7 +170,7 @@ def _mean(
 
 
 def addressable(p: Problem) -> Problem:
-    """Rows may have any strides; what is small lies contiguous, and nothing is negated lazily."""
+    """A problem that the engine can address: rows with any strides, vectors contiguous, no lazy negation."""
     anchors, contrasts, scale = p.anchors, p.contrasts, p.logit_scale
     if _is_addressable(anchors) and (contrasts is None or _is_addressable(contrasts)) and _is_dense(scale):
         return p
@@ -210,7 +210,7 @@ def _dense(values: Tensor) -> Tensor:
 
 
 def two_sets_if_biased(p: Problem) -> Problem:
-    """A bias breaks the symmetry of self-contrast: the rows then meet themselves as a second set."""
+    """A bias breaks the symmetry of self-contrast: the anchors then become the second set too."""
     if p.contrasts is not None or p.anchors.bias is None:
         return p
     own = torch.arange(p.anchors.values.shape[0], device="cpu")
@@ -228,7 +228,7 @@ def _new_observed(p: Problem, size: int) -> Tensor:
 
 
 def describe(p: Problem, depth: int | None = None) -> tuple[int, ...]:
-    """depth: of all products of a pair, where there are more than one."""
+    """depth: numbers multiplied per pair; None: D."""
     anchors, contrasts = p.anchors, p.contrasts
     n, d = anchors.values.shape
     m = n if contrasts is None else contrasts.values.shape[0]
@@ -247,13 +247,13 @@ def describe(p: Problem, depth: int | None = None) -> tuple[int, ...]:
         contrasts is not None and contrasts.normalize,
         p.logit_scale.dtype == torch.float64,
         p.both,
-        # So many threads that each has work for longer than it takes to wake it.
+        # As many threads as have more work than waking them costs.
         max(1, min(torch.get_num_threads(), n * m * (depth or d) >> 20)),
     )
 
 
 def _sides(p: Problem, anchors: Side, contrasts: Side, saved: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Where the statistics of both sides are."""
+    """Addresses of the statistics of both sides."""
     s, n, m = p.sizes
     own = _side(p.want, anchors, s, n, address(saved))
     if not p.both:
@@ -279,7 +279,7 @@ def _side(want: Sequence[str], side: Side, s: int, size: int, saved: int) -> tup
 
 
 def _weighted_sums(p: Problem, saved: Tensor, numbers: int = 3) -> tuple[int, int]:
-    """Where they are, and where it says whether they are valid, behind so many numbers of each row."""
+    """Addresses of the weighted sums and of their validity, behind `numbers` numbers per row."""
     if not _weighted(p):
         return 0, 0
     n, d = p.anchors.values.shape

@@ -1,8 +1,8 @@
 """Backend ``cuda``: the contrastive statistics by the CUDA C++ kernels of ``csrc/cuda``.
 
 One call of the native module launches all kernels of a forward or backward on the current stream. Nothing here waits
-for the device: sizes come from shapes, everything that depends on values is decided on the device, and scalars travel
-as tensors, so that a CUDA graph can replay the calls with other ones.
+for the device: sizes come from shapes, the device decides everything that depends on values, and scalars are tensors,
+so that a CUDA graph can replay the calls with other values.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .records import Gradients, Needs, Problem, Side, Statistics, empty_side, me
 
 __all__ = ["backward", "forward", "merge_planes", "plane_count", "planes", "saved_size"]
 
-# Log-sums (to base 2) that spread over no more share one exponential. Range would allow 120, but an exponent of 60 has
-# been rounded to 2^-19: a relative error of 1e-6 where terms cancel.
+# Rows and columns share one exponential if their log-sums (to base 2) spread over at most this much. float32's range
+# would allow 120, but an exponent of 60 is rounded to 2^-19, a relative error of 1e-6 where terms cancel.
 ONE_EXPONENTIAL = 16.0
 
 
@@ -51,7 +51,7 @@ def forward(p: Problem) -> Statistics:
     kernels.contrast_forward(
         where, arranged.numbers, wanted(p.want), own, other, address(lines), address(parts.get("weighted"))
     )
-    if p.observe:  # by a sweep of its own, in blocks of plain PyTorch: there is no kernel
+    if p.observe:  # no kernel: a sweep of its own in plain PyTorch
         swept = chunked.forward(replace(p, want=()))
         anchors = anchors._replace(observed=swept.anchors.observed)
         contrasts = contrasts._replace(observed=swept.contrasts.observed)
@@ -73,7 +73,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         return new(s, 7, size), new(4, s, kernels.extreme_blocks(size)), new(s, 5, stride)
 
     def rows(source: Tensor | None, needed: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The gradient as it is summed, and as it leaves: rounded, where nothing is to be added yet."""
+        """Buffers of the summed gradient and of the result, rounded unless more is added to it."""
         if source is None or not needed:
             return None, None
         dtype = p.dtype if p.partial or p.positives is not None else source.dtype

@@ -1,4 +1,4 @@
-"""Rows as the CUDA kernels read them, and the numbers in which ``csrc/bindings/module.cpp`` is told of them."""
+"""Rows as the CUDA kernels read them, and their description for ``csrc/bindings``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .records import Problem
 STEP = 32  # bytes: rows are padded to multiples of it
 
 
-# What the backward finds again.
+# What the forward saves.
 
 
 def kept(p: Problem) -> Layout:
-    """What the forward keeps, by name: of either set the order of rows, each row's range in the other set, and names
-    of sample ids; of either side the bases, to base 2, of the sums over all, negatives and positives; or what
-    `sums_are_kept` is about, in the order of rows."""
+    """What the forward saves, by name: for each set the order of rows, each row's range in the other set, and names of
+    sample ids; for each side the bases (to base 2) of the sums over all, negatives and positives; or, if
+    `sums_are_kept`, the weighted sums in the order of rows."""
     s, n, m = p.sizes
     found: Layout = {"bases": (torch.float32, (3, s, n))}
     if p.both:
@@ -59,11 +59,11 @@ def padded(p: Problem) -> int:
 
 
 def find_clusters(p: Problem, parts: dict[str, Tensor]) -> None:
-    """Fills in the order of rows by cluster, and each row's range of positives among the other set's.
+    """Fills in the order of rows by cluster, and each row's range of positives in the other set.
 
-    A cluster's number is the place of its first anchor, so that results do not depend on the names of clusters. An
-    anchor without one is a cluster of its own. Contrasts that are nobody's positive come last. Both ends of ranges
-    grow from row to row.
+    The number of a cluster is the place of its first anchor, so results do not depend on the names of clusters. An
+    anchor without a cluster gets one of its own. Contrasts without an anchor in their cluster come last. Both ends of
+    the ranges grow from row to row.
     """
     if p.anchors.clusters is None:
         return
@@ -86,14 +86,14 @@ def _ranges(rows: Tensor, others: Tensor, ranges: Tensor) -> None:
 
 
 def find_names(p: Problem, parts: dict[str, Tensor]) -> None:
-    """Fills in int32 names of sample ids: equal for equal ids, 0 for one that the contrasts do not have."""
+    """Fills in int32 names of sample ids: equal for equal ids, 0 for an id that no contrast has."""
     for name, places in zip(("names", "contrast_names"), places_of_ids(p.anchors.ids, p.others.ids), strict=True):
         if places is not None:
             torch.add(places, 1, out=parts[name])
 
 
 def _found(ids: Tensor, known: Tensor, values: Tensor, otherwise: Tensor | int) -> Tensor:
-    """Of each id the value at its first place among the known ones, ascending; -1 is never found."""
+    """For each id the value at its first place in `known` (ascending), or `otherwise`; -1 is never found."""
     ids = ids.contiguous()
     place = torch.searchsorted(known, ids).clamp_(max=len(known) - 1)
     return torch.where((known[place] == ids) & (ids != -1), values[place], otherwise)
@@ -104,7 +104,7 @@ def _found(ids: Tensor, known: Tensor, values: Tensor, otherwise: Tensor | int) 
 
 @dataclass(frozen=True)
 class Arranged:
-    """What the kernels are told of a problem's rows. Keeps the memory alive that it names."""
+    """The description of a problem's rows for the kernels. Keeps the memory alive that it points to."""
 
     numbers: tuple[int, ...]
     width: int
@@ -164,7 +164,9 @@ def arrange(p: Problem, parts: dict[str, Tensor], a: Tensor | None, c: Tensor | 
         contrasts = _NO_ROWS
     else:
         bias = p.contrasts.bias
-        leave_out = bias is not None  # rows whose bias is -inf become zeros, as they are no anchors too
+        leave_out = (
+            bias is not None
+        )  # rows whose bias is -inf become zeros: as anchors of the other direction they are left out too
         contrasts = rows(p.contrasts.values, p.contrasts.normalize, "contrast_", others, bias, c, leave_out)
     scale = p.logit_scale.detach().resolve_neg().contiguous()
     longest, largest_bias = logit_bounds(p)

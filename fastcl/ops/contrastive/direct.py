@@ -32,12 +32,12 @@ from .records import PLACES, TENSORS, Needs, Side, gradient_places
 
 WANT, BOTH = PLACES["want"], PLACES["both"]
 
-# Rows times contrasts times dimension, up to which a gradient costs less than the way to it.
+# Up to this N M D the forward computes the gradient as well: a second call would cost more.
 AT_ONCE = 1 << 25
 
 
 class DirectStats(torch.autograd.Function):
-    """Each statistic is an output of its own, as `taken_apart` lists them; then what was observed."""
+    """Returns each statistic as one output, in the order of `taken_apart`, then the observed statistics."""
 
     @staticmethod
     def forward(ctx: Any, *args_and_options: Any) -> tuple[Tensor, ...]:
@@ -56,14 +56,15 @@ class DirectStats(torch.autograd.Function):
 
 
 class DirectMean(torch.autograd.Function):
-    """Mean over the rows that count of lse_i - sum_pos_i / num_pos_i.
+    """The mean of lse_i - sum_pos_i / num_pos_i over the rows that count, as one node of autograd's graph.
 
-    Wanted are (lse_neg, sum_pos), or (lse_all, lse_neg, sum_pos) where lse is lse_all: a single positive's loss is then
-    log(1 + neg / pos). With `both`, the mean of that over the anchors and that over the contrasts. What was observed is
-    a second output, where it is asked for. A row counts if it has a positive and, for (lse_neg, sum_pos), a negative.
+    The problem wants (lse_neg, sum_pos), with lse = lse_neg; or (lse_all, lse_neg, sum_pos), with lse = lse_all:
+    lse_neg then serves rows with one positive, whose loss is log(1 + neg / pos). With `both` it is the mean of the
+    anchors' and the contrasts' means. Observed statistics are a second output. A row counts if it has a positive and,
+    in the first case, a negative.
 
-    The derivatives in the fields are functions of the counts and of neg / pos: so the native engine has both, and loss
-    and gradient of a small batch in one call, after which the backward only scales.
+    The derivatives in the fields depend on the counts and on neg / pos only. The native engine knows both, so it
+    computes loss and gradient of a small batch in one call, and the backward only multiplies.
     """
 
     @staticmethod
@@ -89,18 +90,18 @@ class DirectMean(torch.autograd.Function):
             loss, kept, observed = cpu.mean_loss(problem, needs)
         else:
             loss, *kept, observed = cpu.mean_forward(problem)
-        ctx.save_for_backward(*args[:TENSORS], *kept)  # the arguments: torch looks whether they were changed
+        ctx.save_for_backward(*args[:TENSORS], *kept)  # saved arguments: torch checks that they are unchanged
         return _with(ctx, loss, observed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved, options = ctx.saved_tensors, ctx.options  # once: those of a checkpoint cannot be had again
+        saved, options = ctx.saved_tensors, ctx.options  # read once: under checkpointing a second read fails
         needs = [ctx.needs_input_grad[place] for place in gradient_places(saved)]
         if not ctx.native:
             return *_derived(saved, options, needs, grad, ctx.rows), None
-        if not ctx.at_once and intercepted(saved[0], grad):  # the operators, which can be seen, from the start
+        if not ctx.at_once and intercepted(saved[0], grad):  # run the operators, which a tracer sees
             with torch.no_grad():
                 *outputs, _ = forward_op(*saved[:TENSORS], *options)
             kept = of_backward(outputs)
@@ -119,7 +120,7 @@ def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Ten
 
 
 def _scaled(_: Any, __: Any, grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward has found, times `grad`, each in its argument's dtype."""
+    """The forward's gradients times `grad`, each in the dtype of its argument."""
     return _as_arguments([found if found is None else found * grad for found in saved[TENSORS:]], saved)
 
 
@@ -137,7 +138,7 @@ def _as_arguments(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | N
 
 
 class _Rows(NamedTuple):
-    """What the loss of a side's rows, and its derivative, depend on. None, for masks: true of all rows."""
+    """What the loss of a side's rows and its derivative depend on. A mask of None is true for all rows."""
 
     counted: Tensor | None  # bool [N]
     single: Tensor | None  # bool [N]: one positive; with `log_ratio` only
@@ -147,7 +148,7 @@ class _Rows(NamedTuple):
 def _derived(
     saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor, rows: Sequence[_Rows]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the arguments from that of the mean, of what `op.save` has kept."""
+    """Gradients of the arguments from the gradient of the mean, given what `op.save` saved."""
     counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
     of_fields: list[Tensor | None] = [None, None]
     for k, (side, those) in enumerate(zip((counts, contrast_counts), rows, strict=False)):
@@ -156,14 +157,14 @@ def _derived(
 
 
 def _rows_of(side: Side, want: Sequence[str], look: bool = True) -> _Rows:
-    """look: at the counts' values, whether there is nothing to mask: the common case takes the fewest operators."""
+    """look: read the counts. If all rows count, no mask is needed, which saves operators in the common case."""
     positives = side.counts[0]
     if want[0] == "lse_neg":
         counted = side.counts.amin(0) > 0
         return _Rows(None if look and bool(counted.all()) else counted, None, None)
     shift, total = side.parts[:, 1, 0]
-    # The logit of a single positive is its log-sum-exp. Shift and logit are added first: they cancel where logits are
-    # large and all alike, and the field lse_neg has been rounded at their size.
+    # The logit of a single positive is its log-sum-exp. Shift and logit are subtracted first: if logits are large and
+    # nearly equal they cancel, and the field lse_neg is already rounded at their size.
     log_ratio = (shift - side.fields[2, 0]).add_(total.log())
     least, most = torch.stack(positives.aminmax()).tolist() if look else (0, 2)
     return _Rows(None if least > 0 else positives > 0, None if least == most == 1 else positives == 1, log_ratio)
@@ -172,7 +173,7 @@ def _rows_of(side: Side, want: Sequence[str], look: bool = True) -> _Rows:
 def _mean(side: Side, rows: _Rows) -> Tensor:
     sum_pos, num_pos = side.fields[-1], side.counts[0]
     if rows.log_ratio is not None:
-        # Beyond the threshold linear, by less than a rounding. Infinite logits make no loss of 0: 0 * inf is added.
+        # Linear beyond the threshold, to within a rounding. 0 * sum_pos makes the loss NaN if the logit is infinite.
         singles = torch.add(torch.nn.functional.softplus(rows.log_ratio, threshold=50), sum_pos, alpha=0)
         if rows.single is None:
             return singles.mean()
@@ -185,7 +186,7 @@ def _mean(side: Side, rows: _Rows) -> Tensor:
 
 
 def _derivative(counts: Tensor, rows: _Rows, means: int) -> Tensor:
-    """Of the mean of so many `_mean`s, in the fields [W, 1, N] of one of them."""
+    """The derivative of the mean of `means` `_mean`s in the fields [W, 1, N] of one of them."""
     n = counts.shape[1]
     weight, num_pos = counts.new_full((), 1 / (n * means)), counts[0]
     if rows.counted is not None:
@@ -197,7 +198,7 @@ def _derivative(counts: Tensor, rows: _Rows, means: int) -> Tensor:
         result[0] = weight
         result[1] = weight / -num_pos
         return result
-    negatives = rows.log_ratio.sigmoid().mul_(weight)  # the negatives' share of the sum, and what is not the positive's
+    negatives = rows.log_ratio.sigmoid().mul_(weight)  # the negatives' share of the sum, 1 - the positive's
     if rows.single is None:
         result[1] = negatives
         result[2, 0] = -negatives
@@ -211,9 +212,9 @@ def _derivative(counts: Tensor, rows: _Rows, means: int) -> Tensor:
 def taken_apart(
     outputs: Sequence[Tensor], one_scale: bool, want: Sequence[str], both: bool, exact: bool
 ) -> tuple[Tensor, ...]:
-    """Of each side the wanted fields, [N] with one scale, else [S, N], then num_pos and num_neg.
+    """For each side the wanted fields, [N] with one scale, else [S, N], then num_pos and num_neg.
 
-    exact: fields are float64, and log-sum-exps not rounded: their parts are known to the last bit but one.
+    exact: return float64 fields, with log-sum-exps computed from their parts instead of the rounded fields.
     """
     fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *_ = outputs
     if exact:
@@ -233,7 +234,7 @@ def _unrounded(fields: Tensor, parts: Tensor, want: Sequence[str]) -> Tensor:
     if not exact:
         return wide
     rest = torch.stack(exact).detach() - wide.detach()
-    return wide + torch.where(rest.isfinite(), rest, 0)  # whose derivative is that of the fields
+    return wide + torch.where(rest.isfinite(), rest, 0)  # the derivative is that of the fields
 
 
 def _counts_among(values: Sequence[Tensor], wanted: int) -> tuple[Tensor, ...]:

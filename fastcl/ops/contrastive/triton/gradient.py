@@ -1,4 +1,4 @@
-"""The backward of backend ``triton``: sweeps for the gradients of either set of rows, and what goes into them."""
+"""Backend ``triton``: prepares and launches the kernels of the backward."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         return _backward(p, saved, grad, grad_contrasts, needs)
 
 
-# Log-sums (to base 2) that spread over no more share one exponential. Range would allow 120, but an exponent of 60 has
-# been rounded to 2^-19: a relative error of 1e-6 where terms cancel.
+# Rows and columns share one exponential if their log-sums (to base 2) spread over at most this much. float32's range
+# would allow 120, but an exponent of 60 is rounded to 2^-19, a relative error of 1e-6 where terms cancel.
 ONE_EXPONENTIAL = 16.0
 
 
 def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
     parts = KEPT.parts(p, saved.saved)
     arranged, _, _ = arrange(p, parts, again=True)
-    folded = p.contrasts is None and arranged.biased  # two sets that are one: both gradients are the anchors'
+    folded = p.contrasts is None and arranged.biased  # the anchors are both sets, so both gradients are theirs
     own = _Weights(p, saved.anchors, parts["bases"], grad, arranged.anchors)
     other = None
     if p.both:
@@ -78,7 +78,7 @@ def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tenso
 
 
 class _Weights:
-    """What one side's statistics and their gradients make of each of its sums, in the order of its rows."""
+    """Weights of one side's exponentials, from its statistics and their gradients, in the order of its rows."""
 
     def __init__(self, p: Problem, side: Side, bases: Tensor, grad: Tensor, rows: SortedRows) -> None:
         _, s, n = bases.shape
@@ -105,7 +105,7 @@ class _Weights:
 
 
 class _Lifts:
-    """Of each scale, [S], what both sides' gradients decide together; filled in by the first `side`."""
+    """Bases and factors of each scale, [S], that depend on both sides; the first call of `side` fills them in."""
 
     def __init__(self, p: Problem, own: _Weights, other: _Weights | None, self_contrast: bool) -> None:
         s = p.logit_scale.shape[0]
@@ -146,7 +146,7 @@ class _Lifts:
 
 
 class _Sweep:
-    """The gradients that one set of rows owns, summed over the scales."""
+    """The gradients of one set of rows, summed over the scales."""
 
     def __init__(self, launch: Launch, own: Tensor | None, other: Tensor | None, scaled: bool, summed: bool) -> None:
         self.launch, self.own, self.other = launch, own, other
@@ -173,7 +173,7 @@ class _Sweep:
         return torch.stack(self._sums)
 
     def run(self, p: Problem, k: int, lifts: _Lifts, weighted: Tensor | None) -> None:
-        """`weighted`: what the forward has left of it, for rows without a positive."""
+        """weighted: the gradient sums that the forward saved, for rows without a positive."""
         launch, rows = self.launch, self.launch.rows.rows
         new = lifts.lift.new_empty
         gradient, factor = new(rows.shape), lifts.factor[k : k + 1]
@@ -217,7 +217,7 @@ class _Sweep:
 def finish(
     p: Problem, source: Tensor, rows: SortedRows, gradient: Tensor, factor: Tensor | None, norms: Tensor | None
 ) -> Tensor:
-    """The gradient in the caller's order, projected off normalised rows; rounded, where nothing is to be added yet."""
+    """The gradient in the caller's order, through the normalisation; rounded unless more is added to it."""
     n, width = rows.rows.shape
     out = torch.empty(
         source.shape, dtype=p.dtype if p.partial or p.positives is not None else source.dtype, device=source.device

@@ -1,4 +1,4 @@
-"""Rows as the Triton kernels read them: sorted by cluster, padded, with what belongs to each."""
+"""Rows as the Triton kernels read them: sorted by cluster and padded, with ranges, ids and biases."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...backends.triton_tiles import ROWS_AT_ONCE, Tile, padded, row_tile, tile
 from ..kept import Layout, Store, sums_are_kept
 from ..records import Problem
 
-# What the backward finds again.
+# What the forward saves.
 
 
 def kept(p: Problem) -> Layout:
-    """What the forward keeps, by name: the order of rows, their clusters and names, and of either side the bases, to
-    base 2, of the sums over all, negatives and positives; or what `sums_are_kept` is about, in the order of rows."""
+    """What the forward saves, by name: the order of rows, their clusters and names, and for each side the bases (to
+    base 2) of the sums over all, negatives and positives; or, if `sums_are_kept`, the weighted sums in that order."""
     s, n, m = p.sizes
     found: Layout = {}
     if p.anchors.clusters is not None:
@@ -59,7 +59,7 @@ class SortedRows:
 @dataclass(frozen=True)
 class Arranged:
     anchors: SortedRows
-    contrasts: SortedRows  # the anchors' very own in self-contrast
+    contrasts: SortedRows  # in self-contrast the anchors
     self_contrast: bool
     normed: bool
     biased: bool
@@ -67,9 +67,9 @@ class Arranged:
 
 
 def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[Arranged, Tensor, Tensor]:
-    """The problem's rows, and the inverse norms in the caller's order, [0] where rows are taken as they are.
+    """The problem's rows, and the inverse norms in the caller's order, [0] without normalisation.
 
-    parts: `KEPT.parts`, filled in unless this is done `again`, in the backward, which returns no norms either.
+    parts: `KEPT.parts`, which are filled in. again: the backward, where they are filled in and no norms are returned.
     """
     if not again:
         number_clusters(p.anchors.clusters, None if p.contrasts is None else p.contrasts.clusters, parts)
@@ -84,7 +84,7 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     a, c = inverse_norms(p.anchors.values, p.anchors.normalize), inverse_norms(p.anchors.values, False)
     other = "clusters" if p.contrasts is None else "contrast_clusters"
     order, names = parts.get("order"), parts.get("names")
-    if p.contrasts is None and not self_contrast:  # a bias breaks the symmetry: the rows meet themselves as another set
+    if p.contrasts is None and not self_contrast:  # a bias breaks the symmetry: the anchors become the second set too
         names = torch.arange(1, len(p.anchors.values) + 1, dtype=torch.int32, device=p.device)  # each but itself
     clusters = parts.get("clusters"), parts.get(other)
     bias = p.anchors.bias if p.contrasts is None else None
@@ -122,9 +122,9 @@ def _rows(
     normed: bool,
     norms: Tensor,
 ) -> SortedRows:
-    """clusters: of these rows and of the other set's. norms: [n], filled in, or [0].
+    """clusters: of these rows and of the other set's rows. norms: [n], filled in, or [0].
 
-    leave_out: rows whose bias is -inf become zeros, as they are no anchors too.
+    leave_out: rows whose bias is -inf become zeros: as anchors of the other direction they are left out too.
     """
     n, d = source.shape
     width = padded(d, INTERPRETED)
@@ -191,10 +191,10 @@ def _rows(
 
 
 def number_clusters(anchors: Tensor | None, contrasts: Tensor | None, parts: dict[str, Tensor]) -> None:
-    """Fills in the order of rows and their clusters, as numbers in ascending order, where there are any.
+    """Fills in the order of rows and their cluster numbers in ascending order, if there are clusters.
 
-    A cluster's number is the place of its first anchor, so that results do not depend on the names of clusters. An
-    anchor without one is a cluster of its own. Contrasts that are nobody's positive come last.
+    The number of a cluster is the place of its first anchor, so results do not depend on the names of clusters. An
+    anchor without a cluster gets one of its own. Contrasts without an anchor in their cluster come last.
     """
     if anchors is None:
         return
@@ -207,7 +207,7 @@ def number_clusters(anchors: Tensor | None, contrasts: Tensor | None, parts: dic
 
 
 def name_ids(left: Tensor | None, right: Tensor | None, parts: dict[str, Tensor]) -> None:
-    """Fills in int32 names of ids, places among the right ones."""
+    """Fills in int32 names of ids: their places in the sorted ids of the right set."""
     if left is None or right is None:
         return
     known = right.sort().values
@@ -236,7 +236,7 @@ def _label(ids: Tensor, known: Tensor, order: Tensor | None, labels: Tensor, own
 
 @dataclass(frozen=True)
 class Launch:
-    """What all kernels of a call are told alike."""
+    """The arguments that all kernels of a call share."""
 
     rows: SortedRows
     columns: SortedRows
@@ -268,7 +268,7 @@ class Launch:
         return blocks(self.size, shape.block_m), blocks(self.rows.rows.shape[1], shape.block_d)
 
     def tile(self, kind: str, trial: triton_tuning.Trial | None = None, careful: bool = False) -> Tile:
-        """The table's, or what was found to be faster where that is asked for. careful: whatever the flags say."""
+        """The tile of the table, or the fastest one that the tuner found. careful: as if the flags asked for masks."""
         rows = self.rows.rows
         careful = careful or self.flags["IDS"] or self.flags["BIAS"] != 0
         tf32 = self.flags["PRECISION"] == "tf32"
@@ -285,7 +285,7 @@ class Launch:
         *arguments: dict[str, Any],
         cleared: Tensor | None = None,
     ) -> None:
-        """A launch with each of the arguments, after clearing what it adds to."""
+        """Clears the buffer that the kernel adds to, then launches it once per set of arguments."""
 
         def launch(shape: Tile) -> None:
             if cleared is not None:
@@ -296,7 +296,7 @@ class Launch:
         launch(self.tile(kind, launch))
 
     def run(self, kernel: str, shape: Tile, grid: Sequence[int], arguments: dict[str, Any]) -> None:
-        """`arguments` and those that each of these kernels takes, by name."""
+        """Launches a kernel with `arguments` and the shared arguments, by name."""
         rows, columns = self.rows, self.columns
         given = {
             "X": rows.rows,
@@ -324,7 +324,7 @@ class Launch:
 
 
 def fields_wanted(p: Problem) -> dict[str, int]:
-    """The place of each field among those wanted, -1 for others, as the kernels take it."""
+    """The place of each field among the wanted ones, -1 for others, as arguments of the kernels."""
     names = {"ALL": "lse_all", "POS": "lse_pos", "NEG": "lse_neg", "SUM": "sum_pos"}
     places = {key: p.want.index(name) if name in p.want else -1 for key, name in names.items()}
     return places | {"LOG_SUMS": len(p.log_sums)}

@@ -1,8 +1,8 @@
-"""Backend ``triton``: the forward's kernels, prepared and launched.
+"""Backend ``triton``: prepares and launches the kernels of the forward.
 
-Triton itself is imported by the first call. Nothing here waits for the device: sizes come from shapes, everything that
-depends on values (shifts, which kernel applies) is decided on the device, and scalars travel as tensors, so that a CUDA
-graph can replay the calls with other ones.
+The first call imports Triton. Nothing here waits for the device: sizes come from shapes, the device decides everything
+that depends on values (shifts, which kernel applies), and scalars are tensors, so that a CUDA graph can replay the
+calls with other values.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def forward(p: Problem) -> Statistics:
 
 
 def _observed(p: Problem, rows: Launch) -> Tensor:
-    """`Side.observed` of the launch's rows, by a sweep of its own."""
+    """`Side.observed` of the launch's rows, from a separate sweep."""
     s = p.sizes[0]
     observed = p.logit_scale.new_empty(s, len(PARTS), rows.size)
-    shape = rows.tile("running", careful=True)  # the numbers of a row take registers, as masks do
+    shape = rows.tile("running", careful=True)  # as many registers as with masks
     for k in range(s):
         arguments = {"SCALE": p.logit_scale[k : k + 1], "OBSERVED": observed[k]}
         rows.run("observation_kernel", shape, rows.row_blocks(shape), arguments)
@@ -70,7 +70,7 @@ def _forward(p: Problem) -> Statistics:
             _two_ways(rows, columns, scalars, statistics[k], others[k])
         for launch, result in ((rows, statistics[k]), (columns, others[k])):
             if launch is not None:
-                shape = launch.tile("running")  # seldom does anything that could be timed
+                shape = launch.tile("running")  # usually returns at once, so there is nothing to tune
                 apart = "lse_pos" in p.want or "lse_neg" in p.want
                 arguments = scalars | {"STATISTICS": result, "APART": apart}
                 launch.run("running_kernel", shape, launch.row_blocks(shape), arguments)
@@ -79,7 +79,7 @@ def _forward(p: Problem) -> Statistics:
 
 
 def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics: Tensor, others: Tensor) -> None:
-    """Both sides from one sweep. The few tiles that hold positives are visited once more for the columns."""
+    """Both sides from one sweep. The few tiles with positives are visited again for the columns."""
     number = min(*rows.row_blocks(rows.tile("two_way")), programs(statistics.device))
     sums = statistics.new_empty(number, columns.size)
     arguments = scalars | {"STATISTICS": statistics, "PARTIAL_SUMS": sums}

@@ -61,7 +61,7 @@ def _configure(
     if out is not None:
         check_out(Path(out))
         claims.enter_context(claimed(Path(out)))
-        check_out(Path(out))  # again, now that nobody else writes there
+        check_out(Path(out))  # again, now that the folder is locked
         return config, Path(out), False
     tail = config.long_tail and f"long_tail{config.long_tail:g}"
     parts = (

@@ -93,6 +93,6 @@ def started() -> Iterator[Processes]:
     dist.init_process_group(rank=rank, world_size=size)  # gloo, and NCCL for tensors on GPUs
     try:
         yield Processes(rank, size)
-        dist.barrier()  # nobody leaves while another still hears from it
+        dist.barrier()  # no process leaves while another one still needs it
     finally:
         dist.destroy_process_group()

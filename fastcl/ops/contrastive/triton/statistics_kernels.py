@@ -252,8 +252,8 @@ def two_way_kernel(
 ):  # fmt: skip
     """PARTIAL_SUMS [programs, M], zeroed: each program's share of the columns' sums over their negatives.
 
-    A program takes every so many-th row block, one after the other, and nobody else writes to its row: no atomics, and
-    always the same order of additions.
+    A program visits every so many-th row block in order, and only it writes to its row: no atomics, and a fixed order
+    of additions.
     """
     scale = tl.load(SCALE) * LOG2E
     shift, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)

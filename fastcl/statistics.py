@@ -55,7 +55,7 @@ class ContrastiveStats:
     sum_pos: Tensor | None = None
     """sum of the logits over the positives"""
     sum_all: Tensor | None = None
-    """sum of the logits over all admissible contrasts; costs O((N + M) D), as it alone needs no sweep"""
+    """sum of the logits over all admissible contrasts, found without a tile: it adds O((N + M) D) to the sweep"""
     max_pos: Tensor | None = None
     """largest logit of the positives, -inf if there are none; this field and the next three are detached"""
     max_neg: Tensor | None = None

@@ -34,7 +34,7 @@ def cluster_infonce(
     weights: Tensor | None = None, assignments: Tensor | None = None, contrast_assignments: Tensor | None = None,
     return_stats: bool, **options: Unpack[OptionKeywords],
 ) -> LossResult: ...  # fmt: skip
-@takes_options()
+@takes_options(OptionKeywords)
 def cluster_infonce(
     embeddings: Tensor,
     clusters: Tensor | None = None,
@@ -178,13 +178,20 @@ class ClusterInfoNCE(nn.Module):
     Yeh et al. 2022 (decoupled).
     """
 
+    form: str
+    denominator: str
+    margin: float
+    label_smoothing: float = 0.0  # also of modules that were saved before they had it
+    symmetric: bool
+    normalize: bool
+    reduction: str
     gather: bool | str
 
     # The options that the constructor takes, and fixed values of others. Presets override both.
     _takes: ClassVar[tuple[str, ...]] = LossOptions._fields
     _fixed: ClassVar[OptionKeywords] = {}
 
-    @takes_options()
+    @takes_options(OptionKeywords)
     def __init__(self, temperature: float | Tensor = 0.1, **options: Unpack[OptionKeywords]) -> None:
         super().__init__()
         parsed = parse_options(type(self).__name__, options, self._takes, self._fixed).checked()
@@ -234,9 +241,9 @@ def _assigned(given: Tensors, options: LossOptions, return_stats: bool) -> Batch
     if return_stats:
         raise ValueError("return_stats: expected False with assignments, got True")
     defaults = LossOptions()
-    for name in ("form", "denominator", "margin", "label_smoothing"):
-        value, expected = getattr(options, name), getattr(defaults, name)
-        if value != expected:
+    for name, expected in defaults._asdict().items():
+        value = getattr(options, name)
+        if name not in ("symmetric", "normalize", "reduction", "gather") and value != expected:
             raise ValueError(f"{name}: expected {expected!r} with assignments, got {value!r}")
     if options.gather == "ring":
         raise ValueError("gather: expected False or True with assignments, got 'ring'")

@@ -55,17 +55,34 @@ class LossOptions(NamedTuple):
         )
 
 
-class OptionKeywords(TypedDict, total=False):
-    """`LossOptions` as keywords, for type checkers."""
+# The options that losses take, as keywords for type checkers. A loss's names and its signature follow from its class.
 
-    form: str
-    denominator: str
+
+class DecoupledKeywords(TypedDict, total=False):
     margin: float
-    label_smoothing: float
-    symmetric: bool
     normalize: bool
     reduction: str
     gather: bool | str
+
+
+class PresetKeywords(DecoupledKeywords, total=False):
+    label_smoothing: float
+
+
+class SupConKeywords(PresetKeywords, total=False):
+    form: str
+
+
+class OptionKeywords(SupConKeywords, total=False):
+    """All of `LossOptions`."""
+
+    denominator: str
+    symmetric: bool
+
+
+def option_names(keywords: type) -> tuple[str, ...]:
+    """The names of the options that a class of keywords has, in the order of `LossOptions`."""
+    return tuple(name for name in LossOptions._fields if name in keywords.__annotations__)
 
 
 # `extra_repr` shows these only if they are set.
@@ -77,11 +94,10 @@ def options_of(module: nn.Module) -> LossOptions:
     return LossOptions(*[getattr(module, name) for name in LossOptions._fields])
 
 
-def shown_options(module: nn.Module, names: tuple[str, ...] = LossOptions._fields) -> str:
+def shown_options(module: nn.Module) -> str:
     """The options for `extra_repr`, each after a comma."""
-    values = {name: getattr(module, name) for name in names}
-    shown = (item for item in values.items() if item[0] not in _SHOWN_IF_SET or item[1])
-    return "".join(f", {name}={value!r}" for name, value in shown)
+    values = options_of(module)._asdict().items()
+    return "".join(f", {name}={value!r}" for name, value in values if value or name not in _SHOWN_IF_SET)
 
 
 def parse_options(
@@ -100,18 +116,19 @@ def parse_options(
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def takes_options(*names: str) -> Callable[[F], F]:
-    """Decorator: the function's signature lists the options `names` in place of ``**options``; no names means all."""
+def takes_options(keywords: type) -> Callable[[F], F]:
+    """Decorator: the function's signature and annotations list the options of `keywords` in place of ``**options``."""
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        kinds = OptionKeywords.__annotations__
-        for name in names or LossOptions._fields:
-            default = LossOptions._field_defaults[name]
-            kind = getattr(kinds[name], "__forward_arg__", kinds[name])
+        for name in option_names(keywords):
+            default, kind = LossOptions._field_defaults[name], LossOptions.__annotations__[name]
+            kind = getattr(kind, "__forward_arg__", kind)
             parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
         function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        shown = {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
+        function.__annotations__ = {**shown, "return": signature.return_annotation}
         return function
 
     return decorate

@@ -14,15 +14,21 @@ from ..memory import MemoryQueue
 from .batch import Tensors, batch
 from .cluster import ClusterInfoNCE
 from .formulas import infonce
-from .options import LossOptions, OptionKeywords, takes_options
+from .options import (
+    DecoupledKeywords,
+    LossOptions,
+    OptionKeywords,
+    PresetKeywords,
+    SupConKeywords,
+    option_names,
+    takes_options,
+)
 from .reduce import LossResult, reduced_loss, scalar
 from .summary import LossStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-OPTIONS = ("margin", "label_smoothing", "normalize", "reduction", "gather")
-DECOUPLED_OPTIONS = ("margin", "normalize", "reduction", "gather")
 CLIP_OUTPUTS = ("contrastive_loss", "stats")
 
 
@@ -46,10 +52,10 @@ class NTXentLoss(_TwoViewLoss):
     result and errors are those of :class:`ClusterInfoNCE`; with ``reduction="none"`` the result is ``[N, 2]``.
     """
 
-    _takes = OPTIONS
+    _takes = option_names(PresetKeywords)
 
-    @takes_options(*OPTIONS)
-    def __init__(self, temperature: float | Tensor = 0.5, **options: Unpack[OptionKeywords]) -> None:
+    @takes_options(PresetKeywords)
+    def __init__(self, temperature: float | Tensor = 0.5, **options: Unpack[PresetKeywords]) -> None:
         super().__init__(temperature, **options)
 
 
@@ -60,10 +66,10 @@ class DCLLoss(_TwoViewLoss):
     """
 
     _fixed: ClassVar[OptionKeywords] = {"denominator": "negatives"}
-    _takes = DECOUPLED_OPTIONS
+    _takes = option_names(DecoupledKeywords)
 
-    @takes_options(*DECOUPLED_OPTIONS)
-    def __init__(self, temperature: float | Tensor = 0.1, **options: Unpack[OptionKeywords]) -> None:
+    @takes_options(DecoupledKeywords)
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Unpack[DecoupledKeywords]) -> None:
         super().__init__(temperature, **options)
 
 
@@ -75,10 +81,10 @@ class SupConLoss(ClusterInfoNCE):
     is no ``base_temperature``. Dtypes, result and errors are those of :class:`ClusterInfoNCE`.
     """
 
-    _takes = ("form", *OPTIONS)
+    _takes = option_names(SupConKeywords)
 
-    @takes_options(*_takes)
-    def __init__(self, temperature: float | Tensor = 0.07, **options: Unpack[OptionKeywords]) -> None:
+    @takes_options(SupConKeywords)
+    def __init__(self, temperature: float | Tensor = 0.07, **options: Unpack[SupConKeywords]) -> None:
         super().__init__(temperature, **options)
 
     def forward(  # type: ignore[override]
@@ -112,6 +118,7 @@ class ClipLoss(nn.Module):
     """
 
     _warned = False
+    label_smoothing: float = 0.0
 
     def __init__(self, *, label_smoothing: float = 0.0, gather: bool | str = False) -> None:
         super().__init__()
@@ -157,6 +164,10 @@ class ClipLoss(nn.Module):
             return found
         return {"contrastive_loss": found} if isinstance(found, Tensor) else dict(zip(CLIP_OUTPUTS, found, strict=True))
 
+    def extra_repr(self) -> str:
+        shown = {"label_smoothing": self.label_smoothing, "gather": self.gather}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value)
+
 
 class MoCoLoss(ClusterInfoNCE):
     """MoCo's loss (He et al. 2020): ``MoCoLoss(temperature=0.07)(query, key, queue)``.
@@ -168,10 +179,10 @@ class MoCoLoss(ClusterInfoNCE):
     only the mean is over all processes; a tensor as queue is then a ``ValueError``, as it would be gathered.
     """
 
-    _takes = OPTIONS
+    _takes = option_names(PresetKeywords)
 
-    @takes_options(*OPTIONS)
-    def __init__(self, temperature: float | Tensor = 0.07, **options: Unpack[OptionKeywords]) -> None:
+    @takes_options(PresetKeywords)
+    def __init__(self, temperature: float | Tensor = 0.07, **options: Unpack[PresetKeywords]) -> None:
         super().__init__(temperature, **options)
 
     def forward(  # type: ignore[override]

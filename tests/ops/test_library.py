@@ -537,8 +537,8 @@ def test_backward_under_another_backend(forward, backward, monkeypatch) -> None:
         (expected,) = torch.autograd.grad(loss, z, retain_graph=True)
     with fastcl.use_backend(backward), Calls() as calls:
         (got,) = torch.autograd.grad(loss, z)
-    assert torch.equal(got, expected)
-    # `Calls` is an active mode, so the backward of the native engine's mean loss runs the operators, forward included.
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    # Under the mode `Calls` the native engine's mean loss runs the operators, forward included.
     assert calls.backends == [forward] * (2 if loss.grad_fn.native else 1)
 
 

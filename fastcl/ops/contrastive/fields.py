@@ -13,7 +13,7 @@ class Field(NamedTuple):
 
     over: str  # the set that it runs over: ALL, POSITIVES or NEGATIVES
     log_sum: bool = False  # log-sum-exp of the logits, kept as a shift and a sum; else a plain sum
-    # False: the sum is linear in the contrasts, so `linear` computes it from sums of rows and backends never see it.
+    # False: the sum is linear in the contrasts. `linear` computes it from sums of rows, and backends never see it.
     swept: bool = True
     # False: has no gradient; backends return it in `Side.observed`.
     differentiable: bool = True

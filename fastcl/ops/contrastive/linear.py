@@ -1,9 +1,9 @@
-"""The sum of the logits over all admissible contrasts. It is linear in the contrasts, so it needs no sweep.
+"""The sum of the logits over all admissible contrasts. It is linear in the contrasts, so it needs no tile.
 
 The sum of s_ij over A_i is scale * <x_i, T_i> + B_i, where T_i and B_i are the sums of the rows y_j and of their biases
 over A_i. These are the sums over all contrasts, minus the anchor itself in self-contrast, or minus the contrasts with
-the anchor's sample id. The cost is O((N + M) D) on any backend. Backends never see the field: `without` removes it from
-the wanted fields, `add` and `add_gradients` put it back.
+the anchor's sample id. That adds O((N + M) D) to the sweep on any backend. Backends never see the field: `without`
+removes it from the wanted fields, `add` and `add_gradients` put it back.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def add(p: Problem, found: Statistics) -> Statistics:
 
 
 def _with(p: Problem, side: Side, values: Tensor) -> Side:
-    """The side with the field's values [S, N] inserted in the order of `Problem.want`."""
+    """The side with the field's values [S, N] in its place, 0 for rows without an admissible pair."""
     fields = list(side.fields.unbind(0))
-    fields.insert(list(p.want).index(FIELD), values)
+    fields.insert(list(p.want).index(FIELD), _of_present(values, side))
     return side._replace(fields=torch.stack(fields))
 
 

@@ -77,9 +77,10 @@ def gradients(
 
 
 def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
-    """All wanted statistics, without the extra positive."""
-    found = backend.forward(linear.without(problem))
-    return linear.add(problem, found if backend is cpu else infinite.mark(problem, found))
+    """All wanted fields, without the extra positive."""
+    if backend is not cpu or linear.FIELD in problem.want:  # the engine of `cpu` knows infinite rows itself
+        problem = infinite.as_nan(problem)
+    return linear.add(problem, backend.forward(linear.without(problem)))
 
 
 def swept_gradients(

@@ -71,8 +71,7 @@ def _parsed(args: Sequence[Any]) -> tuple[Problem, SoftBackend]:
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     problem, backend = _parsed(args)
     with without_autocast(problem.device):
-        found = backend.forward(problem)
-        anchors, contrasts, *norms, _ = found if backend is cpu else infinite.mark(problem, found)
+        anchors, contrasts, *norms, _ = backend.forward(infinite.as_nan(problem))
 
     def outputs(side: Side) -> tuple[Tensor, ...]:
         num_pos, size = side.counts

@@ -139,12 +139,14 @@ class _Sums:
         return self.over_anchors(self.x.new_ones(len(self.x), 1))[:, 0]
 
     def _over(self, values: Tensor, own: Tensor | None, other: Tensor | None) -> Tensor:
-        total = values.sum(0, keepdim=True, dtype=torch.float64)
-        if self.p.contrasts is None:
-            return (total - values).to(values.dtype)
         if own is None or other is None:
-            return total.to(values.dtype)
-        return (total - _of_equal_ids(values, own, other)).to(values.dtype)
+            total = values.sum(0, keepdim=True, dtype=torch.float64)
+            return (total - values if self.p.contrasts is None else total).to(values.dtype)
+        # A row of NaN reaches the sums of the rows that meet it, but not of those with its id: NaN - NaN is not 0.
+        bad = values.isnan().any(1, keepdim=True)
+        columns = torch.cat((values.masked_fill(bad, 0), bad.to(values.dtype)), 1)
+        sums = columns.sum(0, keepdim=True, dtype=torch.float64) - _of_equal_ids(columns, own, other)
+        return sums[:, :-1].masked_fill(sums[:, -1:] > 0.5, torch.nan).to(values.dtype)
 
 
 def _entering(p: Problem, rows: Rows, left_out: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..backends.rows import inverse_norms, through_normalization
+from ..backends.rows import accumulation_dtype, inverse_norms, through_normalization
 from .fields import TABLE
 from .records import Gradients, Needs, Problem, Rows, Side, Statistics
 
@@ -25,6 +25,15 @@ def without(p: Problem) -> Problem:
     if FIELD not in p.want:
         return p
     return replace(p, want=[name for name in p.want if TABLE[name].swept], partial=True)
+
+
+def in_float32(p: Problem) -> Problem:
+    """The problem with half-precision rows in float32."""
+
+    def wide(rows: Rows) -> Rows:
+        return rows._replace(values=rows.values.to(accumulation_dtype(rows.values)))
+
+    return replace(p, anchors=wide(p.anchors), contrasts=None if p.contrasts is None else wide(p.contrasts))
 
 
 def add(p: Problem, found: Statistics) -> Statistics:

@@ -80,16 +80,28 @@ def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
     """All wanted fields, without the extra positive."""
     if backend is not cpu or linear.FIELD in problem.want:  # the engine of `cpu` knows infinite rows itself
         problem = infinite.as_nan(problem)
-    return linear.add(problem, backend.forward(linear.without(problem)))
+    return linear.add(problem, backend.forward(_swept(problem, backend)))
 
 
 def swept_gradients(
     problem: Problem, backend: Backend, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs
 ) -> Gradients:
-    """The gradients of `swept_statistics`."""
+    """Gradients of all wanted fields, without the extra positive."""
     of_sides = linear.swept_gradient(problem, grad), linear.swept_gradient(problem, grad_contrasts)
-    found = backend.backward(linear.without(problem), saved, *of_sides, needs)
+    found = backend.backward(_swept(problem, backend), saved, *of_sides, needs)
     return linear.add_gradients(problem, saved, grad, grad_contrasts, needs, found)
+
+
+def _swept(problem: Problem, backend: Backend) -> Problem:
+    """The problem that the backend sweeps.
+
+    Kernels round the gradient of a tile to half-precision rows. What `linear` adds after it would not cancel that
+    rounding, so these rows are swept in float32.
+    """
+    swept = linear.without(problem)
+    if swept is problem or backend is reference or backend is chunked:  # these two are in float32 anyway
+        return swept
+    return linear.in_float32(swept)
 
 
 def run_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -144,7 +156,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     a = new(n if problem.anchors.normalize else 0)
     c = new(m if problem.contrasts is not None and problem.contrasts.normalize else 0)
     observed = new(len(PARTS), s, n + m if problem.both else n) if problem.observe else new(0)
-    return *side(n), *side(m if problem.both else 0), a, c, new(backend.saved_size(problem)), observed
+    return *side(n), *side(m if problem.both else 0), a, c, new(backend.saved_size(_swept(problem, backend))), observed
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:

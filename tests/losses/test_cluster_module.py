@@ -19,7 +19,16 @@ def test_module_equals_function(backend) -> None:
     arguments = problem.arguments()
     options = {
         name: arguments.pop(name)
-        for name in ("temperature", "form", "denominator", "margin", "symmetric", "normalize", "reduction")
+        for name in (
+            "temperature",
+            "form",
+            "denominator",
+            "margin",
+            "label_smoothing",
+            "symmetric",
+            "normalize",
+            "reduction",
+        )
     }
     changed = options | {"form": "inside", "denominator": "negatives", "margin": 0.1, "reduction": "sum"}
     for choice in (options, changed):

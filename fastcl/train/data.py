@@ -57,7 +57,7 @@ def fingerprint(images: ImageData) -> str:
     digest = hashlib.sha256(repr((images.classes, images.source_size)).encode())
     for part in (*pixels, *numbers):
         digest.update(f"{part.dtype} {part.shape}".encode())
-        digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -33,8 +33,9 @@ class Parser(argparse.ArgumentParser):
 def run(prog: str, main: Callable[[], int]) -> NoReturn:
     """Call `main` and end the process with its exit code: without a traceback where the surroundings are at fault.
 
-    These are a reader that closes the pipe, a standard output that cannot be written, and Ctrl-C at any moment. A
-    second Ctrl-C ends the process at once. Every file that the commands write is whole at every moment.
+    These are a reader that closes the pipe, a standard output that cannot be written, and Ctrl-C while `main` runs.
+    (Before, while modules are imported, Python answers Ctrl-C with a traceback; nothing is written then.) A second
+    Ctrl-C ends the process at once. Every file that the commands write is whole at every moment.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _first_interrupt)
@@ -85,6 +86,6 @@ def _first_interrupt(number: int, frame: Any) -> NoReturn:
 
 
 def _second_interrupt(number: int, frame: Any) -> NoReturn:
-    with contextlib.suppress(OSError):
-        os.write(2, b"\ninterrupted again: stopped at once; what was written before is whole\n")
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # as in 2>&-, where 2 may be another file by now
+        os.write(sys.stderr.fileno(), b"\ninterrupted again: stopped at once; what was written before is whole\n")
     os._exit(INTERRUPTED)

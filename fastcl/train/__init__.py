@@ -11,6 +11,11 @@ class WriteError(OptionError):
     """A file cannot be written: the disk is full, or the folder may not be written to."""
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run's numbers (``config.json``); the field names are the option names.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastcl.train
 from fastcl.command import INTERRUPTED, PIPE_CLOSED, Parser, run
-from fastcl.train import Config, OptionError, WriteError
+from fastcl.train import Config, OptionError, WriteError, counted
 from fastcl.train.options import add_options, check_out, require_packages, settle
 
 # Methods, loop and pictures are imported where they are used: without these packages the command says what to install.
@@ -181,7 +181,7 @@ def _kept(run: "Run | None", folder: Path | None) -> str:
     if run is None or folder is None:
         return f" before training began{f'. {_how_to_go_on(folder)}' if folder and _begun(folder) else ''}"
     try:
-        return f"; kept {run.keep()} of {run.config.epochs} epochs. {_how_to_go_on(folder)}"
+        return f"; kept {run.keep()} of {counted(run.config.epochs, 'epoch')}. {_how_to_go_on(folder)}"
     except (OptionError, OSError, ValueError) as error:
         return f"; {error}. {_how_to_go_on(folder)}"
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastcl.command import INTERRUPTED, Parser, run
-from fastcl.train import Config, OptionError, WriteError
+from fastcl.train import Config, OptionError, WriteError, counted
 from fastcl.train.options import add_options, at_least, require_packages, settle
 
 PROG = "python -m fastcl.train.compare"
@@ -135,7 +135,6 @@ def _digest(outcome: Outcome) -> str:
 
 def _outcome(config: Config, folder: Path, columns: Sequence[str]) -> Outcome:
     """Train what is left to train, then probe: accuracies, and what the clusters trained with tell about the labels."""
-    from fastcl.train.data import fingerprint
     from fastcl.train.evaluate import cluster_information, probe
     from fastcl.train.files import claimed, write
     from fastcl.train.loop import Run
@@ -150,7 +149,7 @@ def _outcome(config: Config, folder: Path, columns: Sequence[str]) -> Outcome:
             outcome[column] = {name: values[name] for name in PROBES}
         information = cluster_information(run.images.train_labels, run.last_clusters())
         outcome["trained"].update(zip(INFORMATION, information, strict=True))
-        hashes = {"data": {"sha256": fingerprint(run.images)}, "numbers": {"sha256": _digest(outcome)}}
+        hashes = {"data": {"sha256": run.fingerprint}, "numbers": {"sha256": _digest(outcome)}}
         write(folder / "probes.json", json.dumps({**outcome, **hashes}, indent=2) + "\n")
     return outcome
 
@@ -178,11 +177,12 @@ def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], o
             fixed_clusters(str(chosen["auxiliary"].clusters), images)
         except OptionError as error:
             raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
+        data = fingerprint(images)
         for place, (name, contestant) in enumerate(chosen.items(), 1):
             folder = out / f"{contestant.folder}-seed{seed}"
             options = {option: value for option, value in vars(contestant).items() if value is not None}
             config = settle(dataclasses.replace(base, seed=seed, **options))
-            outcome = _known(folder, config, fingerprint(images))
+            outcome = _known(folder, config, data)
             print(f"seed {seed}, {place} of {len(chosen)}: {folder}{' is there' if outcome else ''}", flush=True)
             if outcome is None:  # what training does not change is probed once a seed
                 outcome = _outcome(config, folder, (*BASELINES, "trained") if place == 1 else ("trained",))
@@ -222,8 +222,9 @@ def tables(rows: dict[str, Rows], chosen: dict[str, Contestant], base: Config) -
             names = [f"{chosen[name].loss}, {chosen[name].title}" for name in (one, other)]
             differences.append([what, " minus ".join(names), *(_spread(values, 100, sign=True) for values in points)])
     over = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
+    what = f"{Path(base.data).stem}, {counted(base.epochs, 'epoch')}"
     return (
-        f"Held-out accuracy in %, information in nats; {over}; {Path(base.data).stem}, {base.epochs} epochs.\n\n"
+        f"Held-out accuracy in %, information in nats; {over}; {what}.\n\n"
         f"{_aligned(every)}\n\nDifferences in points of accuracy, each of the same seed's two runs.\n\n"
         f"{_aligned(differences)}\n"
     )
@@ -312,7 +313,7 @@ def _report(rows: dict[str, Rows], chosen: dict[str, Contestant], base: Config, 
     panels: dict[str, dict[str, Rows]] = {}
     for name, contestant in chosen.items():
         panels.setdefault(contestant.loss, {})[contestant.title] = rows[name]
-    draw_information(folder / "information.png", f"{Path(base.data).stem}, {base.epochs} epochs", panels)
+    draw_information(folder / "information.png", f"{Path(base.data).stem}, {counted(base.epochs, 'epoch')}", panels)
     print(f"\n{text}\nwrote {folder}/compare.md and information.png")
 
 

@@ -23,6 +23,7 @@ from fastcl.train.image_folder import read_image_folder
 
 HELD_OUT = 0.3  # the share of a source without a test set of its own
 VIEWS = 2
+NAMED = 10  # classes in an error, at most
 _CIFAR = "Download https://www.cs.toronto.edu/~kriz/{}.tar.gz and unpack it there: it makes the folder {}"
 _ROOT = {  # what --root must hold
     "imagefolder": "It must hold a folder per class, or such folders in train and test (or val)",
@@ -55,7 +56,8 @@ def fingerprint(images: ImageData) -> str:
     numbers = [images.train_labels, images.test_labels, images.source_index]
     digest = hashlib.sha256(repr((images.classes, images.source_size)).encode())
     for part in (*pixels, *numbers):
-        digest.update(f"{part.dtype} {part.shape}".encode() + np.ascontiguousarray(part).tobytes())
+        digest.update(f"{part.dtype} {part.shape}".encode())
+        digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -180,6 +182,10 @@ def _assemble(
     if len(np.unique(labels[index])) < 2 or not len(test[1]):
         raise OptionError("--data must hold training images of at least two classes, and held-out images")
     classes, numbers = np.unique(np.concatenate([labels[index], test[1]]), return_inverse=True)
+    unknown = np.setdiff1d(numbers[len(index) :], numbers[: len(index)])
+    if len(unknown):
+        names = ", ".join(map(repr, classes[unknown[:NAMED]].tolist())) + (", ..." if len(unknown) > NAMED else "")
+        raise OptionError(f"--data must hold training images of every held-out class; it has none of {names}")
 
     def channels_first(array: NDArray[Any]) -> Tensor:
         array = array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2)

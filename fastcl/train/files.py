@@ -24,7 +24,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _SEAL = b"sha256:"
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes | memoryview) -> None:
     """Replace the file, all or nothing: an interruption or a full disk leaves the old one.
 
     When this returns, the new one is on the disk: a loss of power does not take it back. Links are not followed.
@@ -61,27 +61,33 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as PNG."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    write(path, drawn.getvalue())
+    write(path, drawn.getbuffer())
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """`torch.save`, with a hash of the whole file as the archive's comment, which `torch.load` skips."""
     archive = io.BytesIO()
     torch.save(state, archive)
-    data = bytearray(archive.getvalue())
     length = len(_SEAL) + 2 * hashlib.sha256().digest_size
-    # An archive ends with the length of its comment, in two bytes; torch writes none.
-    data[-2:] = length.to_bytes(2, "little")
-    write(path, bytes(data) + _SEAL + hashlib.sha256(data).hexdigest().encode())
+    with archive.getbuffer() as data:
+        # An archive ends with the length of its comment, in two bytes; torch writes none.
+        data[-2:] = length.to_bytes(2, "little")
+        digest = hashlib.sha256(data).hexdigest()
+    archive.seek(0, io.SEEK_END)
+    archive.write(_SEAL + digest.encode())
+    write(path, archive.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote; ValueError where a byte of it is another."""
     data = path.read_bytes()
-    body, seal, digest = data.rpartition(_SEAL)
-    if not seal:
-        raise ValueError("no hash at its end: cut off, or not written by this trainer")
-    if digest.decode("latin-1") != hashlib.sha256(body).hexdigest():
+    length = data.rfind(_SEAL)
+    if length < 0:
+        raise ValueError(
+            "no hash at its end: cut off, not written by this trainer, or written before checkpoints had a hash"
+        )
+    digest = data[length + len(_SEAL) :]
+    if digest.decode("latin-1") != hashlib.sha256(memoryview(data)[:length]).hexdigest():
         raise ValueError("its bytes do not have the hash at its end")
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state

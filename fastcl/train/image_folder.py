@@ -14,8 +14,10 @@ from fastcl.train import OptionError
 SIDE = 64  # pixels
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TRAINING = ("train", "training")
+SIXTEEN_BITS = 65535 // 255
 HELD_OUT = ("test", "testing", "val", "valid", "validation")  # the first that is there
 
+Identity = tuple[int, int]  # of a folder, by whichever path: its device and its number there
 Labelled = tuple[NDArray[Any], NDArray[Any]]  # images uint8 [n, SIDE, SIDE, 3], names of their classes [n]
 
 
@@ -46,8 +48,10 @@ def read_image_folder(root: Path) -> tuple[Labelled, Labelled | None]:
 def _read(folder: Path) -> Labelled:
     """Every image below each class folder, in the order of their paths."""
     images, labels = [], []
-    for path in _folders(folder):
-        found = sorted(file for file in _below(path) if _is_image(file))
+    classes = _folders(folder)
+    owners = _owners(folder, classes)
+    for path in classes:
+        found = sorted(file for file in _below(path, owners) if _is_image(file))
         if not found:
             raise OptionError(f"--root {folder}: the class folder {path} holds no image ({', '.join(ENDINGS)})")
         images += [_square(file) for file in found]
@@ -61,20 +65,59 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _below(folder: Path) -> Iterable[Path]:
-    for place, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(place, name) for name in names)
+def _identity(folder: Path) -> Identity:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _owners(root: Path, classes: list[Path]) -> dict[Identity, Path]:
+    """The class of each folder that is below a class folder without a link between; `root` of those above them."""
+    owners = dict.fromkeys(map(_identity, (root, *root.resolve().parents)), root)
+    for path in classes:
+        other = owners.setdefault(_identity(path), path)
+        if other is not path:
+            what = f"a folder that holds {root}" if other is root else str(other)
+            raise OptionError(f"--root {root}: the class folder {path} must be one of its own; it is a link to {what}")
+    for path in classes:
+        for place, names, _ in os.walk(path):
+            for below in (Path(place, name) for name in names):
+                if not below.is_symlink():
+                    owners.setdefault(_identity(below), path)
+    return owners
+
+
+def _below(folder: Path, owners: dict[Identity, Path]) -> Iterable[Path]:
+    """The files below a class folder, each folder once. Links to what another class, or none, owns are not followed."""
+    seen = {_identity(folder)}
+    for place, names, files in os.walk(folder, followlinks=True):
+        candidates, names[:] = sorted(names), []
+        for name in candidates:
+            identity = _identity(Path(place, name))
+            if identity not in seen and owners.get(identity, folder) is folder:
+                seen.add(identity)
+                names.append(name)
+        yield from (Path(place, name) for name in files)
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS and not path.name.startswith(".")
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8; Pillow would cut its values off at 255."""
+    # Some versions of Pillow read the 16 bits of PNG and PGM as mode I, which has room for 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray(np.rint(np.asarray(image) / SIXTEEN_BITS).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels must have 8 or 16 bits a channel; got mode {image.mode}, 32 bits of no known range")
+    return image
+
+
 def _square(path: Path) -> NDArray[np.uint8]:
     """The image's middle, its shorter side made SIDE pixels long: torchvision's Resize and CenterCrop."""
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            image = _eight_bits(file).convert("RGB")
     except Exception as error:  # a damaged file may raise anything in its decoder
         what = f"{type(error).__name__}: {error}"
         raise OptionError(f"--root: {path} cannot be read as an image: {what}") from error

@@ -1,8 +1,10 @@
 """The training loop and the run folder."""
 
 import dataclasses
+import functools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fastcl.train import Config, OptionError, report
+from fastcl.train import Config, OptionError, counted, report
 from fastcl.train.batches import batches_of_few_classes, check_batch_classes
 from fastcl.train.data import VIEWS, ImageData, augment, fingerprint, load, long_tailed
 from fastcl.train.evaluate import (
@@ -148,9 +150,14 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "clusters": None if self.clusters is None else torch.from_numpy(self.clusters),
             "history": history,
-            "data": fingerprint(self.images),
+            "data": self.fingerprint,
         }
         save_checkpoint(state, self.folder / "checkpoint.pt")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the images, which never change."""
+        return fingerprint(self.images)
 
     def _identity(self) -> dict[str, Any]:
         """The config without what may differ between two parts of a run."""
@@ -176,7 +183,7 @@ class Run:
                         f"--resume {self.folder}: config.json has {name} {value}, but the checkpoint was trained with "
                         f"{state['config'][name]}"
                     )
-            if state["data"] != fingerprint(self.images):
+            if state["data"] != self.fingerprint:
                 raise OptionError(
                     f"--data {self.config.data} no longer holds the images that {self.folder} was trained on"
                 )
@@ -195,15 +202,17 @@ class Run:
         few = self.config.batch_classes
         up_to, classes = ("up to ", f" of at most {few} classes") if few else ("", "")
         return (
-            f"{self.folder}: {training} training images, {held_out} held out; {self.config.epochs} epochs of "
-            f"{self.steps} step(s) of {up_to}{self.batch} images ({VIEWS * self.batch} rows){classes}"
+            f"{self.folder}: {training} training images, {held_out} held out; "
+            f"{counted(self.config.epochs, 'epoch')} of {counted(self.steps, 'step')} of "
+            f"{up_to}{self.batch} images ({VIEWS * self.batch} rows){classes}"
         )
 
     def train(self) -> None:
         """Train the epochs that are left. The checkpoint is always the state after the last whole epoch."""
         config = self.config
         done = len(self.history)
-        hidden = None if self.processes.first else True  # None: without a terminal
+        # None: without a terminal. Where a shell closed it (2>&-), standard error is None.
+        hidden = None if self.processes.first and sys.stderr is not None else True
         with tqdm(total=config.epochs * self.steps, initial=done * self.steps, unit="step", disable=hidden) as bar:
             for epoch in range(done, config.epochs):
                 line = self._epoch(epoch, bar)
@@ -211,7 +220,7 @@ class Run:
                     self.history.append(line)
                     continue
                 if (epoch + 1) % max(1, config.epochs // MEASUREMENTS) == 0 or epoch + 1 == config.epochs:
-                    line["knn"] = knn_accuracy(represent(self.method.encoder, self.images, self.device), self.images)
+                    line["knn"] = knn_accuracy(self.representation("trained"), self.images)
                 self._save([*self.history, line])
                 self.history.append(line)
                 if bar.disable and "knn" in line:  # no terminal: a line now and then in place of the bar
@@ -251,6 +260,7 @@ class Run:
 
     def _kmeans(self) -> NDArray[np.int64]:
         rows = embed(self.method.encoder, self.images.train_images, self.device)
+        self._check_features(rows)
         labels: NDArray[np.int64] = kmeans(rows, self.config.n_clusters, self.config.seed).labels_.astype(np.int64)
         return labels
 
@@ -282,7 +292,14 @@ class Run:
         if name == "raw":
             return raw_pixels(self.images)
         method = self._initial() if name == "untrained" else self.method
-        return represent(method.encoder, self.images, self.device)
+        rows = represent(method.encoder, self.images, self.device)
+        self._check_features(rows.train, rows.test)
+        return rows
+
+    def _check_features(self, *features: NDArray[np.float32]) -> None:
+        """Finite weights may be so large that the features overflow."""
+        if not all(np.isfinite(rows).all() for rows in features):
+            raise OptionError(f"the features are no longer finite: try a lower --lr than {self.config.lr}")
 
     def last_clusters(self) -> Labels:
         """Ids ``[n]`` of what training used last, clusters or nearest prototypes; -1 where an image stands alone."""

@@ -88,7 +88,7 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
     add = group("run folder")
     add(
         "--out",
-        "run folder; new or empty (default: runs/DATA[-long_tail]-METHOD[-PRIOR][-CLUSTERS]-seedSEED)",
+        "run folder; new or empty (default: runs/DATA[-long_tailRATIO]-METHOD[-PRIOR][-CLUSTERS][-Nclasses]-seedSEED)",
         metavar="DIR",
     )
     add(

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
+from fastcl.train import counted
 from fastcl.train.data import ImageData, as_float
 from fastcl.train.evaluate import Labels, Representation
 from fastcl.train.files import save_figure
@@ -27,6 +29,7 @@ ROWS = {
 }
 COLUMNS = ("raw", "untrained", "trained")
 POINTS = 2000  # shown in the embedding, at most
+LEAST = 4  # points that t-SNE can place
 FEW = 25  # epochs, each of which gets a dot
 QUERIES, SHOWN = 10, 8
 _COLOURS = [colormaps["tab20"](place) for place in range(20)]
@@ -86,10 +89,11 @@ def draw_prototypes(folder: Path, title: str, panels: list[dict[str, Any]], labe
         axes.plot(places, 100 * prior, color="C3", marker="o", markersize=3.5, label=f"prior ({panel['name']})")
         axes.plot(places, 100 * spread / spread.sum(), color="C7", linestyle="--", label="classes, spread alike")
         distance = 0.5 * np.abs(sizes - prior).sum()
-        axes.set_title(f"prior {panel['name']}: total variation from it {distance:.2f}", fontsize=10)
+        axes.set_title(f"prior {panel['name']}: total variation from it {distance:.2f}", fontsize=10, parse_math=False)
         axes.set(xlabel="prototypes, largest first", ylabel="share of training images (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False)
+        for text in axes.legend(frameon=False).get_texts():
+            text.set_parse_math(False)
         axes.grid(alpha=0.25, axis="y")
     save_figure(figure, folder / "prototypes.png")
 
@@ -107,7 +111,7 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
     furthest = max(line["conditional_entropy"] for lines in everything for line in lines)
     for row, probe in zip(grid, probes, strict=True):
         means = [100 * np.mean([line[probe] for line in lines]) for lines in everything]
-        scale = {"cmap": "viridis", "vmin": min(means), "vmax": max(means)}
+        scale = {"cmap": "viridis", "norm": _colour_scale(min(means), max(means))}
         for axes, (loss, entries) in zip(row, panels.items(), strict=True):
             for what, lines in entries.items():
                 x, y = (
@@ -120,8 +124,8 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
                 # Beside the point, on the side that has room.
                 side = {"xytext": (8, -3)} if place[0] < furthest / 2 else {"xytext": (-8, -3), "ha": "right"}
                 caption = f"{what}: {accuracy.mean():.1f}"
-                axes.annotate(caption, place, textcoords="offset points", fontsize=8, **side)
-            axes.set_title(f"{loss}, {ROWS[probe][0]}", fontsize=10)
+                axes.annotate(caption, place, textcoords="offset points", fontsize=8, parse_math=False, **side)
+            axes.set_title(f"{loss}, {ROWS[probe][0]}", fontsize=10, parse_math=False)
             axes.grid(alpha=0.25)
             axes.margins(0.08)
         figure.colorbar(drawn, ax=list(row), label=f"held-out accuracy (%), {ROWS[probe][0]}")
@@ -135,8 +139,16 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
 def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
+    # Names of files and classes may have dollar signs, between which matplotlib would read a formula.
+    figure.suptitle(title, fontsize=12, parse_math=False)
     return figure
+
+
+def _colour_scale(low: float, high: float) -> Normalize:
+    """Of accuracies in %. Those that the captions, with one decimal, show as equal get about the same colour."""
+    if high - low < 0.1:
+        return Normalize(low - 0.5, low + 1)  # low is not in the middle, where a rounding would change the colour
+    return Normalize(low, high)
 
 
 def _accuracy(title: str, history: list[dict[str, Any]], knn: dict[str, float]) -> Figure:
@@ -163,26 +175,45 @@ def _accuracy(title: str, history: list[dict[str, Any]], knn: dict[str, float]) 
 
 def _embedding(title: str, images: ImageData, rows: NDArray[np.float32], clusters: Labels) -> Figure:
     chosen = np.random.default_rng(0).permutation(len(rows))[:POINTS]
-    perplexity = min(30.0, (len(chosen) - 1) / 3)
-    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows[chosen])
-    figure = _figure(12, 5.6, f"{title}: t-SNE of {len(chosen)} held-out images")
+    if len(chosen) < LEAST:
+        how, axis, places = "principal components", "component", _principal_components(rows[chosen])
+    else:
+        perplexity = min(30.0, (len(chosen) - 1) / 3)
+        how, axis = "t-SNE", "t-SNE"
+        places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows[chosen])
+    figure = _figure(12, 5.6, f"{title}: {how} of {counted(len(chosen), 'held-out image')}")
     names = [str(number) for number in range(clusters.max() + 1)]
     panels = (("label", images.test_labels, images.classes), ("k-means cluster", clusters, names))
     for axes, (what, ids, legend) in zip(figure.subplots(1, 2), panels, strict=True):
         present = np.unique(ids[chosen])
         # Up to twenty colours can be told apart, and named; beyond that they only show which points are together.
         few = len(present) <= 20
+        handles = []
         for number in present:
             points = places[ids[chosen] == number]
             style = {"color": f"C{number}"} if len(legend) <= 10 else {"color": _COLOURS[number % 20]}
-            axes.scatter(*points.T, s=12, label=legend[number], linewidths=0, **style)
+            handles.append(axes.scatter(*points.T, s=12, linewidths=0, **style))
         if few:
-            axes.legend(
-                title=what, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, fontsize=8, frameon=False
-            )
+            drawn = axes.legend(
+                handles, [""] * len(handles), title=what, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2,
+                fontsize=8, frameon=False,
+            )  # fmt: skip
+            # Afterwards, because a legend may leave out labels that begin with an underscore.
+            for text, number in zip(drawn.get_texts(), present, strict=True):
+                text.set_parse_math(False)
+                text.set_text(legend[number])
         axes.set_title(f"coloured by {what}" + ("" if few else f" ({len(present)}, colours repeat)"))
-        axes.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
+        axes.set(xlabel=f"{axis} 1 (no unit)", ylabel=f"{axis} 2 (no unit)", xticks=[], yticks=[])
     return figure
+
+
+def _principal_components(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows ``[n, D]`` on the two directions in which they differ most, ``[n, 2]``; 0 where there are fewer."""
+    left, values, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    places = np.zeros((len(rows), 2), dtype=np.float32)
+    count = min(2, len(values))
+    places[:, :count] = (left * values)[:, :count]
+    return places
 
 
 def _neighbours(title: str, images: ImageData, rows: Representation) -> Figure:
@@ -201,14 +232,16 @@ def _neighbours(title: str, images: ImageData, rows: Representation) -> Figure:
             label = images.train_labels[neighbour]
             _picture(place, images.train_images[neighbour], images.classes[label], "C2" if label == truth else "C3")
             if label != truth:
-                place.set_title(f"wrong: {images.classes[label]}", fontsize=8, color="C3", fontweight="bold")
+                place.set_title(
+                    f"wrong: {images.classes[label]}", fontsize=8, color="C3", fontweight="bold", parse_math=False
+                )
     return figure
 
 
 def _picture(axes: Any, image: Any, caption: str, colour: str) -> None:
     pixels = as_float(image).permute(1, 2, 0).numpy()
     axes.imshow(pixels, cmap="gray_r" if pixels.shape[2] == 1 else None, vmin=0, vmax=1)
-    axes.set_title(caption, fontsize=8, color=colour)
+    axes.set_title(caption, fontsize=8, color=colour, parse_math=False)
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=2.5 if colour == "C3" else 1)

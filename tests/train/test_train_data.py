@@ -1,6 +1,8 @@
 """The trainer's data: sources, splits, clusters read off images and files, and augmentation that no batch changes."""
 
+import hashlib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from fastcl.train import OptionError
 from fastcl.train.__main__ import main
-from fastcl.train.data import attributes, augment, count_holes, load, read_csv_clusters, uniforms
+from fastcl.train.data import attributes, augment, count_holes, fingerprint, load, read_csv_clusters, uniforms
 from tests.support.training import write_csv
 
 
@@ -98,6 +101,43 @@ def test_unusable_npz_files_are_named(arrays, message, tmp_path, capsys) -> None
     with pytest.raises(SystemExit):
         main(["--data", str(tmp_path / "bad.npz"), "--out", str(tmp_path / "run")])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [("abcd", "'c', 'd'"), ([3, 1, 0, 7], "0, 7"), (range(20, 50), "24, 25, 26, 27, 28, 29, 30, 31, 32, 33, ...")],
+)
+def test_held_out_classes_without_training_images_are_named(labels, names, tmp_path) -> None:
+    labels = np.array(list(labels))
+    few = labels[: min(4, len(labels) - 2)] if len(labels) > 4 else labels[:2]
+    pixels = np.zeros((len(labels), 8, 8), dtype=np.uint8)
+    path = tmp_path / "few.npz"
+    np.savez(path, images=pixels[: len(few)], labels=few, test_images=pixels, test_labels=labels)
+    with pytest.raises(OptionError) as error:
+        load(str(path), None, 0)
+    assert str(error.value) == f"--data must hold training images of every held-out class; it has none of {names}"
+    np.savez(path, images=pixels, labels=labels, test_images=pixels[:1], test_labels=labels[:1])
+    assert len(load(str(path), None, 0).test_labels) == 1  # the other way round, nothing is wrong
+
+
+def test_the_fingerprint_is_of_every_byte() -> None:
+    data = load("digits", None, 0)
+    digest = hashlib.sha256(repr((data.classes, data.source_size)).encode())
+    for part in (
+        data.train_images.numpy(),
+        data.test_images.numpy(),
+        data.train_labels,
+        data.test_labels,
+        data.source_index,
+    ):
+        digest.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
+    assert fingerprint(data) == digest.hexdigest()  # as checkpoints have it
+    strided = data.test_images.transpose(2, 3)
+    assert fingerprint(replace(data, test_images=strided)) == fingerprint(
+        replace(data, test_images=strided.contiguous())
+    )
+    data.test_images[-1, 0, 7, 7] += 1
+    assert fingerprint(data) != digest.hexdigest()
 
 
 def test_csv_clusters(tmp_path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcl.train import OptionError, WriteError, evaluate, files, report
+from fastcl.train import OptionError, WriteError, evaluate, files, loop, report
 from fastcl.train.__main__ import main
 from fastcl.train.files import append, claimed, load_checkpoint, save_checkpoint, write
 from tests.support.training import metrics, options, weights
@@ -74,6 +74,25 @@ def test_every_flipped_byte_of_a_checkpoint_is_found(tmp_path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError):
             load_checkpoint(path)
+
+
+def test_a_checkpoint_without_a_hash_may_be_an_old_one(tmp_path) -> None:
+    torch.save({"data": "x"}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"no hash at its end: .* or written before checkpoints had a hash"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_the_images_are_hashed_once_a_run(npz, tmp_path, monkeypatch) -> None:
+    line = {"epoch": 1, "step": 1, "loss": 1.0, "lr": 1.0}
+    monkeypatch.setattr(loop.Run, "_epoch", lambda *_: line)
+    monkeypatch.setattr(loop, "knn_accuracy", lambda *_: 0.5)
+    hashed = []
+    monkeypatch.setattr(loop.Run, "finish", lambda *_: None)
+    monkeypatch.setattr(report, "table", lambda _: "")
+    monkeypatch.setattr(loop, "fingerprint", lambda images: hashed.append(images) or "hash")
+    assert main(options(npz, tmp_path / "run", epochs=3)) == 0
+    assert len(hashed) == 1
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["data"] == "hash"
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.95])

@@ -78,6 +78,49 @@ def test_empty_folders_are_named(tmp_path) -> None:
         load("imagefolder", str(tmp_path), 0)
 
 
+def test_links_repeat_no_image_and_mix_no_classes(tmp_path) -> None:
+    root, outside = tmp_path / "data", tmp_path / "elsewhere"
+    paint(root / "cat" / "tabby", 4, 10)
+    paint(root / "dog" / "brown", 3, 20)
+    paint(outside / "more", 2, 30)
+    (outside / "more" / "loop").symlink_to(outside)
+    (root / "cat" / "tabby" / "loop").symlink_to(root / "cat")
+    (root / "cat" / "twice").symlink_to(root / "cat" / "tabby")
+    (root / "cat" / "up").symlink_to("..")
+    (root / "cat" / "above").symlink_to(tmp_path)
+    (root / "cat" / "a dog").symlink_to(root / "dog" / "brown")
+    (root / "dog" / "a cat").symlink_to(root / "cat")
+    (root / "dog" / "more").symlink_to(outside / "more")
+    (root / "fish").symlink_to(outside)  # a class, which owns what is in it
+    (images, labels), _ = read_image_folder(root)
+    assert labels.tolist() == ["cat"] * 4 + ["dog"] * 3 + ["fish"] * 2
+    assert images[:, 0, 0, 0].tolist() == [10] * 4 + [20] * 3 + [30] * 2
+    (root / "fish").unlink()
+    assert read_image_folder(root)[0][1].tolist() == ["cat"] * 4 + ["dog"] * 5
+    for target, message in ((root / "cat", "a link to .*/data/cat$"), (tmp_path, "a link to a folder that holds")):
+        (root / "hound").symlink_to(target)
+        with pytest.raises(OptionError, match=rf"the class folder .*/hound must be one of its own; it is {message}"):
+            read_image_folder(root)
+        (root / "hound").unlink()
+
+
+def test_grey_of_16_bits_is_scaled_and_of_32_is_refused(tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    grey = np.full((SIDE, SIDE), 514, dtype=np.uint16)
+    grey[:, 32:] = 65535
+    for name in ("a.png", "b.tif", "c.pgm"):
+        Image.fromarray(grey).save(tmp_path / "a" / name)
+    Image.fromarray(grey.astype(">u2")).save(tmp_path / "a" / "d.tif")
+    (images, _), _ = read_image_folder(tmp_path)
+    assert images.shape[0] == 4
+    assert (images[:, :, :32] == 2).all()
+    assert (images[:, :, 32:] == 255).all()
+    for kind, mode in ((np.int32, "I"), (np.float32, "F")):
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "a" / "e.tif")
+        with pytest.raises(OptionError, match=f"e.tif cannot be read .* 8 or 16 bits a channel; got mode {mode}, 32 "):
+            read_image_folder(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 def test_a_damaged_image_is_named(tmp_path, damage, ending) -> None:

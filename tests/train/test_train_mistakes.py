@@ -185,3 +185,30 @@ def test_an_interrupt_before_training_says_what_is_left(place, rest, npz, tmp_pa
     assert main(options(npz, out)) == 130
     assert capsys.readouterr().err == f"interrupted before training began{rest.format(out)}\n"
     assert out.exists() == bool(rest)
+
+
+def test_training_goes_on_without_standard_error(npz, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(loop.Run, "finish", lambda *_: None)
+    monkeypatch.setattr(report, "table", lambda _: "")
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it where a shell closed it: 2>&-
+    assert main(options(npz, tmp_path / "run", epochs=1)) == 0
+    assert "epoch 1/1  loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["training", "end"])
+def test_features_that_overflow_are_refused(when, npz, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(evaluate, "DRAWS", 1)
+    out = tmp_path / "run"
+    overflow = lambda *_: evaluate.Representation(np.zeros((2, 3)), np.array([[0.0, np.inf, 0.0]]))  # noqa: E731
+    if when == "training":
+        monkeypatch.setattr(loop, "represent", overflow)
+    else:
+        finish = loop.Run.finish
+        monkeypatch.setattr(
+            loop.Run, "finish", lambda *given: monkeypatch.setattr(loop, "represent", overflow) or finish(*given)
+        )
+    with pytest.raises(SystemExit):
+        main(options(npz, out, epochs=1))
+    assert "error: the features are no longer finite: try a lower --lr than 0.002\n" in capsys.readouterr().err
+    assert len(metrics(out)) == (when == "end")
+    assert not (out / "results.json").exists()

@@ -209,7 +209,17 @@ LOSS = {
     "weights NaN": ({"weights": torch.tensor([1.0, 1.0, torch.nan, 1.0]), **TWO_SETS}, "weights", "nan|NaN"),
     "weights as list": ({"weights": [1.0] * 4, **TWO_SETS}, "weights", "list"),
 }
-OF_THE_MODULE = ("temperature", "form", "denominator", "margin", "symmetric", "normalize", "reduction", "gather")
+OF_THE_MODULE = (
+    "temperature",
+    "form",
+    "denominator",
+    "margin",
+    "label_smoothing",
+    "symmetric",
+    "normalize",
+    "reduction",
+    "gather",
+)
 
 
 @pytest.mark.parametrize("case", LOSS)

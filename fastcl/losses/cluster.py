@@ -241,8 +241,8 @@ def _assigned(given: Tensors, options: LossOptions, return_stats: bool) -> Batch
     if return_stats:
         raise ValueError("return_stats: expected False with assignments, got True")
     defaults = LossOptions()
-    for name, expected in defaults._asdict().items():
-        value = getattr(options, name)
+    for name in LossOptions._fields:  # torch 2.6 cannot compile _asdict
+        value, expected = getattr(options, name), getattr(defaults, name)
         if name not in ("symmetric", "normalize", "reduction", "gather") and value != expected:
             raise ValueError(f"{name}: expected {expected!r} with assignments, got {value!r}")
     if options.gather == "ring":

@@ -77,15 +77,17 @@ def add_gradients(
     g = _of_present(grad[place], saved.anchors)  # [S, N]
     u = _of_similarity(p, g)
     of_x, of_y, scale = u * totals, sums.over_anchors(u * x), _of_scale(g, x, totals)
-    bias = sums.over_anchors(g.sum(0)[:, None])[:, 0]
+    bias = None if swept.bias is None else sums.over_anchors(g.sum(0)[:, None])[:, 0]
     if p.both:
         totals, g = sums.over_anchors(x), _of_present(grad_contrasts[place], saved.contrasts)  # [S, M]
         u = _of_similarity(p, g)
         of_x, of_y = of_x + sums.over_contrasts(u * y), of_y + u * totals
-        scale, bias = scale + _of_scale(g, y, totals), bias + g.sum(0) * sums.number_of_anchors()
+        scale = scale + _of_scale(g, y, totals)
+        bias = None if bias is None else bias + g.sum(0) * sums.number_of_anchors()
     of_x, of_y = of_x.expand_as(x), of_y.expand_as(y)
     if sums.left_out is not None:
-        of_y, bias = of_y.masked_fill(sums.left_out[:, None], 0), bias.masked_fill(sums.left_out, 0)
+        of_y = of_y.masked_fill(sums.left_out[:, None], 0)
+        bias = None if bias is None else bias.masked_fill(sums.left_out, 0)
     if p.contrasts is None:
         of_x = of_x + of_y
 
@@ -98,13 +100,13 @@ def add_gradients(
         anchors=added(swept.anchors, of_x, x, sums.inverse_norms[0]),
         contrasts=added(swept.contrasts, of_y, y, sums.inverse_norms[1]),
         logit_scale=None if swept.logit_scale is None else swept.logit_scale.double() + scale,
-        bias=None if swept.bias is None else swept.bias + bias,
+        bias=None if swept.bias is None or bias is None else swept.bias + bias,
     )
 
 
-def _of_present(grad: Tensor, side: Side) -> Tensor:
-    """The gradient [S, N], 0 for rows without admissible pairs: the field is a constant there."""
-    return torch.where(side.counts.sum(0) > 0, grad, 0)
+def _of_present(values: Tensor, side: Side) -> Tensor:
+    """The field or its gradient [S, N], 0 for rows without admissible pairs, where the field is a constant."""
+    return torch.where(side.counts.sum(0) > 0, values, 0)
 
 
 def _of_similarity(p: Problem, grad: Tensor) -> Tensor:

@@ -203,9 +203,9 @@ def test_truth_is_the_formula(case: Case, kind: str, monkeypatch: pytest.MonkeyP
     elif case.loss == "two sets":
         loss = oracle.cluster_infonce(leaves[0], contrasts=leaves[1], symmetric=True, **options)
     else:
-        nobody = torch.full((case.m,), -1)
+        no_cluster = torch.full((case.m,), -1)
         loss = oracle.cluster_infonce(
-            leaves[0], positives=inputs.keys, contrasts=inputs.queue, contrast_clusters=nobody, **options
+            leaves[0], positives=inputs.keys, contrasts=inputs.queue, contrast_clusters=no_cluster, **options
         )
     loss.backward()
     torch.testing.assert_close(exact.loss, loss.detach(), rtol=1e-6, atol=0)

@@ -314,12 +314,12 @@ def test_temperature_of_queries_that_have_found_their_keys(n, m, noise) -> None:
 def test_positives_are_nobody_elses_contrast(backend) -> None:
     g = generator(0)
     x, p, y = (torch.randn(k, 3, generator=g) for k in (4, 4, 5))
-    nobody = torch.full((5,), -1)
+    no_cluster = torch.full((5,), -1)
     unit = [nn.functional.normalize(t, dim=1) for t in (x, p, y)]
     positive = (unit[0] * unit[1]).sum(1, keepdim=True) / 0.1
     logits = torch.cat([positive, unit[0] @ unit[2].T / 0.1], 1)
     expected = logits.logsumexp(1) - positive[:, 0]
-    torch.testing.assert_close(terms(x, positives=p, contrasts=y, contrast_clusters=nobody), expected)
+    torch.testing.assert_close(terms(x, positives=p, contrasts=y, contrast_clusters=no_cluster), expected)
     # In self-contrast the other anchors are the negatives.
     others = (unit[0] @ unit[0].T / 0.1).fill_diagonal_(-torch.inf)
     expected = torch.cat([positive, others], 1).logsumexp(1) - positive[:, 0]

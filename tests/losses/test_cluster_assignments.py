@@ -392,8 +392,8 @@ def test_statistics(backend) -> None:
     expected = torch.autograd.grad(((allowed.sum(1) - w.sum(1)) * (w * s).sum(1) * coefficients).sum(), [x, y, r, q])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
-    nobody = torch.zeros_like(r, requires_grad=True)  # a row without weight still has a log-sum-exp
-    lse = contrastive_stats(x, anchor_assignments=nobody, normalize_anchors=True).lse_all
+    zeros = torch.zeros_like(r, requires_grad=True)  # a row without weight still has a log-sum-exp
+    lse = contrastive_stats(x, anchor_assignments=zeros, normalize_anchors=True).lse_all
     plain = contrastive_stats(x, normalize_anchors=True).lse_all
     torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x)[0] for value in (lse, plain)))
     ones = torch.eye(9, dtype=torch.float64).requires_grad_()  # disjoint: a weight of 0 has a derivative too

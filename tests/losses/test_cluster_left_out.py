@@ -1,7 +1,5 @@
 """A contrast with a bias of -inf is left out: results are those of a call without it, whatever its row holds."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ from torch import Tensor
 import fastcl
 from fastcl.functional import cluster_infonce
 from tests.support.backends import VARIANTS, running
-from tests.support.emulated import emulating
+from tests.support.emulated import on
 from tests.support.oracle import cluster_infonce as formula
 from tests.support.oracle import differentiate
 from tests.support.stats_checks import check_stats, simple_problem
@@ -19,16 +17,6 @@ from tests.support.stats_checks import check_stats, simple_problem
 INF = torch.inf
 OBSERVED = ("max_pos", "max_neg", "sum_neg", "entropy")
 ALL = ("lse_all", "lse_pos", "lse_neg", "sum_pos", *OBSERVED)
-
-
-@contextmanager
-def on(name: str) -> Iterator[None]:
-    if name == "cuda":
-        with emulating(), fastcl.use_backend("cuda"):
-            yield
-    else:
-        with running(name):
-            yield
 
 
 EVERYWHERE = pytest.mark.parametrize("name", [*VARIANTS, "cuda"])
@@ -49,7 +37,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "self-contrast": {"n": 43, "m": None, "bias": True},
     "bfloat16": {"n": 33, "m": 45, "dtype": torch.bfloat16, "contrast_dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64, "contrast_dtype": torch.float64, "ids": False},
-    "nobody is left": {"m": 4},
+    "no contrast is left": {"m": 4},
 }
 
 
@@ -58,7 +46,7 @@ CALLS: dict[str, dict[str, Any]] = {
 def test_statistics_are_the_formula(call, name) -> None:
     problem = simple_problem(**CALLS[call])
     arguments = problem.arguments()
-    left = some(len(arguments["contrast_bias"])) & (call != "nobody is left")
+    left = some(len(arguments["contrast_bias"])) & (call != "no contrast is left")
     arguments["contrast_bias"][~left] = -INF
     with on(name) if name == "cuda" else running(name):
         check_stats(arguments, problem.leaves, backends=(name,))

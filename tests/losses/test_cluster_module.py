@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastcl
 from fastcl.functional import cluster_infonce as library_loss
+from fastcl.losses.options import LossOptions
 from tests.support.oracle import cluster_infonce
 from tests.support.strategies import generator, loss_problem
 
@@ -17,19 +18,7 @@ from tests.support.strategies import generator, loss_problem
 def test_module_equals_function(backend) -> None:
     problem = loss_problem(contrasts="paired", symmetric=True, weights=True, bias=True, ids=True, positives=True)
     arguments = problem.arguments()
-    options = {
-        name: arguments.pop(name)
-        for name in (
-            "temperature",
-            "form",
-            "denominator",
-            "margin",
-            "label_smoothing",
-            "symmetric",
-            "normalize",
-            "reduction",
-        )
-    }
+    options = {name: arguments.pop(name) for name in ("temperature", *LossOptions._fields) if name in arguments}
     changed = options | {"form": "inside", "denominator": "negatives", "margin": 0.1, "reduction": "sum"}
     for choice in (options, changed):
         module = fastcl.ClusterInfoNCE(**choice)

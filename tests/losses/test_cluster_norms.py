@@ -1,7 +1,6 @@
 """Rows whose squares exceed the range of their dtype are normalised like all others; norms are floored at 1e-12."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,19 +9,9 @@ from torch import Tensor
 import fastcl
 from fastcl.functional import cluster_infonce
 from fastcl.ops.backends.rows import inverse_norms, unit_rows
-from tests.support.backends import VARIANTS, running
-from tests.support.emulated import emulating
+from tests.support.backends import VARIANTS
+from tests.support.emulated import on
 from tests.support.oracle import cluster_infonce as formula
-
-
-@contextmanager
-def on(name: str) -> Iterator[None]:
-    if name == "cuda":
-        with emulating(), fastcl.use_backend("cuda"):
-            yield
-    else:
-        with running(name):
-            yield
 
 
 def rows(n: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

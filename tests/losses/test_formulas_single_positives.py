@@ -1,7 +1,6 @@
 """A single positive's loss is log(1 + neg / pos): loss and gradient keep their digits however small they become."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,23 +9,13 @@ from torch.nn.functional import normalize
 
 import fastcl
 from fastcl.functional import cluster_infonce
-from tests.support.backends import VARIANTS, running
-from tests.support.emulated import emulating
+from tests.support.backends import VARIANTS
+from tests.support.emulated import on
 from tests.support.tolerances import HALF_ROWS, RELATIVE_FLOOR, half_ulp
 
 BACKENDS = (*VARIANTS, "cuda")
 TEMPERATURES = (0.02, 0.05, 0.1, 0.5)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-
-
-@contextmanager
-def on(name: str) -> Iterator[None]:
-    if name == "cuda":
-        with emulating(), fastcl.use_backend("cuda"):
-            yield
-    else:
-        with running(name):
-            yield
 
 
 def pairs(n: int, dtype: torch.dtype, spread: float = 1e-3) -> Tensor:
@@ -69,7 +58,7 @@ def beside_a_queue(z: Tensor, scale: Tensor) -> Tensor:
 
 
 QUEUE = pairs(20, torch.bfloat16).flatten(0, 1).float()
-NOBODY = torch.full((len(QUEUE),), -1)
+NO_CLUSTER = torch.full((len(QUEUE),), -1)
 WEIGHTS = torch.linspace(0.5, 1.5, 40)
 Call = Callable[[Tensor, Tensor], Tensor]
 # What is called, and the formula; of rows and the scale.
@@ -97,7 +86,7 @@ CALLS: dict[str, tuple[Call, Call]] = {
     ),
     "a positive of its own": (
         lambda z, t: cluster_infonce(
-            z[:, 0], positives=z[:, 1], contrasts=QUEUE.to(z.dtype), contrast_clusters=NOBODY, temperature=t
+            z[:, 0], positives=z[:, 1], contrasts=QUEUE.to(z.dtype), contrast_clusters=NO_CLUSTER, temperature=t
         ),
         beside_a_queue,
     ),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastcl
 from fastcl.functional import cluster_infonce
+from fastcl.losses.options import LossOptions
 from tests.support.strategies import generator
 
 
@@ -209,17 +210,7 @@ LOSS = {
     "weights NaN": ({"weights": torch.tensor([1.0, 1.0, torch.nan, 1.0]), **TWO_SETS}, "weights", "nan|NaN"),
     "weights as list": ({"weights": [1.0] * 4, **TWO_SETS}, "weights", "list"),
 }
-OF_THE_MODULE = (
-    "temperature",
-    "form",
-    "denominator",
-    "margin",
-    "label_smoothing",
-    "symmetric",
-    "normalize",
-    "reduction",
-    "gather",
-)
+OF_THE_MODULE = ("temperature", *LossOptions._fields)
 
 
 @pytest.mark.parametrize("case", LOSS)

@@ -15,7 +15,9 @@ from unittest import mock
 
 import pytest
 
+from fastcl import use_backend
 from fastcl.ops.backends import choose, cuda_runtime
+from tests.support.backends import running
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "emulated"
@@ -67,3 +69,14 @@ def emulating() -> Iterator[None]:
         mock.patch.dict(choose.AVAILABLE, {"cuda": "emulated"}),
     ):
         yield
+
+
+@contextmanager
+def on(name: str) -> Iterator[None]:
+    """Runs a variant of `tests.support.backends`, or "cuda" by the emulator."""
+    if name == "cuda":
+        with emulating(), use_backend("cuda"):
+            yield
+    else:
+        with running(name):
+            yield

@@ -139,7 +139,7 @@ def contrastive_stats(
     positive, negative = op_masks(
         len(x), None if contrasts is None else len(y), anchor_clusters, contrast_clusters, anchor_ids, contrast_ids
     )
-    if contrast_bias is not None:  # -inf: nobody's contrast
+    if contrast_bias is not None:  # -inf leaves a contrast out
         positive, negative = (mask & (contrast_bias != -torch.inf) for mask in (positive, negative))
     scale = torch.as_tensor(logit_scale, dtype=how.dtype)
     result: dict[str, list[Tensor]] = {}

@@ -82,7 +82,7 @@ def test_the_list_of_commands_is_complete() -> None:
 
 
 def closed_early(*arguments: str) -> tuple[int, str]:
-    """Exit code and errors of a command whose output nobody reads."""
+    """Exit code and errors of a command whose output is closed."""
     reading, writing = os.pipe()
     os.close(reading)
     try:

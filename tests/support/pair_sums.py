@@ -67,7 +67,8 @@ def plain(p: Pairs, weights: Tensor, dtype: torch.dtype) -> Found:
         for value in (p.anchors.values, p.contrasts and p.contrasts.values, p.logit_scale, p.offset, p.bias)
     ]
     x, y, scale, offset, bias = leaves
-    assert x is not None and scale is not None
+    assert x is not None
+    assert scale is not None
     y = x if y is None else y
     left_out = torch.zeros(len(y), dtype=torch.bool) if bias is None else bias.detach() == -torch.inf
     y = torch.where(left_out[:, None], 0, y)
@@ -106,7 +107,7 @@ def plain(p: Pairs, weights: Tensor, dtype: torch.dtype) -> Found:
     found = [None if leaf is None else next(gradients) for leaf in leaves]
     sums, active, counts = (
         torch.stack([part.sum(1) for part in parts])
-        for parts in (values, [value.detach() != 0 for value in values], sets)
+        for parts in (values, sets if p.kind == "softplus" else [value.detach() != 0 for value in values], sets)
     )
     return Found(sums.detach(), active, counts, tuple(found))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import CPU_BLOCK, FEWEST_ROWS, GPU_BLOCK, inverse_norms, through_normalization
-from .maps import mapped
+from .maps import KINDS, mapped
 from .records import Gradients, Needs, Pairs, Sums
 
 NEAR = 1 / 64  # squared distances below this share of the squared norms are found again, from differences of rows
@@ -41,7 +41,7 @@ def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradien
     """The sums and, with weights [2, N], the needed gradients of ``sum(weights * values)``."""
     left = _side(p.anchors.values, p.anchors.normalize, p, None)
     right = left if p.contrasts is None else _side(p.contrasts.values, p.others.normalize, p, p.bias)
-    n, m = p.sizes
+    n, _ = p.sizes
     sums = Sums(*(left.rows.new_zeros(3, 2, n).unbind(0)))
     wanted = None if weights is None else _Accumulator(p, left, right, needs)
     for tile in _tiles(p, left, right):
@@ -51,7 +51,9 @@ def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradien
                 continue
             value, derivative = mapped(p.kind, tile.arguments, k == 0, p.margins[k])
             value = torch.where(members, value, 0)
-            for total, found in zip(sums, (value, value != 0, members), strict=True):
+            for total, found in zip(
+                sums, (value, value != 0 if KINDS[p.kind].margins else members, members), strict=True
+            ):
                 total[k, tile.rows] = found.sum(1).to(total.dtype)
             if weights is not None:
                 part = torch.where(members, derivative, 0).mul_(weights[k, tile.rows, None])
@@ -74,7 +76,7 @@ class _Accumulator:
         self.scale = new((), dtype=torch.float64) if needs.logit_scale else None
         self.offset = new(p.offset.shape, dtype=torch.float64) if needs.offset and p.offset is not None else None
         self.bias = new(m) if needs.bias and p.bias is not None else None
-        # Of rows that are not normalised the distance has the derivative (x - y) / d, else the part in x is projected off.
+        # Part of a distance's derivative (x - y) / d is along x. Its factors are summed here.
         self.row_sums = new(n) if p.of_distance and self.dx is not None else None
         self.column_sums = self.row_sums if own else new(m) if p.of_distance and self.dy is not None else None
 

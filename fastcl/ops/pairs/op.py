@@ -46,7 +46,10 @@ sums_fwd, sums_bwd = torch.ops.fastcl.pair_sums_fwd, torch.ops.fastcl.pair_sums_
 total_fwd, total_bwd = torch.ops.fastcl.pair_total_fwd, torch.ops.fastcl.pair_total_bwd
 
 
-def sweep(p: Pairs, backend: str, weights: Tensor | None = None, needs: Needs = Needs()) -> tuple[Sums, Gradients]:
+_NOTHING = Needs()
+
+
+def sweep(p: Pairs, backend: str, weights: Tensor | None = None, needs: Needs = _NOTHING) -> tuple[Sums, Gradients]:
     """`Backend.sweep`, also for empty sets and for rows with infinite numbers."""
     if backend != "cpu":  # its engine knows infinite rows itself
         p = replace(p, anchors=rows_as_nan(p.anchors), contrasts=p.contrasts and rows_as_nan(p.contrasts))
@@ -136,7 +139,7 @@ def _total_backward(
 
 
 def _total_fake(*args: Any) -> tuple[Tensor, ...]:
-    *args, weights, flags = args
+    *args, _, flags = args
     p = unflatten(args)
     sums = _sums_fake(*args)
     gradients = []
@@ -181,7 +184,7 @@ class _DirectTotal(torch.autograd.Function):
 
 
 def _kept(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    total, values, *_ = outputs
+    _, values, *_ = outputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.save_for_backward(values, *args[:SOURCES], *outputs[len(Sums._fields) + 1 :])

@@ -19,7 +19,7 @@ class Pairs:
     """One sweep over the logits ``s_ij = logit_scale * a_i * c_j * <x_i, y_j> + offset_i + bias_j``, or over the
     distances ``d_ij = |a_i x_i - c_j y_j|``, with one map for the positives of an anchor and one for its negatives.
 
-    The anchors' `bias` is unused. With clusters of the contrasts alone or of neither, there are no positives.
+    The anchors' `bias` is unused.
     """
 
     anchors: Rows  # N
@@ -65,7 +65,7 @@ class Pairs:
 
 
 def two_sets_if_biased(anchors: Rows, contrasts: Rows | None) -> tuple[Rows, Rows | None]:
-    """Anchors and contrasts. A bias breaks the symmetry of self-contrast: the anchors then become the second set too."""
+    """Anchors and contrasts. With a bias, which breaks the symmetry of self-contrast, the anchors are both sets."""
     if contrasts is not None or anchors.bias is None:
         return anchors, contrasts
     values, clusters, _, bias, _, normalize = anchors
@@ -77,7 +77,7 @@ class Sums(NamedTuple):
     """Sums of each anchor over its positives [0] and over its negatives [1]. All are [2, N], in `Pairs.dtype`."""
 
     values: Tensor  # of the maps
-    active: Tensor  # number of pairs whose value is not 0
+    active: Tensor  # number of pairs whose hinge is not 0; of softplus all
     counts: Tensor  # number of pairs
 
 

@@ -33,7 +33,7 @@ from .ops.contrastive.records import Problem, Rows, flatten
 from .ops.library import intercepted
 from .ops.pairs.maps import KINDS
 from .ops.pairs.op import pair_sums
-from .ops.pairs.records import Pairs, Sums, two_sets_if_biased
+from .ops.pairs.records import Pairs, Sums, two_sets
 from .ops.soft import op as soft_op
 
 
@@ -364,8 +364,8 @@ def with_pair_sums(
     sides = _pair_sums(p, kinds, margins)
     if found is None:
         counts = [next(iter(side.values()))[0].counts for side in sides]
-        reverse = ContrastiveStats(*counts[1]) if p.both else None
-        found = ContrastiveStats(*counts[0], reverse=reverse)
+        reverse = ContrastiveStats(counts[1][0], counts[1][1]) if p.both else None
+        found = ContrastiveStats(counts[0][0], counts[0][1], reverse=reverse)
     of_hinge = [kind for kind in kinds if KINDS[kind].margins]
 
     def fields(side: dict[str, list[Sums]]) -> dict[str, Tensor]:
@@ -382,13 +382,14 @@ def with_pair_sums(
                 by_name[name] = of_scales([sums.active[k] for sums in side[of_hinge[0]]])
         return by_name
 
-    reverse = None if found.reverse is None else replace(found.reverse, **fields(sides[1]))
-    return replace(found, **fields(sides[0]), reverse=reverse)
+    if found.reverse is not None:
+        found = replace(found, reverse=replace(found.reverse, **fields(sides[1])))  # type: ignore[arg-type]
+    return replace(found, **fields(sides[0]))  # type: ignore[arg-type]
 
 
 def _pair_sums(p: Problem, kinds: Sequence[str], margins: tuple[float, float]) -> list[dict[str, list[Sums]]]:
     """By kind the sums for each scale: of the anchors and, with `both`, of the contrasts."""
-    anchors, contrasts = two_sets_if_biased(p.anchors, p.contrasts)
+    anchors, contrasts = two_sets(p.anchors, p.contrasts, p.anchors.bias is not None)
     scales = p.logit_scale.reshape(-1).unbind()
 
     def side(left: Rows, right: Rows | None, offset: Tensor | None) -> dict[str, list[Sums]]:

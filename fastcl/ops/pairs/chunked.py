@@ -181,7 +181,8 @@ def _distances(
     """The distances [B, M], and the places of those that the product would round too coarsely."""
     largest = left.squares[rows, None] + right.squares
     squared = largest - 2 * similarity
-    found = (squared < NEAR * largest).nonzero(as_tuple=True)
+    i, j = (squared < NEAR * largest).nonzero(as_tuple=True)
+    found = i, j
     distances = squared.clamp(min=0).sqrt_()
     if not len(found[0]):
         return distances, None

@@ -32,8 +32,7 @@ def mapped(kind: str, t: Tensor, positive: bool, margin: float) -> tuple[Tensor,
     """The map's value and derivative at logits or distances t; the derivative of a distance at 0 is unused."""
     if kind == "softplus":
         sign = -1 if positive else 1
-        value = (sign * t).clamp(min=0) + torch.log1p((-t.abs()).exp())
-        return value, sign * torch.sigmoid(sign * t)
+        return torch.logaddexp(sign * t, torch.zeros_like(t)), sign * torch.sigmoid(sign * t)
     sign = (-1 if positive else 1) if kind == "hinge" else (1 if positive else -1)
     above = (sign * (t - margin)).clamp(min=0)  # NaN stays NaN
     if kind == "squared":

@@ -65,10 +65,10 @@ def _sums_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _sums_backward(*args: Any) -> tuple[Tensor, ...]:
-    *args, weights, flags = args
+    *problem, weights, flags = args
     needs = Needs(*flags)
-    _, found = sweep(unflatten(args), args[-1], weights.contiguous(), needs)
-    return _in_dtypes(found, args, needs)
+    _, found = sweep(unflatten(problem), problem[-1], weights.contiguous(), needs)
+    return _in_dtypes(found, problem, needs)
 
 
 def _in_dtypes(found: Gradients, sources: Sequence[Any], needs: Needs) -> tuple[Tensor, ...]:
@@ -119,10 +119,10 @@ register("pair_sums", _Sums, (_sums_forward, _sums_fake), (_sums_backward, _sums
 
 
 def _total_forward(*args: Any) -> tuple[Tensor, ...]:
-    *args, weights, flags = args
+    *problem, weights, flags = args
     needs = Needs(*flags)
     differentiated = any(needs)
-    sums, found = sweep(unflatten(args), args[-1], weights.contiguous() if differentiated else None, needs)
+    sums, found = sweep(unflatten(problem), problem[-1], weights.contiguous() if differentiated else None, needs)
     total = (weights.double() * sums.values).sum().to(sums.values.dtype)
     nothing = sums.values.new_empty
     # No output may be another one's memory.
@@ -139,11 +139,11 @@ def _total_backward(
 
 
 def _total_fake(*args: Any) -> tuple[Tensor, ...]:
-    *args, _, flags = args
-    p = unflatten(args)
-    sums = _sums_fake(*args)
+    *problem, _, flags = args
+    p = unflatten(problem)
+    sums = _sums_fake(*problem)
     gradients = []
-    for name, source, need in zip(Gradients._fields, args[:SOURCES], flags, strict=True):
+    for name, source, need in zip(Gradients._fields, problem[:SOURCES], flags, strict=True):
         shape = source.shape if need and source is not None else (0,)
         wide = need and name in ("logit_scale", "offset")
         gradients.append(p.logit_scale.new_empty(shape, dtype=torch.float64 if wide else p.dtype))
@@ -237,8 +237,8 @@ def _prepared(p: Pairs) -> tuple[Pairs, str]:
     dtype = p.dtype
     contrasts = p.contrasts
     if contrasts is not None and contrasts.bias is not None and contrasts.bias.dtype != dtype:
-        values, clusters, ids, bias, _, normalize = contrasts  # torch 2.6 cannot compile _replace
-        contrasts = Rows(values, clusters, ids, bias.to(dtype), None, normalize)
+        values, clusters, ids, _, _, normalize = contrasts  # torch 2.6 cannot compile _replace
+        contrasts = Rows(values, clusters, ids, contrasts.bias.to(dtype), None, normalize)
     offset = None if p.offset is None else p.offset.to(dtype)
     scale = p.logit_scale.to(dtype)
     p = Pairs(p.anchors, contrasts, scale, offset, p.kind, p.pos_margin, p.neg_margin, p.only_positives)

@@ -25,7 +25,7 @@ class Pairs:
     anchors: Rows  # N
     contrasts: Rows | None  # M; None: self-contrast, the anchors are the contrasts, without the diagonal
     logit_scale: Tensor  # []; 1 for distances
-    offset: Tensor | None  # [] or [N], added to the logits of all anchors or of each; None for distances
+    offset: Tensor | None  # [], added to all logits, or of two sets [N], to those of each anchor; None for distances
     kind: str  # of `maps.KINDS`
     pos_margin: float = 0.0
     neg_margin: float = 0.0
@@ -64,12 +64,15 @@ class Pairs:
         return self.pos_margin, self.neg_margin
 
 
-def two_sets_if_biased(anchors: Rows, contrasts: Rows | None) -> tuple[Rows, Rows | None]:
-    """Anchors and contrasts. With a bias, which breaks the symmetry of self-contrast, the anchors are both sets."""
-    if contrasts is not None or anchors.bias is None:
+def two_sets(anchors: Rows, contrasts: Rows | None, needed: bool, first: int = 0) -> tuple[Rows, Rows | None]:
+    """Anchors and contrasts. In self-contrast, if `needed`, the anchors are both sets, and their places are ids.
+
+    A bias or an offset of rows breaks the symmetry of self-contrast. first: the place of the first anchor.
+    """
+    if contrasts is not None or not needed:
         return anchors, contrasts
     values, clusters, _, bias, _, normalize = anchors
-    own = torch.arange(values.shape[0], device=values.device)
+    own = torch.arange(first, first + values.shape[0], device=values.device)
     return Rows(values, clusters, own, None, None, normalize), Rows(values, clusters, own, bias, None, normalize)
 
 

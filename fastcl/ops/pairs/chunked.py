@@ -42,7 +42,7 @@ def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradien
     left = _side(p.anchors.values, p.anchors.normalize, p, None)
     right = left if p.contrasts is None else _side(p.contrasts.values, p.others.normalize, p, p.bias)
     n, _ = p.sizes
-    sums = Sums(*(left.rows.new_zeros(3, 2, n).unbind(0)))
+    sums = Sums(*(left.rows.new_zeros(2, n) for _ in Sums._fields))
     wanted = None if weights is None else _Accumulator(p, left, right, needs)
     for tile in _tiles(p, left, right):
         slope = None

@@ -33,8 +33,7 @@ std::unique_ptr<Call> pairs(const std::string &engine, const py::tuple &problem,
   call.bias_gradient = in.address();
   in.end();
   require(call.values && call.active && call.counts, "sums: a null pointer");
-  const bool differentiated =
-      call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.offset_gradient || call.bias_gradient;
+  const bool differentiated = call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.offset_gradient || call.bias_gradient;
   require(call.weights || !differentiated, "weights: a null pointer, with gradients");
   require(!call.contrast_gradient || !p.self_contrast(), "contrast_gradient: self-contrast has none");
   require(!call.bias_gradient || p.contrast_bias, "bias_gradient: there is no bias");

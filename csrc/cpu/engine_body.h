@@ -1,9 +1,9 @@
 // The entries of one instruction set. Its translation unit includes this file last.
 #include "cpu/contrastive/gradient.h"
+#include "cpu/contrastive/statistics.h"
 #include "cpu/pairs/sums.h"
 #include "cpu/sinkhorn/passes.h"
 #include "cpu/soft/sweeps.h"
-#include "cpu/contrastive/statistics.h"
 #include "cpu/topk/search.h"
 
 #define FASTCL_STRING_(name) #name

@@ -335,7 +335,7 @@ private:
       else FASTCL_UNROLL(2) for (int r = 0; r < MR; r++) row(r);
       if (MIXED || !(DOT && s.self && j0 < i0)) add_wide(local.scale + k * W, scale); // tiles that are not mirrored were counted above the diagonal
     }
-    #if FASTCL_DOT
+#if FASTCL_DOT
     if constexpr (DOT) store_transposed<T_ROW>(local.transposed, sum, r0, c0);
 #endif
   }

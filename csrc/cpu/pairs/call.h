@@ -9,7 +9,7 @@ enum class PairMap : int { softplus, hinge, distance, squared };
 
 // For each anchor the sums over its positives and over its negatives, and the gradient of a weighted total of them.
 struct Pairs {
-  Problem problem;     // with one scale; distances have scale 1 and no bias but -inf
+  Problem problem; // with one scale; distances have scale 1 and no bias but -inf
   PairMap map;
   double margins[2];   // of positives and negatives
   bool only_positives; // leaves out the negatives

@@ -28,8 +28,8 @@ template <class Mul> struct PairPass {
     double *lanes;    // [2][W]: lanes of the tile's terms of the scale's and the offset's gradients
     T *x, *y;         // rows of a near pair
     double scale, offset;
-    bool marked;      // the tile has sums besides the first three
-    char apart[64];   // keeps threads on separate cache lines
+    bool marked;    // the tile has sums besides the first three
+    char apart[64]; // keeps threads on separate cache lines
   };
   const Pairs &call;
   const Problem &p;
@@ -51,7 +51,9 @@ template <class Mul> struct PairPass {
         slopes(!s.self && (c.bias_gradient || (of_distance(c.map) && c.contrast_gradient))),
         scale_factor(arena.base ? double(*(const T *)p.logit_scale) : 1), weights{arena.take<T>(s.anchors.padded), arena.take<T>(s.anchors.padded)},
         offset(arena.take<T>(s.anchors.padded)), squares(distance ? arena.take<T>(s.anchors.padded) : nullptr),
-        others(!distance ? nullptr : s.self ? squares : arena.take<T>(s.contrasts.padded)),
+        others(!distance ? nullptr
+               : s.self  ? squares
+                         : arena.take<T>(s.contrasts.padded)),
         totals(arena.take<double>(QUANTITIES * s.anchors.padded)), column_slopes(slopes ? arena.take<double>(s.contrasts.padded) : nullptr),
         locals(arena.take<Local>(s.threads)) {
     for (int t = 0; t < s.threads; t++) {

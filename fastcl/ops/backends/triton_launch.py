@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module, metadata, util
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import triton_interpreter
+from .devices import on_device as on_device
 from .rows import tf32_allowed
 from .triton_tiles import Tile
 
@@ -59,11 +60,6 @@ def unsupported_reason(device: torch.device) -> str:
             device, *torch.cuda.get_device_capability(device)
         )
     return ""
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` current: Triton launches on the current device and its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 MODULES = {

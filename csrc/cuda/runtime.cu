@@ -85,7 +85,8 @@ void require_current(int device) {
   int current = 0;
   check(cudaGetDevice(&current), "asking for the current device");
   if (current != device)
-    throw std::runtime_error("fastcl: expected rows on the current CUDA device " + std::to_string(current) + ", got rows on " + std::to_string(device));
+    throw std::runtime_error("fastcl: expected rows on the current CUDA device " + std::to_string(current) + ", got rows on " +
+                             std::to_string(device));
 }
 
 void launch_erased(const char *name, const void *kernel, void **arguments, const Launch &launch, const Where &where) {

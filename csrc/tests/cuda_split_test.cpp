@@ -1,6 +1,6 @@
 // Tests how csrc/cuda/contrastive/sweep.h splits float32 numbers into two tf32 numbers. Compiled with emulator.h in front.
-#include "emulator.cpp"
 #include "cuda/contrastive/sweep.h"
+#include "emulator.cpp"
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,7 +39,7 @@ int main() {
   std::uniform_int_distribution<uint32_t> mantissa(0, 0x7FFFFF), exponent(40, 240); // 2^-87 to 2^113
   for (int k = 0; k < 1000000; k++) check((random() & 0x80000000u) | exponent(random) << 23 | mantissa(random));
   for (uint32_t bits : {0x3F800000u, 0x3F801000u, 0x3F803000u, 0x3FFFFFFFu, 0x3FFFF000u}) check(bits); // 1, two ties, and below 2
-  for (uint32_t nan : {0x7FFFFFFFu, 0x7FC00000u, 0xFFC00000u, 0xFFFFFFFFu}) check(nan); // 0x7FFFFFFF is a device's NaN
+  for (uint32_t nan : {0x7FFFFFFFu, 0x7FC00000u, 0xFFC00000u, 0xFFFFFFFFu}) check(nan);                // 0x7FFFFFFF is a device's NaN
   uint32_t large, small;
   split(0, large, small);
   require(large == 0 && small == 0, "a zero that is not split into zeros", 0);

@@ -15,6 +15,7 @@ import torch
 from . import triton_interpreter
 from .devices import on_device as on_device
 from .rows import tf32_allowed
+from .triton_cached import KNOWN, CachedLauncher, launched_by_triton
 from .triton_tiles import Tile
 
 FLOOR = (3, 2)  # the version that torch 2.6 includes
@@ -82,12 +83,23 @@ def kernel_named(name: str) -> Any:
     return getattr(import_module(f"fastcl.ops.{module}"), name)
 
 
+@cache
+def _launcher(name: str) -> CachedLauncher | None:
+    """The short way to launch a kernel; None in the interpreter, and for versions of Triton for which it is unknown."""
+    version = tuple(int(part) for part in triton_version().split(".")[:2])
+    if INTERPRETED or version not in KNOWN:
+        return None
+    return CachedLauncher(kernel_named(name), version)
+
+
 def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -> None:
-    kernel = kernel_named(name)
-    arguments = {name: given[name] for name in kernel.arg_names}
-    # Fused multiply-adds would round the same logit differently in different kernels.
+    """Launches a kernel with those of the `given` values that it takes, by name."""
+    launcher = _launcher(name)
+    if launcher is not None:
+        launcher.launch(shape, grid, given)
+        return
     with _interpreting():
-        kernel[tuple(grid)](**arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False)
+        launched_by_triton(kernel_named(name), shape, grid, given)
 
 
 @contextmanager

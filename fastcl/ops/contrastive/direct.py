@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...checks import values_visible
 from ..library import intercepted, once_differentiable
 from . import cpu
 from .fields import LOG_SUMS
@@ -77,7 +78,7 @@ class DirectMean(torch.autograd.Function):
             observed = observed_by(problem, found) if problem.observe else None
             save(ctx, args, as_outputs(found))
             sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
-            ctx.rows = [_rows_of(side, problem.want) for side in sides]
+            ctx.rows = [_rows_of(side, problem.want, values_visible(side.counts)) for side in sides]
             means = [_mean(side, rows) for side, rows in zip(sides, ctx.rows, strict=True)]
             return _with(ctx, means[0] if len(means) == 1 else (means[0] + means[1]) / 2, observed)
         differentiated = grad_mode and any(ctx.needs_input_grad)
@@ -156,8 +157,9 @@ def _derived(
     return differentiate_saved(saved, options, needs, *of_fields)
 
 
-def _rows_of(side: Side, want: Sequence[str], look: bool = True) -> _Rows:
-    """look: read the counts. If all rows count, no mask is needed, which saves operators in the common case."""
+def _rows_of(side: Side, want: Sequence[str], look: bool) -> _Rows:
+    """look: read the counts. If all rows count, no mask is needed, which saves operators in the common case. On a GPU
+    it would wait for the device."""
     positives = side.counts[0]
     if want[0] == "lse_neg":
         counted = side.counts.amin(0) > 0

@@ -8,11 +8,13 @@ and alignments of tensors, classes of integers, constants.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
+from .triton_tape import recorder
 from .triton_tiles import Tile
 
 # For each version of Triton, whether the launcher of a compiled kernel takes the constants too.
@@ -26,10 +28,11 @@ class CachedLauncher:
         from triton.runtime import driver
 
         self._driver, self._runtime = driver, _runtime()
-        self._function, self._with_constants = function, KNOWN[version]
+        self._function = function
         names: Sequence[str] = function.arg_names
         count = sum(not parameter.is_constexpr for parameter in function.params)
         self._names, self._constants = names[:count], itemgetter(*names[count:], names[-1])  # always a tuple
+        self._passed = len(names) - count if KNOWN[version] else 0  # number of constants that a launch takes
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def launch(self, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -> None:
@@ -53,19 +56,33 @@ class CachedLauncher:
             values.append(value)
         places = tuple(key)
         compiled = self._compiled.get(places)
-        if compiled is None or self._watched():
-            self._compiled[places] = launched_by_triton(self._function, shape, grid, given)
-            return
-        if self._with_constants:
-            values += constants[:-1]
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = active.get_current_stream(device)
-        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+        if compiled is None or self.watched():
+            compiled = self._compiled[places] = launched_by_triton(self._function, shape, grid, given)
+        else:
+            _run(compiled, grid, active.get_current_stream(device), values, constants[: self._passed])
+        if (tape := recorder()) is not None:
+            inputs = [given[name] for name in self._names]
+            tape.launched(partial(_replay, compiled, grid, constants[: self._passed]), inputs, tensors=False)
 
-    def _watched(self) -> bool:
+    def stream(self) -> int:
+        """The current device's current stream."""
+        stream: int = self._driver.active.get_current_stream(self._driver.active.get_current_device())
+        return stream
+
+    def watched(self) -> bool:
         """Whether a profiler's hooks are to be called around launches."""
         enter, leave = self._runtime.launch_enter_hook, self._runtime.launch_exit_hook
         return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
+
+
+def _run(compiled: Any, grid: Sequence[int], stream: int, values: Sequence[Any], constants: Sequence[Any]) -> None:
+    x, y, z = (*grid, 1, 1)[:3]
+    metadata = compiled.packed_metadata
+    compiled.run(x, y, z, stream, compiled.function, metadata, None, None, None, *values, *constants)
+
+
+def _replay(compiled: Any, grid: Sequence[int], constants: Sequence[Any], values: list[Any], stream: int) -> None:
+    _run(compiled, grid, stream, values, constants)
 
 
 def _runtime() -> Any:

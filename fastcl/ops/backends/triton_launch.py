@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module, metadata, util
 from typing import Any
 
 import torch
 
-from . import triton_interpreter
+from . import triton_interpreter, triton_tuning
 from .devices import on_device as on_device
 from .rows import tf32_allowed
 from .triton_cached import KNOWN, CachedLauncher, launched_by_triton
+from .triton_tape import recorder, unrecorded
 from .triton_tiles import Tile
 
 FLOOR = (3, 2)  # the version that torch 2.6 includes
@@ -70,6 +71,7 @@ MODULES = {
     "weighted_kernel": "contrastive.triton.statistics_kernels",
     "gradient_kernel": "contrastive.triton.gradient_kernels",
     "observation_kernel": "contrastive.triton.observation_kernels",
+    "mean_kernel": "contrastive.triton.mean_kernels",
     "topk_kernel": "topk.triton_kernels",
     "soft_statistics_kernel": "soft.triton_kernels",
     "soft_gradient_kernel": "soft.triton_kernels",
@@ -98,8 +100,28 @@ def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -
     if launcher is not None:
         launcher.launch(shape, grid, given)
         return
-    with _interpreting():
+    with unrecorded(), _interpreting():
         launched_by_triton(kernel_named(name), shape, grid, given)
+    if (tape := recorder()) is not None:
+        tape.launched(partial(_relaunch, name, shape, grid, tuple(given)), list(given.values()), tensors=True)
+
+
+def _relaunch(
+    name: str, shape: Tile, grid: Sequence[int], names: Sequence[str], values: Sequence[Any], stream: int
+) -> None:
+    launch(name, shape, grid, dict(zip(names, values, strict=True)))
+
+
+def tape_setting(device: torch.device) -> tuple[tuple[Hashable, ...], int] | None:
+    """What launches on `device` depend on besides their arguments, and its current stream; None: no tape may be used.
+
+    A tape calls none of a profiler's hooks.
+    """
+    launcher = _launcher("rows_kernel")
+    if launcher is not None and launcher.watched():
+        return None
+    with on_device(device):
+        return (tf32_allowed(), triton_tuning.mode()), 0 if launcher is None else launcher.stream()
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Tensors on the CPU stand in for tensors on a GPU. Triton compiles its kernels for sm_90 and launches them through its
 own Python code, but a stub replaces the driver; a stub also replaces the native module of backend ``cuda``. Results are
-therefore undefined, and the time has no part for the driver (about 2 us a launch) and for torch's launches on a GPU. It
-has a part for the work of torch's own operators, so the default size is small. Nothing here depends on it otherwise.
+therefore undefined, and the time lacks what the driver takes for a launch, of torch's operators too. It includes the
+work of these operators on the CPU, so the default size is small; no other part depends on the size.
 """
 
 from __future__ import annotations
@@ -172,6 +172,31 @@ def cases(rows: int, dimension: int) -> dict[str, Step]:
     }
 
 
+def eager_cases(rows: int, dimension: int) -> dict[str, Step]:
+    """Two of these losses as users of PyTorch write them, for comparison in the same run."""
+    functional = torch.nn.functional
+    views = torch.randn(rows // 2, 2, dimension).requires_grad_()
+    left, right = (torch.randn(rows, dimension).requires_grad_() for _ in range(2))
+    clusters = (torch.arange(rows // 2) % 7).repeat_interleave(2)
+    itself = torch.eye(rows, dtype=torch.bool)
+
+    def supcon() -> None:
+        views.grad = None
+        unit = functional.normalize(views.flatten(0, 1), dim=1)
+        log_shares = (unit @ unit.T / 0.1).masked_fill(itself, -torch.inf).log_softmax(1)
+        positive = (clusters[:, None] == clusters) & ~itself
+        sums = log_shares.masked_fill(~positive, 0).sum(1)
+        (-sums / positive.sum(1)).mean().backward()
+
+    def clip() -> None:
+        left.grad = right.grad = None
+        logits = 10.0 * (functional.normalize(left, dim=1) @ functional.normalize(right, dim=1).T)
+        own = torch.arange(rows)
+        ((functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2).backward()
+
+    return {"clusters": supcon, "two sets, both directions": clip}
+
+
 def measure(step: Step, launches: Launches) -> tuple[float, list[str], int]:
     """Milliseconds of a step, the kernels that it launches, and the number of torch's operators that it calls.
 
@@ -209,6 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, Triton {triton_launch.triton_version()}, Python {sys.version.split()[0]}")
     print(f"{'backend':<8}{'case':<28}{'ms':>7}{'launches':>10}{'kernels compiled':>18}{'operators of torch':>20}")
+    for name, step in eager_cases(options.rows, options.dimension).items():
+        milliseconds, _, operators = measure(step, Launches())
+        print(f"{'eager':<8}{name:<28}{milliseconds:>7.3f}{0:>10}{0:>18}{operators:>20}")
     with pretending() as launches:
         for backend in (options.backend,) if options.backend else ("triton", "cuda"):
             for name, step in cases(options.rows, options.dimension).items():

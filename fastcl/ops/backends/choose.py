@@ -88,7 +88,7 @@ def _asked_for(device: torch.device, family: str) -> str | None:
         chosen = _available(os.environ[source], source)
     if chosen is not None and (reason := unsupported_reason(chosen, device)):
         raise ValueError(f"{source}: {chosen!r} {reason}")
-    if chosen is not None and family in LACKING.get(chosen, {}):
+    if chosen in LACKING and family in LACKING[chosen]:
         others = ", ".join(repr(name) for name in REPLACEMENTS[chosen] if name in AVAILABLE)
         raise ValueError(f"{source}: expected one of {others} for {FAMILIES[family]}, which {chosen!r} lacks")
     return chosen
@@ -128,7 +128,8 @@ SECOND_SWEEP = {"triton": "triton", "cuda": "chunked"}
 
 def computes(name: str, dtype: torch.dtype, family: str) -> bool:
     """Whether a backend itself computes a family with sums in `dtype`."""
-    return (dtype != torch.float64 or name in FLOAT64) and family not in LACKING.get(name, ())
+    lacking = name in LACKING and family in LACKING[name]
+    return (dtype != torch.float64 or name in FLOAT64) and not lacking
 
 
 def _stand_in(name: str, device: torch.device, dtype: torch.dtype, family: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .devices import on_device
 
@@ -48,8 +48,9 @@ class Place(NamedTuple):
 
 class Operation(NamedTuple):
     operator: Any
-    arguments: list[Any]  # flattened; `Place`s for tensors
-    structure: Any
+    positional: list[Any]
+    named: dict[str, Any]
+    moved: list[tuple[bool, Any, Any]]  # arguments with tensors: whether named, which, `Place`s for the tensors
     results: list[tuple[int, int]]  # which output is which region
 
 
@@ -124,9 +125,15 @@ class Recorder(TorchDispatchMode):
             storage = out.untyped_storage()
             self.sizes[self._add(out, storage.data_ptr())] = storage.nbytes()
             return result
-        arguments, structure = tree_flatten((args, kwargs or {}))
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
-        described = [self.place(value) if isinstance(value, Tensor) else value for value in arguments]
+        positional, named = list(args), dict(kwargs or {})
+        tensors, moved = [], []
+        for arguments, places in ((positional, range(len(positional))), (named, list(named))):
+            for which in places:
+                found = [part for part in tree_flatten(arguments[which])[0] if isinstance(part, Tensor)]
+                if found:
+                    tensors += found
+                    moved.append((arguments is named, which, tree_map_only(Tensor, self.place, arguments[which])))
+                    arguments[which] = None  # a tape keeps no tensor alive
         results = []
         for k, out in enumerate(outputs):
             if id(out) in self._regions:
@@ -137,14 +144,16 @@ class Recorder(TorchDispatchMode):
             else:
                 results.append((k, self._add(out, out.data_ptr())))
         if results or func._schema.is_mutable:
-            self.steps.append(Operation(func, described, structure, results))
+            self.failed |= isinstance(result, (tuple, list)) and len(result) != len(outputs)
+            self.steps.append(Operation(func, positional, named, moved, results))
         elif tensors and not outputs:  # reads a value
             self.failed = True
         return result
 
     def launched(self, launch: Callable[..., None], values: Sequence[Any], tensors: bool) -> None:
         moved = [(k, self.place(value)) for k, value in enumerate(values) if isinstance(value, Tensor)]
-        self.steps.append(Launch(launch, list(values), moved, tensors))
+        kept = [None if isinstance(value, Tensor) else value for value in values]
+        self.steps.append(Launch(launch, kept, moved, tensors))
 
 
 @contextmanager
@@ -197,13 +206,12 @@ class Tape:
                             values[k] = addresses[place.region] + place.offset
                     step.launch(values, stream)
                     continue
-                arguments = [replayed.tensor(a) if isinstance(a, Place) else a for a in step.arguments]
-                args, kwargs = tree_unflatten(arguments, step.structure)
+                args, kwargs = step.positional.copy(), step.named.copy()
+                for named, which, places in step.moved:
+                    (kwargs if named else args)[which] = replayed.tensors(places)
                 result = step.operator(*args, **kwargs)
-                if step.results:
-                    outputs = [out for out in tree_flatten(result)[0] if isinstance(out, Tensor)]
-                    for k, region in step.results:
-                        replayed.hold(region, outputs[k])
+                for k, region in step.results:
+                    replayed.hold(region, result if isinstance(result, Tensor) else result[k])
         return tuple(None if place is None else replayed.tensor(place) for place in self._outputs)
 
 
@@ -228,6 +236,12 @@ class _Replay:
     def hold(self, region: int, tensor: Tensor) -> None:
         self._holders[region] = tensor
         self.addresses[region] = tensor.data_ptr()
+
+    def tensors(self, places: Any) -> Any:
+        """A tensor, or a list of tensors and of other values."""
+        if isinstance(places, Place):
+            return self.tensor(places)
+        return [self.tensors(place) for place in places] if isinstance(places, (list, tuple)) else places
 
     def tensor(self, place: Place) -> Tensor:
         region, offset, dtype, size, stride = place

@@ -1,5 +1,7 @@
 """The mean loss replayed from a tape: the same bits as without one, in Triton's interpreter."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -187,3 +189,22 @@ def test_operators_views_and_memory() -> None:
             assert (a is None) == (b is None)
             assert a is None or (torch.equal(a, b) and a.stride() == b.stride())
     assert recorded(taped) == [True, True]
+
+
+def test_a_tape_keeps_no_tensor_alive() -> None:
+    alive = []
+
+    def work(_, x: Tensor) -> tuple[Tensor]:
+        scratch = torch.empty_like(x)
+        torch.cat([x, x.exp()], out=torch.empty(2 * len(x)))
+        scratch.copy_(x)
+        alive.extend(weakref.ref(tensor) for tensor in (x, scratch))
+        return (scratch * 2,)
+
+    taped = Taped(work, own=1)
+    for _ in range(3):
+        assert torch.equal(taped((), (), 0, torch.ones(3))[0], torch.full((3,), 2.0))
+    gc.collect()
+    assert recorded(taped) == [True]
+    assert len(alive) == 4
+    assert not any(reference() is not None for reference in alive)

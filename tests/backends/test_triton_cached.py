@@ -74,6 +74,38 @@ print("hooked")
 """
 
 
+REPLAYED = """
+import torch
+import fastcl
+from benchmarks.host_time import cases, pretending
+from fastcl.ops.backends.triton_tape import Tape
+from fastcl.ops.contrastive import direct
+
+def alike(value, other):
+    if isinstance(value, torch.Tensor):
+        value = value.data_ptr()
+    if isinstance(value, int) and value > 1 << 32:  # an address
+        return other > 1 << 32 and value % 16 == other % 16
+    return value == other
+
+with pretending() as launches, fastcl.use_backend("triton"):
+    for name, step in cases(64, 32).items():
+        found = []
+        for _ in range(4):
+            launches.arguments.clear()
+            step()
+            found.append(list(launches.arguments))
+        for plain, replayed in zip(found[1], found[3], strict=True):
+            assert plain[:2] == replayed[:2], name
+            assert len(plain[2]) == len(replayed[2])
+            assert all(map(alike, plain[2], replayed[2])), (name, plain, replayed)
+tapes = [tape for taped in (direct._FORWARD, direct._BACKWARD) for tape in taped._tapes.values()]
+assert len(tapes) >= 6
+assert all(isinstance(tape, Tape) for tape in tapes)
+print("replayed")
+"""
+
+
 def ran(code: str) -> str:
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTCL_BACKEND")
@@ -93,3 +125,8 @@ def test_arguments_are_those_that_triton_passes() -> None:
 @pytest.mark.slow
 def test_hooks_of_a_profiler_are_called() -> None:
     assert "hooked" in ran(HOOK)
+
+
+@pytest.mark.slow
+def test_a_tape_repeats_the_launches() -> None:
+    assert "replayed" in ran(REPLAYED)

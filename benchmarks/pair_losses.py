@@ -123,7 +123,8 @@ def _fastcl(backend: str, case: Case, device: torch.device) -> Loss:
 def _open_clip(case: Case, device: torch.device) -> Loss:
     from open_clip.loss import SigLipLoss
 
-    return SigLipLoss()
+    criterion: Loss = SigLipLoss()
+    return criterion
 
 
 def _metric_learning(case: Case, device: torch.device) -> Loss:

@@ -1,8 +1,10 @@
 """``python -m fastcl.info``."""
 
+from pathlib import Path
+
 import pytest
 
-from fastcl.info import report
+from fastcl.info import families_table, report
 from fastcl.ops.backends.choose import AVAILABLE, MISSING
 
 
@@ -36,3 +38,10 @@ def test_says_why_nothing_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         f"FASTCL_BACKEND: expected one of {', '.join(map(repr, AVAILABLE))}, got 'cuda', "
         f"which is not available here: {MISSING['cuda']}" in report()
     )
+
+
+def test_the_table_of_the_docs_is_generated() -> None:
+    """docs/internals.md has what `families_table` makes of the chooser's tables."""
+    docs = (Path(__file__).parents[2] / "docs" / "internals.md").read_text(encoding="utf-8")
+    assert families_table() in docs
+    assert docs.count("| family |") == 1

@@ -103,7 +103,7 @@ int line_count(int64_t rows, const Where &where) {
 }
 
 void contrast_forward(const ContrastForward &call, const Where &where) {
-  const DeviceGuard guard(where.device);
+  require_current(where.device);
   const Contrast &p = call.problem;
   const RowSet &rows = p.anchors, &columns = p.columns();
   const int64_t n = rows.source.size, m = columns.source.size;
@@ -142,7 +142,7 @@ void contrast_forward(const ContrastForward &call, const Where &where) {
 }
 
 void contrast_backward(const ContrastBackward &call, const Where &where) {
-  const DeviceGuard guard(where.device);
+  require_current(where.device);
   const Contrast &p = call.problem;
   const RowSet &rows = p.anchors, &columns = p.columns();
   const int64_t n = rows.source.size, m = columns.source.size;

@@ -12,12 +12,12 @@ from benchmarks.run import MISSING, TIMED
 PAGE = "gpu.md"
 SHOWN = 12  # kernels of a table
 NOTE = (
-    "A call computes loss and gradients (Sinkhorn: the assignments; top-k: values and indices). Time: median and 20th to "
+    "A call computes loss and gradients (Sinkhorn: assignments; top-k: values and indices). Time: median and 20th to "
     "80th percentile, by CUDA events, with rotating inputs. Graph: the same calls replayed as one CUDA graph. Host: the "
     "time in which the host issues a call. Over: how many times faster fastcl's fastest backend is, the quotient of "
-    "medians. Of yardstick: the least work of the case per second, as a share of the yardstick's, which takes turns with "
-    "the provider; Sinkhorn counts the forward alone. Extra: peak memory beyond the inputs. Error: the largest relative "
-    "error against float64; †: above what fastcl's own backends are allowed. A provider that is wrong has no time."
+    "medians. Of yardstick: the least work of the case per second, as a share of the yardstick's, which takes turns "
+    "with the provider; Sinkhorn counts the forward alone. Extra: peak memory beyond the inputs. Error: the largest "
+    "relative error against float64; †: above what fastcl's own backends are allowed. A wrong provider has no time."
 )
 
 

@@ -1,4 +1,4 @@
-"""The process in which a GPU run measures: ``python -m benchmarks.gpu_worker OPTIONS``, in JSON; see `gpu_supervise`."""
+"""The process in which a GPU run measures: ``python -m benchmarks.gpu_worker JSON``; see `gpu_supervise`."""
 
 from __future__ import annotations
 

@@ -503,14 +503,15 @@ def test_the_module_takes_assignments() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "options",
     [
-        {"views": 2, "kind": "converged", "peak": 40.0},
+        pytest.param({"views": 2, "kind": "converged", "peak": 40.0}, marks=pytest.mark.smoke),
         {"m": 201, "symmetric": True, "ids": True, "bias": True},
         {"m": 150, "paired": True, "d": 300},
     ],
+    ids=["views", "ids and bias", "paired"],
 )
 def test_on_a_gpu(options, dtype) -> None:
     """Against the float64 formula; a GPU adds up float32 products in another order."""

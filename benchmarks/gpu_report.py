@@ -13,7 +13,7 @@ PAGE = "gpu.md"
 SHOWN = 12  # kernels of a table
 NOTE = (
     "A call computes loss and gradients (Sinkhorn: assignments; top-k: values and indices). Time: median and 20th to "
-    "80th percentile, by CUDA events, with rotating inputs. Graph: the same calls replayed as one CUDA graph. Host: the "
+    "80th percentile, by CUDA events, with rotating inputs. Graph: the same calls replayed as a CUDA graph. Host: the "
     "time in which the host issues a call. Over: how many times faster fastcl's fastest backend is, the quotient of "
     "medians. Of yardstick: the least work of the case per second, as a share of the yardstick's, which takes turns "
     "with the provider; Sinkhorn counts the forward alone. Extra: peak memory beyond the inputs. Error: the largest "

@@ -144,7 +144,7 @@ def test_a_graph_replays_with_other_scores(backend, n, k) -> None:
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA C++ kernels here")
-@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize("tol", [None, 1e-3], ids=["fixed", "tolerance"])
 def test_one_launch_is_the_passes_one_after_another(tol, monkeypatch) -> None:
     with fastcl.use_backend("cuda"):
         for n, k in ((4096, 300), (2000, 8192), (60_000, 1000)):

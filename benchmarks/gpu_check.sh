@@ -23,7 +23,8 @@ PYTHON=${PYTHON:-python3}
 dry=0
 
 pytest_on_gpu() { # warnings are listed, not errors: a new version's deprecation must not hide what works
-    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v -W default -p no:cacheprovider -n "$FASTCL_CHECK_WORKERS" --dist worksteal "$@"
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v -W default -p no:cacheprovider -o faulthandler_timeout=90 \
+        -n "$FASTCL_CHECK_WORKERS" --dist worksteal "$@"
 }
 
 stage_build() {

@@ -167,7 +167,7 @@ def _measure(state: Run, measurement: Measurement, row: Row) -> None:
     if measurement.provider == COMPILED:
         torch.compiler.reset()  # earlier graphs count against the limit, beyond which this case would run eagerly
     contestant = posed.contestant(measurement.provider)
-    row["versions"][contestant.package] = version(contestant.package)
+    row["versions"].setdefault(contestant.package, version(contestant.package))
     if measurement.what == KERNELS:
         contestant.steps[0]()
         row["kernels"] = device.kernels(contestant.steps[0])

@@ -65,13 +65,6 @@ def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _memory_is_returned() -> Iterator[None]:
-    """To the other processes of pytest-xdist."""
-    yield
-    torch.cuda.empty_cache()
-
-
 @smoke
 def test_the_fastest_is_the_default() -> None:
     expected = "triton" if "triton" in HERE else "chunked"  # so that the fall-back is never tested by mistake

@@ -33,7 +33,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"backend {name}: " + choose.MISSING.get(name, "not on the device"))
     with fastcl.use_backend(name):
         yield name
-    torch.cuda.empty_cache()  # for the other processes of pytest-xdist
 
 
 @smoke

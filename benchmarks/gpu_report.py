@@ -37,8 +37,9 @@ def page(rows: Sequence[Row]) -> str:
             "",
         ]
     lines += [f"**The run ended early**: {row['reason']}." for row in rows if row["suite"] is None]
-    for name in dict.fromkeys(row["case"] for row in known):
-        lines += _case(name, [row for row in known if row["case"] == name])
+    measured = [row for row in known if row["status"] not in (MISSING, SKIPPED)]
+    for name in dict.fromkeys(row["case"] for row in measured):
+        lines += _case(name, [row for row in measured if row["case"] == name])
     skipped = [f"{row['case']}: {row['provider']}, {row['what']}" for row in known if row["status"] == SKIPPED]
     if skipped:
         lines += ["## Not measured: the budget was over", "", *(f"- {name}" for name in skipped), ""]
@@ -51,7 +52,7 @@ def page(rows: Sequence[Row]) -> str:
         everywhere = len({row["case"] for row in known})
         lines += ["## Missing", ""]
         for what, cases in missing.items():
-            lines.append(f"- {what}" + ("" if len(cases) == everywhere else f" ({len(cases)} cases)"))
+            lines.append(f"- {what}" + ("" if len(cases) == everywhere else f" ({len(cases)} of {everywhere} cases)"))
         lines.append("")
     return "\n".join([*lines, NOTE]) + "\n"
 
@@ -79,11 +80,17 @@ def _case(name: str, rows: Sequence[Row]) -> list[str]:
             f"| {100 * row['of_yardstick']:.0f} % | {'' if extra is None else f'{extra / 1e6:.4g} MB'} "
             f"| {_error(row)}{mark} | {row['first_call_s']:.2g} s |"
         )
-    failed = [r for r in rows if r["status"] not in (*TIMED, MISSING, SKIPPED)]
-    lines += ["", *(f"- {row['provider']}, {row['what']}: {row['status']} ({row['reason']})" for row in failed)]
-    for row in timed:
-        if row.get("graph_reason") and not row["rehearsal"]:
-            lines.append(f"- {row['provider']}: no graph ({row['graph_reason']})")
+    remarks = [
+        f"- {row['provider']}, {row['what']}: {row['status']} ({row['reason']})"
+        for row in rows
+        if row["status"] not in TIMED
+    ]
+    remarks += [
+        f"- {row['provider']}: no graph ({row['graph_reason']})"
+        for row in timed
+        if row.get("graph_reason") and not row["rehearsal"]
+    ]
+    lines += ["", *remarks] if remarks else []
     for row in rows:
         if row["what"] == KERNELS and row.get("kernels"):
             lines += ["", f"Kernels of {row['provider']}:", "", "| kernel | calls | µs |", "|---|---|---|"]

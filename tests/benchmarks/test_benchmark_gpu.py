@@ -313,6 +313,52 @@ def test_a_lost_device_ends_the_process_after_its_row(tmp_path, providers, monke
     assert gpu_run.read(tmp_path)[-1]["provider"] == "fastcl triton"
 
 
+def test_the_page_says_what_the_rows_say() -> None:
+    common = {
+        "suite": "s",
+        "case": "a case",
+        "what": TIME,
+        "rehearsal": False,
+        "versions": {"torch": "2"},
+        "reason": None,
+    }
+    common |= {"processor": "A GPU", "instruction_set": "compute capability 9.0", "commit": "abc"}
+    times = {"p20_ms": 1.0, "p80_ms": 3.0, "host_ms": 0.2, "yardstick": "a product", "of_yardstick": 0.5}
+    times |= {"first_call_s": 9.0, "error": {"random": {"loss": 1e-7, "gradient": 2e-5, "allowed": 1.0}}}
+    ours = common | times | {"provider": "fastcl triton", "status": "ok", "p50_ms": 2.0, "graph_p50_ms": 0.25}
+    rows = [
+        ours | {"peak_extra_bytes": 70e6},
+        ours
+        | {"provider": "eager", "status": "imprecise", "p50_ms": 10.0, "graph_p50_ms": None, "graph_reason": "why"},
+        common | {"provider": "fastcl cuda", "status": "wrong", "reason": "off"},
+        common
+        | {
+            "provider": "fastcl triton",
+            "what": KERNELS,
+            "status": "ok",
+            "kernels": [{"name": "k", "calls": 2, "us": 3.25}],
+        },
+        common | {"provider": "torch.compile", "status": "skipped"},
+        common | {"provider": "faiss", "status": "missing", "reason": "not here"},
+        common | {"case": "later", "provider": "eager", "status": "skipped"},
+        {"suite": None, "case": "", "provider": "", "what": "run", "status": "error", "reason": "it died"},
+    ]
+    text = gpu_report.page(rows)
+    for line in (
+        "A GPU, compute capability 9.0; commit abc; torch 2",
+        "**The run ended early**: it died.",
+        "| fastcl triton | 2 ms (1 ms to 3 ms) | 250 µs | 200 µs |  | 50 % | 70 MB | 2e-05 | 9 s |",
+        "| eager | 10 ms (1 ms to 3 ms) |  | 200 µs | 5x | 50 % |  | 2e-05† | 9 s |",
+        "- fastcl cuda, time: wrong (off)",
+        "- eager: no graph (why)",
+        "| `k` | 2 | 3.25 |",
+        "- a case: torch.compile, time",
+        "- faiss: not here (1 of 2 cases)",
+    ):
+        assert line in text.splitlines(), line
+    assert "## later" not in text
+
+
 # Devices and truths.
 
 

@@ -82,48 +82,52 @@ if [ "${1:-}" = --stage ]; then # how this script calls itself
     run_stage "$2"
     exit
 fi
-if [ "${1:-}" = --dry-run ]; then
-    dry=1
-    shift
-fi
-if [ $# != 1 ] || [ "${1#-}" != "$1" ]; then
-    echo "usage: benchmarks/gpu_check.sh [--dry-run] OUT" >&2
-    exit 2
-fi
-mkdir -p "$1" || exit 2
-OUT=$(cd "$1" && pwd)
-cores=$(nproc)
-workers=$((cores > 16 ? 14 : cores > 3 ? cores - 2 : 1))
-export OUT PYTHON FASTCL_CHECK_WORKERS=${FASTCL_CHECK_WORKERS:-$workers}
-read -r -a boxes <<<"${FASTCL_CHECK_BOXES:-150 75 215 200 120}"
-total=${FASTCL_CHECK_SECONDS:-600}
-tests_cache=$(mktemp -d) # of compiled kernels, shared by the tests' processes
-trap 'rm -rf "$tests_cache"' EXIT
-
-failed=0
-SECONDS=0
-table=$(printf '%-10s %-14s %8s %6s  %s' stage status seconds box 'last line of the log')
-for k in "${!STAGES[@]}"; do
-    name=${STAGES[$k]} left=$((total - SECONDS - 5)) began=$SECONDS
-    box=$((boxes[k] < left ? boxes[k] : left))
-    log=$OUT/$name.log
-    if [ "$box" -lt 1 ]; then
-        status="no time left" last=""
-    else
-        echo "$name: at most $box s, log in $log"
-        FASTCL_CHECK_BOX=$box TRITON_CACHE_DIR=$tests_cache \
-            timeout --kill-after=5 "$box" bash "${BASH_SOURCE[0]}" --stage "$name" "$dry" >"$log" 2>&1 </dev/null
-        code=$?
-        case $code in
-            0) status=ok ;;
-            124 | 137) status="out of time" ;;
-            *) status="failed ($code)" ;;
-        esac
-        last=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-100)
+main() { # a function, so that bash has read it all before a change of this file
+    if [ "${1:-}" = --dry-run ]; then
+        dry=1
+        shift
     fi
-    [ "$status" = ok ] || failed=1
-    table+=$'\n'$(printf '%-10s %-14s %8d %6d  %s' "$name" "$status" $((SECONDS - began)) "$box" "$last")
-done
-rm -f "$OUT/gpu.now"
-printf '\n%s\n%-10s %-14s %8d\n' "$table" total "$([ $failed = 0 ] && echo ok || echo 'not all ok')" "$SECONDS" | tee "$OUT/table.txt"
-exit $failed
+    if [ $# != 1 ] || [ "${1#-}" != "$1" ]; then
+        echo "usage: benchmarks/gpu_check.sh [--dry-run] OUT" >&2
+        exit 2
+    fi
+    mkdir -p "$1" || exit 2
+    OUT=$(cd "$1" && pwd)
+    cores=$(nproc)
+    workers=$((cores > 16 ? 14 : cores > 3 ? cores - 2 : 1))
+    export OUT PYTHON FASTCL_CHECK_WORKERS=${FASTCL_CHECK_WORKERS:-$workers}
+    read -r -a boxes <<<"${FASTCL_CHECK_BOXES:-150 75 215 200 120}"
+    total=${FASTCL_CHECK_SECONDS:-600}
+    tests_cache=$(mktemp -d) # of compiled kernels, shared by the tests' processes
+    trap 'rm -rf "$tests_cache"' EXIT
+
+    failed=0
+    SECONDS=0
+    table=$(printf '%-10s %-14s %8s %6s  %s' stage status seconds box 'last line of the log')
+    for k in "${!STAGES[@]}"; do
+        name=${STAGES[$k]} left=$((total - SECONDS - 5)) began=$SECONDS
+        box=$((boxes[k] < left ? boxes[k] : left))
+        log=$OUT/$name.log
+        if [ "$box" -lt 1 ]; then
+            status="no time left" last=""
+        else
+            echo "$name: at most $box s, log in $log"
+            FASTCL_CHECK_BOX=$box TRITON_CACHE_DIR=$tests_cache \
+                timeout --kill-after=5 "$box" bash "${BASH_SOURCE[0]}" --stage "$name" "$dry" >"$log" 2>&1 </dev/null
+            code=$?
+            case $code in
+                0) status=ok ;;
+                124 | 137) status="out of time" ;;
+                *) status="failed ($code)" ;;
+            esac
+            last=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-100)
+        fi
+        [ "$status" = ok ] || failed=1
+        table+=$'\n'$(printf '%-10s %-14s %8d %6d  %s' "$name" "$status" $((SECONDS - began)) "$box" "$last")
+    done
+    rm -f "$OUT/gpu.now"
+    printf '\n%s\n%-10s %-14s %8d\n' "$table" total "$([ $failed = 0 ] && echo ok || echo 'not all ok')" "$SECONDS" | tee "$OUT/table.txt"
+    exit $failed
+}
+
+main "$@"

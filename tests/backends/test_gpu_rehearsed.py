@@ -14,19 +14,20 @@ import torch
 
 import fastcl
 from tests.backends import test_cuda_gpu, test_gpu
+from tests.losses import test_cluster_assignments_gpu
 from tests.ops.sinkhorn import test_sinkhorn_gpu
 from tests.support.backends import needs_interpreter
 from tests.support.emulated import emulating
 from tests.support.smoke import marked
 
 ROOT = Path(__file__).parents[2]
-FILES = ("tests/backends/test_gpu.py", "tests/ops/sinkhorn/test_sinkhorn_gpu.py")
+FILES = tuple(str(Path(module.__file__)) for module in (test_gpu, test_sinkhorn_gpu, test_cluster_assignments_gpu))
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tests themselves run on the CUDA device")
 
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (test_gpu, test_sinkhorn_gpu):
+    for module in (test_gpu, test_sinkhorn_gpu, test_cluster_assignments_gpu):
         monkeypatch.setattr(module, "DEVICE", "cpu")
 
 
@@ -115,6 +116,12 @@ def test_sinkhorn(place) -> None:
     n, k, tol, dtype = test_sinkhorn_gpu.PROBLEMS[place].values
     with fastcl.use_backend("chunked"):
         test_sinkhorn_gpu.test_values_and_gradients_are_those_of_float64_on_the_cpu("chunked", n, k, tol, dtype)
+
+
+@pytest.mark.parametrize("call", test_cluster_assignments_gpu.CALLS)
+def test_assignments(call) -> None:
+    with fastcl.use_backend("chunked"):
+        test_cluster_assignments_gpu.test_obeys_the_formula(call, torch.bfloat16)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from triton.backends import compiler
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -105,6 +106,21 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     return built(job, kernel, shape, signature, constexprs, attributes)
 
 
+def source(
+    kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], attributes: dict[tuple[int, ...], Any]
+) -> ASTSource:
+    """signature: the type of each argument, "constexpr" for constants and None. attributes: by the argument's place."""
+    if not hasattr(compiler, "AttrsDescriptor"):
+        return ASTSource(kernel, signature, constexprs, attributes)
+    # Triton 3.2 has a class for attributes, and a signature without the arguments that are declared constant.
+    aligned = [place for (place,) in attributes]
+    properties = {"tt.divisibility": aligned, "tt.equal_to": []}
+    described = compiler.AttrsDescriptor.from_dict({"arg_properties": properties, "cls": "AttrsDescriptor"})
+    declared = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    types = {name: "*i8" if kind == "constexpr" else kind for name, kind in signature.items() if name not in declared}
+    return ASTSource(kernel, types, constexprs, described)
+
+
 def built(
     job: dict[str, Any],
     kernel: Any,
@@ -115,7 +131,7 @@ def built(
 ) -> dict[str, Any]:
     """The job and its outcome."""
     result = triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes),
+        source(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", job["architecture"], 32),
         options={"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False},
     )

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import nearest, transport
+from benchmarks import nearest, pair_losses, transport
 from benchmarks.cases import BF16, Case
+from benchmarks.gpu_pairs import PairProblem
 from benchmarks.gpu_problems import EAGER_HALF, LossProblem, NearestProblem, Problem, SinkhornProblem
 from benchmarks.providers import COMPILED, EAGER
 
@@ -55,7 +56,7 @@ PLAN: tuple[Entry, ...] = (
     Entry(_loss("self", 16384, 16384, 128, F32), profiled=True),
     Entry(_loss("two sets", 65536, 65536, 512, BF16, "two_set"), profiled=True),
     Entry(_loss("queue", 4096, 2**20, 256, BF16, "memory"), profiled=True),
-    # SigLIP, 65536 x 65536, D = 768, bfloat16: comes here, as a `Case.loss` of its own.
+    Entry(PairProblem(pair_losses.Case("SigLIP", 65536, 768, BF16)), profiled=True),
     *(Entry(_small(n, dtype), profiled=(n, dtype) == (256, BF16)) for n in (256, 1024, 4096) for dtype in (BF16, F32)),
     Entry(SinkhornProblem(transport.Case(4096, 3000)), profiled=True),
     Entry(SinkhornProblem(transport.Case(32768, 131072, dtype=BF16)), profiled=True),
@@ -67,6 +68,7 @@ PLAN: tuple[Entry, ...] = (
     Entry(_loss("two sets", 4096, 4096, 128, F32, "two_set"), main=False),
     Entry(_loss("queue", 4096, 65536, 128, F32, "memory"), main=False),
     *(Entry(_small(n, dtype), main=False) for n in (512, 2048) for dtype in (BF16, F32)),
+    Entry(PairProblem(pair_losses.Case("SigLIP", 8192)), main=False),
     Entry(SinkhornProblem(transport.Case(4096, 4096, gradient=True)), main=False),
     Entry(NearestProblem(nearest.Case(64, 10**6, 20)), main=False),
 )

@@ -35,18 +35,25 @@ class Case:
     loss: str
     n: int
     d: int = 128
+    dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
-        return f"{self.loss}, {self.n} x {self.n}, D={self.d}"
+        dtype = "" if self.dtype == torch.float32 else f", {self.dtype_name}"
+        return f"{self.loss}, {self.n} x {self.n}, D={self.d}{dtype}"
 
-    def inputs(self, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The leaves: rows, and for SigLIP the other rows, scale and bias."""
-        g = torch.Generator(device).manual_seed(0)
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def inputs(self, device: torch.device, seed: int = 0) -> list[Tensor]:
+        """The leaves: rows, and for SigLIP the other rows, scale and bias, which are float32."""
+        g = torch.Generator(device).manual_seed(seed)
         count = 2 if self.loss == "SigLIP" else 1
         rows = [torch.randn(self.n, self.d, generator=g, device=device) for _ in range(count)]
         numbers = [torch.tensor(x, device=device) for x in (SCALE, BIAS)] if count == 2 else []
-        return [leaf.to(dtype).requires_grad_() for leaf in (*(F.normalize(x, dim=1) for x in rows), *numbers)]
+        leaves = [*(F.normalize(x, dim=1).to(self.dtype) for x in rows), *numbers]
+        return [leaf.requires_grad_() for leaf in leaves]
 
     def labels(self, device: torch.device) -> Tensor:
         return torch.arange(self.n, device=device) % max(self.n // 4, 1)
@@ -63,9 +70,9 @@ Loss = Callable[..., Tensor]
 
 
 def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """open_clip's formula."""
-    logits = scale * image @ text.T + bias
-    labels = 2 * torch.eye(len(image), device=image.device, dtype=image.dtype) - 1
+    """open_clip's formula. Rows of 16 bits are multiplied as they are, as under autocast; the rest is float32."""
+    logits = scale * (image @ text.T) + bias
+    labels = 2 * torch.eye(len(image), device=image.device, dtype=logits.dtype) - 1
     return -F.logsigmoid(labels * logits).sum() / len(image)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import device, formulas, gpu_plan, gpu_report, gpu_run, nearest, transport
 from benchmarks.__main__ import main
 from benchmarks.cases import BF16, TEMPERATURE, Case, Inputs
+from benchmarks.gpu_pairs import PairProblem
 from benchmarks.gpu_plan import KERNELS, TIME, Entry
 from benchmarks.gpu_problems import LossProblem, NearestProblem, SinkhornProblem, moved
 from benchmarks.providers import CannotPoseError, Provider
@@ -103,7 +104,7 @@ def test_the_plan_has_each_problem_once_and_the_goals_first() -> None:
     mains = [entry.main for entry in gpu_plan.PLAN]
     assert mains == sorted(mains, reverse=True)
     profiled = [entry.problem for entry in gpu_plan.PLAN if entry.profiled]
-    assert {type(problem) for problem in profiled} == {LossProblem, NearestProblem, SinkhornProblem}
+    assert {type(problem) for problem in profiled} == {LossProblem, NearestProblem, PairProblem, SinkhornProblem}
     assert all(entry.problem.check_seconds() < 10 for entry in gpu_plan.PLAN)
 
 
@@ -123,7 +124,7 @@ def test_fastcl_comes_first_then_eager_kernels_compile_and_peers_and_further_pro
 
 def test_a_rehearsal_has_every_kind_of_problem() -> None:
     small = gpu_plan.tiny(gpu_plan.PLAN)
-    assert {type(entry.problem) for entry in small} == {LossProblem, NearestProblem, SinkhornProblem}
+    assert {type(entry.problem) for entry in small} == {LossProblem, NearestProblem, PairProblem, SinkhornProblem}
     losses = {entry.problem.case.loss for entry in small if isinstance(entry.problem, LossProblem)}
     assert losses == {"self", "two sets", "queue"}
     assert all(entry.problem.size["n"] <= 40 for entry in small)

@@ -115,7 +115,7 @@ def missing_feature(name: str, dtype: torch.dtype, family: str) -> str:
         return "computes no float64"
     if name == "cuda" and family == "soft_assignments":
         return "computes no soft assignments"
-    if name in ("triton", "cuda") and family == "pair_sums":
+    if name == "cuda" and family == "pair_sums":
         return "computes no sums over pairs"
     return ""
 

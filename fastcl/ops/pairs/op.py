@@ -17,7 +17,7 @@ from ..backends.choose import choose_backend
 from ..contrastive.infinite import rows_as_nan
 from ..contrastive.records import Rows
 from ..library import LIBRARY, intercepted, register, without_autocast
-from . import chunked, cpu, reference
+from . import chunked, cpu, reference, triton
 from .records import LENGTH, SCHEMA, SOURCES, TENSORS, Gradients, Needs, Pairs, Sums, flatten, unflatten
 
 
@@ -28,7 +28,7 @@ class Backend(Protocol):
         """The sums and, with weights [2, N], the needed gradients of ``sum(weights * sums.values)``."""
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "chunked": chunked, "cpu": cpu}
+BACKENDS: dict[str, Backend] = {"reference": reference, "chunked": chunked, "cpu": cpu, "triton": triton}
 
 _SUMS = "Tensor values, Tensor active, Tensor counts"
 _GRADIENTS = ", ".join(f"Tensor {name}" for name in Gradients._fields)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..backends.triton_launch import INTERPRETED, architecture, on_device
 from ..backends.triton_tiles import Tile, tile
-from ..contrastive.records import Problem, Rows
+from ..contrastive.records import Rows
 from ..contrastive.triton.gradient import finish
 from ..contrastive.triton.rows import KEPT, Arranged, Launch, SortedRows, arrange
 from .maps import KINDS
 from .records import Gradients, Needs, Pairs, Sums
+from .sorted_rows import as_problem, in_order, is_symmetric, marked
 
 
 def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradients]:
@@ -25,19 +26,14 @@ def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradien
 class _Sweep:
     def __init__(self, p: Pairs) -> None:
         self.p = p
-        self.problem = _as_problem(p)
+        self.problem = as_problem(p)
         self.arranged: Arranged
         parts = KEPT.parts(self.problem, p.logit_scale.new_zeros(KEPT.size(self.problem)))
         self.arranged, self.anchor_norms, self.contrast_norms = arrange(self.problem, parts)
         anchors, contrasts = self.arranged.anchors, self.arranged.contrasts
-        self.anchor_shift = None if p.offset is None else _sorted(p.offset.expand(p.sizes[0]), anchors)
-        self.contrast_shift = None
-        if p.bias is not None:
-            # As the kernels of the statistics mark contrasts that are left out, a bias of infinity gives NaN.
-            bias = torch.where(p.bias == torch.inf, torch.nan, p.bias)
-            self.contrast_shift = _sorted(torch.where(bias == -torch.inf, torch.inf, bias), contrasts)
-        # A pair and its mirror image have the same logit, so one launch gives the gradient as anchor and as contrast.
-        self.symmetric = p.contrasts is None and (p.offset is None or p.offset.dim() == 0)
+        self.anchor_shift = None if p.offset is None else in_order(p.offset.expand(p.sizes[0]), anchors.order)
+        self.contrast_shift = None if p.bias is None else in_order(marked(p.bias), contrasts.order)
+        self.symmetric = is_symmetric(p)
         squares = [_squares(rows) if p.of_distance else None for rows in (anchors, contrasts)]
         self.squares = dict(zip((id(anchors), id(contrasts)), squares, strict=True))
 
@@ -48,7 +44,7 @@ class _Sweep:
         if weights is None:
             self._launch(False, {"SUMS": sums})
             return Sums(*sums), Gradients()
-        own = _sorted(weights, anchors)
+        own = in_order(weights, anchors.order)
         dx = new(anchors.rows.shape) if needs.anchors else None
         of_logits = not p.of_distance
         similarity_sums = new(n) if needs.logit_scale and of_logits else None
@@ -86,15 +82,14 @@ class _Sweep:
         """given: the outputs and the weights; the others are None. exchanged: the contrasts are the rows."""
         p, at = self.p, self.arranged
         sides = [(at.anchors, self.anchor_shift), (at.contrasts, self.contrast_shift)]
-        if p.contrasts is None and self.symmetric:
-            sides[1] = at.anchors, None
         (rows, row_shift), (columns, column_shift) = sides[::-1] if exchanged else sides
         launch = Launch.of(at, rows, columns)
         weighted = given.get("GRADIENT") is not None
+        number, careful = KINDS[p.kind].number, launch.flags["IDS"] or launch.flags["BIAS"] != 0
+        (_, width), tf32 = rows.rows.shape, launch.flags["PRECISION"] == "tf32"
         shape = tile_for(
-            weighted, architecture(p.device), rows.rows.dtype, rows.rows.shape[1], launch.flags["PRECISION"] == "tf32",
-            INTERPRETED,
-        )  # fmt: skip
+            number, weighted, careful, architecture(p.device), rows.rows.dtype, width, tf32, INTERPRETED
+        )
         arguments = dict.fromkeys(("OWN_WEIGHTS", "OTHER_WEIGHTS", "SUMS", "GRADIENT", "SIMILARITY_SUMS", "SLOPE_SUMS"))
         arguments |= given | {
             "SCALE": p.logit_scale,
@@ -104,7 +99,8 @@ class _Sweep:
             "COLUMN_SQUARES": self.squares[id(columns)],
             "POS_MARGIN": p.pos_margin,
             "NEG_MARGIN": p.neg_margin,
-            "KIND": KINDS[p.kind].number,
+            "WIDTH": p.anchors.values.shape[1],
+            "KIND": number,
             "ONLY_POSITIVES": p.only_positives,
         }
         launch.run("pair_kernel", shape, launch.grid(shape) if weighted else launch.row_blocks(shape), arguments)
@@ -116,30 +112,17 @@ class _Sweep:
 
 
 def tile_for(
-    weighted: bool, architecture: int, dtype: torch.dtype, d: int, tf32: bool, interpreted: bool = False
+    kind: int,
+    weighted: bool,
+    careful: bool,
+    architecture: int,
+    dtype: torch.dtype,
+    d: int,
+    tf32: bool,
+    interpreted: bool = False,
 ) -> Tile:
-    """weighted: the gradient of the rows is wanted."""
+    """The shape for a kind of `maps.KINDS`, by number. weighted: the gradient of the rows is wanted."""
     return tile("backward" if weighted else "running", architecture, dtype, d, True, tf32, interpreted)
-
-
-def _as_problem(p: Pairs) -> Problem:
-    """The rows as those of contrastive statistics. In self-contrast ids have no say; a set needs the other's clusters."""
-    others = p.contrasts
-    clustered = others is None or (p.anchors.clusters is not None and others.clusters is not None)
-    named = others is not None and p.anchors.ids is not None and others.ids is not None
-
-    def rows(given: Rows) -> Rows:
-        clusters, ids = given.clusters if clustered else None, given.ids if named else None
-        return Rows(given.values, clusters, ids, given.bias, None, given.normalize)
-
-    contrasts = None if others is None else rows(others)
-    return Problem(rows(p.anchors), contrasts, None, p.logit_scale.reshape(1), (), partial=True)
-
-
-def _sorted(values: Tensor, rows: SortedRows) -> Tensor:
-    """Numbers of each row, of the last dimension, in the order of the rows; contiguous."""
-    values = values.detach().resolve_neg()
-    return (values if rows.order is None else values[..., rows.order]).contiguous()
 
 
 def _squares(rows: SortedRows) -> Tensor:

@@ -38,6 +38,12 @@ HIGHEST = tl.constexpr(2.0**113)
 
 
 @triton.jit
+def number_of(places, AXIS: tl.constexpr):
+    """How many are true along an axis. Of a sum of integers LLVM makes a population count that passes through memory."""
+    return tl.sum(tl.where(places, 1.0, 0.0), AXIS).to(tl.int32)
+
+
+@triton.jit
 def log1p_of_unit(u):
     """log(1 + u) for 0 <= u <= 1, with a relative error below 2e-7: a minimax polynomial of log(1 + u) / u."""
     p = tl.full(u.shape, 0.0052326878999137275, tl.float32)
@@ -111,7 +117,7 @@ def pair_tile(
     X, Y, C, x, a, COLUMN_SHIFT, COLUMN_NAMES, OTHER_WEIGHTS, ROW_SQUARES, COLUMN_SQUARES,
     row_shift, row_names, start, end, row_squares, pos_weight, neg_weight, scale, pos_margin, neg_margin,
     pos_value, neg_value, pos_active, neg_active, pos_count, missing, similarity_sums, slope_sums, lift, gradient,
-    i0, j0, d0, N, M,
+    i0, j0, d0, N, M, WIDTH,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     KIND: tl.constexpr, ONLY_POSITIVES: tl.constexpr, MIXED: tl.constexpr,
@@ -137,15 +143,15 @@ def pair_tile(
     if MIXED:
         column_names = load_names(COLUMN_NAMES, j, is_column, IDS)
         members = admissible_pairs(i, j, N, M, row_names, column_names, row_shift, column_shift, SELF, IDS, BIAS)
-        missing += tl.sum((is_column[None, :] & ~members).to(tl.int32), 1)
+        missing += number_of(is_column[None, :] & ~members, 1)
         pairs = members & in_cluster(j, start, end)
         if ONLY_POSITIVES:
             members = pairs
-        pos_count += tl.sum(pairs.to(tl.int32), 1)
+        pos_count += number_of(pairs, 1)
     if BIAS == 1:
         if not MIXED:
             members = members & (column_shift != LEFT_OUT)[None, :]
-            missing += tl.sum((column_shift == LEFT_OUT).to(tl.int32), 0)
+            missing += number_of(column_shift == LEFT_OUT, 0)
         column_shift = tl.where(column_shift == LEFT_OUT, 0.0, column_shift)
     if BIAS == 2:
         row_shift = tl.where(row_shift == LEFT_OUT, 0.0, row_shift)
@@ -158,7 +164,7 @@ def pair_tile(
         any_near = tl.max(tl.max(near.to(tl.int32), 1), 0)
         if any_near != 0:
             exact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for d in range(0, D):
+            for d in range(0, WIDTH):
                 apart = difference(X, Y, a, c, i, j, d, N, M, D, NORMED)
                 exact += apart * apart
             squares = tl.where(near, exact, squares)
@@ -171,12 +177,12 @@ def pair_tile(
         if MIXED:
             found = tl.where(pairs, value, 0.0)
             pos_value += tl.sum(found, 1)
-            pos_active += tl.sum((found != 0).to(tl.int32), 1)
+            pos_active += number_of(found != 0, 1)
             value = tl.where(members & ~pairs, value, 0.0)
         elif BIAS == 1:
             value = tl.where(members, value, 0.0)
         neg_value += tl.sum(value, 1)
-        neg_active += tl.sum((value != 0).to(tl.int32), 1)
+        neg_active += number_of(value != 0, 1)
 
     if OWN or OTHERS:
         weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -206,11 +212,14 @@ def pair_tile(
                 if any_near != 0:
                     direct = tl.where(near, g, 0.0)
                     g = tl.where(near, 0.0, g)
-                    for d in range(0, BLOCK_D):
+                    for d in range(0, tl.minimum(WIDTH - d0, BLOCK_D)):
                         apart = difference(X, Y, a, c, i, j, d0 + d, N, M, D, NORMED)
                         part = tl.sum(apart * direct, 1)
                         gradient -= tl.where((tl.arange(0, BLOCK_D) == d)[None, :], (part * lift)[:, None], 0.0)
             r = g
+            if not INTERPRETED:
+                # Else Triton computes the whole tile once more in the layout of the product's operand.
+                r = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [r], dtype=tl.float32, is_pure=False, pack=1)
             if NORMED:
                 r = r * c[None, :]
             if dtype == tl.float16:
@@ -234,11 +243,11 @@ def pair_tile(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "M", "POS_MARGIN", "NEG_MARGIN"])
+@triton.jit(do_not_specialize=["N", "M", "WIDTH", "POS_MARGIN", "NEG_MARGIN"])
 def pair_kernel(
     X, Y, A, C, ROW_SHIFT, COLUMN_SHIFT, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE,
     ROW_SQUARES, COLUMN_SQUARES, OWN_WEIGHTS, OTHER_WEIGHTS,
-    SUMS, GRADIENT, SIMILARITY_SUMS, SLOPE_SUMS, POS_MARGIN, NEG_MARGIN, N, M,
+    SUMS, GRADIENT, SIMILARITY_SUMS, SLOPE_SUMS, POS_MARGIN, NEG_MARGIN, N, M, WIDTH,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     KIND: tl.constexpr, ONLY_POSITIVES: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -252,6 +261,7 @@ def pair_kernel(
     SUMS [3, 2, N]                   values, active pairs and pairs, in the caller's order
     GRADIENT [N, D]                  sum_j G_ij c_j y_j, where G is the derivative by s_ij, or of distances by the inner
                                      product; of distances minus sum_j G_ij a_i x_i
+    WIDTH                            the numbers of a row before it was padded
     SIMILARITY_SUMS, SLOPE_SUMS [N]  of G times similarity and of G, in the caller's order
     """
     i0 = tl.program_id(0) * BLOCK_M
@@ -305,7 +315,7 @@ def pair_kernel(
                 X, Y, C, x, a, COLUMN_SHIFT, COLUMN_NAMES, OTHER_WEIGHTS, ROW_SQUARES, COLUMN_SQUARES,
                 row_shift, row_names, start, end, row_squares, pos_weight, neg_weight, scale, POS_MARGIN, NEG_MARGIN,
                 pos_value, neg_value, pos_active, neg_active, pos_count, missing, similarity_sums, slope_sums, lift,
-                gradient, i0, j0, d0, N, M,
+                gradient, i0, j0, d0, N, M, WIDTH,
                 D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D, SELF, IDS, NORMED, BIAS, KIND, ONLY_POSITIVES, False,
                 SUMS is not None, OWN_WEIGHTS is not None, OTHER_WEIGHTS is not None, SIMILARITY_SUMS is not None,
                 SLOPE_SUMS is not None, GRADIENT is not None, PRECISION, INTERPRETED,
@@ -319,7 +329,7 @@ def pair_kernel(
             X, Y, C, x, a, COLUMN_SHIFT, COLUMN_NAMES, OTHER_WEIGHTS, ROW_SQUARES, COLUMN_SQUARES,
             row_shift, row_names, start, end, row_squares, pos_weight, neg_weight, scale, POS_MARGIN, NEG_MARGIN,
             pos_value, neg_value, pos_active, neg_active, pos_count, missing, similarity_sums, slope_sums, lift,
-            gradient, i0, j0, d0, N, M,
+            gradient, i0, j0, d0, N, M, WIDTH,
             D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D, SELF, IDS, NORMED, BIAS, KIND, ONLY_POSITIVES, True,
             SUMS is not None, OWN_WEIGHTS is not None, OTHER_WEIGHTS is not None, SIMILARITY_SUMS is not None,
             SLOPE_SUMS is not None, GRADIENT is not None, PRECISION, INTERPRETED,
@@ -338,8 +348,8 @@ def pair_kernel(
                 factor = factor * a
             gradient -= own * factor[:, None]
         d = d0 + tl.arange(0, BLOCK_D)
-        places = GRADIENT + tl.cast(i0, tl.int64) * D + (tl.arange(0, BLOCK_M)[:, None] * D + d[None, :])
-        tl.store(places, gradient, mask=is_row[:, None])
+        targets = GRADIENT + tl.cast(i0, tl.int64) * D + (tl.arange(0, BLOCK_M)[:, None] * D + d[None, :])
+        tl.store(targets, gradient, mask=is_row[:, None])
     if d0 == 0:
         places = row_places(ORDER, i, N)
         if SUMS is not None:

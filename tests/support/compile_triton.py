@@ -108,7 +108,14 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         of_assignments = name in ("R", "Q") and "assignments" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
         signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
-        if name not in ("N", "M", "SPAN", "K", "POS_MARGIN", "NEG_MARGIN"):  # as at run time: torch's memory is aligned to 16 bytes
+        if name not in (
+            "N",
+            "M",
+            "SPAN",
+            "K",
+            "POS_MARGIN",
+            "NEG_MARGIN",
+        ):  # as at run time: torch's memory is aligned to 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
     return built(job, kernel, shape, signature, constexprs, attributes)
 

@@ -72,7 +72,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "cont
 
     It is the selected backend, else the fastest available one; or its replacement by `_stand_in`.
 
-    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"sinkhorn"`` or ``"topk"``.
+    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"pair_distances"``, ``"sinkhorn"`` or
+    ``"topk"``.
     """
     if device.type == "cpu" and (wrong := native.wrong_cap()):
         raise ValueError(wrong)
@@ -115,8 +116,8 @@ def missing_feature(name: str, dtype: torch.dtype, family: str) -> str:
         return "computes no float64"
     if name == "cuda" and family == "soft_assignments":
         return "computes no soft assignments"
-    if name == "cuda" and family == "pair_sums":
-        return "computes no sums over pairs"
+    if name == "cuda" and family == "pair_distances":
+        return "computes no sums of distances over pairs"
     return ""
 
 

@@ -87,9 +87,7 @@ class _Sweep:
         weighted = given.get("GRADIENT") is not None
         number, careful = KINDS[p.kind].number, launch.flags["IDS"] or launch.flags["BIAS"] != 0
         (_, width), tf32 = rows.rows.shape, launch.flags["PRECISION"] == "tf32"
-        shape = tile_for(
-            number, weighted, careful, architecture(p.device), rows.rows.dtype, width, tf32, INTERPRETED
-        )
+        shape = tile_for(number, weighted, careful, architecture(p.device), rows.rows.dtype, width, tf32, INTERPRETED)
         arguments = dict.fromkeys(("OWN_WEIGHTS", "OTHER_WEIGHTS", "SUMS", "GRADIENT", "SIMILARITY_SUMS", "SLOPE_SUMS"))
         arguments |= given | {
             "SCALE": p.logit_scale,

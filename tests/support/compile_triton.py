@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastcl.ops.backends import triton_launch, triton_tiles
+from fastcl.ops.pairs import triton as pairs_triton
 from fastcl.ops.soft import triton as soft_triton
 from fastcl.ops.topk import triton as topk_triton
 
@@ -33,7 +34,7 @@ POINTERS = {
     "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
     "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
     "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
-    "BEST": "*i64", "SPAN": "i32", "K": "i32",
+    "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
@@ -52,6 +53,7 @@ KERNELS = {
     "topk": "topk_kernel",
     "soft_forward": "soft_statistics_kernel",
     "soft_backward": "soft_gradient_kernel",
+    "pairs": "pair_kernel",
 }
 WHOLE_ROWS = ("rows", "finish")
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -66,6 +68,12 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         shape = topk_triton.shape(job["architecture"], dtype, d, job["flags"]["SLOTS"])
     elif job["kind"].startswith("soft_"):
         shape = soft_triton.tile_for(job["kind"], job["architecture"], dtype, d, job["precision"] == "tf32")
+    elif job["kind"] == "pairs":
+        weighted = "GRADIENT" not in job["absent"]
+        number = job["flags"]["KIND"]
+        shape = pairs_triton.tile_for(
+            number, weighted, careful, job["architecture"], dtype, d, job["precision"] == "tf32"
+        )
     elif job["kind"] not in (*triton_tiles.KINDS, "observation"):
         shape = triton_tiles.ROWS_AT_ONCE
     elif "tile" in job:
@@ -101,7 +109,14 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         of_assignments = name in ("R", "Q") and "assignments" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
         signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
-        if name not in ("N", "M", "SPAN", "K"):  # as at run time: torch's memory is aligned to 16 bytes
+        if name not in (
+            "N",
+            "M",
+            "SPAN",
+            "K",
+            "POS_MARGIN",
+            "NEG_MARGIN",
+        ):  # as at run time: torch's memory is aligned to 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
     return built(job, kernel, shape, signature, constexprs, attributes)
 

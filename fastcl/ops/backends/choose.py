@@ -73,7 +73,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "cont
 
     It is the selected backend, else the fastest available one; or its replacement by `_stand_in`.
 
-    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"sinkhorn"`` or ``"topk"``.
+    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"pair_distances"``, ``"sinkhorn"`` or
+    ``"topk"``.
     """
     if device.type == "cpu" and (wrong := native.wrong_cap()):
         raise ValueError(wrong)
@@ -113,15 +114,13 @@ FAMILIES = {
     "contrastive_stats": "contrastive statistics",
     "soft_assignments": "soft assignments",
     "pair_sums": "sums over pairs",
+    "pair_distances": "sums of distances over pairs",
     "sinkhorn": "Sinkhorn",
     "topk": "top-k",
 }
 
 # The families that a backend lacks. By default another backend computes them; if the backend is named, it is an error.
-LACKING: dict[str, frozenset[str]] = {
-    "cuda": frozenset({"soft_assignments", "pair_sums"}),
-    "triton": frozenset({"pair_sums"}),
-}
+LACKING: dict[str, frozenset[str]] = {"cuda": frozenset({"soft_assignments", "pair_distances"})}
 
 # Backends that replace one which lacks a family or a dtype, best first.
 REPLACEMENTS = {"cuda": ("triton", "chunked"), "triton": ("chunked",)}

@@ -75,6 +75,7 @@ MODULES = {
     "topk_kernel": "topk.triton_kernels",
     "soft_statistics_kernel": "soft.triton_kernels",
     "soft_gradient_kernel": "soft.triton_kernels",
+    "pair_kernel": "pairs.triton_kernels",
 }
 PER_ROW = "contrastive.triton.per_row_kernels"  # the module of all other kernels
 

@@ -17,7 +17,7 @@ from ..backends.choose import choose_backend
 from ..contrastive.infinite import rows_as_nan
 from ..contrastive.records import Rows
 from ..library import LIBRARY, intercepted, register, without_autocast
-from . import chunked, cpu, reference
+from . import chunked, cpu, cuda, reference, triton
 from .records import LENGTH, SCHEMA, SOURCES, TENSORS, Gradients, Needs, Pairs, Sums, flatten, unflatten
 
 
@@ -28,7 +28,7 @@ class Backend(Protocol):
         """The sums and, with weights [2, N], the needed gradients of ``sum(weights * sums.values)``."""
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "chunked": chunked, "cpu": cpu}
+BACKENDS: dict[str, Backend] = {"reference": reference, "chunked": chunked, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 _SUMS = "Tensor values, Tensor active, Tensor counts"
 _GRADIENTS = ", ".join(f"Tensor {name}" for name in Gradients._fields)
@@ -242,4 +242,4 @@ def _prepared(p: Pairs) -> tuple[Pairs, str]:
     offset = None if p.offset is None else p.offset.to(dtype)
     scale = p.logit_scale.to(dtype)
     p = Pairs(p.anchors, contrasts, scale, offset, p.kind, p.pos_margin, p.neg_margin, p.only_positives)
-    return p, choose_backend(p.device, dtype, "pair_sums")
+    return p, choose_backend(p.device, dtype, "pair_distances" if p.of_distance else "pair_sums")

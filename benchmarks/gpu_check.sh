@@ -58,7 +58,7 @@ stand_in_for() {
         build) "$PYTHON" -m fastcl.info ;;
         smoke) "$PYTHON" -m pytest -q --collect-only -p no:cacheprovider -m "gpu and smoke" "${gpu_tests[@]}" ;;
         speed) "$PYTHON" -m benchmarks --device cuda --rehearse --budget $((FASTCL_CHECK_BOX - 20)) --out "$OUT" ;;
-        tests) "$PYTHON" -m pytest -v -p no:cacheprovider tests/backends/test_gpu_rehearsed.py ;;
+        tests) "$PYTHON" -m pytest -v -p no:cacheprovider -m "not slow" tests/backends/test_gpu_rehearsed.py ;;
         sanitizer) "$PYTHON" -m pytest -q --collect-only -p no:cacheprovider -m gpu "$SANITIZED" ;;
     esac
 }

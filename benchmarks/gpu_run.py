@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -78,11 +79,18 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
+def _finite(value: Any) -> Any:
+    """Replaces NaN and infinities, which JSON does not have, by None."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append(folder: Path, row: Row) -> None:
     path = folder / ROWS
     cut = path.is_file() and bool(text := path.read_text()) and not text.endswith("\n")
     with path.open("a") as file:
-        file.write("\n" * cut + json.dumps(row) + "\n")
+        file.write("\n" * cut + json.dumps(_finite(row), allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

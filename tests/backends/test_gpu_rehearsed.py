@@ -127,9 +127,15 @@ def test_assignments(call) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["STATISTICS", "SINKHORN_AND_TOPK"])
 def test_programs_for_the_sanitizer_run_in_the_emulator(program, capsys) -> None:
+    """In one dtype and with shorter rows, since the emulator has tests of its own, and takes its time."""
     text = getattr(test_cuda_gpu, program)
-    on_the_host = text.replace('device = "cuda"', 'device = "cpu"')
-    assert on_the_host != text
+    for there, here in (
+        ('device = "cuda"', 'device = "cpu"'),
+        ("(torch.float32, torch.bfloat16, torch.float16)", "(torch.bfloat16,)"),
+        ("3000", "300") if program == "STATISTICS" else ("8193", "813"),
+    ):
+        assert there in text
+        text = text.replace(there, here)
     with emulating():
-        exec(on_the_host, {})
+        exec(text, {})
     assert capsys.readouterr().out == "done\n"

@@ -167,6 +167,7 @@ def test_a_wrong_provider_has_no_time_and_one_that_raises_stops_no_other(tmp_pat
     assert "ZeroDivisionError: planted" in rows["fastcl cuda", TIME]["reason"]
     assert rows["fastcl cuda", KERNELS]["status"] == "error"
     assert rows["peer", TIME]["status"] == "wrong"
+    assert rows["peer", TIME]["error"]["random"]["loss"] is None  # NaN, which JSON does not have
     assert rows["eager", TIME]["status"] == "ok"
     assert rows["eager", TIME]["p50_ms"] > 0
     page = gpu_report.page(gpu_run.read(tmp_path))

@@ -81,6 +81,8 @@ def _choices() -> list[str]:
     families = {
         "contrastive_stats": "contrastive_stats",
         "soft assignments": "soft_assignments",
+        "pair sums": "pair_sums",
+        "pair distances": "pair_distances",
         "sinkhorn": "sinkhorn",
         "topk_similarity": "topk",
     }

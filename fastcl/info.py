@@ -93,7 +93,8 @@ def _choices() -> list[str]:
         "contrastive_stats": "contrastive_stats",
         "return_stats": "contrastive_stats",
         "soft assignments": "soft_assignments",
-        "sums over pairs": "pair_sums",
+        "pair sums": "pair_sums",
+        "pair distances": "pair_distances",
         "sinkhorn": "sinkhorn",
         "topk_similarity": "topk",
     }

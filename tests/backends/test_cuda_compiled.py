@@ -27,7 +27,9 @@ PRODUCTS = {
 }
 MANGLED = {"Bfloat16": "INS0_8Bfloat16EE", "Half": "INS0_4HalfEE", "float": "IfEE"}
 SWEEPS = [
-    (kernel, dtype) for kernel in ("statistics_kernel", "gradient_kernel", "weighted_kernel") for dtype in PRODUCTS
+    (kernel, dtype)
+    for kernel in ("statistics_kernel", "gradient_kernel", "weighted_kernel", "pair_kernel")
+    for dtype in PRODUCTS
 ]
 
 

@@ -194,6 +194,39 @@ def test_soft_assignments_compile_without_spills(architecture, dtype, precision,
     assert len({result["tile"][2] for result in results}) == 1  # logits are sums in the same order along D
 
 
+# By the number of `maps.KINDS`; of distances scale and offset have no gradient.
+PAIRS = [
+    (architecture, dtype, precision, d, kind)
+    for architecture in ARCHITECTURES
+    for dtype, precision in ROWS
+    for d in DIMENSIONS
+    for kind in range(4)
+]
+SOME_PAIRS = [(90, "bfloat16", "ieee", 128, 0), (90, "float32", "ieee", 128, 3), (100, "float16", "ieee", 256, 2)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "precision", "d", "kind"),
+    PAIRS if os.environ.get("FASTCL_COMPILE_ALL") else SOME_PAIRS,
+)
+def test_pair_sums_compile_without_spills(architecture, dtype, precision, d, kind, tmp_path) -> None:
+    common = {"kind": "pairs", "architecture": architecture, "dtype": dtype, "precision": precision, "d": d}
+    logits = ["ROW_SQUARES", "COLUMN_SQUARES"]
+    distances = ["ROW_SHIFT", "SIMILARITY_SUMS", "SLOPE_SUMS"]
+    outputs = ["GRADIENT", "SIMILARITY_SUMS", "SLOPE_SUMS", "OWN_WEIGHTS", "OTHER_WEIGHTS"]
+    absent = distances if kind >= 2 else logits
+    flags = {"KIND": kind, "ONLY_POSITIVES": False}
+    asked = [
+        common | {"careful": True, "absent": absent, "flags": flags},
+        common | {"careful": True, "absent": absent + outputs, "flags": flags},
+        common | {"careful": False, "absent": [*absent, "COLUMN_SHIFT"], "flags": flags | {"SELF": True}},
+    ]
+    for result in compiled(asked, tmp_path):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+        assert result["fusible"] == 0, result
+
+
 def test_rows_are_padded_to_what_tiles_take() -> None:
     for d in range(1, 4097):
         width = padded(d)

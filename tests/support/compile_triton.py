@@ -69,11 +69,9 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     elif job["kind"].startswith("soft_"):
         shape = soft_triton.tile_for(job["kind"], job["architecture"], dtype, d, job["precision"] == "tf32")
     elif job["kind"] == "pairs":
-        weighted = "GRADIENT" not in job["absent"]
-        number = job["flags"]["KIND"]
-        shape = pairs_triton.tile_for(
-            number, weighted, careful, job["architecture"], dtype, d, job["precision"] == "tf32"
-        )
+        distances, weighted = job["flags"]["KIND"] >= 2, "GRADIENT" not in job["absent"]
+        tf32 = job["precision"] == "tf32"
+        shape = pairs_triton.tile_for(distances, weighted, job["architecture"], dtype, d, tf32)
     elif job["kind"] not in (*triton_tiles.KINDS, "observation"):
         shape = triton_tiles.ROWS_AT_ONCE
     elif "tile" in job:

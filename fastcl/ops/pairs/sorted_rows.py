@@ -10,7 +10,7 @@ from .records import Pairs
 
 
 def as_problem(p: Pairs) -> Problem:
-    """The rows as those of contrastive statistics. Self-contrast has no use for ids; a set needs the other's clusters."""
+    """The rows as those of contrastive statistics. Self-contrast ignores ids; clusters and ids are of both sets."""
     others = p.contrasts
     clustered = others is None or (p.anchors.clusters is not None and others.clusters is not None)
     named = others is not None and p.anchors.ids is not None and others.ids is not None
@@ -35,5 +35,5 @@ def in_order(values: Tensor, order: Tensor | None) -> Tensor:
 
 
 def marked(bias: Tensor) -> Tensor:
-    """The contrasts' bias with infinity, the kernels' LEFT_OUT, for contrasts that take no part, and NaN for infinity."""
+    """The contrasts' bias, infinity (the kernels' LEFT_OUT) for contrasts that take no part, NaN for infinity."""
     return torch.where(bias == -torch.inf, torch.inf, torch.where(bias == torch.inf, torch.nan, bias))

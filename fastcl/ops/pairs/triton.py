@@ -85,9 +85,8 @@ class _Sweep:
         (rows, row_shift), (columns, column_shift) = sides[::-1] if exchanged else sides
         launch = Launch.of(at, rows, columns)
         weighted = given.get("GRADIENT") is not None
-        number, careful = KINDS[p.kind].number, launch.flags["IDS"] or launch.flags["BIAS"] != 0
         (_, width), tf32 = rows.rows.shape, launch.flags["PRECISION"] == "tf32"
-        shape = tile_for(number, weighted, careful, architecture(p.device), rows.rows.dtype, width, tf32, INTERPRETED)
+        shape = tile_for(p.of_distance, weighted, architecture(p.device), rows.rows.dtype, width, tf32, INTERPRETED)
         arguments = dict.fromkeys(("OWN_WEIGHTS", "OTHER_WEIGHTS", "SUMS", "GRADIENT", "SIMILARITY_SUMS", "SLOPE_SUMS"))
         arguments |= given | {
             "SCALE": p.logit_scale,
@@ -98,7 +97,7 @@ class _Sweep:
             "POS_MARGIN": p.pos_margin,
             "NEG_MARGIN": p.neg_margin,
             "WIDTH": p.anchors.values.shape[1],
-            "KIND": number,
+            "KIND": KINDS[p.kind].number,
             "ONLY_POSITIVES": p.only_positives,
         }
         launch.run("pair_kernel", shape, launch.grid(shape) if weighted else launch.row_blocks(shape), arguments)
@@ -110,17 +109,20 @@ class _Sweep:
 
 
 def tile_for(
-    kind: int,
+    distances: bool,
     weighted: bool,
-    careful: bool,
     architecture: int,
     dtype: torch.dtype,
     d: int,
     tf32: bool,
     interpreted: bool = False,
 ) -> Tile:
-    """The shape for a kind of `maps.KINDS`, by number. weighted: the gradient of the rows is wanted."""
-    return tile("backward" if weighted else "running", architecture, dtype, d, True, tf32, interpreted)
+    """The shape for maps of distances or of logits. weighted: the gradient of the rows is wanted."""
+    shape = tile("backward" if weighted else "running", architecture, dtype, d, True, tf32, interpreted)
+    if interpreted or not distances or dtype.itemsize > 2:
+        return shape
+    # Else the search for near pairs would spill.
+    return shape._replace(block_d=64 if weighted and d > 128 else shape.block_d, warps=8)
 
 
 def _squares(rows: SortedRows) -> Tensor:

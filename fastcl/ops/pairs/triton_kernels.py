@@ -39,7 +39,7 @@ HIGHEST = tl.constexpr(2.0**113)
 
 @triton.jit
 def number_of(places, AXIS: tl.constexpr):
-    """How many are true along an axis. Of a sum of integers LLVM makes a population count that passes through memory."""
+    """How many are true along an axis. A sum of integers would become a population count that passes through memory."""
     return tl.sum(tl.where(places, 1.0, 0.0), AXIS).to(tl.int32)
 
 
@@ -126,7 +126,7 @@ def pair_tile(
 ):  # fmt: skip
     """Adds the columns [j0, j0 + BLOCK_N) to the sums of the rows [i0, i0 + BLOCK_M)."""
     dtype: tl.constexpr = Y.dtype.element_ty
-    OF_DISTANCE: tl.constexpr = KIND >= DISTANCE
+    of_distance: tl.constexpr = KIND >= DISTANCE
     i = i0 + tl.arange(0, BLOCK_M)
     j = j0 + tl.arange(0, BLOCK_N)
     is_column = j < M
@@ -156,12 +156,12 @@ def pair_tile(
     if BIAS == 2:
         row_shift = tl.where(row_shift == LEFT_OUT, 0.0, row_shift)
 
-    if OF_DISTANCE:
+    if of_distance:
         column_squares = tl.load(COLUMN_SQUARES + j, mask=is_column, other=0.0)
         largest = row_squares[:, None] + column_squares[None, :]
         squares = largest - 2.0 * similarity
         near = members & (squares < largest * NEAR)
-        any_near = tl.max(tl.max(near.to(tl.int32), 1), 0)
+        any_near = tl.max(tl.max(tl.where(near, 1.0, 0.0), 1), 0)
         if any_near != 0:
             exact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for d in range(0, WIDTH):
@@ -202,13 +202,13 @@ def pair_tile(
             g = tl.where(members, g, 0.0)
         if SIMILARITIES:
             similarity_sums += tl.sum(g * similarity, 1)
-        if OF_DISTANCE:  # the derivative by the inner product
+        if of_distance:  # the derivative by the inner product
             g = tl.where(t == 0, 0.0, -g / t)
         elif SLOPES:
             slope_sums += tl.sum(g, 1)
         if GRADIENT:
             columns = load_rows(Y, j0, d0, M, D, BLOCK_N, BLOCK_D, MIXED, PRECISION, INTERPRETED)
-            if OF_DISTANCE:
+            if of_distance:
                 if any_near != 0:
                     direct = tl.where(near, g, 0.0)
                     g = tl.where(near, 0.0, g)
@@ -230,7 +230,7 @@ def pair_tile(
                 lift = new
                 r = r * lift[:, None]
             r = rounded(r, dtype, PRECISION, INTERPRETED)
-            if OF_DISTANCE:  # of the same roundings as the product, as the two parts of x - y cancel
+            if of_distance:  # of the same roundings as the product, as the two parts of x - y cancel
                 seen = r.to(tl.float32)
                 if NORMED:
                     seen = tl.where((c == 0)[None, :], 0.0, seen / c[None, :])

@@ -1,4 +1,4 @@
-"""Sums over pairs on `triton`, interpreted, and on `cuda`, emulated: what their kernels do and the other backends do not."""
+"""Sums over pairs on `triton`, interpreted, and on `cuda`, emulated: what is special about their kernels."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,13 +29,13 @@ def call(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 CASES = {
     "self-contrast": {"n": 37, "m": None},
     "self-contrast, offsets of rows": {"n": 70, "m": None, "offset": "rows"},
-    "self-contrast, one offset": {"n": 37, "m": None, "offset": "all"},
+    "self-contrast, one offset": {"n": 17, "m": None, "offset": "all"},
     "two sets": {"n": 30, "m": 71, "offset": "rows"},
     "two sets, ids and bias": {"n": 67, "m": 40, "ids": True, "bias": True, "offset": "all"},
     "no clusters, bias": {"n": 20, "m": 70, "clusters": None, "bias": True},
     "only positives": {"n": 70, "m": 67, "ids": True, "only_positives": True},
     "rows as they come": {"n": 37, "m": 20, "normalize": False},
-    "many columns": {"n": 5, "m": 300, "clusters": 2},
+    "many columns": {"n": 5, "m": 140, "clusters": 2},
     "near pairs": {"n": 40, "m": 31, "near": 1e-4, "clusters": 3},
     "near pairs as they come": {"n": 40, "m": None, "near": 1e-4, "clusters": 3, "normalize": False},
 }
@@ -126,8 +126,8 @@ def test_contrasts_left_out_may_hold_anything(call):
 
 def test_bits_do_not_change_from_run_to_run(call):
     name, kind = call
-    p = problem(70, 67, 9, kind)
-    weights = torch.rand(2, 70, generator=torch.Generator().manual_seed(1))
+    p = problem(20, 67, 9, kind)
+    weights = torch.rand(2, 20, generator=torch.Generator().manual_seed(1))
     first, second = (sweep(p, name, weights, ALL) for _ in range(2))
     for one, other in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
         assert one is None or torch.equal(one, other)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def test_bits_do_not_change_from_run_to_run(call):
 
 def test_without_weights_there_are_sums_only(call):
     name, kind = call
-    p = problem(20, 70, 9, kind)
+    p = problem(20, 37, 9, kind)
     sums, found = sweep(p, name)
     full, _ = sweep(p, name, torch.ones(2, 20), ALL)
     assert all(gradient is None for gradient in found)

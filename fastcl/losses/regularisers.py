@@ -50,7 +50,7 @@ class KoLeoLoss(nn.Module):
     .. math:: l_i = -\log( |\hat x_i - \hat x_{n(i)}| + \epsilon ), \qquad
               n(i) = \operatorname{argmax}_{j \neq i} \langle \hat x_i, \hat x_j \rangle
 
-    ``KoLeoLoss()(embeddings)`` is lightly's call. The neighbour is exact (:func:`topk_similarity`), similarities are not
+    ``KoLeoLoss()(embeddings)`` is lightly's call. The neighbour is exact (:func:`topk_similarity`), no similarities are
     stored, and both ends of a pair get gradients. The distance is computed from the difference of the rows, so that
     near neighbours keep their digits; at distance 0 the gradient is 0.
 

@@ -106,6 +106,18 @@ def test_one_class(name: str) -> None:
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(got, [x, w]))
 
 
+def test_no_contrasts_and_no_classes(backend) -> None:
+    rows = plain.class_rows("random", torch.float32)
+    x, none = rows["embeddings"].requires_grad_(), rows["prototypes"][:0].requires_grad_()
+    for loss in (
+        F.multi_similarity_loss(x, rows["labels"], none, rows["labels"][:0]),
+        *(form(x[:0], rows["labels"][:0], none) for form, _, _ in CLASS_LOSSES.values()),
+    ):
+        assert loss.item() == 0
+        gradients = torch.autograd.grad(loss, [x, none])
+        assert not any(gradient.any() for gradient in gradients)
+
+
 MODULES = {
     "arcface": (fastcl.ArcFaceLoss, "W", "margin=28.6, scale=64.0"),
     "cosface": (fastcl.CosFaceLoss, "W", "margin=0.35, scale=64.0"),

@@ -130,9 +130,8 @@ def test_metric_learning_multi_similarity(labels, options, backend) -> None:
 def test_lightly_koleo(options, backend) -> None:
     """Theirs adds eps to each difference too, hence the tolerance of the second."""
     x, peer = draw(14, 6), package("lightly.loss.koleo_loss").KoLeoLoss(**options)
-    results = []
-    for value in (fastcl.KoLeoLoss(**options)(x), peer(x)):
-        results.append((value.detach(), *torch.autograd.grad(value, x)))
+    values = (fastcl.KoLeoLoss(**options)(x), peer(x))
+    results = [(value.detach(), *torch.autograd.grad(value, x)) for value in values]
     torch.testing.assert_close(*results, rtol=20 * options.get("eps", 1e-8), atol=20 * options.get("eps", 1e-8))
 
 

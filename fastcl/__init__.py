@@ -5,9 +5,13 @@ __version__ = "0.1.0"
 from . import functional
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
+from .losses.decoupled import DCLWLoss
+from .losses.metric import ArcFaceLoss, CosFaceLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from .losses.pair_contrastive import PairContrastiveLoss
 from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .losses.prototypes import MSNLoss, PMSNLoss, SwAVLoss
+from .losses.prototypical import ProtoNCELoss
+from .losses.regularisers import HypersphereLoss, KoLeoLoss
 from .losses.sampled import SampledNCELoss, sampled_similarity
 from .losses.sigmoid import SigLipLoss, SigmoidLoss
 from .losses.summary import LossStats
@@ -19,20 +23,28 @@ from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkho
 from .statistics import ContrastiveStats, contrastive_stats
 
 __all__ = [
+    "ArcFaceLoss",
     "ClipLoss",
     "ClusterInfoNCE",
     "ContrastiveStats",
+    "CosFaceLoss",
     "DCLLoss",
+    "DCLWLoss",
     "DebiasedLoss",
     "HardNegativeLoss",
+    "HypersphereLoss",
+    "KoLeoLoss",
     "LossStats",
     "MSNLoss",
     "MemoryBank",
     "MemoryQueue",
     "MoCoLoss",
+    "MultiSimilarityLoss",
     "NTXentLoss",
     "PMSNLoss",
     "PairContrastiveLoss",
+    "ProtoNCELoss",
+    "ProxyAnchorLoss",
     "SampledNCELoss",
     "SigLipLoss",
     "SigmoidLoss",

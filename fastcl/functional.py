@@ -1,7 +1,11 @@
 """The stateless forms of the losses, the statistics that they are made of, nearest rows, and Sinkhorn."""
 
 from .losses.cluster import cluster_infonce
+from .losses.decoupled import dclw_loss
+from .losses.metric import arcface_loss, cosface_loss, multi_similarity_loss, proxy_anchor_loss
 from .losses.pair_contrastive import pair_contrastive_loss
+from .losses.prototypical import proto_nce_loss
+from .losses.regularisers import hypersphere_loss, koleo_loss
 from .losses.sampled import sampled_similarity
 from .losses.sigmoid import sigmoid_loss
 from .neighbors import knn_predict, topk_similarity
@@ -9,10 +13,18 @@ from .sinkhorn import sinkhorn
 from .statistics import contrastive_stats
 
 __all__ = [
+    "arcface_loss",
     "cluster_infonce",
     "contrastive_stats",
+    "cosface_loss",
+    "dclw_loss",
+    "hypersphere_loss",
     "knn_predict",
+    "koleo_loss",
+    "multi_similarity_loss",
     "pair_contrastive_loss",
+    "proto_nce_loss",
+    "proxy_anchor_loss",
     "sampled_similarity",
     "sigmoid_loss",
     "sinkhorn",

@@ -1,10 +1,11 @@
-"""Shared by the modules of losses: buffers that keep their dtype, and numbers in `extra_repr`."""
+"""Shared by the modules of losses: buffers that keep their dtype, numbers in `extra_repr`, plain reductions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -57,3 +58,16 @@ def shown_number(name: str, value: float | Tensor) -> str:
             return f"{name}={type(value.data).__name__}{learned}"
         value = value.detach().item()
     return f"{name}={value:g}{learned}"
+
+
+def loss_dtype(embeddings: Tensor) -> torch.dtype:
+    """The dtype of a loss: float64 for float64 embeddings, else float32."""
+    return torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+
+
+def reduced(terms: Tensor, reduction: str, embeddings: Tensor) -> Tensor:
+    """The terms [N] reduced over all rows, whether or not they have contrasts; the mean of no rows is 0."""
+    terms = terms.to(loss_dtype(embeddings))
+    if reduction == "none":
+        return terms
+    return terms.sum() if reduction == "sum" else terms.sum() / max(len(terms), 1)

@@ -159,6 +159,22 @@ def weighted_dcl(z0: Tensor, z1: Tensor, temperature: float, sigma: float) -> Te
     return loss
 
 
+def test_map_loss_of_the_documentation() -> None:
+    """A contrastive loss on cosines: means over the positives below one margin and the negatives above another."""
+    page = (DOCS / "own_loss.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "hinge_pos" in block)
+    made: dict[str, Tensor] = {}
+    torch.manual_seed(0)
+    exec(code, made)
+    z = made["z"].detach().double().requires_grad_()
+    s, other = cosines(z, z), ~torch.eye(256, dtype=torch.bool)
+    same = made["labels"][:, None] == made["labels"]
+    near, far = (0.8 - s)[same & other].clamp(min=0), (s - 0.3)[~same].clamp(min=0)
+    expected = near.sum() / (near > 0).sum() + far.sum() / (far > 0).sum()
+    torch.testing.assert_close((made["pull"] + made["push"]).double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(made["z"].grad.double(), torch.autograd.grad(expected, z)[0], rtol=1e-3, atol=1e-6)
+
+
 def test_weighted_decoupled_loss(backend) -> None:
     """Yeh et al. 2022, equation 7: the positives' weights follow a von Mises-Fisher distribution."""
     z0, z1 = draw(7, 5), draw(7, 5, seed=1)

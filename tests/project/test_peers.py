@@ -88,6 +88,58 @@ def test_lightly_dclw(backend) -> None:
     z0, z1 = draw(9, 5), draw(9, 5, seed=1)
     peer = dcl.DCLLoss(0.1, weight_fn=dcl.negative_mises_fisher_weights)
     agree(weighted_dcl(z0, z1, 0.1, 0.5), peer(z0, z1), [z0, z1])
+    agree(fastcl.DCLWLoss()(z0, z1), dcl.DCLWLoss()(z0, z1), [z0, z1])
+    agree(fastcl.DCLWLoss(0.3, 0.2)(z0, z1), dcl.DCLWLoss(0.3, 0.2)(z0, z1), [z0, z1])
+
+
+CLASS_LOSSES = {
+    "ArcFaceLoss": [{}, {"margin": 60, "scale": 8}],
+    "CosFaceLoss": [{}, {"margin": 0.1, "scale": 8}],
+    "ProxyAnchorLoss": [{}, {"margin": 0.2, "alpha": 8}],
+}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+def test_metric_learning_class_vectors(name, which, backend) -> None:
+    """Parameters have the peer's names, so that its state loads."""
+    losses = package("pytorch_metric_learning.losses")
+    options, x = CLASS_LOSSES[name][which], draw(14, 6)
+    peer = getattr(losses, name)(5, 6, **options).double()
+    loss = getattr(fastcl, name)(5, 6, **options).double()
+    loss.load_state_dict(peer.state_dict())
+    results = []
+    for one in (loss, peer):
+        value = one(x, LABELS)
+        results.append((value.detach(), *torch.autograd.grad(value, [x, *one.parameters()])))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 5, "beta": 20, "base": 0.1}], ids=["defaults", "others"])
+@pytest.mark.parametrize("labels", [PAIRS, LABELS, torch.arange(14)], ids=["one positive", "several", "none"])
+def test_metric_learning_multi_similarity(labels, options, backend) -> None:
+    losses = package("pytorch_metric_learning.losses")
+    x, y = draw(14, 6), draw(10, 6, seed=1)
+    loss, peer = fastcl.MultiSimilarityLoss(**options), losses.MultiSimilarityLoss(**options)
+    agree(loss(x, labels), peer(x, labels), [x])
+    of = labels[:10]
+    agree(loss(x, labels, y, of), peer(x, labels, ref_emb=y, ref_labels=of), [x, y])
+
+
+@pytest.mark.parametrize("options", [{}, {"p": 1, "eps": 1e-6}], ids=["defaults", "others"])
+def test_lightly_koleo(options, backend) -> None:
+    """Theirs adds eps to each difference too, hence the tolerance of the second."""
+    x, peer = draw(14, 6), package("lightly.loss.koleo_loss").KoLeoLoss(**options)
+    values = (fastcl.KoLeoLoss(**options)(x), peer(x))
+    results = [(value.detach(), *torch.autograd.grad(value, x)) for value in values]
+    torch.testing.assert_close(*results, rtol=20 * options.get("eps", 1e-8), atol=20 * options.get("eps", 1e-8))
+
+
+@pytest.mark.parametrize("options", [{}, {"t": 2.0, "lam": 0.5, "alpha": 1.0}], ids=["defaults", "others"])
+def test_lightly_hypersphere(options, backend) -> None:
+    x, y = draw(14, 6), draw(14, 6, seed=1)
+    peer = package("lightly.loss.hypersphere_loss").HypersphereLoss(**options)
+    agree(fastcl.HypersphereLoss(**options)(x, y), peer(x, y), [x, y])
 
 
 @pytest.mark.parametrize("output_dict", [False, True])

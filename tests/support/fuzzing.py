@@ -255,6 +255,18 @@ ASSIGNED: tuple[dict[str, Any], ...] = (
     TWO_SETS | {"assignments": masses(N, K), "contrast_assignments": masses(M, K), "contrast_bias": x(M)},
 )
 WITH_BIAS = (TWO_SETS | {"contrast_bias": x(M)}, ROWS | {"contrast_bias": x(N)})
+OF_CLASSES = {"embeddings": x(N, D), "labels": ids(N), "prototypes": x(K, D, seed=1)}
+OF_LABELS: tuple[dict[str, Any], ...] = (
+    {"embeddings": x(N, D), "labels": ids(N)},
+    {"embeddings": x(N, D), "labels": ids(N), "contrasts": x(M, D), "contrast_labels": ids(M), "base": 0.1},
+)
+OF_PROTOTYPES: tuple[dict[str, Any], ...] = (
+    {"embeddings": x(N, D), "clusters": ids(N), "prototypes": x(K, D, seed=1), "concentrations": masses(K)},
+    {
+        "embeddings": x(N, D), "clusters": ids(N) - 1, "prototypes": x(K, D, seed=1), "concentrations": masses(K),
+        "num_negatives": 1, "negatives": ids(1), "generator": None,
+    },
+)  # fmt: skip
 OPTIONS = (
     {"temperature": 0.2, "form": "inside", "margin": 0.1},
     {"denominator": "negatives", "reduction": "none", "normalize": False},
@@ -367,6 +379,23 @@ TARGETS: dict[str, Target] = {
         {"embeddings": x(N, D), "indices": ids(N), "bank": bank(), "negatives": ids(N * 2).reshape(N, 2)},
         {"embeddings": x(N, D), "indices": ids(N), "bank": bank(), "positives": x(N, D, seed=1)},
     ),
+    "arcface_loss": function(functional.arcface_loss, OF_CLASSES, OF_CLASSES | {"margin": 90, "reduction": "none"}),
+    "cosface_loss": function(functional.cosface_loss, OF_CLASSES, OF_CLASSES | {"margin": -1.0, "scale": 3}),
+    "proxy_anchor_loss": function(functional.proxy_anchor_loss, OF_CLASSES, OF_CLASSES | {"alpha": 3, "margin": 0.5}),
+    **{
+        kind.__name__: module(kind, ({"num_classes": 7, "embedding_size": D, "margin": 0.2},), OF_CLASSES)
+        for kind in (fastcl.ArcFaceLoss, fastcl.CosFaceLoss, fastcl.ProxyAnchorLoss)
+    },
+    "multi_similarity_loss": function(functional.multi_similarity_loss, *OF_LABELS),
+    "MultiSimilarityLoss": module(fastcl.MultiSimilarityLoss, ({"alpha": 1}, {"beta": 3, "base": 0.2}), *OF_LABELS),
+    "koleo_loss": function(functional.koleo_loss, {"embeddings": x(N, D), "p": 1.5, "eps": 0.1}),
+    "KoLeoLoss": module(fastcl.KoLeoLoss, ({"p": 1.5, "reduction": "none"},), {"embeddings": x(N, D)}),
+    "hypersphere_loss": function(functional.hypersphere_loss, {"z_a": x(N, D), "z_b": x(N, D, seed=1), "lam": 0.5}),
+    "HypersphereLoss": module(fastcl.HypersphereLoss, ({"t": 3, "alpha": 1},), {"z_a": x(N, D), "z_b": x(N, D)}),
+    "dclw_loss": function(functional.dclw_loss, {"z0": x(N, D), "z1": x(N, D, seed=1), "return_stats": True}),
+    "DCLWLoss": module(fastcl.DCLWLoss, ({"temperature": 0.3, "sigma": 2},), {"z0": x(N, D), "z1": x(N, D, seed=1)}),
+    "proto_nce_loss": function(functional.proto_nce_loss, *OF_PROTOTYPES),
+    "ProtoNCELoss": module(fastcl.ProtoNCELoss, (), *OF_PROTOTYPES),
     "contrastive_stats": function(
         fastcl.contrastive_stats,
         {"anchors": x(N, D), "anchor_clusters": ids(N)},

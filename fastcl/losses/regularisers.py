@@ -1,0 +1,127 @@
+"""Losses that spread embeddings over the unit sphere: KoLeo, and alignment with uniformity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checks import check_option, check_rows, finite_number, plain_number
+from ..neighbors import topk_similarity
+from ..ops.backends.rows import unit
+from ..quality import alignment, uniformity
+from .modules import reduced
+from .options import REDUCTIONS
+
+
+def koleo_loss(embeddings: Tensor, *, p: float = 2.0, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
+    """The stateless form of :class:`KoLeoLoss`, which describes formula, shapes and errors."""
+    p, eps = _norm(p), plain_number("eps", eps)
+    check_option("reduction", reduction, REDUCTIONS)
+    check_rows("embeddings", embeddings)
+    x = unit(embeddings)
+    if len(x) < 2:
+        return reduced(x.sum(1) * 0, reduction, embeddings)
+    own = torch.arange(len(x), device=x.device)
+    nearest = topk_similarity(x.detach(), x.detach(), 1, query_ids=own, key_ids=own)[1][:, 0]
+    # The derivative of the norm of 0 is 0, and the backward of an embedding is deterministic.
+    distances = torch.linalg.vector_norm(x - F.embedding(nearest, x), p, dim=1)
+    return reduced(-(distances + eps).log(), reduction, embeddings)
+
+
+def hypersphere_loss(z_a: Tensor, z_b: Tensor, *, t: float = 1.0, lam: float = 1.0, alpha: float = 2.0) -> Tensor:
+    """The stateless form of :class:`HypersphereLoss`, which describes formula, shapes and errors."""
+    t, lam, alpha = plain_number("t", t), finite_number("lam", lam), plain_number("alpha", alpha)
+    check_rows("z_a", z_a)
+    check_rows("z_b", z_b, like=z_a)
+    if z_b.shape != z_a.shape:
+        raise ValueError(f"z_b: expected shape {list(z_a.shape)}, as z_a, got {list(z_b.shape)}")
+    if len(z_a) == 0:
+        return (unit(z_a) * unit(z_b)).sum()
+    aligned = alignment(z_a, z_b, alpha)
+    if len(z_a) == 1:
+        return aligned
+    return aligned + lam * (uniformity(z_a, t) + uniformity(z_b, t)) / 2
+
+
+class KoLeoLoss(nn.Module):
+    r"""KoLeo (Sablayrolles et al. 2019; DINOv2): drives each embedding away from its nearest neighbour in the batch.
+
+    .. math:: l_i = -\log( |\hat x_i - \hat x_{n(i)}| + \epsilon ), \qquad
+              n(i) = \operatorname{argmax}_{j \neq i} \langle \hat x_i, \hat x_j \rangle
+
+    ``KoLeoLoss()(embeddings)`` is lightly's call. The neighbour is exact (:func:`topk_similarity`), no similarities are
+    stored, and both ends of a pair get gradients. The distance is computed from the difference of the rows, so that
+    near neighbours keep their digits; at distance 0 the gradient is 0.
+
+    Args:
+        p: the norm of the distance, a finite number of at least 1. The neighbour is always the nearest by cosine.
+        eps: > 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. A single embedding has loss 0.
+
+    Shapes of ``forward(embeddings)``: ``[N, D]``; float64, float32, bfloat16 or float16.
+
+    Returns:
+        A scalar, or ``[N]`` with ``reduction="none"``. float32, or float64 for float64 embeddings.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(self, p: float = 2.0, eps: float = 1e-8, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.p, self.eps = _norm(p), plain_number("eps", eps)
+        check_option("reduction", reduction, REDUCTIONS)
+        self.reduction = reduction
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """The loss. The class describes shapes and errors."""
+        return koleo_loss(embeddings, p=self.p, eps=self.eps, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:g}, eps={self.eps:g}, reduction={self.reduction!r}"
+
+
+class HypersphereLoss(nn.Module):
+    r"""Alignment and uniformity (Wang and Isola 2020): views of a sample agree, and each view spreads over the sphere.
+
+    .. math:: \operatorname{mean}_i |\hat a_i - \hat b_i|^\alpha + \frac\lambda2 \left( \log
+              \operatorname{mean}_{i \neq j} e^{-t |\hat a_i - \hat a_j|^2} + \log \operatorname{mean}_{i \neq j}
+              e^{-t |\hat b_i - \hat b_j|^2} \right)
+
+    ``HypersphereLoss()(z_a, z_b)`` is lightly's call; :func:`alignment` and :func:`uniformity` are its parts. Distances
+    are never stored.
+
+    Args:
+        t: > 0.
+        lam: :math:`\lambda`, any finite number.
+        alpha: > 0.
+
+    Shapes of ``forward(z_a, z_b)``: ``[N, D]`` both; float64, float32, bfloat16 or float16. A single pair has no
+    uniformity, and no pairs have loss 0.
+
+    Returns:
+        A scalar, float32, or float64 if one set of rows is. It is no sum over rows and has no ``reduction``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: on a second derivative.
+    """
+
+    def __init__(self, t: float = 1.0, lam: float = 1.0, alpha: float = 2.0) -> None:
+        super().__init__()
+        self.t, self.lam, self.alpha = plain_number("t", t), finite_number("lam", lam), plain_number("alpha", alpha)
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """The loss. The class describes shapes and errors."""
+        return hypersphere_loss(z_a, z_b, t=self.t, lam=self.lam, alpha=self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"t={self.t:g}, lam={self.lam:g}, alpha={self.alpha:g}"
+
+
+def _norm(p: float) -> float:
+    p = finite_number("p", p)
+    if p < 1:
+        raise ValueError(f"p: expected a number of at least 1, got {p}")
+    return p

@@ -182,7 +182,7 @@ def compiled(one: Recorded, architecture: int = 90, shape: Any = None) -> Binary
             aligned.append(place)
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-    options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False}
+    options = shape.options | {"enable_fp_fusion": False}
     attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -117,7 +117,7 @@ def built(
     result = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", job["architecture"], 32),
-        options={"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False},
+        options=shape.options | {"enable_fp_fusion": False},
     )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"

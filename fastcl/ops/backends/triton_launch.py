@@ -91,7 +91,7 @@ def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -
     arguments = {name: given[name] for name in kernel.arg_names}
     # Fused multiply-adds would round the same logit differently in different kernels.
     with _interpreting():
-        kernel[tuple(grid)](**arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False)
+        kernel[tuple(grid)](**arguments, **shape.options, enable_fp_fusion=False)
 
 
 @contextmanager

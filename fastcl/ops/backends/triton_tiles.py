@@ -23,6 +23,13 @@ class Tile(NamedTuple):
     block_d: int  # slice of D in the product of the gradient's tile with columns; D if there is no such product
     warps: int
     stages: int
+    registers: int = 0  # the most per thread, so that two programs fit on a multiprocessor; 0: the compiler's choice
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def padded(d: int, interpreted: bool = False) -> int:
@@ -93,7 +100,9 @@ def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
         return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, 64, d, 8, 3)
     if architecture == 80 and kind != "two_way":
         return Tile(64, 64, d, d, 4, 2)
-    return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, d, d, 8, 2)
+    if architecture == 90 and kind == "forward":  # two programs on a multiprocessor
+        return Tile(128, 64, d, d, 8, 3, 128) if d <= 128 else Tile(128, 32, d, d, 8, 3)
+    return Tile(128, 64, d, d, 8, 2)
 
 
 def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
@@ -101,8 +110,8 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
         return Tile(64, 32, min(d, 64), min(d, 128), 8, 1)
     if d > WHOLE:
         return Tile(128, 32, 64, 128, 8, 2)
-    if architecture == 90:
-        return Tile(128, 64 if d <= 128 else 32, d, d, 8, 2)
+    if architecture == 90:  # two programs on a multiprocessor
+        return Tile(64, 64 if d <= 128 else 32, d, d, 4, 3)
     return Tile(64, 64, d, d, 8, 2)
 
 

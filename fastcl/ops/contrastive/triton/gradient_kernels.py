@@ -130,9 +130,6 @@ def sweep_gradient(
     if OWN:
         base = load_side(SIDE, 0, N, i, is_row, True)
         weight = load_side(SIDE, 1, N, i, is_row, True)
-        positive_base = load_side(SIDE, 2, N, i, is_row, True)
-        positive_weight = load_side(SIDE, 3, N, i, is_row, True)
-        extra = load_side(SIDE, 4, N, i, is_row, True)
     interior, mixed, first, hole, last, full = column_walk(START, END, i0, N, M, BLOCK_M, BLOCK_N, SELF, CLUSTERS, IDS)
     x = 0.0
     if BLOCK_K == D:
@@ -172,12 +169,17 @@ def sweep_gradient(
             columns = load_rows(Y, j0, d0, M, D, BLOCK_N, BLOCK_D, False, PRECISION, INTERPRETED)
         gradient = product(rounded(g, dtype, PRECISION, INTERPRETED), columns, gradient, PRECISION, INTERPRETED)
 
+    # Loaded here, not above, so that they take no registers in the loop over interior tiles.
     start = tl.zeros([BLOCK_M], tl.int32)
     end = start
     if CLUSTERS:
         start = tl.load(START + i, mask=is_row, other=0)
         end = tl.load(END + i, mask=is_row, other=0)
-    for step in range(0, mixed):
+    if OWN:
+        positive_base = load_side(SIDE, 2, N, i, is_row, True)
+        positive_weight = load_side(SIDE, 3, N, i, is_row, True)
+        extra = load_side(SIDE, 4, N, i, is_row, True)
+    for step in tl.range(0, mixed, num_stages=None if IDS else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M

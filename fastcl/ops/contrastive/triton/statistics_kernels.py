@@ -139,7 +139,7 @@ def sweep_rows(
     if CLUSTERS:
         start = tl.load(START + i, mask=is_row, other=0)
         end = tl.load(END + i, mask=is_row, other=0)
-    for step in range(0, mixed):
+    for step in tl.range(0, mixed, num_stages=None if IDS else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M

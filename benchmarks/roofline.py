@@ -240,7 +240,8 @@ def analysed(one: Recorded, shape: Any = None) -> Found:
     given = one.given
     d, of_sums = given["D"], one.kernel in ("gradient_kernel", "weighted_kernel")
     numbers = d + (shape.block_d if of_sums else 0)
-    per_warp = 2 * shape.block_m * shape.block_n * numbers / shape.warps
+    times = 3 if given["PRECISION"] == "tf32x3" else 1
+    per_warp = 2 * shape.block_m * shape.block_n * numbers * times / shape.warps
     loops = tile_loops(code, "MUFU.EX2" if one.kernel != "topk_kernel" else "", per_warp)
     masked = bool(given.get("IDS")) and one.kernel != "topk_kernel"
     loop = (max if masked else min)(loops, key=lambda loop: loop.issued)

@@ -73,7 +73,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         observing = job["kind"] == "observation"
         kind = "running" if observing else job["kind"]
         of_masks = careful or observing
-        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, job["precision"] == "tf32")
+        tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
+        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split)
     constants = {
         "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
         "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,

@@ -49,17 +49,20 @@ def tile(
     careful: bool = False,
     tf32: bool = False,
     interpreted: bool = False,
+    split: bool = False,
 ) -> Tile:
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`.
 
     careful: whether there are sample ids or a bias, whose masks and loads need registers. tf32: whether float32 rows
-    are multiplied as TF32.
+    are multiplied as TF32. split: or as three products in TF32.
     """
     sums = kind in ("weighted", "backward")
     if interpreted:
         part = d if d <= WHOLE // 2 else min(d & -d, 512)
         return Tile(64, 64, part, part if sums else d, 4, 1)
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
+    if dtype.itemsize > 2 and split:
+        return _split(kind, known, d, careful)
     if dtype.itemsize > 2:
         return _single_sums(known, d, careful, tf32) if sums else _single(kind, known, d, careful)
     if sums:
@@ -129,3 +132,9 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
     rows = 64 if tf32 and d > 64 and architecture > 80 else 32
     stages = 2 if rows == 64 and architecture == 100 else 1
     return Tile(rows, 32, min(d, 32), min(d, 64), 8 if d > (64 if careful and not tf32 else 32) else 4, stages)
+
+
+def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
+    if kind in ("weighted", "backward"):
+        return Tile(64, 32, 32, min(d, 128), 4, 1)
+    return Tile(64, 64 if kind == "forward" and not careful else 32, 32, d, 4, 2)

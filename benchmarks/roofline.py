@@ -126,8 +126,8 @@ def recording(architecture: int) -> Iterator[list[Recorded]]:
 
 def launches(case: Case, architecture: int = 90) -> list[Recorded]:
     """The sweeps over tiles that the library launches for the case, forward and backward."""
-    from fastcl.ops.backends import choose  # noqa: F401  (loads the modules that `recording` changes)
     from fastcl import ClusterInfoNCE, topk_similarity, use_backend
+    from fastcl.ops.backends import choose  # noqa: F401  (loads the modules that `recording` changes)
 
     with recording(architecture) as seen, use_backend("triton"):
         n, m = case.n, case.m
@@ -232,9 +232,7 @@ def analysed(one: Recorded, shape: Any = None) -> Found:
     binary = compiled(one, shape=shape)
     usage = {
         name.lower(): int(value)
-        for name, value in re.findall(
-            r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump(binary.cubin, "--dump-resource-usage")
-        )
+        for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump(binary.cubin, "--dump-resource-usage"))
     }
     code = instructions(cuobjdump(binary.cubin, "--dump-sass"))
     given = one.given
@@ -273,8 +271,9 @@ def sweeps(case: Case) -> list[Recorded]:
     """The case's launches that do work in most calls."""
 
     def works(one: Recorded) -> bool:
-        both = one.given.get("OWN") and one.given.get("OTHERS")
-        return not (one.given.get("MIXED_ONLY") or one.given.get("SOME") or both and not one.given["ONE_EXPONENTIAL"])
+        given = one.given
+        unused = given.get("OWN") and given.get("OTHERS") and not given["ONE_EXPONENTIAL"]
+        return not (given.get("MIXED_ONLY") or given.get("SOME") or unused)
 
     return [one for one in launches(case) if works(one)]
 

@@ -7,7 +7,9 @@ The model is coarse (about 30 %) and has not been compared with a GPU. A block's
   the stall counts that the compiler has written into one warp's instructions.
 
 A copy to shared memory that the loop waits for as soon as it has started it adds its latency, except for the products
-that are still running. Tiles of blocks that share a multiprocessor overlap, but no unit works faster than its peak, and all columns pass
+that are still running. Loads that pass through registers add their latency.
+
+Tiles of blocks that share a multiprocessor overlap, but no unit works faster than its peak, and all columns pass
 through the L2 cache.
 """
 
@@ -64,7 +66,7 @@ def instructions(sass: str) -> list[Instruction]:
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions of a loop's body for one warp; those of inner loops have their number of iterations as weight."""
+    """A loop's instructions for one warp. Those of inner loops have their number of iterations as weight."""
 
     code: tuple[tuple[Instruction, float], ...]
 
@@ -130,9 +132,7 @@ def tile_loops(code: Sequence[Instruction], needed: str, products: float) -> lis
     def inside(span: tuple[int, int]) -> list[tuple[int, int]]:
         return [other for other in spans if other != span and span[0] <= other[0] and other[1] <= span[1]]
 
-    whole = {
-        span for span in spans if work(within(span)) and any(one.name.startswith(needed) for one in within(span))
-    }
+    whole = {span for span in spans if work(within(span)) and any(one.name.startswith(needed) for one in within(span))}
     found = []
     for span in sorted(whole):
         if whole.intersection(inside(span)):
@@ -179,11 +179,16 @@ class Cycles:
 def cycles(loop: Loop, program: Program) -> Cycles:
     products = behind = 0.0  # behind: products since the last wait for one
     waits = copies = 0.0
-    exposed = False
+    exposed = loading = False
     for one, weight in loop.code:
         before = products
         if one.name.startswith("LDGSTS"):
             copies += weight
+        elif one.name.startswith("LDG") and ".128" in one.name:
+            loading = True
+        elif one.name.startswith("STS") and loading:
+            waits += LATENCY * weight
+            loading = False
         elif one.name.startswith("DEPBAR") and re.search(r"SB\d, 0x0\b", one.text):
             exposed = True  # no copy may be under way
         elif one.name.startswith("WARPGROUP.DEPBAR"):

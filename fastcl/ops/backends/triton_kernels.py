@@ -77,6 +77,18 @@ def mixed_tile(t, first, last, full):
     return tl.where(first + t < last, first + t, full)
 
 
+@triton.jit
+def share_of(steps, part, parts, SPLIT: tl.constexpr):
+    """[from, to): the steps of one of the programs that share a row block's columns; all steps without SPLIT."""
+    from_ = 0
+    to = steps
+    if SPLIT:
+        span = tl.cdiv(steps, parts)
+        from_ = tl.minimum(part * span, steps)
+        to = tl.minimum(from_ + span, steps)
+    return from_, to
+
+
 # Which places of a mixed tile count.
 
 

@@ -71,6 +71,7 @@ MODULES = {
     "two_way_kernel": "contrastive.triton.statistics_kernels",
     "running_kernel": "contrastive.triton.statistics_kernels",
     "weighted_kernel": "contrastive.triton.statistics_kernels",
+    "join_kernel": "contrastive.triton.statistics_kernels",
     "gradient_kernel": "contrastive.triton.gradient_kernels",
     "observation_kernel": "contrastive.triton.observation_kernels",
     "topk_kernel": "topk.triton_kernels",

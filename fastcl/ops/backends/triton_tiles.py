@@ -136,5 +136,5 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
 
 def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
     if kind in ("weighted", "backward"):
-        return Tile(64, 32, 32, min(d, 128), 4, 1)
+        return Tile(64, 32, 32, min(d, 64 if careful else 128), 4, 1)
     return Tile(64, 64 if kind == "forward" and not careful else 32, 32, d, 4, 2)

@@ -103,24 +103,29 @@ def flops(one: Instruction, scalar: bool = False) -> float:
     return 64.0 if scalar and one.name.startswith("FFMA") else 0.0
 
 
-def _backward_branches(code: Sequence[Instruction]) -> list[tuple[int, int]]:
-    """(first, last) addresses of loops."""
-    found = []
+def _branches(code: Sequence[Instruction]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(first, last) addresses of loops, and of what forward branches skip."""
+    back, forth = [], []
     for one in code:
         if one.name.startswith("BRA") and (match := BRANCH.search(one.text)):
             target = int(match[1], 16)
             if target < one.address:
-                found.append((target, one.address))
-    return found
+                back.append((target, one.address))
+            elif target > one.address + 16:
+                forth.append((one.address + 16, target - 16))
+    return back, forth
 
 
 def tile_loops(code: Sequence[Instruction], needed: str, products: float) -> list[Loop]:
-    """The loops over tiles: the innermost ones with a product and an instruction `needed`.
+    """The loops over tiles: the innermost ones with a product and an instruction `needed`, or, if it is empty, the
+    outermost ones with a product.
+
+    Inner loops without products, and conditional code around them, count as rare: they are left out.
 
     products: a warp's operations of one tile, from its shape. A loop over parts of D within gets the weight with which
     the products agree, and a loop that holds several tiles is divided by their number.
     """
-    spans = _backward_branches(code)
+    spans, skips = _branches(code)
     scalar = not any(flops(one) for one in code)
 
     def within(span: tuple[int, int]) -> list[Instruction]:
@@ -129,16 +134,22 @@ def tile_loops(code: Sequence[Instruction], needed: str, products: float) -> lis
     def work(part: Sequence[Instruction]) -> float:
         return sum(flops(one, scalar) for one in part)
 
+    def inside_of(span: tuple[int, int], others: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [other for other in others if other != span and span[0] <= other[0] and other[1] <= span[1]]
+
     def inside(span: tuple[int, int]) -> list[tuple[int, int]]:
-        return [other for other in spans if other != span and span[0] <= other[0] and other[1] <= span[1]]
+        return inside_of(span, spans)
 
     whole = {span for span in spans if work(within(span)) and any(one.name.startswith(needed) for one in within(span))}
     found = []
     for span in sorted(whole):
-        if whole.intersection(inside(span)):
+        others = whole.intersection(inside(span)) if needed else {one for one in whole if span in inside(one)}
+        if others:
             continue
         again = {one for other in inside(span) if work(within(other)) for one in within(other)}
-        left_out = {one for other in inside(span) if not work(within(other)) for one in within(other)} - again
+        rare = [other for other in inside(span) if not work(within(other))]
+        rare += [skip for skip in skips if skip in inside_of(span, skips) and inside_of(skip, rare)]
+        left_out = {one for other in rare if not work(within(other)) for one in within(other)} - again
         body = [one for one in within(span) if one not in left_out]
         once = work([one for one in body if one not in again])
         repeated = work([one for one in body if one in again])

@@ -71,19 +71,21 @@ def tile(
 
 
 def neighbours(shape: Tile) -> list[Tile]:
-    """Shapes to time against a shape of the table. They round logits in the same way: D is split in the same way, and
-    they keep enough rows for the same multiply instruction."""
-    wide, narrow = shape.block_n * 2, shape.block_n // 2
+    """Shapes to time against a shape of the table: rows, columns, warps and stages together, as the best shape of one
+    need not be near that of another.
+
+    They round logits in the same way: D is split in the same way, and they keep enough rows for the same multiply
+    instruction. Warps have 16 rows or half as many each, as tensor cores take them.
+    """
+    rows = (64, 128) if shape.block_m >= 64 else (shape.block_m,)
     tried = [
-        shape._replace(block_n=wide),
-        shape._replace(block_n=narrow),
-        shape._replace(warps=12 - shape.warps),  # 4 or 8
-        shape._replace(stages=shape.stages + 1),
-        shape._replace(stages=max(shape.stages - 1, 1)),
+        shape._replace(block_m=m, block_n=n, warps=warps, stages=stages, registers=registers)
+        for m in rows
+        for n in (shape.block_n // 2, shape.block_n, shape.block_n * 2)
+        for warps in ((4, 8) if m < 128 else (8,))
+        for stages in sorted({shape.stages, 2, 3})
+        for registers in sorted({shape.registers, 0})
     ]
-    if shape.block_m >= 128:
-        half = shape._replace(block_m=shape.block_m // 2)
-        tried += [half, half._replace(warps=4), half._replace(block_n=wide)]
     return [tile for tile in dict.fromkeys(tried) if tile != shape and 16 <= tile.block_n <= 256]
 
 
@@ -135,6 +137,9 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
 
 
 def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
+    old = architecture == 80  # its one instruction multiplies tiles of any number of rows
     if kind in ("weighted", "backward"):
-        return Tile(64, 32, 32, min(d, 64 if careful else 128), 4, 1)
-    return Tile(64, 64 if kind == "forward" and not careful else 32, 32, d, 4, 2)
+        return Tile(64, 32, 32, min(d, 64 if careful or old else 128), 4, 1)
+    eight = kind == "two_way" and careful and architecture != 90
+    columns = 64 if kind == "forward" and not careful and not old else 32
+    return Tile(32 if careful and old else 64, columns, 32, d, 8 if eight else 4, 2)

@@ -210,7 +210,8 @@ def sweep_rows(
         tl.store(places + 6 * size, num_inadmissible.to(tl.float32), mask=is_row)
     if WEIGHTED is not None:
         d = d0 + tl.arange(0, BLOCK_D)
-        weights = WEIGHTED + i.to(tl.int64)[:, None] * WIDTH + d[None, :]
+        numbers = tl.arange(0, BLOCK_M)[:, None] * WIDTH + d[None, :]
+        weights = WEIGHTED + tl.cast(i0, tl.int64) * WIDTH + numbers
         tl.store(weights, weighted / LIFT, mask=is_row[:, None] & (d < WIDTH)[None, :])
 
 

@@ -50,12 +50,13 @@ KERNELS = {
     "weights": "weights_kernel",
     "side": "side_kernel",
     "finish": "finish_kernel",
+    "join": "join_kernel",
     "topk": "topk_kernel",
     "soft_forward": "soft_statistics_kernel",
     "soft_backward": "soft_gradient_kernel",
     "pairs": "pair_kernel",
 }
-WHOLE_ROWS = ("rows", "finish")
+WHOLE_ROWS = ("rows", "finish", "join")
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
@@ -80,11 +81,12 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         observing = job["kind"] == "observation"
         kind = "running" if observing else job["kind"]
         of_masks = careful or observing
-        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, job["precision"] == "tf32")
+        tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
+        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split)
     constants = {
         "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
         "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,
-        "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "SOME": False,
+        "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "SOME": False, "SPLIT": False,
         "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
         "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "LEAVE_OUT": careful,
         "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
@@ -146,7 +148,7 @@ def built(
     result = triton.compile(
         source(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", job["architecture"], 32),
-        options={"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False},
+        options=shape.options | {"enable_fp_fusion": False},
     )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"

@@ -39,7 +39,7 @@ class CachedLauncher:
         constants = self._constants(given)
         active = self._driver.active
         device = active.get_current_device()
-        key: list[Any] = [constants, shape.warps, shape.stages, device]
+        key: list[Any] = [constants, shape.warps, shape.stages, shape.registers, device]
         values: list[Any] = []
         for name in self._names:
             value = given[name]
@@ -100,4 +100,4 @@ def launched_by_triton(function: Any, shape: Tile, grid: Sequence[int], given: d
     """Launches a kernel by Triton's own interface; returns the compiled kernel."""
     arguments = {name: given[name] for name in function.arg_names}
     # Fused multiply-adds would round the same logit differently in different kernels.
-    return function[tuple(grid)](**arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False)
+    return function[tuple(grid)](**arguments, **shape.options, enable_fp_fusion=False)

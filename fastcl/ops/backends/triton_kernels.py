@@ -77,6 +77,18 @@ def mixed_tile(t, first, last, full):
     return tl.where(first + t < last, first + t, full)
 
 
+@triton.jit
+def share_of(steps, part, parts, SPLIT: tl.constexpr):
+    """[from, to): the steps of one of the programs that share a row block's columns; all steps without SPLIT."""
+    from_ = 0
+    to = steps
+    if SPLIT:
+        span = tl.cdiv(steps, parts)
+        from_ = tl.minimum(part * span, steps)
+        to = tl.minimum(from_ + span, steps)
+    return from_, to
+
+
 # Which places of a mixed tile count.
 
 
@@ -136,13 +148,50 @@ def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.con
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + a @ b in float32; a and b come from `rounded`."""
+def large_part(x):
+    """x rounded to nearest in tf32. What remains has a random sign, so that products of two remainders cancel."""
+    return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def small_part(x, large, INTERPRETED: tl.constexpr):
+    """What remains of x, as tensor cores read it: they ignore the lower bits."""
+    small = x - large
     if INTERPRETED:
+        bits = small.to(tl.uint32, bitcast=True) & 0xFFFFE000
+        small = tl.where(small == small, bits.to(tl.float32, bitcast=True), small)
+    return small
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + a @ b in float32; a and b come from `rounded`.
+
+    "tf32x3": each operand is the sum of two tf32 numbers, and only small x small is left out. Tensor cores truncate
+    when they add to a sum, so `acc` is added outside. The two mixed products are sums of their own, which are added to
+    each other first: exchanging a and b gives the same bits.
+    """
+    if PRECISION == "tf32x3":
+        a_large = large_part(a)
+        b_large = large_part(b)
+        small = tf32_product(small_part(a, a_large, INTERPRETED), b_large, INTERPRETED)
+        small += tf32_product(a_large, small_part(b, b_large, INTERPRETED), INTERPRETED)
+        acc += tf32_product(a_large, b_large, INTERPRETED) + small
+    elif INTERPRETED:
         acc += tl.dot(a, b, input_precision="ieee")
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def tf32_product(a, b, INTERPRETED: tl.constexpr):
+    """a @ b of tf32 numbers, which the interpreter multiplies exactly."""
+    if INTERPRETED:
+        result = tl.dot(a, b, input_precision="ieee")
+    else:
+        result = tl.dot(a, b, input_precision="tf32")
+    return result
 
 
 @triton.jit

@@ -69,6 +69,7 @@ MODULES = {
     "two_way_kernel": "contrastive.triton.statistics_kernels",
     "running_kernel": "contrastive.triton.statistics_kernels",
     "weighted_kernel": "contrastive.triton.statistics_kernels",
+    "join_kernel": "contrastive.triton.statistics_kernels",
     "gradient_kernel": "contrastive.triton.gradient_kernels",
     "observation_kernel": "contrastive.triton.observation_kernels",
     "mean_kernel": "contrastive.triton.mean_kernels",
@@ -166,3 +167,9 @@ def blocks(size: int, block: int) -> int:
 def precision_of(dtype: torch.dtype) -> str:
     """The `input_precision` for products of rows."""
     return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
+
+
+def fast_precision_of(dtype: torch.dtype) -> str:
+    """The same, with three products in tf32 in place of float32's, which tensor cores do not have."""
+    precision = precision_of(dtype)
+    return "tf32x3" if dtype == torch.float32 and precision == "ieee" else precision

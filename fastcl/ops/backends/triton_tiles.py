@@ -23,6 +23,13 @@ class Tile(NamedTuple):
     block_d: int  # slice of D in the product of the gradient's tile with columns; D if there is no such product
     warps: int
     stages: int
+    registers: int = 0  # the most per thread, so that two programs fit on a multiprocessor; 0: the compiler's choice
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def padded(d: int, interpreted: bool = False) -> int:
@@ -42,17 +49,20 @@ def tile(
     careful: bool = False,
     tf32: bool = False,
     interpreted: bool = False,
+    split: bool = False,
 ) -> Tile:
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`.
 
     careful: whether there are sample ids or a bias, whose masks and loads need registers. tf32: whether float32 rows
-    are multiplied as TF32.
+    are multiplied as TF32. split: or as three products in TF32.
     """
     sums = kind in ("weighted", "backward")
     if interpreted:
         part = d if d <= WHOLE // 2 else min(d & -d, 512)
         return Tile(64, 64, part, part if sums else d, 4, 1)
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
+    if dtype.itemsize > 2 and split:
+        return _split(kind, known, d, careful)
     if dtype.itemsize > 2:
         return _single_sums(known, d, careful, tf32) if sums else _single(kind, known, d, careful)
     if sums:
@@ -61,19 +71,21 @@ def tile(
 
 
 def neighbours(shape: Tile) -> list[Tile]:
-    """Shapes to time against a shape of the table. They round logits in the same way: D is split in the same way, and
-    they keep enough rows for the same multiply instruction."""
-    wide, narrow = shape.block_n * 2, shape.block_n // 2
+    """Shapes to time against a shape of the table: rows, columns, warps and stages together, as the best shape of one
+    need not be near that of another.
+
+    They round logits in the same way: D is split in the same way, and they keep enough rows for the same multiply
+    instruction. Warps have 16 rows or half as many each, as tensor cores take them.
+    """
+    rows = (64, 128) if shape.block_m >= 64 else (shape.block_m,)
     tried = [
-        shape._replace(block_n=wide),
-        shape._replace(block_n=narrow),
-        shape._replace(warps=12 - shape.warps),  # 4 or 8
-        shape._replace(stages=shape.stages + 1),
-        shape._replace(stages=max(shape.stages - 1, 1)),
+        shape._replace(block_m=m, block_n=n, warps=warps, stages=stages, registers=registers)
+        for m in rows
+        for n in (shape.block_n // 2, shape.block_n, shape.block_n * 2)
+        for warps in ((4, 8) if m < 128 else (8,))
+        for stages in sorted({shape.stages, 2, 3})
+        for registers in sorted({shape.registers, 0})
     ]
-    if shape.block_m >= 128:
-        half = shape._replace(block_m=shape.block_m // 2)
-        tried += [half, half._replace(warps=4), half._replace(block_n=wide)]
     return [tile for tile in dict.fromkeys(tried) if tile != shape and 16 <= tile.block_n <= 256]
 
 
@@ -93,7 +105,9 @@ def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
         return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, 64, d, 8, 3)
     if architecture == 80 and kind != "two_way":
         return Tile(64, 64, d, d, 4, 2)
-    return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, d, d, 8, 2)
+    if architecture == 90 and kind == "forward":  # two programs on a multiprocessor
+        return Tile(128, 64, d, d, 8, 3, 128) if d <= 128 else Tile(128, 32, d, d, 8, 3)
+    return Tile(128, 64, d, d, 8, 2)
 
 
 def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
@@ -101,8 +115,8 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
         return Tile(64, 32, min(d, 64), min(d, 128), 8, 1)
     if d > WHOLE:
         return Tile(128, 32, 64, 128, 8, 2)
-    if architecture == 90:
-        return Tile(128, 64 if d <= 128 else 32, d, d, 8, 2)
+    if architecture == 90:  # two programs on a multiprocessor
+        return Tile(64, 64 if d <= 128 else 32, d, d, 4, 3)
     return Tile(64, 64, d, d, 8, 2)
 
 
@@ -120,3 +134,12 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
     rows = 64 if tf32 and d > 64 and architecture > 80 else 32
     stages = 2 if rows == 64 and architecture == 100 else 1
     return Tile(rows, 32, min(d, 32), min(d, 64), 8 if d > (64 if careful and not tf32 else 32) else 4, stages)
+
+
+def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
+    old = architecture == 80  # its one instruction multiplies tiles of any number of rows
+    if kind in ("weighted", "backward"):
+        return Tile(64, 32, 32, min(d, 64 if careful or old else 128), 4, 1)
+    eight = kind == "two_way" and careful and architecture != 90
+    columns = 64 if kind == "forward" and not careful and not old else 32
+    return Tile(32 if careful and old else 64, columns, 32, d, 8 if eight else 4, 2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import triton_launch
 from ..backends.ids import places_of_ids
 from ..backends.triton_launch import INTERPRETED, architecture, blocks, on_device, precision_of, programs
-from ..backends.triton_tiles import Tile, padded
+from ..backends.triton_tiles import WHOLE, Tile, padded
 from . import chunked
 
 WAVES = 4  # programs per multiprocessor
@@ -22,7 +22,11 @@ def shape(architecture: int, dtype: torch.dtype, d: int, slots: int, interpreted
     few = slots <= 64
     if dtype.itemsize > 2:
         return Tile(32 if few else 16, 32, min(d, 32), d, 4, 2)
-    return Tile(64 if few else 16, 128 if few else 64, d if d <= 128 else 64, d, 8, 2)
+    if few and architecture == 90 and d == WHOLE:
+        return Tile(128, 64, d, d, 8, 3)
+    if few:
+        return Tile(64, 128, d if d <= 128 else 64, d, 8, 2)
+    return Tile(16, 32 if architecture == 100 and d > WHOLE else 64, d if d <= 128 else 64, d, 8, 2)
 
 
 def topk(

@@ -2,7 +2,7 @@
 
 Value and place are packed into one int64 (`chunked.packed`). No two packed numbers are equal, so results do not depend
 on the order of comparisons. The kernel keeps the k best as an unsorted set and its minimum; the caller sorts. A tile
-without a better candidate costs only a maximum; otherwise its best candidates are inserted one by one.
+without a better candidate costs only a maximum of floats; otherwise its best candidates are inserted one by one.
 
     BEST  [N, parts, SLOTS]  the best of a part of the columns, unsorted; unused slots hold numbers below EMPTY + SLOTS
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..backends.triton_kernels import inner_products, load_names, load_rows
+from ..backends.triton_kernels import INF, inner_products, load_names, load_rows
 
 EMPTY = tl.constexpr(-(2**63))
 FULL = tl.constexpr(2**63 - 1)
@@ -26,6 +26,13 @@ def packed(values, j):
     bits = tl.where(values != values, 0x7FC00000, bits)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) | (-j.to(tl.int64) + LOW)[None, :]
+
+
+@triton.jit
+def value_of(best):
+    """The float32 values of packed numbers; NaN where there is none yet."""
+    ordered = (best >> 32).to(tl.int32)
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -58,14 +65,17 @@ def topk_kernel(
         if IDS:
             names_j = load_names(COLUMN_NAMES, j, j < M, IDS)
             admissible = admissible & ((names_i[:, None] != names_j[None, :]) | (names_i < 0)[:, None])
-        candidates = tl.where(admissible, packed(dots, j), EMPTY)
-        first = tl.max(candidates, 1)
-        while tl.max((first > least).to(tl.int32), 0) > 0:
-            goes = (best == least[:, None]) & (first > least)[:, None]
-            best = tl.where(goes, first[:, None], best)
-            least = tl.min(best, 1)
-            candidates = tl.where(candidates == first[:, None], EMPTY, candidates)
+        # Most tiles have no better candidate. The float numbers say so, unless two are equal; NaN is the best.
+        largest = tl.max(tl.where(admissible, tl.where(dots == dots, dots, INF), -INF), 1)
+        if tl.max((~(largest < value_of(least))).to(tl.int32), 0) > 0:
+            candidates = tl.where(admissible, packed(dots, j), EMPTY)
             first = tl.max(candidates, 1)
+            while tl.max((first > least).to(tl.int32), 0) > 0:
+                goes = (best == least[:, None]) & (first > least)[:, None]
+                best = tl.where(goes, first[:, None], best)
+                least = tl.min(best, 1)
+                candidates = tl.where(candidates == first[:, None], EMPTY, candidates)
+                first = tl.max(candidates, 1)
     places = (i.to(tl.int64)[:, None] * tl.num_programs(1) + part) * SLOTS + slot[None, :]
     best = tl.where((slot < K)[None, :], best, EMPTY)
     tl.store(BEST + places, best, mask=is_row[:, None])

@@ -176,7 +176,9 @@ class _Sweep:
         """weighted: the gradient sums that the forward saved, for rows without a positive."""
         launch, rows = self.launch, self.launch.rows.rows
         new = lifts.lift.new_empty
-        gradient, factor = new(rows.shape), lifts.factor[k : k + 1]
+        count = 1 if weighted is not None else launch.column_parts("backward")
+        parts = (count,) if count > 1 else ()
+        gradient, factor = new((*parts, *rows.shape)), lifts.factor[k : k + 1]
         if weighted is not None and self.own is not None:
             d = weighted.shape[1]
             if d < rows.shape[1]:
@@ -185,8 +187,8 @@ class _Sweep:
             if not launch.flags["CLUSTERS"]:
                 self._gradients, self.factor = gradient, factor
                 return
-        similarity_sums = new(launch.size) if self.scaled else None
-        sums = new(launch.size) if self.summed else None
+        similarity_sums = new((*parts, launch.size)) if self.scaled else None
+        sums = new((*parts, launch.size)) if self.summed else None
         arguments: dict[str, Any] = {
             "SCALE": p.logit_scale[k : k + 1],
             "SIDE": None if self.own is None else self.own[k],
@@ -199,9 +201,14 @@ class _Sweep:
             "OWN": self.own is not None,
             "OTHERS": self.other is not None,
             "SOME": weighted is not None,
+            "SPLIT": count > 1,
         }
         both = [arguments | {"ONE_EXPONENTIAL": one} for one in ((1, 0) if lifts.two_sides else (0,))]
-        launch.sweep("backward", "gradient_kernel", launch.grid, *both)
+        launch.sweep("backward", "gradient_kernel", lambda shape: (*launch.grid(shape), count), *both)
+        if parts:
+            gradient = gradient.sum(0)
+            similarity_sums = None if similarity_sums is None else similarity_sums.sum(0)
+            sums = None if sums is None else sums.sum(0)
         if p.logit_scale.shape[0] == 1:
             self._gradients, self.factor = gradient, factor
         elif self._gradients is None:

@@ -32,6 +32,7 @@ from ...backends.triton_kernels import (
     mixed_tile,
     product,
     rounded,
+    share_of,
     similarities,
 )
 
@@ -106,10 +107,12 @@ def sweep_gradient(
     GRADIENT, SIMILARITY_SUMS, SUMS, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr,
+    OWN: tl.constexpr, OTHERS: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program's part of the gradient."""
+    """One program's part of the gradient; SPLIT: summed over one part of the columns (`share_of`)."""
+    part = tl.program_id(2)
+    parts = tl.num_programs(2)
     dtype: tl.constexpr = Y.dtype.element_ty
     i0 = tl.program_id(0) * BLOCK_M
     d0 = tl.program_id(1) * BLOCK_D
@@ -130,9 +133,6 @@ def sweep_gradient(
     if OWN:
         base = load_side(SIDE, 0, N, i, is_row, True)
         weight = load_side(SIDE, 1, N, i, is_row, True)
-        positive_base = load_side(SIDE, 2, N, i, is_row, True)
-        positive_weight = load_side(SIDE, 3, N, i, is_row, True)
-        extra = load_side(SIDE, 4, N, i, is_row, True)
     interior, mixed, first, hole, last, full = column_walk(START, END, i0, N, M, BLOCK_M, BLOCK_N, SELF, CLUSTERS, IDS)
     x = 0.0
     if BLOCK_K == D:
@@ -141,7 +141,8 @@ def sweep_gradient(
     similarity_sums = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M], tl.float32)
 
-    for step in range(0, interior):
+    from_, to = share_of(interior, part, parts, SPLIT)
+    for step in range(from_, to):
         j0 = interior_tile(step, first, hole) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         y = 0.0
@@ -172,12 +173,18 @@ def sweep_gradient(
             columns = load_rows(Y, j0, d0, M, D, BLOCK_N, BLOCK_D, False, PRECISION, INTERPRETED)
         gradient = product(rounded(g, dtype, PRECISION, INTERPRETED), columns, gradient, PRECISION, INTERPRETED)
 
+    # Loaded here, not above, so that they take no registers in the loop over interior tiles.
     start = tl.zeros([BLOCK_M], tl.int32)
     end = start
     if CLUSTERS:
         start = tl.load(START + i, mask=is_row, other=0)
         end = tl.load(END + i, mask=is_row, other=0)
-    for step in range(0, mixed):
+    if OWN:
+        positive_base = load_side(SIDE, 2, N, i, is_row, True)
+        positive_weight = load_side(SIDE, 3, N, i, is_row, True)
+        extra = load_side(SIDE, 4, N, i, is_row, True)
+    from_, to = share_of(mixed, part, parts, SPLIT)
+    for step in tl.range(from_, to, num_stages=None if IDS else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M
@@ -204,14 +211,17 @@ def sweep_gradient(
             columns = load_rows(Y, j0, d0, M, D, BLOCK_N, BLOCK_D, True, PRECISION, INTERPRETED)
         gradient = product(rounded(g, dtype, PRECISION, INTERPRETED), columns, gradient, PRECISION, INTERPRETED)
 
+    first_row = tl.cast(0, tl.int64)
+    if SPLIT:
+        first_row = part.to(tl.int64) * N
     d = d0 + tl.arange(0, BLOCK_D)
-    places = GRADIENT + tl.cast(i0, tl.int64) * D + (tl.arange(0, BLOCK_M)[:, None] * D + d[None, :])
+    places = GRADIENT + (first_row + i0) * D + (tl.arange(0, BLOCK_M)[:, None] * D + d[None, :])
     tl.store(places, gradient, mask=is_row[:, None])
     if d0 == 0:
         if SIMILARITY_SUMS is not None:
-            tl.store(SIMILARITY_SUMS + i, similarity_sums, mask=is_row)
+            tl.store(SIMILARITY_SUMS + first_row + i, similarity_sums, mask=is_row)
         if SUMS is not None:
-            tl.store(SUMS + i, sums, mask=is_row)
+            tl.store(SUMS + first_row + i, sums, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -220,13 +230,14 @@ def gradient_kernel(
     GRADIENT, SIMILARITY_SUMS, SUMS, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr, SOME: tl.constexpr,
+    OWN: tl.constexpr, OTHERS: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr, SOME: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A program: rows [i0, i0 + BLOCK_M) and columns [d0, d0 + BLOCK_D) of the gradient, sum_j G_ij c_j y_j.
 
     GRADIENT [N, D] float32. SIMILARITY_SUMS, SUMS [N], where there are any: sum_j of G_ij times similarity, and of G.
     ONE [1]: 1 where one exponential serves both sides. Of the two kernels launched, the other one then does nothing.
+    SPLIT: a program has one part of the columns, and GRADIENT [parts, N, D] and both sums [parts, N] one part each.
     SOME: the gradient of row blocks without a positive is there already.
     """
     needed = tl.load(ONE) == ONE_EXPONENTIAL
@@ -239,5 +250,5 @@ def gradient_kernel(
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, SCALE, SIDE, OTHER, MIDDLE,
             GRADIENT, SIMILARITY_SUMS, SUMS, N, M,
             D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D, SELF, CLUSTERS, IDS, NORMED, BIAS,
-            OWN, OTHERS, ONE_EXPONENTIAL, PRECISION, INTERPRETED,
+            OWN, OTHERS, ONE_EXPONENTIAL, SPLIT, PRECISION, INTERPRETED,
         )  # fmt: skip

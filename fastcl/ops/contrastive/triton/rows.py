@@ -11,10 +11,21 @@ from torch import Tensor
 
 from ...backends import triton_launch, triton_tuning
 from ...backends.rows import NORM_FLOOR
-from ...backends.triton_launch import INTERPRETED, architecture, blocks, device_name, precision_of
+from ...backends.triton_launch import (
+    INTERPRETED,
+    architecture,
+    blocks,
+    device_name,
+    fast_precision_of,
+    precision_of,
+    programs,
+)
 from ...backends.triton_tiles import ROWS_AT_ONCE, Tile, padded, row_tile, tile
 from ..kept import Layout, Store, sums_are_kept
 from ..records import Problem
+
+PROGRAMS_AT_ONCE = 2  # on a multiprocessor
+FEWEST_TILES = 64  # of a program; fewer would not pay for joining the parts
 
 # What the forward saves.
 
@@ -107,7 +118,9 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     elif not self_contrast:
         anchors = replace(anchors, bias=None)
     biased = p.others.bias is not None
-    return Arranged(anchors, others, self_contrast, normed, biased, precision_of(dtype)), a, c
+    # The tiles of soft assignments are those for products in float32.
+    precision = fast_precision_of(dtype) if p.anchors.assignments is None else precision_of(dtype)
+    return Arranged(anchors, others, self_contrast, normed, biased, precision), a, c
 
 
 def _rows(
@@ -267,13 +280,38 @@ class Launch:
         """The grid of a program for each row block and part of D."""
         return blocks(self.size, shape.block_m), blocks(self.rows.rows.shape[1], shape.block_d)
 
+    def column_parts(self, kind: str) -> int:
+        """How many programs share the columns of a row block, so that few rows fill the device too.
+
+        Every part has at least FEWEST_TILES tiles, and more parts must shorten the longest multiprocessor's work. The
+        number depends on sizes and device only, and the parts are joined in order: the same bits on every run.
+        """
+        shape = self.tile(kind)
+        rows = blocks(self.size, shape.block_m)
+        if kind in ("weighted", "backward"):
+            rows = rows * blocks(self.rows.rows.shape[1], shape.block_d)
+        slots = PROGRAMS_AT_ONCE * programs(self.rows.rows.device)
+        most = min(blocks(len(self.columns.rows), shape.block_n) // FEWEST_TILES, 2 * slots // rows)
+
+        def work(parts: int) -> float:
+            return blocks(rows * parts, slots) / parts
+
+        best = 1
+        for parts in range(2, most + 1):
+            if work(parts) < 0.9 * work(best):
+                best = parts
+        return best
+
     def tile(self, kind: str, trial: triton_tuning.Trial | None = None, careful: bool = False) -> Tile:
         """The tile of the table, or the fastest one that the tuner found. careful: as if the flags asked for masks."""
         rows = self.rows.rows
         careful = careful or self.flags["IDS"] or self.flags["BIAS"] != 0
-        tf32 = self.flags["PRECISION"] == "tf32"
-        found = tile(kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, tf32, INTERPRETED)
-        of_rows = f"{str(rows.dtype)[6:]}{' TF32' if tf32 else ''}, D = {rows.shape[1]}"
+        precision = self.flags["PRECISION"]
+        found = tile(
+            kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, precision == "tf32", INTERPRETED,
+            precision == "tf32x3",
+        )  # fmt: skip
+        of_rows = f"{str(rows.dtype)[6:]}{'' if precision == 'ieee' else f' {precision}'}, D = {rows.shape[1]}"
         key = f"{kind}, {device_name(rows.device)}, {of_rows}{', careful' if careful else ''}"
         return triton_tuning.choose(key, found, self.size * len(self.columns.rows), trial)
 

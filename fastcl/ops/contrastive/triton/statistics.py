@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ...backends import triton_launch
-from ...backends.triton_launch import blocks, on_device, programs
-from ...backends.triton_tiles import ROWS_AT_ONCE
+from ...backends.triton_launch import INTERPRETED, blocks, on_device, programs
+from ...backends.triton_tiles import ROWS_AT_ONCE, row_tile
 from .. import chunked
 from ..kept import logit_bounds
 from ..observed import PARTS
@@ -54,8 +54,7 @@ def _forward(p: Problem) -> Statistics:
     statistics = new(s, 7, n)
     rows = Launch.of(arranged, arranged.anchors, arranged.contrasts)
     if "weighted" in parts:
-        arguments: dict[str, Any] = {"SCALE": p.logit_scale, "STATISTICS": statistics, "WEIGHTED": parts["weighted"]}
-        rows.sweep("weighted", "weighted_kernel", rows.grid, arguments | {"WIDTH": p.anchors.values.shape[1]})
+        _weighted(p, rows, statistics[0], parts["weighted"])
         return Statistics(_side(p, statistics, m, parts["bases"], rows), empty_side(p), a, c, saved)
     others = new(s, 7, m if p.both else 0)
     columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None
@@ -64,8 +63,7 @@ def _forward(p: Problem) -> Statistics:
     for k in range(s):
         scalars: dict[str, Any] = bounds | {"SCALE": p.logit_scale[k : k + 1]}
         if columns is None:
-            arguments = scalars | {"STATISTICS": statistics[k], "MIXED_ONLY": False}
-            rows.sweep("forward", "statistics_kernel", rows.row_blocks, arguments)
+            _one_way(rows, scalars, statistics[k])
         else:
             _two_ways(rows, columns, scalars, statistics[k], others[k])
         for launch, result in ((rows, statistics[k]), (columns, others[k])):
@@ -78,6 +76,47 @@ def _forward(p: Problem) -> Statistics:
     return Statistics(_side(p, statistics, m, parts["bases"], rows), contrasts, a, c, saved)
 
 
+def _one_way(rows: Launch, scalars: dict[str, Any], statistics: Tensor) -> None:
+    count = rows.column_parts("forward")
+    parts = statistics if count == 1 else statistics.new_empty(count, *statistics.shape)
+    arguments = scalars | {"STATISTICS": parts, "MIXED_ONLY": False, "SPLIT": count > 1}
+    rows.sweep("forward", "statistics_kernel", lambda shape: (*rows.row_blocks(shape), count), arguments)
+    if count > 1:
+        _join(rows, parts, None, statistics, None)
+
+
+def _weighted(p: Problem, rows: Launch, statistics: Tensor, weighted: Tensor) -> None:
+    """Fills in the statistics [7, n], and the weighted sums of contrasts [n, D]."""
+    count = rows.column_parts("weighted")
+    parts, sums = statistics, weighted
+    if count > 1:
+        parts, sums = (t.new_empty(count, *t.shape) for t in (statistics, weighted))
+    arguments = {"SCALE": p.logit_scale, "STATISTICS": parts, "WEIGHTED": sums}
+    arguments |= {"WIDTH": weighted.shape[1], "SPLIT": count > 1}
+    rows.sweep("weighted", "weighted_kernel", lambda shape: (*rows.grid(shape), count), arguments)
+    if count > 1:
+        _join(rows, parts, sums, statistics, weighted)
+
+
+def _join(rows: Launch, parts: Tensor, sums: Tensor | None, statistics: Tensor, weighted: Tensor | None) -> None:
+    """The statistics [7, n] and the weighted sums [n, D] of all columns, from those of parts of the columns."""
+    shape = row_tile(rows.rows.rows.shape[1], INTERPRETED)
+    width = 1 if weighted is None else weighted.shape[1]
+    given = {
+        "PARTS": parts,
+        "WEIGHTED_PARTS": sums,
+        "ORDER": rows.rows.order,
+        "STATISTICS": statistics,
+        "WEIGHTED": weighted,
+        "N": rows.size,
+        "WIDTH": width,
+        "COUNT": len(parts),
+        "BLOCK_M": shape.block_m,
+        "BLOCK_D": shape.block_d,
+    }
+    triton_launch.launch("join_kernel", shape, (blocks(rows.size, shape.block_m), blocks(width, shape.block_d)), given)
+
+
 def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics: Tensor, others: Tensor) -> None:
     """Both sides from one sweep. The few tiles with positives are visited again for the columns."""
     number = min(*rows.row_blocks(rows.tile("two_way")), programs(statistics.device))
@@ -85,7 +124,7 @@ def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics
     arguments = scalars | {"STATISTICS": statistics, "PARTIAL_SUMS": sums}
     rows.sweep("two_way", "two_way_kernel", lambda shape: (number,), arguments, cleared=sums)
     shape = columns.tile("forward")
-    arguments = scalars | {"STATISTICS": others, "MIXED_ONLY": True}
+    arguments = scalars | {"STATISTICS": others, "MIXED_ONLY": True, "SPLIT": False}
     columns.run("statistics_kernel", shape, columns.row_blocks(shape), arguments)
     total = sums.sum(0)
     order = columns.rows.order

@@ -38,6 +38,7 @@ from ...backends.triton_kernels import (
     mixed_tile,
     product,
     rounded,
+    share_of,
     similarities,
 )
 
@@ -67,14 +68,15 @@ def row_places(ORDER, i, N):
 
 @triton.jit
 def sweep_rows(
-    block,
+    block, part, parts,
     X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, scale, shift,
     STATISTICS, COLUMN_SUMS, WEIGHTED, d0, WIDTH, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
-    RUNNING: tl.constexpr, MIXED_ONLY: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    RUNNING: tl.constexpr, MIXED_ONLY: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of one row block, where d0 = 0.
+    """The statistics of one row block, where d0 = 0; SPLIT: its sums over one part of the columns (`share_of`).
 
     COLUMN_SUMS [M], where there are any, gain the negatives' sums by column. WEIGHTED [N, WIDTH], which takes running
     maxima: the numbers [d0, d0 + BLOCK_D) of sum_j 2^(t_ij - base_i) c_j y_j over the negatives.
@@ -103,7 +105,8 @@ def sweep_rows(
         weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if not MIXED_ONLY:
-        for step in range(0, interior):
+        from_, to = share_of(interior, part, parts, SPLIT)
+        for step in range(from_, to):
             j0 = interior_tile(step, first, hole) * BLOCK_N
             j = j0 + tl.arange(0, BLOCK_N)
             y = 0.0
@@ -139,7 +142,8 @@ def sweep_rows(
     if CLUSTERS:
         start = tl.load(START + i, mask=is_row, other=0)
         end = tl.load(END + i, mask=is_row, other=0)
-    for step in range(0, mixed):
+    from_, to = share_of(mixed, part, parts, SPLIT)
+    for step in tl.range(from_, to, num_stages=None if IDS else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M
@@ -185,6 +189,16 @@ def sweep_rows(
         base = tl.where(base > LOWEST, base, 0.0)
         positive_base = tl.where(positive_base > LOWEST, positive_base, 0.0)
     if d0 == 0:
+        if SELF:
+            num_inadmissible += 1
+        if SPLIT:  # what follows from ranges and biases alone counts once
+            if part > 0:
+                if CLUSTERS and not IDS and BIAS == 0:
+                    num_positive = tl.zeros([BLOCK_M], tl.int32)
+                if SELF:
+                    num_inadmissible -= 1
+                if BIAS == 2:
+                    num_inadmissible = tl.where(row_bias == LEFT_OUT, 0, num_inadmissible)
         places = STATISTICS + row_places(ORDER, i, N)
         size = tl.cast(N, tl.int64)
         tl.store(places, base, mask=is_row)
@@ -193,12 +207,11 @@ def sweep_rows(
         tl.store(places + 3 * size, positive, mask=is_row)
         tl.store(places + 4 * size, sum_positive * LN2, mask=is_row)
         tl.store(places + 5 * size, num_positive.to(tl.float32), mask=is_row)
-        if SELF:
-            num_inadmissible += 1
         tl.store(places + 6 * size, num_inadmissible.to(tl.float32), mask=is_row)
     if WEIGHTED is not None:
         d = d0 + tl.arange(0, BLOCK_D)
-        weights = WEIGHTED + i.to(tl.int64)[:, None] * WIDTH + d[None, :]
+        numbers = tl.arange(0, BLOCK_M)[:, None] * WIDTH + d[None, :]
+        weights = WEIGHTED + tl.cast(i0, tl.int64) * WIDTH + numbers
         tl.store(weights, weighted / LIFT, mask=is_row[:, None] & (d < WIDTH)[None, :])
 
 
@@ -227,18 +240,25 @@ def statistics_kernel(
     LONGEST, LARGEST_BIAS, STATISTICS, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
-    MIXED_ONLY: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    MIXED_ONLY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A row block a program. MIXED_ONLY: of the negatives only those in mixed tiles, for who has their sums already."""
+    """A row block a program, or, if SPLIT, one part of its columns: STATISTICS [parts, 7, N] for `join_kernel`.
+
+    MIXED_ONLY: of the negatives only those in mixed tiles, for who has their sums already.
+    """
     scale = tl.load(SCALE) * LOG2E
     shift, narrow = fixed_shift(scale, LONGEST, LARGEST_BIAS)
     if narrow:
+        part = tl.program_id(1)
+        own = STATISTICS
+        if SPLIT:
+            own += part.to(tl.int64) * 7 * N
         sweep_rows(
-            tl.program_id(0),
+            tl.program_id(0), part, tl.num_programs(1),
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
-            scale, shift, STATISTICS, None, None, 0, 0, N, M,
+            scale, shift, own, None, None, 0, 0, N, M,
             D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS,
-            False, MIXED_ONLY, PRECISION, INTERPRETED,
+            False, MIXED_ONLY, SPLIT, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -261,11 +281,11 @@ def two_way_kernel(
         own = PARTIAL_SUMS + tl.program_id(0).to(tl.int64) * M
         for block in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
             sweep_rows(
-                block,
+                block, 0, 1,
                 X, Y, A, C, None, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
                 scale, shift, STATISTICS, own, None, 0, 0, N, M,
                 D, BLOCK_M, BLOCK_N, BLOCK_K, D, False, CLUSTERS, IDS, NORMED, BIAS,
-                False, False, PRECISION, INTERPRETED,
+                False, False, False, PRECISION, INTERPRETED,
             )  # fmt: skip
             tl.debug_barrier()  # what one thread has stored, another may load in the next block
 
@@ -303,10 +323,11 @@ def running_kernel(
         needed = tl.max((poor & is_row).to(tl.int32), 0)
     if needed != 0:
         sweep_rows(
-            tl.program_id(0),
+            tl.program_id(0), 0, 1,
             X, Y, A, C, ROW_BIAS, COLUMN_BIAS, START, END, ROW_NAMES, COLUMN_NAMES, ORDER,
             scale, 0.0, STATISTICS, None, None, 0, 0, N, M,
-            D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS, True, False, PRECISION, INTERPRETED,
+            D, BLOCK_M, BLOCK_N, BLOCK_K, D, SELF, CLUSTERS, IDS, NORMED, BIAS,
+            True, False, False, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -314,17 +335,80 @@ def running_kernel(
 def weighted_kernel(
     X, Y, A, C, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, SCALE, STATISTICS, WEIGHTED, WIDTH, N, M,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr,
+    CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Statistics, with running maxima, and the softmax-weighted sums of columns, of which the rows' gradient is made.
 
-    A program: a row block, and BLOCK_D numbers of the sums.
+    A program: a row block, and BLOCK_D numbers of the sums; if SPLIT, one part of the columns: STATISTICS
+    [parts, 7, N] and WEIGHTED [parts, N, WIDTH] for `join_kernel`.
     """
+    part = tl.program_id(2)
+    statistics = STATISTICS
+    weighted = WEIGHTED
+    if SPLIT:
+        statistics += part.to(tl.int64) * 7 * N
+        weighted += part.to(tl.int64) * N * WIDTH
     sweep_rows(
-        tl.program_id(0),
+        tl.program_id(0), part, tl.num_programs(2),
         X, Y, A, C, None, None, START, END, ROW_NAMES, COLUMN_NAMES, ORDER, tl.load(SCALE) * LOG2E, 0.0,
-        STATISTICS, None, WEIGHTED, tl.program_id(1) * BLOCK_D, WIDTH, N, M,
+        statistics, None, weighted, tl.program_id(1) * BLOCK_D, WIDTH, N, M,
         D, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D,
-        False, CLUSTERS, IDS, NORMED, 0, True, False, PRECISION, INTERPRETED,
+        False, CLUSTERS, IDS, NORMED, 0, True, False, SPLIT, PRECISION, INTERPRETED,
     )  # fmt: skip
+
+
+@triton.jit
+def joined(PARTS, places, size, parts, mask, K: tl.constexpr):
+    """(base, sum) of the parts' sums in row K + 1 of [parts, 7, N], which belong to the bases in row K."""
+    base = tl.full(places.shape, LOWEST, tl.float32)
+    for part in range(0, parts):
+        own = PARTS + (7 * part + K) * size + places
+        some = tl.load(own + size, mask=mask, other=0.0) != 0.0  # an empty sum says nothing about the base
+        base = tl.maximum(base, tl.where(some, tl.load(own, mask=mask, other=0.0), LOWEST))
+    base = tl.where(base > LOWEST, base, tl.load(PARTS + K * size + places, mask=mask, other=0.0))
+    total = tl.zeros(places.shape, tl.float32)
+    for part in range(0, parts):
+        own = PARTS + (7 * part + K) * size + places
+        sum_ = tl.load(own + size, mask=mask, other=0.0)
+        fading = tl.exp2(tl.minimum(tl.load(own, mask=mask, other=0.0) - base, 0.0))
+        total += tl.where(sum_ != 0.0, sum_ * fading, 0.0)
+    return base, total
+
+
+@triton.jit(do_not_specialize=["N", "COUNT"])
+def join_kernel(
+    PARTS, WEIGHTED_PARTS, ORDER, STATISTICS, WEIGHTED, N, WIDTH, COUNT, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """STATISTICS [7, N] and, where there is any, WEIGHTED [N, WIDTH], from COUNT parts of the columns, in order.
+
+    A program: a row block, and BLOCK_D numbers of the weighted sums.
+    """
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = i < N
+    places = row_places(ORDER, i, N)
+    size = tl.cast(N, tl.int64)
+    base, negative = joined(PARTS, places, size, COUNT, is_row, 0)
+    if tl.program_id(1) == 0:
+        positive_base, positive = joined(PARTS, places, size, COUNT, is_row, 2)
+        tl.store(STATISTICS + places, base, mask=is_row)
+        tl.store(STATISTICS + size + places, negative, mask=is_row)
+        tl.store(STATISTICS + 2 * size + places, positive_base, mask=is_row)
+        tl.store(STATISTICS + 3 * size + places, positive, mask=is_row)
+        for k in range(4, 7):
+            total = tl.zeros([BLOCK_M], tl.float32)
+            for part in range(0, COUNT):
+                total += tl.load(PARTS + (7 * part + k) * size + places, mask=is_row, other=0.0)
+            tl.store(STATISTICS + k * size + places, total, mask=is_row)
+    if WEIGHTED is not None:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        there = is_row[:, None] & (d < WIDTH)[None, :]
+        numbers = i.to(tl.int64)[:, None] * WIDTH + d[None, :]
+        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for part in range(0, COUNT):
+            own = PARTS + 7 * part * size + places
+            some = tl.load(own + size, mask=is_row, other=0.0) != 0.0
+            fading = tl.exp2(tl.minimum(tl.load(own, mask=is_row, other=0.0) - base, 0.0))
+            weighted = tl.load(WEIGHTED_PARTS + part * size * WIDTH + numbers, mask=there, other=0.0)
+            total += tl.where(some[:, None], weighted * fading[:, None], 0.0)
+        tl.store(WEIGHTED + numbers, total, mask=there)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...checks import values_visible
 from ..backends.triton_launch import INTERPRETED, tape_setting
 from ..backends.triton_tape import Taped
-from ..library import intercepted, once_differentiable
+from ..library import intercepted, once_differentiable, without_autocast
 from . import cpu, triton
 from .backend import Backend
 from .fields import LOG_SUMS
@@ -121,7 +121,7 @@ class DirectMean(torch.autograd.Function):
 def _forward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The mean, the observed statistics, what the operator's backward needs, and the derivatives of each side's fields.
 
-    options: those of the operator, and whether the derivatives are needed; else they are None.
+    options: those of the operator, and whether the derivatives are needed.
     """
     *rest, differentiated = options
     problem, backend = parsed((*tensors, *rest))
@@ -169,7 +169,8 @@ def _taped(taped: Taped, problem: Problem, backend: Backend, options: Any, *tens
     if backend is triton and TAPES and (n + m) * problem.anchors.values.shape[1] <= MOST_ON_TAPE:
         setting = tape_setting(problem.device)
         if setting is not None:
-            return taped(options, *setting, *tensors)
+            with without_autocast(problem.device):  # a tape holds operators as they run without it
+                return taped(options, *setting, *tensors)
     return taped.function(options, *tensors)
 
 

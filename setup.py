@@ -5,11 +5,13 @@ Without a compiler the package installs all the same, and remembers why it lacks
 Environment, read while fastcl is built and not when pip installs a wheel that was built before:
     FASTCL_NATIVE=0: do not build the module.
     FASTCL_REQUIRE_NATIVE=1: a module that cannot be built is an error.
-    FASTCL_CUDA=auto, 1 or 0: whether the module has CUDA kernels. auto, the default: where nvcc is found, on PATH, in
-        CUDA_HOME or in /usr/local/cuda, and compiles them. 1: it is an error if it is not or does not.
+    FASTCL_CUDA=auto, 1 or 0: whether the module has CUDA kernels, which take a minute or two to compile. auto, the
+        default: if there are an NVIDIA driver and nvcc (on PATH, in CUDA_HOME or in /usr/local/cuda), and nvcc compiles
+        them. 1: also without a driver; it is an error if there is no nvcc or it does not compile them.
     CXX, CXXFLAGS, LDFLAGS, CMAKE_ARGS: as CMake takes them.
 """
 
+import ctypes
 import os
 import re
 import shlex
@@ -29,6 +31,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "fastcl"
 FAILURE = "_build_failure.py"  # read by fastcl/ops/backends/native.py
 CUDA_FAILURE = "_cuda_failure.py"  # read by fastcl/ops/backends/cuda_runtime.py
+DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
+DRIVER_FOLDER = "/proc/driver/nvidia"
 LAST_LINES = 20  # of the failed tool's output, which are kept
 
 
@@ -60,6 +64,17 @@ def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME", "")
     places = [os.path.join(folder, "bin") for folder in (home, "/usr/local/cuda") if folder]
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(places)) or ""
+
+
+def has_driver() -> bool:
+    """Whether an NVIDIA driver is installed: its library loads, or its folder or nvidia-smi is there."""
+    for library in DRIVER_LIBRARIES:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return True
+    return Path(DRIVER_FOLDER).exists() or shutil.which("nvidia-smi") is not None
 
 
 def tool(name: str) -> str:
@@ -138,6 +153,12 @@ class BuildNative(build_ext):
     def build_with_cuda(self, module: Path, wanted: str) -> BuildError | None:
         """Builds the module, and returns why it has no CUDA kernels."""
         nvcc = find_nvcc() if wanted != "0" else ""
+        if nvcc and wanted == "auto" and not has_driver():
+            self.build_module(module, "")
+            return BuildError(
+                "no NVIDIA driver was found when fastcl was installed; installing it again from source with "
+                "FASTCL_CUDA=1 compiles the CUDA kernels all the same"
+            )
         if nvcc:
             try:
                 self.build_module(module, nvcc)

@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,37 +26,52 @@ Python_add_library(_native MODULE WITH_SOABI csrc/module.cpp)
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The sources of a small project that look for nvcc only on PATH and in CUDA_HOME."""
+    """The sources of a small project that look for nvcc only on PATH and in CUDA_HOME, and for a driver on PATH."""
     where = copy_source(tmp_path / "source")
     (where / "CMakeLists.txt").write_text(SMALL_PROJECT)
     (where / "csrc" / "module.cpp").write_text("int works;")
     setup = (where / "setup.py").read_text()
-    assert setup.count('(home, "/usr/local/cuda")') == 1
-    (where / "setup.py").write_text(setup.replace('(home, "/usr/local/cuda")', "(home,)"))
+    for there, instead in (
+        ('(home, "/usr/local/cuda")', "(home,)"),
+        ('("libcuda.so.1", "nvcuda.dll")', '("absent.so",)'),
+        ('"/proc/driver/nvidia"', '"/absent"'),
+    ):
+        assert setup.count(there) == 1
+        setup = setup.replace(there, instead)
+    (where / "setup.py").write_text(setup)
     return where
 
 
-def without_nvcc() -> str:
-    """PATH without the folders that contain nvcc."""
-    folders = os.environ["PATH"].split(os.pathsep)
-    return (
-        os.pathsep.join(f for f in folders if not shutil.which("nvcc", path=f))
-        + os.pathsep
-        + str(Path(sys.executable).parent)
-    )
+def without_cuda(where: Path) -> str:
+    """PATH without nvcc and nvidia-smi: links to the programs of all folders, but these two."""
+    links = where / "without_cuda"
+    links.mkdir()
+    for folder in [*os.environ["PATH"].split(os.pathsep), str(Path(sys.executable).parent)]:
+        for program in Path(folder).iterdir() if Path(folder).is_dir() else ():
+            if program.name not in ("nvcc", "nvidia-smi") and not (links / program.name).is_symlink():
+                (links / program.name).symlink_to(program)
+    return str(links)
+
+
+def program(where: Path, name: str, script: str) -> Path:
+    """The folder of a new program."""
+    folder = where / name / "bin"
+    folder.mkdir(parents=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return folder
 
 
 def broken_nvcc(where: Path) -> dict[str, str]:
-    folder = where / "toolkit" / "bin"
-    folder.mkdir(parents=True)
-    (folder / "nvcc").write_text("#!/bin/sh\necho nvcc fatal: out of order >&2\nexit 1\n")
-    (folder / "nvcc").chmod(0o755)
-    return {"CUDA_HOME": str(folder.parent), "PATH": without_nvcc()}
+    """Variables with which setup.py finds a driver, and an nvcc that fails."""
+    nvcc = program(where, "nvcc", "echo nvcc fatal: out of order >&2; exit 1")
+    driver = program(where, "nvidia-smi", "exit 0")
+    return {"CUDA_HOME": str(nvcc.parent), "PATH": os.pathsep.join((without_cuda(where), str(driver)))}
 
 
 @needs_compiler
-def test_without_nvcc(source: Path) -> None:
-    environment = {"PATH": without_nvcc(), "CUDA_HOME": ""}
+def test_without_nvcc(source: Path, tmp_path: Path) -> None:
+    environment = {"PATH": without_cuda(tmp_path), "CUDA_HOME": ""}
     module, failure = source / "fastcl" / MODULE, source / "fastcl" / "_cuda_failure.py"
     done = attempt(*BUILD, cwd=source, FASTCL_CUDA="1", **environment)
     assert done.returncode != 0
@@ -83,6 +97,35 @@ def test_an_nvcc_that_does_not_work_leaves_the_rest_of_the_module(source: Path, 
     assert done.returncode != 0
     assert "FASTCL_CUDA=1, but configuring: " in done.stderr
     assert not module.exists()
+
+
+@needs_compiler
+def test_without_a_driver_the_kernels_are_compiled_on_demand_only(source: Path, tmp_path: Path) -> None:
+    environment = broken_nvcc(tmp_path)
+    module, failure = source / "fastcl" / MODULE, source / "fastcl" / "_cuda_failure.py"
+    environment["PATH"] = environment["PATH"].split(os.pathsep)[0]
+    done = attempt(*BUILD, cwd=source, FASTCL_CUDA="auto", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert module.exists()
+    remembered: dict[str, str] = {}
+    exec(failure.read_text(), remembered)
+    reason = (
+        "no NVIDIA driver was found when fastcl was installed; installing it again from source with FASTCL_CUDA=1 "
+        "compiles the CUDA kernels all the same"
+    )
+    assert remembered["REASON"] == reason  # fastcl.info prints it, and use_backend("cuda") raises it
+    done = attempt(*BUILD, cwd=source, FASTCL_CUDA="1", **environment)
+    assert "FASTCL_CUDA=1, but configuring: " in done.stderr  # it tries the nvcc that fails
+
+    setup = (source / "setup.py").read_text()
+    for there in (  # a driver's folder is enough, and so is its library
+        setup.replace('"/absent"', repr(str(tmp_path))),
+        setup.replace('("absent.so",)', "(None,)"),  # the program itself, which always loads
+    ):
+        (source / "setup.py").write_text(there)
+        done = attempt(*BUILD, cwd=source, FASTCL_CUDA="auto", **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "configuring: " in failure.read_text()
 
 
 def test_the_switch_is_checked(source: Path) -> None:

@@ -156,7 +156,7 @@ class BuildNative(build_ext):
         if nvcc and wanted == "auto" and not has_driver():
             self.build_module(module, "")
             return BuildError(
-                "no NVIDIA driver was found when fastcl was installed; installing it again from source with "
+                "no NVIDIA driver was found when this fastcl was built; building it again from source with "
                 "FASTCL_CUDA=1 compiles the CUDA kernels all the same"
             )
         if nvcc:

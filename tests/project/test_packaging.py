@@ -155,21 +155,28 @@ def test_description_on_a_package_index_needs_no_other_file(built: tuple[Path, P
 
 
 @pytest.mark.slow
-def test_sdist_installs_into_an_empty_environment(built: tuple[Path, Path], tmp_path: Path) -> None:
-    """Built in isolation, for another architecture: a module without engines."""
+def test_sdist_is_built_in_isolation(built: tuple[Path, Path], clean: Path, tmp_path: Path) -> None:
+    """For another architecture: a module without engines."""
     other = "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64" if ENGINES else ""
-    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    install_sdist = (python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", built[0])
-    run(*install_sdist, cwd=tmp_path, CMAKE_ARGS=other, FASTCL_REQUIRE_NATIVE=str(int(ENGINES)))
-    assert str(tmp_path / "venv") in run(python, "-W", "error", "-c", USE, cwd=tmp_path)
-    report = run(python, "-W", "error", "-m", "fastcl.info", cwd=tmp_path)
+    pip = (sys.executable, "-m", "pip", "--python", clean, "install", "-q", "--no-deps", "--ignore-installed")
+    run(*pip, built[0], cwd=tmp_path, CMAKE_ARGS=other, FASTCL_REQUIRE_NATIVE=str(int(ENGINES)))
+    assert str(clean.parent.parent) in run(clean, "-W", "error", "-c", USE, cwd=tmp_path)
+    report = run(clean, "-W", "error", "-m", "fastcl.info", cwd=tmp_path)
     if ENGINES:
         assert "used: none (this build carries no engine: it was not built for x86-64)" in report
     assert re.search(r"contrastive_stats +cpu +float32 +chunked", report), report
-    trainer = attempt(python, "-m", "fastcl.train", cwd=tmp_path)
+
+
+def test_the_trainer_says_what_to_install(tmp_path: Path) -> None:
+    code = """
+import runpy, sys
+sys.modules["sklearn"] = None
+sys.argv = ["fastcl.train"]
+runpy.run_module("fastcl.train", run_name="__main__")
+"""
+    trainer = attempt(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert trainer.returncode != 0
-    assert 'pip install "fastcl[train]"' in trainer.stderr
+    assert 'fastcl.train needs scikit-learn: pip install "fastcl[train]"' in trainer.stderr
     assert "Traceback" not in trainer.stderr
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,9 @@ NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 def _apart() -> dict[str, Any]:
     """The suites with their own peers, rows and pages, by name."""
-    from benchmarks import many, nearest, queue_step, transport_report
+    from benchmarks import many, nearest, pair_losses, queue_step, transport_report
 
-    return {module.SUITE: module for module in (transport_report, queue_step, nearest, many)}
+    return {module.SUITE: module for module in (transport_report, pair_losses, queue_step, nearest, many)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +36,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description="Compares speed, memory and error of fastcl and its peers."
     )
     parser.add_argument("--suite", nargs="+", choices=suites, default=suites, help="default: all suites")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the plan of benchmarks/gpu_plan.py, in order"
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="with --device cuda: when to stop (default: 240)"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="with --device cuda: the plan with tiny sizes on the CPU, no GPU needed"
+    )
     parser.add_argument("--quick", action="store_true", help="few and small cases: under two minutes on two cores")
     parser.add_argument("--autotune", action="store_true", help="choose the Triton kernels' tiles by time")
     parser.add_argument("--json", action="store_true", help="print only the rows, as JSON lines")
@@ -54,27 +63,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    start = time.monotonic()
     absent = [package for name, package in NEEDED.items() if importlib.util.find_spec(name) is None]
     if absent:
         print(f'benchmarks need {", ".join(absent)}: pip install ".[bench]"', file=sys.stderr)
         return 2
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.device != "cuda" and (options.budget is not None or options.rehearse):
+        parser.error(f"--{'rehearse' if options.rehearse else 'budget'}: expected --device cuda, got --device cpu")
     if options.autotune:
         os.environ.setdefault("FASTCL_TRITON_AUTOTUNE", "1")
 
     import torch
 
-    from benchmarks import machine, report, transport_report
+    from benchmarks import gpu_report, machine, report, transport_report
     from benchmarks.cases import cases
 
     folder: Path | None = options.report
     if folder is not None:
-        if not any((folder / name).is_file() for name in (report.ROWS, transport_report.ROWS)):
+        if not any((folder / name).is_file() for name in (report.ROWS, transport_report.ROWS, gpu_report.ROWS)):
             parser.error(f"--report: {folder} holds no {report.ROWS}")
+    elif options.device == "cuda":
+        return _on_gpu(parser, options, start)
     else:
-        if options.device == "cuda" and not torch.cuda.is_available():
-            parser.error("--device: cuda is not available: this torch finds no CUDA device")
         device = torch.device(options.device)
         folder = options.out or machine.ROOT / "runs" / "benchmarks" / machine.slug(
             machine.processor(device), torch.get_num_threads(), device
@@ -93,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if found and not options.json:
                 print((folder / suite.PAGE).read_text())
         options.suite = [name for name in options.suite if name not in apart]
-        chosen = [case for case in cases(options.suite, options.quick, options.device) if options.only in case.name]
+        chosen = [case for case in cases(options.suite, options.quick) if options.only in case.name]
         if measured and not chosen:
             return 0
         if not chosen:
@@ -105,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         rows = _measure(chosen, device, options.quick, options.json, keep)
         report.write_rows(folder, rows, () if options.only else options.suite)
-    written = [each for each in (report, transport_report) if (folder / each.ROWS).is_file()]
+    pages: tuple[Any, ...] = (report, transport_report, gpu_report)
+    written = [each for each in pages if (folder / each.ROWS).is_file()]
     for each in written:
         each.write(folder)
     if options.readme:
@@ -115,6 +128,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--readme: {error}")
     if not options.json:
         print("\n".join((folder / each.PAGE).read_text() for each in written))
+        print(f"written to {os.path.relpath(folder)}", file=sys.stderr)
+    return 0
+
+
+def _on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, start: float) -> int:
+    """Runs the plan for a GPU, or its rehearsal. The page is written however the run ends."""
+    import torch
+
+    from benchmarks import gpu_plan, gpu_report, gpu_run, gpu_supervise, gpu_worker, machine
+
+    if options.quick or options.readme:
+        parser.error(f"--{'quick' if options.quick else 'readme'}: expected --device cpu, got --device cuda")
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("--device: cuda is not available: this torch finds no CUDA device")
+    suites = [name for name in gpu_plan.suites() if name in options.suite]
+    if not gpu_worker.chosen(suites, options.only, options.rehearse):
+        parser.error(f"--suite, --only: no problem of the plan for a GPU is in these suites with {options.only!r}")
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    name = "rehearsal" if options.rehearse else machine.slug(machine.processor(device), 1, device)
+    folder = (options.out or machine.ROOT / "runs" / "benchmarks" / name).resolve()
+    budget = gpu_plan.SECONDS if options.budget is None else options.budget
+    plan = {"rehearsal": options.rehearse, "suites": suites, "only": options.only}
+    worker = gpu_worker.command(folder, budget=budget, start=start, **plan)
+    try:
+        gpu_supervise.supervise(folder, budget, start, worker)
+    finally:
+        gpu_report.write(folder)
+        print((folder / (gpu_run.ROWS if options.json else gpu_report.PAGE)).read_text(), flush=True)
         print(f"written to {os.path.relpath(folder)}", file=sys.stderr)
     return 0
 
@@ -129,7 +170,7 @@ def _measure(
 
     found, missing = providers(device)
     rows: list[Row] = []
-    effort = {"rounds": (5, 15), "seconds": 0.5} if quick or device.type == "cuda" else {}
+    effort = {"rounds": (5, 15), "seconds": 0.5} if quick else {}
 
     def add(row: Row) -> None:
         rows.append(row)

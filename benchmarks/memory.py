@@ -42,8 +42,6 @@ def measure(case: Case, provider: Provider, device: torch.device, threads: int) 
         TooLargeError: the provider needs more memory.
         RuntimeError: the provider raised another error; the message has its text.
     """
-    if device.type == "cuda":  # here: the CUDA allocator counts, and a new process would compile again
-        return _here(case, provider, device)
     context = _processes()
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(there, case, provider, device, threads, available()))
@@ -83,15 +81,6 @@ def available() -> int | None:
     return max(int(found[1]) * 1024 - LEFT_TO_OTHERS, 0) if found else None
 
 
-def _here(case: Case, provider: Provider, device: torch.device) -> Peak:
-    try:
-        return _run(case, provider, device)
-    except torch.OutOfMemoryError as error:
-        raise TooLargeError(str(error).splitlines()[0]) from None
-    finally:
-        torch.cuda.empty_cache()
-
-
 def _child(
     answer: Connection, case: Case, provider: Provider, device: torch.device, threads: int, limit: int | None
 ) -> None:
@@ -124,8 +113,6 @@ def _run(case: Case, provider: Provider, device: torch.device) -> Peak:
     loss = provider.pose(case)
     inputs = case.inputs("random", device)
     step = training_step(loss, [inputs], BOTH)
-    if device.type == "cuda":
-        return Peak(_cuda(step, inputs.leaves), "torch.cuda.max_memory_allocated")
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -159,14 +146,3 @@ def _first_call(step: Any) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-
-
-def _cuda(step: Any, leaves: tuple[torch.Tensor, ...]) -> int:
-    step()
-    _settle(leaves)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

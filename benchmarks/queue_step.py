@@ -41,9 +41,10 @@ class Case:
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, and stored rows, which are unit rows."""
-        g = torch.Generator().manual_seed(0)
-        query, key, stored = (torch.randn(size, self.d, generator=g) for size in (self.n, self.n, self.m))
-        return query.to(device).requires_grad_(), key.to(device), F.normalize(stored, dim=1).to(device)
+        g = torch.Generator(device).manual_seed(0)
+        sizes = (self.n, self.n, self.m)
+        query, key, stored = (torch.randn(size, self.d, generator=g, device=device) for size in sizes)
+        return query.requires_grad_(), key, F.normalize(stored, dim=1)
 
 
 CASES = (Case(256, 65536), Case(4096, 65536))

@@ -23,7 +23,6 @@ FAILED, TOO_LARGE, TOO_SLOW, CANNOT_POSE, MISSING = "error", "too large", "too s
 TIMED = (OK, IMPRECISE)
 PEAK = "peak"  # takes turns with the providers
 PATIENCE = 8.0  # seconds of one call above which it is not repeated
-SETS_ON_A_GPU = 4  # sets of inputs, between which calls alternate
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -148,15 +147,22 @@ def _judge(candidates: list[Candidate], case: Case, setting: Setting, say: Say) 
                 continue
             candidate.errors[kind] = errors
             if not errors.right:
-                # A peer that computes the right result less precisely is kept and marked, because without the fastest
-                # peer all others would look better than they are. fastcl's own backends must obey the rule.
-                candidate.mark(
-                    IMPRECISE if errors.near and not candidate.provider.is_fastcl else WRONG,
-                    f"{kind} rows: error of the loss {errors.loss:.1e} (allowed {errors.loss_allowed:.1e}), "
-                    f"of the gradient {errors.gradient:.1e} ({errors.gradient_allowed:.1e})",
-                )
+                candidate.mark(*verdict(kind, errors, candidate.provider.is_fastcl))
             if candidate.timed and kind == KINDS[-1] and seconds > PATIENCE:  # by the last kind everything is compiled
                 candidate.mark(TOO_SLOW, f"a call takes {seconds:.0f} s")
+
+
+def verdict(kind: str, errors: Errors, is_fastcl: bool) -> tuple[str, str]:
+    """Status and reason of a result that breaks the rule.
+
+    A peer that computes the right result less precisely is kept and marked, because without the fastest peer all others
+    would look better than they are. fastcl's own backends must obey the rule.
+    """
+    reason = (
+        f"{kind} rows: error of the loss {errors.loss:.1e} (allowed {errors.loss_allowed:.1e}), "
+        f"of the gradient {errors.gradient:.1e} ({errors.gradient_allowed:.1e})"
+    )
+    return IMPRECISE if errors.near and not is_fastcl else WRONG, reason
 
 
 def _once(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
@@ -168,10 +174,7 @@ def _once(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, flo
 
 def _time(candidates: list[Candidate], case: Case, direction: str, setting: Setting, effort: dict[str, Any]) -> Samples:
     """Times the providers that have not failed."""
-    sets = [
-        case.inputs("random", setting.device, seed)
-        for seed in range(SETS_ON_A_GPU if setting.device.type == "cuda" else 1)
-    ]
+    sets = [case.inputs("random", setting.device)]
     steps: dict[str, Callable[[], object]] = {}
     for candidate in candidates:
         if candidate.timed and candidate.loss is not None:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import fastcl
 from benchmarks import machine
 from benchmarks.measure import Step, alternate, timer_for
-from benchmarks.providers import _why_not, version
+from benchmarks.providers import _DEVICE_OF_BACKEND, _why_not, version
+from fastcl.ops.backends.choose import AVAILABLE
 from fastcl.ops.sinkhorn.op import PASSES
 
 SUITE = "sinkhorn"
@@ -46,24 +47,21 @@ class Case:
         return f"{self.n} x {self.k}, epsilon {self.epsilon:g}, {self.n_iters} iterations, {what}{rounded}"
 
     def points(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        g = torch.Generator().manual_seed(0)
-        x, y = (F.normalize(torch.randn(size, 64, generator=g), dim=1).to(device) for size in (self.n, self.k))
+        """Drawn on the device."""
+        g = torch.Generator(device).manual_seed(0)
+        x, y = (F.normalize(torch.randn(size, 64, generator=g, device=device), dim=1) for size in (self.n, self.k))
         return x, y
+
+    def weight(self, device: torch.device) -> Tensor | None:
+        """The incoming gradient [N, K], drawn on the device; None where no gradient is asked for."""
+        if not self.gradient:
+            return None
+        g = torch.Generator(device).manual_seed(1)
+        return torch.randn(self.n, self.k, generator=g, device=device).to(self.dtype)
 
 
 CASES = (Case(4096, 4096), Case(4096, 4096, gradient=True), Case(4096, 3000), Case(512, 300), Case(4096, 4096, 0.01))
 QUICK = (Case(1024, 1024), Case(1024, 1024, gradient=True))
-ON_GPU = (
-    *CASES,
-    Case(32768, 16384),
-    Case(32768, 16384, gradient=True),
-    Case(32768, 16384, dtype=torch.bfloat16),
-    Case(32768, 131072, dtype=torch.bfloat16),
-)
-
-
-def cases(quick: bool, device: torch.device) -> tuple[Case, ...]:
-    return QUICK if quick else ON_GPU if device.type == "cuda" else CASES
 
 
 Solve = Callable[[Case, Tensor, Tensor, Tensor], Tensor]  # scores, points, prototypes -> assignments [N, K]
@@ -163,7 +161,9 @@ def providers(device: torch.device) -> tuple[dict[str, tuple[Solve, str]], dict[
     found: dict[str, tuple[Solve, str]] = {
         f"fastcl {backend}": (partial(_fastcl, backend), "fastcl")
         for backend in PASSES
-        if backend == "chunked" or backend == {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        if backend in AVAILABLE
+        and backend != "reference"
+        and _DEVICE_OF_BACKEND.get(backend, device.type) == device.type
     }
     found |= {EAGER: (log_domain, "torch"), LOOP: (kernel_domain, "torch")}
     missing = {}
@@ -181,14 +181,14 @@ def providers(device: torch.device) -> tuple[dict[str, tuple[Solve, str]], dict[
     return found, missing
 
 
-def _step(solve: Solve, case: Case, scores: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Step:
+def step_of(solve: Solve, case: Case, scores: Tensor, x: Tensor, y: Tensor, weight: Tensor | None) -> Step:
     if not case.gradient:
         return lambda: solve(case, scores, x, y)
     leaf = scores.clone().requires_grad_()
     return lambda: torch.autograd.grad(solve(case, leaf, x, y), leaf, weight)
 
 
-def _true_potential(case: Case, scores: Tensor) -> Tensor:
+def true_potential(case: Case, scores: Tensor) -> Tensor:
     """The columns' potential divided by epsilon, [K] in float64: `log_domain` in blocks of rows."""
     n, k = scores.shape
     blocks = scores.split(max(TRUTH_BLOCK // k, 1))
@@ -205,7 +205,7 @@ def _true_potential(case: Case, scores: Tensor) -> Tensor:
 
 
 def errors(case: Case, scores: Tensor, v: Tensor, got: Tensor) -> Row:
-    """Errors of the assignments `got` [N, K]; v from `_true_potential` gives the true ones."""
+    """Errors of the assignments `got` [N, K]; v from `true_potential` gives the true ones."""
     masses, off, size, rows = torch.zeros_like(v), 0.0, 0.0, 0.0
     step = max(TRUTH_BLOCK // case.k, 1)
     for block, part in zip(scores.split(step), got.split(step), strict=True):
@@ -226,15 +226,15 @@ def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
     found, missing = providers(device)
     x, y = case.points(device)
     scores = (x @ y.T).to(case.dtype)
-    weight = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1)).to(device, case.dtype)
-    v = _true_potential(case, scores)
+    weight = case.weight(device)
+    v = true_potential(case, scores)
     common = {"suite": SUITE, "case": case.name, "n_iters": case.n_iters, "gradient": case.gradient, **_here(device)}
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
     for name, (solve, package) in found.items():
         row: Row = {**common, "provider": name, "version": version(package)}
         rows[name] = row
-        step = _step(solve, case, scores, x, y, weight)
+        step = step_of(solve, case, scores, x, y, weight)
         try:
             row |= errors(case, scores, v, solve(case, scores, x, y))
             step()

@@ -17,7 +17,7 @@ from benchmarks.plots import rounded
 from benchmarks.report import BUSY
 from benchmarks.transport import COPY, Row
 
-SUITE, QUICK, CASES = transport.SUITE, transport.QUICK, transport.ON_GPU
+SUITE, QUICK, CASES = transport.SUITE, transport.QUICK, transport.CASES
 ROWS, PAGE, PLOT = "sinkhorn.jsonl", "sinkhorn.md", "sinkhorn.png"
 _HERE = ("processor", "threads")  # the same for all rows of a folder
 
@@ -32,7 +32,7 @@ def run(folder: Path, device: torch.device, quick: bool, circumstances: str, onl
     `circumstances` is unused: the rows record processor, threads and versions.
     """
     rows: list[Row] = []
-    for case in transport.cases(quick, device):
+    for case in transport.QUICK if quick else transport.CASES:
         if only in case.name:
             effort = {"rounds": (3, 15), "seconds": 0.5} if quick else {"rounds": (5, 15), "seconds": 2.0}
             rows += transport.measure(case, device, **effort)
@@ -47,7 +47,7 @@ def keep(folder: Path, rows: Sequence[Row]) -> None:
     new = {row["case"] for row in rows}
     old = read(folder) if (folder / ROWS).is_file() else []
     kept = [row for row in old if row["case"] not in new and all(row[key] == rows[0][key] for key in _HERE)]
-    order = [case.name for case in (*transport.QUICK, *transport.ON_GPU)]
+    order = [case.name for case in (*transport.QUICK, *transport.CASES)]
     both = sorted([*kept, *rows], key=lambda row: order.index(row["case"]) if row["case"] in order else len(order))
     (folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in both))
 

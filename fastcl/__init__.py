@@ -5,9 +5,11 @@ __version__ = "0.1.0"
 from . import distributed, functional
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
+from .losses.pair_contrastive import PairContrastiveLoss
 from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .losses.prototypes import MSNLoss, PMSNLoss, SwAVLoss
 from .losses.sampled import SampledNCELoss, sampled_similarity
+from .losses.sigmoid import SigLipLoss, SigmoidLoss
 from .losses.summary import LossStats
 from .memory import MemoryBank, MemoryQueue
 from .neighbors import knn_predict, topk_similarity
@@ -30,7 +32,10 @@ __all__ = [
     "MoCoLoss",
     "NTXentLoss",
     "PMSNLoss",
+    "PairContrastiveLoss",
     "SampledNCELoss",
+    "SigLipLoss",
+    "SigmoidLoss",
     "SinkhornResult",
     "SupConLoss",
     "SwAVLoss",

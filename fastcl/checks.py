@@ -242,6 +242,21 @@ def positive_number(name: str, value: Any) -> Any:
     return value if isinstance(value, Tensor) else number
 
 
+def finite_scalar(name: str, value: Any) -> Any:
+    """A finite number in float32's range: a float, or a floating tensor of one element, checked if visible."""
+    if not isinstance(value, Tensor):
+        return finite_number(name, value)
+    check_tensor(name, value)
+    if value.numel() != 1 or value.dtype not in ROW_DTYPES:
+        raise ValueError(
+            f"{name}: expected a finite number or a floating tensor of one element, "
+            f"got a {value.dtype} tensor of shape {list(value.shape)}"
+        )
+    if values_visible(value) and not abs(number := float(value.detach())) <= LARGEST:
+        raise ValueError(f"{name}: expected a finite number in the range of float32, got {number}")
+    return value
+
+
 def plain_number(name: str, value: Any) -> float:
     """`positive_number`, but tensors are not accepted."""
     if isinstance(value, Tensor):

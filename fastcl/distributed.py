@@ -287,6 +287,10 @@ class Gathered:
                 gradients[place] = found
         return None if gradients is None else self.summed(gradients)
 
+    def once(self, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
+        """`walk_back` without a walk before it."""
+        return self.walk_back(self.world.all_rows(rows, self.sizes), rows, alone, visit, dtype)
+
     def _places(self, alone: bool) -> list[Place]:
         if not alone:
             return [slice(0, self.total)]
@@ -344,6 +348,9 @@ class Ring(Gathered):
             arriving[1]()
             home += arriving[0]
         return home
+
+    def once(self, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
+        return self.walk_back(None, rows, alone, visit, dtype)
 
     def _passing(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Rank and rows of each block: this process's own, then its predecessor's, and so on."""

@@ -15,7 +15,18 @@ from . import __version__
 from .checks import ROW_DTYPES
 from .command import Parser, run
 from .ops.backends import cuda_runtime, native, triton_launch
-from .ops.backends.choose import AVAILABLE, MISSING, choose_backend
+from .ops.backends.choose import (
+    AVAILABLE,
+    FAMILIES,
+    FLOAT64,
+    MISSING,
+    MOST_NEIGHBOURS,
+    REPLACEMENTS,
+    SECOND_SWEEP,
+    choose_backend,
+    computes,
+    for_neighbours,
+)
 from .ops.backends.rows import accumulation_dtype
 
 _PROG = "python -m fastcl.info"
@@ -123,18 +134,57 @@ def _choices() -> list[tuple[str, str, str, str]]:
     devices = ("cpu", "cuda") if _cuda_devices() else ("cpu",)
     families = {
         "contrastive_stats": "contrastive_stats",
+        "return_stats": "contrastive_stats",
         "soft assignments": "soft_assignments",
+        "sums over pairs": "pair_sums",
         "sinkhorn": "sinkhorn",
         "topk_similarity": "topk",
     }
-    found = []
+    found, errors = [], []
     for what, family in families.items():
         for device in devices:
             for dtype in ROW_DTYPES:
                 sums = accumulation_dtype(torch.empty(0, dtype=dtype))
-                chosen = choose_backend(torch.device(device), sums, family)
+                try:
+                    chosen = choose_backend(torch.device(device), sums, family)
+                except ValueError as error:
+                    errors.append(error)
+                    chosen = f"nothing: {error}"
+                if what == "return_stats" and chosen in SECOND_SWEEP:
+                    chosen += f", and a second sweep by {SECOND_SWEEP[chosen]}"
                 found.append((what, device, str(dtype)[6:], chosen))
+    if len(errors) == len(found):
+        raise errors[0]
     return found
+
+
+def families_table() -> str:
+    """The table of docs/internals.md: what each backend computes itself, and what another one computes for it."""
+    others = [name for name in FLOAT64 if name not in REPLACEMENTS]
+    columns = [*REPLACEMENTS][::-1]
+
+    def cell(name: str, family: str) -> str:
+        if not computes(name, torch.float32, family):
+            replaced = " or ".join(f"`{other}`" for other in REPLACEMENTS[name])
+            return f"by default {replaced}; if `{name}` is named, an error"
+        wide = next(other for other in REPLACEMENTS[name] if computes(other, torch.float64, family))
+        many = for_neighbours(name, MOST_NEIGHBOURS + 1) if family == "topk" else name
+        limit = f"k > {MOST_NEIGHBOURS} or " if many == wide else ""
+        return f"own kernels; {limit}float64: `{wide}`"
+
+    rows = [
+        [text, "own code, all dtypes", *(cell(name, family) for name in columns)] for family, text in FAMILIES.items()
+    ]
+    sweeps = ["own kernel" if SECOND_SWEEP[name] == name else f"`{SECOND_SWEEP[name]}`" for name in columns]
+    seen = [
+        "statistics for `return_stats`",
+        "own code, the same sweep",
+        *(f"{sweep}, a second sweep" for sweep in sweeps),
+    ]
+    rows.insert(1, seen)
+    head = ["family", ", ".join(f"`{name}`" for name in others), *(f"`{name}`" for name in columns)]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join((lines[0], "|" + "---|" * len(head), *lines[1:]))
 
 
 def _reason() -> str:

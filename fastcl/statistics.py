@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,14 @@ from .checks import (
 from .ops.backends.choose import choose_backend
 from .ops.backends.rows import accumulation_dtype
 from .ops.contrastive.direct import DirectMean, DirectStats, taken_apart
-from .ops.contrastive.fields import ALL, FIELDS, NEGATIVES, OBSERVED, POSITIVES, TABLE
+from .ops.contrastive.fields import ALL, FIELDS, NEGATIVES, OBSERVED, PAIR_FIELDS, POSITIVES, TABLE
 from .ops.contrastive.observed import part as observed_part
 from .ops.contrastive.op import forward_op
 from .ops.contrastive.records import Problem, Rows, flatten
 from .ops.library import intercepted
+from .ops.pairs.maps import KINDS
+from .ops.pairs.op import pair_sums
+from .ops.pairs.records import Pairs, Sums, two_sets
 from .ops.soft import op as soft_op
 
 
@@ -64,6 +67,26 @@ class ContrastiveStats:
     """sum of the logits over the negatives"""
     entropy: Tensor | None = None
     """entropy in nats of the softmax over all admissible contrasts; 0 if there are none"""
+    softplus_pos: Tensor | None = None
+    """sum over the positives of log(1 + exp(-s)); this field and the following sums have a sweep of their own"""
+    softplus_neg: Tensor | None = None
+    """sum over the negatives of log(1 + exp(s))"""
+    hinge_pos: Tensor | None = None
+    """sum over the positives of max(0, pos_margin - s)"""
+    hinge_neg: Tensor | None = None
+    """sum over the negatives of max(0, s - neg_margin)"""
+    distance_pos: Tensor | None = None
+    """sum over the positives of max(0, d - pos_margin), d the distance of the rows, normalised if they are"""
+    distance_neg: Tensor | None = None
+    """sum over the negatives of max(0, neg_margin - d)"""
+    squared_pos: Tensor | None = None
+    """sum over the positives of half the squares of max(0, d - pos_margin)"""
+    squared_neg: Tensor | None = None
+    """sum over the negatives of half the squares of max(0, neg_margin - d)"""
+    active_pos: Tensor | None = None
+    """number of positives whose hinge is not 0, detached; for calls with hinges of one kind"""
+    active_neg: Tensor | None = None
+    """number of negatives whose hinge is not 0, detached"""
     reverse: ContrastiveStats | None = None
     """with ``both=True`` the statistics of each contrast over the anchors, ``[M]``"""
 
@@ -72,7 +95,7 @@ class ContrastiveStats:
         """Bool ``[N]``: whether the sets of all wanted fields are non-empty in this row."""
         sizes = {ALL: self.num_pos + self.num_neg, POSITIVES: self.num_pos, NEGATIVES: self.num_neg}
         valid = torch.ones_like(self.num_pos, dtype=torch.bool)
-        for over in {field.over for name, field in TABLE.items() if getattr(self, name) is not None}:
+        for over in {field.over for name, field in TABLE.items() if getattr(self, name, None) is not None}:
             valid = valid & (sizes[over] > 0)
         return valid
 
@@ -206,6 +229,8 @@ def contrastive_stats(
     both: bool = False,
     anchor_assignments: Tensor | None = None,
     contrast_assignments: Tensor | None = None,
+    pos_margin: float = 0.0,
+    neg_margin: float = 0.0,
 ) -> ContrastiveStats:
     r"""Statistics of contrastive logits, in one pass that never stores the logits.
 
@@ -236,11 +261,15 @@ def contrastive_stats(
             means no id.
         want: any of ``"lse_all"``, ``"lse_pos"``, ``"lse_neg"``, ``"sum_pos"``, ``"sum_all"``, and of the fields
             without a gradient, ``"max_pos"``, ``"max_neg"``, ``"sum_neg"``, ``"entropy"``. Only these are computed.
+            Sums of a function of each pair: ``"softplus_pos"``, ``"hinge_pos"``, ``"distance_pos"``, ``"squared_pos"``
+            and the same with ``_neg``; each of the four kinds takes a sweep of its own, with ``both`` two, and one per
+            scale. :class:`ContrastiveStats` has the formulas. Distances know no scale and no bias.
         both: with two sets, ``.reverse`` holds each contrast's statistics over the anchors, from the same sweep.
         anchor_assignments: ``[N, C]`` floating, >= 0, in place of clusters. Contrast j is then a positive of weight
             w_ij = <r_i, r_j>: ``sum_pos`` is the sum of w_ij s_ij over A_i, ``num_pos`` is the sum of w_ij, and
             ``lse_all`` does not change. ``want`` may name only ``"lse_all"`` and ``"sum_pos"``, and there is one scale.
         contrast_assignments: ``[M, C]``, with two sets.
+        pos_margin, neg_margin: margins of the hinges: of logits, or of distances.
 
     Returns:
         :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale, contrast_bias and
@@ -310,8 +339,76 @@ def contrastive_stats(
     if contrasts is not None:
         clusters, sample_ids = ids["contrast_clusters"], ids["contrast_ids"]
         others = Rows(contrasts, clusters, sample_ids, contrast_bias, contrast_assignments, normalize_contrasts)
-    observe = any(field in OBSERVED for field in wanted)
-    return statistics(Problem(own, others, None, scale, wanted, both, observe=observe))[0]
+    margins = finite_number("pos_margin", pos_margin), finite_number("neg_margin", neg_margin)
+    kinds = tuple(dict.fromkeys(TABLE[field].pair_map for field in wanted if field in PAIR_FIELDS))
+    if any(KINDS[kind].of_distance for kind in kinds):
+        if isinstance(logit_scale, Tensor) or logit_scale != 1:
+            raise ValueError(f"logit_scale: expected 1 for sums of distances, got {shown(logit_scale)}")
+        if contrast_bias is not None:
+            raise ValueError("contrast_bias: expected None for sums of distances, got a value")
+    rest = tuple(field for field in wanted if field not in PAIR_FIELDS)
+    observe = any(field in OBSERVED for field in rest)
+    problem = Problem(own, others, None, scale, rest, both, observe=observe)
+    found = statistics(problem)[0] if rest or not kinds else None
+    return with_pair_sums(found, problem, wanted, kinds, margins) if kinds else found  # type: ignore[return-value]
+
+
+def with_pair_sums(
+    found: ContrastiveStats | None,
+    p: Problem,
+    wanted: Sequence[str],
+    kinds: Sequence[str],
+    margins: tuple[float, float],
+) -> ContrastiveStats:
+    """`found`, or new statistics, with the wanted sums over pairs."""
+    sides = _pair_sums(p, kinds, margins)
+    if found is None:
+        counts = [next(iter(side.values()))[0].counts for side in sides]
+        reverse = ContrastiveStats(counts[1][0], counts[1][1]) if p.both else None
+        found = ContrastiveStats(counts[0][0], counts[0][1], reverse=reverse)
+    of_hinge = [kind for kind in kinds if KINDS[kind].margins]
+
+    def fields(side: dict[str, list[Sums]]) -> dict[str, Tensor]:
+        def of_scales(values: list[Tensor]) -> Tensor:
+            return torch.stack(values) if p.logit_scale.dim() else values[0]
+
+        by_name = {}
+        for name in wanted:
+            if name in PAIR_FIELDS:
+                k = int(name.endswith("_neg"))
+                by_name[name] = of_scales([sums.values[k] for sums in side[TABLE[name].pair_map]])
+        if len(of_hinge) == 1:
+            for k, name in enumerate(("active_pos", "active_neg")):
+                by_name[name] = of_scales([sums.active[k] for sums in side[of_hinge[0]]])
+        return by_name
+
+    if found.reverse is not None:
+        found = replace(found, reverse=replace(found.reverse, **fields(sides[1])))  # type: ignore[arg-type]
+    return replace(found, **fields(sides[0]))  # type: ignore[arg-type]
+
+
+def _pair_sums(p: Problem, kinds: Sequence[str], margins: tuple[float, float]) -> list[dict[str, list[Sums]]]:
+    """By kind the sums for each scale: of the anchors and, with `both`, of the contrasts."""
+    anchors, contrasts = two_sets(p.anchors, p.contrasts, p.anchors.bias is not None)
+    scales = p.logit_scale.reshape(-1).unbind()
+
+    def side(left: Rows, right: Rows | None, offset: Tensor | None) -> dict[str, list[Sums]]:
+        return {kind: [pair_sums(Pairs(left, right, s, offset, kind, *margins)) for s in scales] for kind in kinds}
+
+    sides = [side(anchors, contrasts, None)]
+    if p.both and contrasts is not None:
+        left_out = None if contrasts.bias is None else contrasts.bias == -torch.inf
+        values, clusters, ids, bias, _, normalize = contrasts
+        if bias is not None and left_out is not None:  # a contrast that takes no part has no sums
+            values, bias = values.masked_fill(left_out[:, None], 0), bias.masked_fill(left_out, 0)
+        found = side(Rows(values, clusters, ids, None, None, normalize), anchors, bias)
+        if left_out is not None:
+            found = {
+                kind: [Sums(*(part.masked_fill(left_out, 0) for part in sums)) for sums in of_scales]
+                for kind, of_scales in found.items()
+            }
+        sides.append(found)
+    return sides
 
 
 def _check_want(want: Iterable[str]) -> tuple[str, ...]:

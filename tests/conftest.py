@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 
 from tests.support.backends import INTERPRETED, VARIANTS, running
 from tests.support.interpreter import quicken
+from tests.support.lost_device import tidy
 from tests.support.order import place
 
 if INTERPRETED:
@@ -42,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # in a process of pytest-xdist
         items.sort(key=lambda item: place(item.path))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and torch.cuda.is_available():
+        tidy()
 
 
 @pytest.fixture(params=VARIANTS)

@@ -11,6 +11,7 @@ void fastcl::bind_cuda(py::module_ m) {
   m.def("runtime_version", &cuda::runtime_version);
   m.def("processors", &cuda::processors, py::arg("device"), "multiprocessors of a device");
   bind_cuda_contrastive(m);
+  bind_cuda_pairs(m);
   bind_cuda_sinkhorn(m);
   bind_cuda_topk(m);
   m.attr("emulated") = cuda::emulated();

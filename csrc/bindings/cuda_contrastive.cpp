@@ -1,7 +1,7 @@
 // Python bindings of the contrastive statistics on CUDA.
+#include "bindings/cuda_contrastive.h"
 #include "bindings/families.h"
 #include "bindings/where.h"
-#include "cuda/contrastive/launches.h"
 
 namespace py = pybind11;
 
@@ -31,6 +31,8 @@ cuda::RowSet read_set(Reader &in) {
   return set;
 }
 
+} // namespace
+
 cuda::Contrast read_contrast(const py::tuple &numbers) {
   Reader in(numbers);
   cuda::Contrast p{};
@@ -51,6 +53,8 @@ cuda::Contrast read_contrast(const py::tuple &numbers) {
   require(p.width >= p.dimension && p.width % (p.dtype == Dtype::float32 ? 8 : 16) == 0, "width: not of whole steps");
   return p;
 }
+
+namespace {
 
 cuda::Side read_side(const py::tuple &numbers) {
   Reader in(numbers);

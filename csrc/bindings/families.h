@@ -6,11 +6,13 @@ namespace fastcl {
 
 void bind_contrastive(pybind11::module_ &m);
 void bind_soft(pybind11::module_ &m);
+void bind_pairs(pybind11::module_ &m);
 void bind_sinkhorn(pybind11::module_ &m);
 void bind_topk(pybind11::module_ &m);
 
-void bind_cuda(pybind11::module_ m); // calls the three functions below
+void bind_cuda(pybind11::module_ m); // calls the functions below
 void bind_cuda_contrastive(pybind11::module_ &m);
+void bind_cuda_pairs(pybind11::module_ &m);
 void bind_cuda_sinkhorn(pybind11::module_ &m);
 void bind_cuda_topk(pybind11::module_ &m);
 

@@ -29,6 +29,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("workspace", &Call::workspace, "bytes of workspace that `run` needs")
       .def("run", &Call::run, py::arg("workspace"));
   bind_contrastive(m);
+  bind_pairs(m);
   bind_soft(m);
   bind_sinkhorn(m);
   bind_topk(m);

@@ -1,6 +1,7 @@
 // The functions of the engine of one instruction set. dispatch.cpp chooses among the engines.
 #pragma once
 #include "problem.h"
+#include "cpu/pairs/call.h"
 #include "cpu/sinkhorn/call.h"
 #include "cpu/soft/call.h"
 #include "cpu/topk/call.h"
@@ -26,6 +27,7 @@ struct Engine {
   int64_t (*sinkhorn)(const Sinkhorn &, void *workspace);
   int64_t (*topk)(const TopK &, void *workspace);
   int64_t (*soft)(const Soft &, const Arranged &, void *workspace);
+  int64_t (*pairs)(const Pairs &, const Arranged &, void *workspace);
 };
 
 namespace baseline {

@@ -84,6 +84,13 @@ template <class T> FASTCL_INLINE V<T> fused(V<T> a, V<T> b, V<T> c) {
   return a * b + c;
 #endif
 }
+template <class T> FASTCL_INLINE bool any(I<T> mask) { // whether a lane is not 0
+  typedef int64_t Words __attribute__((vector_size(FASTCL_BYTES)));
+  const Words words = (Words)mask;
+  int64_t found = 0;
+  EACH(l, int(FASTCL_BYTES / 8)) found |= words[l];
+  return found != 0;
+}
 template <class T> FASTCL_INLINE T sum(V<T> v) { // by halves
   T part[Simd<T>::W] __attribute__((aligned(FASTCL_BYTES)));
   store(part, v);

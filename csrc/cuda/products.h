@@ -39,7 +39,6 @@ __device__ inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t add
 __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bfloat16) { emulator::multiply_bfloat16(c, a, b); }
 __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) { emulator::multiply_half(c, a, b); }
 __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) { emulator::multiply_tf32(c, a, b); }
-__device__ inline uint32_t to_tf32(float x) { return emulator::to_tf32(x); }
 
 #else
 
@@ -83,11 +82,6 @@ FASTCL_MULTIPLY(Bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FASTCL_MULTIPLY(Half, "m16n8k16.row.col.f32.f16.f16.f32")
 FASTCL_MULTIPLY(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FASTCL_MULTIPLY
-__device__ inline uint32_t to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-}
 
 #endif
 

@@ -14,8 +14,7 @@ const Device &device(int) {
   return emulated;
 }
 void check(cudaError_t, const char *) {}
-DeviceGuard::DeviceGuard(int) : before_(0) {}
-DeviceGuard::~DeviceGuard() {}
+void require_current(int) {}
 
 #else
 
@@ -82,14 +81,12 @@ const Device &device(int index) {
   return known[index];
 }
 
-DeviceGuard::DeviceGuard(int device) {
-  check(cudaGetDevice(&before_), "asking for the current device");
-  if (device == before_) before_ = -1;
-  else check(cudaSetDevice(device), "choosing a device");
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (before_ >= 0) (void)cudaSetDevice(before_);
+void require_current(int device) {
+  int current = 0;
+  check(cudaGetDevice(&current), "asking for the current device");
+  if (current != device)
+    throw std::runtime_error("fastcl: expected rows on the current CUDA device " + std::to_string(current) + ", got rows on " +
+                             std::to_string(device));
 }
 
 void launch_erased(const char *name, const void *kernel, void **arguments, const Launch &launch, const Where &where) {

@@ -28,16 +28,9 @@ const Device &device(int index);
 // Throws std::runtime_error that says what failed, and whether the driver is missing or too old.
 void check(cudaError_t error, const char *what);
 
-// Makes a device current, and restores the previous one at the end.
-class DeviceGuard {
-public:
-  explicit DeviceGuard(int device);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard &) = delete;
-
-private:
-  int before_;
-};
+// Throws unless the device is current. Python makes it current: restoring the previous device here, by cudaSetDevice, would create a
+// context on that device, which takes hundreds of megabytes.
+void require_current(int device);
 
 void launch_erased(const char *name, const void *kernel, void **arguments, const Launch &launch, const Where &where);
 

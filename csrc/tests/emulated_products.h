@@ -109,7 +109,5 @@ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
 inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   multiply<8, 1>(c, a, b, [](uint32_t word, int) { return double(__uint_as_float(word & 0xFFFFE000)); }); // a device ignores the lower bits
 }
-// Rounds to the nearest, ties away from zero.
-inline uint32_t to_tf32(float x) { return std::isfinite(x) ? (__float_as_uint(x) + 0x1000) & 0xFFFFE000 : __float_as_uint(x); }
 
 } // namespace emulator

@@ -6,6 +6,7 @@
 #include "../cpu/contrastive/mean.h"
 #include "formula.h"
 #include "sinkhorn_cases.h"
+#include "pair_cases.h"
 #include "soft_cases.h"
 #include <algorithm>
 #include <csignal>
@@ -306,6 +307,7 @@ template <class T> void run(const Engine &engine, const Case &c, Place place, ui
   check_gradients<T>(engine, c, backward, expected, tolerance);
   if (!weighted && p.scales == 1) check_mean<T>(engine, c, random, pool, backward, arranged, *truths[0], tolerance);
   check_topk<T>(engine, c, random, pool, in, p);
+  PairCase<T>(engine, random, pool, in, p, tolerance).run();
   SoftCase<T>(engine, random, pool, in, p, sizeof(T) == 8 || random.coin() ? c.anchors : Dtype::float32, tolerance).run();
 }
 

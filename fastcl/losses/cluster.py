@@ -12,6 +12,7 @@ from .batch import Batch, Contrasts, Tensors, assigned_batch, batch
 from .formulas import InfoNCE, Weighted, infonce
 from .modules import shown_temperature
 from .options import LossOptions, OptionKeywords, options_of, parse_options, shown_options, takes_options
+from .pair_form import pair_form_loss
 from .reduce import LossResult, inverse_temperature, reduced_loss
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def loss_of(
     except Exception as error:
         tell_others(options.gather, error, given.embeddings)
         raise
+    if options.form == "pairs":
+        return pair_form_loss(rows, scale, options, weights, return_stats)
     return reduced_loss(rows, scale, formula, options, weights, return_stats)
 
 
@@ -115,7 +118,9 @@ class ClusterInfoNCE(nn.Module):
 
     Args:
         temperature: number, tensor or ``nn.Parameter``. A parameter is registered and learned; it is not clamped.
-        form: ``"outside"`` (SupCon's L_out) or ``"inside"`` (L_in).
+        form: ``"outside"`` (SupCon's L_out), ``"inside"`` (L_in), or ``"pairs"``: the mean over all pairs of an anchor
+            i and a positive p of :math:`\log(1 + \sum_{j \in N_i} e^{s_{ij} - s_{ip}})`, with "sum" their sum, with
+            "none" each anchor's mean; weights multiply an anchor's pairs. Not with ``denominator="negatives"``.
         denominator: ``"all"``, or ``"negatives"`` for the decoupled loss.
         margin: cosine margin >= 0, subtracted from every positive's similarity in all terms (NT-Xent-AM).
         label_smoothing: a in [0, 1): :math:`(1 - a)` times the loss plus :math:`a (\log \sum_{j \in A_i} e^{s_{ij}} -

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,24 @@ def has_gradient(tensor: Tensor | None) -> bool:
     return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
 
-def gathered_statistics(
-    world: World, gather: bool | str, p: Problem, batch: Batch, exact: bool, call: str, alike: Mapping[str, Property]
-) -> ContrastiveStats:
-    """`statistics` over the contrast tensors of all processes, or in self-contrast over the anchors of all processes.
+class Travelling(NamedTuple):
+    """The rows of a call with `gather`, on which all processes have agreed."""
+
+    exchange: Gathered
+    samples: list[int]  # of every process
+    sizes: list[int]  # of every process, the number of travelling contrasts
+    anchors: Rows  # with clusters that are unique over processes, as the following
+    contrasts: Rows | None  # the contrasts that travel; None: self-contrast
+    stored: Rows | None  # contrasts that stay in this process
+    clusters: Tensor | None  # [M], of all travelling contrasts, if they need not be sent
+    needs: Mapping[str, bool]  # by tensor, whether it has a gradient
+    backend: str
+
+
+def agreed(
+    world: World, gather: bool | str, p: Problem, batch: Batch, call: str, alike: Mapping[str, Property], family: str
+) -> Travelling | None:
+    """The rows that travel, after all processes have agreed on the call. None if none travel: only stored ones.
 
     call, alike: the name of the call, and further values that must be equal in all processes.
     """
@@ -36,7 +50,7 @@ def gathered_statistics(
     rows: Tensor | None = anchors.values
     if contrasts is not None:
         rows = None if nothing_travels else of_parts(contrasts.values, batch, False)
-    backend = choose_backend(p.device, dtype)
+    backend = choose_backend(p.device, dtype, family)
     tensors = {
         "anchors": anchors.values, "contrasts": rows, "positives": p.positives, "logit scale": p.logit_scale,
         "contrast_bias": bias, "assignments": anchors.assignments,
@@ -69,12 +83,8 @@ def gathered_statistics(
         {**alike, **properties, **{f"{name} with a gradient": need for name, need in needs.items()}},
         p.device,
     )
-    if anchors.assignments is not None:
-        return _assigned(world, [n * batch.views for n in samples], sizes, p, anchors.assignments)
-    if rows is None:
-        return statistics(p, exact)[0]
-    if p.both and stored:
-        raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")
+    if rows is None and anchors.assignments is None:
+        return None
     clusters, contrast_clusters = offset(batch, sum(samples[: world.rank]))
     anchors = anchors._replace(clusters=clusters, bias=None if anchors.bias is None else anchors.bias.to(dtype))
 
@@ -91,19 +101,46 @@ def gathered_statistics(
             normalize=contrasts.normalize,
         )
 
+    return Travelling(
+        (Ring if gather == "ring" else Gathered)(world, sizes),
+        samples,
+        sizes,
+        anchors,
+        part_of_contrasts(False),
+        part_of_contrasts(True),
+        aligned_clusters(samples, batch.views, sizes, p.device) if batch.aligned else None,
+        needs,
+        backend,
+    )
+
+
+def gathered_statistics(
+    world: World, gather: bool | str, p: Problem, batch: Batch, exact: bool, call: str, alike: Mapping[str, Property]
+) -> ContrastiveStats:
+    """`statistics` over the contrast tensors of all processes, or in self-contrast over the anchors of all processes.
+
+    call, alike: as in `agreed`.
+    """
+    rows = agreed(world, gather, p, batch, call, alike, "contrastive_stats")
+    if rows is None:
+        return statistics(p, exact)[0]
+    if p.anchors.assignments is not None:
+        return _assigned(world, [n * batch.views for n in rows.samples], rows.sizes, p, p.anchors.assignments)
+    if p.both and rows.stored is not None:
+        raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")
     called = Call(
-        exchange=(Ring if gather == "ring" else Gathered)(world, sizes),
-        backend=backend,
+        exchange=rows.exchange,
+        backend=rows.backend,
         exact=exact,
         one_scale=p.logit_scale.dim() == 0,
-        contrasts_need=needs["contrasts"],
-        bias_needs=needs["contrast_bias"],
-        clusters=aligned_clusters(samples, batch.views, sizes, p.device) if batch.aligned else None,
+        contrasts_need=rows.needs["contrasts"],
+        bias_needs=rows.needs["contrast_bias"],
+        clusters=rows.clusters,
     )
-    scales = p.logit_scale.to(dtype).reshape(-1)
+    scales = p.logit_scale.to(p.dtype).reshape(-1)
     want = [field for field in FIELDS if field in p.want]
-    travelling = replace(p, anchors=anchors, contrasts=part_of_contrasts(False), logit_scale=scales, want=want)
-    return named(p, BlockStats.apply(called, *flatten(travelling), *flatten_rows(part_of_contrasts(True))))
+    travelling = replace(p, anchors=rows.anchors, contrasts=rows.contrasts, logit_scale=scales, want=want)
+    return named(p, BlockStats.apply(called, *flatten(travelling), *flatten_rows(rows.stored)))
 
 
 class _AllRows(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Shared by the modules of losses: buffers that keep their dtype, and the temperature in `extra_repr`."""
+"""Shared by the modules of losses: buffers that keep their dtype, and numbers in `extra_repr`."""
 
 from __future__ import annotations
 
@@ -43,12 +43,17 @@ class ExactModule(nn.Module):
 
 
 def shown_temperature(temperature: float | Tensor) -> str:
-    """The temperature for `extra_repr`. Only plain tensors are read: others are sharded or have no values."""
-    learned = " (learned)" if isinstance(temperature, Parameter) else ""
-    if isinstance(temperature, Tensor):
-        if temperature.is_meta:
-            return f"temperature=meta{learned}"
-        if type(temperature.data) is not Tensor or temperature.numel() != 1:
-            return f"temperature={type(temperature.data).__name__}{learned}"
-        temperature = temperature.detach().item()
-    return f"temperature={temperature:g}{learned}"
+    """The temperature for `extra_repr`."""
+    return shown_number("temperature", temperature)
+
+
+def shown_number(name: str, value: float | Tensor) -> str:
+    """``name=value`` for `extra_repr`. Only plain tensors are read: others are sharded or have no values."""
+    learned = " (learned)" if isinstance(value, Parameter) else ""
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return f"{name}=meta{learned}"
+        if type(value.data) is not Tensor or value.numel() != 1:
+            return f"{name}={type(value.data).__name__}{learned}"
+        value = value.detach().item()
+    return f"{name}={value:g}{learned}"

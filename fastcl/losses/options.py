@@ -12,7 +12,7 @@ from ..distributed import MODES
 if TYPE_CHECKING:
     from torch import nn
 
-FORMS = ("outside", "inside")
+FORMS = ("outside", "inside", "pairs")
 DENOMINATORS = ("all", "negatives")
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -33,6 +33,8 @@ class LossOptions(NamedTuple):
         """The options with numbers as floats. ValueError or TypeError names an option that is not valid."""
         check_option("form", self.form, FORMS)
         check_option("denominator", self.denominator, DENOMINATORS)
+        if self.form == "pairs" and self.denominator != "all":
+            raise ValueError(f"denominator: expected 'all' with form='pairs', got {self.denominator!r}")
         margin = finite_number("margin", self.margin)
         if margin < 0:
             raise ValueError(f"margin: expected a number of at least 0, got {margin}")

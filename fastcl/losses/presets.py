@@ -113,7 +113,7 @@ class ClipLoss(nn.Module):
     ``output_dict=True`` returns ``{"contrastive_loss": loss}``, as open_clip's training loop expects.
     ``return_stats=True`` adds a :class:`LossStats`: ``(loss, stats)``, or ``"stats"`` in the dictionary.
     ``logit_bias``, which open_clip's SigLIP models return, is ignored: one number added to every logit cancels in both
-    softmaxes. The loss is CLIP's, not SigLIP's sigmoid loss, and each module warns of it once (not under
+    softmaxes. The loss is CLIP's; SigLIP's is :class:`SigLipLoss`. Each module warns of it once (not under
     ``torch.compile``). Dtypes, errors, ``label_smoothing`` and ``gather`` are those of :class:`ClusterInfoNCE`.
     """
 
@@ -156,7 +156,7 @@ class ClipLoss(nn.Module):
             self._warned = True
             warnings.warn(
                 "logit_bias: expected None; its value is ignored, as one number added to every logit cancels in both "
-                "softmaxes. This is CLIP's softmax loss, not SigLIP's sigmoid loss.",
+                "softmaxes. This is CLIP's softmax loss; SigLIP's sigmoid loss is fastcl.SigLipLoss.",
                 stacklevel=4,  # the line that called the module
             )
         found = reduced_loss(rows, scale, formula, options, return_stats=return_stats)

@@ -47,36 +47,43 @@ def reduced_loss(
 
     return_stats: also return a summary of the same sweep.
     """
-    world = World.of(options.gather)
-    try:
-        if world is not None and return_stats is True:
-            raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
-        check_flag("return_stats", return_stats)
-        problem = _problem(rows, scale, formula, options, return_stats)
-        unit: float | Tensor | None = None
-        if weights is not None:
-            check_vector("weights", weights, rows.shape[0], problem.device)
-            weights, unit = _at_unit(weights, rows.dtype(), options.reduction)
-            weights = per_row(weights, rows.views)
-    except Exception as error:
-        tell_others(options.gather, error, rows.anchors.values)
-        raise
+    world, weights, unit = opened(rows, options, weights, return_stats)
+    problem = posed(rows, formula.scales(scale), formula.wanted(), options, return_stats)
     if world is not None:
         share: Tensor = _of_all(world, problem, rows, scale, formula, options, weights, unit)
         return share
     loss, observed = _loss(problem, rows, scale, formula, options, weights)
-    return loss if observed is None else (loss, _summary(problem, observed, rows, scale, options))
+    return loss if observed is None else (loss, summary_of(problem, observed, rows, scale, options))
 
 
-def _problem(rows: Batch, scale: Tensor, formula: Formula, options: LossOptions, observe: bool) -> Problem:
-    if options.symmetric and rows.contrasts is None:
-        raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
-    if options.symmetric and options.reduction == "none":
-        n, m = len(rows.anchors.values), len(rows.others().values)
-        if m != n:
-            message = f"expected 'mean' or 'sum' for symmetric with {n} anchors and {m} contrasts, got 'none'"
-            raise ValueError(f"reduction: {message}")
-    want, scales = formula.wanted(), formula.scales(scale)
+def opened(
+    rows: Batch, options: LossOptions, weights: Tensor | None, return_stats: bool
+) -> tuple[World | None, Tensor | None, float | Tensor | None]:
+    """Checks what a call combines. Returns the processes, the rows' weights [R], and what these are divided by."""
+    world = World.of(options.gather)
+    unit: float | Tensor | None = None
+    try:
+        if world is not None and return_stats is True:
+            raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
+        check_flag("return_stats", return_stats)
+        if options.symmetric and rows.contrasts is None:
+            raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
+        if options.symmetric and options.reduction == "none":
+            n, m = len(rows.anchors.values), len(rows.others().values)
+            if m != n:
+                message = f"expected 'mean' or 'sum' for symmetric with {n} anchors and {m} contrasts, got 'none'"
+                raise ValueError(f"reduction: {message}")
+        if weights is not None:
+            check_vector("weights", weights, rows.shape[0], rows.anchors.values.device)
+            weights, unit = at_unit(weights, rows.dtype(), options.reduction)
+            weights = per_row(weights, rows.views)
+    except Exception as error:
+        tell_others(options.gather, error, rows.anchors.values)
+        raise
+    return world, weights, unit
+
+
+def posed(rows: Batch, scales: Tensor, want: tuple[str, ...], options: LossOptions, observe: bool) -> Problem:
     return Problem(rows.anchors, rows.contrasts, rows.positives, scales, want, options.symmetric, observe=observe)
 
 
@@ -97,7 +104,7 @@ def _loss(
 
 
 @torch.no_grad()
-def _summary(problem: Problem, observed: Tensor, rows: Batch, scale: Tensor, options: LossOptions) -> LossStats:
+def summary_of(problem: Problem, observed: Tensor, rows: Batch, scale: Tensor, options: LossOptions) -> LossStats:
     n = len(rows.anchors.values)
 
     def of_rows(start: int, end: int | None, shape: tuple[int, ...]) -> LossStats:
@@ -179,7 +186,7 @@ def _nan_of(terms: Tensor, counted: Tensor) -> Tensor:
 ORDINARY_WEIGHTS = 1e-20, 1e20
 
 
-def _at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float | Tensor | None]:
+def at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float | Tensor | None]:
     """Checked weights [N] in `dtype`, and the power of two that they are divided by, or None.
 
     They are divided only for a mean, which depends on nothing but ratios of weights.

@@ -43,11 +43,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 # Derivatives.
 
 
-_PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+def _keys_of(device: str) -> int:
+    """The dispatch keys of a plain tensor on a device, which need not exist here."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+    for name in ("ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"):
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    found: int = keys.raw_repr()
+    return found
+
+
+_PLAIN_KEYS = frozenset(map(_keys_of, ("CPU", "CUDA")))
 
 
 def intercepted(*tensors: Tensor | None) -> bool:
-    """Whether a tracer, mode or transform is active, or a tensor is not a plain CPU tensor."""
+    """Whether a tracer, mode or transform is active, or a tensor is not a plain CPU or CUDA tensor."""
     if (
         torch.compiler.is_compiling()  # first: the calls below cannot be traced
         or torch._C._len_torch_dispatch_stack() > 0
@@ -57,8 +66,8 @@ def intercepted(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return True
-    for tensor in tensors:  # noqa: SIM110 - a generator would double the time
-        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() != _PLAIN_KEYS:
+    for tensor in tensors:
+        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS:
             return True
     return False
 

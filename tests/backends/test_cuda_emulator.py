@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import fastcl
 from fastcl.ops.backends import choose, cuda_runtime
+from fastcl.ops.contrastive import chunked
 from tests.support.emulated import emulating
 
 
@@ -26,6 +28,35 @@ def test_is_taken_by_name_only() -> None:
         with pytest.raises(ValueError, match="'cuda' is emulated and takes tensors on the CPU, got tensors on meta"):
             choose.choose_backend(torch.device("meta"), torch.float32)
     assert not cuda_runtime.MEASURED_FASTER
+
+
+def test_soft_assignments_are_an_error_by_name(monkeypatch) -> None:
+    """They are never computed by another backend without a word."""
+    z, assignments = torch.randn(6, 4), torch.rand(6, 3)
+    with (
+        fastcl.use_backend("cuda"),
+        pytest.raises(
+            ValueError, match=r"use_backend: expected one of .*'chunked' for soft assignments, which 'cuda' lacks"
+        ),
+    ):
+        fastcl.functional.cluster_infonce(z, assignments=assignments)
+    monkeypatch.setattr(choose, "_fastest", lambda *_: "cuda")  # by default, another backend
+    with mock.patch.dict(choose.AVAILABLE):
+        choose.AVAILABLE.pop("triton", None)
+        assert choose.choose_backend(torch.device("cpu"), torch.float32, "soft_assignments") == "chunked"
+        assert choose.choose_backend(torch.device("cpu"), torch.float32) == "cuda"
+
+
+def test_return_stats_takes_the_sweep_that_is_documented(monkeypatch) -> None:
+    swept = []
+    forward = chunked.forward
+    monkeypatch.setattr(chunked, "forward", lambda p: swept.append(p.want) or forward(p))
+    with fastcl.use_backend("cuda"):
+        fastcl.ClusterInfoNCE()(torch.randn(6, 2, 4))
+        assert swept == []
+        fastcl.ClusterInfoNCE()(torch.randn(6, 2, 4), return_stats=True)
+    assert swept == [()]
+    assert choose.SECOND_SWEEP["cuda"] == "chunked"
 
 
 # What the emulator finds

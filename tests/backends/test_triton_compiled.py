@@ -1,7 +1,8 @@
 """Every entry of the Triton kernels' table of tiles compiles for its architecture. No GPU is needed.
 
 There are no spills, shared memory suffices, tensor cores are used, and all kernels round logits alike. By default a few
-entries are compiled; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about half an hour on two cores).
+entries are compiled; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about half an hour on two cores), and
+``FASTCL_COMPILE_WITH=FOLDER`` uses the Triton of ``pip install --no-deps --target FOLDER triton==VERSION``.
 """
 
 import json
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from fastcl.ops.backends.triton_tiles import ARCHITECTURES, KINDS, WHOLE, padded, tile
+from tests.support.compiling import environment
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -71,7 +73,7 @@ def compiled(asked: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, root / "tests" / "support" / "compile_triton.py", json.dumps(asked)],
-        env=os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)},
+        env=environment(root, cache),
         capture_output=True,
         text=True,
     )

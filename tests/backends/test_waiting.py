@@ -1,10 +1,12 @@
-"""The helper that finds waits for a CUDA device, tested on a mode that needs no device."""
+"""The helpers of tests on a CUDA device, tested without one: finding waits, and what follows a lost device."""
 
+import os
 import warnings
 
 import pytest
 import torch
 
+from tests.support.lost_device import tidy
 from tests.support.waiting import waiting_is_an_error
 
 
@@ -52,3 +54,29 @@ def test_the_mode_ends_where_setting_it_raises(modes, monkeypatch) -> None:
 def test_other_warnings_inside_are_errors() -> None:
     with pytest.raises(UserWarning, match="of the call"), waiting_is_an_error():
         warnings.warn("of the call", stacklevel=1)
+
+
+class Ended(BaseException):
+    pass
+
+
+def test_a_process_whose_device_is_lost_ends(monkeypatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # alone, the process has no successor
+        tidy()
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(Ended):
+        tidy()
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    tidy()
+    assert emptied == [True]

@@ -28,14 +28,14 @@ def test_rows_tell_error_and_time_and_name_who_is_missing(suite, case) -> None:
 @pytest.mark.parametrize(("suite", "case"), SUITES)
 def test_a_wrong_peer_is_told_and_not_timed(monkeypatch, suite, case) -> None:
     name = "searches" if suite is nearest else "steps"
-    found, missing = getattr(suite, name)(case, CPU)
+    found, missing = nearest.searches(CPU) if suite is nearest else queue_step.steps(case, CPU)
     if suite is nearest:
-        found["off"] = (lambda: torch.zeros(5, 4)), "torch"
-        found["broken"] = (lambda: 1 / 0), "torch"
+        found["off"] = (lambda keys, k: lambda queries: torch.zeros(5, 4)), "torch"
+        found["broken"] = (lambda keys, k: lambda queries: 1 / 0), "torch"
     else:
         found["off"] = (lambda query, *_: lambda: (torch.tensor(1.0), query.detach())), "torch"
         found["broken"] = (lambda *_: lambda: 1 / 0), "torch"
-    monkeypatch.setattr(suite, name, lambda case, device: (found, missing))
+    monkeypatch.setattr(suite, name, lambda *_: (found, missing))
     rows = {row["provider"]: row for row in suite.measure(case, CPU, **ONCE)}
     assert rows["off"]["status"] == "wrong"
     assert "p50_ms" not in rows["off"]

@@ -102,7 +102,7 @@ def test_truth_in_blocks_is_the_plain_log_domain_loop(monkeypatch) -> None:
     scores = x @ y.T
     expected = transport.log_domain(CASE, scores.double(), x, y)
     monkeypatch.setattr(transport, "TRUTH_BLOCK", 7 * CASE.k)
-    v = transport._true_potential(CASE, scores)
+    v = transport.true_potential(CASE, scores)
     torch.testing.assert_close(torch.softmax(scores.double() / CASE.epsilon + v, 1), expected, rtol=1e-12, atol=0)
     found = transport.errors(CASE, scores, v, expected * 1.5)
     assert found["error"] == pytest.approx(0.5)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import formulas, machine, measure, memory, peak, providers, run, truth
-from benchmarks.cases import BOTH, FORWARD, GPU_SUITES, KINDS, QUICK, SUITES, TEMPERATURE, Case, Inputs
+from benchmarks import formulas, gpu_plan, machine, measure, memory, peak, providers, run, truth
+from benchmarks.cases import BOTH, FORWARD, KINDS, QUICK, SUITES, TEMPERATURE, Case, Inputs
 from benchmarks.measure import alternate, clock_timer, percentiles, training_step
 from benchmarks.providers import CannotPoseError, Provider
 from benchmarks.run import TIMED, Row, Setting
@@ -222,7 +222,8 @@ def test_converged_rows_are_converged_and_random_rows_are_not() -> None:
 def tiny_cases() -> list[Case]:
     """One of each problem and dtype of the suites, with and without clusters."""
     found = {}
-    for case in [case for suite in (*SUITES.values(), *QUICK.values(), *GPU_SUITES.values()) for case in suite]:
+    planned = [e.problem.case for e in gpu_plan.PLAN if isinstance(e.problem.case, Case)]
+    for case in [*planned, *(case for suite in (*SUITES.values(), *QUICK.values()) for case in suite)]:
         n, m = (24, 24) if case.n == case.m else (14, 40)
         size = 2 if case.cluster_size == 2 else 6
         found[case.problem, case.dtype] = replace(case, n=n, m=m, d=16, cluster_size=size)

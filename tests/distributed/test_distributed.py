@@ -107,6 +107,11 @@ def test_wrapped_and_accumulated_gradients_are_those_of_one_process(world: int) 
                 torch.testing.assert_close(gradients[name], parameter.grad, **CLOSE)
 
 
+def test_factors_that_differ_between_processes(world: int) -> None:
+    for results in found(world):
+        assert results["unequal"] == dict.fromkeys(MODES, True)
+
+
 def test_queues_hold_the_same_rows_in_the_same_order(world: int) -> None:
     first, *others = [results["queues"] for results in found(world)]
     assert first["nothing"] == (0, 3)

@@ -47,6 +47,18 @@ FORMS, DENOMINATORS, MARGINS, REDUCTIONS = (
 )
 
 
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_form_of_pairs(margin, reduction, dtype) -> None:
+    check_options(QUICK, form="pairs", margin=margin, reduction=reduction, dtype=dtype, contrast_dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", INTERPRETED, indirect=True)
+def test_form_of_pairs_interpreted(backend) -> None:
+    check_options((backend,), form="pairs", margin=0.2)
+
+
 def check_options(backends: tuple[str, ...], **options: Any) -> None:
     """In self-contrast and, in both directions, in two sets."""
     problem = loss_problem(pattern="negatives", **options)
@@ -96,9 +108,11 @@ CONTRASTS = [None, "paired"]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("denominator", DENOMINATORS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "pairs"])
 @pytest.mark.parametrize("contrasts", CONTRASTS)
 def test_converged_rows(dtype, denominator, form, contrasts) -> None:
+    if form == "pairs" and denominator != "all":
+        pytest.skip("the pairs' denominator is fixed")
     check_converged(QUICK, 127, dtype, denominator, form, contrasts)
 
 

@@ -496,31 +496,3 @@ def test_the_module_takes_assignments() -> None:
     torch.testing.assert_close(got, library(**arguments, temperature=0.2))
     got.backward()
     assert loss.temperature.grad is not None
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"views": 2, "kind": "converged", "peak": 40.0},
-        {"m": 201, "symmetric": True, "ids": True, "bias": True},
-        {"m": 150, "paired": True, "d": 300},
-    ],
-)
-def test_on_a_gpu(options, dtype) -> None:
-    """Against the float64 formula; a GPU adds up float32 products in another order."""
-    arguments = problem(130, **({"d": 40, "c": 90} | options), dtype=dtype)
-    leaves = tuple(k for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point())
-    truth, expected = differentiate(formula, arguments, leaves, objective, torch.float64)
-    there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    got, gradients = differentiate(library, there, leaves, objective)
-    allowed = {torch.float32: 2e-4, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
-    assert (got.cpu().double() - truth).abs() <= 1e-5 * (1 + truth.abs())
-    for name, value in expected.items():
-        error = (gradients[name].cpu().double() - value).norm()
-        assert error <= (allowed if name in ("embeddings", "contrasts") else 2e-4) * (value.norm() + 1e-6), name

@@ -64,8 +64,9 @@ def check_powers(call: Callable[..., Tensor], dtype: torch.dtype, factor: float)
 @pytest.mark.parametrize("kind", DTYPES)
 def test_beyond_the_range(kind, name) -> None:
     with on(name):
-        for call in CALLS.values():
-            check_powers(call, *DTYPES[kind])
+        for what, call in CALLS.items():
+            if (name, what) != ("cuda", "assignments"):  # an error, see test_cuda_emulator.py
+                check_powers(call, *DTYPES[kind])
 
 
 @pytest.mark.parametrize("call", PRESETS)

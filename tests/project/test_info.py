@@ -1,12 +1,13 @@
 """``python -m fastcl.info``."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastcl
-from fastcl.info import facts, main, report
+from fastcl.info import facts, families_table, main, report
 from fastcl.ops.backends.choose import AVAILABLE, MISSING
 
 
@@ -61,3 +62,10 @@ def test_json_says_why_nothing_will_be_used(monkeypatch: pytest.MonkeyPatch) -> 
     found = facts()
     assert (found["asked_for"], found["choices"]) == ("nothing", [])
     assert found["error"].startswith("FASTCL_BACKEND: expected one of ")
+
+
+def test_the_table_of_the_docs_is_generated() -> None:
+    """docs/internals.md has what `families_table` makes of the chooser's tables."""
+    docs = (Path(__file__).parents[2] / "docs" / "internals.md").read_text(encoding="utf-8")
+    assert families_table() in docs
+    assert docs.count("| family |") == 1

@@ -105,3 +105,37 @@ def test_open_clip(output_dict, backend) -> None:
         results.append(result)
     assert isinstance(results[0], Tensor)
     agree(*results, leaves)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_metric_learning_ntxent_of_several_positives(temperature, backend) -> None:
+    losses = package("pytorch_metric_learning.losses")
+    x = draw(14, 6)
+    loss = fastcl.ClusterInfoNCE(temperature, form="pairs")
+    agree(loss(x, LABELS), losses.NTXentLoss(temperature=temperature)(x, LABELS), [x])
+
+
+@pytest.mark.parametrize("margins", [(0.0, 1.0), (0.3, 1.3)])
+def test_metric_learning_contrastive(margins, backend) -> None:
+    losses = package("pytorch_metric_learning.losses")
+    x = draw(14, 6)
+    expected = losses.ContrastiveLoss(pos_margin=margins[0], neg_margin=margins[1])(x, LABELS)
+    agree(fastcl.PairContrastiveLoss(*margins)(x, LABELS), expected, [x])
+
+
+def test_metric_learning_contrastive_of_cosines(backend) -> None:
+    losses = package("pytorch_metric_learning.losses")
+    distances = package("pytorch_metric_learning.distances")
+    x = draw(14, 6)
+    expected = losses.ContrastiveLoss(0.9, 0.1, distance=distances.CosineSimilarity())(x, LABELS)
+    agree(fastcl.PairContrastiveLoss(0.9, 0.1, distance="cosine")(x, LABELS), expected, [x])
+
+
+def test_open_clip_siglip(backend) -> None:
+    loss = package("open_clip.loss").SigLipLoss()
+    image, text = (torch.nn.functional.normalize(draw(14, 6, seed=seed)).detach().requires_grad_() for seed in (0, 1))
+    scale, bias = (torch.tensor(value, dtype=image.dtype, requires_grad=True) for value in (9.0, -8.0))
+    leaves = [image, text, scale, bias]
+    agree(fastcl.SigLipLoss()(*leaves), loss(*leaves), leaves)
+    found = fastcl.SigLipLoss()(*leaves, output_dict=True)
+    agree(found["contrastive_loss"], loss(*leaves, output_dict=True)["contrastive_loss"], leaves)

@@ -18,10 +18,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from triton.backends import compiler
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastcl.ops.backends import triton_launch, triton_tiles
+from fastcl.ops.pairs import triton as pairs_triton
 from fastcl.ops.soft import triton as soft_triton
 from fastcl.ops.topk import triton as topk_triton
 
@@ -32,7 +34,7 @@ POINTERS = {
     "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
     "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
     "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
-    "BEST": "*i64", "SPAN": "i32", "K": "i32",
+    "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
@@ -51,6 +53,7 @@ KERNELS = {
     "topk": "topk_kernel",
     "soft_forward": "soft_statistics_kernel",
     "soft_backward": "soft_gradient_kernel",
+    "pairs": "pair_kernel",
 }
 WHOLE_ROWS = ("rows", "finish")
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -65,6 +68,12 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         shape = topk_triton.shape(job["architecture"], dtype, d, job["flags"]["SLOTS"])
     elif job["kind"].startswith("soft_"):
         shape = soft_triton.tile_for(job["kind"], job["architecture"], dtype, d, job["precision"] == "tf32")
+    elif job["kind"] == "pairs":
+        weighted = "GRADIENT" not in job["absent"]
+        number = job["flags"]["KIND"]
+        shape = pairs_triton.tile_for(
+            number, weighted, careful, job["architecture"], dtype, d, job["precision"] == "tf32"
+        )
     elif job["kind"] not in (*triton_tiles.KINDS, "observation"):
         shape = triton_tiles.ROWS_AT_ONCE
     elif "tile" in job:
@@ -100,9 +109,31 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         of_assignments = name in ("R", "Q") and "assignments" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
         signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
-        if name not in ("N", "M", "SPAN", "K"):  # as at run time: torch's memory is aligned to 16 bytes
+        if name not in (
+            "N",
+            "M",
+            "SPAN",
+            "K",
+            "POS_MARGIN",
+            "NEG_MARGIN",
+        ):  # as at run time: torch's memory is aligned to 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
     return built(job, kernel, shape, signature, constexprs, attributes)
+
+
+def source(
+    kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], attributes: dict[tuple[int, ...], Any]
+) -> ASTSource:
+    """signature: the type of each argument, "constexpr" for constants and None. attributes: by the argument's place."""
+    if not hasattr(compiler, "AttrsDescriptor"):
+        return ASTSource(kernel, signature, constexprs, attributes)
+    # Triton 3.2 has a class for attributes, and a signature without the arguments that are declared constant.
+    aligned = [place for (place,) in attributes]
+    properties = {"tt.divisibility": aligned, "tt.equal_to": []}
+    described = compiler.AttrsDescriptor.from_dict({"arg_properties": properties, "cls": "AttrsDescriptor"})
+    declared = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    types = {name: "*i8" if kind == "constexpr" else kind for name, kind in signature.items() if name not in declared}
+    return ASTSource(kernel, types, constexprs, described)
 
 
 def built(
@@ -115,7 +146,7 @@ def built(
 ) -> dict[str, Any]:
     """The job and its outcome."""
     result = triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes),
+        source(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", job["architecture"], 32),
         options={"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False},
     )

@@ -22,6 +22,7 @@ from tests.support.distributed_cases import (
     queues,
     run_infonce,
     run_others,
+    unequal,
 )
 from tests.support.strategies import generator
 
@@ -93,6 +94,10 @@ def disagreements(rank: int, world: int) -> dict[str, str]:
         "call = ['Debiased', 'InfoNCE'": lambda: (fastcl.DebiasedLoss if first else fastcl.NTXentLoss)(gather=True)(
             views if first else x, *([] if first else [y])
         ),
+        "call = ['SigmoidL', 'InfoNCE'": lambda: (fastcl.SigmoidLoss if first else fastcl.ClusterInfoNCE)(gather=True)(
+            x, c
+        ),
+        "bias with a gradient": lambda: fastcl.SigmoidLoss(0.1, learned(torch.tensor(0.5)), gather=True)(x, c),
         "call = ['MSNLoss', 'SwAVLoss'": msn() if first else swav(),
         "number of sizes": lambda: fastcl.distributed.gather_rows(*[z] * (1 + rank)),
         "length 1": lambda: fastcl.distributed.gather_rows(torch.zeros((2, 2, 3) if first else (2, 3, 2))),
@@ -361,6 +366,6 @@ def light_weights(rank: int, world: int) -> Tensor:
 def everything(rank: int, world: int) -> dict[str, Any]:
     subjects = (
         run_infonce, run_others, accumulated, queues, memories, disagreements, own_errors, compiled, penalised,
-        collectives, not_a_number, light_weights,
+        collectives, not_a_number, light_weights, unequal,
     )  # fmt: skip
     return {work.__name__: work(rank, world) for work in subjects}

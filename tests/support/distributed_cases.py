@@ -54,6 +54,11 @@ def infonce_problems() -> dict[str, tuple[LossProblem, str | None]]:
         "smoothed both ways": {
             **sets, "views": 0, "symmetric": True, "ids": True, "bias": True, "label_smoothing": 0.2,
         },
+        "pairs": {"pattern": "negatives", "form": "pairs", "bias": True, "weights": True, "margin": 0.1},
+        "pairs both ways": {
+            **sets, "views": 0, "pattern": "random", "symmetric": True, "ids": True, "bias": True, "form": "pairs",
+        },
+        "pairs, unreduced": {**sets, "views": 0, "form": "pairs", "reduction": "none", "positives": True},
     }  # fmt: skip
     found = {}
     for name, options in kinds.items():
@@ -206,6 +211,20 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
         "assignments, their products too small": lambda: fastcl.ClusterInfoNCE(temperature, gather=both)(
             features, assignments=assigned * torch.logspace(-170, -169, n, dtype=F64)[mine, None]
         ),
+        "SigLip": lambda: fastcl.SigLipLoss(gather=gather)(z0, z1, 1 / temperature, -20 * temperature),
+        "Sigmoid": lambda: fastcl.SigmoidLoss(temperature, -3 * temperature, gather=gather)(features, labels),
+        "Sigmoid, with a bias and weights": lambda: fastcl.SigmoidLoss(temperature, gather=gather)(
+            z0, labels, contrast_bias=bias, weights=assigned[:, 0] * 1e30, positives=z1
+        ),
+        "Sigmoid, with a queue": lambda: fastcl.SigmoidLoss(temperature, -2.0, gather=gather, reduction="sum")(
+            z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2
+        ),
+        "Sigmoid, a queue alone": lambda: fastcl.SigmoidLoss(temperature, -2.0, gather=gather)(
+            z0, labels, contrasts=clustered, ids=ids
+        ),
+        "pairs beside a queue": lambda: fastcl.ClusterInfoNCE(temperature, form="pairs", gather=gather)(
+            z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2
+        ),
         "SampledNCE": lambda: nce(z0, ids, bank, negatives=negatives),
         "SwAV": lambda: fastcl.SwAVLoss(0.3, gather=both)(scores),
         "SwAV with a queue": lambda: fastcl.SwAVLoss(0.3, gather=both)(
@@ -253,6 +272,26 @@ class Model(torch.nn.Module):
 def batches() -> list[tuple[Tensor, Tensor]]:
     g = generator(1)
     return [tuple(torch.randn(2, 9, 6, dtype=F64, generator=g).unbind(0)) for _ in range(2)]  # type: ignore[misc]
+
+
+def unequal(rank: int, world: int) -> dict[Any, bool]:
+    """Whether a loss whose gradient comes with its forward is right if processes multiply it by different factors."""
+    g = generator(rank)
+    x, y = (torch.randn(SAMPLES[world][rank], 4, dtype=F64, generator=g).requires_grad_() for _ in range(2))
+    temperature, bias = (torch.tensor(value, dtype=F64).requires_grad_() for value in (0.3, -1.0))
+    leaves = [x, y, temperature, bias]
+    results = {}
+    for mode in MODES:
+        loss = fastcl.SigmoidLoss(temperature, bias, reduction="sum", gather=mode)(x, contrasts=y)
+        found = torch.autograd.grad(loss * (rank + 1), leaves, retain_graph=True)
+        again = torch.autograd.grad(loss * (rank + 1), leaves)
+        terms = fastcl.SigmoidLoss(temperature, bias, reduction="none", gather=mode)(x, contrasts=y)
+        expected = torch.autograd.grad(terms.sum() * world * (rank + 1), leaves)
+        results[mode] = all(
+            torch.allclose(a, c, rtol=1e-10, atol=1e-10) and torch.equal(a, b)
+            for a, b, c in zip(found, again, expected, strict=True)
+        )
+    return results
 
 
 def accumulated(rank: int, world: int) -> dict[Any, dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Results of `cluster_infonce`, however they came about, against the plain formula."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ def objective(loss: Tensor) -> Tensor:
 
 
 def judge(
-    arguments: dict[str, Any], leaves: tuple[str, ...], found: Mapping[str, tuple[Tensor, dict[str, Tensor]]]
+    arguments: dict[str, Any],
+    leaves: tuple[str, ...],
+    found: Mapping[str, tuple[Tensor, dict[str, Tensor]]],
+    formula: Callable[..., Tensor] = cluster_infonce,
 ) -> None:
     """Values and gradients, by who found them, against the float64 formula, by the error rule."""
     embeddings, contrasts = arguments["embeddings"], arguments.get("contrasts")
@@ -38,7 +41,7 @@ def judge(
     expected_dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
 
     def evaluate(how):
-        return differentiate(cluster_infonce, arguments, leaves, objective, how.dtype, how=how)
+        return differentiate(formula, arguments, leaves, objective, how.dtype, how=how)
 
     truth, true_gradients = evaluate(TRUTH)
     parts = [evaluate(how) for how in CANCELLING]

@@ -252,6 +252,29 @@ def loss_rows(
     return s.new_zeros(len(counts)).masked_scatter(counts, rows), counts
 
 
+def pair_rows(
+    s: Tensor, positive: Tensor, negative: Tensor, form: str, part: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row the sum of its pairs' losses, whether it counts, and the number of pairs that a mean divides by.
+
+    "pairs": of each positive against the negatives. "sigmoid": of every pair by itself; a mean is over rows.
+    """
+    if form == "sigmoid":
+        zero = torch.zeros_like(s)
+        each = torch.where(positive, torch.logaddexp(zero, -s), 0) + torch.where(negative, torch.logaddexp(zero, s), 0)
+        counts = (positive | negative).any(1)
+        return each.sum(1), counts, torch.ones_like(s[:, 0]) if s.shape[1] else s.new_ones(len(s))
+    counts = positive.any(1)
+    of_negatives = _lse(s, negative)
+    if part == "positives":
+        of_negatives = of_negatives.detach()
+    log_ratio = of_negatives[:, None] - (s.detach() if part == "denominator" else s)
+    log_ratio = torch.where(positive, log_ratio, -torch.inf)
+    far = log_ratio == -torch.inf
+    each = torch.where(far, 0, torch.logaddexp(torch.where(far, 0, log_ratio), torch.zeros_like(s)))
+    return each.sum(1), counts, positive.sum(1).to(s.dtype)
+
+
 def cluster_infonce(
     embeddings: Tensor,
     clusters: Tensor | None = None,
@@ -271,8 +294,10 @@ def cluster_infonce(
     contrast_ids: Tensor | None = None,
     contrast_bias: Tensor | None = None,
     weights: Tensor | None = None,
+    bias: float | Tensor = 0.0,
     how: Evaluation = TRUTH,
 ) -> Tensor:
+    """bias: added to all logits."""
     shape = embeddings.shape[:-1]
     samples, views = shape[0], 1 if embeddings.dim() == 2 else shape[1]
     if isinstance(contrasts, list):
@@ -286,7 +311,8 @@ def cluster_infonce(
         samples, views, as_list[0], None if contrasts is None else len(y), as_list[1], as_list[2], as_list[3]
     )
     s = similarities(x, y, 1 / temperature, normalize, normalize, how)
-    s = s - positive.to(how.dtype) * margin / temperature
+    bias = torch.as_tensor(bias, dtype=how.dtype)
+    s = s - positive.to(how.dtype) * margin / temperature + bias
     if contrast_bias is not None:
         s = s + contrast_bias.to(how.dtype)[None, :]
         positive, negative = (mask & (contrast_bias != -torch.inf) for mask in (positive, negative))
@@ -298,20 +324,27 @@ def cluster_infonce(
         if normalize:
             a, c = _inverse_norms(x, how.part is not None), _inverse_norms(p, how.part is not None)
             cosines = cosines * a[:, None] * c[:, None]
-        extra = (cosines.sum(1) - margin) / temperature
+        extra = (cosines.sum(1) - margin) / temperature + bias
         forward_s = torch.cat([s, extra[:, None]], 1)
         forward_positive = torch.cat([positive, torch.ones(len(x), 1, dtype=torch.bool)], 1)
         forward_negative = torch.cat([negative, torch.zeros(len(x), 1, dtype=torch.bool)], 1)
 
-    formula = (form, denominator, how.part, label_smoothing)
-    rows, counts = loss_rows(forward_s, forward_positive, forward_negative, *formula)
+    def loss(s: Tensor, positive: Tensor, negative: Tensor, w: Tensor) -> Tensor:
+        if form in ("pairs", "sigmoid"):
+            found, counts, sizes = pair_rows(s, positive, negative, form, how.part)
+            if reduction == "none":
+                return found / sizes.clamp(min=1) * w
+            total, weight = (found * w).sum(), (w * sizes)[counts].sum()
+            if how.part is not None:
+                weight = weight.detach()
+            return total if reduction == "sum" else total / weight if weight > 0 else total * 0
+        found, counts = loss_rows(s, positive, negative, form, denominator, how.part, label_smoothing)
+        return _reduce(found, counts, w, reduction, how.part)
+
     w = torch.ones(samples) if weights is None else weights
-    w = w.to(how.dtype).repeat_interleave(views)
-    result = _reduce(rows, counts, w, reduction, how.part)
+    result = loss(forward_s, forward_positive, forward_negative, w.to(how.dtype).repeat_interleave(views))
     if symmetric:
-        reverse, reverse_counts = loss_rows(s.T, positive.T, negative.T, *formula)
-        ones = torch.ones_like(reverse)
-        result = (result + _reduce(reverse, reverse_counts, ones, reduction, how.part)) / 2
+        result = (result + loss(s.T, positive.T, negative.T, s.new_ones(s.shape[1]))) / 2
     return result.reshape(shape) if reduction == "none" else result
 
 
@@ -325,6 +358,10 @@ def _reduce(rows: Tensor, counts: Tensor, w: Tensor, reduction: str, part: str |
     if part is not None:
         weight = weight.detach()
     return total / weight if weight > 0 else total * 0
+
+
+def sigmoid_loss(embeddings: Tensor, clusters: Tensor | None = None, **options: Any) -> Tensor:
+    return cluster_infonce(embeddings, clusters, form="sigmoid", **options)
 
 
 # Derivatives

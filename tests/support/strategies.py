@@ -279,7 +279,8 @@ def loss_problems(draw: st.DrawFn, interpreted: bool = False) -> LossProblem:
     symmetric = contrasts is not None and draw(st.booleans())
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     needs_clusters = contrasts is None and views < 2
-    form, denominator = draw(st.sampled_from(["outside", "inside"])), draw(st.sampled_from(["all", "negatives"]))
+    form = draw(st.sampled_from(["outside", "inside", "pairs"]))
+    denominator = "all" if form == "pairs" else draw(st.sampled_from(["all", "negatives"]))
     margin = draw(st.sampled_from([0.0, 0.0, 0.2]))
     smoothed = (form, denominator, margin) == ("outside", "all", 0.0) and draw(st.booleans())
     if contrasts is None:

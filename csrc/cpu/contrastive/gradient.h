@@ -1,6 +1,6 @@
 // The backward epilogue: the gradient of a tile of logits, and its products with the rows of both sides.
 #pragma once
-#include "cpu/sweep.h"
+#include "cpu/walk.h"
 
 namespace fastcl::FASTCL_ISA {
 namespace {
@@ -42,7 +42,9 @@ template <class Mul> struct GradientPass {
   const Backward &out;
   const Sweep<Mul> s;
   const bool rows_needed, columns_needed;
-  const bool continued;                 // the forward has already summed the register tiles that hold no positives
+  const bool continued; // the forward has already summed the register tiles that hold no positives
+  const bool writes_rows = rows_needed, writes_columns = columns_needed || out.bias_gradient;
+  const bool fixed_blocks = continued;  // then these are the forward's tiles, for any number of threads
   Weights<T> *const row, *const column; // [scales]
   T *const bases;                       // [scales]: base of all exponents of a scale, unless each row has its own
   T *const bias_gradient;               // [contrasts.padded]
@@ -103,9 +105,10 @@ template <class Mul> struct GradientPass {
           for (int64_t j = mine.from; j < mine.to; j++) bias_gradient[j] = 0;
         }
       });
-      if (kind == OWN) walk<OWN>(team);
-      else if (kind == CENTRAL) walk<CENTRAL>(team);
-      else walk<SHARED>(team);
+      const Walk<GradientPass> walk{*this};
+      if (kind == OWN) walk.template run<OWN>(team);
+      else if (kind == CENTRAL) walk.template run<CENTRAL>(team);
+      else walk.template run<SHARED>(team);
       team.run([&](int t) {
         if (rows_needed) project(s.anchors, out.anchor_gradient, t);
         if (columns_needed && !s.self) project(s.contrasts, out.contrast_gradient, t);
@@ -235,54 +238,8 @@ private:
     memset((T *)gradient + mine.from * s.d, 0, (mine.to - mine.from) * s.d * sizeof(T));
   }
 
-  // The walk. Members of the team never write to the same rows at the same time, and the order of additions to a row depends only
-  // on the planned number of threads.
-
-  template <Base BASE> void walk(const Team &team) const {
-    const int threads = s.threads;
-    if (s.self && threads == 1) return team.run([&](int t) { triangle<BASE>(t, {0, s.anchors.size}); });
-    if (s.self) { // a tournament of 2 * threads groups of rows: in each round every group is paired with another
-      const int last = 2 * threads - 1;
-      const auto group = [&](int k) { return share(s.anchors.size, 2 * threads, k, NR); };
-      for (int round = 0; round < last; round++)
-        team.run([&](int t) {
-          const int left = t == 0 ? last : (round + t) % last, right = t == 0 ? round : (round - t + last) % last;
-          if (round == 0) {
-            triangle<BASE>(t, group(left));
-            triangle<BASE>(t, group(right));
-          }
-          rectangle<BASE>(t, group(smaller(left, right)), group(larger(left, right)));
-        });
-      return;
-    }
-    const Range rows{0, s.anchors.size}, cols{0, s.contrasts.size};
-    if (!columns_needed && !bias_gradient) return team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, continued ? MR : NR), cols); });
-    if (!rows_needed) return team.run([&](int t) { rectangle<BASE>(t, rows, share(cols.to, threads, t, NR)); });
-    for (int round = 0; round < threads; round++)
-      team.run([&](int t) { rectangle<BASE>(t, share(rows.to, threads, t, NR), share(cols.to, threads, (t + round) % threads, NR)); });
-  }
-  static int64_t block_size(Range r) { // equal blocks
-    const int64_t size = r.to - r.from, blocks = (size + BLOCK - 1) / BLOCK;
-    return blocks ? round_up((size + blocks - 1) / blocks, NR) : NR;
-  }
-  template <Base BASE> void triangle(int t, Range r) const {
-    const int64_t step = block_size(r);
-    for (int64_t i = r.from; i < r.to; i += step) {
-      const Range rows{i, smaller(r.to, i + step)};
-      s.pack_block(locals[t].a, rows.from, rows.to, t);
-      for (int64_t j = i; j < r.to; j += step) tile<BASE>(t, rows, {j, smaller(r.to, j + step)});
-    }
-  }
-  template <Base BASE> void rectangle(int t, Range r, Range c) const {
-    // If the forward has left register tiles to this pass, use the forward's tiles, for any number of threads.
-    const int64_t step = continued ? BLOCK : block_size(r), across = block_size(c);
-    for (int64_t i = r.from; i < r.to; i += step) {
-      const Range rows{i, smaller(r.to, i + step)};
-      s.pack_block(locals[t].a, rows.from, rows.to, t);
-      for (int64_t j = c.from; j < c.to; j += across) tile<BASE>(t, rows, {j, smaller(c.to, j + across)});
-    }
-  }
-
+public:
+  template <Base BASE> void block(int t, Range rows) const { s.pack_block(locals[t].a, rows.from, rows.to, t); }
   // One tile: its gradient, then the products. A square on the diagonal of self-contrast is used only once.
   template <Base BASE> void tile(int t, Range rows, Range cols) const {
     if (continued && !s.clustered(rows.from, rows.to, cols.from, cols.to)) return;
@@ -302,7 +259,7 @@ private:
       }
     }
     if constexpr (!DOT)
-      if (mirrored) mirror(local.g, rows.to - rows.from);
+      if (mirrored) mirror<Mul>(local.g, rows.to - rows.from);
     for (int k = 0; k < s.scales; k++) {
       double total = 0;
       for (int64_t l = k * W; l < (k + 1) * W; l++) {
@@ -319,22 +276,7 @@ private:
     }
   }
 
-  // Fills the register tiles below the diagonal of a square of `size` rows from those above: the gradient is symmetric.
-  static void mirror(T *g, int64_t size) {
-    for (int64_t j = 0; j + NR < size; j += NR)
-      for (int64_t i = round_up(j + NR, MR); i < size; i += W)
-        for (int64_t c = j; c < j + NR; c += W) {
-          V<T> part[W];
-          EACH(l, W) part[l] = loadu(g + (c + l) * G_ROW + i);
-          transpose<T>(part);
-          const int64_t count = smaller(size - i, int64_t(W));
-          for (int64_t l = 0; l < count; l++) store(g + (i + l) * G_ROW + c, part[l]);
-        }
-    // The last tile's overhang is multiplied too. Clear it: leftover subnormal numbers would take a hundred times as long.
-    const int64_t last = (size - 1) / MR * MR;
-    for (int64_t i = size; i < last + MR; i++) memset(g + i * G_ROW, 0, last / NR * NR * sizeof(T));
-  }
-
+private:
   // The gradient with respect to a register tile's products, summed over the scales.
   template <Base BASE, bool MIXED> static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, const Local &local, const Unit *a,
                                                                                int64_t i0, int64_t j0, int64_t r0, int64_t c0, int64_t to,
@@ -393,23 +335,15 @@ private:
       else FASTCL_UNROLL(2) for (int r = 0; r < MR; r++) row(r);
       if (MIXED || !(DOT && s.self && j0 < i0)) add_wide(local.scale + k * W, scale); // tiles that are not mirrored were counted above the diagonal
     }
-    if constexpr (DOT) store_transposed(local, sum, r0, c0);
+#if FASTCL_DOT
+    if constexpr (DOT) store_transposed<T_ROW>(local.transposed, sum, r0, c0);
+#endif
   }
   // In double, once per register tile, because positive and negative terms cancel in the sum over all pairs.
   static FASTCL_INLINE void add_wide(double *sums, V<T> x) {
     typedef double Wide __attribute__((vector_size(W * sizeof(double)), aligned(FASTCL_BYTES), may_alias));
     *(Wide *)sums += __builtin_convertvector(x, Wide);
   }
-#if FASTCL_DOT
-  static FASTCL_INLINE void store_transposed(const Local &local, const typename Sweep<Mul>::Tile &g, int64_t r0, int64_t c0) {
-    const __m512i interleave =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    EACH(pair, MR / 2) EACH(v, NV) {
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(g[2 * pair + 1][v]), (__m512)load(g[2 * pair][v]));
-      _mm512_store_si512(local.transposed + (r0 / 2 + pair) * T_ROW + c0 + v * W, _mm512_permutexvar_epi16(interleave, both));
-    }
-  }
-#endif
 
   // Called once, after all additions.
   void project(const Side<Mul> &side, void *gradient, int t) const {

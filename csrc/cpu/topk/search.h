@@ -56,14 +56,6 @@ template <class T> struct Heap {
   T threshold() const { return count < k ? T(__builtin_nan("")) : value[0]; }
 };
 
-template <class T> FASTCL_INLINE bool any(I<T> mask) {
-  typedef int64_t Words __attribute__((vector_size(FASTCL_BYTES)));
-  const Words words = (Words)mask;
-  int64_t found = 0;
-  EACH(l, int(FASTCL_BYTES / 8)) found |= words[l];
-  return found != 0;
-}
-
 // The sums of W vectors as the lanes of one vector. All sums add their terms in the same order.
 template <class T, int HALF = 1> FASTCL_INLINE V<T> sums(V<T> (&rows)[Simd<T>::W]) {
   constexpr int W = Simd<T>::W;

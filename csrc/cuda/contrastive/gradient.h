@@ -68,6 +68,17 @@ template <class Element> struct Products {
           for (int k = 0; k < 4; k++) sums[u][f][m][k] = 0;
   }
 
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (int u = 0; u < OWN_STEPS; u++)
+#pragma unroll
+      for (int f = 0; f < ACROSS; f++)
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+          for (int k = 0; k < 4; k++) sums[u][f][m][k] *= factor;
+  }
+
   static __device__ __forceinline__ void load(uint32_t (&g)[STEPS][2][4], uint32_t tile, int lane) {
 #pragma unroll
     for (int k = 0; k < STEPS; k++)

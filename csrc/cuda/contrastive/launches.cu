@@ -2,6 +2,7 @@
 // kernels.
 #include "launches.h"
 #include "per_row.h"
+#include "rows.h"
 #include "sweeps.h"
 
 namespace fastcl::cuda {
@@ -31,12 +32,13 @@ void arrange(const Contrast &p, const RowSet &set, const Where &where) {
   launch("rows", rows_kernel, {blocks_of(set.source.size, ROW_WARPS), 32 * ROW_WARPS}, where, call);
 }
 
+} // namespace
+
 void arrange(const Contrast &p, const Where &where) {
   arrange(p, p.anchors, where);
   if (!p.self_contrast()) arrange(p, p.contrasts, where);
 }
 
-// Describes a sweep of one set's rows over the other's.
 void describe(Sweep &sweep, const Contrast &p, const RowSet &rows, const RowSet &columns, int scale) {
   sweep.x = rows.rows;
   sweep.y = columns.rows;
@@ -60,6 +62,8 @@ void describe(Sweep &sweep, const Contrast &p, const RowSet &rows, const RowSet 
   sweep.self = p.self_contrast();
   sweep.exact = p.exact;
 }
+
+namespace {
 
 void run(Dtype dtype, const StatisticsSweep &sweep, int64_t blocks, const Where &where) {
   const auto go = dtype == Dtype::bfloat16  ? launch_statistics<Bfloat16>
@@ -89,12 +93,12 @@ void make_weights(const ContrastBackward &call, const Side &side, const RowSet &
   launch("weights", weights_kernel, rows_at_once(rows.source.size, call.problem.scales), where, own);
 }
 
+} // namespace
+
 void finish(const Contrast &p, const RowSet &rows, const float *gradient, const float *norms, void *out, Dtype dtype, const Where &where) {
   const FinishRows call{gradient, rows.rows, p.dtype, int(rows.source.size), p.dimension, p.width, norms, rows.order, out, dtype};
   launch("finish", finish_kernel, {blocks_of(rows.source.size, ROW_WARPS), 32 * ROW_WARPS}, where, call);
 }
-
-} // namespace
 
 int extreme_blocks(int64_t rows) { return int(blocks_of(rows, ROWS_AT_ONCE)); }
 int line_count(int64_t rows, const Where &where) {
@@ -103,7 +107,7 @@ int line_count(int64_t rows, const Where &where) {
 }
 
 void contrast_forward(const ContrastForward &call, const Where &where) {
-  const DeviceGuard guard(where.device);
+  require_current(where.device);
   const Contrast &p = call.problem;
   const RowSet &rows = p.anchors, &columns = p.columns();
   const int64_t n = rows.source.size, m = columns.source.size;
@@ -142,7 +146,7 @@ void contrast_forward(const ContrastForward &call, const Where &where) {
 }
 
 void contrast_backward(const ContrastBackward &call, const Where &where) {
-  const DeviceGuard guard(where.device);
+  require_current(where.device);
   const Contrast &p = call.problem;
   const RowSet &rows = p.anchors, &columns = p.columns();
   const int64_t n = rows.source.size, m = columns.source.size;

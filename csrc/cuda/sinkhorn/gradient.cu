@@ -103,7 +103,7 @@ void sinkhorn_score_gradient(const Where &where, const SinkhornPassCall &call) {
 
 // Launches the kernels of a pass.
 void sinkhorn_pass(const Where &where, const SinkhornPassCall &call) {
-  const DeviceGuard guard(where.device);
+  require_current(where.device);
   const bool sums = call.partial != nullptr, columns = sums || call.matrix;
   switch (call.step) {
   case SinkhornStep::score_gradient: return sinkhorn_score_gradient(where, call);

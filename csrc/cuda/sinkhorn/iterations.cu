@@ -140,7 +140,7 @@ SinkhornPlan sinkhorn_plan(int index, int64_t batch, int64_t rows, int64_t colum
 }
 
 void sinkhorn_iterations(const Where &where, const SinkhornIterations &call) {
-  const DeviceGuard guard(where.device);
+  require_current(where.device);
   const int64_t held = call.resident ? call.chunk * call.columns * (call.scores.dtype == Dtype::float32 ? 4 : 2) : 0;
   const Launch shape{call.batch * call.chunks, SINKHORN_THREADS, shared_bytes(call.columns, held), true};
   launch("sinkhorn iterations", iterations_kernel, shape, where, call);

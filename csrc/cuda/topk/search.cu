@@ -254,7 +254,7 @@ template <template <int, class> class Multiply, class Element> void start(const 
 } // namespace
 
 void topk(const Where &where, const TopKCall &call) {
-  const DeviceGuard guard(where.device);
+  require_current(where.device);
   const Dtype dtype = call.queries.dtype;
   if (dtype != call.keys.dtype || dtype == Dtype::float32) start<Products, float>(where, call);
   else if (dtype == Dtype::bfloat16) start<TensorProducts, Bfloat16>(where, call);

@@ -41,7 +41,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"reference"`` (the specification in code; stores every logit), ``"chunked"`` (plain PyTorch in blocks of
-            rows), ``"cpu"`` (C++ on x86-64), ``"triton"`` or ``"cuda"`` (GPUs; float64 rows use ``"chunked"``). The
+            rows), ``"cpu"`` (C++ on x86-64), ``"triton"`` or ``"cuda"`` (GPUs; float64 rows use ``"chunked"``). With
+            ``"cuda"``, ``return_stats`` takes a second sweep by ``"chunked"``, and soft assignments are an error. The
             environment variable ``FASTCL_BACKEND`` selects a backend for the process; this context overrides it.
 
     A backward runs on the backend of its forward. A function under ``torch.compile`` keeps the backend with which it
@@ -72,21 +73,25 @@ def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "cont
 
     It is the selected backend, else the fastest available one; or its replacement by `_stand_in`.
 
-    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"sinkhorn"`` or ``"topk"``.
+    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"pair_distances"``, ``"sinkhorn"`` or
+    ``"topk"``.
     """
     if device.type == "cpu" and (wrong := native.wrong_cap()):
         raise ValueError(wrong)
-    return _stand_in(_asked_for(device) or _fastest(device, dtype, family), device, dtype, family)
+    return _stand_in(_asked_for(device, family) or _fastest(device, dtype, family), device, dtype, family)
 
 
-def _asked_for(device: torch.device) -> str | None:
-    """The backend that `use_backend` or ``FASTCL_BACKEND`` names; ValueError if it does not support `device`."""
+def _asked_for(device: torch.device, family: str) -> str | None:
+    """The backend that `use_backend` or ``FASTCL_BACKEND`` names; ValueError if it lacks `device` or the family."""
     chosen, source = _chosen.get(), "use_backend"
     if chosen is None and os.environ.get("FASTCL_BACKEND"):
         source = "FASTCL_BACKEND"
         chosen = _available(os.environ[source], source)
     if chosen is not None and (reason := unsupported_reason(chosen, device)):
         raise ValueError(f"{source}: {chosen!r} {reason}")
+    if chosen in LACKING and family in LACKING[chosen]:
+        others = ", ".join(repr(name) for name in REPLACEMENTS[chosen] if name in AVAILABLE)
+        raise ValueError(f"{source}: expected one of {others} for {FAMILIES[family]}, which {chosen!r} lacks")
     return chosen
 
 
@@ -105,25 +110,37 @@ FLOAT64 = ("reference", "chunked", "cpu")  # the backends that compute float64; 
 MOST_NEIGHBOURS = 256  # largest k of top-k for which the GPU kernels keep a query's best candidates on chip
 
 
+FAMILIES = {
+    "contrastive_stats": "contrastive statistics",
+    "soft_assignments": "soft assignments",
+    "pair_sums": "sums over pairs",
+    "pair_distances": "sums of distances over pairs",
+    "sinkhorn": "Sinkhorn",
+    "topk": "top-k",
+}
+
+# The families that a backend lacks. By default another backend computes them; if the backend is named, it is an error.
+LACKING: dict[str, frozenset[str]] = {"cuda": frozenset({"soft_assignments", "pair_distances"})}
+
 # Backends that replace one which lacks a family or a dtype, best first.
 REPLACEMENTS = {"cuda": ("triton", "chunked"), "triton": ("chunked",)}
 
+# Which backend's second sweep a backend takes for `return_stats`. Those that are not here need none.
+SECOND_SWEEP = {"triton": "triton", "cuda": "chunked"}
 
-def missing_feature(name: str, dtype: torch.dtype, family: str) -> str:
-    """What a backend does not compute of a call; empty if it computes all of it."""
-    if dtype == torch.float64 and name not in FLOAT64:
-        return "computes no float64"
-    if name == "cuda" and family == "soft_assignments":
-        return "computes no soft assignments"
-    return ""
+
+def computes(name: str, dtype: torch.dtype, family: str) -> bool:
+    """Whether a backend itself computes a family with sums in `dtype`."""
+    lacking = name in LACKING and family in LACKING[name]
+    return (dtype != torch.float64 or name in FLOAT64) and not lacking
 
 
 def _stand_in(name: str, device: torch.device, dtype: torch.dtype, family: str) -> str:
     """`name`, or the backend that replaces it if it lacks the family or dtype."""
-    if not missing_feature(name, dtype, family):
+    if computes(name, dtype, family):
         return name
     usable = [other for other in REPLACEMENTS[name] if other in AVAILABLE and not unsupported_reason(other, device)]
-    return next(other for other in usable if not missing_feature(other, dtype, family))
+    return next(other for other in usable if computes(other, dtype, family))
 
 
 def for_neighbours(name: str, k: int) -> str:

@@ -1,6 +1,7 @@
 """Backend ``cuda``: whether the kernels of ``csrc/cuda`` are available, and what all calls of them share.
 
-The native module contains the kernels if nvcc was found when it was built. Nothing here waits for the device.
+The native module contains the kernels if a driver and nvcc were found when it was built, or if FASTCL_CUDA=1 was set.
+Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from . import native
+from .devices import on_device
 
 OLDEST_DEVICE = (8, 0)
 
@@ -101,6 +103,12 @@ def measured_faster(device: torch.device, op: str) -> bool:
 def architecture(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def run(function: str, device: torch.device, *description: Any) -> None:
+    """Calls a function of the module that launches kernels on `device` and its current stream."""
+    with on_device(device):
+        getattr(kernels(), function)(where(device), *description)
 
 
 def where(device: torch.device) -> tuple[int, int]:

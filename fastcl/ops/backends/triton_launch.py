@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib import import_module, metadata, util
 from typing import Any
 
 import torch
 
-from . import triton_interpreter
+from . import triton_interpreter, triton_tuning
+from .devices import on_device as on_device
 from .rows import tf32_allowed
+from .triton_cached import KNOWN, CachedLauncher, launched_by_triton
+from .triton_tape import recorder, unrecorded
 from .triton_tiles import Tile
 
 FLOOR = (3, 2)  # the version that torch 2.6 includes
@@ -61,11 +64,6 @@ def unsupported_reason(device: torch.device) -> str:
     return ""
 
 
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` current: Triton launches on the current device and its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 MODULES = {
     "statistics_kernel": "contrastive.triton.statistics_kernels",
     "two_way_kernel": "contrastive.triton.statistics_kernels",
@@ -73,9 +71,11 @@ MODULES = {
     "weighted_kernel": "contrastive.triton.statistics_kernels",
     "gradient_kernel": "contrastive.triton.gradient_kernels",
     "observation_kernel": "contrastive.triton.observation_kernels",
+    "mean_kernel": "contrastive.triton.mean_kernels",
     "topk_kernel": "topk.triton_kernels",
     "soft_statistics_kernel": "soft.triton_kernels",
     "soft_gradient_kernel": "soft.triton_kernels",
+    "pair_kernel": "pairs.triton_kernels",
 }
 PER_ROW = "contrastive.triton.per_row_kernels"  # the module of all other kernels
 
@@ -86,12 +86,43 @@ def kernel_named(name: str) -> Any:
     return getattr(import_module(f"fastcl.ops.{module}"), name)
 
 
+@cache
+def _launcher(name: str) -> CachedLauncher | None:
+    """The short way to launch a kernel; None in the interpreter, and for versions of Triton for which it is unknown."""
+    version = tuple(int(part) for part in triton_version().split(".")[:2])
+    if INTERPRETED or version not in KNOWN:
+        return None
+    return CachedLauncher(kernel_named(name), version)
+
+
 def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -> None:
-    kernel = kernel_named(name)
-    arguments = {name: given[name] for name in kernel.arg_names}
-    # Fused multiply-adds would round the same logit differently in different kernels.
-    with _interpreting():
-        kernel[tuple(grid)](**arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=False)
+    """Launches a kernel with those of the `given` values that it takes, by name."""
+    launcher = _launcher(name)
+    if launcher is not None:
+        launcher.launch(shape, grid, given)
+        return
+    with unrecorded(), _interpreting():
+        launched_by_triton(kernel_named(name), shape, grid, given)
+    if (tape := recorder()) is not None:
+        tape.launched(partial(_relaunch, name, shape, grid, tuple(given)), list(given.values()), tensors=True)
+
+
+def _relaunch(
+    name: str, shape: Tile, grid: Sequence[int], names: Sequence[str], values: Sequence[Any], stream: int
+) -> None:
+    launch(name, shape, grid, dict(zip(names, values, strict=True)))
+
+
+def tape_setting(device: torch.device) -> tuple[tuple[Hashable, ...], int] | None:
+    """What launches on `device` depend on besides their arguments, and its current stream; None: no tape may be used.
+
+    A tape calls none of a profiler's hooks.
+    """
+    launcher = _launcher("rows_kernel")
+    if launcher is not None and launcher.watched():
+        return None
+    with on_device(device):
+        return (tf32_allowed(), triton_tuning.mode()), 0 if launcher is None else launcher.stream()
 
 
 @contextmanager

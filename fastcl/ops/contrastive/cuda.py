@@ -48,9 +48,8 @@ def forward(p: Problem) -> Statistics:
     lines = new(kernels.line_count(n, where), 2, m) if p.both else None
     own = _side(anchors, parts["bases"], statistics)
     other = _side(contrasts, parts["contrast_bases"], others) if p.both else _NO_SIDE
-    kernels.contrast_forward(
-        where, arranged.numbers, wanted(p.want), own, other, address(lines), address(parts.get("weighted"))
-    )
+    description = arranged.numbers, wanted(p.want), own, other, address(lines), address(parts.get("weighted"))
+    cuda_runtime.run("contrast_forward", p.device, *description)
     if p.observe:  # no kernel: a sweep of its own in plain PyTorch
         swept = chunked.forward(replace(p, want=()))
         anchors = anchors._replace(observed=swept.anchors.observed)
@@ -64,7 +63,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     if n == 0 or m == 0:
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     new = p.logit_scale.new_empty
-    kernels, where = cuda_runtime.kernels(), cuda_runtime.where(p.device)
+    kernels = cuda_runtime.kernels()
     parts = KEPT.parts(p, saved.saved)
     arranged = arrange(p, parts, None, None)
 
@@ -102,7 +101,8 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         address(bias),
         address(weighted),
     )
-    kernels.contrast_backward(where, arranged.numbers, wanted(p.want), own, other, outputs, ONE_EXPONENTIAL)
+    description = arranged.numbers, wanted(p.want), own, other, outputs, ONE_EXPONENTIAL
+    cuda_runtime.run("contrast_backward", p.device, *description)
     scale = None
     if similarity_sums is not None:  # as training converges they cancel
         scale = similarity_sums.sum(1, dtype=torch.float64)

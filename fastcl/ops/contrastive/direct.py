@@ -12,8 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...checks import values_visible
+from ..backends.triton_launch import INTERPRETED, tape_setting
+from ..backends.triton_tape import Taped
 from ..library import intercepted, once_differentiable
-from . import cpu
+from . import cpu, triton
+from .backend import Backend
 from .fields import LOG_SUMS
 from .op import (
     as_outputs,
@@ -24,13 +28,17 @@ from .op import (
     observed_by,
     of_backward,
     parsed,
+    run_backward,
     run_forward,
     save,
     statistics,
 )
-from .records import PLACES, TENSORS, Needs, Side, gradient_places
+from .records import PLACES, TENSORS, Gradients, Needs, Problem, Side, gradient_places
+from .triton import mean as triton_mean
 
 WANT, BOTH = PLACES["want"], PLACES["both"]
+
+TAPES = not INTERPRETED  # whether calls are replayed; in the interpreter it would save nothing
 
 # Up to this N M D the forward computes the gradient as well: a second call would cost more.
 AT_ONCE = 1 << 25
@@ -72,19 +80,17 @@ class DirectMean(torch.autograd.Function):
         *args, grad_mode = args_and_grad_mode
         problem, backend = parsed(args)
         ctx.native = backend is cpu and cpu.takes_mean_loss(problem)
-        if not ctx.native:
-            found = statistics(problem, backend)
-            observed = observed_by(problem, found) if problem.observe else None
-            save(ctx, args, as_outputs(found))
-            sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
-            ctx.rows = [_rows_of(side, problem.want) for side in sides]
-            means = [_mean(side, rows) for side, rows in zip(sides, ctx.rows, strict=True)]
-            return _with(ctx, means[0] if len(means) == 1 else (means[0] + means[1]) / 2, observed)
-        differentiated = grad_mode and any(ctx.needs_input_grad)
-        ctx.at_once = not differentiated or problem.anchors.values.numel() * problem.sizes[2] <= AT_ONCE
-        ctx.set_materialize_grads(False)
         ctx.options = args[TENSORS:]
+        ctx.set_materialize_grads(False)
+        differentiated = grad_mode and any(ctx.needs_input_grad)
         kept: Sequence[Tensor | None]
+        if not ctx.native:
+            options = tuple(tuple(option) if isinstance(option, list) else option for option in ctx.options)
+            loss, observed, *kept = _taped(_FORWARD, problem, backend, (*options, differentiated), *args[:TENSORS])
+            assert loss is not None
+            ctx.save_for_backward(*args[:TENSORS], *kept)
+            return _with(ctx, loss, observed)
+        ctx.at_once = not differentiated or problem.anchors.values.numel() * problem.sizes[2] <= AT_ONCE
         if ctx.at_once:
             needs = Needs(*[differentiated and ctx.needs_input_grad[place] for place in gradient_places(args)])
             loss, kept, observed = cpu.mean_loss(problem, needs)
@@ -100,16 +106,71 @@ class DirectMean(torch.autograd.Function):
         saved, options = ctx.saved_tensors, ctx.options  # read once: under checkpointing a second read fails
         needs = [ctx.needs_input_grad[place] for place in gradient_places(saved)]
         if not ctx.native:
-            return *_derived(saved, options, needs, grad, ctx.rows), None
+            return *_derived(saved, options, needs, grad), None
         if not ctx.at_once and intercepted(saved[0], grad):  # run the operators, which a tracer sees
             with torch.no_grad():
                 *outputs, _ = forward_op(*saved[:TENSORS], *options)
-            kept = of_backward(outputs)
             sides = [Side(*outputs[:3]), Side(*outputs[3:6])][: 2 if options[BOTH - TENSORS] else 1]
             rows = [_rows_of(side, options[WANT - TENSORS], False) for side in sides]
-            return *_derived((*saved[:TENSORS], *kept), options, needs, grad, rows), None
+            derivatives = [_derivative(side.counts, those, len(sides)) for side, those in zip(sides, rows, strict=True)]
+            return *_derived((*saved[:TENSORS], *of_backward(outputs), *derivatives), options, needs, grad), None
         arguments = (_scaled if ctx.at_once else _gradients, options, needs, grad, *saved)
         return *by_argument(saved, once_differentiable("contrastive_stats", *arguments)), None
+
+
+def _forward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The mean, the observed statistics, what the operator's backward needs, and the derivatives of each side's fields.
+
+    options: those of the operator, and whether the derivatives are needed; else they are None.
+    """
+    *rest, differentiated = options
+    problem, backend = parsed((*tensors, *rest))
+    found = statistics(problem, backend)
+    sides = [found.anchors, found.contrasts] if problem.both else [found.anchors]
+    if backend is triton and max(problem.sizes[1:]) <= triton_mean.MOST_ROWS and problem.dtype == torch.float32:
+        loss, derivatives = triton_mean.mean_loss(sides, problem.want)
+    else:
+        rows = [_rows_of(side, problem.want, values_visible(side.counts)) for side in sides]
+        means = [_mean(side, those) for side, those in zip(sides, rows, strict=True)]
+        loss, derivatives = means[0] if len(means) == 1 else (means[0] + means[1]) / 2, []
+        if differentiated:
+            derivatives = [_derivative(side.counts, those, len(sides)) for side, those in zip(sides, rows, strict=True)]
+    observed = observed_by(problem, found) if problem.observe else None
+    return loss, observed, *of_backward(as_outputs(found)), *derivatives
+
+
+def _backward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments, from what `_forward` returned and the gradient of the mean.
+
+    options: those of the operator, and which gradients are needed.
+    """
+    *rest, needs = options
+    *saved, grad = tensors
+    derivatives = saved[TENSORS + KEPT :]
+    assert grad is not None
+    of_fields = [derivative * grad for derivative in derivatives if derivative is not None]
+    counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
+    assert counts is not None
+    assert contrast_counts is not None
+    if len(of_fields) == 1:
+        of_fields.append(counts.new_zeros(len(rest[WANT - TENSORS]), 1, contrast_counts.shape[1]))
+    return run_backward(*saved[:TENSORS], *rest, *saved[TENSORS : TENSORS + KEPT], *of_fields, needs)
+
+
+KEPT = 7  # number of tensors of `of_backward`
+_FORWARD, _BACKWARD = Taped(_forward, own=2), Taped(_backward, own=len(Gradients._fields))
+# A tape keeps all that the forward allocates until the backward; for more numbers than this, that is too much.
+MOST_ON_TAPE = 1 << 22
+
+
+def _taped(taped: Taped, problem: Problem, backend: Backend, options: Any, *tensors: Tensor | None) -> Any:
+    """The function of `taped`, replayed from its tape where launches take the host longer than the device."""
+    _, n, m = problem.sizes
+    if backend is triton and TAPES and (n + m) * problem.anchors.values.shape[1] <= MOST_ON_TAPE:
+        setting = tape_setting(problem.device)
+        if setting is not None:
+            return taped(options, *setting, *tensors)
+    return taped.function(options, *tensors)
 
 
 def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -146,18 +207,21 @@ class _Rows(NamedTuple):
 
 
 def _derived(
-    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor, rows: Sequence[_Rows]
+    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the arguments from the gradient of the mean, given what `op.save` saved."""
-    counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
-    of_fields: list[Tensor | None] = [None, None]
-    for k, (side, those) in enumerate(zip((counts, contrast_counts), rows, strict=False)):
-        of_fields[k] = _derivative(side, those, len(rows)) * grad
-    return differentiate_saved(saved, options, needs, *of_fields)
+    """Gradients of the arguments from the gradient of the mean. saved: arguments, and what `_forward` keeps."""
+    *rest, first = saved[: TENSORS + KEPT + 1]
+    if torch.is_grad_enabled() or intercepted(saved[0], grad):  # run the operator, which a tracer sees
+        of_fields: list[Tensor | None] = [derivative * grad for derivative in (first, *saved[TENSORS + KEPT + 1 :])]
+        return differentiate_saved(rest, options, needs, *of_fields, *[None] * (2 - len(of_fields)))
+    problem, backend = parsed((*saved[:TENSORS], *options))
+    kinds = tuple(tuple(option) if isinstance(option, list) else option for option in options)
+    return by_argument(saved, _taped(_BACKWARD, problem, backend, (*kinds, tuple(needs)), *saved, grad))
 
 
-def _rows_of(side: Side, want: Sequence[str], look: bool = True) -> _Rows:
-    """look: read the counts. If all rows count, no mask is needed, which saves operators in the common case."""
+def _rows_of(side: Side, want: Sequence[str], look: bool) -> _Rows:
+    """look: read the counts. If all rows count, no mask is needed, which saves operators in the common case. On a GPU
+    it would wait for the device."""
     positives = side.counts[0]
     if want[0] == "lse_neg":
         counted = side.counts.amin(0) > 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..pairs.maps import KINDS
+
 ALL, POSITIVES, NEGATIVES = "all", "positives", "negatives"  # A_i, P_i and N_i = A_i without P_i
 
 
@@ -17,6 +19,8 @@ class Field(NamedTuple):
     swept: bool = True
     # False: has no gradient; backends return it in `Side.observed`.
     differentiable: bool = True
+    # Of `ops.pairs.maps.KINDS`: a sum of a function of each pair alone, which the operators of `ops.pairs` compute.
+    pair_map: str = ""
 
 
 TABLE = {
@@ -29,12 +33,18 @@ TABLE = {
     "max_neg": Field(NEGATIVES, differentiable=False),
     "sum_neg": Field(NEGATIVES, differentiable=False),
     "entropy": Field(ALL, differentiable=False),
+    **{
+        f"{kind}_{side}": Field(over, pair_map=kind)
+        for kind in KINDS
+        for side, over in (("pos", POSITIVES), ("neg", NEGATIVES))
+    },
 }
 """The fields by name. Their order, log-sums first, is the order in which backends return them."""
 
-FIELDS = tuple(name for name, field in TABLE.items() if field.differentiable)
+FIELDS = tuple(name for name, field in TABLE.items() if field.differentiable and not field.pair_map)
 SWEPT = tuple(name for name in FIELDS if TABLE[name].swept)
 OBSERVED = tuple(name for name, field in TABLE.items() if not field.differentiable)
+PAIR_FIELDS = tuple(name for name, field in TABLE.items() if field.pair_map)
 LOG_SUMS = frozenset(name for name, field in TABLE.items() if field.log_sum)
 
 

@@ -16,14 +16,14 @@ from .records import Problem, Rows
 
 def as_nan(p: Problem) -> Problem:
     """The problem with NaN for rows that have infinite numbers."""
-    anchors = _as_nan(p.anchors)
-    contrasts = None if p.contrasts is None else _as_nan(p.contrasts)
+    anchors = rows_as_nan(p.anchors)
+    contrasts = None if p.contrasts is None else rows_as_nan(p.contrasts)
     if anchors is p.anchors and contrasts is p.contrasts:
         return p
     return replace(p, anchors=anchors, contrasts=contrasts)
 
 
-def _as_nan(rows: Rows) -> Rows:
+def rows_as_nan(rows: Rows) -> Rows:
     if rows.normalize:
         return rows
     infinite = rows.values.isinf().any(1)

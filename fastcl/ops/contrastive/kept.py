@@ -30,11 +30,14 @@ class Store(NamedTuple):
 
     def parts(self, p: Problem, saved: Tensor) -> dict[str, Tensor]:
         """The tensors by name, as views of `saved` [size]."""
-        parts, start = {}, 0
+        parts, start, views = {}, 0, {saved.dtype: saved}
         for name, (dtype, shape) in self.layout(p).items():
-            size = _places(dtype, shape)
-            parts[name] = saved[start : start + size].view(dtype)[: prod(shape)].view(shape)
-            start += size
+            if dtype not in views:
+                views[dtype] = saved.view(dtype)
+            strides = [prod(shape[k + 1 :]) for k in range(len(shape))]
+            offset = views[dtype].storage_offset() + start * saved.itemsize // dtype.itemsize
+            parts[name] = views[dtype].as_strided(shape, strides, offset)
+            start += _places(dtype, shape)
         return parts
 
     def planes(self, p: Problem, saved: Tensor) -> tuple[Tensor, Tensor]:

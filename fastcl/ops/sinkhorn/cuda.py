@@ -64,7 +64,7 @@ def iterate(p: Problem, g: Tensor, mass: Tensor, kept: Kept) -> tuple[Tensor, Te
         *(batch, n, k, p.n_iters, chunk, chunks, resident),
         *map(address, (*inputs, *outputs, done, matrix)),
     )
-    cuda_runtime.kernels().sinkhorn_iterations(where, call, -1.0 if p.tol is None else p.tol)
+    cuda_runtime.run("sinkhorn_iterations", scores.device, call, -1.0 if p.tol is None else p.tol)
     return matrix, error, done
 
 
@@ -229,7 +229,7 @@ def _call(
         -(-n // chunk) if chunk else 0,
         *(term if isinstance(term, int) else address(term) for term in laid_out),
     )
-    cuda_runtime.kernels().sinkhorn_pass(cuda_runtime.where(scores.device), call)
+    cuda_runtime.run("sinkhorn_pass", scores.device, call)
 
 
 def _strided(matrix: Tensor | None) -> tuple[int, ...]:

@@ -39,5 +39,5 @@ def topk(
             *map(address, names),
             *(slots, span, parts, best.data_ptr()),
         )
-        cuda_runtime.kernels().topk(where, call)
+        cuda_runtime.run("topk", queries.device, call)
     return chunked.unpacked(torch.topk(best.flatten(1), k).values)

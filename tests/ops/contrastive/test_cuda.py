@@ -4,6 +4,7 @@ The whole of `test_stats.py` passes on it too, but takes minutes.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -311,6 +312,19 @@ def test_arithmetic_of_tiles(tmp_path) -> None:
     source, program = ROOT / "csrc" / "tests" / "cuda_tiles_test.cpp", tmp_path / "tiles"
     flags = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror")
     built = subprocess.run(["c++", *flags, str(source), "-o", str(program)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator is for x86-64")
+def test_float32_numbers_are_split_into_tf32_numbers(tmp_path) -> None:
+    """The nearest one and the exact rest, and a NaN stays a NaN: csrc/tests/cuda_split_test.cpp."""
+    tests, program = ROOT / "csrc" / "tests", tmp_path / "split"
+    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-I", ROOT / "csrc", "-include", tests / "emulator.h")
+    command = ["c++", *map(str, flags), str(tests / "cuda_split_test.cpp"), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr

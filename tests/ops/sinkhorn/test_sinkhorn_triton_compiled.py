@@ -14,6 +14,7 @@ import pytest
 
 from fastcl.ops.backends.triton_tiles import ARCHITECTURES
 from fastcl.ops.sinkhorn import triton as sinkhorn_triton
+from tests.support.compiling import environment
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -52,7 +53,7 @@ def test_compiles_without_spills(architecture, tmp_path) -> None:
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, root / "tests" / "support" / "compile_sinkhorn.py", json.dumps(jobs)],
-        env=os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment(root, tmp_path),
         capture_output=True,
         text=True,
     )

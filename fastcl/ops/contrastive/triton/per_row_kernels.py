@@ -390,13 +390,12 @@ def side_kernel(
     negative = tl.load(own + 4 * tl.cast(N, tl.int64), mask=is_row, other=0.0)
     positive = tl.load(own + 5 * tl.cast(N, tl.int64), mask=is_row, other=0.0)
     extra = tl.load(own + 6 * tl.cast(N, tl.int64), mask=is_row, other=0.0)
-    if one:
-        everything = shifted(everything, middle - both_base)
-        negative = everything + shifted(negative, middle - base)
-        positive = everything + shifted(positive, middle - positive_base)
-    else:
-        negative += everything * tl.exp2(tl.minimum(base - both_base, 0.0))
-        positive += everything * tl.exp2(tl.minimum(positive_base - both_base, 0.0))
+    # Both ways, without a branch, which Triton 3.2 does not compile here.
+    shared = shifted(everything, middle - both_base)
+    negative_apart = negative + everything * tl.exp2(tl.minimum(base - both_base, 0.0))
+    positive_apart = positive + everything * tl.exp2(tl.minimum(positive_base - both_base, 0.0))
+    negative = tl.where(one, shared + shifted(negative, middle - base), negative_apart)
+    positive = tl.where(one, shared + shifted(positive, middle - positive_base), positive_apart)
     out = SIDE + 5 * k * tl.cast(N, tl.int64) + i
     tl.store(out, base, mask=is_row)
     tl.store(out + N, negative * lift, mask=is_row)

@@ -177,7 +177,7 @@ def sweep_rows(
 
     if BIAS == 2:
         num_inadmissible = tl.where(row_bias == LEFT_OUT, M, num_inadmissible)
-    if CLUSTERS and not IDS and BIAS == 0:
+    if (CLUSTERS and not IDS) and BIAS == 0:
         num_positive = end - start
         if SELF:
             num_positive -= 1  # a row lies in its own range

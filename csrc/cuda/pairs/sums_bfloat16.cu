@@ -1,0 +1,2 @@
+#define FASTCL_SWEEPS fastcl::cuda::Bfloat16
+#include "sweeps.h"

@@ -1,0 +1,2 @@
+#define FASTCL_SWEEPS fastcl::cuda::Half
+#include "sweeps.h"

@@ -1,0 +1,2 @@
+#define FASTCL_SWEEPS float
+#include "sweeps.h"

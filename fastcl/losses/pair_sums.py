@@ -1,0 +1,123 @@
+"""Sums of maps of pairs over all that a loss contrasts with: tensors, queues, the extra positive, other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..distributed import Property, World
+from ..ops.backends.rows import unit
+from ..ops.contrastive.records import Problem, Rows
+from ..ops.pairs.maps import mapped
+from ..ops.pairs.op import pair_sums, pair_total
+from ..ops.pairs.records import Pairs, Sums, two_sets
+from .batch import Batch
+from .gathered import Travelling, agreed
+from .gathered_pairs import Maps, gathered_sums, gathered_total
+
+
+class Swept(NamedTuple):
+    """The rows of a call, on which all processes have agreed."""
+
+    rows: Batch
+    world: World | None = None
+    travelling: Travelling | None = None
+
+    def sums(self, scale: Tensor, offset: Tensor | None, maps: Maps) -> Sums:
+        """The sums of each anchor; the values are differentiable. It sweeps again for their gradient."""
+        found = []
+        if self.travelling is not None and self.world is not None:
+            found.append(gathered_sums(self.world, self.travelling, scale, offset, maps))
+        if (p := self._alone(scale, offset, maps)) is not None:
+            found.append(pair_sums(p))
+        if self.rows.positives is not None:
+            found.append(self._extra(scale, offset, maps))
+        return _added(found)
+
+    def total(self, scale: Tensor, offset: Tensor | None, maps: Maps, weights: Tensor) -> tuple[Tensor, Sums]:
+        """``sum(weights * values)`` for weights [2, R], differentiable, and the detached sums, from one sweep."""
+        totals, found = [], []
+        if self.travelling is not None and self.world is not None:
+            total, sums = gathered_total(self.world, self.travelling, scale, offset, maps, weights)
+            totals.append(total)
+            found.append(sums)
+        if (p := self._alone(scale, offset, maps)) is not None:
+            total, *parts = pair_total(p, weights)
+            totals.append(total)
+            found.append(Sums(*parts))
+        if self.rows.positives is not None:
+            extra = self._extra(scale, offset, maps)
+            totals.append((weights * extra.values).sum())
+            found.append(Sums(extra.values.detach(), extra.active, extra.counts))
+        return sum(totals[1:], totals[0]), _added(found)
+
+    def _alone(self, scale: Tensor, offset: Tensor | None, maps: Maps) -> Pairs | None:
+        """The problem over contrasts that do not travel; None if all do."""
+        if self.travelling is None:
+            anchors, contrasts = self.rows.anchors, self.rows.contrasts
+            anchors, contrasts = two_sets(anchors, contrasts, _asymmetric(anchors, offset))
+        elif self.travelling.stored is None:
+            return None
+        else:
+            anchors, contrasts = self.travelling.anchors, self.travelling.stored
+        return Pairs(anchors, contrasts, scale, offset, *maps)
+
+    def _extra(self, scale: Tensor, offset: Tensor | None, maps: Maps) -> Sums:
+        """The sums over the extra positive of each anchor."""
+        anchors, positives = self.rows.anchors, self.rows.positives
+        assert positives is not None
+        x, y = (unit(v) if anchors.normalize else v.to(scale.dtype) for v in (anchors.values, positives))
+        logits = scale * (x.to(scale.dtype) * y.to(scale.dtype)).sum(1)
+        logits = logits if offset is None else logits + offset
+        value, _ = mapped(maps.kind, logits, True, maps.pos_margin)
+        ones, zeros = torch.ones_like(logits), torch.zeros_like(logits)
+        return Sums(*(torch.stack((part, zeros)) for part in (value, (value != 0).to(ones.dtype), ones)))
+
+
+def swept(
+    world: World,
+    gather: bool | str,
+    rows: Batch,
+    scale: Tensor,
+    offset: Tensor | None,
+    call: str,
+    alike: Mapping[str, Property],
+) -> Swept:
+    """The rows of a call with `gather`, on which all processes agree here.
+
+    call, alike: the name of the call, and further values that must be equal in all processes.
+    """
+    problem = Problem(rows.anchors, rows.contrasts, rows.positives, scale, ())
+    found = agreed(world, gather, problem, rows, call, alike, "pair_sums")
+    if found is not None:
+        first = sum(found.sizes[: world.rank])
+        anchors, contrasts = two_sets(found.anchors, found.contrasts, _asymmetric(found.anchors, offset), first)
+        found = found._replace(anchors=anchors, contrasts=contrasts)
+    return Swept(rows, world, found)
+
+
+def _asymmetric(anchors: Rows, offset: Tensor | None) -> bool:
+    return anchors.bias is not None or (offset is not None and offset.dim() == 1)
+
+
+def _added(found: list[Sums]) -> Sums:
+    return found[0] if len(found) == 1 else Sums(*(sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)))
+
+
+def reversed_rows(rows: Batch) -> tuple[Batch, Tensor | None]:
+    """The contrasts of two sets as anchors and the anchors as contrasts; and the bias, which becomes an offset."""
+    contrasts = rows.others()
+    left = _without_bias(contrasts)
+    parts = ((len(rows.anchors.values), False),)
+    return rows._replace(anchors=left, contrasts=rows.anchors, positives=None, parts=parts), contrasts.bias
+
+
+def _without_bias(rows: Rows) -> Rows:
+    """The rows without their bias; the values of those that it leaves out become 0."""
+    values, clusters, ids, bias, assignments, normalize = rows
+    if bias is not None:
+        values = values.masked_fill((bias == -torch.inf)[:, None], 0)
+    return Rows(values, clusters, ids, None, assignments, normalize)

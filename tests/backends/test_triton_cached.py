@@ -1,0 +1,132 @@
+"""Launches of Triton's compiled kernels past its look-up, with a stub for the driver: no device is needed.
+
+Runs in a process of its own, in which Triton is not interpreted.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastcl.ops.backends import triton_launch
+from fastcl.ops.backends.triton_cached import KNOWN
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    triton_launch.availability()[1] == "Triton is not installed", reason="Triton is not installed"
+)
+
+SAME = """
+import torch
+from benchmarks.host_time import cases, pretending
+import fastcl
+from fastcl.ops.backends import triton_cached, triton_launch
+
+short = []  # launches past Triton's look-up
+
+def addresses(values):
+    return [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
+
+class Recorded(triton_cached.CachedLauncher):
+    def launch(self, shape, grid, given):
+        before = len(launches.arguments)
+        super().launch(shape, grid, given)
+        direct = launches.arguments[before:]
+        triton_cached.launched_by_triton(self._function, shape, grid, given)
+        by_triton = launches.arguments[before + 1 :]
+        assert len(direct) == len(by_triton) == 1
+        (name, places, values), (other_name, other_places, others) = direct[0], by_triton[0]
+        assert (name, places) == (other_name, other_places), (name, other_name)
+        assert addresses(values) == addresses(others), name
+        short.extend([name] * all(not isinstance(value, torch.Tensor) for value in values))
+
+triton_launch.CachedLauncher = Recorded
+with pretending() as launches, fastcl.use_backend("triton"):
+    for name, step in cases(64, 32).items():
+        step()
+        step()
+assert len(set(short)) > 8, set(short)
+print("same")
+"""
+
+HOOK = """
+import fastcl
+from benchmarks.host_time import cases, pretending
+from fastcl.ops.backends import triton_cached
+
+seen = []
+runtime = triton_cached._runtime()
+with pretending() as launches, fastcl.use_backend("triton"):
+    step = cases(64, 32)["self-contrast"]
+    step(); step()
+    number = len(launches.names) // 2
+    enter = runtime.launch_enter_hook
+    if hasattr(enter, "add"):
+        enter.add(seen.append)
+    else:
+        runtime.launch_enter_hook = seen.append
+    step()
+    assert len(launches.arguments) == 3 * number
+    assert len(launches.hooked) == number, (len(launches.hooked), number)
+print("hooked")
+"""
+
+
+REPLAYED = """
+import torch
+import fastcl
+from benchmarks.host_time import cases, pretending
+from fastcl.ops.backends.triton_tape import Tape
+from fastcl.ops.contrastive import direct
+
+def alike(value, other):
+    if isinstance(value, torch.Tensor):
+        value = value.data_ptr()
+    if isinstance(value, int) and value > 1 << 32:  # an address
+        return other > 1 << 32 and value % 16 == other % 16
+    return value == other
+
+with pretending() as launches, fastcl.use_backend("triton"):
+    for name, step in cases(64, 32).items():
+        found = []
+        for _ in range(4):
+            launches.arguments.clear()
+            step()
+            found.append(list(launches.arguments))
+        for plain, replayed in zip(found[1], found[3], strict=True):
+            assert plain[:2] == replayed[:2], name
+            assert len(plain[2]) == len(replayed[2])
+            assert all(map(alike, plain[2], replayed[2])), (name, plain, replayed)
+tapes = [tape for taped in (direct._FORWARD, direct._BACKWARD) for tape in taped._tapes.values()]
+assert len(tapes) >= 6
+assert all(isinstance(tape, Tape) for tape in tapes)
+print("replayed")
+"""
+
+
+def ran(code: str) -> str:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTCL_BACKEND")
+    }
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_arguments_are_those_that_triton_passes() -> None:
+    version = tuple(int(part) for part in triton_launch.triton_version().split(".")[:2])
+    assert version in KNOWN, "a version of Triton whose launcher has not been looked at: it takes the long way"
+    assert "same" in ran(SAME)
+
+
+@pytest.mark.slow
+def test_hooks_of_a_profiler_are_called() -> None:
+    assert "hooked" in ran(HOOK)
+
+
+@pytest.mark.slow
+def test_a_tape_repeats_the_launches() -> None:
+    assert "replayed" in ran(REPLAYED)

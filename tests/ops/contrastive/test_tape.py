@@ -1,0 +1,210 @@
+"""The mean loss replayed from a tape: the same bits as without one, in Triton's interpreter."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcl
+from fastcl.functional import cluster_infonce
+from fastcl.ops.backends.triton_tape import Tape, Taped
+from fastcl.ops.contrastive import direct
+from tests.ops.contrastive.test_direct import KINDS, case
+from tests.support.backends import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
+
+
+@pytest.fixture(autouse=True)
+def tapes(monkeypatch) -> Iterator[tuple[Taped, Taped]]:
+    """New tapes of forward and backward, which are used on backend `triton`."""
+    forward, backward = Taped(direct._forward, own=2), Taped(direct._backward, own=7)
+    monkeypatch.setattr(direct, "_FORWARD", forward)
+    monkeypatch.setattr(direct, "_BACKWARD", backward)
+    monkeypatch.setattr(direct, "TAPES", True)
+    with fastcl.use_backend("triton"):
+        yield forward, backward
+
+
+def recorded(taped: Taped) -> list[bool]:
+    return [isinstance(tape, Tape) for tape in taped._tapes.values()]
+
+
+def gradients(leaves: list[Tensor], options: dict[str, object], factor: float = -3.5) -> list[Tensor]:
+    loss = cluster_infonce(leaves[0], **options)
+    return [loss.detach(), *torch.autograd.grad(loss * factor, leaves)]
+
+
+@pytest.mark.parametrize("denominator", ["all", "negatives"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_replays_give_the_same_bits(kind: str, denominator: str, tapes, monkeypatch) -> None:
+    leaves, options = case(kind, torch.float32)
+    options["denominator"] = denominator
+    for call in range(4):  # as it is, recorded, replayed, replayed
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.add_(0.1 * torch.randn_like(leaf)) if leaf.dim() else leaf.mul_(1.1)
+        got = gradients(leaves, options)
+        monkeypatch.setattr(direct, "TAPES", False)
+        expected = gradients(leaves, options)
+        monkeypatch.setattr(direct, "TAPES", True)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b), call
+            assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+    assert recorded(tapes[0]) == recorded(tapes[1]) == [True]  # so nothing reads a value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_and_layouts_have_tapes_of_their_own(dtype, tapes) -> None:
+    plain = torch.randn(12, 2, 5)
+    layouts = [
+        plain,
+        plain.to(dtype),
+        plain.transpose(0, 1).contiguous().transpose(0, 1),  # is copied, and then of the first one's kind
+        torch.cat((torch.zeros(1), plain.flatten()))[1:].view_as(plain),  # at an address of its own kind
+        plain[:8],
+    ]
+    for _ in range(3):
+        for layout in layouts:
+            leaf = layout.detach().requires_grad_()
+            loss, grad = gradients([leaf], {"temperature": 0.3})
+            direct_loss, direct_grad = _without_tape(leaf)
+            assert torch.equal(loss, direct_loss)
+            assert torch.equal(grad, direct_grad)
+    assert recorded(tapes[0]) == [True] * 4
+
+
+def _without_tape(leaf: Tensor) -> list[Tensor]:
+    before, direct.TAPES = direct.TAPES, False
+    try:
+        return gradients([leaf], {"temperature": 0.3})
+    finally:
+        direct.TAPES = before
+
+
+def test_the_precision_of_products_is_part_of_the_kind(tapes) -> None:
+    leaf = torch.randn(12, 2, 40).requires_grad_()
+    before = torch.get_float32_matmul_precision()
+    losses = {}
+    try:
+        for precision in ("highest", "high") * 3:
+            torch.set_float32_matmul_precision(precision)
+            losses.setdefault(precision, []).append(gradients([leaf], {"temperature": 0.3})[0])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for found in losses.values():
+        assert all(torch.equal(a, b) for a, b in pairwise(found))
+    assert not torch.equal(losses["highest"][0], losses["high"][0])
+    assert recorded(tapes[0]) == [True, True]
+
+
+def test_each_replay_has_memory_of_its_own() -> None:
+    """Several forwards before their backwards, a backward twice, and results that outlive the next replay."""
+    leaves = [torch.randn(10, 2, 6).requires_grad_() for _ in range(3)]
+    expected = [_without_tape(leaf)[1] for leaf in leaves]
+    for _ in range(3):
+        losses = [cluster_infonce(leaf, temperature=0.3) * -3.5 for leaf in leaves]
+        found = [
+            torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss, leaf in zip(losses, leaves, strict=True)
+        ]
+        again = [torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)]
+        for a, b, c in zip(found, again, expected, strict=True):
+            assert torch.equal(a, c)
+            assert torch.equal(b, c)
+
+
+def test_second_derivatives_and_changed_inputs_are_errors_after_replays_too() -> None:
+    leaf = torch.randn(8, 2, 5).requires_grad_()
+    for _ in range(3):
+        gradients([leaf], {"temperature": 0.3})
+    (grad,) = torch.autograd.grad(cluster_infonce(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        grad.sum().backward()
+    loss = cluster_infonce(leaf)
+    with torch.no_grad():
+        leaf.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tracers_do_not_meet_tapes(tapes) -> None:
+    leaf = torch.randn(8, 2, 5).requires_grad_()
+    (expected,) = torch.autograd.grad(cluster_infonce(leaf), leaf)
+    with torch.device("cpu"):  # a mode
+        for _ in range(3):
+            (found,) = torch.autograd.grad(cluster_infonce(leaf), leaf)
+            torch.testing.assert_close(found, expected)
+    assert recorded(tapes[0]) == [False]
+
+
+# Functions that a tape cannot repeat
+
+
+def test_a_function_that_reads_a_value_is_called_each_time() -> None:
+    calls = []
+
+    def doubled_unless_zero(_, x: Tensor) -> tuple[Tensor]:
+        calls.append(x)
+        return (x * 2 if x.any().item() else x + 1,)
+
+    taped = Taped(doubled_unless_zero, own=1)
+    for value in (1.0, 2.0, 3.0, 0.0):
+        (found,) = taped((), (), 0, torch.full((3,), value))
+        assert torch.equal(found, torch.full((3,), 2 * value or 1))
+    assert len(calls) == 4
+    assert recorded(taped) == [False]
+
+
+def test_a_function_that_returns_its_input_is_called_each_time() -> None:
+    taped = Taped(lambda _, x: (x,), own=1)
+    for _ in range(4):
+        x = torch.randn(3)
+        assert taped((), (), 0, x)[0] is x
+    assert recorded(taped) == [False]
+
+
+def test_operators_views_and_memory() -> None:
+    def work(_, x: Tensor, y: Tensor) -> tuple[Tensor | None, ...]:
+        out, scratch = torch.empty_like(x), torch.empty(2, x.numel())
+        scratch[0] = x.flatten() * 2
+        scratch[1].copy_(y.flatten().flip(0))
+        torch.add(scratch[0].view_as(x), scratch[1].view_as(x), out=out)
+        largest, places = scratch.max(1)
+        return out, None, largest[1:], places, scratch[1], x.sum(), scratch.view(torch.int32)[0, :2]
+
+    taped = Taped(work, own=1)
+    kept = []
+    for _ in range(5):
+        x, y = torch.randn(3, 4), torch.randn(4, 3).T
+        got, expected = taped("kind", (), 0, x, y), work("kind", x, y)
+        kept.append((got, expected))
+        same = torch.randn(3, 4)
+        kept.append((taped("other", (), 0, same, same), work("other", same, same)))
+    for got, expected in kept:
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (torch.equal(a, b) and a.stride() == b.stride())
+    assert recorded(taped) == [True, True]
+
+
+def test_a_tape_keeps_no_tensor_alive() -> None:
+    alive = []
+
+    def work(_, x: Tensor) -> tuple[Tensor]:
+        scratch = torch.empty_like(x)
+        torch.cat([x, x.exp()], out=torch.empty(2 * len(x)))
+        scratch.copy_(x)
+        alive.extend(weakref.ref(tensor) for tensor in (x, scratch))
+        return (scratch * 2,)
+
+    taped = Taped(work, own=1)
+    for _ in range(3):
+        assert torch.equal(taped((), (), 0, torch.ones(3))[0], torch.full((3,), 2.0))
+    gc.collect()
+    assert recorded(taped) == [True]
+    assert len(alive) == 4
+    assert not any(reference() is not None for reference in alive)

@@ -2,7 +2,7 @@
 
 Without a compiler the package installs all the same, and remembers why it lacks the module (``python -m fastcl.info``).
 
-Environment:
+Environment, read while fastcl is built and not when pip installs a wheel that was built before:
     FASTCL_NATIVE=0: do not build the module.
     FASTCL_REQUIRE_NATIVE=1: a module that cannot be built is an error.
     FASTCL_CUDA=auto, 1 or 0: whether the module has CUDA kernels, which take a minute or two to compile. auto, the
@@ -13,6 +13,7 @@ Environment:
 
 import ctypes
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from importlib import import_module
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
@@ -131,7 +133,7 @@ class BuildNative(build_ext):
         required, cuda = flag("FASTCL_REQUIRE_NATIVE", False), cuda_wanted()
         try:
             if not flag("FASTCL_NATIVE", True):
-                raise BuildError("FASTCL_NATIVE=0 was set when fastcl was installed")
+                raise BuildError("FASTCL_NATIVE=0 was set when this fastcl was built")
             lacking = self.build_with_cuda(module, cuda)
         except BuildError as failure:
             if required or cuda == "1":
@@ -154,7 +156,7 @@ class BuildNative(build_ext):
         if nvcc and wanted == "auto" and not has_driver():
             self.build_module(module, "")
             return BuildError(
-                "no NVIDIA driver was found when fastcl was installed; installing it again from source with "
+                "no NVIDIA driver was found when this fastcl was built; building it again from source with "
                 "FASTCL_CUDA=1 compiles the CUDA kernels all the same"
             )
         if nvcc:
@@ -170,8 +172,8 @@ class BuildNative(build_ext):
             raise BuildError("nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda")
         self.build_module(module, "")
         if wanted == "0":
-            return BuildError("FASTCL_CUDA=0 was set when fastcl was installed")
-        return BuildError("nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda when fastcl was installed")
+            return BuildError("FASTCL_CUDA=0 was set when this fastcl was built")
+        return BuildError("nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda when this fastcl was built")
 
     def build_module(self, module: Path, nvcc: str) -> None:
         # One folder for each Python: the module's name and headers are Python's, and CMake remembers them.
@@ -217,4 +219,31 @@ class BuildNative(build_ext):
         shutil.copy2(built, module)
 
 
-setup(ext_modules=[Extension("fastcl._native", sources=[])], cmdclass={"build_ext": BuildNative})
+class Wheel(bdist_wheel):
+    """Without the native module a wheel serves every Python and platform, and its tag says so."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build" and (Path(self.get_finalized_command("build").build_lib) / PACKAGE / FAILURE).exists():
+            self.root_is_pure = True
+            self.distribution.ext_modules = []
+
+
+def description() -> str:
+    """README.md for a package index, where relative links lead nowhere: names of files instead, and no pictures."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^(<!--.*-->|!\[.*\]\((?!https:).*\))\n+", "", text, flags=re.MULTILINE)
+
+    def named(link: re.Match[str]) -> str:
+        words, target = link[1].strip("`"), link[2].split("#")[0]
+        return target if words in target else f"{words} ({target})"
+
+    return re.sub(r"\[([^\[\]]+)\]\((?!https:|#)([^()]+)\)", named, text)
+
+
+setup(
+    ext_modules=[Extension("fastcl._native", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional
+from . import distributed, functional
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
 from .losses.decoupled import DCLWLoss

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -31,7 +33,8 @@ _PROG = "python -m fastcl.info"
 _EXAMPLES = """\
   python -m fastcl.info                             this machine, and which backend each operation takes
   FASTCL_BACKEND=chunked python -m fastcl.info      the same, with a backend fixed by name
-  FASTCL_CPU_ISA=avx2 python -m fastcl.info         the same, with an older processor's instructions"""
+  FASTCL_CPU_ISA=avx2 python -m fastcl.info         the same, with an older processor's instructions
+  python -m fastcl.info --json                      the same for a program: one object in JSON"""
 
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
@@ -48,7 +51,7 @@ def report() -> str:
         f"fastcl {__version__}",
         f"  Python {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"  torch {torch.__version__}, {torch.get_num_threads()} threads, {_instruction_set()}",
-        f"  triton {_version('triton')}",
+        f"  triton {_version('triton') or 'not installed'}",
         *_devices(),
         "",
         "Backends",
@@ -66,10 +69,49 @@ def report() -> str:
         f"Will be used ({_reason()})",
     ]
     try:
-        lines += _choices()
+        lines += [f"  {what:<18} {device:<5} {dtype:<9} {chosen}" for what, device, dtype, chosen in _choices()]
     except ValueError as error:
         lines.append(f"  nothing: {error}")
     return "\n".join(lines)
+
+
+def facts() -> dict[str, Any]:
+    """What ``python -m fastcl.info --json`` prints: the facts of `report`, for programs."""
+    found: dict[str, Any] = {
+        "fastcl": __version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "torch": str(torch.__version__),  # a class of torch's own
+        "torch_cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(_cuda_devices())],
+        "backends": {name: {"available": True, "reason": _PURPOSE[name]} for name in AVAILABLE}
+        | {name: {"available": False, "reason": reason} for name, reason in MISSING.items()},
+        "native": None,
+        "cuda_kernels": getattr(cuda_runtime.kernels(), "targets", None),
+        "asked_for": os.environ.get("FASTCL_BACKEND") or None,
+        "choices": [],
+        "error": None,
+    }
+    module = native.native_module()
+    engine, reason = native.engine()
+    if module is not None:
+        found["native"] = {
+            "fastcl": module.version,
+            "compiler": module.compiler,
+            "built": list(module.built_engines()),
+            "supported": list(module.supported_engines()),
+        }
+    found["engine"] = {"name": engine, "reason": reason}
+    try:
+        names = ("operation", "device", "dtype", "backend")
+        found["choices"] = [dict(zip(names, choice, strict=True)) for choice in _choices()]
+    except ValueError as error:
+        found["error"] = str(error)
+    return found
 
 
 def _native() -> list[str]:
@@ -87,7 +129,8 @@ def _native() -> list[str]:
     ]
 
 
-def _choices() -> list[str]:
+def _choices() -> list[tuple[str, str, str, str]]:
+    """For each operation, kind of device and dtype of the rows, the backend."""
     devices = ("cpu", "cuda") if _cuda_devices() else ("cpu",)
     families = {
         "contrastive_stats": "contrastive_stats",
@@ -110,7 +153,7 @@ def _choices() -> list[str]:
                     chosen = f"nothing: {error}"
                 if what == "return_stats" and chosen in SECOND_SWEEP:
                     chosen += f", and a second sweep by {SECOND_SWEEP[chosen]}"
-                found.append(f"  {what:<18} {device:<5} {str(dtype)[6:]:<9} {chosen}")
+                found.append((what, device, str(dtype)[6:], chosen))
     if len(errors) == len(found):
         raise errors[0]
     return found
@@ -167,17 +210,18 @@ def _devices() -> list[str]:
     return [f"  no CUDA device: torch is built for CUDA {torch.version.cuda}, but finds no driver or device"]
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, exits with 2 on an option, as there is none but --help."""
-    Parser(_PROG, str(__doc__), _EXAMPLES).parse_args(argv)
-    print(report())
+    """Run the command line; returns the exit code, exits with 2 on an unknown option."""
+    parser = Parser(_PROG, str(__doc__), _EXAMPLES)
+    parser.add_argument("--json", action="store_true", help="print one object in JSON, for programs")
+    print(json.dumps(facts(), indent=2) if parser.parse_args(argv).json else report())
     return 0
 
 

@@ -110,7 +110,7 @@ def test_without_a_driver_the_kernels_are_compiled_on_demand_only(source: Path, 
     remembered: dict[str, str] = {}
     exec(failure.read_text(), remembered)
     reason = (
-        "no NVIDIA driver was found when fastcl was installed; installing it again from source with FASTCL_CUDA=1 "
+        "no NVIDIA driver was found when this fastcl was built; building it again from source with FASTCL_CUDA=1 "
         "compiles the CUDA kernels all the same"
     )
     assert remembered["REASON"] == reason  # fastcl.info prints it, and use_backend("cuda") raises it

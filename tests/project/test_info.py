@@ -1,10 +1,13 @@
 """``python -m fastcl.info``."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastcl.info import families_table, report
+import fastcl
+from fastcl.info import facts, families_table, main, report
 from fastcl.ops.backends.choose import AVAILABLE, MISSING
 
 
@@ -38,6 +41,27 @@ def test_says_why_nothing_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         f"FASTCL_BACKEND: expected one of {', '.join(map(repr, AVAILABLE))}, got 'cuda', "
         f"which is not available here: {MISSING['cuda']}" in report()
     )
+
+
+def test_json_has_the_facts_of_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == facts()
+    assert (found["fastcl"], found["torch"], found["error"]) == (fastcl.__version__, torch.__version__, None)
+    assert {name for name, backend in found["backends"].items() if backend["available"]} == set(AVAILABLE)
+    assert {name: found["backends"][name]["reason"] for name in MISSING} == MISSING
+    assert (found["native"] is not None) == ("Native module\n  built with" in report())
+    lines = report().splitlines()
+    for choice in found["choices"]:
+        assert any(" ".join(choice.values()) == " ".join(line.split()) for line in lines)
+    assert len(found["choices"]) == len(lines) - 1 - lines.index(next(x for x in lines if x.startswith("Will be used")))
+
+
+def test_json_says_why_nothing_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCL_BACKEND", "nothing")
+    found = facts()
+    assert (found["asked_for"], found["choices"]) == ("nothing", [])
+    assert found["error"].startswith("FASTCL_BACKEND: expected one of ")
 
 
 def test_the_table_of_the_docs_is_generated() -> None:

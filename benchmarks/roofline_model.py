@@ -208,7 +208,7 @@ def cycles(loop: Loop, program: Program) -> Cycles:
         if match := WGMMA.match(one.text):
             columns, depth = int(match[1]), int(match[2])
             size = 32 // depth  # bytes of an operand: 16 numbers of 2, or 8 of 4
-            rate = PRODUCTS_PER_CYCLE["16" if size == 2 else "tf32"]
+            rate: float = PRODUCTS_PER_CYCLE["16" if size == 2 else "tf32"]
             shared = (columns + (64 if match[4] == "gdesc" else 0)) * depth * size / SHARED_PER_CYCLE
             products += weight * max(2 * 64 * columns * depth / rate, shared) / 4 * program.warps
         elif one.name.startswith("HMMA."):

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcl.ops.backends.choose import choose_backend
 from fastcl.ops.contrastive.records import Rows
 from fastcl.ops.pairs.maps import KINDS
 from fastcl.ops.pairs.op import sweep
-from fastcl.ops.pairs.records import Gradients, Needs, Pairs
+from fastcl.ops.pairs.records import Gradients, Needs, Pairs, Sums
 from tests.support.strategies import generator
 from tests.support.tolerances import accumulation_dtype, check
 
@@ -119,8 +120,17 @@ def permuted(p: Pairs, seed: int) -> Pairs:
     return replace(p, anchors=p.anchors._replace(values=p.anchors.values[:, order]), contrasts=contrasts)
 
 
-def check_sweep(p: Pairs, backend: str, weights: Tensor | None = None, names: Sequence[str] = TARGETS) -> None:
-    """The backend's sweep against the formulas in float64, by the error rule."""
+def swept(p: Pairs, weights: Tensor, needs: Needs) -> tuple[Sums, Gradients]:
+    """The sweep by the backend that is chosen for the problem."""
+    return sweep(
+        p, choose_backend(p.device, p.dtype, "pair_distances" if p.of_distance else "pair_sums"), weights, needs
+    )
+
+
+def check_sweep(
+    p: Pairs, weights: Tensor | None = None, names: Sequence[str] = TARGETS, backend: str | None = None
+) -> None:
+    """The sweep against the formulas in float64, by the error rule. backend: as in `swept`."""
     n, d = p.anchors.values.shape
     if weights is None:
         weights = torch.rand(2, n, generator=generator(11)) + 0.1
@@ -133,7 +143,7 @@ def check_sweep(p: Pairs, backend: str, weights: Tensor | None = None, names: Se
         inverse.append(order.argsort())
         draws.append(plain(permuted(p, seed), weights, p.dtype))
     needs = Needs(True, p.contrasts is not None, not p.of_distance, p.offset is not None, p.bias is not None)
-    sums, found = sweep(p, backend, weights, needs)
+    sums, found = swept(p, weights, needs, backend)
     accumulation = accumulation_dtype(p.anchors.values.dtype, p.others.values.dtype)
     for k, name in enumerate(("values", "active", "counts")):
         if name == "values":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import CPU_BLOCK, FEWEST_ROWS, GPU_BLOCK, inverse_norms, through_normalization
-from .maps import KINDS, mapped
+from .maps import mapped
 from .records import Gradients, Needs, Pairs, Sums
 
 NEAR = 1 / 64  # squared distances below this share of the squared norms are found again, from differences of rows
@@ -51,9 +51,7 @@ def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradien
                 continue
             value, derivative = mapped(p.kind, tile.arguments, k == 0, p.margins[k])
             value = torch.where(members, value, 0)
-            for total, found in zip(
-                sums, (value, value != 0 if KINDS[p.kind].margins else members, members), strict=True
-            ):
+            for total, found in zip(sums, (value, value != 0, members), strict=True):
                 total[k, tile.rows] = found.sum(1).to(total.dtype)
             if weights is not None:
                 part = torch.where(members, derivative, 0).mul_(weights[k, tile.rows, None])

@@ -18,6 +18,7 @@ from ..contrastive.infinite import rows_as_nan
 from ..contrastive.records import Rows
 from ..library import LIBRARY, intercepted, register, without_autocast
 from . import chunked, cpu, cuda, reference, triton
+from .maps import KINDS
 from .records import LENGTH, SCHEMA, SOURCES, TENSORS, Gradients, Needs, Pairs, Sums, flatten, unflatten
 
 
@@ -54,14 +55,22 @@ def sweep(p: Pairs, backend: str, weights: Tensor | None = None, needs: Needs = 
     if backend != "cpu":  # its engine knows infinite rows itself
         p = replace(p, anchors=rows_as_nan(p.anchors), contrasts=p.contrasts and rows_as_nan(p.contrasts))
     with without_autocast(p.device):
-        return (chunked if 0 in p.sizes else BACKENDS[backend]).sweep(p, weights, needs)
+        (values, active, counts), found = (chunked if 0 in p.sizes else BACKENDS[backend]).sweep(p, weights, needs)
+    if not KINDS[p.kind].margins:
+        active = counts  # a softplus that underflows to 0 is active too
+    return Sums(values, active, counts), found
 
 
 # The sums of each row.
 
 
 def _sums_forward(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(sweep(unflatten(args), args[-1])[0])
+    return _apart(sweep(unflatten(args), args[-1])[0])
+
+
+def _apart(sums: Sums) -> tuple[Tensor, ...]:
+    """The sums as outputs of an operator, none of which may be another one's memory."""
+    return sums.values.clone(), sums.active.clone(), sums.counts.clone()
 
 
 def _sums_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -125,8 +134,7 @@ def _total_forward(*args: Any) -> tuple[Tensor, ...]:
     sums, found = sweep(unflatten(problem), problem[-1], weights.contiguous() if differentiated else None, needs)
     total = (weights.double() * sums.values).sum().to(sums.values.dtype)
     nothing = sums.values.new_empty
-    # No output may be another one's memory.
-    return total, *sums, *(nothing(0) if gradient is None else gradient for gradient in found)
+    return total, *_apart(sums), *(nothing(0) if gradient is None else gradient for gradient in found)
 
 
 def _total_backward(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import inverse_norms, through_normalization
-from .maps import KINDS, mapped
+from .maps import mapped
 from .records import Gradients, Needs, Pairs, Sums
 
 
@@ -25,7 +25,7 @@ def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradien
         value, derivative = mapped(p.kind, t, k == 0, p.margins[k])
         value = torch.where(members, value, 0)
         values.append(value.sum(1))
-        active.append((value != 0 if KINDS[p.kind].margins else members).sum(1))
+        active.append((value != 0).sum(1))
         counts.append(members.sum(1))
         if weights is not None:
             slope = slope + torch.where(members, derivative, 0) * weights[k, :, None]

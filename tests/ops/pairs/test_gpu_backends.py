@@ -44,14 +44,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_sweep_agrees_with_the_formula(call, case):
     name, kind = call
-    check_sweep(problem(**({"d": 9} | CASES[case]), kind=kind), name)
+    check_sweep(problem(**({"d": 9} | CASES[case]), kind=kind), backend=name)
 
 
 @pytest.mark.parametrize("case", ["self-contrast", "two sets, ids and bias", "near pairs as they come"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sweep_of_half_precision_rows(call, case, dtype):
     name, kind = call
-    check_sweep(problem(**({"d": 9} | CASES[case]), kind=kind, dtype=dtype), name)
+    check_sweep(problem(**({"d": 9} | CASES[case]), kind=kind, dtype=dtype), backend=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,7 +59,7 @@ def test_long_rows_are_cut(call, dtype):
     """The gradient's columns belong to several programs, each of which forms the logits."""
     name, kind = call
     d = 600 if name == "cuda" else 140
-    check_sweep(problem(6, 5, d, kind, dtype=dtype, clusters=2), name)
+    check_sweep(problem(6, 5, d, kind, dtype=dtype, clusters=2), backend=name)
 
 
 def saturated(dtype: torch.dtype, m: int | None) -> tuple[Pairs, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_small_slopes_keep_their_digits(name, dtype, m):
     """float16 would flush them: 2e-9 is below its range."""
     p, weights = saturated(dtype, m)
     with on(name):
-        check_sweep(p, name, weights)
+        check_sweep(p, weights, backend=name)
 
 
 @pytest.mark.parametrize("name", [*INTERPRETED, "cuda"])
@@ -136,7 +136,7 @@ def test_bits_do_not_change_from_run_to_run(call):
 def test_without_weights_there_are_sums_only(call):
     name, kind = call
     p = problem(20, 37, 9, kind)
-    sums, found = sweep(p, name)
+    sums, found = sweep(p, backend=name)
     full, _ = sweep(p, name, torch.ones(2, 20), ALL)
     assert all(gradient is None for gradient in found)
     for one, other in zip(sums, full, strict=True):

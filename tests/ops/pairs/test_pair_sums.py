@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fastcl.ops.pairs.maps import KINDS
-from fastcl.ops.pairs.op import sweep
 from fastcl.ops.pairs.records import Gradients, Needs, Pairs, Sums
-from tests.support.pair_sums import TARGETS, check_sweep, plain, problem
+from tests.support.pair_sums import TARGETS, check_sweep, plain, problem, swept
 from tests.support.strategies import generator
 
 KIND_NAMES = tuple(KINDS)
@@ -26,15 +25,15 @@ def skip_if_slow(backend: str, p: Pairs) -> None:
 @pytest.mark.parametrize(("n", "m", "d"), SIZES)
 def test_sweep_agrees_with_the_formula(backend, kind, n, m, d):
     skip_if_slow(backend, problem(n, m, d, kind))
-    check_sweep(problem(n, m, d, kind), backend)
-    check_sweep(problem(n, m, d, kind, normalize=False, seed=1), backend)
+    check_sweep(problem(n, m, d, kind))
+    check_sweep(problem(n, m, d, kind, normalize=False, seed=1))
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [None, 23])
 def test_dtypes(backend, kind, dtype, m):
-    check_sweep(problem(31, m, 12, kind, dtype=dtype), backend)
+    check_sweep(problem(31, m, 12, kind, dtype=dtype))
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
@@ -42,15 +41,15 @@ def test_dtypes(backend, kind, dtype, m):
 @pytest.mark.parametrize("only_positives", [False, True])
 def test_ids_bias_and_offset(backend, kind, offset, only_positives):
     p = problem(29, 43, 9, kind, ids=True, bias=True, offset=offset, only_positives=only_positives)
-    check_sweep(p, backend)
+    check_sweep(p)
     assert p.contrasts is not None
     alone = replace(p, anchors=p.anchors._replace(clusters=None), contrasts=p.contrasts._replace(clusters=None))
-    check_sweep(alone, backend)
+    check_sweep(alone)
 
 
 def test_self_contrast_with_one_offset(backend):
-    check_sweep(problem(45, None, 9, "softplus", offset="all"), backend)
-    check_sweep(problem(45, None, 9, "hinge", offset="all", only_positives=True), backend)
+    check_sweep(problem(45, None, 9, "softplus", offset="all"))
+    check_sweep(problem(45, None, 9, "hinge", offset="all", only_positives=True))
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
@@ -62,7 +61,7 @@ def test_converged_rows(backend, kind, m, normalize, near):
     p = problem(40, m, 11, kind, near=near, normalize=normalize, seed=3)
     if KINDS[kind].of_distance:
         p = replace(p, pos_margin=0.0)
-    check_sweep(p, backend)
+    check_sweep(p)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KIND_NAMES if KINDS[kind].of_distance])
@@ -72,7 +71,7 @@ def test_small_distances_keep_their_digits(backend, kind, m):
     weights = torch.ones(2, 24)
     truth = plain(p, weights, torch.float64)
     needs = Needs(True, m is not None)
-    sums, found = sweep(p, backend, weights, needs)
+    sums, found = swept(p, weights, needs)
     assert (sums.values - truth.values).norm() <= 1e-6 * truth.values.norm()
     for got, right in zip(found[:2], truth.gradients, strict=False):
         if got is not None and right is not None:
@@ -83,7 +82,7 @@ def test_equal_rows_have_gradient_0(backend):
     rows = torch.ones(5, 3)
     p = problem(5, None, 3, "distance")
     p = replace(p, anchors=p.anchors._replace(values=rows, clusters=torch.tensor([0, 0, 0, 1, 1])), pos_margin=0.0)
-    sums, found = sweep(p, backend, torch.ones(2, 5), Needs(True))
+    sums, found = swept(p, torch.ones(2, 5), Needs(True))
     assert sums.values[0].tolist() == [0] * 5
     assert torch.allclose(sums.values[1], torch.tensor([2 * 1.3] * 3 + [3 * 1.3] * 2))
     assert found.anchors is not None
@@ -93,14 +92,14 @@ def test_equal_rows_have_gradient_0(backend):
 @pytest.mark.parametrize("scale", [1e4, -1e4, 1e-3])
 def test_softplus_of_extreme_logits(backend, scale):
     p = problem(21, 33, 6, "softplus")
-    check_sweep(replace(p, logit_scale=torch.tensor(scale)), backend)
+    check_sweep(replace(p, logit_scale=torch.tensor(scale)))
 
 
 def test_softplus_keeps_its_digits_far_below_0(backend):
     """With a bias of -20 as SigLIP has, every term is near exp(-20): 1 + exp(-20) would round it to 0."""
     p = replace(problem(17, 19, 6, "softplus", clusters=None, offset="all"), offset=torch.tensor(-20.0))
     truth = plain(p, torch.ones(2, 17), torch.float64)
-    sums, found = sweep(p, backend, torch.ones(2, 17), Needs(True, True, True, True))
+    sums, found = swept(p, torch.ones(2, 17), Needs(True, True, True, True))
     assert (sums.values - truth.values).norm() <= 1e-5 * truth.values.norm()
     assert found.anchors is not None
     assert (found.anchors - truth.gradients[0]).norm() <= 1e-5 * truth.gradients[0].norm()
@@ -114,7 +113,7 @@ def test_bad_rows_show(backend, kind, m, bad, normalize):
     """A row of NaN, or with an infinite number, makes every sum that it takes part in NaN."""
     p = problem(18, m, 5, kind, normalize=normalize)
     p.anchors.values[3, 2] = bad
-    sums, found = sweep(p, backend, torch.ones(2, 18), Needs(True, m is not None))
+    sums, found = swept(p, torch.ones(2, 18), Needs(True, m is not None))
     some = sums.counts.sum(0) > 0
     assert bool(sums.values[:, 3].sum().isnan())
     assert bool(sums.values.sum(0)[some].isnan().all()) == (m is None)
@@ -126,8 +125,8 @@ def test_left_out_contrasts_may_hold_nan(backend):
     p = problem(18, 20, 5, "softplus", bias=True)
     assert p.contrasts is not None
     p.contrasts.values[1] = torch.nan
-    check_sweep(replace(p, contrasts=p.contrasts._replace(values=p.contrasts.values.nan_to_num())), backend)
-    _, found = sweep(p, backend, torch.ones(2, 18), Needs(True, True, True, False, True))
+    check_sweep(replace(p, contrasts=p.contrasts._replace(values=p.contrasts.values.nan_to_num())))
+    _, found = swept(p, torch.ones(2, 18), Needs(True, True, True, False, True))
     for name, gradient in zip(TARGETS, found, strict=True):
         if gradient is not None and name != "offset":
             assert bool(gradient.isfinite().all()), name
@@ -139,7 +138,7 @@ def test_left_out_contrasts_may_hold_nan(backend):
 def test_empty_sets(backend, n, m):
     p = problem(n, m, 4, "softplus", bias=m is not None)
     needs = Needs(True, m is not None, True, False, m is not None)
-    sums, found = sweep(p, backend, torch.ones(2, n), needs)
+    sums, found = swept(p, torch.ones(2, n), needs)
     assert sums.values.tolist() == torch.zeros(2, n).tolist()
     assert sums.counts.tolist() == torch.zeros(2, n).tolist()
     assert all(gradient is None or bool((gradient == 0).all()) for gradient in found)
@@ -150,7 +149,7 @@ def test_strides(backend):
     assert p.contrasts is not None
     wide = torch.randn(20, 12, generator=generator(2))
     p = replace(p, contrasts=p.contrasts._replace(values=wide[:, ::2]))
-    check_sweep(p, backend, torch.rand(16, 2, generator=generator(3)).T)
+    check_sweep(p, torch.rand(16, 2, generator=generator(3)).T)
 
 
 @pytest.mark.parametrize("m", [None, 300])
@@ -162,4 +161,4 @@ def test_results_repeat(backend, m):
     def flat(found: tuple[Sums, Gradients]) -> list[list[float]]:
         return [part.tolist() for side in found for part in side if part is not None]
 
-    assert flat(sweep(p, backend, weights, needs)) == flat(sweep(p, backend, weights, needs))
+    assert flat(swept(p, weights, needs)) == flat(swept(p, weights, needs))

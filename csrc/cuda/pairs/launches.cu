@@ -1,6 +1,6 @@
 // The kernels that a call launches, in order. Nothing here allocates or waits.
-#include "launches.h"
 #include "cuda/contrastive/rows.h"
+#include "launches.h"
 #include "sweeps.h"
 
 namespace fastcl::cuda {

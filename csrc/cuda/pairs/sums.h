@@ -13,16 +13,16 @@
 
 namespace fastcl::cuda {
 
-struct PairSweep : Sweep {                   // row_bias and column_bias are not times log2(e) here
+struct PairSweep : Sweep { // row_bias and column_bias are not times log2(e) here
   Map map;
   float pos_margin, neg_margin;
   bool only_positives;
-  const float *row_offset, *column_offset;   // [n], [m]: added to the logits; null: 0
-  const float *own_weights, *other_weights;  // [2, side_stride(n)], [2, side_stride(m)]: of positives and negatives; null: 0
-  float *values;                             // [3, 2, n] in the caller's order, or null: sums, active pairs, pairs
-  float *gradient;                           // [n, width], or null: sum_j G_ij c_j y_j, times `scale`
-  float *similarity_sums, *slope_sums;       // [n] in the caller's order, or null: sums of G times similarity and of G
-  bool whole, add_gradient;                  // as in GradientSweep
+  const float *row_offset, *column_offset;  // [n], [m]: added to the logits; null: 0
+  const float *own_weights, *other_weights; // [2, side_stride(n)], [2, side_stride(m)]: of positives and negatives; null: 0
+  float *values;                            // [3, 2, n] in the caller's order, or null: sums, active pairs, pairs
+  float *gradient;                          // [n, width], or null: sum_j G_ij c_j y_j, times `scale`
+  float *similarity_sums, *slope_sums;      // [n] in the caller's order, or null: sums of G times similarity and of G
+  bool whole, add_gradient;                 // as in GradientSweep
 
   __host__ __device__ bool weighted() const { return own_weights || other_weights; }
 };
@@ -193,8 +193,7 @@ template <class Element> class PairBlock {
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++)
 #pragma unroll
-      for (int r = 0; r < 4; r++)
-        put<Element>(tile, at_, r, at_.template column<FRAGMENTS>(f), dots_.of(r, f, 0) * lift_, dots_.of(r, f, 1) * lift_);
+      for (int r = 0; r < 4; r++) put<Element>(tile, at_, r, at_.template column<FRAGMENTS>(f), dots_.of(r, f, 0) * lift_, dots_.of(r, f, 1) * lift_);
   }
 
   __device__ __forceinline__ float of_row(int sum, int row) const {

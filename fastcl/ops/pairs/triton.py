@@ -119,9 +119,11 @@ def tile_for(
 ) -> Tile:
     """The shape for maps of distances or of logits. weighted: the gradient of the rows is wanted."""
     shape = tile("backward" if weighted else "running", architecture, dtype, d, True, tf32, interpreted)
-    if interpreted or not distances or dtype.itemsize > 2:
+    if interpreted or not distances:
         return shape
     # Else the search for near pairs would spill.
+    if dtype.itemsize > 2:
+        return shape if weighted else shape._replace(block_m=32)
     return shape._replace(block_d=64 if weighted and d > 128 else shape.block_d, warps=8)
 
 

@@ -138,10 +138,10 @@ def _selected(
     assert count is not None
     there = clusters.new_zeros(k + 1, dtype=torch.bool).index_fill_(0, clusters.clamp(min=-1) % (k + 1), True)[:k]
     if negatives is None:
-        drawn_by = (
-            {} if generator is None else {"generator": generator}
-        )  # torch.compile takes no generator, not even None
-        order = torch.rand(k, device=clusters.device, **drawn_by)
+        if generator is None:  # torch.compile takes no generator, not even None
+            order = torch.rand(k, device=clusters.device)
+        else:
+            order = torch.rand(k, device=clusters.device, generator=generator)
         limit = there.count_nonzero() + count
     else:
         order = clusters.new_zeros(k, dtype=torch.float32).index_fill_(0, negatives.to(torch.int64), 1)

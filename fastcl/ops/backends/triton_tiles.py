@@ -139,7 +139,7 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
 def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
     old = architecture == 80  # its one instruction multiplies tiles of any number of rows
     if kind in ("weighted", "backward"):
-        return Tile(64, 32, 32, min(d, 64 if careful or old else 128), 4, 1)
+        return Tile(32, 32, 32, min(d, 64), 8, 1) if old else Tile(64, 32, 32, min(d, 64 if careful else 128), 4, 1)
     eight = kind == "two_way" and careful and architecture != 90
     columns = 64 if kind == "forward" and not careful and not old else 32
     return Tile(32 if careful and old else 64, columns, 32, d, 8 if eight else 4, 2)

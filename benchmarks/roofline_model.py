@@ -235,9 +235,9 @@ def resident(program: Program) -> int:
 
 def milliseconds(found: Cycles, program: Program) -> float:
     """The time of a launch: waves of blocks, of which the last may fill the device in part."""
-    left, total, most = program.programs, 0.0, resident(program)
+    most = resident(program)
     slots = MULTIPROCESSORS * most
-    full, left = divmod(left, slots)
+    full, left = divmod(program.programs, slots)
     total = full * most * found.each(most)
     if left:
         blocks = -(-left // MULTIPROCESSORS)

@@ -91,7 +91,7 @@ def _weighted(p: Problem, rows: Launch, statistics: Tensor, weighted: Tensor) ->
     parts, sums = statistics, weighted
     if count > 1:
         parts, sums = (t.new_empty(count, *t.shape) for t in (statistics, weighted))
-    arguments = {"SCALE": p.logit_scale, "STATISTICS": parts, "WEIGHTED": sums}
+    arguments: dict[str, Any] = {"SCALE": p.logit_scale, "STATISTICS": parts, "WEIGHTED": sums}
     arguments |= {"WIDTH": weighted.shape[1], "SPLIT": count > 1}
     rows.sweep("weighted", "weighted_kernel", lambda shape: (*rows.grid(shape), count), arguments)
     if count > 1:

@@ -28,7 +28,7 @@ REGISTERS = 65536
 SCHEDULERS = 4
 SHARED_PER_CYCLE = 128  # bytes
 L2_PER_CYCLE = 28  # bytes, of one multiprocessor when all read: 6.5 TB/s
-PRODUCTS_PER_CYCLE = {"16": 4096, "tf32": 2048}  # floating-point operations of a multiprocessor's tensor cores
+PRODUCTS_PER_CYCLE = {"16": 4096.0, "tf32": 2048.0}  # floating-point operations of a multiprocessor's tensor cores
 MMA_SYNC = 0.62  # the share of wgmma's rate that mma.sync reaches on Hopper, as published
 BARRIER, WAIT = 30, 60  # cycles of a barrier, and from the end of a product to the first use of its result
 LATENCY, LOAD_PER_CYCLE = 300, 64  # of a load from the L2 cache, and bytes per cycle that one multiprocessor receives
@@ -235,9 +235,8 @@ def resident(program: Program) -> int:
 
 def milliseconds(found: Cycles, program: Program) -> float:
     """The time of a launch: waves of blocks, of which the last may fill the device in part."""
-    left, total, most = program.programs, 0.0, resident(program)
-    slots = MULTIPROCESSORS * most
-    full, left = divmod(left, slots)
+    most = resident(program)
+    full, left = divmod(program.programs, MULTIPROCESSORS * most)
     total = full * most * found.each(most)
     if left:
         blocks = -(-left // MULTIPROCESSORS)

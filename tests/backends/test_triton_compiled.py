@@ -27,25 +27,26 @@ pytestmark = pytest.mark.slow
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DIMENSIONS = (32, 64, 128, 256, 512)  # longer rows are all cut in the same way
-ROWS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"))
+ROWS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"))
 ALL = [
     (architecture, dtype, precision, d, careful)
     for architecture in ARCHITECTURES
     for dtype, precision in ROWS
     for d in DIMENSIONS
     for careful in (False, True)
+    if precision != "tf32x3" or architecture >= 90
 ]
 # Each variant of each kernel once, with and without ids; and the products of each architecture and dtype.
 SOME = {
     (90, "bfloat16", "ieee", 256, False): KINDS,
     (90, "bfloat16", "ieee", 128, True): KINDS,
-    (90, "float32", "ieee", 128, False): ("forward", "backward"),
+    (90, "float32", "tf32x3", 128, False): ("forward", "backward"),
     (90, "float32", "tf32", 128, False): ("forward", "backward"),
     (100, "bfloat16", "ieee", 128, False): ("forward", "backward"),
     (80, "float16", "ieee", 512, False): ("forward", "weighted"),
 }
 ENTRIES = dict.fromkeys(ALL, KINDS) if os.environ.get("FASTCL_COMPILE_ALL") else SOME
-PER_ROW = ("labels", "rows", "fields", "weights", "side", "finish")
+PER_ROW = ("labels", "rows", "fields", "weights", "side", "finish", "join")
 
 
 def jobs(
@@ -59,11 +60,12 @@ def jobs(
         {"flags": own_set | {"ONE_EXPONENTIAL": 0}},
         {"flags": {"BIAS": 2 * careful}},
     ]
+    queue = {"flags": {"CLUSTERS": False, "SPLIT": True}, "absent": ["START", "END"]}
     variants = {
         "forward": [{"flags": own_set}],
         "running": [{"flags": own_set}],
         "two_way": [{}],
-        "weighted": [{}],
+        "weighted": [{}, queue],
         "backward": both,
     }
     return [common | {"kind": kind} | variant for kind in kinds for variant in variants[kind]]
@@ -112,7 +114,9 @@ def test_compiles_without_spills(entry, results) -> None:
         products.add((*result["products"], block_k))
     # The backward repeats the forward's logits to the bit: same instructions, sums in the same order.
     assert len(products) == 1, products
-    if dtype != "float32" or (precision == "tf32" and d > 64):  # else in few rows, half of what wgmma takes
+    if (
+        dtype != "float32" or precision == "tf32x3" or (precision == "tf32" and d > 64)
+    ):  # else in few rows, half of what wgmma takes
         assert PRODUCT[architecture] in products.pop()
 
 
@@ -142,7 +146,8 @@ def test_all_kernels_form_logits_in_one_way() -> None:
         assert getattr(triton_forward, name) is getattr(triton_backward, name)
     for architecture, dtype, precision, d, careful in ALL:
         tf32 = precision == "tf32"
-        tiles = [tile(kind, architecture, getattr(torch, dtype), d, careful, tf32) for kind in KINDS]
+        split = precision == "tf32x3"
+        tiles = [tile(kind, architecture, getattr(torch, dtype), d, careful, tf32, split=split) for kind in KINDS]
         assert len({t.block_k for t in tiles}) == 1, (architecture, dtype, precision, d, careful)
 
 

@@ -169,7 +169,10 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
-def fast_precision_of(dtype: torch.dtype) -> str:
-    """The same, with three products in tf32 in place of float32's, which tensor cores do not have."""
+def fast_precision_of(dtype: torch.dtype, architecture: int) -> str:
+    """The same, with three products in tf32 in place of float32's, which tensor cores do not have.
+
+    On sm_80 these kernels spill registers, whatever their tiles.
+    """
     precision = precision_of(dtype)
-    return "tf32x3" if dtype == torch.float32 and precision == "ieee" else precision
+    return "tf32x3" if dtype == torch.float32 and precision == "ieee" and architecture >= 90 else precision

@@ -54,7 +54,8 @@ def tile(
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`.
 
     careful: whether there are sample ids or a bias, whose masks and loads need registers. tf32: whether float32 rows
-    are multiplied as TF32. split: or as three products in TF32.
+    are multiplied as TF32. split: or as three products in TF32, which takes
+    an architecture of at least 90.
     """
     sums = kind in ("weighted", "backward")
     if interpreted:
@@ -62,7 +63,7 @@ def tile(
         return Tile(64, 64, part, part if sums else d, 4, 1)
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
     if dtype.itemsize > 2 and split:
-        return _split(kind, known, d, careful)
+        return _split(kind, d, careful)
     if dtype.itemsize > 2:
         return _single_sums(known, d, careful, tf32) if sums else _single(kind, known, d, careful)
     if sums:
@@ -136,10 +137,9 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
     return Tile(rows, 32, min(d, 32), min(d, 64), 8 if d > (64 if careful and not tf32 else 32) else 4, stages)
 
 
-def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
-    old = architecture == 80  # its one instruction multiplies tiles of any number of rows
+def _split(kind: str, d: int, careful: bool) -> Tile:
     if kind in ("weighted", "backward"):
-        return Tile(64, 32, 32, min(d, 64 if careful or old else 128), 4, 1)
-    eight = kind == "two_way" and careful and architecture != 90
-    columns = 64 if kind == "forward" and not careful and not old else 32
-    return Tile(32 if careful and old else 64, columns, 32, d, 8 if eight else 4, 2)
+        return Tile(64, 32, 32, min(d, 64 if careful else 128), 4, 1)
+    return Tile(
+        64, 64 if kind == "forward" and not careful else 32, 32, d, 8 if kind == "two_way" and careful else 4, 2
+    )

@@ -119,7 +119,8 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
         anchors = replace(anchors, bias=None)
     biased = p.others.bias is not None
     # The tiles of soft assignments are those for products in float32.
-    precision = fast_precision_of(dtype) if p.anchors.assignments is None else precision_of(dtype)
+    hard = p.anchors.assignments is None
+    precision = fast_precision_of(dtype, architecture(p.device)) if hard else precision_of(dtype)
     return Arranged(anchors, others, self_contrast, normed, biased, precision), a, c
 
 

@@ -31,7 +31,7 @@ from .ops.contrastive.observed import part as observed_part
 from .ops.contrastive.op import forward_op
 from .ops.contrastive.records import Problem, Rows, flatten
 from .ops.library import intercepted
-from .ops.pairs.maps import KINDS
+from .ops.pair_maps import KINDS
 from .ops.pairs.op import pair_sums
 from .ops.pairs.records import Pairs, Sums, two_sets
 from .ops.soft import op as soft_op

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed import Property, World
 from ..ops.backends.rows import unit
 from ..ops.contrastive.records import Problem, Rows
-from ..ops.pairs.maps import mapped
+from ..ops.pair_maps import mapped
 from ..ops.pairs.op import pair_sums, pair_total
 from ..ops.pairs.records import Pairs, Sums, two_sets
 from .batch import Batch

@@ -199,7 +199,7 @@ def test_soft_assignments_compile_without_spills(architecture, dtype, precision,
     assert len({result["tile"][2] for result in results}) == 1  # logits are sums in the same order along D
 
 
-# By the number of `maps.KINDS`; of distances scale and offset have no gradient.
+# By the number of `pair_maps.KINDS`; of distances scale and offset have no gradient.
 PAIRS = [
     (architecture, dtype, precision, d, kind)
     for architecture in ARCHITECTURES

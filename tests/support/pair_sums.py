@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcl.ops.backends.choose import choose_backend
 from fastcl.ops.contrastive.records import Rows
-from fastcl.ops.pairs.maps import KINDS
+from fastcl.ops.pair_maps import KINDS
 from fastcl.ops.pairs.op import sweep
 from fastcl.ops.pairs.records import Gradients, Needs, Pairs, Sums
 from tests.support.strategies import generator

@@ -4,7 +4,7 @@
 
 namespace fastcl {
 
-// As in fastcl/ops/pairs/maps.py, which has the formulas.
+// As in fastcl/ops/pair_maps.py, which has the formulas.
 enum class PairMap : int { softplus, hinge, distance, squared };
 
 // For each anchor the sums over its positives and over its negatives, and the gradient of a weighted total of them.

@@ -1,4 +1,4 @@
-// The maps of a pair's logit on a device, as in fastcl/ops/pairs/maps.py. Those of distances have no kernels here.
+// The maps of a pair's logit on a device, as in fastcl/ops/pair_maps.py. Those of distances have no kernels here.
 #pragma once
 #include "cuda/contrastive/sweep.h"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..pairs.maps import KINDS
+from ..pair_maps import KINDS
 
 ALL, POSITIVES, NEGATIVES = "all", "positives", "negatives"  # A_i, P_i and N_i = A_i without P_i
 
@@ -19,7 +19,7 @@ class Field(NamedTuple):
     swept: bool = True
     # False: has no gradient; backends return it in `Side.observed`.
     differentiable: bool = True
-    # Of `ops.pairs.maps.KINDS`: a sum of a function of each pair alone, which the operators of `ops.pairs` compute.
+    # Of `pair_maps.KINDS`: a sum of a function of each pair alone, which the operators of `ops.pairs` compute.
     pair_map: str = ""
 
 

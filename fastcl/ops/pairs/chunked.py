@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import CPU_BLOCK, FEWEST_ROWS, GPU_BLOCK, inverse_norms, through_normalization
-from .maps import mapped
+from ..pair_maps import mapped
 from .records import Gradients, Needs, Pairs, Sums
 
 NEAR = 1 / 64  # squared distances below this share of the squared norms are found again, from differences of rows

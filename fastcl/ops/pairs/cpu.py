@@ -9,7 +9,7 @@ from ..backends import native
 from ..backends.native import address
 from ..contrastive import cpu as contrastive_cpu
 from ..contrastive.records import Problem
-from .maps import KINDS
+from ..pair_maps import KINDS
 from .records import Gradients, Needs, Pairs, Sums
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import cuda_runtime
 from ..backends.native import address
 from ..contrastive.cuda_rows import KEPT, arrange, find_clusters, find_names
-from .maps import KINDS
+from ..pair_maps import KINDS
 from .records import Gradients, Needs, Pairs, Sums
 from .sorted_rows import as_problem, in_order, is_symmetric, marked
 

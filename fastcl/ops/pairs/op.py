@@ -17,8 +17,8 @@ from ..backends.choose import choose_backend
 from ..contrastive.infinite import rows_as_nan
 from ..contrastive.records import Rows
 from ..library import LIBRARY, intercepted, register, without_autocast
+from ..pair_maps import KINDS
 from . import chunked, cpu, cuda, reference, triton
-from .maps import KINDS
 from .records import LENGTH, SCHEMA, SOURCES, TENSORS, Gradients, Needs, Pairs, Sums, flatten, unflatten
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends.rows import accumulation_dtype
 from ..contrastive.records import Rows
-from .maps import KINDS
+from ..pair_maps import KINDS
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class Pairs:
     contrasts: Rows | None  # M; None: self-contrast, the anchors are the contrasts, without the diagonal
     logit_scale: Tensor  # []; 1 for distances
     offset: Tensor | None  # [], added to all logits, or of two sets [N], to those of each anchor; None for distances
-    kind: str  # of `maps.KINDS`
+    kind: str  # of `pair_maps.KINDS`
     pos_margin: float = 0.0
     neg_margin: float = 0.0
     only_positives: bool = False  # leaves out the negatives: their sums and counts are 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import inverse_norms, through_normalization
-from .maps import mapped
+from ..pair_maps import mapped
 from .records import Gradients, Needs, Pairs, Sums
 
 

@@ -12,7 +12,7 @@ from ..backends.triton_tiles import Tile, tile
 from ..contrastive.records import Rows
 from ..contrastive.triton.gradient import finish
 from ..contrastive.triton.rows import KEPT, Arranged, Launch, SortedRows, arrange
-from .maps import KINDS
+from ..pair_maps import KINDS
 from .records import Gradients, Needs, Pairs, Sums
 from .sorted_rows import as_problem, in_order, is_symmetric, marked
 

@@ -29,7 +29,7 @@ from ..backends.triton_kernels import (
 )
 from ..contrastive.triton.statistics_kernels import row_places
 
-# The numbers of kinds in maps.KINDS; those from DISTANCE on are maps of distances.
+# The numbers of kinds in pair_maps.KINDS; those from DISTANCE on are maps of distances.
 SOFTPLUS, HINGE, DISTANCE, SQUARED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 NEAR = tl.constexpr(1 / 64)  # of the squared norms: smaller squared distances are found again, as in `chunked`
 # float16 flushes below 2^-24 and ends at 2^16: slopes are lifted to this, row by row. Norms add a factor of at most 2.

@@ -8,7 +8,7 @@ import torch
 
 from fastcl.ops.backends import choose
 from fastcl.ops.contrastive.records import Rows
-from fastcl.ops.pairs.maps import KINDS
+from fastcl.ops.pair_maps import KINDS
 from fastcl.ops.pairs.op import sweep
 from fastcl.ops.pairs.records import Needs, Pairs
 from tests.support.backends import INTERPRETED

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastcl.ops.pairs.maps import KINDS
+from fastcl.ops.pair_maps import KINDS
 from fastcl.ops.pairs.records import Gradients, Needs, Pairs, Sums
 from tests.support.pair_sums import TARGETS, check_sweep, plain, problem, swept
 from tests.support.strategies import generator

@@ -120,11 +120,10 @@ def permuted(p: Pairs, seed: int) -> Pairs:
     return replace(p, anchors=p.anchors._replace(values=p.anchors.values[:, order]), contrasts=contrasts)
 
 
-def swept(p: Pairs, weights: Tensor, needs: Needs) -> tuple[Sums, Gradients]:
-    """The sweep by the backend that is chosen for the problem."""
-    return sweep(
-        p, choose_backend(p.device, p.dtype, "pair_distances" if p.of_distance else "pair_sums"), weights, needs
-    )
+def swept(p: Pairs, weights: Tensor, needs: Needs, backend: str | None = None) -> tuple[Sums, Gradients]:
+    """The sweep by a backend; None: by the one that is chosen for the problem."""
+    family = "pair_distances" if p.of_distance else "pair_sums"
+    return sweep(p, backend or choose_backend(p.device, p.dtype, family), weights, needs)
 
 
 def check_sweep(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_flag, check_rows, finite_scalar, positive_number
+from ..checks import check_flag, check_rows, finite_scalar, positive_number, scalar_tensor
 from ..distributed import Property, World, tell_others
+from ..ops.backends.rows import accumulation_dtype
+from ..ops.contrastive.records import Rows
 from ..ops.library import uncompiled
+from ..ops.pairs.op import pair_total
+from ..ops.pairs.records import Pairs
 from ..statistics import statistics
 from .batch import Batch, Contrasts, Tensors, batch
 from .gathered import has_gradient
@@ -182,18 +186,37 @@ class SigLipLoss(nn.Module):
             if len(text_features) != len(image_features):
                 expected = f"{len(image_features)} rows, as in image_features"
                 raise ValueError(f"text_features: expected {expected}, got {len(text_features)}")
-            options = LossOptions(normalize=False, gather=self.gather).checked()
-            rows = batch(Tensors(image_features, contrasts=text_features), False)
-            scale, offset = scalar("logit_scale", logit_scale, rows), scalar("logit_bias", logit_bias, rows)
+            rows = (
+                None
+                if World.of(self.gather) is None
+                else batch(Tensors(image_features, contrasts=text_features), False)
+            )
+            dtype, device = accumulation_dtype(image_features, text_features), image_features.device
+            scale = scalar_tensor("logit_scale", logit_scale, device, dtype)
+            offset = scalar_tensor("logit_bias", logit_bias, device, dtype)
         except Exception as error:
             tell_others(self.gather, error, image_features)
             raise
-        loss = _reduced(rows, scale, offset, options, None, False, "SigLipLoss")
+        if rows is None:
+            loss: LossResult = _siglip(image_features, text_features, scale, offset)
+        else:
+            loss = _reduced(
+                rows, scale, offset, LossOptions(normalize=False, gather=self.gather), None, False, "SigLip"
+            )
         assert isinstance(loss, Tensor)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
         return f"gather={self.gather!r}" if self.gather else ""
+
+
+def _siglip(image: Tensor, text: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """The loss without other processes, in few operators: each weighs as much as a sweep of a small batch."""
+    n = image.shape[0]
+    places = torch.arange(n, device=image.device)
+    p = Pairs(Rows(image, places), Rows(text, places), scale, offset, "softplus")
+    loss, *_ = pair_total(p, scale.new_full((2, n), 1 / max(n, 1)))
+    return loss.to(torch.float64 if image.dtype == torch.float64 else torch.float32)
 
 
 def _reduced(

@@ -32,7 +32,7 @@ PairSweep described(const PairSums &call, bool exchanged) {
 } // namespace
 
 void pair_sums(const PairSums &call, const Where &where) {
-  const DeviceGuard guard(where.device);
+  require_current(where.device);
   const Contrast &p = call.problem;
   arrange(p, where);
   PairSweep sweep = described(call, false);

@@ -41,8 +41,7 @@ def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradien
         KINDS[p.kind].number, p.only_positives, symmetric,
         *map(address, (offset, bias, weights, sums, *workspace, *rows, *norms, similarity_sums, slope_sums, of_bias)),
     )  # fmt: skip
-    kernels = cuda_runtime.kernels()
-    kernels.pair_sums(cuda_runtime.where(p.device), arranged.numbers, numbers, p.pos_margin, p.neg_margin)
+    cuda_runtime.run("pair_sums", p.device, arranged.numbers, numbers, p.pos_margin, p.neg_margin)
     if weights is None:
         return Sums(*sums), Gradients()
     twice = 2 if symmetric else 1

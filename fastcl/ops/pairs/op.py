@@ -128,13 +128,16 @@ register("pair_sums", _Sums, (_sums_forward, _sums_fake), (_sums_backward, _sums
 
 
 def _total_forward(*args: Any) -> tuple[Tensor, ...]:
-    *problem, weights, flags = args
-    needs = Needs(*flags)
-    differentiated = any(needs)
-    sums, found = sweep(unflatten(problem), problem[-1], weights.contiguous() if differentiated else None, needs)
-    total = (weights.double() * sums.values).sum().to(sums.values.dtype)
+    total, sums, found = _total_of(args)
     nothing = sums.values.new_empty
     return total, *_apart(sums), *(nothing(0) if gradient is None else gradient for gradient in found)
+
+
+def _total_of(args: Sequence[Any]) -> tuple[Tensor, Sums, Gradients]:
+    *problem, weights, flags = args
+    needs = Needs(*flags)
+    sums, found = sweep(unflatten(problem), problem[-1], weights.contiguous() if any(flags) else None, needs)
+    return (weights * sums.values).sum(dtype=torch.float64).to(sums.values.dtype), sums, found
 
 
 def _total_backward(
@@ -170,7 +173,10 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            return _kept(ctx, args, total_fwd(*args))
+            outputs: tuple[Tensor, ...] = total_fwd(*args)
+        _keep(ctx, args, outputs[1], outputs[len(Sums._fields) + 1 :])
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,7 +188,11 @@ class _DirectTotal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        return _kept(ctx, args, _total_forward(*args))
+        total, sums, found = _total_of(args)
+        active = sums.active.clone() if sums.active is sums.counts else sums.active  # as another output
+        _keep(ctx, args, sums.values, found)
+        ctx.mark_non_differentiable(sums.values, active, sums.counts)
+        return total, sums.values, active, sums.counts
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -191,12 +201,10 @@ class _DirectTotal(torch.autograd.Function):
         return _of_arguments(ctx, _total_backward if plain else total_bwd, grad)
 
 
-def _kept(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    _, values, *_ = outputs
+def _keep(ctx: Any, args: Sequence[Any], values: Tensor, gradients: Sequence[Tensor | None]) -> None:
+    """gradients: those of the total; unneeded ones may be None."""
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*outputs[1:])
-    ctx.save_for_backward(values, *args[:SOURCES], *outputs[len(Sums._fields) + 1 :])
-    return tuple(outputs)
+    ctx.save_for_backward(values, *args[:SOURCES], *gradients)
 
 
 def _of_arguments(ctx: Any, backward: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -204,7 +212,10 @@ def _of_arguments(ctx: Any, backward: Any, grad: Tensor | None) -> tuple[Tensor 
         return (None,) * (LENGTH + 2)
     values, *saved = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:SOURCES], ctx.needs_input_grad[LENGTH]]
-    *found, weights = backward(grad, values, saved[SOURCES:], *saved[:SOURCES], needs)
+    gradients = saved[SOURCES:]
+    if backward is total_bwd:
+        gradients = [values.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    *found, weights = backward(grad, values, gradients, *saved[:SOURCES], needs)
     return *_needed(found, needs[:-1]), *[None] * (LENGTH - SOURCES), weights if needs[-1] else None, None
 
 

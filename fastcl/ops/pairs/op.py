@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...checks import values_visible
 from ..backends.choose import choose_backend
 from ..contrastive.infinite import rows_as_nan
 from ..contrastive.records import Rows
@@ -174,49 +175,54 @@ class _Total(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = total_fwd(*args)
-        _keep(ctx, args, outputs[1], outputs[len(Sums._fields) + 1 :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(outputs[1], *args[:SOURCES], *outputs[len(Sums._fields) + 1 :])
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _of_arguments(ctx, total_bwd, grad)
+        if grad is None:
+            return (None,) * (LENGTH + 2)
+        values, *saved = ctx.saved_tensors
+        needs = [*ctx.needs_input_grad[:SOURCES], ctx.needs_input_grad[LENGTH]]
+        *found, weights = total_bwd(grad, values, saved[SOURCES:], *saved[:SOURCES], needs)
+        return *_needed(found, needs[:-1]), *[None] * (LENGTH - SOURCES), weights if needs[-1] else None, None
 
 
 class _DirectTotal(torch.autograd.Function):
-    """`_Total` without the dispatcher, which costs more than a small sweep."""
+    """`_Total` without the dispatcher, which costs more than a small sweep.
+
+    The first backward gives the gradients away that the forward has computed; another one sweeps again.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        total, sums, found = _total_of(args)
+        total, sums, ctx.ready = _total_of(args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sums.values, args[LENGTH], *args[:TENSORS])
+        ctx.options = args[TENSORS:LENGTH]
         active = sums.active.clone() if sums.active is sums.counts else sums.active  # as another output
-        _keep(ctx, args, sums.values, found)
         ctx.mark_non_differentiable(sums.values, active, sums.counts)
         return total, sums.values, active, sums.counts
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # With gradients enabled a second derivative may follow, which the operator makes raise.
-        plain = not torch.is_grad_enabled() and not intercepted(grad)
-        return _of_arguments(ctx, _total_backward if plain else total_bwd, grad)
-
-
-def _keep(ctx: Any, args: Sequence[Any], values: Tensor, gradients: Sequence[Tensor | None]) -> None:
-    """gradients: those of the total; unneeded ones may be None."""
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(values, *args[:SOURCES], *gradients)
-
-
-def _of_arguments(ctx: Any, backward: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * (LENGTH + 2)
-    values, *saved = ctx.saved_tensors
-    needs = [*ctx.needs_input_grad[:SOURCES], ctx.needs_input_grad[LENGTH]]
-    gradients = saved[SOURCES:]
-    if backward is total_bwd:
-        gradients = [values.new_empty(0) if gradient is None else gradient for gradient in gradients]
-    *found, weights = backward(grad, values, gradients, *saved[:SOURCES], needs)
-    return *_needed(found, needs[:-1]), *[None] * (LENGTH - SOURCES), weights if needs[-1] else None, None
+        if grad is None:
+            return (None,) * (LENGTH + 2)
+        values, weights, *tensors = ctx.saved_tensors
+        needs = [*ctx.needs_input_grad[:SOURCES], ctx.needs_input_grad[LENGTH]]
+        ready, ctx.ready = ctx.ready, None
+        if ready is None:
+            _, ready = sweep(unflatten((*tensors, *ctx.options)), ctx.options[-1], weights, Needs(*needs[:-1]))
+        if torch.is_grad_enabled() or intercepted(grad):  # the operator makes a second derivative raise
+            ready = [values.new_empty(0) if gradient is None else gradient for gradient in ready]
+            *found, of_weights = total_bwd(grad, values, ready, *tensors[:SOURCES], needs)
+        else:
+            if not (values_visible(grad) and float(grad) == 1):
+                ready = Gradients(*(None if gradient is None else gradient.mul_(grad) for gradient in ready))
+            found, of_weights = _in_dtypes(ready, tensors, Needs(*needs[:-1])), values * grad if needs[-1] else None
+        return *_needed(found, needs[:-1]), *[None] * (LENGTH - SOURCES), of_weights if needs[-1] else None, None
 
 
 register(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -362,17 +362,17 @@ def with_pair_sums(
 ) -> ContrastiveStats:
     """`found`, or new statistics, with the wanted sums over pairs."""
     sides = _pair_sums(p, kinds, margins)
-    if found is None:
-        counts = [next(iter(side.values()))[0].counts for side in sides]
-        reverse = ContrastiveStats(counts[1][0], counts[1][1]) if p.both else None
-        found = ContrastiveStats(counts[0][0], counts[0][1], reverse=reverse)
     of_hinge = [kind for kind in kinds if KINDS[kind].margins]
 
-    def fields(side: dict[str, list[Sums]]) -> dict[str, Tensor]:
+    def fields(side: dict[str, list[Sums]], known: ContrastiveStats | None) -> dict[str, Any]:
         def of_scales(values: list[Tensor]) -> Tensor:
             return torch.stack(values) if p.logit_scale.dim() else values[0]
 
-        by_name = {}
+        counts = next(iter(side.values()))[0].counts
+        by_name: dict[str, Any] = {"num_pos": counts[0], "num_neg": counts[1]}
+        for name in () if known is None else ("num_pos", "num_neg", *TABLE):
+            if name not in PAIR_FIELDS:
+                by_name[name] = getattr(known, name)
         for name in wanted:
             if name in PAIR_FIELDS:
                 k = int(name.endswith("_neg"))
@@ -382,9 +382,10 @@ def with_pair_sums(
                 by_name[name] = of_scales([sums.active[k] for sums in side[of_hinge[0]]])
         return by_name
 
-    if found.reverse is not None:
-        found = replace(found, reverse=replace(found.reverse, **fields(sides[1])))  # type: ignore[arg-type]
-    return replace(found, **fields(sides[0]))  # type: ignore[arg-type]
+    reverse = None
+    if p.both:
+        reverse = ContrastiveStats(**fields(sides[1], None if found is None else found.reverse))
+    return ContrastiveStats(**fields(sides[0], found), reverse=reverse)
 
 
 def _pair_sums(p: Problem, kinds: Sequence[str], margins: tuple[float, float]) -> list[dict[str, list[Sums]]]:

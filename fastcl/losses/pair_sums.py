@@ -112,7 +112,8 @@ def reversed_rows(rows: Batch) -> tuple[Batch, Tensor | None]:
     contrasts = rows.others()
     left = _without_bias(contrasts)
     parts = ((len(rows.anchors.values), False),)
-    return rows._replace(anchors=left, contrasts=rows.anchors, positives=None, parts=parts), contrasts.bias
+    # torch 2.6 cannot compile _replace.
+    return Batch(left, rows.anchors, None, rows.shape, rows.views, rows.by_sample, rows.aligned, parts), contrasts.bias
 
 
 def _without_bias(rows: Rows) -> Rows:

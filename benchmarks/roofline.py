@@ -90,6 +90,7 @@ SWEEPS = ("statistics_kernel", "two_way_kernel", "weighted_kernel", "gradient_ke
 def recording(architecture: int) -> Iterator[list[Recorded]]:
     """Records launches of backend triton on CPU tensors, as if they were on a device of this architecture."""
     from fastcl.ops.backends import choose, triton_launch
+    from fastcl.ops.contrastive import direct
     from fastcl.ops.contrastive.triton import rows as triton_rows
     from fastcl.ops.topk import triton as topk_triton
 
@@ -100,6 +101,7 @@ def recording(architecture: int) -> Iterator[list[Recorded]]:
 
     changes: list[tuple[Any, str, Any]] = [
         (triton_launch, "launch", record),
+        (direct, "TAPES", False),
         (triton_launch, "unsupported_reason", lambda device: ""),
         (triton_launch, "programs", lambda device: MULTIPROCESSORS),
         *((module, "architecture", lambda device: architecture) for module in (triton_rows, topk_triton)),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_flag, check_ids, check_option, check_rows, finite_number
-from .batch import Batch, Contrasts, Tensors, batch
+from ..memory_state import Memory
+from .batch import Batch, Tensors, batch
 from .gathered_pairs import Maps
 from .pair_sums import Swept
 from .reduce import scalar
@@ -24,7 +25,7 @@ def pair_contrastive_loss(
     distance: str = "euclidean",
     squared: bool = False,
     reduction: str = "active",
-    contrasts: Contrasts | None = None,
+    contrasts: Tensor | Memory | None = None,
     contrast_labels: Tensor | None = None,
 ) -> Tensor:
     """The stateless form of :class:`PairContrastiveLoss`, which describes formula, shapes, dtypes and errors.
@@ -38,7 +39,12 @@ def pair_contrastive_loss(
     check_ids("labels", labels, len(embeddings), embeddings.device)
     if contrast_labels is not None and contrasts is None:
         raise ValueError("contrast_labels: expected None without contrasts, got a value")
-    if isinstance(contrasts, Tensor):
+    if isinstance(contrasts, Memory):
+        if contrast_labels is not None:
+            raise ValueError("contrast_labels: expected None, as a queue or bank brings its own, got a value")
+        if not contrasts.stored(False).clustered:
+            raise ValueError("contrasts: expected a queue or bank that stores clusters, got one that does not")
+    elif contrasts is not None:
         check_rows("contrasts", contrasts, like=embeddings)
         if contrast_labels is None:
             raise ValueError("contrast_labels: expected a tensor, as contrasts is one, got None")
@@ -105,7 +111,7 @@ class PairContrastiveLoss(nn.Module):
         embeddings: Tensor,
         labels: Tensor,
         *,
-        contrasts: Contrasts | None = None,
+        contrasts: Tensor | Memory | None = None,
         contrast_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss. The class describes shapes and errors."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Property, World
+from ..ops.contrastive.records import Rows
 from ..ops.library import uncompiled
 from ..statistics import ContrastiveStats, statistics
 from .batch import Batch
@@ -44,14 +45,14 @@ class _Side(NamedTuple):
 
     def terms(self) -> Tensor:
         """[R]: each anchor's mean over its positives, 0 where it has none."""
-        sums = self.rows.sums(self.scale, self.offset(), POSITIVES).values[0]
+        sums = self.rows.sums(self.scale, self.offset(), POSITIVES).values[0] * (self.stats.num_neg > 0)
         terms = sums.masked_fill(self.stats.num_pos == 0, 0) / self.stats.num_pos.clamp(min=1)
         terms = terms.to(self.rows.rows.dtype())
         return terms if self.weights is None else terms * self.weights
 
     def total(self) -> Tensor:
         """[]: the weighted sum over all pairs."""
-        counted = (self.stats.num_pos > 0).to(self.scale.dtype)
+        counted = ((self.stats.num_pos > 0) & (self.stats.num_neg > 0)).to(self.scale.dtype)
         of_rows = counted if self.weights is None else counted * self.weights.to(self.scale.dtype)
         total, _ = self.rows.total(
             self.scale, self.offset(), POSITIVES, torch.stack((of_rows, of_rows.new_zeros(1).expand_as(of_rows)))
@@ -69,6 +70,7 @@ def pair_form_loss(
 ) -> LossResult:
     """The loss of `ClusterInfoNCE` in the form "pairs"."""
     world, weights, unit = opened(rows, options, weights, return_stats)
+    rows = _wide(rows)
     if world is not None:
         share: Tensor = _of_all(world, rows, scale, options, weights, unit)
         return share
@@ -80,6 +82,24 @@ def pair_form_loss(
         sides.append(_Side(Swept(other), stats.reverse, scale, options.margin, bias, None))
     loss = _mean([_reduced(side, options.reduction, rows) for side in sides])
     return loss if observed is None else (loss, summary_of(problem, observed, rows, scale, options))
+
+
+def _wide(rows: Batch) -> Batch:
+    """Half-precision rows as float32: gradients of two sweeps cancel, and must be added before they are rounded."""
+
+    def wide(values: Tensor) -> Tensor:
+        return values.float() if values.dtype.itemsize == 2 else values
+
+    def side(given: Rows) -> Rows:
+        values, clusters, ids, bias, assignments, normalize = given
+        return Rows(wide(values), clusters, ids, bias, assignments, normalize)
+
+    contrasts = None if rows.contrasts is None else side(rows.contrasts)
+    positives = None if rows.positives is None else wide(rows.positives)
+    # torch 2.6 cannot compile _replace.
+    return Batch(
+        side(rows.anchors), contrasts, positives, rows.shape, rows.views, rows.by_sample, rows.aligned, rows.parts
+    )
 
 
 def _reduced(side: _Side, reduction: str, rows: Batch) -> Tensor:

@@ -174,3 +174,14 @@ def test_bad_input() -> None:
         fastcl.PairContrastiveLoss()(x, labels, contrasts=x.detach())
     with pytest.raises(ValueError, match="contrast_labels: expected None without contrasts"):
         fastcl.PairContrastiveLoss()(x, labels, contrast_labels=labels)
+
+
+def test_bad_queues() -> None:
+    x, labels = draw(8, 4)
+    with pytest.raises(ValueError, match="contrasts: expected a queue or bank that stores clusters"):
+        fastcl.PairContrastiveLoss()(x, labels, contrasts=fastcl.MemoryQueue(8, 4))
+    queue = fastcl.MemoryQueue(8, 4, clusters=True)
+    with pytest.raises(ValueError, match="contrast_labels: expected None, as a queue or bank brings its own"):
+        fastcl.PairContrastiveLoss()(x, labels, contrasts=queue, contrast_labels=labels)
+    with pytest.raises(TypeError, match="contrasts: expected"):
+        fastcl.PairContrastiveLoss()(x, labels, contrasts=[x])  # type: ignore[arg-type]

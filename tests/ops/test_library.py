@@ -232,7 +232,7 @@ def self_contrast(z: Tensor, clusters: Tensor, temperature: Tensor) -> Tensor:
 
 
 def two_sets(z: Tensor, clusters: Tensor, temperature: Tensor) -> Tensor:
-    """As many options as can be combined; contrasts are the rows in another order."""
+    """Many options at once; contrasts are the rows in another order."""
     flat = z.flatten(0, 1)
     return cluster_infonce(
         z,
@@ -336,7 +336,7 @@ def counting(graphs: list[Any]) -> Callable[..., Any]:
     [(*call, b) for call, b in zip(product([self_contrast, two_sets, own_formula], [False, True]), cycle(BACKENDS))],
 )
 def test_trace_without_graph_break(function, dynamic, backend) -> None:
-    """By AOTAutograd without generated code. To the tracer, backends differ by a word."""
+    """By AOTAutograd without generated code."""
     with fastcl.use_backend(backend):
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for n in (12, 7) if dynamic else (12,):
@@ -387,7 +387,8 @@ def test_half_precision_rows_stay_so_into_the_op(autocast, normalize, dtype, bac
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
     plain = cluster_infonce(z, contrasts=queue, normalize=normalize)
-    assert torch.equal(loss, plain)
+    # Triton's mean is a kernel unless intercepted.
+    assert torch.allclose(loss, plain, 1e-6 * (backend == "triton"), 0)
     assert torch.equal(gradient, torch.autograd.grad(plain, z)[0])
 
 
@@ -414,7 +415,7 @@ def test_training_under_autocast(backend) -> None:
 
 
 def allocated(run: Callable[[], object]) -> tuple[int, int]:
-    """Largest single CPU allocation, and the peak of all, in bytes above the start."""
+    """Largest CPU allocation, and the peak of all, in bytes above the start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

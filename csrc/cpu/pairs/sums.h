@@ -26,7 +26,8 @@ template <class Mul> struct PairPass {
     T *rows;          // [QUANTITIES][BLOCK + MR][W]: lanes of the tile's sums
     T *columns;       // [QUANTITIES][BLOCK + NR]
     double *lanes;    // [2][W]: lanes of the tile's terms of the scale's and the offset's gradients
-    T *x, *y;         // rows of a near pair
+    T *row;           // a row as it is stored
+    double *x, *y;    // the rows of a near pair as they enter the product
     double scale, offset;
     bool marked;    // the tile has sums besides the first three
     char apart[64]; // keeps threads on separate cache lines
@@ -64,8 +65,9 @@ template <class Mul> struct PairPass {
       local.rows = arena.take<T>(QUANTITIES * (BLOCK + MR) * W);
       local.columns = arena.take<T>(QUANTITIES * (BLOCK + NR));
       local.lanes = arena.take<double>(2 * W);
-      local.x = distance ? arena.take<T>(s.d) : nullptr;
-      local.y = distance ? arena.take<T>(s.d) : nullptr;
+      local.row = distance ? arena.take<T>(s.d) : nullptr;
+      local.x = distance ? arena.take<double>(s.d) : nullptr;
+      local.y = distance ? arena.take<double>(s.d) : nullptr;
       if (arena.base) locals[t] = local;
     }
   }
@@ -322,29 +324,33 @@ private:
     return there;
   }
 
-  // Near pairs, from the differences of their rows in double.
+  // Near pairs, from the differences of their rows in double. Rows are multiplied by their factors before they are subtracted, in loops
+  // of their own: a fused multiply-subtract would leave a difference between equal rows.
 
-  void read_near(const Local &local, int64_t i, int64_t j, double &a, double &c) const {
-    a = factor(s.anchors, i, local.x);
-    c = factor(s.contrasts, j, local.y);
+  void read_near(const Local &local, int64_t i, int64_t j) const {
+    enter(s.anchors, i, local.row, local.x);
+    enter(s.contrasts, j, local.row, local.y);
   }
-  // Reads a row, and returns what multiplies it as it enters the product.
-  double factor(const Side<Mul> &side, int64_t i, T *x) const {
-    read_row(side.rows, side.order[i], s.d, x);
-    if (!side.normalize || side.inverse_norms[i] == 0) return side.inverse_norms[i];
-    const double power = side.powers[i];
-    double square = 0;
-    for (int64_t k = 0; k < s.d; k++) square += (double(x[k]) * power) * (double(x[k]) * power);
-    return power / larger(__builtin_sqrt(square), NORM_FLOOR);
+  // Writes a row as it enters the product.
+  FASTCL_NOINLINE void enter(const Side<Mul> &side, int64_t i, T *row, double *to) const {
+    read_row(side.rows, side.order[i], s.d, row);
+    double factor = side.inverse_norms[i];
+    if (side.normalize && factor != 0) {
+      const double power = side.powers[i];
+      double square = 0;
+      for (int64_t k = 0; k < s.d; k++) square += (double(row[k]) * power) * (double(row[k]) * power);
+      factor = power / larger(__builtin_sqrt(square), NORM_FLOOR);
+    }
+    for (int64_t k = 0; k < s.d; k++) to[k] = factor * double(row[k]);
   }
   FASTCL_NOINLINE void measure_near(const Local &local, I<T> near, int64_t i, int64_t j, V<T> &distances) const {
     for (int l = 0; l < W; l++) {
       if (!near[l]) continue;
-      double a, c, square = 0;
-      read_near(local, i, j + l, a, c);
+      read_near(local, i, j + l);
+      double square = 0;
 #pragma omp simd reduction(+ : square)
       for (int64_t k = 0; k < s.d; k++) {
-        const double apart = a * double(local.x[k]) - c * double(local.y[k]);
+        const double apart = local.x[k] - local.y[k];
         square += apart * apart;
       }
       distances[l] = T(__builtin_sqrt(square));
@@ -357,15 +363,14 @@ private:
       const double by = slope[l];
       slope[l] = 0;
       if (!sums[l] || by == 0) continue;
-      double a, c;
-      read_near(local, i, j + l, a, c);
+      read_near(local, i, j + l);
       T *const dx = rows_needed ? (T *)call.anchor_gradient + s.anchors.order[i] * s.d : nullptr;
       T *const dy = !columns_needed ? nullptr
                     : s.self        ? (T *)call.anchor_gradient + s.anchors.order[j + l] * s.d
                                     : (T *)call.contrast_gradient + s.contrasts.order[j + l] * s.d;
       const double of_x = by * s.anchors.inverse_norms[i], of_y = by * s.contrasts.inverse_norms[j + l];
       for (int64_t k = 0; k < s.d; k++) {
-        const double apart = a * double(local.x[k]) - c * double(local.y[k]);
+        const double apart = local.x[k] - local.y[k];
         if (dx) dx[k] -= T(of_x * apart);
         if (dy) dy[k] += T(of_y * apart);
       }

@@ -108,6 +108,8 @@ def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
         return Tile(64, 64, d, d, 4, 2)
     if architecture == 90 and kind == "forward":  # two programs on a multiprocessor
         return Tile(128, 64, d, d, 8, 3, 128) if d <= 128 else Tile(128, 32, d, d, 8, 3)
+    if architecture == 100 and kind == "forward" and d == 128:  # more rows would spill
+        return Tile(64, 64, d, d, 4, 2)
     return Tile(128, 64, d, d, 8, 2)
 
 
@@ -138,8 +140,8 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
 
 
 def _split(kind: str, d: int, careful: bool) -> Tile:
-    if kind in ("weighted", "backward"):
-        return Tile(64, 32, 32, min(d, 64 if careful else 128), 4, 1)
+    if kind in ("weighted", "backward"):  # the gradient's whole rows of 128 would spill
+        return Tile(64, 32, 32, min(d, 64 if careful or kind == "backward" else 128), 4, 1)
     return Tile(
         64, 64 if kind == "forward" and not careful else 32, 32, d, 8 if kind == "two_way" and careful else 4, 2
     )

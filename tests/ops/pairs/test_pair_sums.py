@@ -89,6 +89,31 @@ def test_equal_rows_have_gradient_0(backend):
     assert found.anchors.abs().max() == 0
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KIND_NAMES if KINDS[kind].of_distance])
+@pytest.mark.parametrize("m", [None, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_rows_are_at_distance_0(backend, kind, m, dtype):
+    """However the difference of two products is rounded: duplicates are not active, and have no gradient."""
+    row = torch.randn(1, 13, generator=generator(4)).to(dtype).expand(6, -1)
+    p = replace(problem(6, m, 13, kind, dtype=dtype), pos_margin=0.0, neg_margin=0.5)
+    together = torch.zeros(6, dtype=torch.int64)
+    for clusters in (together, torch.arange(6)):
+        sides = [
+            rows and rows._replace(values=row, clusters=labels, ids=None)
+            for rows, labels in zip(
+                (p.anchors, p.contrasts), (clusters, clusters if clusters is together else clusters + 6), strict=True
+            )
+        ]
+        sums, found = swept(
+            replace(p, anchors=sides[0], contrasts=sides[1]), torch.ones(2, 6), Needs(True, m is not None)
+        )
+        assert sums.values[0].abs().max() == 0
+        assert sums.active[0].abs().max() == 0
+        assert bool((sums.active[1] == sums.counts[1]).all())
+        for gradient in found[:2]:
+            assert gradient is None or gradient.abs().max() == 0
+
+
 @pytest.mark.parametrize("scale", [1e4, -1e4, 1e-3])
 def test_softplus_of_extreme_logits(backend, scale):
     p = problem(21, 33, 6, "softplus")

@@ -193,7 +193,7 @@ def sweep_rows(
             num_inadmissible += 1
         if SPLIT:  # what follows from ranges and biases alone counts once
             if part > 0:
-                if CLUSTERS and not IDS and BIAS == 0:
+                if (CLUSTERS and not IDS) and BIAS == 0:
                     num_positive = tl.zeros([BLOCK_M], tl.int32)
                 if SELF:
                     num_inadmissible -= 1

@@ -140,8 +140,9 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
 
 
 def _split(kind: str, d: int, careful: bool) -> Tile:
-    if kind in ("weighted", "backward"):  # the gradient's whole rows of 128 would spill
-        return Tile(64, 32, 32, min(d, 64 if careful or kind == "backward" else 128), 4, 1)
+    if kind in ("weighted", "backward"):
+        columns = 16 if kind == "backward" and not careful and d >= 128 else 32  # 32 would spill
+        return Tile(64, columns, 32, min(d, 64 if careful else 128), 4, 1)
     return Tile(
         64, 64 if kind == "forward" and not careful else 32, 32, d, 8 if kind == "two_way" and careful else 4, 2
     )

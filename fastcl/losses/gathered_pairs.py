@@ -18,7 +18,7 @@ from ..distributed import World
 from ..ops.contrastive.blocks import Place
 from ..ops.contrastive.records import Rows
 from ..ops.library import once_differentiable, uncompiled
-from ..ops.pairs.op import sweep
+from ..ops.pairs.op import sweep, weighted_total
 from ..ops.pairs.records import Gradients, Needs, Pairs, Sums
 from .gathered import Travelling
 
@@ -159,7 +159,7 @@ class _GatheredTotal(torch.autograd.Function):
         needs = _needs(call, data, ctx.needs_input_grad[1:])
         weights = data.weights.contiguous()
         sums, found = _Turn(call, data).run(weights if any(needs) else None, needs)
-        total = (weights.double() * sums.values).sum().to(sums.values.dtype)
+        total = weighted_total(weights, sums)
         ctx.call = call
         ctx.save_for_backward(sums.values, *found, *tensors)
         ctx.mark_non_differentiable(*sums)
@@ -233,6 +233,6 @@ def gathered_total(
     if not torch.is_grad_enabled():  # inside a function of autograd the mode is not visible
         data = _Data(*tensors, weights)  # type: ignore[call-arg]
         sums, _ = _Turn(call, data).run(None, Needs())
-        return (weights.double() * sums.values).sum().to(scale.dtype), sums
+        return weighted_total(weights, sums), sums
     total, *found = _GatheredTotal.apply(call, *tensors, weights)
     return total, Sums(*found)

@@ -19,7 +19,7 @@ from .batch import Batch
 from .gathered import gathered_statistics, has_gradient
 from .gathered_pairs import Maps
 from .options import LossOptions
-from .pair_sums import Swept, reversed_rows, swept
+from .pair_sums import Swept, average, reversed_rows, share_of_all, swept
 from .reduce import LossResult, opened, posed, summary_of
 
 POSITIVES = Maps("softplus", only_positives=True)
@@ -80,7 +80,7 @@ def pair_form_loss(
     if stats.reverse is not None:
         other, bias = reversed_rows(rows)
         sides.append(_Side(Swept(other), stats.reverse, scale, options.margin, bias, None))
-    loss = _mean([_reduced(side, options.reduction, rows) for side in sides])
+    loss = average([_reduced(side, options.reduction, rows) for side in sides])
     return loss if observed is None else (loss, summary_of(problem, observed, rows, scale, options))
 
 
@@ -111,10 +111,6 @@ def _reduced(side: _Side, reduction: str, rows: Batch) -> Tensor:
     return (side.total() / torch.where(mass == 0, 1, mass)).to(rows.dtype())
 
 
-def _mean(sides: list[Tensor]) -> Tensor:
-    return sides[0] if len(sides) == 1 else (sides[0] + sides[1]) / 2
-
-
 @uncompiled  # processes could compile different graphs, with collectives that do not match
 def _of_all(
     world: World, rows: Batch, scale: Tensor, options: LossOptions, weights: Tensor | None, unit: float | Tensor | None
@@ -138,15 +134,6 @@ def _of_all(
         found = swept(world, options.gather, other, scale, stats.reverse.lse_neg, "pairs, reversed", alike)
         sides.append(_Side(found, stats.reverse, scale, options.margin, bias, None))
     if options.reduction == "none":
-        return _mean([_reduced(side, "none", rows) for side in sides])
-    totals = [side.total() for side in sides]
-    if options.reduction == "mean":  # one collective for both directions
-        masses = [
-            side.mass() * (1 if unit is None or k else unit) + (total.detach() * 0).double()  # NaN in all processes
-            for k, (side, total) in enumerate(zip(sides, totals, strict=True))
-        ]
-        of_all = list(world.total(torch.stack(masses)).unbind())
-        if unit is not None:
-            of_all[0] = of_all[0] / unit
-        totals = [total / torch.where(mass == 0, 1, mass) for total, mass in zip(totals, of_all, strict=True)]
-    return (_mean(totals) * world.size).to(rows.dtype())
+        return average([_reduced(side, "none", rows) for side in sides])
+    totals, masses = [side.total() for side in sides], [side.mass() for side in sides]
+    return share_of_all(world, totals, masses, unit, options.reduction, rows.dtype())

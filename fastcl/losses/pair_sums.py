@@ -99,6 +99,37 @@ def swept(
     return Swept(rows, world, found)
 
 
+def share_of_all(
+    world: World,
+    totals: list[Tensor],
+    masses: list[Tensor],
+    unit: float | Tensor | None,
+    reduction: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """This process's share of the loss over all processes' rows, times the number of processes.
+
+    totals: for each direction this process's weighted sum. masses: float64, what the sum over processes divides a mean
+    by. unit: what the weights of the first direction were divided by.
+    """
+    if reduction == "mean":  # one collective for both directions
+        sent = [
+            mass * (1 if unit is None or k else unit)
+            + (total.detach() * 0).double()  # not finite: NaN in all processes
+            for k, (total, mass) in enumerate(zip(totals, masses, strict=True))
+        ]
+        of_all = list(world.total(torch.stack(sent)).unbind())
+        if unit is not None:
+            of_all[0] = of_all[0] / unit
+        totals = [total / torch.where(mass == 0, 1, mass) for total, mass in zip(totals, of_all, strict=True)]
+    return (average(totals) * world.size).to(dtype)
+
+
+def average(sides: list[Tensor]) -> Tensor:
+    """The mean of one direction or of both."""
+    return sides[0] if len(sides) == 1 else (sides[0] + sides[1]) / 2
+
+
 def _asymmetric(anchors: Rows, offset: Tensor | None) -> bool:
     return anchors.bias is not None or (offset is not None and offset.dim() == 1)
 

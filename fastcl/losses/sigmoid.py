@@ -18,7 +18,7 @@ from .gathered import has_gradient
 from .gathered_pairs import Maps
 from .modules import shown_number, shown_temperature
 from .options import LossOptions
-from .pair_sums import Swept, swept
+from .pair_sums import Swept, share_of_all, swept
 from .reduce import LossResult, inverse_temperature, opened, posed, scalar, summary_of
 
 MAPS = Maps("softplus")
@@ -294,12 +294,5 @@ def _of_all(
     if options.reduction == "none":
         return _loss(found, scale, offset, "none", weights)
     total, counted = _total(found, scale, offset, weights)
-    if options.reduction == "mean":
-        mass = (counted.double() if weights is None else counted * weights.double()).sum()
-        if unit is not None:
-            mass, total = mass * unit, total.double() * unit
-        # A total that is NaN or infinite makes the mean NaN in all processes.
-        of_all = world.total(torch.stack((mass, (total.detach() * 0).double())))
-        mass = torch.where(of_all[0] == 0, 1, of_all[0]) + of_all[1]
-        total = total / mass
-    return (total * world.size).to(rows.dtype())
+    mass = (counted.double() if weights is None else counted * weights.double()).sum()
+    return share_of_all(world, [total], [mass], unit, options.reduction, rows.dtype())

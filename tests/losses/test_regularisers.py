@@ -30,7 +30,7 @@ def test_hypersphere_is_its_formula(kind, dtype, backend, t, lam, alpha) -> None
 
 
 def test_koleo_gives_both_ends_of_a_pair_a_gradient() -> None:
-    """Of three rows on the circle the third has the second as neighbour, and nobody has the third."""
+    """Three rows on the circle: the third row's nearest row is the second, and the third is nearest to none."""
     angles = torch.tensor([0.0, 0.4, 1.2], dtype=torch.float64)
     x = torch.stack((angles.cos(), angles.sin()), 1).requires_grad_()
     loss = koleo_loss(x, eps=1e-12, reduction="none")

@@ -218,7 +218,7 @@ def test_wheel_is_used_where_there_is_no_compiler(built: tuple[Path, Path], clea
     report = run(clean, "-W", "error", "-m", "fastcl.info", cwd=tmp_path, **nothing)
     assert re.search(r"contrastive_stats +cpu +float32 +cpu", report), report
     assert f"for fastcl {fastcl.__version__}" in report
-    # Whoever installs the wheel has set nothing.
+    # The environment of the installation sets none of the variables.
     assert "CUDA C++\n  not built (FASTCL_CUDA=0 was set when this fastcl was built)" in report
     assert "when fastcl was installed" not in report
 

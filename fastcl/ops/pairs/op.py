@@ -138,7 +138,12 @@ def _total_of(args: Sequence[Any]) -> tuple[Tensor, Sums, Gradients]:
     *problem, weights, flags = args
     needs = Needs(*flags)
     sums, found = sweep(unflatten(problem), problem[-1], weights.contiguous() if any(flags) else None, needs)
-    return (weights * sums.values).sum(dtype=torch.float64).to(sums.values.dtype), sums, found
+    return weighted_total(weights, sums), sums, found
+
+
+def weighted_total(weights: Tensor, sums: Sums) -> Tensor:
+    """``sum(weights * values)``, added in float64."""
+    return (weights * sums.values).sum(dtype=torch.float64).to(sums.values.dtype)
 
 
 def _total_backward(
@@ -214,7 +219,9 @@ class _DirectTotal(torch.autograd.Function):
         needs = [*ctx.needs_input_grad[:SOURCES], ctx.needs_input_grad[LENGTH]]
         ready, ctx.ready = ctx.ready, None
         if ready is None:
-            _, ready = sweep(unflatten((*tensors, *ctx.options)), ctx.options[-1], weights, Needs(*needs[:-1]))
+            p = unflatten((*tensors, *ctx.options))
+            with torch.no_grad():  # plain PyTorch would record a graph
+                _, ready = sweep(p, ctx.options[-1], weights.contiguous(), Needs(*needs[:-1]))
         if torch.is_grad_enabled() or intercepted(grad):  # the operator makes a second derivative raise
             ready = [values.new_empty(0) if gradient is None else gradient for gradient in ready]
             *found, of_weights = total_bwd(grad, values, ready, *tensors[:SOURCES], needs)

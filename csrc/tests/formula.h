@@ -49,6 +49,23 @@ inline Reals inverse_norms(const Reals &rows, int64_t count, int64_t d, bool nor
   return result;
 }
 
+// Maps the gradient of a_i x_i to that of x_i, for `count` rows of d numbers. Tolerances are relative to a row's largest term.
+inline void through(Gradient &g, const Reals &x, const Reals &inverse, int64_t count, int64_t d, bool normalize) {
+  for (int64_t i = 0; i < count; i++) {
+    double along = 0, size = 0, most = 0;
+    for (int64_t k = i * d; k < (i + 1) * d; k++) {
+      along += g.value[k] * x[k] * inverse[i];
+      size += g.size[k] * std::fabs(x[k]) * inverse[i];
+    }
+    for (int64_t k = i * d; k < (i + 1) * d; k++) {
+      const double unit = x[k] * inverse[i];
+      if (normalize) g.value[k] = inverse[i] * (g.value[k] - unit * along), g.size[k] = inverse[i] * (g.size[k] + std::fabs(unit) * size);
+      most = std::fmax(most, g.size[k]);
+    }
+    for (int64_t k = i * d; k < (i + 1) * d; k++) g.size[k] = most;
+  }
+}
+
 class Formula {
 public:
   explicit Formula(const Input &input)

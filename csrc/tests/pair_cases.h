@@ -101,8 +101,8 @@ private:
           other.add(j * in_.d + k, g * (squared_ ? x - y : x), size * (std::fabs(y) + std::fabs(x)));
         }
       }
-    through(anchors, in_.anchors, a_, in_.n, in_.normalize_anchors);
-    if (!in_.self()) through(contrasts, in_.contrasts, c_, in_.m, in_.normalize_contrasts);
+    formula::through(anchors, in_.anchors, a_, in_.n, in_.d, in_.normalize_anchors);
+    if (!in_.self()) formula::through(contrasts, in_.contrasts, c_, in_.m, in_.d, in_.normalize_contrasts);
     const bool both_bfloat = call_.problem.anchors.dtype == Dtype::bfloat16 && call_.problem.column_rows().dtype == Dtype::bfloat16;
     // Products of bfloat16 rows round the logits' gradients to bfloat16.
     const double rounded = both_bfloat && std::string(engine_.name) == "avx512_bf16" ? tolerance_ + 0x1p-8 : tolerance_;
@@ -113,22 +113,6 @@ private:
     if (!squared_) compare<double>("pairs, gradient of scale", call_.scale_gradient, scale.value, &scale.size, tolerance_);
     compare<double>("pairs, gradient of offset", call_.offset_gradient, offset.value, &offset.size, tolerance_);
     compare<T>("pairs, gradient of bias", call_.bias_gradient, bias.value, &bias.size, tolerance_);
-  }
-  // Maps the gradient of a_i x_i to that of x_i. Tolerances are relative to a row's largest term.
-  void through(formula::Gradient &g, const Reals &x, const Reals &inverse, int64_t count, bool normalize) const {
-    for (int64_t i = 0; i < count; i++) {
-      double along = 0, size = 0, most = 0;
-      for (int64_t k = i * in_.d; k < (i + 1) * in_.d; k++) {
-        along += g.value[k] * x[k] * inverse[i];
-        size += g.size[k] * std::fabs(x[k]) * inverse[i];
-      }
-      for (int64_t k = i * in_.d; k < (i + 1) * in_.d; k++) {
-        const double unit = x[k] * inverse[i];
-        if (normalize) g.value[k] = inverse[i] * (g.value[k] - unit * along), g.size[k] = inverse[i] * (g.size[k] + std::fabs(unit) * size);
-        most = std::fmax(most, g.size[k]);
-      }
-      for (int64_t k = i * in_.d; k < (i + 1) * in_.d; k++) g.size[k] = most;
-    }
   }
 
   const Engine &engine_;

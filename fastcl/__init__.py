@@ -20,7 +20,8 @@ from .neighbors import knn_predict, topk_similarity
 from .ops.backends.choose import use_backend
 from .quality import alignment, uniformity
 from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
-from .statistics import ContrastiveStats, contrastive_stats
+from .statistics import contrastive_stats
+from .swept import ContrastiveStats
 
 __all__ = [
     "ArcFaceLoss",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,194 +22,13 @@ from .checks import (
     shown,
     values_visible,
 )
-from .ops.backends.choose import choose_backend
 from .ops.backends.rows import accumulation_dtype
-from .ops.contrastive.direct import DirectMean, DirectStats, taken_apart
-from .ops.contrastive.fields import ALL, FIELDS, NEGATIVES, OBSERVED, PAIR_FIELDS, POSITIVES, TABLE
-from .ops.contrastive.observed import part as observed_part
-from .ops.contrastive.op import forward_op
-from .ops.contrastive.records import Problem, Rows, flatten
-from .ops.library import intercepted
+from .ops.contrastive.fields import OBSERVED, PAIR_FIELDS, TABLE
+from .ops.contrastive.records import Problem, Rows
 from .ops.pair_maps import KINDS
 from .ops.pairs.op import pair_sums
 from .ops.pairs.records import Pairs, Sums, two_sets
-from .ops.soft import op as soft_op
-
-
-@dataclass(frozen=True, eq=False)
-class ContrastiveStats:
-    """Statistics of each anchor over its contrasts, or of each contrast over its anchors. Unwanted fields are None.
-
-    Fields are ``[N]``, or ``[S, N]`` for ``[S]`` scales; counts are always ``[N]``. Logarithms are natural. An empty
-    set has log-sum-exp ``-inf`` and sum 0; incoming gradients of such entries are ignored.
-    """
-
-    num_pos: Tensor
-    """number of positives, in the fields' dtype; with assignments the sum of the weights, which has a gradient"""
-    num_neg: Tensor
-    """number of negatives, in the fields' dtype; with assignments admissible contrasts minus ``num_pos``"""
-    lse_all: Tensor | None = None
-    """log-sum-exp of the logits over all admissible contrasts"""
-    lse_pos: Tensor | None = None
-    """log-sum-exp over the positives"""
-    lse_neg: Tensor | None = None
-    """log-sum-exp over the negatives"""
-    sum_pos: Tensor | None = None
-    """sum of the logits over the positives"""
-    sum_all: Tensor | None = None
-    """sum of the logits over all admissible contrasts, found without a tile: it adds O((N + M) D) to the sweep"""
-    max_pos: Tensor | None = None
-    """largest logit of the positives, -inf if there are none; this field and the next three are detached"""
-    max_neg: Tensor | None = None
-    """largest logit of the negatives, -inf if there are none"""
-    sum_neg: Tensor | None = None
-    """sum of the logits over the negatives"""
-    entropy: Tensor | None = None
-    """entropy in nats of the softmax over all admissible contrasts; 0 if there are none"""
-    softplus_pos: Tensor | None = None
-    """sum over the positives of log(1 + exp(-s)); this field and the following sums have a sweep of their own"""
-    softplus_neg: Tensor | None = None
-    """sum over the negatives of log(1 + exp(s))"""
-    hinge_pos: Tensor | None = None
-    """sum over the positives of max(0, pos_margin - s)"""
-    hinge_neg: Tensor | None = None
-    """sum over the negatives of max(0, s - neg_margin)"""
-    distance_pos: Tensor | None = None
-    """sum over the positives of max(0, d - pos_margin), d the distance of the rows, normalised if they are"""
-    distance_neg: Tensor | None = None
-    """sum over the negatives of max(0, neg_margin - d)"""
-    squared_pos: Tensor | None = None
-    """sum over the positives of half the squares of max(0, d - pos_margin)"""
-    squared_neg: Tensor | None = None
-    """sum over the negatives of half the squares of max(0, neg_margin - d)"""
-    active_pos: Tensor | None = None
-    """number of positives whose hinge is not 0, detached; for calls with hinges of one kind"""
-    active_neg: Tensor | None = None
-    """number of negatives whose hinge is not 0, detached"""
-    reverse: ContrastiveStats | None = None
-    """with ``both=True`` the statistics of each contrast over the anchors, ``[M]``"""
-
-    @property
-    def valid(self) -> Tensor:
-        """Bool ``[N]``: whether the sets of all wanted fields are non-empty in this row."""
-        sizes = {ALL: self.num_pos + self.num_neg, POSITIVES: self.num_pos, NEGATIVES: self.num_neg}
-        valid = torch.ones_like(self.num_pos, dtype=torch.bool)
-        for over in {field.over for name, field in TABLE.items() if getattr(self, name, None) is not None}:
-            valid = valid & (sizes[over] > 0)
-        return valid
-
-
-def statistics(p: Problem, exact: bool = False, quotients: bool = False) -> tuple[ContrastiveStats, Tensor | None]:
-    """The wanted statistics of a checked problem, and the observed ones or None.
-
-    Observed statistics are [10, S, N], or [10, S, N + M] with `both`.
-
-    exact: fields are float64, and log-sum-exps are not rounded to the dtype of their sums. For formulas in which
-        log-sum-exps cancel.
-    quotients: with assignments, the caller uses only quotients of sum_pos and num_pos. Both then keep a common scale
-        factor, so that they stay in float32's range.
-    """
-    if p.anchors.assignments is not None:
-        return _soft_statistics(p, quotients), None
-    order = [field for field in FIELDS if field in p.want]
-    arguments = _arguments(p, order)
-    one_scale = p.logit_scale.dim() == 0
-    if _is_intercepted(p):
-        *outputs, observed = forward_op(*arguments)
-        values = taken_apart(outputs, one_scale, order, p.both, exact)
-    else:
-        *values, observed = DirectStats.apply(*arguments, one_scale, exact)
-    if not p.observe:
-        return named(p, values), None
-    return named(p, values, observed), observed
-
-
-def mean_loss(p: Problem) -> tuple[Tensor, Tensor | None] | None:
-    """The loss of `DirectMean`, one node of autograd's graph, and the observed statistics as `statistics` returns them.
-
-    None if the formula itself has to be traced, or if there are no anchors or no contrasts.
-    """
-    if 0 in (p.anchors.values.shape[0], p.others.values.shape[0]) or _is_intercepted(p):
-        return None
-    found = DirectMean.apply(*_arguments(p, list(p.want)), torch.is_grad_enabled())
-    return found if p.observe else (found, None)
-
-
-def named(p: Problem, values: Sequence[Tensor], observed: Tensor | None = None) -> ContrastiveStats:
-    """The wanted fields by name, from values in the order of `taken_apart` and from observed statistics."""
-    n, scale = len(p.anchors.values), 0 if p.logit_scale.dim() == 0 else slice(None)
-    order = [field for field in FIELDS if field in p.want]
-
-    def side(values: Sequence[Tensor], rows: slice, reverse: ContrastiveStats | None) -> ContrastiveStats:
-        *fields, num_pos, num_neg = values
-        by_name = dict(zip(order, fields, strict=True))
-        for name in OBSERVED:
-            if observed is not None and name in p.want:
-                by_name[name] = observed_part(observed, name)[scale, rows]
-        return ContrastiveStats(num_pos, num_neg, **by_name, reverse=reverse)
-
-    size = len(order) + 2
-    other = side(values[size:], slice(n, None), None) if p.both else None
-    return side(values[:size], slice(n), other)
-
-
-def _soft_statistics(p: Problem, quotients: bool) -> ContrastiveStats:
-    """The statistics of a problem with assignments."""
-    dtype = p.dtype
-    units = []
-
-    def at_unit(rows: Rows) -> Rows:
-        assert rows.assignments is not None
-        assignments, unit = soft_op.at_unit(rows.assignments)
-        units.append(unit)
-        bias = None if rows.bias is None else rows.bias.to(dtype)
-        return Rows(rows.values, None, rows.ids, bias, assignments, rows.normalize)
-
-    anchors, contrasts = at_unit(p.anchors), None if p.contrasts is None else at_unit(p.contrasts)
-    problem = Problem(anchors, contrasts, None, p.logit_scale.to(dtype).reshape(1), ["lse_all", "sum_pos"], p.both)
-    own, other = soft_op.statistics(problem, choose_backend(p.device, dtype, "soft_assignments"))
-    unit = units[0] * units[-1]
-
-    def side(found: soft_op.SoftSide, reverse: ContrastiveStats | None) -> ContrastiveStats:
-        lse_all, *sums = found.fields.unbind(0)
-        if not quotients:
-            sums = [(value.double() * unit).to(dtype) for value in sums]
-        sum_pos, num_pos = sums
-        fields = {"lse_all": lse_all, "sum_pos": sum_pos}
-        wanted = {name: field for name, field in fields.items() if name in p.want}
-        return ContrastiveStats(num_pos, found.size - num_pos, **wanted, reverse=reverse)
-
-    return side(own, side(other, None) if p.both else None)
-
-
-def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
-    """The operator's arguments."""
-    anchors, contrasts = p.anchors, p.contrasts
-    dtype = p.dtype
-    scales, bias = p.logit_scale.to(dtype).reshape(-1), p.others.bias
-    # If only the anchors need a gradient, as with a queue, the forward can save the backward its sweep.
-    anchors_only = (
-        contrasts is not None
-        and torch.is_grad_enabled()
-        and anchors.values.requires_grad
-        and not (p.both or contrasts.values.requires_grad or scales.requires_grad or bias is not None)
-    )
-    if bias is not None and bias.dtype != dtype:  # torch 2.6 cannot compile _replace
-        others = p.others
-        others = Rows(others.values, others.clusters, others.ids, bias.to(dtype), None, others.normalize)
-        anchors, contrasts = (others, None) if contrasts is None else (anchors, others)
-    problem = Problem(anchors, contrasts, p.positives, scales, want, p.both, anchors_only, p.observe)
-    return *flatten(problem), choose_backend(p.device, dtype)
-
-
-def _is_intercepted(p: Problem) -> bool:
-    contrasts = None if p.contrasts is None else p.contrasts.values
-    found = intercepted(p.anchors.values, contrasts, p.positives, p.logit_scale, p.others.bias)
-    if found and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        raise NotImplementedError(
-            "fastcl.contrastive_stats: torch.jit.trace is not supported, torch.export and torch.compile are"
-        )
-    return found
+from .swept import ContrastiveStats, statistics
 
 
 def contrastive_stats(
@@ -334,11 +152,13 @@ def contrastive_stats(
         if not {"lse_all", "sum_pos"}.issuperset(wanted):
             raise ValueError(f"want: expected some of 'lse_all', 'sum_pos' with assignments, got {wanted!r}")
     clusters, sample_ids, bias = ids["anchor_clusters"], ids["anchor_ids"], contrast_bias if contrasts is None else None
-    own = Rows(anchors, clusters, sample_ids, bias, anchor_assignments, normalize_anchors)
+    own = Rows(anchors, clusters, sample_ids, bias, anchor_assignments, normalize=normalize_anchors)
     others = None
     if contrasts is not None:
         clusters, sample_ids = ids["contrast_clusters"], ids["contrast_ids"]
-        others = Rows(contrasts, clusters, sample_ids, contrast_bias, contrast_assignments, normalize_contrasts)
+        others = Rows(
+            contrasts, clusters, sample_ids, contrast_bias, contrast_assignments, normalize=normalize_contrasts
+        )
     margins = finite_number("pos_margin", pos_margin), finite_number("neg_margin", neg_margin)
     kinds = tuple(dict.fromkeys(TABLE[field].pair_map for field in wanted if field in PAIR_FIELDS))
     if any(KINDS[kind].of_distance for kind in kinds):
@@ -399,10 +219,10 @@ def _pair_sums(p: Problem, kinds: Sequence[str], margins: tuple[float, float]) -
     sides = [side(anchors, contrasts, None)]
     if p.both and contrasts is not None:
         left_out = None if contrasts.bias is None else contrasts.bias == -torch.inf
-        values, clusters, ids, bias, _, normalize = contrasts
+        values, clusters, ids, bias, *_, normalize = contrasts
         if bias is not None and left_out is not None:  # a contrast that takes no part has no sums
             values, bias = values.masked_fill(left_out[:, None], 0), bias.masked_fill(left_out, 0)
-        found = side(Rows(values, clusters, ids, None, None, normalize), anchors, bias)
+        found = side(Rows(values, clusters, ids, normalize=normalize), anchors, bias)
         if left_out is not None:
             found = {
                 kind: [Sums(*(part.masked_fill(left_out, 0) for part in sums)) for sums in of_scales]

@@ -230,8 +230,8 @@ def assigned_batch(given: Tensors, normalize: bool) -> Batch:
         ids = per_row(ids.to(torch.int64).clamp(min=-1), views)
         contrast_ids = contrast_ids.to(torch.int64).clamp(min=-1)
     return Batch(
-        Rows(anchors, None, ids, None, own, normalize),
-        Rows(_rows(parts, False), None, contrast_ids, contrast_bias, contrast_assignments, normalize),
+        Rows(anchors, None, ids, None, own, normalize=normalize),
+        Rows(_rows(parts, False), None, contrast_ids, contrast_bias, contrast_assignments, normalize=normalize),
         None,
         shape,
         views,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_rows, plain_number, positive_number
-from ..statistics import ContrastiveStats
+from ..swept import ContrastiveStats
 from .batch import Tensors, batch
 from .modules import shown_temperature
 from .options import LossOptions

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..statistics import ContrastiveStats
+from ..swept import ContrastiveStats
 from .options import LossOptions
 
 

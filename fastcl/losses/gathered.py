@@ -14,7 +14,7 @@ from ..ops.backends.choose import choose_backend
 from ..ops.contrastive.blocks import BlockStats, Call
 from ..ops.contrastive.fields import FIELDS
 from ..ops.contrastive.records import Problem, Rows, flatten, flatten_rows
-from ..statistics import ContrastiveStats, named, statistics
+from ..swept import ContrastiveStats, named, statistics
 from .batch import Batch, aligned_clusters, of_parts, offset
 
 
@@ -198,9 +198,9 @@ def _assigned(world: World, rows: list[int], sizes: list[int], p: Problem, own: 
         contrast_ids,
         None if bias is None else of_all(by_contrast, bias),
         of_all(by_contrast, theirs),
-        normalize,
+        normalize=normalize,
     )
-    problem = replace(p, anchors=Rows(anchors, None, ids, None, own, normalize), contrasts=others, both=False)
+    problem = replace(p, anchors=Rows(anchors, None, ids, None, own, normalize=normalize), contrasts=others, both=False)
     found = statistics(problem, quotients=True)[0]
     if not p.both:
         return found
@@ -212,7 +212,7 @@ def _assigned(world: World, rows: list[int], sizes: list[int], p: Problem, own: 
     own_ids = None if p.anchors.ids is None else by_row.spread(p.anchors.ids)
     reverse = replace(
         problem,
-        anchors=Rows(contrasts, None, p.others.ids, None, theirs, p.others.normalize),
-        contrasts=Rows(of_all(by_row, anchors), None, own_ids, None, of_all(by_row, own), normalize),
+        anchors=Rows(contrasts, None, p.others.ids, None, theirs, normalize=p.others.normalize),
+        contrasts=Rows(of_all(by_row, anchors), None, own_ids, None, of_all(by_row, own), normalize=normalize),
     )
     return replace(found, reverse=statistics(reverse, quotients=True)[0])

@@ -95,7 +95,7 @@ class _Turn:
                 clusters, ids, bias = (
                     None if part is None else part[place] for part in (self.clusters, self.ids, self.bias)
                 )
-                contrasts = Rows(block, clusters, ids, bias, None, self.normalize)
+                contrasts = Rows(block, clusters, ids, bias, normalize=self.normalize)
             p = Pairs(anchors, contrasts, data.scale, data.offset, *maps)
             of_block = needs._replace(contrasts=needs.contrasts and block is not None)
             found, gradients = sweep(p, call.rows.backend, weights, of_block)

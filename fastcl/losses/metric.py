@@ -20,7 +20,8 @@ from ..checks import (
     scalar_tensor,
 )
 from ..ops.backends.rows import accumulation_dtype, unit
-from ..statistics import ContrastiveStats, contrastive_stats
+from ..statistics import contrastive_stats
+from ..swept import ContrastiveStats
 from .modules import loss_dtype, reduced
 from .options import REDUCTIONS
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..distributed import Property, World
 from ..ops.contrastive.records import Rows
 from ..ops.library import uncompiled
-from ..statistics import ContrastiveStats, statistics
+from ..swept import ContrastiveStats, statistics
 from .batch import Batch
 from .gathered import gathered_statistics, has_gradient
 from .gathered_pairs import Maps
@@ -91,8 +91,8 @@ def _wide(rows: Batch) -> Batch:
         return values.float() if values.dtype.itemsize == 2 else values
 
     def side(given: Rows) -> Rows:
-        values, clusters, ids, bias, assignments, normalize = given
-        return Rows(wide(values), clusters, ids, bias, assignments, normalize)
+        values, clusters, ids, bias, assignments, *_, normalize = given
+        return Rows(wide(values), clusters, ids, bias, assignments, normalize=normalize)
 
     contrasts = None if rows.contrasts is None else side(rows.contrasts)
     positives = None if rows.positives is None else wide(rows.positives)

@@ -149,7 +149,7 @@ def reversed_rows(rows: Batch) -> tuple[Batch, Tensor | None]:
 
 def _without_bias(rows: Rows) -> Rows:
     """The rows without their bias; the values of those that it leaves out become 0."""
-    values, clusters, ids, bias, assignments, normalize = rows
+    values, clusters, ids, bias, assignments, *_, normalize = rows
     if bias is not None:
         values = values.masked_fill((bias == -torch.inf)[:, None], 0)
-    return Rows(values, clusters, ids, None, assignments, normalize)
+    return Rows(values, clusters, ids, None, assignments, normalize=normalize)

@@ -13,7 +13,7 @@ from ..distributed import Property, World, tell_others
 from ..ops.backends.rows import accumulation_dtype
 from ..ops.contrastive.records import Problem
 from ..ops.library import uncompiled
-from ..statistics import mean_loss, statistics
+from ..swept import mean_loss, statistics
 from .batch import Batch, per_row
 from .formulas import Formula
 from .gathered import gathered_statistics, has_gradient

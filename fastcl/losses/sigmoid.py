@@ -12,7 +12,7 @@ from ..ops.contrastive.records import Rows
 from ..ops.library import uncompiled
 from ..ops.pairs.op import pair_total
 from ..ops.pairs.records import Pairs
-from ..statistics import statistics
+from ..swept import statistics
 from .batch import Batch, Contrasts, Tensors, batch
 from .gathered import has_gradient
 from .gathered_pairs import Maps

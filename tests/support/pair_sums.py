@@ -50,7 +50,7 @@ def problem(
             of_bias = of_bias.masked_fill(of_bias != -torch.inf, 0)
         sums = torch.float64 if dtype == torch.float64 else torch.float32
         of_bias = None if of_bias is None else of_bias.to(sums)
-        sides.append(Rows(values.to(dtype), of_rows, of_ids, of_bias, None, normalize))
+        sides.append(Rows(values.to(dtype), of_rows, of_ids, of_bias, normalize=normalize))
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     of_distance = KINDS[kind].of_distance
     scale = torch.tensor(1.0 if of_distance else 3.7, dtype=sums)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..backends.rows import inverse_norms
 from ..library import once_differentiable, uncompiled, without_autocast
-from . import extra_positive
+from . import one_way
 from .backend import Backend
 from .direct import stacked, taken_apart
 from .fields import log_sums
-from .op import BACKENDS, swept_gradients, swept_statistics
+from .op import BACKENDS, joined, swept_gradients, swept_statistics, with_joined
 from .records import (
     OF_ROWS,
     TENSORS,
@@ -186,7 +186,7 @@ class _Blocks:
 
         kept = self.kept
         normalize = self.base.others.normalize
-        return self.over(Rows(rows, here(kept.clusters), here(kept.ids), here(kept.bias), None, normalize))
+        return self.over(Rows(rows, here(kept.clusters), here(kept.ids), here(kept.bias), normalize=normalize))
 
     def over(self, contrasts: Rows) -> Problem:
         """The anchors with these contrasts."""
@@ -210,7 +210,7 @@ class _Blocks:
             if 0 in p.sizes[1:]:
                 return
             found = swept_statistics(p, self.backend)
-            planes = self.backend.planes(p, found.saved)
+            planes = one_way.planes(p, self.backend, found.saved)
             sums = layout.merge(torch.stack([sums, layout.pack(found.anchors, planes[0])]), self.backend)
             self.kept.of_blocks[key] = found.anchor_inverse_norms, found.contrast_inverse_norms, found.saved
             if p.both:
@@ -230,7 +230,7 @@ class _Blocks:
             own, _ = layout.side(merged, base.dtype)
             merged = merged.to(base.dtype)
         empty = base.logit_scale.new_empty(0)
-        found = extra_positive.join(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
+        found = joined(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
         self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes, contrasts=merged)
         return found
 
@@ -281,7 +281,7 @@ class _Blocks:
             if 0 in p.sizes[1:]:
                 return None
             a, c, saved = kept.of_blocks[key]
-            planes = self.backend.planes(p, saved)
+            planes = one_way.planes(p, self.backend, saved)
             planes[0].copy_(kept.planes)
             side, grad_block = Side(grad, kept.anchors.counts, kept.anchors.parts), grad_contrasts[..., :0]
             other = empty[0]
@@ -322,7 +322,7 @@ class _Blocks:
         own_bias = self.exchange.summed(d_bias) if call.bias_needs else None
         swept = Gradients(dx, None if self.alone else home, d_scale, own_bias)
         needs = own._replace(contrasts=call.contrasts_need, bias=call.bias_needs)
-        return extra_positive.add_gradients(base, joined, grad, needs, swept), of_bias
+        return with_joined(base, joined, grad, needs, swept), of_bias
 
 
 class Layout(NamedTuple):

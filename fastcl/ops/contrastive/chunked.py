@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rows import CPU_BLOCK, FEWEST_ROWS, GPU_BLOCK, inverse_norms, through_normalization
+from . import rules
 from .backend import merge_planes as merge_planes
 from .backend import plane_count as plane_count
 from .backend import planes as planes
@@ -111,7 +112,7 @@ def _rows(p: Problem, saved: Statistics | None = None) -> tuple[Tensor, Tensor, 
 
 def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
     _, n, _ = p.sizes
-    step, left_out = block_rows(p), p.left_out
+    step, left_out, guides = block_rows(p), p.left_out, rules.guide_rows(p)
     own = None if p.anchors.assignments is None else p.anchors.assignments.to(p.dtype)
     others = None if p.others.assignments is None else p.others.assignments.to(p.dtype)
     for start in range(0, n, step):
@@ -120,10 +121,11 @@ def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
         logits = similarity * p.logit_scale[:, None, None]
         if p.others.bias is not None:
             logits += p.others.bias
-        positive = _equal(p.anchors.clusters, p.others.clusters, rows)
         if own is not None and others is not None:
-            positive = pair_weights(own[rows], others)
-        inadmissible = _equal(p.anchors.ids, p.others.ids, rows)
+            positive: Tensor | None = pair_weights(own[rows], others)
+        else:
+            positive = rules.positives(p, rows)
+        inadmissible = rules.inadmissible(p, rows, positive, guides)
         if left_out is not None:
             everywhere = left_out.repeat(len(similarity), 1)
             inadmissible = everywhere if inadmissible is None else inadmissible | everywhere
@@ -136,13 +138,6 @@ def _tiles(p: Problem, x: Tensor, y: Tensor) -> Iterator[_Tile]:
             if positive is not None:
                 positive.masked_fill_(inadmissible, 0)
         yield _Tile(rows, similarity, logits, inadmissible, positive)
-
-
-def _equal(left: Tensor | None, right: Tensor | None, rows: slice) -> Tensor | None:
-    if left is None or right is None:
-        return None
-    ids = left[rows, None]
-    return (ids == right) & (ids != -1)
 
 
 def _members(field: str, tile: _Tile) -> Tensor:

@@ -104,7 +104,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     own, other = _sides(p, anchors, contrasts, saved.saved)
     anchors_alone = rows is not None and columns is None and scale is None and bias is None
     weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)
-    outputs = (*weighted, p.positives is None, *map(address, (rows, columns, scale, bias)))
+    outputs = (*weighted, p.positives is None and p.hard_negatives is None, *map(address, (rows, columns, scale, bias)))
     native.run(
         native.native_module().backward(native.engine()[0], describe(swept), (*own, 0), other and (*other, 0), outputs)
     )
@@ -116,7 +116,9 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 def takes_mean_loss(p: Problem) -> bool:
     """Whether `mean_loss` covers the problem: one scale, no extra positive, and no bias in self-contrast."""
     biased = p.contrasts is None and p.anchors.bias is not None
-    return p.positives is None and not biased and len(p.logit_scale) == 1
+    split = p.guided and (p.both or p.contrasts is None)
+    alone = p.positives is None and p.hard_negatives is None
+    return alone and not (biased or split) and len(p.logit_scale) == 1
 
 
 def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | None]:
@@ -179,25 +181,27 @@ def addressable(p: Problem) -> Problem:
 
 
 def _is_addressable(rows: Rows) -> bool:
-    values, clusters, ids, bias, assignments, _ = rows
+    values, clusters, ids, bias, assignments, *rules, _ = rows
     return (
         not values.is_neg()
         and (clusters is None or _is_dense(clusters))
         and (ids is None or _is_dense(ids))
         and (bias is None or _is_dense(bias))
         and (assignments is None or not assignments.is_neg())
+        and all(values is None or _is_dense(values) for values in rules)
     )
 
 
 def _addressable_rows(rows: Rows) -> Rows:
-    values, clusters, ids, bias, assignments, normalize = rows
+    values, clusters, ids, bias, assignments, *rules, normalize = rows
     return Rows(
         values.resolve_neg(),
         None if clusters is None else _dense(clusters),
         None if ids is None else _dense(ids),
         None if bias is None else _dense(bias),
         None if assignments is None else assignments.resolve_neg(),
-        normalize,
+        *(None if values is None else _dense(values) for values in rules),
+        normalize=normalize,
     )
 
 

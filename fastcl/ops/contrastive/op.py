@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..library import LIBRARY, intercepted, register, without_autocast
-from . import chunked, cpu, cuda, extra_positive, infinite, linear, reference, triton
+from . import chunked, cpu, cuda, extra_positive, hard_negatives, infinite, linear, one_way, reference, triton
 from .backend import Backend
 from .observed import PARTS
 from .records import (
@@ -64,7 +64,7 @@ def parsed(args: Sequence[Any]) -> tuple[Problem, Backend]:
 def statistics(problem: Problem, backend: Backend) -> Statistics:
     """All wanted statistics."""
     with without_autocast(problem.device):
-        return extra_positive.join(problem, swept_statistics(problem, backend))
+        return joined(problem, swept_statistics(problem, backend))
 
 
 def gradients(
@@ -73,14 +73,25 @@ def gradients(
     """The needed gradients, from those of the fields: `grad` [W, S, N], `grad_contrasts` [W, S, M]."""
     with without_autocast(problem.device):
         swept = swept_gradients(problem, backend, saved, grad, grad_contrasts, needs)
-        return extra_positive.add_gradients(problem, saved, grad, needs, swept)
+        return with_joined(problem, saved, grad, needs, swept)
+
+
+def joined(problem: Problem, swept: Statistics) -> Statistics:
+    """The statistics with each anchor's extra positive and hard negatives."""
+    return hard_negatives.join(problem, extra_positive.join(problem, swept))
+
+
+def with_joined(problem: Problem, saved: Statistics, grad: Tensor, needs: Needs, swept: Gradients) -> Gradients:
+    """The gradients with those through the extra positive and the hard negatives."""
+    found = extra_positive.add_gradients(problem, saved, grad, needs, swept)
+    return hard_negatives.add_gradients(problem, saved, grad, needs, found)
 
 
 def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
     """All wanted fields, without the extra positive."""
     if backend is not cpu or linear.FIELD in problem.want:  # the engine of `cpu` knows infinite rows itself
         problem = infinite.as_nan(problem)
-    return linear.add(problem, backend.forward(_swept(problem, backend)))
+    return linear.add(problem, one_way.forward(_swept(problem, backend), backend))
 
 
 def swept_gradients(
@@ -88,7 +99,7 @@ def swept_gradients(
 ) -> Gradients:
     """Gradients of all wanted fields, without the extra positive."""
     of_sides = linear.swept_gradient(problem, grad), linear.swept_gradient(problem, grad_contrasts)
-    found = backend.backward(_swept(problem, backend), saved, *of_sides, needs)
+    found = one_way.backward(_swept(problem, backend), backend, saved, *of_sides, needs)
     return linear.add_gradients(problem, saved, grad, grad_contrasts, needs, found)
 
 
@@ -156,7 +167,14 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     a = new(n if problem.anchors.normalize else 0)
     c = new(m if problem.contrasts is not None and problem.contrasts.normalize else 0)
     observed = new(len(PARTS), s, n + m if problem.both else n) if problem.observe else new(0)
-    return *side(n), *side(m if problem.both else 0), a, c, new(backend.saved_size(_swept(problem, backend))), observed
+    return (
+        *side(n),
+        *side(m if problem.both else 0),
+        a,
+        c,
+        new(one_way.saved_size(_swept(problem, backend), backend)),
+        observed,
+    )
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:

@@ -21,6 +21,12 @@ class Rows(NamedTuple):
     ids: Tensor | None = None  # [N]; a pair of equal ids is inadmissible
     bias: Tensor | None = None  # [N], added to the logits where these rows are contrasts; -inf leaves a row out
     assignments: Tensor | None = None  # [N, C], >= 0, in place of clusters: the pair i, j has weight <r_i, r_j>
+    tags: Tensor | None = None  # [N, W] int64, 64 W bits: rows that share a bit are positives, as rows of one cluster
+    samples: Tensor | None = None  # [N]; a pair of equal samples stays admissible although its ids are equal
+    groups: Tensor | None = None  # [N]; a pair of different groups is inadmissible; none is -1
+    # [N, G]; a pair that is no positive is inadmissible if its guide rows' cosine exceeds the anchor's threshold
+    guide: Tensor | None = None
+    thresholds: Tensor | None = None  # [N], where the rows are anchors
     normalize: bool = False  # cosine similarity: rows enter the logits with norm 1
 
 
@@ -38,6 +44,7 @@ class Problem:
     anchors_only: bool = False
     observe: bool = False  # also return `Side.observed`
     partial: bool = False  # the caller adds to the gradients of rows, so they stay in `dtype`
+    hard_negatives: Tensor | None = None  # [N, H, D]: more negatives of each anchor; contrasts of that anchor only
 
     @property
     def others(self) -> Rows:
@@ -48,7 +55,18 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """The dtype of logits, sums and statistics: float64 if a set of rows is float64, else float32."""
         contrasts = None if self.contrasts is None else self.contrasts.values
-        return accumulation_dtype(self.anchors.values, contrasts, self.positives)
+        return accumulation_dtype(self.anchors.values, contrasts, self.positives, self.hard_negatives)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a guide decides about pairs: admissible pairs then differ between the two directions."""
+        return self.anchors.guide is not None
+
+    @property
+    def ruled(self) -> bool:
+        """Whether tags, samples, groups or a guide decide about pairs."""
+        own = self.anchors
+        return not (own.tags is None and own.samples is None and own.groups is None and own.guide is None)
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +136,7 @@ def flatten(p: Problem) -> tuple[Any, ...]:
         *flatten_rows(contrasts),
         p.positives,
         p.logit_scale,
+        p.hard_negatives,
         anchors.normalize,
         contrasts is not None and contrasts.normalize,
         p.want,
@@ -130,10 +149,10 @@ def flatten(p: Problem) -> tuple[Any, ...]:
 def unflatten(arguments: Sequence[Any]) -> Problem:
     """The inverse of `flatten`, which drops `partial`."""
     k = OF_ROWS
-    positives, logit_scale, normalize, normalize_contrasts, *rest = arguments[2 * k :]
+    positives, logit_scale, hard_negatives, normalize, normalize_contrasts, *rest = arguments[2 * k :]
     anchors = Rows(*arguments[:k], normalize)  # type: ignore[call-arg]
     contrasts = unflatten_rows(arguments[k : 2 * k], normalize_contrasts)
-    return Problem(anchors, contrasts, positives, logit_scale, *rest)
+    return Problem(anchors, contrasts, positives, logit_scale, *rest, hard_negatives=hard_negatives)
 
 
 class Side(NamedTuple):
@@ -182,6 +201,7 @@ class Gradients(NamedTuple):
     positives: Tensor | None = None  # [N, D]
     anchor_assignments: Tensor | None = None  # [N, C]
     contrast_assignments: Tensor | None = None  # [M, C]
+    hard_negatives: Tensor | None = None  # [N, H, D]
 
 
 class Needs(NamedTuple):
@@ -194,6 +214,7 @@ class Needs(NamedTuple):
     positives: bool = False
     anchor_assignments: bool = False
     contrast_assignments: bool = False
+    hard_negatives: bool = False
 
 
 def _gradient_places(contrasts: bool) -> tuple[int, ...]:

@@ -77,24 +77,34 @@ def _biased(p: Problem, logits: Tensor) -> Tensor:
 
 def _sets(p: Problem) -> dict[str, Tensor]:
     """The mask [N, M] of each field's set: A, P or N = A without P. With assignments sum_pos has weights instead."""
+    own, other = p.anchors, p.others
     _, n, m = p.sizes
+
+    def equal(left: Tensor | None, right: Tensor | None) -> Tensor:
+        if left is None or right is None:
+            return torch.zeros(n, m, dtype=torch.bool, device=p.device)
+        return (left[:, None] == right[None, :]) & (left != -1)[:, None]
+
+    admissible = ~(equal(own.ids, other.ids) & ~equal(own.samples, other.samples))
     if p.contrasts is None:
-        admissible = ~torch.eye(n, dtype=torch.bool, device=p.device)
-    else:
-        admissible = ~_equal(p.anchors.ids, p.others.ids, n, m, p.device)
+        admissible = admissible & ~torch.eye(n, dtype=torch.bool, device=p.device)
+    if own.groups is not None:
+        admissible = admissible & equal(own.groups, other.groups)
     if (left_out := p.left_out) is not None:
         admissible = admissible & ~left_out
-    if p.anchors.assignments is not None and p.others.assignments is not None:
-        r, q = p.anchors.assignments.to(p.dtype), p.others.assignments.to(p.dtype)
+    if own.assignments is not None and other.assignments is not None:
+        r, q = own.assignments.to(p.dtype), other.assignments.to(p.dtype)
         return {"lse_all": admissible, "sum_pos": torch.where(admissible, pair_weights(r, q), 0)}
-    positive = admissible & _equal(p.anchors.clusters, p.others.clusters, n, m, p.device)
+    positive = equal(own.clusters, other.clusters)
+    if own.tags is not None and other.tags is not None:
+        positive = positive | ((own.tags[:, None] & other.tags[None, :]) != 0).any(-1)
+    if own.guide is not None and other.guide is not None and own.thresholds is not None:
+        guide, others = (
+            rows.to(p.dtype) * inverse_norms(rows.to(p.dtype))[:, None] for rows in (own.guide, other.guide)
+        )
+        admissible = admissible & (positive | (guide @ others.T <= own.thresholds[:, None]))
+    positive = positive & admissible
     return {"lse_all": admissible, "lse_pos": positive, "lse_neg": admissible & ~positive, "sum_pos": positive}
-
-
-def _equal(left: Tensor | None, right: Tensor | None, n: int, m: int, device: torch.device) -> Tensor:
-    if left is None or right is None:
-        return torch.zeros(n, m, dtype=torch.bool, device=device)
-    return (left[:, None] == right[None, :]) & (left != -1)[:, None]
 
 
 def _reduce(p: Problem, logits: Tensor, plain: Tensor, sets: dict[str, Tensor]) -> Side:

@@ -71,9 +71,9 @@ def two_sets(anchors: Rows, contrasts: Rows | None, needed: bool, first: int = 0
     """
     if contrasts is not None or not needed:
         return anchors, contrasts
-    values, clusters, _, bias, _, normalize = anchors
+    values, clusters, _, bias, *_, normalize = anchors
     own = torch.arange(first, first + values.shape[0], device=values.device)
-    return Rows(values, clusters, own, None, None, normalize), Rows(values, clusters, own, bias, None, normalize)
+    return Rows(values, clusters, own, normalize=normalize), Rows(values, clusters, own, bias, normalize=normalize)
 
 
 class Sums(NamedTuple):
@@ -138,6 +138,6 @@ def unflatten(arguments: Sequence[Any]) -> Pairs:
     values, others, scale, offset, bias, clusters, other_clusters, ids, other_ids, normalize, other, *rest, _ = (
         arguments
     )
-    anchors = Rows(values, clusters, ids, None, None, normalize)
-    contrasts = None if others is None else Rows(others, other_clusters, other_ids, bias, None, other)
+    anchors = Rows(values, clusters, ids, normalize=normalize)
+    contrasts = None if others is None else Rows(others, other_clusters, other_ids, bias, normalize=other)
     return Pairs(anchors, contrasts, scale, offset, *rest)

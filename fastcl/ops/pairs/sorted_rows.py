@@ -17,7 +17,7 @@ def as_problem(p: Pairs) -> Problem:
 
     def rows(given: Rows) -> Rows:
         clusters, ids = given.clusters if clustered else None, given.ids if named else None
-        return Rows(given.values, clusters, ids, given.bias, None, given.normalize)
+        return Rows(given.values, clusters, ids, given.bias, normalize=given.normalize)
 
     contrasts = None if others is None else rows(others)
     return Problem(rows(p.anchors), contrasts, None, p.logit_scale.reshape(1), (), partial=True)

@@ -68,8 +68,8 @@ def saturated(dtype: torch.dtype, m: int | None) -> tuple[Pairs, torch.Tensor]:
     centres = torch.linalg.qr(torch.randn(8, 8, generator=g)).Q
     clusters = torch.arange(30) % 3
     values = (centres[clusters] + 0.01 * torch.randn(30, 8, generator=g)).to(dtype)
-    anchors = Rows(values, clusters, None, None, None, True)
-    contrasts = None if m is None else Rows(values.flip(0)[:m], clusters.flip(0)[:m], None, None, None, True)
+    anchors = Rows(values, clusters, normalize=True)
+    contrasts = None if m is None else Rows(values.flip(0)[:m], clusters.flip(0)[:m], normalize=True)
     scale, offset = torch.tensor(40.0), torch.tensor(-20.0)
     return Pairs(anchors, contrasts, scale, offset, "softplus"), torch.full((2, 30), 1e-3)
 

@@ -171,23 +171,27 @@ def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
     dtype = p.dtype
     scales, bias = p.logit_scale.to(dtype).reshape(-1), p.others.bias
     # If only the anchors need a gradient, as with a queue, the forward can save the backward its sweep.
+    unusual = p.ruled or p.hard_negatives is not None
     anchors_only = (
         contrasts is not None
         and torch.is_grad_enabled()
         and anchors.values.requires_grad
-        and not (p.both or contrasts.values.requires_grad or scales.requires_grad or bias is not None)
+        and not (unusual or p.both or contrasts.values.requires_grad or scales.requires_grad or bias is not None)
     )
     if bias is not None and bias.dtype != dtype:  # torch 2.6 cannot compile _replace
         values, clusters, ids, _, _, *rules, normalize = p.others
-        others = Rows(values, clusters, ids, bias.to(dtype), None, *rules, normalize=normalize)
+        others = Rows(values, clusters, ids, bias.to(dtype), None, *rules, normalize)  # type: ignore[arg-type, call-arg]
         anchors, contrasts = (others, None) if contrasts is None else (anchors, others)
-    problem = Problem(anchors, contrasts, p.positives, scales, want, p.both, anchors_only, p.observe)
-    return *flatten(problem), choose_backend(p.device, dtype)
+    hard = p.hard_negatives
+    problem = Problem(
+        anchors, contrasts, p.positives, scales, want, p.both, anchors_only, p.observe, hard_negatives=hard
+    )
+    return *flatten(problem), choose_backend(p.device, dtype, p.family)
 
 
 def _is_intercepted(p: Problem) -> bool:
     contrasts = None if p.contrasts is None else p.contrasts.values
-    found = intercepted(p.anchors.values, contrasts, p.positives, p.logit_scale, p.others.bias)
+    found = intercepted(p.anchors.values, contrasts, p.positives, p.logit_scale, p.others.bias, p.hard_negatives)
     if found and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         raise NotImplementedError(
             "fastcl.contrastive_stats: torch.jit.trace is not supported, torch.export and torch.compile are"

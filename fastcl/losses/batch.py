@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_assignments, check_bias, check_ids, check_rows
+from ..guide import Guide
 from ..memory_state import Memory, Stored
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.contrastive.records import Rows
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     # by_sample, and contrast i has the cluster of anchor row i; extra contrasts have -1.
     aligned: bool = False
     parts: tuple[tuple[int, bool], ...] = ()  # for each part of the contrasts: number of rows, whether it is stored
+    hard_negatives: Tensor | None = None  # [R, H, D]
 
     def dtype(self) -> torch.dtype:
         """The dtype of the loss."""
@@ -54,14 +56,25 @@ class Tensors(NamedTuple):
     contrast_bias: Tensor | None = None
     assignments: Tensor | None = None
     contrast_assignments: Tensor | None = None
+    groups: Tensor | None = None
+    contrast_groups: Tensor | None = None
+    guide: Guide | None = None
+    hard_negatives: Tensor | None = None
+    keep_pairs: bool = False
 
 
 def batch(given: Tensors, normalize: bool) -> Batch:
     """Checks the tensors of a call without assignments, flattens views and gives every row its cluster.
 
+    Tags in place of clusters are not read here (`rules`): each sample is then a cluster.
+
     normalize: cosine similarity. Stored rows are never normalised.
     """
     embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, *_ = given
+    tagged = isinstance(clusters, Tensor) and clusters.dtype == torch.bool and clusters.dim() == 2
+    tags_of_contrasts = tagged and contrast_clusters is not None
+    if tagged:
+        clusters = contrast_clusters = None
     check_rows("embeddings", embeddings, dims=(2, 3))
     shape, device = tuple(embeddings.shape[:-1]), embeddings.device
     n, views = shape[0], shape[1] if len(shape) == 2 else 1
@@ -84,10 +97,12 @@ def batch(given: Tensors, normalize: bool) -> Batch:
     if parts is None:
         if contrast_bias is not None:
             check_bias(contrast_bias, rows, device)
-        for name, value in (("contrast_clusters", contrast_clusters), ("ids", ids), ("contrast_ids", contrast_ids)):
+        for name, value in (("contrast_clusters", given.contrast_clusters), ("contrast_ids", contrast_ids)):
             if value is not None:
                 raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
-        if clusters is None and views < 2 and positives is None:
+        if ids is not None:
+            check_ids("ids", ids, n, device)
+        if clusters is None and not tagged and views < 2 and positives is None:
             raise ValueError(
                 "clusters: expected cluster ids, embeddings of at least two views [N, V, D], or contrasts: "
                 f"a single view {list(embeddings.shape)} has no positives"
@@ -95,9 +110,11 @@ def batch(given: Tensors, normalize: bool) -> Batch:
     else:
         if contrast_bias is not None:
             check_bias(contrast_bias, sum(part.length() for part in parts), device)
-        _check_others(parts, rows, clusters, positives, contrast_clusters, ids, contrast_ids)
         if ids is not None:
             check_ids("ids", ids, n, device)
+            if given.keep_pairs and contrast_ids is None:
+                contrast_ids = _of_pairs(ids, views, parts)
+        _check_others(parts, rows, given, contrast_ids)
 
     if clusters is None:
         anchor_clusters = per_row(torch.arange(n, device=device), views)
@@ -108,28 +125,32 @@ def batch(given: Tensors, normalize: bool) -> Batch:
         private = torch.arange(-2, -2 - n, -1, device=device)
         anchor_clusters = per_row(torch.where(wide < 0, private, wide), views)
     by_sample = clusters is None
+    own_ids = None if ids is None else per_row(ids.to(torch.int64).clamp(min=-1), views)
     if parts is None:
-        own = Rows(anchors, anchor_clusters, bias=contrast_bias, normalize=normalize)
+        alone = tagged and views == 1  # clusters of one row make no positives
+        own = Rows(anchors, None if alone else anchor_clusters, own_ids, contrast_bias, normalize=normalize)
         return Batch(own, None, positives, shape, views, by_sample, aligned=by_sample)
+    count = sum(part.length() for part in parts if part.stored is None)
     if contrast_clusters is not None:
         of_tensors = contrast_clusters.to(torch.int64).clamp(min=-1)
+    elif tags_of_contrasts:
+        of_tensors = anchor_clusters.new_full((count,), -1)
     else:
-        count = sum(part.length() for part in parts if part.stored is None)
         of_tensors = torch.cat((anchor_clusters, anchor_clusters.new_full((max(count - rows, 0),), -1)))[:count]
-    own_ids = None if contrast_ids is None else contrast_ids.to(torch.int64).clamp(min=-1)
+    other_ids = None if contrast_ids is None else contrast_ids.to(torch.int64).clamp(min=-1)
     clustered = clusters is not None or any(part.stored is None for part in parts)
     stored = any(part.stored is not None for part in parts)
     return Batch(
         Rows(
             anchors,
             anchor_clusters if clustered else None,
-            None if ids is None else per_row(ids.to(torch.int64).clamp(min=-1), views),
+            own_ids,
             normalize=normalize,
         ),
         Rows(
             _rows(parts, normalize),
             _joined(parts, None if by_sample else "clusters", of_tensors) if clustered else None,
-            None if ids is None else _joined(parts, "ids", own_ids),
+            None if ids is None else _joined(parts, "ids", other_ids),
             contrast_bias,
             normalize=normalize and not stored,
         ),
@@ -137,7 +158,7 @@ def batch(given: Tensors, normalize: bool) -> Batch:
         shape,
         views,
         by_sample,
-        aligned=by_sample and contrast_clusters is None,
+        aligned=by_sample and contrast_clusters is None and not tags_of_contrasts,
         parts=tuple((part.length(), part.stored is not None) for part in parts),
     )
 
@@ -176,7 +197,7 @@ def aligned_clusters(samples: list[int], views: int, contrasts: list[int], devic
 
 def assigned_batch(given: Tensors, normalize: bool) -> Batch:
     """`batch` with assignments in place of clusters."""
-    embeddings, _, _, contrasts, _, ids, contrast_ids, contrast_bias, assignments, contrast_assignments = given
+    embeddings, _, _, contrasts, _, ids, contrast_ids, contrast_bias, assignments, contrast_assignments, *_ = given
     check_rows("embeddings", embeddings, dims=(2, 3))
     shape, device = tuple(embeddings.shape[:-1]), embeddings.device
     n, views = shape[0], shape[1] if len(shape) == 2 else 1
@@ -271,16 +292,17 @@ def _parts(contrasts: Contrasts, embeddings: Tensor) -> list[_Part]:
     return parts
 
 
-def _check_others(
-    parts: list[_Part],
-    rows: int,
-    clusters: Tensor | None,
-    positives: Tensor | None,
-    contrast_clusters: Tensor | None,
-    ids: Tensor | None,
-    contrast_ids: Tensor | None,
-) -> None:
+def _of_pairs(ids: Tensor, views: int, parts: list[_Part]) -> Tensor:
+    """The ids of the tensors' rows: contrast i has that of anchor row i, others none."""
+    count = sum(part.length() for part in parts if part.stored is None)
+    own = per_row(ids.to(torch.int64), views)
+    return torch.cat((own, own.new_full((max(count - len(own), 0),), -1)))[:count]
+
+
+def _check_others(parts: list[_Part], rows: int, given: Tensors, contrast_ids: Tensor | None) -> None:
     """Raises ValueError unless the contrasts have exactly the clusters and ids that the call needs."""
+    clusters, positives, contrast_clusters, ids = given.clusters, given.positives, given.contrast_clusters, given.ids
+    tagged = isinstance(clusters, Tensor) and clusters.dtype == torch.bool and clusters.dim() == 2
     device = parts[0].rows.device
     memories = [part.stored for part in parts if part.stored is not None]
     lengths = [part.length() for part in parts if part.stored is None]
@@ -289,7 +311,8 @@ def _check_others(
         if value is not None and not lengths:
             raise ValueError(f"{name}: expected None, as queues and banks bring their own, got a value")
     if contrast_clusters is not None:
-        check_ids("contrast_clusters", contrast_clusters, count, device)
+        if not tagged:
+            check_ids("contrast_clusters", contrast_clusters, count, device)
     elif lengths and count < rows:
         raise ValueError(
             f"contrasts: expected at least {rows} rows, one for each anchor row, or contrast_clusters; got {count} rows"

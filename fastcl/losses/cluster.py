@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from ..checks import check_flag, positive_number
 from ..distributed import tell_others
+from ..guide import Guide
 from .batch import Batch, Contrasts, Tensors, assigned_batch, batch
 from .formulas import InfoNCE, Weighted, infonce
 from .modules import shown_temperature
 from .options import LossOptions, OptionKeywords, options_of, parse_options, shown_options, takes_options
 from .pair_form import pair_form_loss
 from .reduce import LossResult, inverse_temperature, reduced_loss
+from .rules import RULES, check_rules, has_rules, ruled
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,6 +27,8 @@ def cluster_infonce(
     positives: Tensor | None = None, contrasts: Contrasts | None = None, contrast_clusters: Tensor | None = None,
     ids: Tensor | None = None, contrast_ids: Tensor | None = None, contrast_bias: Tensor | None = None,
     weights: Tensor | None = None, assignments: Tensor | None = None, contrast_assignments: Tensor | None = None,
+    groups: Tensor | None = None, contrast_groups: Tensor | None = None, guide: Guide | None = None,
+    hard_negatives: Tensor | None = None, keep_pairs: bool = False,
     return_stats: Literal[False] = False, **options: Unpack[OptionKeywords],
 ) -> Tensor: ...  # fmt: skip
 @overload
@@ -33,6 +37,8 @@ def cluster_infonce(
     positives: Tensor | None = None, contrasts: Contrasts | None = None, contrast_clusters: Tensor | None = None,
     ids: Tensor | None = None, contrast_ids: Tensor | None = None, contrast_bias: Tensor | None = None,
     weights: Tensor | None = None, assignments: Tensor | None = None, contrast_assignments: Tensor | None = None,
+    groups: Tensor | None = None, contrast_groups: Tensor | None = None, guide: Guide | None = None,
+    hard_negatives: Tensor | None = None, keep_pairs: bool = False,
     return_stats: bool, **options: Unpack[OptionKeywords],
 ) -> LossResult: ...  # fmt: skip
 @takes_options(OptionKeywords)
@@ -50,6 +56,11 @@ def cluster_infonce(
     weights: Tensor | None = None,
     assignments: Tensor | None = None,
     contrast_assignments: Tensor | None = None,
+    groups: Tensor | None = None,
+    contrast_groups: Tensor | None = None,
+    guide: Guide | None = None,
+    hard_negatives: Tensor | None = None,
+    keep_pairs: bool = False,
     return_stats: bool = False,
     **options: Unpack[OptionKeywords],
 ) -> LossResult:
@@ -62,7 +73,7 @@ def cluster_infonce(
     """
     given = Tensors(
         embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, assignments,
-        contrast_assignments,
+        contrast_assignments, groups, contrast_groups, guide, hard_negatives, keep_pairs,
     )  # fmt: skip
     try:
         parsed = parse_options("cluster_infonce", options)
@@ -87,6 +98,9 @@ def loss_of(
         if given.assignments is None and given.contrast_assignments is None:
             formula = infonce(options)
             rows = batch(given, options.normalize)
+            if has_rules(given):
+                check_rules(given, options)
+                rows = ruled(given, rows, options.symmetric, options.gather)
         else:
             formula, rows = Weighted(), _assigned(given, options, return_stats)
         scale = inverse_temperature(temperature, rows)
@@ -220,12 +234,17 @@ class ClusterInfoNCE(nn.Module):
         temperature: float | Tensor | None = None,
         assignments: Tensor | None = None,
         contrast_assignments: Tensor | None = None,
+        groups: Tensor | None = None,
+        contrast_groups: Tensor | None = None,
+        guide: Guide | None = None,
+        hard_negatives: Tensor | None = None,
+        keep_pairs: bool = False,
         return_stats: bool = False,
     ) -> LossResult:
         """The loss. The class describes shapes and errors."""
         given = Tensors(
             embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias,
-            assignments, contrast_assignments,
+            assignments, contrast_assignments, groups, contrast_groups, guide, hard_negatives, keep_pairs,
         )  # fmt: skip
         temperature = self.temperature if temperature is None else temperature
         return loss_of(given, options_of(self), temperature, weights, return_stats)
@@ -239,8 +258,8 @@ class ClusterInfoNCE(nn.Module):
 
 def _assigned(given: Tensors, options: LossOptions, return_stats: bool) -> Batch:
     """The batch of a call with assignments. ValueError for arguments and options that assignments do not support."""
-    for name in ("clusters", "contrast_clusters", "positives"):
-        if getattr(given, name) is not None:
+    for name in ("clusters", "contrast_clusters", "positives", *RULES):
+        if getattr(given, name) not in (None, False):
             raise ValueError(f"{name}: expected None with assignments, got a value")
     check_flag("return_stats", return_stats)
     if return_stats:

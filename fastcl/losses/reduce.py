@@ -25,7 +25,7 @@ LossResult = Tensor | tuple[Tensor, LossStats]  # a tuple with return_stats
 
 def scalar(name: str, value: float | Tensor, rows: Batch) -> Tensor:
     """The value as a 0-dimensional tensor in the dtype of the logits."""
-    dtype = accumulation_dtype(rows.anchors.values, rows.others().values, rows.positives)
+    dtype = accumulation_dtype(rows.anchors.values, rows.others().values, rows.positives, rows.hard_negatives)
     return scalar_tensor(name, value, rows.anchors.values.device, dtype)
 
 
@@ -84,7 +84,10 @@ def opened(
 
 
 def posed(rows: Batch, scales: Tensor, want: tuple[str, ...], options: LossOptions, observe: bool) -> Problem:
-    return Problem(rows.anchors, rows.contrasts, rows.positives, scales, want, options.symmetric, observe=observe)
+    return Problem(
+        rows.anchors, rows.contrasts, rows.positives, scales, want, options.symmetric, observe=observe,
+        hard_negatives=rows.hard_negatives,
+    )  # fmt: skip
 
 
 def _loss(

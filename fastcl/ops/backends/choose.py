@@ -73,8 +73,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "cont
 
     It is the selected backend, else the fastest available one; or its replacement by `_stand_in`.
 
-    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"pair_distances"``, ``"sinkhorn"`` or
-    ``"topk"``.
+    family: one of `FAMILIES`.
     """
     if device.type == "cpu" and (wrong := native.wrong_cap()):
         raise ValueError(wrong)
@@ -112,6 +111,7 @@ MOST_NEIGHBOURS = 256  # largest k of top-k for which the GPU kernels keep a que
 
 FAMILIES = {
     "contrastive_stats": "contrastive statistics",
+    "pair_rules": "contrastive statistics with tags, groups, a guide or duplicates",
     "soft_assignments": "soft assignments",
     "pair_sums": "sums over pairs",
     "pair_distances": "sums of distances over pairs",
@@ -120,7 +120,10 @@ FAMILIES = {
 }
 
 # The families that a backend lacks. By default another backend computes them; if the backend is named, it is an error.
-LACKING: dict[str, frozenset[str]] = {"cuda": frozenset({"soft_assignments", "pair_distances"})}
+LACKING: dict[str, frozenset[str]] = {
+    "triton": frozenset({"pair_rules"}),
+    "cuda": frozenset({"pair_rules", "soft_assignments", "pair_distances"}),
+}
 
 # Backends that replace one which lacks a family or a dtype, best first.
 REPLACEMENTS = {"cuda": ("triton", "chunked"), "triton": ("chunked",)}

@@ -194,14 +194,14 @@ def _is_addressable(rows: Rows) -> bool:
 
 def _addressable_rows(rows: Rows) -> Rows:
     values, clusters, ids, bias, assignments, *rules, normalize = rows
-    return Rows(
+    return Rows(  # type: ignore[call-arg]
         values.resolve_neg(),
         None if clusters is None else _dense(clusters),
         None if ids is None else _dense(ids),
         None if bias is None else _dense(bias),
         None if assignments is None else assignments.resolve_neg(),
-        *(None if values is None else _dense(values) for values in rules),
-        normalize=normalize,
+        *[None if values is None else _dense(values) for values in rules],  # type: ignore[arg-type]
+        normalize,
     )
 
 

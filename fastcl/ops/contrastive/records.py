@@ -64,9 +64,14 @@ class Problem:
 
     @property
     def ruled(self) -> bool:
-        """Whether tags, samples, groups or a guide decide about pairs."""
-        own = self.anchors
-        return not (own.tags is None and own.samples is None and own.groups is None and own.guide is None)
+        """Whether tags, samples, groups, a guide, or ids in self-contrast decide about pairs."""
+        own, ids = self.anchors, self.contrasts is None and self.anchors.ids is not None
+        return ids or not (own.tags is own.samples is own.groups is own.guide is None)
+
+    @property
+    def family(self) -> str:
+        """The family of operators, for `ops.backends.choose`."""
+        return "pair_rules" if self.ruled else "contrastive_stats"
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +157,10 @@ def unflatten(arguments: Sequence[Any]) -> Problem:
     positives, logit_scale, hard_negatives, normalize, normalize_contrasts, *rest = arguments[2 * k :]
     anchors = Rows(*arguments[:k], normalize)  # type: ignore[call-arg]
     contrasts = unflatten_rows(arguments[k : 2 * k], normalize_contrasts)
-    return Problem(anchors, contrasts, positives, logit_scale, *rest, hard_negatives=hard_negatives)
+    want, both, anchors_only, observe = rest
+    return Problem(
+        anchors, contrasts, positives, logit_scale, want, both, anchors_only, observe, hard_negatives=hard_negatives
+    )
 
 
 class Side(NamedTuple):

@@ -102,7 +102,7 @@ def _sets(p: Problem) -> dict[str, Tensor]:
         guide, others = (
             rows.to(p.dtype) * inverse_norms(rows.to(p.dtype))[:, None] for rows in (own.guide, other.guide)
         )
-        admissible = admissible & (positive | (guide @ others.T <= own.thresholds[:, None]))
+        admissible = admissible & (positive | ~(guide @ others.T > own.thresholds[:, None]))
     positive = positive & admissible
     return {"lse_all": admissible, "lse_pos": positive, "lse_neg": admissible & ~positive, "sum_pos": positive}
 

@@ -269,7 +269,7 @@ def _prepared(p: Pairs) -> tuple[Pairs, str]:
     dtype = p.dtype
     contrasts = p.contrasts
     if contrasts is not None and contrasts.bias is not None and contrasts.bias.dtype != dtype:
-        values, clusters, ids, _, _, normalize = contrasts  # torch 2.6 cannot compile _replace
+        values, clusters, ids, *_, normalize = contrasts  # torch 2.6 cannot compile _replace
         contrasts = Rows(values, clusters, ids, contrasts.bias.to(dtype), normalize=normalize)
     offset = None if p.offset is None else p.offset.to(dtype)
     scale = p.logit_scale.to(dtype)

@@ -68,7 +68,7 @@ def assignment_gradients(
         return None, None
     sums, weights = grad.double()
     other_sums, other_weights = grad_contrasts.double() if p.both else (None, None)
-    y, _, _, bias, q, normalize = p.others
+    y, _, _, bias, q, *_, normalize = p.others
     assert q is not None
     scale = p.logit_scale.double()[0]
     bias = y.new_zeros(len(y)) if bias is None else bias

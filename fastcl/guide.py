@@ -1,0 +1,147 @@
+"""Filters contrasts by the embeddings of another model, the guide: what it finds too similar is no negative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_option, check_rows, check_vector, finite_number, shown, values_visible
+from .ops.backends.choose import choose_backend
+from .ops.backends.rows import inverse_norms
+from .ops.contrastive.observed import part
+from .ops.contrastive.op import forward_op
+from .ops.contrastive.records import Problem, Rows, flatten
+
+RULES = ("absolute", "relative")
+
+# Cosines this close to the threshold are not above it. A contrast whose guide row equals the positive's then stays,
+# although another order of additions may round its cosine up.
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+class Guide:
+    """Embeddings of a guide model, which decide whether a pair that is no positive is admissible (GISTEmbed).
+
+    Contrast j is inadmissible for anchor i if their guide cosine is greater than the threshold of i, unless j is a
+    positive of i. The threshold is the smallest guide cosine g of i with a positive, less the margin: ``g - margin``,
+    or with ``rule="relative"`` ``g - margin * |g|``. Each row has its own threshold: in the reverse direction of a loss
+    the contrast's counts. Cosines within 1e-6 of the threshold (1e-14 for float64 rows) are not above it.
+
+    The guide's products are computed in tiles, beside those of the rows. There is no gradient.
+
+    Args:
+        embeddings: ``[N, G]``; for views also ``[N, V, G]``. Floating, finite; of any norm.
+        contrast_embeddings: ``[M, G]``, one row for each contrast. None for self-contrast.
+        margin: a number >= 0.
+        rule: ``"absolute"`` or ``"relative"``.
+        threshold: floating ``[N]`` (``[N * V]`` for views), in place of the positives' cosines; the margin is
+            subtracted. In the reverse direction contrast i takes that of anchor row i.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; for shapes when it is used.
+
+    Source: Solatorio 2024, "GISTEmbed: Guided In-sample Selection of Training Negatives".
+    """
+
+    def __init__(
+        self,
+        embeddings: Tensor,
+        contrast_embeddings: Tensor | None = None,
+        *,
+        margin: float = 0.0,
+        rule: str = "absolute",
+        threshold: Tensor | None = None,
+    ) -> None:
+        check_rows("guide.embeddings", embeddings, dims=(2, 3))
+        if contrast_embeddings is not None:
+            check_rows("guide.contrast_embeddings", contrast_embeddings, like=embeddings)
+        margin = finite_number("margin", margin)
+        if margin < 0:
+            raise ValueError(f"margin: expected a number of at least 0, got {margin}")
+        check_option("rule", rule, RULES)
+        self.embeddings = embeddings
+        self.contrast_embeddings = contrast_embeddings
+        self.margin = margin
+        self.rule = rule
+        self.threshold = threshold
+
+    def __repr__(self) -> str:
+        others = "" if self.contrast_embeddings is None else f", {shown(self.contrast_embeddings)}"
+        given = "" if self.threshold is None else f", threshold={shown(self.threshold)}"
+        return f"Guide({shown(self.embeddings)}{others}, margin={self.margin}, rule={self.rule!r}{given})"
+
+    def of_anchors(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The anchors' rows [R, G], views flattened. shape: [N] or [N, V]."""
+        rows = self.embeddings
+        expected = [list(shape)] if len(shape) == 1 else [list(shape), [shape[0]]]
+        if list(rows.shape[:-1]) not in expected:
+            known = " or ".join(str([*rest, "G"]).replace("'", "") for rest in expected)
+            raise ValueError(f"guide.embeddings: expected shape {known}, got {list(rows.shape)}")
+        self._check_values("guide.embeddings", rows, device)
+        if len(shape) == 2 and rows.dim() == 2:
+            rows = rows[:, None].expand(-1, shape[1], -1)
+        return rows.flatten(0, -2).detach()
+
+    def of_contrasts(self, count: int, device: torch.device) -> Tensor:
+        """The contrasts' rows [M, G]."""
+        rows = self.contrast_embeddings
+        if rows is None:
+            raise ValueError("guide.contrast_embeddings: expected a tensor, one row for each contrast, got None")
+        if len(rows) != count:
+            expected = f"[{count}, {self.embeddings.shape[-1]}]"
+            raise ValueError(f"guide.contrast_embeddings: expected shape {expected}, got {list(rows.shape)}")
+        self._check_values("guide.contrast_embeddings", rows, device)
+        return rows.detach()
+
+    def less_margin(self, cosines: Tensor) -> Tensor:
+        """Thresholds from the positives' cosines [N]. A row without a positive, with cosine inf, keeps inf."""
+        if self.rule == "absolute":
+            return cosines - self.margin
+        return torch.where(cosines.isinf(), cosines, cosines - self.margin * cosines.abs())
+
+    def given(self, count: int, device: torch.device) -> Tensor | None:
+        """The threshold that the user gave, [count]."""
+        if self.threshold is None:
+            return None
+        check_vector("guide.threshold", self.threshold, count, device)
+        return self.threshold.detach()
+
+    def _check_values(self, name: str, rows: Tensor, device: torch.device) -> None:
+        if rows.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {rows.device}")
+        if values_visible(rows) and not bool(rows.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def check_guide(guide: Any) -> None:
+    if not isinstance(guide, Guide):
+        raise TypeError(f"guide: expected a Guide, got {shown(guide)}")
+
+
+def paired_cosines(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cosine [N] of row i of `left` and row i of `right`."""
+    left, right = left.to(dtype), right.to(dtype)
+    return (left * right).sum(1) * (inverse_norms(left) * inverse_norms(right))
+
+
+@torch.no_grad()
+def positives_cosines(p: Problem) -> Tensor:
+    """For each anchor the smallest guide cosine with a positive, [N]; inf for anchors without. One sweep.
+
+    p: the problem, with the rows' guides.
+    """
+    dtype = p.dtype
+
+    def guided(rows: Rows) -> Rows:
+        _, clusters, ids, bias, _, tags, samples, groups, guide, *_ = rows
+        assert guide is not None
+        out = None if bias is None else torch.zeros_like(bias, dtype=dtype).masked_fill(bias == -torch.inf, -torch.inf)
+        return Rows(guide.to(dtype), clusters, ids, out, None, tags, samples, groups, normalize=True)
+
+    others = None if p.contrasts is None else guided(p.contrasts)
+    negated = torch.full((1,), -1, dtype=dtype, device=p.device)
+    problem = Problem(guided(p.anchors), others, None, negated, [], observe=True)
+    *_, observed = forward_op(*flatten(problem), choose_backend(p.device, dtype, problem.family))
+    return -part(observed, "max_pos")[0]

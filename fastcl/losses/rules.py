@@ -1,0 +1,274 @@
+"""Rules of a call about pairs: tags, groups, a guide, hard negatives, and pairs that stay in spite of equal ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_device, check_flag, check_ids, check_rows, check_tensor, values_visible
+from ..guide import ROUNDING, Guide, check_guide, paired_cosines, positives_cosines
+from ..ops.contrastive.records import Problem, Rows
+from .batch import Batch, Tensors, per_row
+from .options import LossOptions
+
+WORD = 64  # tags in a number
+
+
+def are_tags(clusters: Any) -> bool:
+    return isinstance(clusters, Tensor) and clusters.dtype == torch.bool and clusters.dim() == 2
+
+
+def check_tags(name: str, value: Any, count: int, device: torch.device, like: Tensor | None = None) -> None:
+    """Expects a bool tensor [count, T], with T of `like`."""
+    check_tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor of tags, as clusters, got {value.dtype}")
+    shape = [count, "T" if like is None else like.shape[1]]
+    if value.dim() != 2 or len(value) != count or (like is not None and value.shape[1] != like.shape[1]):
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}".replace("'", ""))
+    check_device(name, value, device)
+
+
+def packed(tags: Tensor) -> Tensor:
+    """Bool [N, T] -> int64 [N, W], 64 tags to a number, at least one."""
+    n, count = tags.shape
+    words = max(1, -(-count // WORD))
+    bits = torch.nn.functional.pad(tags, (0, words * WORD - count)).view(n, words * 8, 8)
+    weights = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=tags.device)
+    return (bits * weights).sum(-1, dtype=torch.uint8).view(torch.int64)
+
+
+def shared_tags(own: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The columns of tags that two rows of the call share: others make no positives. Elsewhere than on the CPU all of
+    them, as their number would be read from the device."""
+    if not values_visible(own):
+        return own, other
+    kept = own.sum(0) > 1 if other is None else own.any(0) & other.any(0)
+    return own[:, kept], None if other is None else other[:, kept]
+
+
+def has_rules(given: Tensors) -> bool:
+    some = (given.groups, given.contrast_groups, given.guide, given.hard_negatives)
+    alone = given.contrasts is None and given.ids is not None
+    return alone or given.keep_pairs or are_tags(given.clusters) or any(one is not None for one in some)
+
+
+def ruled(given: Tensors, found: Batch, symmetric: bool, gather: bool | str) -> Batch:
+    """The batch with the call's rules. found: of `batch`, which takes tags for no clusters."""
+    rows = len(found.anchors.values)
+    stored = any(kind for _, kind in found.parts)
+    count = sum(length for length, kind in found.parts if not kind)  # contrasts that are tensors
+    tags, contrast_tags = _tags(given, found, rows, count, bool(gather))
+    groups, contrast_groups = _groups(given, found, rows, count, stored)
+    samples, contrast_samples = _samples(given, found, rows, count)
+    own, other = found.anchors, found.contrasts
+    anchors = Rows(own.values, own.clusters, own.ids, own.bias, None, tags, samples, groups, normalize=own.normalize)
+    contrasts = None
+    if other is not None:
+        contrasts = Rows(
+            other.values, other.clusters, other.ids, other.bias, None, contrast_tags, contrast_samples, contrast_groups,
+            normalize=other.normalize,
+        )  # fmt: skip
+    if given.guide is not None:
+        anchors, contrasts = _guided(given.guide, found, anchors, contrasts, symmetric, gather, stored)
+    return Batch(
+        anchors, contrasts, found.positives, found.shape, found.views, found.by_sample, found.aligned, found.parts,
+        _hard_negatives(given, found),
+    )  # fmt: skip
+
+
+def _tags(given: Tensors, found: Batch, rows: int, count: int, gathered: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The packed tags of anchors and contrasts."""
+    if not are_tags(given.clusters):
+        return None, None
+    own, n, device = given.clusters, found.shape[0], found.anchors.values.device
+    assert own is not None
+    check_tags("clusters", own, n, device)
+    other = given.contrast_clusters
+    if other is not None:
+        check_tags("contrast_clusters", other, count, device, own)
+    alone = all(not kind for _, kind in found.parts)
+    if alone and not gathered:  # stored rows and other processes have all tags
+        own, other = shared_tags(own, other)
+    own = packed(own)
+    own = per_row(own, found.views)
+    if found.contrasts is None:
+        return own, own
+    if other is not None:
+        other = packed(other)
+    else:  # contrast i has those of anchor row i
+        other = torch.cat((own, own.new_zeros(max(count - rows, 0), own.shape[1])))[:count]
+    return own, other
+
+
+def _groups(given: Tensors, found: Batch, rows: int, count: int, stored: bool) -> tuple[Tensor | None, Tensor | None]:
+    if given.groups is None:
+        if given.contrast_groups is not None:
+            raise ValueError("groups: expected a tensor, as contrast_groups is given, got None")
+        return None, None
+    n, device = found.shape[0], found.anchors.values.device
+    check_ids("groups", given.groups, n, device)
+    if stored:
+        raise ValueError("groups: expected None with a queue or bank, which stores no groups, got a value")
+    own = given.groups.to(torch.int64)
+    own = per_row(torch.where(own < 0, torch.arange(-2, -2 - n, -1, device=device), own), found.views)
+    if found.contrasts is None:
+        if given.contrast_groups is not None:
+            raise ValueError("contrast_groups: expected None for self-contrast (contrasts=None), got a value")
+        return own, own
+    if given.contrast_groups is None:
+        if count != rows:
+            raise ValueError(
+                f"contrast_groups: expected a tensor, as there are {rows} anchor rows and {count} contrasts, got None"
+            )
+        return own, own
+    check_ids("contrast_groups", given.contrast_groups, count, device)
+    other = given.contrast_groups.to(torch.int64)
+    private = per_row(torch.arange(-2, -2 - n, -1, device=device), found.views)
+    private = torch.cat((private, private.new_full((max(count - rows, 0),), -1)))[:count]
+    return own, torch.where(other < 0, private, other)
+
+
+def _samples(given: Tensors, found: Batch, rows: int, count: int) -> tuple[Tensor | None, Tensor | None]:
+    device = found.anchors.values.device
+    if found.contrasts is None:
+        if given.ids is None or found.views == 1:  # the diagonal is left out in any case
+            return None, None
+        own = per_row(torch.arange(found.shape[0], device=device), found.views)
+        return own, own
+    if not given.keep_pairs:
+        return None, None
+    total = len(found.contrasts.values)
+    places = torch.arange(rows, device=device)
+    if count == total:
+        pairs = torch.cat((places, places.new_full((max(count - rows, 0),), -1)))[:count]
+        return places, pairs
+    pieces, taken = [], 0
+    for length, kind in found.parts:
+        piece = places.new_full((length,), -1)
+        if not kind:
+            paired = min(max(rows - taken, 0), length)
+            piece = torch.cat((places[taken : taken + paired], piece[paired:]))
+            taken += length
+        pieces.append(piece)
+    return places, torch.cat(pieces)
+
+
+def _guided(
+    guide: Guide,
+    found: Batch,
+    anchors: Rows,
+    contrasts: Rows | None,
+    symmetric: bool,
+    gather: bool | str,
+    stored: bool,
+) -> tuple[Rows, Rows | None]:
+    """The rows with the guide's rows and thresholds."""
+    check_guide(guide)
+    device, rows = anchors.values.device, len(anchors.values)
+    if stored:
+        raise ValueError("guide: expected None with a queue or bank, which stores no guide rows, got a Guide")
+    own = guide.of_anchors(found.shape, device)
+    if contrasts is None:
+        if guide.contrast_embeddings is not None:
+            raise ValueError("guide.contrast_embeddings: expected None for self-contrast (contrasts=None), got a value")
+        other = own
+    else:
+        other = guide.of_contrasts(len(contrasts.values), device)
+    cosines = guide.given(rows, device)
+    if found.positives is not None and cosines is None:
+        raise ValueError("guide.threshold: expected a tensor with positives, whose guide rows are unknown, got None")
+    if found.others().bias is not None and symmetric:
+        raise ValueError("contrast_bias: expected None with guide and symmetric=True, got a value")
+    problem = Problem(
+        _with_guide(anchors, own, None),
+        None if contrasts is None else _with_guide(contrasts, other, None),
+        None,
+        anchors.values.new_ones(1),
+        (),
+    )
+    dtype = problem.dtype
+    back: Tensor | None = None
+    if cosines is not None:
+        back = cosines
+        if contrasts is not None and symmetric and len(contrasts.values) != rows:
+            raise ValueError(
+                f"guide.threshold: expected None with symmetric=True, {rows} anchor rows and "
+                f"{len(contrasts.values)} contrasts, got a value"
+            )
+    elif contrasts is not None and found.aligned and found.views == 1 and anchors.tags is None:
+        cosines = paired_cosines(own, other[:rows], dtype)  # row i's one positive is contrast i
+        back = torch.cat((cosines, cosines.new_full((len(other) - rows,), torch.inf)))
+    elif gather:
+        raise ValueError(
+            f"guide.threshold: expected a tensor with gather={gather!r}, unless each anchor's one positive is its "
+            "contrast, got None"
+        )
+    else:
+        cosines = positives_cosines(problem)
+        if symmetric and contrasts is not None:
+            assert problem.contrasts is not None
+            back = positives_cosines(Problem(problem.contrasts, problem.anchors, None, problem.logit_scale, ()))
+    assert cosines is not None
+
+    def threshold(values: Tensor) -> Tensor:
+        return guide.less_margin(values.to(dtype)) + ROUNDING[dtype]
+
+    anchors = _with_guide(anchors, own, threshold(cosines))
+    if contrasts is None:
+        return anchors, None
+    return anchors, _with_guide(contrasts, other, threshold(back) if symmetric and back is not None else None)
+
+
+def _with_guide(rows: Rows, guide: Tensor, thresholds: Tensor | None) -> Rows:
+    values, clusters, ids, bias, _, tags, samples, groups, *_, normalize = rows
+    return Rows(values, clusters, ids, bias, None, tags, samples, groups, guide, thresholds, normalize)
+
+
+def _hard_negatives(given: Tensors, found: Batch) -> Tensor | None:
+    """[R, H, D]."""
+    rows = given.hard_negatives
+    if rows is None:
+        return None
+    (n, *views), embeddings = found.shape, given.embeddings
+    shapes = [f"[{n}, H, {embeddings.shape[-1]}]"]
+    if views:
+        shapes.insert(0, f"[{n}, {views[0]}, H, {embeddings.shape[-1]}]")
+    check_tensor("hard_negatives", rows)
+    fits = rows.dim() == 3 and len(rows) == n
+    fits = fits or (rows.dim() == 4 and bool(views) and list(rows.shape[:2]) == [n, *views])
+    if not fits or rows.shape[-1] != embeddings.shape[-1]:
+        raise ValueError(f"hard_negatives: expected shape {' or '.join(shapes)}, got {list(rows.shape)}")
+    check_rows("hard_negatives", rows.flatten(0, -2), like=embeddings)
+    return rows.flatten(0, 1) if rows.dim() == 4 else per_row(rows, found.views)
+
+
+RULES = ("groups", "contrast_groups", "guide", "hard_negatives", "keep_pairs")
+
+
+def check_rules(given: Tensors, options: LossOptions) -> None:
+    """ValueError for rules that do not go with each other or with the options."""
+    check_flag("keep_pairs", given.keep_pairs)
+    if given.keep_pairs:
+        if given.contrasts is None:
+            raise ValueError("keep_pairs: expected False for self-contrast (contrasts=None), got True")
+        if given.contrast_clusters is not None:
+            raise ValueError("keep_pairs: expected False with contrast_clusters, got True")
+        if given.ids is None:
+            raise ValueError("ids: expected a tensor with keep_pairs=True, got None")
+    alone = given.contrasts is None and given.ids is not None
+    if options.form == "pairs":
+        raise ValueError(f"form: expected 'outside' or 'inside' with {_first(given)}, got 'pairs'")
+    filters = given.groups is not None or given.guide is not None or given.keep_pairs or alone
+    if options.label_smoothing and filters:
+        raise ValueError(f"label_smoothing: expected 0 with {_first(given)}, got {options.label_smoothing}")
+
+
+def _first(given: Tensors) -> str:
+    """The name of a rule of the call."""
+    for name in RULES:
+        if getattr(given, name) not in (None, False):
+            return name
+    return "tags as clusters" if are_tags(given.clusters) else "ids in self-contrast"

@@ -13,6 +13,18 @@ struct Rows {
   Dtype dtype;
 };
 
+// Rules about pairs besides clusters and ids. Null: not given. In self-contrast the anchors' arrays serve both sides.
+struct Rules {
+  const uint64_t *anchor_tags, *contrast_tags; // [N, tag_words]; pairs with a common bit are positives
+  int64_t tag_words;
+  const int64_t *anchor_samples, *contrast_samples; // pairs with equal numbers are admissible although their ids are equal
+  const int64_t *anchor_groups, *contrast_groups;   // pairs with different numbers are inadmissible; -1: in no group
+  Rows anchor_guide, contrast_guide;                // [N, guide_dimension]; two sets, one direction
+  int64_t guide_dimension;
+  const void *thresholds; // [N] reals: a pair that is not positive is inadmissible if its guide rows' cosine is greater; null: no guide
+  bool same_rows;         // two sets that are the same rows: no row meets itself
+};
+
 // Logits s_ij = logit_scale * a_i * c_j * <x_i, y_j> + bias_j, as in fastcl/ops/contrastive/records.py.
 // Arrays of "reals" are double where `wide_reals`, else float.
 struct Problem {
@@ -25,6 +37,7 @@ struct Problem {
   bool normalize_anchors, normalize_contrasts;
   bool wide_reals;
   bool columns; // also the statistics of each contrast over the anchors
+  Rules rules;
   int scales, threads;
 
   bool self_contrast() const { return contrasts.data == nullptr; }

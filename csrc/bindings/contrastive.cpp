@@ -7,9 +7,32 @@ namespace py = pybind11;
 
 namespace fastcl {
 
+namespace {
+
+Rules read_rules(Reader &in) {
+  Rules r{};
+  r.anchor_tags = in.address<const uint64_t>();
+  r.contrast_tags = in.address<const uint64_t>();
+  r.tag_words = in.integer();
+  r.anchor_samples = in.address<const int64_t>();
+  r.contrast_samples = in.address<const int64_t>();
+  r.anchor_groups = in.address<const int64_t>();
+  r.contrast_groups = in.address<const int64_t>();
+  r.anchor_guide = in.rows();
+  r.contrast_guide = in.rows();
+  r.guide_dimension = in.integer();
+  r.thresholds = in.address<const void>();
+  r.same_rows = in.integer();
+  require(!r.anchor_tags || r.tag_words >= 1, "tags: no words");
+  require(!r.thresholds || (r.anchor_guide.data && r.contrast_guide.data && r.guide_dimension >= 1), "a guide without rows");
+  return r;
+}
+
+} // namespace
+
 Problem read_problem(const py::tuple &numbers) {
   Reader in(numbers);
-  Problem p;
+  Problem p{};
   p.anchors = in.rows();
   p.contrasts = in.rows();
   p.dimension = in.integer();
@@ -25,6 +48,7 @@ Problem read_problem(const py::tuple &numbers) {
   p.wide_reals = in.integer();
   p.columns = in.integer();
   p.threads = int(in.integer());
+  if (in.integer()) p.rules = read_rules(in);
   in.end();
   require(p.anchors.data, "anchors: a null pointer");
   require(p.logit_scale, "logit_scale: a null pointer");
@@ -32,11 +56,16 @@ Problem read_problem(const py::tuple &numbers) {
   require(p.self_contrast() || p.contrasts.size >= 1, "sizes and threads must be positive");
   require(p.anchors.size < INT32_MAX / 2 && p.contrasts.size < INT32_MAX / 2, "more than 2^30 rows");
   if (p.self_contrast()) {
-    require(!p.contrast_clusters && !p.anchor_ids && !p.contrast_ids && !p.contrast_bias && !p.columns, "self-contrast takes clusters only");
+    require(!p.contrast_clusters && !p.contrast_ids && !p.contrast_bias && !p.columns, "self-contrast takes clusters and ids only");
+    require(!p.rules.thresholds && !p.rules.same_rows, "self-contrast takes no guide");
     p.contrasts.size = 0;
   } else {
     require(!p.anchor_clusters == !p.contrast_clusters, "clusters of one side only");
     require(!p.anchor_ids == !p.contrast_ids, "ids of one side only");
+    const Rules &r = p.rules;
+    require(!r.anchor_tags == !r.contrast_tags && !r.anchor_samples == !r.contrast_samples && !r.anchor_groups == !r.contrast_groups,
+            "rules of one side only");
+    require(!r.thresholds || !p.columns, "a guide: of one direction only");
   }
   return p;
 }
@@ -69,6 +98,8 @@ WeightedSums read_weighted(Reader &in, const Problem &p) {
   require(!w.sums == !w.valid, "weighted sums without their validity, or the reverse");
   require(!w.sums || !(p.self_contrast() || p.columns || p.contrast_bias), "weighted sums: two sets without bias, one direction only");
   require(!w.sums || p.scales == 1, "weighted sums: of one scale only");
+  const Rules &r = p.rules;
+  require(!w.sums || !(r.anchor_tags || r.anchor_samples || r.anchor_groups || r.thresholds || r.same_rows), "weighted sums: without rules");
   return w;
 }
 

@@ -1,10 +1,10 @@
 // The functions of the engine of one instruction set. dispatch.cpp chooses among the engines.
 #pragma once
-#include "problem.h"
 #include "cpu/pairs/call.h"
 #include "cpu/sinkhorn/call.h"
 #include "cpu/soft/call.h"
 #include "cpu/topk/call.h"
+#include "problem.h"
 
 namespace fastcl {
 
@@ -13,6 +13,8 @@ struct Places {
   const int32_t *order;   // order[place] = row
   const int32_t *cluster; // by place, ascending; pairs with equal numbers are positives
   const int32_t *id;      // by place; pairs with equal numbers are inadmissible
+  const int32_t *sample;  // by place; pairs with equal numbers are admissible although their ids are equal
+  const int32_t *group;   // by place, ascending; pairs with different numbers are inadmissible
   const int32_t *matched; // [size + 1]: number of earlier places whose id also occurs on the other side
 };
 struct Arranged {

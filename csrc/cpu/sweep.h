@@ -1,7 +1,6 @@
 // Shared by forward and backward: packed rows, the products and logits of a register tile, masks.
 #pragma once
-#include "engine.h"
-#include "threads.h"
+#include "rules.h"
 #include <cstring>
 
 namespace fastcl::FASTCL_ISA {
@@ -111,20 +110,20 @@ template <class Mul> struct Sweep {
   };
   Scale *scale;                 // [scales]
   Side<Mul> anchors, contrasts; // the same for self-contrast
-  bool restricted;              // ids or a bias of -inf make some pairs inadmissible
-  T *bias;                      // [contrasts.padded], to base 2, 0 for contrasts that are left out; null: none
-  T *largest;                   // [2][threads]: largest norm, as it enters the logits, of each thread's anchors and contrasts
-  T *scratch;                   // [threads][W][scratch_row]: buffers for converted rows
+  PairRules<T> rules;
+  bool restricted; // ids, rules or a bias of -inf make some pairs inadmissible
+  T *bias;         // [contrasts.padded], to base 2, 0 for contrasts that are left out; null: none
+  T *largest;      // [2][threads]: largest norm, as it enters the logits, of each thread's anchors and contrasts
+  T *scratch;      // [threads][W][scratch_row]: buffers for converted rows
 
   // If the arena only counts, pointers are null and the bias is the only array that is read.
   // anchor_bias: bias of anchors that are contrasts of the original problem; it only tells which of them are left out.
   Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts, const void *anchor_bias = nullptr)
       : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads), scales(p.scales),
-        self(p.self_contrast()) {
-    const bool both = sum_over_anchors || (self && sum_over_contrasts);
-    anchors = side(p.anchors, at.anchors, p.normalize_anchors, -3, anchor_bias, arena, self, both);
-    contrasts = self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, p.contrast_bias, arena, true, sum_over_contrasts);
-    restricted = anchors.id || anchors.present || contrasts.present;
+        self(p.self_contrast()),
+        anchors(side(p.anchors, at.anchors, p.normalize_anchors, -3, anchor_bias, arena, self, sum_over_anchors || (self && sum_over_contrasts))),
+        contrasts(self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, p.contrast_bias, arena, true, sum_over_contrasts)),
+        rules(p, at, anchors.padded, contrasts.padded, arena), restricted(anchors.id || anchors.present || contrasts.present || rules.any) {
     bias = p.contrast_bias ? arena.template take<T>(contrasts.padded) : nullptr;
     largest = arena.template take<T>(2 * threads);
     scratch = arena.template take<T>(threads * W * scratch_row());
@@ -210,6 +209,7 @@ template <class Mul> struct Sweep {
     if (i1 > to || j1 > contrasts.size || bias || anchors.present) return true;
     if (self && i0 < j1 && j0 < i1) return true;
     if (clustered(i0, i1, j0, j1)) return true;
+    if (rules.mixed(i0, i1, j0, j1)) return true;
     return anchors.matched && anchors.matched[i1] > anchors.matched[i0] && contrasts.matched[j1] > contrasts.matched[j0];
   }
   struct Masks {
@@ -218,30 +218,37 @@ template <class Mul> struct Sweep {
   // The pairs that a sum over all pairs includes; for self-contrast only those above the diagonal.
   FASTCL_INLINE I<T> counted(int64_t i, int64_t j) const { return self ? lanes_from<T>(j) > all_int<T>(i) : all_int<T>(-1); }
   // Masks of row i and the columns from j on. For self-contrast they exclude j = i, and with `upper` also j < i.
-  FASTCL_INLINE Masks masks(int64_t i, int64_t j, int64_t to, bool upper) const {
+  // cosines: [W], of the guide; null: none.
+  FASTCL_INLINE Masks masks(int64_t i, int64_t j, int64_t to, bool upper, const T *cosines = nullptr) const {
     const I<T> column = lanes_from<T>(j), row = all_int<T>(i);
     I<T> admissible = column < all_int<T>(i < to ? contrasts.size : 0);
     if (self) admissible &= upper ? column > row : column != row;
     if (restricted) admissible &= meeting(i, j);
     I<T> positive = all_int<T>(0);
     if (anchors.cluster) positive = admissible & (load_ids<T>(contrasts.cluster + j) == all_int<T>(anchors.cluster[i]));
+    if (rules.anchors.tags) positive |= admissible & rules.shared(i, j, i < to);
+    if (cosines) admissible &= positive | rules.within(i, load(cosines));
     return {admissible, positive};
   }
-  // Pairs that are admissible by their ids and bias. Rarely restricted, so `masks` tests one flag for both.
+  // Pairs that are admissible by their ids, bias and rules but the guide. Rarely restricted, so `masks` tests one flag for all.
   FASTCL_NOINLINE I<T> meeting(int64_t i, int64_t j) const {
     if (left_out(anchors, i)) return all_int<T>(0);
     I<T> result = all_int<T>(-1);
     if (anchors.id) result &= load_ids<T>(contrasts.id + j) != all_int<T>(anchors.id[i]);
+    if (anchors.id && rules.anchors.sample) result |= rules.same_sample(i, j);
+    if (rules.anchors.group) result &= rules.same_group(i, j);
+    if (rules.anchors.row) result &= rules.other_row(i, j);
     if (contrasts.present) result &= load_ids<T>(contrasts.present + j) != all_int<T>(0);
     return result;
   }
 
   static FASTCL_INLINE bool left_out(const Side<Mul> &side, int64_t i) { return side.present && !side.present[i]; }
   // Whether pairs of existing places may be inadmissible; the diagonal of self-contrast does not count.
-  FASTCL_INLINE bool excludes() const { return anchors.id || contrasts.present; }
+  FASTCL_INLINE bool excludes() const { return anchors.id || contrasts.present || rules.any; }
   // Whether row i may have positives or inadmissible pairs among the W columns from j on.
-  FASTCL_INLINE bool marked(int64_t i, int64_t j) const {
+  FASTCL_INLINE bool marked(int64_t i, int64_t j, I<T> positive) const {
     if (excludes()) return true;
+    if (rules.anchors.tags) return any<T>(positive);
     const int64_t end = smaller(j + W, contrasts.size);
     return j < end && clustered(i, i + 1, j, end);
   }

@@ -88,60 +88,139 @@ std::vector<int32_t> gather(const std::vector<int32_t> &values, const std::vecto
   return result;
 }
 
-void arrange_side(Arrangement &side, int64_t size, const std::vector<int32_t> *clusters, size_t cluster_count, const std::vector<int32_t> *ids,
-                  size_t id_count, int32_t alone) {
-  if (clusters) sort_by(*clusters, alone, cluster_count, side.order);
-  else if (ids) sort_by(*ids, alone, id_count, side.order);
+// The numbers of a side's rows. Empty: not given.
+struct Numbers {
+  std::vector<int32_t> cluster, id, sample, group;
+};
+
+// Sorts a side by cluster, or else by group, or else by id.
+void arrange_side(Arrangement &side, int64_t size, const Numbers &numbers, size_t clusters, size_t ids, size_t groups, int32_t alone) {
+  if (!numbers.cluster.empty()) sort_by(numbers.cluster, alone, clusters, side.order);
+  else if (!numbers.group.empty()) sort_by(numbers.group, 0, groups, side.order);
+  else if (!numbers.id.empty()) sort_by(numbers.id, *std::min_element(numbers.id.begin(), numbers.id.end()), ids, side.order);
   else {
     side.order.resize(size);
     std::iota(side.order.begin(), side.order.end(), 0);
   }
-  if (clusters) side.cluster = gather(*clusters, side.order);
-  if (ids) {
-    side.id = gather(*ids, side.order);
+  if (!numbers.cluster.empty()) side.cluster = gather(numbers.cluster, side.order);
+  if (!numbers.sample.empty()) side.sample = gather(numbers.sample, side.order);
+  if (!numbers.group.empty()) side.group = gather(numbers.group, side.order);
+  if (!numbers.id.empty()) {
+    side.id = gather(numbers.id, side.order);
     side.matched.resize(size + 1);
     for (int64_t i = 0; i < size; i++) side.matched[i + 1] = side.matched[i] + (side.id[i] >= 0);
   }
+}
+
+// Gives rows without a number one of their own, so that they match no other row.
+void number_missing(std::vector<int32_t> &numbers, int32_t &count) {
+  for (int32_t &number : numbers)
+    if (number < 0) number = count++;
+}
+
+// Groups of both sides: small numbers in the order of first appearance. Rows in no group have numbers without a partner.
+size_t number_groups(const Rules &r, int64_t n, int64_t m, bool self, Numbers (&sides)[2]) {
+  auto known = distinct(r.anchor_groups, n);
+  if (!self) {
+    const auto theirs = distinct(r.contrast_groups, m);
+    std::vector<int64_t> all;
+    std::set_union(known.begin(), known.end(), theirs.begin(), theirs.end(), std::back_inserter(all));
+    known = std::move(all);
+  }
+  int32_t count = int32_t(known.size());
+  sides[0].group = ranks(r.anchor_groups, n, known, -1);
+  number_missing(sides[0].group, count);
+  if (self) {
+    renumber(sides[0].group, nullptr, count);
+    return count;
+  }
+  sides[1].group = ranks(r.contrast_groups, m, known, -1);
+  number_missing(sides[1].group, count);
+  std::vector<int32_t> renamed(count, -1);
+  int32_t next = 0;
+  for (Numbers &side : sides)
+    for (int32_t &number : side.group) {
+      if (renamed[number] < 0) renamed[number] = next++;
+      number = renamed[number];
+    }
+  return count;
+}
+
+// Replaces clusters by numbers of (group, cluster), which ascend with the group. -1 and -2 are clusters without a partner.
+size_t cluster_within_groups(Numbers (&sides)[2], int count) {
+  std::vector<int64_t> keys;
+  const auto key = [](const Numbers &side, size_t i) { return (int64_t(side.group[i]) << 32) + side.cluster[i] + 2; };
+  for (int side = 0; side < count; side++)
+    for (size_t i = 0; i < sides[side].cluster.size(); i++) keys.push_back(key(sides[side], i));
+  std::sort(keys.begin(), keys.end());
+  keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+  for (int side = 0; side < count; side++) {
+    std::vector<int32_t> found(sides[side].cluster.size());
+    for (size_t i = 0; i < found.size(); i++) found[i] = int32_t(std::lower_bound(keys.begin(), keys.end(), key(sides[side], i)) - keys.begin());
+    sides[side].cluster = std::move(found);
+  }
+  return keys.size();
+}
+
+// Ids that occur once, or not on the other side, become negative numbers that match nothing.
+size_t number_ids(const Problem &p, int64_t n, int64_t m, Numbers (&sides)[2]) {
+  if (!p.self_contrast()) {
+    const auto known = common(p.anchor_ids, n, p.contrast_ids, m);
+    sides[0].id = ranks(p.anchor_ids, n, known, -1);
+    sides[1].id = ranks(p.contrast_ids, m, known, -2);
+    return known.size();
+  }
+  auto &ids = sides[0].id;
+  const auto known = distinct(p.anchor_ids, n);
+  ids = ranks(p.anchor_ids, n, known, -1);
+  std::vector<int32_t> times(known.size());
+  for (const int32_t id : ids)
+    if (id >= 0) times[id]++;
+  int32_t none = -10; // below the numbers of the padding
+  for (int32_t &id : ids)
+    if (id < 0 || times[id] == 1) id = none--;
+  return known.size();
 }
 
 } // namespace
 
 Arrangements arrange(const Problem &p) {
   Arrangements result;
+  const Rules &r = p.rules;
+  const bool self = p.self_contrast();
   const int64_t n = p.anchors.size, m = p.contrasts.size;
-  if (p.self_contrast()) {
-    if (!p.anchor_clusters) {
-      arrange_side(result.anchors, n, nullptr, 0, nullptr, 0, 0);
-      return result;
-    }
+  Numbers sides[2];
+  size_t clusters = 0, ids = 0, groups = 0;
+  if (p.anchor_clusters && self) {
     const auto known = distinct(p.anchor_clusters, n);
-    auto numbers = ranks(p.anchor_clusters, n, known, -1);
+    sides[0].cluster = ranks(p.anchor_clusters, n, known, -1);
     int32_t count = int32_t(known.size());
-    for (int32_t &number : numbers)
-      if (number < 0) number = count++; // its own cluster: it matches only the row itself, which is not a contrast of the row
-    renumber(numbers, nullptr, count);
-    arrange_side(result.anchors, n, &numbers, count, nullptr, 0, 0);
-    return result;
-  }
-  // An id without a match on the other side becomes -1 for anchors and -2 for contrasts, which never match.
-  std::vector<int32_t> clusters[2], ids[2];
-  size_t cluster_count = 0, id_count = 0;
-  if (p.anchor_clusters) {
+    number_missing(sides[0].cluster, count); // a cluster of its own matches only the row itself, which is not a contrast of the row
+    renumber(sides[0].cluster, nullptr, count);
+    clusters = count;
+  } else if (p.anchor_clusters) {
+    // A cluster without a match on the other side becomes -1 for anchors and -2 for contrasts, which never match.
     const auto known = common(p.anchor_clusters, n, p.contrast_clusters, m);
-    clusters[0] = ranks(p.anchor_clusters, n, known, -1);
-    clusters[1] = ranks(p.contrast_clusters, m, known, -2);
-    cluster_count = known.size();
-    renumber(clusters[0], &clusters[1], cluster_count);
+    clusters = known.size();
+    if (clusters) {
+      sides[0].cluster = ranks(p.anchor_clusters, n, known, -1);
+      sides[1].cluster = ranks(p.contrast_clusters, m, known, -2);
+      renumber(sides[0].cluster, &sides[1].cluster, clusters);
+    }
   }
-  if (p.anchor_ids) {
-    const auto known = common(p.anchor_ids, n, p.contrast_ids, m);
-    ids[0] = ranks(p.anchor_ids, n, known, -1);
-    ids[1] = ranks(p.contrast_ids, m, known, -2);
-    id_count = known.size();
+  if (p.anchor_ids) ids = number_ids(p, n, m, sides);
+  if (!self && !ids) sides[0].id.clear(), sides[1].id.clear();
+  if (r.anchor_samples) {
+    const auto known = self ? distinct(r.anchor_samples, n) : common(r.anchor_samples, n, r.contrast_samples, m);
+    sides[0].sample = ranks(r.anchor_samples, n, known, -1);
+    if (!self) sides[1].sample = ranks(r.contrast_samples, m, known, -2);
   }
-  for (int side = 0; side < 2; side++)
-    arrange_side(side ? result.contrasts : result.anchors, side ? m : n, cluster_count ? &clusters[side] : nullptr, cluster_count,
-                 id_count ? &ids[side] : nullptr, id_count, side ? -2 : -1);
+  if (r.anchor_groups) {
+    groups = number_groups(r, n, m, self, sides);
+    if (clusters) clusters = cluster_within_groups(sides, self ? 1 : 2);
+  }
+  arrange_side(result.anchors, n, sides[0], clusters, ids, groups, groups ? 0 : -1);
+  if (!self) arrange_side(result.contrasts, m, sides[1], clusters, ids, groups, groups ? 0 : -2);
   return result;
 }
 

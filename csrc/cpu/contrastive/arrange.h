@@ -6,10 +6,10 @@
 namespace fastcl {
 
 struct Arrangement {
-  std::vector<int32_t> order, cluster, id, matched; // as in Places; empty vectors give null pointers
+  std::vector<int32_t> order, cluster, id, sample, group, matched; // as in Places; empty vectors give null pointers
   Places places() const {
     const auto pointer = [](const std::vector<int32_t> &v) { return v.empty() ? nullptr : v.data(); };
-    return {pointer(order), pointer(cluster), pointer(id), pointer(matched)};
+    return {pointer(order), pointer(cluster), pointer(id), pointer(sample), pointer(group), pointer(matched)};
   }
 };
 struct Arrangements {

@@ -1,5 +1,6 @@
 // The backward epilogue: the gradient of a tile of logits, and its products with the rows of both sides.
 #pragma once
+#include "cpu/guide.h"
 #include "cpu/walk.h"
 
 namespace fastcl::FASTCL_ISA {
@@ -41,6 +42,7 @@ template <class Mul> struct GradientPass {
   const Problem &p;
   const Backward &out;
   const Sweep<Mul> s;
+  const GuideTiles<T> guide;
   const bool rows_needed, columns_needed;
   const bool continued; // the forward has already summed the register tiles that hold no positives
   const bool writes_rows = rows_needed, writes_columns = columns_needed || out.bias_gradient;
@@ -51,7 +53,7 @@ template <class Mul> struct GradientPass {
   Local *const locals;
 
   GradientPass(const Backward &call, const Arranged &at, Arena &arena)
-      : p(call.problem), out(call), s(p, at, arena, call.contrast_gradient != nullptr, call.anchor_gradient != nullptr),
+      : p(call.problem), out(call), s(p, at, arena, call.contrast_gradient != nullptr, call.anchor_gradient != nullptr), guide(p, at, arena),
         rows_needed(call.anchor_gradient), columns_needed(s.self ? rows_needed : call.contrast_gradient != nullptr),
         continued(call.weighted.sums && arena.base && *(const T *)call.weighted.valid == 1), row(weights(arena, s.anchors.padded)),
         column(s.self ? row : weights(arena, s.contrasts.padded)), bases(arena.take<T>(s.scales)),
@@ -81,6 +83,7 @@ template <class Mul> struct GradientPass {
         }
         for (int64_t l = 0; l < s.scales * W; l++) local.scale[l] = 0;
         s.pack(t);
+        guide.pack(t);
       });
       const bool wide = s.wide();
       Base kind = CENTRAL; // sufficient for all scales
@@ -239,10 +242,14 @@ private:
   }
 
 public:
-  template <Base BASE> void block(int t, Range rows) const { s.pack_block(locals[t].a, rows.from, rows.to, t); }
+  template <Base BASE> void block(int t, Range rows) const {
+    s.pack_block(locals[t].a, rows.from, rows.to, t);
+    guide.pack_block(rows, t);
+  }
   // One tile: its gradient, then the products. A square on the diagonal of self-contrast is used only once.
   template <Base BASE> void tile(int t, Range rows, Range cols) const {
     if (continued && !s.clustered(rows.from, rows.to, cols.from, cols.to)) return;
+    if (s.rules.apart(rows.from, rows.to, cols.from, cols.to)) return;
     const Local &local = locals[t];
     const bool diagonal = s.self && rows.from == cols.from, mirrored = diagonal && !DOT;
     for (int64_t j = cols.from; j < cols.to; j += NR) {
@@ -250,12 +257,13 @@ public:
       for (int64_t i = rows.from; i < rows.to && !(mirrored && j + NR <= i); i += MR) {
         const Unit *a = local.a + (i - rows.from) * A_ROW;
         const char *ahead = (const char *)next + (i - rows.from) / MR * 8 * s.units;
-        if (continued && !s.clustered(i, smaller(i + MR, rows.to), j, smaller(j + NR, cols.to))) {
+        const int64_t i1 = smaller(i + MR, rows.to), j1 = smaller(j + NR, cols.to);
+        if ((continued && !s.clustered(i, i1, j, j1)) || (!DOT && s.rules.apart(i, i1, j, j1))) {
           s.store_zeros(local.g + (i - rows.from) * G_ROW + (j - cols.from) / Mul::PAIR, MR);
           continue;
         }
         const bool mixed = s.mixed(i, j, rows.to);
-        (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, local, a, i, j, i - rows.from, j - cols.from, rows.to, ahead);
+        (mixed ? logit_gradients<BASE, true> : logit_gradients<BASE, false>)(*this, t, a, i, j, i - rows.from, j - cols.from, rows.to, ahead);
       }
     }
     if constexpr (!DOT)
@@ -278,10 +286,11 @@ public:
 
 private:
   // The gradient with respect to a register tile's products, summed over the scales.
-  template <Base BASE, bool MIXED> static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, const Local &local, const Unit *a,
-                                                                               int64_t i0, int64_t j0, int64_t r0, int64_t c0, int64_t to,
-                                                                               const void *next) {
+  template <Base BASE, bool MIXED> static FASTCL_NOINLINE void logit_gradients(const GradientPass &pass, int thread, const Unit *a, int64_t i0,
+                                                                               int64_t j0, int64_t r0, int64_t c0, int64_t to, const void *next) {
     const Sweep<Mul> &s = pass.s;
+    const Local &local = pass.locals[thread];
+    [[maybe_unused]] const auto *const cosines = MIXED ? pass.guide.cosines(thread, i0 - r0, i0, j0) : nullptr;
     typename Sweep<Mul>::Tile u __attribute__((aligned(64))), sum __attribute__((aligned(64)));
     s.products(a, j0, u, next);
     const T *const row_norms = s.anchors.inverse_norms + i0;
@@ -311,9 +320,9 @@ private:
               power(t, own(row_weights.negative_base, r), other(column_weights.negative_base, v), own(row_weights.negative, r), column_negative[v]);
           if constexpr (MIXED) {
             const int64_t i = i0 + r, j = j0 + v * W;
-            const auto masks = s.masks(i, j, to, false);
+            const auto masks = s.masks(i, j, to, false, cosines ? (*cosines)[r][v] : nullptr);
             g[v] = keep<T>(masks.admissible, g[v]);
-            if (s.marked(i, j)) {
+            if (s.marked(i, j, masks.positive)) {
               const V<T> positive = power(t, own(row_weights.positive_base, r), other(column_weights.positive_base, v), own(row_weights.positive, r),
                                           other(column_weights.positive, v)) +
                                     (own(row_weights.constant, r) + other(column_weights.constant, v));

@@ -45,12 +45,12 @@ template <class Mul> struct Observation {
   }
 
   // Adds the register tile at (i0, j0) of the block [from, to), at all scales.
-  FASTCL_NOINLINE void add(const Tile &products, int64_t i0, int64_t j0, int64_t from, int64_t to, int t) const {
+  FASTCL_NOINLINE void add(const Tile &products, int64_t i0, int64_t j0, int64_t from, int64_t to, int t, const Tile *cosines) const {
     I<T> negative[MR][NV], positive[MR][NV];
     V<T> plain[MR][NV], logit[MR][NV];
     for (int r = 0; r < MR; r++)
       for (int v = 0; v < NV; v++) {
-        const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
+        const auto masks = s.masks(i0 + r, j0 + v * W, to, true, cosines ? (*cosines)[r][v] : nullptr);
         positive[r][v] = masks.positive;
         negative[r][v] = masks.admissible & ~masks.positive;
       }

@@ -1,5 +1,6 @@
 // The forward epilogue: sums over the logits of each anchor and, if wanted, of each contrast.
 #pragma once
+#include "cpu/guide.h"
 #include "observation.h"
 
 namespace fastcl::FASTCL_ISA {
@@ -49,14 +50,15 @@ template <class Mul> struct StatisticsPass {
   T *const row_sums;    // [scales][SUMS][anchors.padded]; null for self-contrast, where a row's sums are added to those of its column
   T *const column_sums; // [threads][scales][SUMS][contrasts.padded]
   Local *const locals;
+  const GuideTiles<T> guide;
   const Observation<Mul> seen; // the optional statistics for monitoring
 
   StatisticsPass(const Forward &call, const Arranged &at, Arena &arena)
       : p(call.problem), out(call), s(p, at, arena, false, call.weighted.sums),
-        fields(p.anchor_clusters || p.anchor_ids || s.contrasts.leaves_out ? int64_t(SUMS) : LEAN_SUMS), weighting(call.weighted.sums),
-        columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
+        fields(p.anchor_clusters || p.rules.anchor_tags || p.anchor_ids || s.rules.any || s.contrasts.leaves_out ? int64_t(SUMS) : LEAN_SUMS),
+        weighting(call.weighted.sums), columns(s.self || p.columns), row_sums(s.self ? nullptr : arena.take<T>(s.scales * fields * s.anchors.padded)),
         column_sums(columns ? arena.take<T>(s.threads * s.scales * fields * s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)),
-        seen(s, call, columns, arena) {
+        guide(p, at, arena), seen(s, call, columns, arena) {
     for (int t = 0; t < s.threads; t++) {
       Local local{arena.take<Unit>(s.block_units()), arena.take<T>(s.scales * fields * ROWS * W), arena.take<T>(s.scales * fields * NR), nullptr};
       if (weighting) local.e = arena.take<Unit>(ROWS * Sweep<Mul>::G_ROW);
@@ -66,7 +68,10 @@ template <class Mul> struct StatisticsPass {
 
   void run() const {
     with_team(s.threads, [&](const Team &team) {
-      team.run([&](int t) { s.pack(t); });
+      team.run([&](int t) {
+        s.pack(t);
+        guide.pack(t);
+      });
       const bool wide = s.wide();
       if (out.weighted.sums && team.index == 0) *(T *)out.weighted.valid = T(weighting && !wide && s.largest_norm(1) < 1e15);
       team.run([&](int t) {
@@ -75,9 +80,9 @@ template <class Mul> struct StatisticsPass {
       });
       team.run([&](int t) {
         for (int k = 0; k < s.scales; k++) {
-          if (s.self) finish(k, s.anchors, out.anchors, column_sums, s.threads, s.anchors.size - 1, t, wide);
-          else finish(k, s.anchors, out.anchors, row_sums, 1, s.contrasts.size, t, wide);
-          if (p.columns) finish(k, s.contrasts, out.contrasts, column_sums, s.threads, s.anchors.size, t, wide);
+          if (s.self) finish(k, s.anchors, out.anchors, column_sums, s.threads, s.rules.anchors, s.rules.anchors, t, wide);
+          else finish(k, s.anchors, out.anchors, row_sums, 1, s.rules.anchors, s.rules.contrasts, t, wide);
+          if (p.columns) finish(k, s.contrasts, out.contrasts, column_sums, s.threads, s.rules.contrasts, s.rules.anchors, t, wide);
         }
         if (seen.asked) seen.finish(out, t);
       });
@@ -109,14 +114,16 @@ private:
   template <bool WIDE> void block(int t, int64_t from, int64_t to) const {
     const Local &local = locals[t];
     s.pack_block(local.a, from, to, t);
+    guide.pack_block({from, to}, t);
     if (seen.asked) seen.open(t);
     for (int k = 0; k < s.scales; k++) reset(rows_of(local, k), fields, ROWS * W, 0, round_up(to - from, MR) * W, WIDE);
     const bool weighted = !WIDE && weighting;
     if (weighted)
       for (int64_t i = from; i < to; i++) memset((T *)out.weighted.sums + s.anchors.order[i] * s.d, 0, s.d * sizeof(T));
-    const int64_t first = s.self ? from / NR * NR : 0, step = weighted ? BLOCK : s.contrasts.padded;
-    for (int64_t j = first; j < s.contrasts.size; j += step) {
-      const Range cols{j, smaller(j + step, s.contrasts.size)};
+    const Range met = s.rules.together(from, to); // weighted sums have no rules
+    const int64_t first = larger(s.self ? from : 0, met.from) / NR * NR, step = weighted ? BLOCK : s.contrasts.padded;
+    for (int64_t j = first; j < met.to; j += step) {
+      const Range cols{j, smaller(j + step, met.to)};
       panels<WIDE>(t, from, to, cols, weighted);
       if (weighted) s.template product<Sweep<Mul>::G_ROW, 1>(local.e, s.contrasts, cols, s.anchors, {from, to}, out.weighted.sums);
     }
@@ -151,6 +158,7 @@ private:
           s.store_zeros(e, MR);
           e = nullptr;
         }
+        if (s.rules.apart(i, smaller(i + MR, to), j, smaller(j + NR, s.contrasts.size))) continue;
         if (s.mixed(i, j, to)) {
           tile<WIDE, true>(a, i, j, to, rows, local.columns, e, ahead, t, from);
           positives = fields > LEAN_SUMS;
@@ -208,13 +216,14 @@ private:
                                                              const void *next, int t, int64_t from) const {
     Tile products __attribute__((aligned(64)));
     s.products(a, j0, products, next);
+    const Tile *const cosines = MIXED ? guide.cosines(t, from, i0, j0) : nullptr;
     for (int k = 0; k < s.scales; k++)
-      add_tile<WIDE, MIXED>(products, s.scale[k], i0, j0, to, rows + k * fields * ROWS * W, cols + k * fields * NR, e);
-    if (__builtin_expect(seen.asked, false)) seen.add(products, i0, j0, from, to, t);
+      add_tile<WIDE, MIXED>(products, s.scale[k], i0, j0, to, rows + k * fields * ROWS * W, cols + k * fields * NR, e, cosines);
+    if (__builtin_expect(seen.asked, false)) seen.add(products, i0, j0, from, to, t, cosines);
   }
   // Adds a tile at one scale. Not wide: row and column share one exponential. Wide: each has its own running maxima.
-  template <bool WIDE, bool MIXED>
-  FASTCL_INLINE void add_tile(const Tile &products, Scale scale, int64_t i0, int64_t j0, int64_t to, T *rows, T *cols, Unit *e) const {
+  template <bool WIDE, bool MIXED> FASTCL_INLINE void add_tile(const Tile &products, Scale scale, int64_t i0, int64_t j0, int64_t to, T *rows,
+                                                               T *cols, Unit *e, const Tile *cosines) const {
     constexpr int64_t R = ROWS * W, G_ROW = Sweep<Mul>::G_ROW;
     V<T> norms[NV];
     EACH(v, NV) norms[v] = load(s.contrasts.inverse_norms + j0 + v * W);
@@ -249,10 +258,10 @@ private:
         bool marked = false;
         EACH(v, NV) {
           const V<T> t = logits(r, v), power = exp2<T, true>(t);
-          const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
+          const auto masks = s.masks(i0 + r, j0 + v * W, to, true, cosines ? (*cosines)[r][v] : nullptr);
           x[v] = keep<T>(masks.admissible & ~masks.positive, power);
           column_sums[v].of[NEGATIVE] += x[v];
-          if (fields == LEAN_SUMS || !s.marked(i0 + r, j0 + v * W)) continue;
+          if (fields == LEAN_SUMS || !s.marked(i0 + r, j0 + v * W, masks.positive)) continue;
           marked = true;
           const V<T> one = all<T>(1);
           const auto both = [&](int f, V<T> term) {
@@ -289,7 +298,7 @@ private:
     I<T> negative[MR][NV], positive[MR][NV];
     for (int r = 0; r < MR; r++)
       for (int v = 0; v < NV; v++) {
-        const auto masks = s.masks(i0 + r, j0 + v * W, to, true);
+        const auto masks = s.masks(i0 + r, j0 + v * W, to, true, cosines ? (*cosines)[r][v] : nullptr);
         positive[r][v] = masks.positive;
         negative[r][v] = masks.admissible & ~masks.positive;
         if (fields == LEAN_SUMS) continue;
@@ -314,14 +323,19 @@ private:
     both(NEGATIVE, negative);
     if (fields > LEAN_SUMS) both(POSITIVE, positive);
   }
-  // Inadmissible pairs of existing places; the diagonal of self-contrast does not count.
+  // Inadmissible pairs of existing places of one group; the diagonal of self-contrast does not count.
   FASTCL_INLINE I<T> excluded(int64_t i, int64_t j, int64_t to, I<T> admissible) const {
-    if (s.self) return all_int<T>(0);
-    return (lanes_from<T>(j) < all_int<T>(i < to ? s.contrasts.size : 0)) & ~admissible;
+    if (!s.restricted) return all_int<T>(0);
+    const I<T> column = lanes_from<T>(j);
+    I<T> there = column < all_int<T>(i < to ? s.contrasts.size : 0);
+    if (s.self) there &= column > all_int<T>(i);
+    if (s.rules.anchors.group) there &= s.rules.same_group(i, j);
+    return there & ~admissible;
   }
 
   // sums: [parts] arrays, each with all scales.
-  void finish(int k, const Side<Mul> &side, const Statistics &of_all, const T *sums, int parts, int64_t others, int t, bool wide) const {
+  void finish(int k, const Side<Mul> &side, const Statistics &of_all, const T *sums, int parts, const RulesOfSide &own, const RulesOfSide &others,
+              int t, bool wide) const {
     const Range mine = share(side.size, s.threads, t);
     const Statistics out = of_all.of_scale(k, side.size, sizeof(T) == 8);
     for (int64_t i = mine.from; i < mine.to; i++) {
@@ -337,7 +351,7 @@ private:
       put(out, LSE_NEG, row, x[NEGATIVE], x[NEGATIVE_MAXIMUM]);
       if (out.fields[SUM_POS]) ((T *)out.fields[SUM_POS])[row] = T(LN2 * double(x[LOGITS]));
       ((T *)out.positives)[row] = x[POSITIVES];
-      ((T *)out.negatives)[row] = T(others) - x[POSITIVES] - x[INADMISSIBLE];
+      ((T *)out.negatives)[row] = T((own.group ? s.rules.members(own, i, others) : others.size) - s.self) - x[POSITIVES] - x[INADMISSIBLE];
       ((T *)out.negative_ratio)[row] = negative / positive;
       ((T *)out.negative_base)[row] = x[NEGATIVE_MAXIMUM];
       ((T *)out.positive_base)[row] = x[POSITIVE_MAXIMUM];

@@ -46,9 +46,8 @@ template <class T> struct SoftPass {
   SoftPass(const Soft &call, const Arranged &at, Arena &arena, bool exchanged)
       : call(call), p(logits_of(call, exchanged)),
         s(p, at, arena, false, call.backward && call.anchor_gradient, exchanged ? call.problem.contrast_bias : nullptr),
-        w(weights_of(call), {{at.anchors.order, nullptr, nullptr, nullptr}, {at.contrasts.order, nullptr, nullptr, nullptr}}, arena, false, false),
-        bias_of_rows(exchanged && call.problem.contrast_bias), row_bias(bias_of_rows ? arena.take<T>(s.anchors.padded) : nullptr),
-        locals(arena.take<Local>(s.threads)) {
+        w(weights_of(call), {{at.anchors.order}, {at.contrasts.order}}, arena, false, false), bias_of_rows(exchanged && call.problem.contrast_bias),
+        row_bias(bias_of_rows ? arena.take<T>(s.anchors.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
     if (call.backward) {
       row = weights(arena, s.anchors);
       column = s.self ? row : weights(arena, s.contrasts);

@@ -77,10 +77,14 @@ def forward(p: Problem) -> Statistics:
     c = new(m if p.contrasts is not None and p.contrasts.normalize else 0)
     anchors = _new_side(p, n)
     contrasts = _new_side(p, m) if p.both else empty_side(p)
-    swept = two_sets_if_biased(p)  # named, so that its ids stay alive during the call
+    swept, same_rows = two_sets_if_asymmetric(p)
     own, other = _sides(p, anchors, contrasts, saved)
     sides = (*own, address(a)), other and (*other, address(c))
-    native.run(native.native_module().forward(native.engine()[0], describe(swept), *sides, _weighted_sums(p, saved)))
+    native.run(
+        native.native_module().forward(
+            native.engine()[0], describe(swept, same_rows=same_rows), *sides, _weighted_sums(p, saved)
+        )
+    )
     return Statistics(anchors, contrasts, a, c, saved)
 
 
@@ -92,8 +96,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     anchors = saved.anchors._replace(fields=grad.contiguous())
     contrasts = saved.contrasts._replace(fields=grad_contrasts.contiguous())
-    swept = two_sets_if_biased(p)
-    folded = swept is not p  # the anchors are both sets, so both gradients are theirs
+    swept, folded = two_sets_if_asymmetric(p)  # if folded, the anchors are both sets, and both gradients are theirs
     new = p.logit_scale.new_empty
     rows = new(p.anchors.values.shape) if needs.anchors else None
     columns = None
@@ -106,7 +109,9 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     weighted = _weighted_sums(p, saved.saved) if anchors_alone else (0, 0)
     outputs = (*weighted, p.positives is None and p.hard_negatives is None, *map(address, (rows, columns, scale, bias)))
     native.run(
-        native.native_module().backward(native.engine()[0], describe(swept), (*own, 0), other and (*other, 0), outputs)
+        native.native_module().backward(
+            native.engine()[0], describe(swept, same_rows=folded), (*own, 0), other and (*other, 0), outputs
+        )
     )
     if folded and rows is not None and columns is not None:
         rows, columns = rows.add_(columns), None
@@ -213,13 +218,14 @@ def _dense(values: Tensor) -> Tensor:
     return values.resolve_neg().contiguous()
 
 
-def two_sets_if_biased(p: Problem) -> Problem:
-    """A bias breaks the symmetry of self-contrast: the anchors then become the second set too."""
-    if p.contrasts is not None or p.anchors.bias is None:
-        return p
-    own = torch.arange(p.anchors.values.shape[0], device="cpu")
-    contrasts = p.anchors._replace(ids=own)
-    return replace(p, anchors=contrasts._replace(bias=None), contrasts=contrasts)
+def two_sets_if_asymmetric(p: Problem) -> tuple[Problem, bool]:
+    """A bias or a guide breaks the symmetry of self-contrast: the anchors then become the second set too.
+
+    Returns the problem, and whether its two sets are the same rows.
+    """
+    if p.contrasts is not None or (p.anchors.bias is None and p.anchors.guide is None):
+        return p, False
+    return replace(p, anchors=p.anchors._replace(bias=None), contrasts=p.anchors), True
 
 
 def _new_side(p: Problem, size: int) -> Side:
@@ -231,8 +237,8 @@ def _new_observed(p: Problem, size: int) -> Tensor:
     return p.logit_scale.new_empty(len(PARTS), p.sizes[0], size)
 
 
-def describe(p: Problem, depth: int | None = None) -> tuple[int, ...]:
-    """depth: numbers multiplied per pair; None: D."""
+def describe(p: Problem, depth: int | None = None, same_rows: bool = False) -> tuple[int, ...]:
+    """depth: numbers multiplied per pair; None: D. same_rows: two sets that are the same rows, without the diagonal."""
     anchors, contrasts = p.anchors, p.contrasts
     n, d = anchors.values.shape
     m = n if contrasts is None else contrasts.values.shape[0]
@@ -253,6 +259,23 @@ def describe(p: Problem, depth: int | None = None) -> tuple[int, ...]:
         p.both,
         # As many threads as have more work than waking them costs.
         max(1, min(torch.get_num_threads(), n * m * (depth or d) >> 20)),
+        *(_rules(p, same_rows) if p.ruled or same_rows else (0,)),
+    )
+
+
+def _rules(p: Problem, same_rows: bool) -> tuple[int, ...]:
+    own, other = p.anchors, p.contrasts or p.anchors
+    guide, thresholds = own.guide, own.thresholds
+    return (
+        1,
+        *map(address, (own.tags, other.tags)),
+        0 if own.tags is None else own.tags.shape[1],
+        *map(address, (own.samples, other.samples, own.groups, other.groups)),
+        *describe_rows(guide),
+        *describe_rows(other.guide),
+        0 if guide is None else guide.shape[1],
+        address(thresholds),
+        same_rows,
     )
 
 

@@ -52,12 +52,12 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
 
 
 def _run(p: Problem, anchors: tuple[int, ...], contrasts: tuple[int, ...] | None, gradients: Any) -> None:
-    swept = contrastive_cpu.two_sets_if_biased(p)
+    swept, same_rows = contrastive_cpu.two_sets_if_asymmetric(p)
     own = p.anchors.assignments
     other = swept.contrasts and swept.contrasts.assignments  # None in self-contrast
     assert own is not None
     assignments = (*native.describe_rows(own), *native.describe_rows(other), own.shape[1])
-    problem = contrastive_cpu.describe(swept, p.anchors.values.shape[1] + own.shape[1])
+    problem = contrastive_cpu.describe(swept, p.anchors.values.shape[1] + own.shape[1], same_rows)
     call = native.native_module().soft(native.engine()[0], problem, assignments, anchors, contrasts, gradients)
     native.run(call)
 

@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from . import distributed, functional
+from .cached import CachedStep, cached_step
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
 from .losses.decoupled import DCLWLoss
@@ -25,6 +26,7 @@ from .swept import ContrastiveStats
 
 __all__ = [
     "ArcFaceLoss",
+    "CachedStep",
     "ClipLoss",
     "ClusterInfoNCE",
     "ContrastiveStats",
@@ -53,6 +55,7 @@ __all__ = [
     "SupConLoss",
     "SwAVLoss",
     "alignment",
+    "cached_step",
     "contrastive_stats",
     "distributed",
     "functional",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -90,9 +90,14 @@ def _all_bytes(world: World, tensor: Tensor, sizes: list[int]) -> Tensor:
     """`World.all_rows` for any dtype, as bytes: collectives do not support all dtypes."""
     if 0 in tensor.shape[1:]:
         return world.all_rows(tensor, sizes)
-    rows = tensor.resolve_neg().contiguous()
+    return world.all_rows(_as_bytes(tensor), sizes).view(tensor.dtype).reshape(-1, *tensor.shape[1:])
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """[m, ...] as its bytes, [m, B]."""
+    rows = tensor.detach().resolve_neg().contiguous()
     rows = rows[:, None] if rows.dim() == 1 else rows.flatten(1)
-    return world.all_rows(rows.view(torch.uint8), sizes).view(tensor.dtype).reshape(-1, *tensor.shape[1:])
+    return rows.view(torch.uint8)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -298,6 +303,14 @@ class Gathered:
 
     def spread(self, values: Tensor) -> Tensor:
         return self.world.all_rows(values.movedim(-1, 0), self.sizes).movedim(0, -1).contiguous()
+
+    def spread_rows(self, values: Sequence[Tensor]) -> list[Tensor]:
+        pieces = [_as_bytes(part) for part in values]
+        arrived = self.world.all_rows(torch.cat(pieces, 1), self.sizes).split([part.shape[1] for part in pieces], 1)
+        return [
+            part.contiguous().view(like.dtype).reshape(-1, *like.shape[1:])
+            for part, like in zip(arrived, values, strict=True)
+        ]
 
     def collect(self, values: Tensor) -> Tensor:
         k, own = len(values), self.sizes[self.world.rank]

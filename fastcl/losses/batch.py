@@ -129,7 +129,7 @@ def batch(given: Tensors, normalize: bool) -> Batch:
     if parts is None:
         alone = tagged and views == 1  # clusters of one row make no positives
         own = Rows(anchors, None if alone else anchor_clusters, own_ids, contrast_bias, normalize=normalize)
-        return Batch(own, None, positives, shape, views, by_sample, aligned=by_sample)
+        return Batch(own, None, positives, shape, views, by_sample, aligned=by_sample and not alone)
     count = sum(part.length() for part in parts if part.stored is None)
     if contrast_clusters is not None:
         of_tensors = contrast_clusters.to(torch.int64).clamp(min=-1)
@@ -171,18 +171,30 @@ def of_parts(values: Tensor | None, rows: Batch, stored: bool) -> Tensor | None:
     return torch.cat([piece for piece, (_, kind) in zip(pieces, rows.parts, strict=True) if kind == stored])
 
 
-def offset(rows: Batch, first: int) -> tuple[Tensor | None, Tensor | None]:
-    """Clusters of anchors and of contrasts, if the samples of this process are numbered from `first` on."""
-    samples = rows.shape[0]
+def offset(batch: Batch, anchors: Rows, contrasts: Rows | None, first: int) -> tuple[Rows, Rows | None]:
+    """The rows with clusters, kept pairs and groups that are unique over processes.
+
+    first: the number of the process's first sample.
+    """
+    samples = batch.shape[0]
+    first_pair = first if contrasts is None else first * batch.views  # in two sets pairs are of rows
 
     def moved(ids: Tensor | None) -> Tensor | None:
         if ids is None:
             return None
-        if rows.by_sample:  # an index beyond the samples matches no sample of any process
+        if batch.by_sample:  # an index beyond the samples matches no sample of any process
             ids = torch.where(ids >= samples, -1, torch.where(ids >= 0, ids + first, ids))
         return torch.where(ids < -1, ids - first, ids)  # private clusters
 
-    return moved(rows.anchors.clusters), None if rows.contrasts is None else moved(rows.contrasts.clusters)
+    def unique(rows: Rows) -> Rows:
+        groups, pairs = rows.groups, rows.samples
+        if groups is not None:
+            groups = torch.where(groups < -1, groups - first, groups)
+        if pairs is not None:
+            pairs = torch.where(pairs >= 0, pairs + first_pair, pairs)
+        return rows._replace(clusters=moved(rows.clusters), groups=groups, samples=pairs)
+
+    return unique(anchors), None if contrasts is None else unique(contrasts)
 
 
 def aligned_clusters(samples: list[int], views: int, contrasts: list[int], device: torch.device) -> Tensor:

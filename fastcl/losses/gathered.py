@@ -13,7 +13,7 @@ from ..distributed import Gathered, Property, Ring, World, dtype_name
 from ..ops.backends.choose import choose_backend
 from ..ops.contrastive.blocks import BlockStats, Call
 from ..ops.contrastive.fields import FIELDS
-from ..ops.contrastive.records import Problem, Rows, flatten, flatten_rows
+from ..ops.contrastive.records import TRAVELLING, Problem, Rows, flatten, flatten_rows, travelling
 from ..swept import ContrastiveStats, named, statistics
 from .batch import Batch, aligned_clusters, of_parts, offset
 
@@ -32,7 +32,7 @@ class Travelling(NamedTuple):
     anchors: Rows  # with clusters that are unique over processes, as the following
     contrasts: Rows | None  # the contrasts that travel; None: self-contrast
     stored: Rows | None  # contrasts that stay in this process
-    clusters: Tensor | None  # [M], of all travelling contrasts, if they need not be sent
+    known: Mapping[str, Tensor]  # by field of `Rows`: data [M, ...] of all travelling contrasts that need not be sent
     needs: Mapping[str, bool]  # by tensor, whether it has a gradient
     backend: str
 
@@ -53,7 +53,7 @@ def agreed(
     backend = choose_backend(p.device, dtype, family)
     tensors = {
         "anchors": anchors.values, "contrasts": rows, "positives": p.positives, "logit scale": p.logit_scale,
-        "contrast_bias": bias, "assignments": anchors.assignments,
+        "contrast_bias": bias, "assignments": anchors.assignments, "hard_negatives": p.hard_negatives,
         "contrast_assignments": None if contrasts is None else contrasts.assignments,
     }  # fmt: skip
     properties: dict[str, Property] = {
@@ -70,9 +70,10 @@ def agreed(
         "backend": backend,
         "clusters given": not batch.by_sample,
         "default clusters of contrasts": batch.aligned,
-        "ids given": p.others.ids is not None,
+        **_given(p.others),
         "positives given": p.positives is not None,
-        "contrast_bias given": bias is not None,
+        "hard_negatives given": p.hard_negatives is not None,
+        "guide given": p.guided,
         "assignments": -1 if anchors.assignments is None else anchors.assignments.shape[1],
     }
     # The backward's collectives wait for all processes, so all must need the same gradients.
@@ -85,21 +86,21 @@ def agreed(
     )
     if rows is None and anchors.assignments is None:
         return None
-    clusters, contrast_clusters = offset(batch, sum(samples[: world.rank]))
-    anchors = anchors._replace(clusters=clusters, bias=None if anchors.bias is None else anchors.bias.to(dtype))
+    anchors, others = offset(batch, anchors, contrasts, sum(samples[: world.rank]))
+    if bias is not None:
+        bias = bias.to(dtype)
+        anchors = anchors if others is not None else anchors._replace(bias=bias)
+        others = None if others is None else others._replace(bias=bias)
+    contrasts = others
 
     def part_of_contrasts(of_stored: bool) -> Rows | None:
         """The stored contrasts, or those of tensors."""
         if contrasts is None or (of_stored and not stored):
             return None
-        of_bias = of_parts(bias, batch, of_stored)
-        return Rows(
-            contrasts.values if (values := of_parts(contrasts.values, batch, of_stored)) is None else values,
-            of_parts(contrast_clusters, batch, of_stored),
-            of_parts(contrasts.ids, batch, of_stored),
-            None if of_bias is None else of_bias.to(dtype),
-            normalize=contrasts.normalize,
-        )
+        data = {name: of_parts(values, batch, of_stored) for name, values in travelling(contrasts).items()}
+        values = of_parts(contrasts.values, batch, of_stored)
+        assert values is not None
+        return Rows(values, normalize=contrasts.normalize, **data)
 
     return Travelling(
         (Ring if gather == "ring" else Gathered)(world, sizes),
@@ -108,10 +109,26 @@ def agreed(
         anchors,
         part_of_contrasts(False),
         part_of_contrasts(True),
-        aligned_clusters(samples, batch.views, sizes, p.device) if batch.aligned else None,
+        {"clusters": aligned_clusters(samples, batch.views, sizes, p.device)} if batch.aligned else {},
         needs,
         backend,
     )
+
+
+def _given(rows: Rows) -> dict[str, Property]:
+    """What processes compare of the data that contrasts take along: whether it is given, and its width and dtype.
+
+    Of clusters `agreed` compares more: processes number default ones, which are always there.
+    """
+    found: dict[str, Property] = {}
+    for field, argument in TRAVELLING:
+        values = getattr(rows, field)
+        if field != "clusters":
+            found[f"{argument} given"] = values is not None
+        if field not in ("clusters", "ids", "bias"):  # those are vectors of one dtype
+            found[f"width of {argument}"] = 1 if values is None or values.dim() < 2 else values.shape[1]
+            found[f"dtype of {argument}"] = "none" if values is None else dtype_name(values.dtype)
+    return found
 
 
 def gathered_statistics(
@@ -121,7 +138,7 @@ def gathered_statistics(
 
     call, alike: as in `agreed`.
     """
-    rows = agreed(world, gather, p, batch, call, alike, "contrastive_stats")
+    rows = agreed(world, gather, p, batch, call, alike, p.family)
     if rows is None:
         return statistics(p, exact)[0]
     if p.anchors.assignments is not None:
@@ -135,12 +152,12 @@ def gathered_statistics(
         one_scale=p.logit_scale.dim() == 0,
         contrasts_need=rows.needs["contrasts"],
         bias_needs=rows.needs["contrast_bias"],
-        clusters=rows.clusters,
+        known=rows.known,
     )
     scales = p.logit_scale.to(p.dtype).reshape(-1)
     want = [field for field in FIELDS if field in p.want]
-    travelling = replace(p, anchors=rows.anchors, contrasts=rows.contrasts, logit_scale=scales, want=want)
-    return named(p, BlockStats.apply(called, *flatten(travelling), *flatten_rows(rows.stored)))
+    own = replace(p, anchors=rows.anchors, contrasts=rows.contrasts, logit_scale=scales, want=want)
+    return named(p, BlockStats.apply(called, *flatten(own), *flatten_rows(rows.stored)))
 
 
 class _AllRows(torch.autograd.Function):

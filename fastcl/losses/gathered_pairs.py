@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import World
-from ..ops.contrastive.blocks import Place
+from ..ops.contrastive.blocks import Place, data_of_all
 from ..ops.contrastive.records import Rows
 from ..ops.library import once_differentiable, uncompiled
 from ..ops.pairs.op import sweep, weighted_total
@@ -58,16 +58,8 @@ class _Turn:
         rows, exchange = call.rows, call.rows.exchange
         self.alone = data.contrasts is None
         own = rows.anchors if self.alone or rows.contrasts is None else rows.contrasts
-        dtype = data.scale.dtype
-        bias = None if data.bias is None else data.bias.to(dtype)
-        sent = [None if rows.clusters is not None else own.clusters, None if self.alone else own.ids]
-        given = [part for part in sent if part is not None]
-        if bias is not None:
-            given.append(bias.double().view(torch.int64))
-        arrived = iter(exchange.spread(torch.stack(given)) if given else ())
-        self.clusters = rows.clusters if sent[0] is None else next(arrived)
-        self.ids = None if sent[1] is None else next(arrived)
-        self.bias = None if bias is None else next(arrived).view(torch.float64).to(dtype)
+        bias = None if data.bias is None else data.bias.to(data.scale.dtype)
+        self.of_all = data_of_all(exchange, own._replace(bias=bias), rows.known)
         self.normalize = own.normalize
 
     def run(self, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradients]:
@@ -92,10 +84,8 @@ class _Turn:
         def visit(place: Place, block: Tensor | None) -> Tensor | None:
             contrasts = None
             if block is not None:
-                clusters, ids, bias = (
-                    None if part is None else part[place] for part in (self.clusters, self.ids, self.bias)
-                )
-                contrasts = Rows(block, clusters, ids, bias, normalize=self.normalize)
+                here = {name: values[place] for name, values in self.of_all.items()}
+                contrasts = Rows(block, normalize=self.normalize, **here)
             p = Pairs(anchors, contrasts, data.scale, data.offset, *maps)
             of_block = needs._replace(contrasts=needs.contrasts and block is not None)
             found, gradients = sweep(p, call.rows.backend, weights, of_block)

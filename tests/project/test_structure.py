@@ -13,6 +13,7 @@ LARGEST_FILE = 25_000  # bytes
 # From the bottom up. A module imports from lower layers, and from its own folder.
 LAYERS = (
     ("fastcl.checks", "fastcl.command"),
+    ("fastcl.cached",),
     ("fastcl.ops.backends",),
     ("fastcl.ops.library",),
     ("fastcl.ops.products", "fastcl.ops.pair_maps"),

@@ -6,8 +6,8 @@ The forward sweeps each block and merges the sums. The backward sweeps the block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +31,7 @@ from .records import (
     Side,
     Statistics,
     gradient_places,
+    travelling,
     unflatten,
     unflatten_rows,
 )
@@ -65,6 +66,9 @@ class Exchange(Protocol):
     def spread(self, values: Tensor) -> Tensor:
         """Gathers the values [..., m] of all processes: [..., M]."""
 
+    def spread_rows(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Gathers tensors [m, ...] of any dtypes in one exchange: [M, ...] each."""
+
     def collect(self, values: Tensor) -> Tensor:
         """Sends values [K, M] to the contrasts' owners. Returns [processes, K, m], each process's values of the own
         contrasts."""
@@ -83,7 +87,15 @@ class Call:
     one_scale: bool
     contrasts_need: bool  # whether the travelling contrasts need a gradient, the same in all processes
     bias_needs: bool  # the same of their bias
-    clusters: Tensor | None = None  # [M], of all travelling contrasts, if they need not be sent
+    # By field of `Rows`: data [M, ...] of all travelling contrasts that need not be sent.
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def data_of_all(exchange: Exchange, own: Rows, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By field of `Rows` the data [M, ...] of all travelling contrasts. own: this process's [m]. known: see `Call`."""
+    sent = {name: values for name, values in travelling(own).items() if name not in known}
+    arrived = exchange.spread_rows(list(sent.values())) if sent else []
+    return {**known, **dict(zip(sent, arrived, strict=True))}
 
 
 class BlockStats(torch.autograd.Function):
@@ -148,9 +160,7 @@ class _Kept(NamedTuple):
     """What the forward leaves for the backward."""
 
     rows: Any  # what `Exchange.walk` returned
-    clusters: Tensor | None  # [M]
-    ids: Tensor | None  # [M]
-    bias: Tensor | None  # [M]
+    data: Mapping[str, Tensor]  # of `data_of_all`
     # By the block's first row: inverse norms of anchors and contrasts, and `Statistics.saved`.
     of_blocks: dict[int, tuple[Tensor, Tensor, Tensor]]
     anchors: Side  # merged
@@ -180,13 +190,8 @@ class _Blocks:
         """The anchors with a block of the travelling contrasts. rows: None for the own rows in self-contrast."""
         if rows is None:
             return self.base
-
-        def here(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[place]
-
-        kept = self.kept
-        normalize = self.base.others.normalize
-        return self.over(Rows(rows, here(kept.clusters), here(kept.ids), here(kept.bias), normalize=normalize))
+        here = {name: values[place] for name, values in self.kept.data.items()}
+        return self.over(Rows(rows, normalize=self.base.others.normalize, **here))
 
     def over(self, contrasts: Rows) -> Problem:
         """The anchors with these contrasts."""
@@ -194,14 +199,9 @@ class _Blocks:
 
     def forward(self) -> Statistics:
         base, layout = self.base, self.layout
-
-        clusters, known = base.others.clusters, self.call.clusters
-        found_clusters, ids, bias = self._spread(
-            (clusters if known is None else None, base.others.ids, base.others.bias)
-        )
-        clusters = found_clusters if known is None else known
+        data = data_of_all(self.exchange, base.others, self.call.known)
         nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
-        self.kept = _Kept(None, clusters, ids, bias, {}, *nothing, None)
+        self.kept = _Kept(None, data, {}, *nothing, None)
         sums = layout.blank(base.logit_scale, len(base.anchors.values))
         of_contrasts = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
 
@@ -233,22 +233,6 @@ class _Blocks:
         found = joined(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
         self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes, contrasts=merged)
         return found
-
-    def _spread(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """`Exchange.spread` of integers or floating numbers [m], in one collective: floats are sent as their bits."""
-        given = [one for one in values if one is not None]
-        if not given:
-            return [None] * len(values)
-        sent = [one.double().view(torch.int64) if one.is_floating_point() else one for one in given]
-        arrived = iter(self.exchange.spread(torch.stack(sent)))
-
-        def taken(like: Tensor | None) -> Tensor | None:
-            if like is None:
-                return None
-            one: Tensor = next(arrived)
-            return one.view(torch.float64).to(like.dtype) if like.is_floating_point() else one
-
-        return [taken(like) for like in values]
 
     def _anchor_norms(self) -> Tensor:
         """Inverse norms of the anchors, [N], or [0] if they are not normalised."""

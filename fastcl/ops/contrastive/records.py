@@ -97,6 +97,31 @@ class Problem:
         return log_sums(self.want)
 
 
+class Travels(NamedTuple):
+    """Data of `Rows` that a contrast takes along to other processes, besides its values."""
+
+    field: str  # of `Rows`: [N] or [N, W], of any dtype
+    argument: str  # its name in messages
+
+
+TRAVELLING = (
+    Travels("clusters", "clusters"),
+    Travels("ids", "ids"),
+    Travels("bias", "contrast_bias"),
+    Travels("tags", "tags"),
+    Travels("samples", "kept pairs"),
+    Travels("groups", "groups"),
+    Travels("guide", "guide"),
+    Travels("thresholds", "thresholds of contrasts"),
+)
+
+
+def travelling(rows: Rows) -> dict[str, Tensor]:
+    """By field the data that the rows take along, where they have it."""
+    found = {field: getattr(rows, field) for field, _ in TRAVELLING}
+    return {field: values for field, values in found.items() if values is not None}
+
+
 # Problems as arguments of an operator.
 
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", Sequence[str]: "str[]"}

@@ -40,6 +40,9 @@ class Cut:
     def spread(self, values: Tensor) -> Tensor:
         return values
 
+    def spread_rows(self, values: list[Tensor]) -> list[Tensor]:
+        return values
+
     def collect(self, values: Tensor) -> Tensor:
         return values[None]
 

@@ -4,9 +4,11 @@ __version__ = "0.1.0"
 
 from . import distributed, functional
 from .cached import CachedStep, cached_step
+from .guide import Guide
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
 from .losses.decoupled import DCLWLoss
+from .losses.gist import GISTEmbedLoss
 from .losses.metric import ArcFaceLoss, CosFaceLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from .losses.pair_contrastive import PairContrastiveLoss
 from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
@@ -34,6 +36,8 @@ __all__ = [
     "DCLLoss",
     "DCLWLoss",
     "DebiasedLoss",
+    "GISTEmbedLoss",
+    "Guide",
     "HardNegativeLoss",
     "HypersphereLoss",
     "KoLeoLoss",

@@ -2,6 +2,7 @@
 
 from .losses.cluster import cluster_infonce
 from .losses.decoupled import dclw_loss
+from .losses.gist import gist_embed_loss
 from .losses.metric import arcface_loss, cosface_loss, multi_similarity_loss, proxy_anchor_loss
 from .losses.pair_contrastive import pair_contrastive_loss
 from .losses.prototypical import proto_nce_loss
@@ -18,6 +19,7 @@ __all__ = [
     "contrastive_stats",
     "cosface_loss",
     "dclw_loss",
+    "gist_embed_loss",
     "hypersphere_loss",
     "knn_predict",
     "koleo_loss",

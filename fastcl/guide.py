@@ -145,3 +145,53 @@ def positives_cosines(p: Problem) -> Tensor:
     problem = Problem(guided(p.anchors), others, None, negated, [], observe=True)
     *_, observed = forward_op(*flatten(problem), choose_backend(p.device, dtype, problem.family))
     return -part(observed, "max_pos")[0]
+
+
+def with_guide(
+    guide: Guide, anchors: Rows, contrasts: Rows | None, shape: tuple[int, ...], both: bool, paired: bool
+) -> tuple[Rows, Rows | None]:
+    """The rows with the guide's rows and thresholds.
+
+    shape: [N] or [N, V]. both: also thresholds of the contrasts, for the reverse direction. paired: contrast i is the
+    one positive of anchor i; further contrasts are none.
+    """
+    device, n = anchors.values.device, len(anchors.values)
+    own = guide.of_anchors(shape, device)
+    m, other = n, own
+    if contrasts is not None:
+        m = len(contrasts.values)
+        other = guide.of_contrasts(m, device)
+    elif guide.contrast_embeddings is not None:
+        raise ValueError("guide.contrast_embeddings: expected None for self-contrast (contrasts=None), got a value")
+    others = None if contrasts is None else _guided(contrasts, other, None)
+    problem = Problem(_guided(anchors, own, None), others, None, anchors.values.new_ones(1), ())
+    dtype = problem.dtype
+    cosines = guide.given(n, device)
+    back: Tensor | None = None
+    if cosines is not None:
+        back = cosines
+        if both and m != n:
+            sizes = f"{n} anchor rows and {m} contrasts"
+            raise ValueError(f"guide.threshold: expected None for both directions of {sizes}, got a value")
+    elif paired:
+        cosines = paired_cosines(own, other[:n], dtype)
+        back = torch.cat((cosines, cosines.new_full((m - n,), torch.inf)))
+    elif anchors.clusters is None and anchors.tags is None:
+        raise ValueError("guide.threshold: expected a tensor, as there are no clusters and no tags, got None")
+    else:
+        cosines = positives_cosines(problem)
+        if both and others is not None:
+            back = positives_cosines(Problem(others, problem.anchors, None, problem.logit_scale, ()))
+
+    def threshold(values: Tensor) -> Tensor:
+        return guide.less_margin(values.to(dtype)) + ROUNDING[dtype]
+
+    anchors = _guided(anchors, own, threshold(cosines))
+    if contrasts is None:
+        return anchors, None
+    return anchors, _guided(contrasts, other, threshold(back) if both and back is not None else None)
+
+
+def _guided(rows: Rows, guide: Tensor, thresholds: Tensor | None) -> Rows:
+    values, clusters, ids, bias, _, tags, samples, groups, *_, normalize = rows
+    return Rows(values, clusters, ids, bias, None, tags, samples, groups, guide, thresholds, normalize)

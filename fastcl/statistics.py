@@ -22,6 +22,7 @@ from .checks import (
     shown,
     values_visible,
 )
+from .guide import Guide, check_guide, with_guide
 from .ops.backends.rows import accumulation_dtype
 from .ops.contrastive.fields import OBSERVED, PAIR_FIELDS, TABLE
 from .ops.contrastive.records import Problem, Rows
@@ -29,6 +30,7 @@ from .ops.pair_maps import KINDS
 from .ops.pairs.op import pair_sums
 from .ops.pairs.records import Pairs, Sums, two_sets
 from .swept import ContrastiveStats, statistics
+from .tags import are_tags, check_tags, packed, shared_tags
 
 
 def contrastive_stats(
@@ -49,6 +51,9 @@ def contrastive_stats(
     contrast_assignments: Tensor | None = None,
     pos_margin: float = 0.0,
     neg_margin: float = 0.0,
+    anchor_groups: Tensor | None = None,
+    contrast_groups: Tensor | None = None,
+    guide: Guide | None = None,
 ) -> ContrastiveStats:
     r"""Statistics of contrastive logits, in one pass that never stores the logits.
 
@@ -69,8 +74,9 @@ def contrastive_stats(
     Args:
         anchors: ``[N, D]``; float64, float32, bfloat16 or float16.
         contrasts: ``[M, D]``, or None for self-contrast: the anchors are the contrasts too.
-        anchor_clusters: ``[N]`` integers. A negative number means no cluster. None: there are no positives.
-        contrast_clusters: ``[M]`` integers. With two sets, give both clusters or neither.
+        anchor_clusters: ``[N]`` integers. A negative number means no cluster. None: there are no positives. Or bool
+            ``[N, T]``: tags, of which a positive shares at least one.
+        contrast_clusters: ``[M]`` integers, or bool ``[M, T]``. With two sets, give both clusters or neither.
         logit_scale: 1 / temperature; a number, a tensor ``[]``, or ``[S]`` scales at once.
         normalize_anchors, normalize_contrasts: cosine similarity.
         contrast_bias: ``[M]``, added to the contrast's logits (for instance minus a log frequency). -inf leaves the
@@ -88,6 +94,10 @@ def contrastive_stats(
             ``lse_all`` does not change. ``want`` may name only ``"lse_all"`` and ``"sum_pos"``, and there is one scale.
         contrast_assignments: ``[M, C]``, with two sets.
         pos_margin, neg_margin: margins of the hinges: of logits, or of distances.
+        anchor_groups, contrast_groups: ``[N]`` and, with two sets, ``[M]`` integers. A pair of different groups is
+            inadmissible; a row with a negative number has no admissible pair. Other tiles are not visited.
+        guide: a :class:`Guide`, which makes pairs inadmissible that it finds too similar and that are no positives.
+            Tags, groups and a guide go neither with assignments, sums of a function of each pair, nor ``"sum_all"``.
 
     Returns:
         :class:`ContrastiveStats`, differentiable once in anchors, contrasts, logit_scale, contrast_bias and
@@ -111,7 +121,8 @@ def contrastive_stats(
     else:
         m = n
         for name, value in (
-            ("contrast_clusters", contrast_clusters), ("anchor_ids", anchor_ids), ("contrast_ids", contrast_ids)
+            ("contrast_clusters", contrast_clusters), ("anchor_ids", anchor_ids), ("contrast_ids", contrast_ids),
+            ("contrast_groups", contrast_groups),
         ):  # fmt: skip
             if value is not None:
                 raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
@@ -131,9 +142,13 @@ def contrastive_stats(
             check_assignments("contrast_assignments", contrast_assignments, (m,), anchors.device, anchor_assignments)
         elif contrast_assignments is not None:
             raise ValueError("contrast_assignments: expected None for self-contrast (contrasts=None), got a value")
-    ids = {}
+    tags = _tags(anchor_clusters, contrast_clusters, n, None if contrasts is None else m, anchors.device)
+    if tags is not None:
+        anchor_clusters = contrast_clusters = None
+    ids: dict[str, Tensor | None] = {}
     for left, right, values in (
         ("anchor_clusters", "contrast_clusters", (anchor_clusters, contrast_clusters)),
+        ("anchor_groups", "contrast_groups", (anchor_groups, contrast_groups)),
         ("anchor_ids", "contrast_ids", (anchor_ids, contrast_ids)),
     ):
         if contrasts is not None and (values[0] is None) != (values[1] is None):
@@ -152,13 +167,23 @@ def contrastive_stats(
         if not {"lse_all", "sum_pos"}.issuperset(wanted):
             raise ValueError(f"want: expected some of 'lse_all', 'sum_pos' with assignments, got {wanted!r}")
     clusters, sample_ids, bias = ids["anchor_clusters"], ids["anchor_ids"], contrast_bias if contrasts is None else None
-    own = Rows(anchors, clusters, sample_ids, bias, anchor_assignments, normalize=normalize_anchors)
+    ruled = tags is not None or anchor_groups is not None or guide is not None
+    if ruled:
+        _check_ruled(wanted, anchor_assignments, guide, contrast_bias if both else None)
+    own_tags, other_tags = tags or (None, None)
+    own = Rows(
+        anchors, clusters, sample_ids, bias, anchor_assignments, own_tags, groups=ids["anchor_groups"],
+        normalize=normalize_anchors,
+    )  # fmt: skip
     others = None
     if contrasts is not None:
         clusters, sample_ids = ids["contrast_clusters"], ids["contrast_ids"]
         others = Rows(
-            contrasts, clusters, sample_ids, contrast_bias, contrast_assignments, normalize=normalize_contrasts
-        )
+            contrasts, clusters, sample_ids, contrast_bias, contrast_assignments, other_tags,
+            groups=ids["contrast_groups"], normalize=normalize_contrasts,
+        )  # fmt: skip
+    if guide is not None:
+        own, others = with_guide(guide, own, others, (n,), both, False)
     margins = finite_number("pos_margin", pos_margin), finite_number("neg_margin", neg_margin)
     kinds = tuple(dict.fromkeys(TABLE[field].pair_map for field in wanted if field in PAIR_FIELDS))
     if any(KINDS[kind].of_distance for kind in kinds):
@@ -171,6 +196,36 @@ def contrastive_stats(
     problem = Problem(own, others, None, scale, rest, both, observe=observe)
     found = statistics(problem)[0] if rest or not kinds else None
     return with_pair_sums(found, problem, wanted, kinds, margins) if kinds else found  # type: ignore[return-value]
+
+
+def _tags(
+    own: Tensor | None, other: Tensor | None, n: int, m: int | None, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """The packed tags of anchors and contrasts, or None. m: None for self-contrast."""
+    if not are_tags(own):
+        return None
+    assert own is not None
+    check_tags("anchor_clusters", own, n, device)
+    if m is not None:
+        check_tags("contrast_clusters", other, m, device, own)
+    own, other = shared_tags(own, other)
+    words = packed(own)
+    return words, words if other is None else packed(other)
+
+
+def _check_ruled(
+    wanted: Sequence[str], assignments: Tensor | None, guide: Guide | None, bias_both_ways: Tensor | None
+) -> None:
+    """ValueError for what tags, groups and a guide do not support."""
+    if assignments is not None:
+        raise ValueError("anchor_assignments: expected None with tags, groups or a guide, got a value")
+    for field in wanted:
+        if field in PAIR_FIELDS or field == "sum_all":
+            raise ValueError(f"want: expected other fields with tags, groups or a guide, got {field!r}")
+    if guide is not None:
+        check_guide(guide)
+        if bias_both_ways is not None:
+            raise ValueError("contrast_bias: expected None with guide and both=True, got a value")
 
 
 def with_pair_sums(

@@ -13,6 +13,7 @@ from ..guide import Guide
 from ..memory_state import Memory, Stored
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.contrastive.records import Rows
+from ..tags import are_tags
 
 Contrasts = Tensor | Memory | Sequence[Tensor | Memory]
 
@@ -71,7 +72,7 @@ def batch(given: Tensors, normalize: bool) -> Batch:
     normalize: cosine similarity. Stored rows are never normalised.
     """
     embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, *_ = given
-    tagged = isinstance(clusters, Tensor) and clusters.dtype == torch.bool and clusters.dim() == 2
+    tagged = are_tags(clusters)
     tags_of_contrasts = tagged and contrast_clusters is not None
     if tagged:
         clusters = contrast_clusters = None
@@ -314,7 +315,7 @@ def _of_pairs(ids: Tensor, views: int, parts: list[_Part]) -> Tensor:
 def _check_others(parts: list[_Part], rows: int, given: Tensors, contrast_ids: Tensor | None) -> None:
     """Raises ValueError unless the contrasts have exactly the clusters and ids that the call needs."""
     clusters, positives, contrast_clusters, ids = given.clusters, given.positives, given.contrast_clusters, given.ids
-    tagged = isinstance(clusters, Tensor) and clusters.dtype == torch.bool and clusters.dim() == 2
+    tagged = are_tags(clusters)
     device = parts[0].rows.device
     memories = [part.stored for part in parts if part.stored is not None]
     lengths = [part.length() for part in parts if part.stored is None]

@@ -72,18 +72,18 @@ class InfoNCE(NamedTuple):
             return lse_neg - mean_pos + shift, counted
         if self.form == "inside":
             log_ratio = lse_neg - lse_pos + shift
-            return (_log1p_exp(log_ratio) if self.denominator == "all" else log_ratio) + num_pos.log(), counted
+            return (log1p_exp(log_ratio) if self.denominator == "all" else log_ratio) + num_pos.log(), counted
         single = stats.num_pos == 1
         if self.margin == 0:
             log_ratio = lse_neg.masked_fill(~single, 0) - sum_pos.masked_fill(~single, 0)
-            loss = torch.where(single, _log1p_exp(log_ratio) + _not_finite(sum_pos), lse_all - mean_pos)
+            loss = torch.where(single, log1p_exp(log_ratio) + _not_finite(sum_pos), lse_all - mean_pos)
             if self.label_smoothing:
                 assert stats.sum_all is not None
                 mean_all = stats.sum_all.masked_fill(~counted, 0) / (num_pos + stats.num_neg)
                 loss = torch.lerp(loss, lse_all - mean_all, self.label_smoothing)
             return loss, counted
         log_ratio = lse_neg - torch.where(single, sum_pos, lse_pos) + shift
-        return _log1p_exp(log_ratio) + torch.where(single, _not_finite(sum_pos), lse_pos - mean_pos), counted
+        return log1p_exp(log_ratio) + torch.where(single, _not_finite(sum_pos), lse_pos - mean_pos), counted
 
 
 def infonce(options: LossOptions) -> InfoNCE:
@@ -155,7 +155,7 @@ class Debiased(NamedTuple):
         log_ng = torch.maximum(log_ng, least)
         log_ratio = torch.where(some, log_ng - lse_pos, -torch.inf)
         rest = torch.where(single, _not_finite(sum_pos), lse_pos - sum_pos / num_pos)
-        return _log1p_exp(log_ratio) + rest, counted
+        return log1p_exp(log_ratio) + rest, counted
 
 
 def _log_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _log_difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(no_less, -torch.inf, a + log_rest)
 
 
-def _log1p_exp(log_ratio: Tensor) -> Tensor:
+def log1p_exp(log_ratio: Tensor) -> Tensor:
     """log(1 + neg / pos), which does not cancel as the positives dominate; log(neg + pos) - log(pos) would.
 
     The logit of a single positive is its log-sum-exp too. Formulas use the logit, so its gradient is the small quotient

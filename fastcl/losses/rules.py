@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_flag, check_ids, check_rows, check_tensor, values_visible
-from ..guide import ROUNDING, Guide, check_guide, paired_cosines, positives_cosines
-from ..ops.contrastive.records import Problem, Rows
+from ..checks import check_flag, check_ids, check_rows, check_tensor
+from ..guide import Guide, check_guide, with_guide
+from ..ops.contrastive.records import Rows
+from ..tags import are_tags, check_tags, packed, shared_tags
 from .batch import Batch, Tensors, per_row
 from .options import LossOptions
-
-WORD = 64  # tags in a number
-
-
-def are_tags(clusters: Any) -> bool:
-    return isinstance(clusters, Tensor) and clusters.dtype == torch.bool and clusters.dim() == 2
-
-
-def check_tags(name: str, value: Any, count: int, device: torch.device, like: Tensor | None = None) -> None:
-    """Expects a bool tensor [count, T], with T of `like`."""
-    check_tensor(name, value)
-    if value.dtype != torch.bool:
-        raise TypeError(f"{name}: expected a bool tensor of tags, as clusters, got {value.dtype}")
-    shape = [count, "T" if like is None else like.shape[1]]
-    if value.dim() != 2 or len(value) != count or (like is not None and value.shape[1] != like.shape[1]):
-        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}".replace("'", ""))
-    check_device(name, value, device)
-
-
-def packed(tags: Tensor) -> Tensor:
-    """Bool [N, T] -> int64 [N, W], 64 tags to a number, at least one."""
-    n, count = tags.shape
-    words = max(1, -(-count // WORD))
-    bits = torch.nn.functional.pad(tags, (0, words * WORD - count)).view(n, words * 8, 8)
-    weights = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=tags.device)
-    return (bits * weights).sum(-1, dtype=torch.uint8).view(torch.int64)
-
-
-def shared_tags(own: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The columns of tags that two rows of the call share: others make no positives. Elsewhere than on the CPU all of
-    them, as their number would be read from the device."""
-    if not values_visible(own):
-        return own, other
-    kept = own.sum(0) > 1 if other is None else own.any(0) & other.any(0)
-    return own[:, kept], None if other is None else other[:, kept]
 
 
 def has_rules(given: Tensors) -> bool:
@@ -167,64 +131,19 @@ def _guided(
 ) -> tuple[Rows, Rows | None]:
     """The rows with the guide's rows and thresholds."""
     check_guide(guide)
-    device, rows = anchors.values.device, len(anchors.values)
     if stored:
         raise ValueError("guide: expected None with a queue or bank, which stores no guide rows, got a Guide")
-    own = guide.of_anchors(found.shape, device)
-    if contrasts is None:
-        if guide.contrast_embeddings is not None:
-            raise ValueError("guide.contrast_embeddings: expected None for self-contrast (contrasts=None), got a value")
-        other = own
-    else:
-        other = guide.of_contrasts(len(contrasts.values), device)
-    cosines = guide.given(rows, device)
-    if found.positives is not None and cosines is None:
+    if found.positives is not None and guide.threshold is None:
         raise ValueError("guide.threshold: expected a tensor with positives, whose guide rows are unknown, got None")
     if found.others().bias is not None and symmetric:
         raise ValueError("contrast_bias: expected None with guide and symmetric=True, got a value")
-    problem = Problem(
-        _with_guide(anchors, own, None),
-        None if contrasts is None else _with_guide(contrasts, other, None),
-        None,
-        anchors.values.new_ones(1),
-        (),
-    )
-    dtype = problem.dtype
-    back: Tensor | None = None
-    if cosines is not None:
-        back = cosines
-        if contrasts is not None and symmetric and len(contrasts.values) != rows:
-            raise ValueError(
-                f"guide.threshold: expected None with symmetric=True, {rows} anchor rows and "
-                f"{len(contrasts.values)} contrasts, got a value"
-            )
-    elif contrasts is not None and found.aligned and found.views == 1 and anchors.tags is None:
-        cosines = paired_cosines(own, other[:rows], dtype)  # row i's one positive is contrast i
-        back = torch.cat((cosines, cosines.new_full((len(other) - rows,), torch.inf)))
-    elif gather:
+    paired = found.aligned and found.views == 1 and contrasts is not None and anchors.tags is None
+    if gather and guide.threshold is None and not paired:
         raise ValueError(
             f"guide.threshold: expected a tensor with gather={gather!r}, unless each anchor's one positive is its "
             "contrast, got None"
         )
-    else:
-        cosines = positives_cosines(problem)
-        if symmetric and contrasts is not None:
-            assert problem.contrasts is not None
-            back = positives_cosines(Problem(problem.contrasts, problem.anchors, None, problem.logit_scale, ()))
-    assert cosines is not None
-
-    def threshold(values: Tensor) -> Tensor:
-        return guide.less_margin(values.to(dtype)) + ROUNDING[dtype]
-
-    anchors = _with_guide(anchors, own, threshold(cosines))
-    if contrasts is None:
-        return anchors, None
-    return anchors, _with_guide(contrasts, other, threshold(back) if symmetric and back is not None else None)
-
-
-def _with_guide(rows: Rows, guide: Tensor, thresholds: Tensor | None) -> Rows:
-    values, clusters, ids, bias, _, tags, samples, groups, *_, normalize = rows
-    return Rows(values, clusters, ids, bias, None, tags, samples, groups, guide, thresholds, normalize)
+    return with_guide(guide, anchors, contrasts, found.shape, symmetric, paired)
 
 
 def _hard_negatives(given: Tensors, found: Batch) -> Tensor | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -12,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fastcl
 from fastcl import ClusterInfoNCE
 from fastcl.guide import Guide
-from fastcl.losses.rules import packed
 from tests.support.backends import QUICK, running
 from tests.support.pair_rules import RuledCall, dense_loss
 from tests.support.strategies import generator

@@ -20,7 +20,7 @@ LAYERS = (
     ("fastcl.ops.contrastive",),
     ("fastcl.ops.soft", "fastcl.ops.pairs", "fastcl.ops.sinkhorn", "fastcl.ops.topk", "fastcl.ops.sampled"),
     ("fastcl.swept",),
-    ("fastcl.guide",),
+    ("fastcl.guide", "fastcl.tags"),
     ("fastcl.statistics", "fastcl.sinkhorn", "fastcl.neighbors", "fastcl.memory_state"),
     ("fastcl.memory", "fastcl.distributed", "fastcl.quality"),
     ("fastcl.losses",),

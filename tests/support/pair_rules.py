@@ -1,4 +1,4 @@
-"""ClusterInfoNCE with rules about pairs, written with dense masks in float64: the oracle of tests/losses/test_rules.py."""
+"""ClusterInfoNCE with rules about pairs, written with dense masks: the oracle of tests/losses/test_rules.py."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def dense_loss(call: RuledCall) -> Tensor:
     z = call.embeddings
     views = z.shape[1] if z.dim() == 3 else 1
     x = z.flatten(0, -2)
-    rows, n = len(x), len(z)
+    rows = len(x)
     sample = torch.arange(rows) // views
     y, alone = (x, True) if a.get("contrasts") is None else (a["contrasts"], False)
     m = len(y)

@@ -30,6 +30,7 @@ from ..ops.products import inner_products, product
 from ..sinkhorn import power_law_prior, sinkhorn, uniform_prior
 from .gathered import has_gradient
 from .modules import ExactModule
+from .options import refuses_renamed
 
 Prior = Tensor | Callable[[int], Tensor]
 KL = ("mean_prior", "prior_mean")
@@ -71,6 +72,7 @@ class SwAVLoss(nn.Module):
     Source: Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments" (2020).
     """
 
+    @refuses_renamed
     def __init__(
         self,
         temperature: float = 0.1,
@@ -193,6 +195,7 @@ class MSNLoss(nn.Module):
     cluster prior in self-supervised learning" (2023).
     """
 
+    @refuses_renamed
     def __init__(
         self,
         temperature: float = 0.1,

@@ -24,7 +24,7 @@ LAYERS = (
     ("fastcl.statistics", "fastcl.sinkhorn", "fastcl.neighbors", "fastcl.memory_state"),
     ("fastcl.memory", "fastcl.distributed", "fastcl.quality"),
     ("fastcl.losses",),
-    ("fastcl.functional",),
+    ("fastcl.functional", "fastcl.metric_learning"),
     ("fastcl",),
     ("fastcl.info", "fastcl.train", "fastcl.__main__"),
 )

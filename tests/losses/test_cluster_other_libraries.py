@@ -43,7 +43,7 @@ def test_a_mask_that_is_no_equivalence(backend) -> None:
 
 def test_the_mask_of_the_page() -> None:
     torch.manual_seed(0)
-    scope: dict = {"features": torch.randn(8, 2, 16), "torch": torch, "ClusterInfoNCE": ClusterInfoNCE}
+    scope: dict = {}
     exec(block("mask.fill_diagonal_"), scope)
     x, mask = scope["x"], scope["mask"]
     s = (cosines(x, x) / 0.07).fill_diagonal_(-torch.inf).log_softmax(1).fill_diagonal_(0)

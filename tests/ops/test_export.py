@@ -44,6 +44,8 @@ LOSSES = {
     "KoLeoLoss": (lambda x, _: fastcl.KoLeoLoss()(x), "rows"),
     "ArcFaceLoss": (fastcl.ArcFaceLoss(3, 4), "labels"),
     "ProtoNCELoss": (lambda x, y: fastcl.ProtoNCELoss()(x, y, PROTOTYPES, torch.ones(5)), "labels"),
+    "SwAVLoss": (lambda x, y: fastcl.SwAVLoss()([x, y]), "rows"),
+    "PMSNLoss": (lambda x, y: fastcl.PMSNLoss()(x, y, PROTOTYPES), "rows"),
     "sinkhorn": (lambda x, _: fastcl.sinkhorn(x).assignments, "rows"),
 }
 

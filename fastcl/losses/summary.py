@@ -42,9 +42,10 @@ class LossStats(NamedTuple):
         """
         if not isinstance(prefix, str):
             raise TypeError(f"prefix: expected a string, got {type(prefix).__name__}")
-        found = dict(zip(self._fields[:-1], self[:-1], strict=True))
+        names = self._fields[:-1]
+        found: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         if self.reverse is not None:
-            found.update({f"reverse_{name}": value for name, value in zip(found, self.reverse, strict=False)})
+            found.update({f"reverse_{name}": getattr(self.reverse, name) for name in names})
         means = torch.stack([value.nanmean() for value in found.values()]).tolist()
         return {prefix + name: mean for name, mean in zip(found, means, strict=True)}
 

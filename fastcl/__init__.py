@@ -2,7 +2,10 @@
 
 __version__ = "0.1.0"
 
-from . import distributed, functional
+import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from . import distributed, functional, metric_learning
 from .cached import CachedStep, cached_step
 from .guide import Guide
 from .losses.cluster import ClusterInfoNCE
@@ -64,6 +67,7 @@ __all__ = [
     "distributed",
     "functional",
     "knn_predict",
+    "metric_learning",
     "power_law_prior",
     "prior_from_counts",
     "sampled_similarity",
@@ -73,3 +77,23 @@ __all__ = [
     "uniformity",
     "use_backend",
 ]
+
+if not _TYPE_CHECKING:  # a type checker would then accept every name
+
+    def __getattr__(name: str) -> object:
+        """Says what a name of another library is called here."""
+        renamed = {
+            "SwaVLoss": "SwAVLoss",
+            "ContrastiveLoss": "PairContrastiveLoss, or metric_learning.ContrastiveLoss",
+            "CrossBatchMemory": "MemoryQueue",
+            "MemoryBankModule": "MemoryQueue",
+            "NNMemoryBankModule": "MemoryQueue, with its method nearest",
+            "MultipleNegativesRankingLoss": "ClusterInfoNCE(1 / scale)(queries, contrasts=documents)",
+        }
+        message = f"module 'fastcl' has no attribute {name!r}"
+        if name in renamed:
+            message = f"{message}: it is called {renamed[name]} here"
+            # `from fastcl import SwaVLoss` would replace the text of an AttributeError.
+            if _sys._getframe(1).f_globals.get("__name__") == "importlib._bootstrap":
+                raise ImportError(message, name="fastcl")
+        raise AttributeError(message)

@@ -76,10 +76,10 @@ def knn_predict(
     """
     check_rows("queries", queries)
     check_rows("keys", keys, like=queries)
-    check_ids("labels", labels, len(keys), queries.device)
+    check_ids("labels", labels, keys.shape[0], queries.device)
     temperature = plain_number("temperature", temperature)
     least, most = 0, -1
-    if len(labels) and (num_classes is None or values_visible(labels)):
+    if labels.shape[0] and (num_classes is None or values_visible(labels)):
         least, most = extremes(labels)
     if num_classes is None and least < 0:
         raise ValueError(f"labels: expected numbers of at least 0, got {least}")
@@ -91,5 +91,5 @@ def knn_predict(
         raise ValueError(f"labels: expected numbers from 0 to {num_classes - 1}, got {wrong}")
     values, indices = topk_similarity(unit_rows(queries), unit_rows(keys), k)
     weights = torch.softmax(values / temperature, dim=1)
-    scores = weights.new_zeros(len(queries), num_classes)
+    scores = weights.new_zeros(queries.shape[0], num_classes)
     return scores.scatter_add_(1, labels.to(torch.int64)[indices], weights)

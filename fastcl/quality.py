@@ -30,7 +30,7 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
     check_rows("y", y, like=x)
     if x.shape != y.shape:
         raise ValueError(f"y: expected shape {list(x.shape)}, as x, got {list(y.shape)}")
-    if len(x) == 0:
+    if x.shape[0] == 0:
         raise ValueError(f"x: expected at least one row, got shape {list(x.shape)}")
     alpha = plain_number("alpha", alpha)
     squared = (unit(x) - unit(y)).square().sum(1)
@@ -57,7 +57,7 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_rows("embeddings", embeddings)
-    n = len(embeddings)
+    n = embeddings.shape[0]
     if n < 2:
         raise ValueError(f"embeddings: expected at least two rows, got shape {list(embeddings.shape)}")
     t = plain_number("t", t)
@@ -66,4 +66,8 @@ def uniformity(embeddings: Tensor, t: float = 2.0) -> Tensor:
     # On the sphere |x - y|^2 = 2 - 2 <x, y>, so each row's sum is a log-sum-exp at logit_scale 2 t.
     stats = contrastive_stats(embeddings, logit_scale=2 * t, normalize_anchors=True, want=("lse_all",))
     assert stats.lse_all is not None
-    return (stats.lse_all - 2 * t).logsumexp(0) - math.log(n * (n - 1))
+    total = (stats.lse_all - 2 * t).logsumexp(0)
+    if isinstance(n, int):
+        return total - math.log(n * (n - 1))
+    count = torch.ones_like(stats.lse_all).sum()  # torch.export would make the logarithm of a dynamic size a constant
+    return total - count.log() - (count - 1).log()

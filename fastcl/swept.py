@@ -120,7 +120,7 @@ def mean_loss(p: Problem) -> tuple[Tensor, Tensor | None] | None:
 
 def named(p: Problem, values: Sequence[Tensor], observed: Tensor | None = None) -> ContrastiveStats:
     """The wanted fields by name, from values in the order of `taken_apart` and from observed statistics."""
-    n, scale = len(p.anchors.values), 0 if p.logit_scale.dim() == 0 else slice(None)
+    n, scale = p.anchors.values.shape[0], 0 if p.logit_scale.dim() == 0 else slice(None)
     order = [field for field in FIELDS if field in p.want]
 
     def side(values: Sequence[Tensor], rows: slice, reverse: ContrastiveStats | None) -> ContrastiveStats:

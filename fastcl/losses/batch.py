@@ -203,7 +203,7 @@ def aligned_clusters(samples: list[int], views: int, contrasts: list[int], devic
     found, first = [], 0
     for n, m in zip(samples, contrasts, strict=True):
         places = per_row(torch.arange(first, first + n, device=device), views)
-        found.append(torch.cat((places, places.new_full((max(m - len(places), 0),), -1))))
+        found.append(torch.cat((places, places.new_full((max(m - places.shape[0], 0),), -1))))
         first += n
     return torch.cat(found)
 

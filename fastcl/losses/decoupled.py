@@ -11,7 +11,7 @@ from ..checks import check_rows, plain_number, positive_number
 from ..swept import ContrastiveStats
 from .batch import Tensors, batch
 from .modules import shown_temperature
-from .options import LossOptions
+from .options import LossOptions, refuses_renamed
 from .reduce import LossResult, inverse_temperature, reduced_loss
 
 
@@ -63,6 +63,7 @@ class DCLWLoss(nn.Module):
         RuntimeError: on a second derivative.
     """
 
+    @refuses_renamed
     def __init__(self, temperature: float | Tensor = 0.1, sigma: float = 0.5, *, reduction: str = "mean") -> None:
         super().__init__()
         self.temperature = positive_number("temperature", temperature)  # nn.Module registers an nn.Parameter
@@ -99,5 +100,5 @@ class WeightedDecoupled(NamedTuple):
         assert stats.lse_neg is not None
         assert stats.sum_pos is not None
         cosines = (stats.sum_pos / scale).detach().view(-1, 2)
-        weights = 2 - len(cosines) * (cosines / self.sigma).softmax(0)
+        weights = 2 - cosines.shape[0] * (cosines / self.sigma).softmax(0)
         return stats.lse_neg - weights.flatten() * stats.sum_pos, stats.num_neg > 0

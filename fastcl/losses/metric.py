@@ -89,7 +89,7 @@ def proxy_anchor_loss(
     margin, alpha = finite_number("margin", margin), plain_number("alpha", alpha)
     check_option("reduction", reduction, REDUCTIONS)
     _check_classes(embeddings, labels, prototypes)
-    classes = torch.arange(len(prototypes), device=prototypes.device)
+    classes = torch.arange(prototypes.shape[0], device=prototypes.device)
     stats = _pulled_and_pushed(prototypes, embeddings, classes, labels, alpha, alpha)
     pull, push = _log1p_exp(stats[0] + alpha * margin), _log1p_exp(stats[1] + alpha * margin)
     pull, push = (terms.to(loss_dtype(embeddings)) for terms in (pull, push))
@@ -97,7 +97,7 @@ def proxy_anchor_loss(
         return pull + push
     if reduction == "sum":
         return pull.sum() + push.sum()
-    return pull.sum() / stats[2].count_nonzero().clamp(min=1) + push.sum() / max(len(prototypes), 1)
+    return pull.sum() / stats[2].count_nonzero().clamp(min=1) + push.sum() / max(prototypes.shape[0], 1)
 
 
 def multi_similarity_loss(
@@ -110,12 +110,14 @@ def multi_similarity_loss(
     beta: float = 50.0,
     base: float = 0.5,
     reduction: str = "mean",
+    ids: Tensor | None = None,
+    contrast_ids: Tensor | None = None,
 ) -> Tensor:
     """The stateless form of :class:`MultiSimilarityLoss`, which describes formula, shapes and errors."""
     alpha, beta, base = plain_number("alpha", alpha), plain_number("beta", beta), finite_number("base", base)
     check_option("reduction", reduction, REDUCTIONS)
     check_rows("embeddings", embeddings)
-    check_ids("labels", labels, len(embeddings), embeddings.device)
+    check_ids("labels", labels, embeddings.shape[0], embeddings.device)
     if (contrasts is None) != (contrast_labels is None):
         given, absent = (
             ("contrasts", "contrast_labels") if contrast_labels is None else ("contrast_labels", "contrasts")
@@ -123,8 +125,18 @@ def multi_similarity_loss(
         raise ValueError(f"{absent}: expected a tensor, as {given} is given, got None")
     if contrasts is not None:
         check_rows("contrasts", contrasts, like=embeddings)
-        check_ids("contrast_labels", contrast_labels, len(contrasts), embeddings.device)
-    lse_pos, lse_neg, _ = _pulled_and_pushed(embeddings, contrasts, labels, contrast_labels, alpha, beta)
+        check_ids("contrast_labels", contrast_labels, contrasts.shape[0], embeddings.device)
+    if (ids is None) != (contrast_ids is None):
+        given, absent = ("ids", "contrast_ids") if contrast_ids is None else ("contrast_ids", "ids")
+        raise ValueError(f"{absent}: expected a tensor, as {given} is given, got None")
+    if ids is not None:
+        if contrasts is None:
+            raise ValueError("ids: expected None for the pairs of the batch (contrasts=None), got a value")
+        check_ids("ids", ids, embeddings.shape[0], embeddings.device)
+        check_ids("contrast_ids", contrast_ids, contrasts.shape[0], embeddings.device)
+    lse_pos, lse_neg, _ = _pulled_and_pushed(
+        embeddings, contrasts, labels, contrast_labels, alpha, beta, ids, contrast_ids
+    )
     terms = _log1p_exp(lse_pos + alpha * base) / alpha + _log1p_exp(lse_neg - beta * base) / beta
     return reduced(terms, reduction, embeddings)
 
@@ -314,12 +326,14 @@ class MultiSimilarityLoss(nn.Module):
         base: b, any finite number.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over all anchors; an empty sum adds 0.
 
-    Shapes of ``forward(embeddings, labels, contrasts=None, contrast_labels=None)``:
+    Shapes of ``forward(embeddings, labels, contrasts=None, contrast_labels=None, *, ids=None, contrast_ids=None)``:
 
     - embeddings: ``[N, D]``; float64, float32, bfloat16 or float16.
     - labels: ``[N]`` integers. A negative number means no class: all other rows are negatives.
     - contrasts, contrast_labels: None for the pairs of the batch, i != j; or ``[M, D]`` and ``[M]``, a second set, into
       which gradients flow (their ``ref_emb`` and ``ref_labels``).
+    - ids, contrast_ids: ``[N]`` and ``[M]`` integers; a pair of equal ids is left out, such as a row and its stored
+      copy. Negative: no id.
 
     Returns:
         A scalar, or ``[N]`` with ``reduction="none"``. float32, or float64 for float64 embeddings.
@@ -342,11 +356,14 @@ class MultiSimilarityLoss(nn.Module):
         labels: Tensor,
         contrasts: Tensor | None = None,
         contrast_labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        contrast_ids: Tensor | None = None,
     ) -> Tensor:
         """The loss. The class describes shapes and errors."""
         return multi_similarity_loss(
-            embeddings, labels, contrasts, contrast_labels,
-            alpha=self.alpha, beta=self.beta, base=self.base, reduction=self.reduction,
+            embeddings, labels, contrasts, contrast_labels, alpha=self.alpha, beta=self.beta, base=self.base,
+            reduction=self.reduction, ids=ids, contrast_ids=contrast_ids,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -363,8 +380,8 @@ def _degrees(margin: float) -> float:
 def _check_classes(embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> None:
     check_rows("embeddings", embeddings)
     check_rows("prototypes", prototypes, like=embeddings)
-    check_ids("labels", labels, len(embeddings), embeddings.device)
-    check_indices("labels", labels, len(prototypes), embeddings.device)
+    check_ids("labels", labels, embeddings.shape[0], embeddings.device)
+    check_indices("labels", labels, prototypes.shape[0], embeddings.device)
 
 
 def _angles(x: Tensor, y: Tensor) -> Tensor:
@@ -381,7 +398,7 @@ def _angles(x: Tensor, y: Tensor) -> Tensor:
 def _over_classes(
     embeddings: Tensor, labels: Tensor, prototypes: Tensor, scale: float, want: tuple[str, ...]
 ) -> ContrastiveStats:
-    classes = torch.arange(len(prototypes), device=prototypes.device)
+    classes = torch.arange(prototypes.shape[0], device=prototypes.device)
     return contrastive_stats(
         embeddings, prototypes, labels, classes, logit_scale=scale,
         normalize_anchors=True, normalize_contrasts=True, want=want,
@@ -395,13 +412,16 @@ def _pulled_and_pushed(
     contrast_clusters: Tensor | None,
     alpha: float,
     beta: float,
+    ids: Tensor | None = None,
+    contrast_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log Σ_P exp(-alpha cos), log Σ_N exp(beta cos) and the number of positives of each anchor, from one sweep."""
     dtype = accumulation_dtype(anchors, contrasts)
     scales = torch.stack([scalar_tensor("scale", scale, anchors.device, dtype) for scale in (-alpha, beta)])
     stats = contrastive_stats(
-        anchors, contrasts, clusters, contrast_clusters, logit_scale=scales,
-        normalize_anchors=True, normalize_contrasts=contrasts is not None, want=("lse_pos", "lse_neg"),
+        anchors, contrasts, clusters, contrast_clusters, logit_scale=scales, normalize_anchors=True,
+        normalize_contrasts=contrasts is not None, anchor_ids=ids, contrast_ids=contrast_ids,
+        want=("lse_pos", "lse_neg"),
     )  # fmt: skip
     assert stats.lse_pos is not None
     assert stats.lse_neg is not None

@@ -70,4 +70,4 @@ def reduced(terms: Tensor, reduction: str, embeddings: Tensor) -> Tensor:
     terms = terms.to(loss_dtype(embeddings))
     if reduction == "none":
         return terms
-    return terms.sum() if reduction == "sum" else terms.sum() / max(len(terms), 1)
+    return terms.sum() if reduction == "sum" else terms.sum() / max(terms.shape[0], 1)

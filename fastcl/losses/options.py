@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
@@ -111,11 +112,53 @@ def parse_options(
     """Options from the keywords `given` and the values that `owner` fixes. TypeError for a keyword not in `names`."""
     for name in given:
         if name not in names:
+            refuse_renamed(owner, name)
             raise TypeError(f"{owner}: expected options out of {', '.join(names)}; got {name!r}")
     return LossOptions(**given, **(fixed or {}))
 
 
+_ONE_BATCH = "gather=True (or 'ring') contrasts the rows of all processes; rank and size come from torch.distributed"
+_QUEUE = "here a queue is an argument of the call: MoCoLoss(temperature)(query, key, MemoryQueue(size, dim))"
+# Arguments of other libraries' constructors, and what they are called here.
+_RENAMED = {
+    **dict.fromkeys(("local_loss", "gather_with_grad", "rank", "world_size", "use_horovod", "dist_impl"), _ONE_BATCH),
+    "cache_labels": "there are no labels to cache here, leave it out",
+    "gather_distributed": "it is called gather here: gather=True",
+    "memory_bank_size": _QUEUE,
+    "reducer": "the losses of fastcl have reduction=",
+    "embedding_regularizer": "add its value to the loss",
+    "sinkhorn_epsilon": "it is called epsilon here",
+    "sinkhorn_iterations": "it is called n_iters here",
+    "sinkhorn_gather_distributed": "it is called gather here: gather=True",
+    "base_temperature": "there is none here: multiply the loss by temperature / base_temperature",
+    "weight_fn": "DCLWLoss has the paper's weights; for others docs/own_loss.md has five lines",
+    "contrast_mode": "pass the first views as embeddings and all rows as contrasts, as docs/migration.md shows",
+    "regularization_weight": "it is called prior_weight here",
+    "power_law_exponent": "pass prior=functools.partial(power_law_prior, exponent=x)",
+}
+
+
+def refuse_renamed(owner: str, name: str) -> None:
+    """TypeError for an argument that other libraries have under this name, with what it is called here."""
+    if name in _RENAMED:
+        raise TypeError(f"{owner}: expected no argument {name!r}; {_RENAMED[name]}")
+
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def refuses_renamed(init: F) -> F:
+    """Decorator of a constructor: `refuse_renamed` for keywords that it does not have. Its signature stays."""
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(self: nn.Module, *arguments: Any, **keywords: Any) -> None:
+        for name in keywords:
+            if name not in known:
+                refuse_renamed(type(self).__name__, name)
+        init(self, *arguments, **keywords)
+
+    return checked  # type: ignore[return-value]
 
 
 def takes_options(keywords: type) -> Callable[[F], F]:

@@ -27,6 +27,8 @@ def pair_contrastive_loss(
     reduction: str = "active",
     contrasts: Tensor | Memory | None = None,
     contrast_labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    contrast_ids: Tensor | None = None,
 ) -> Tensor:
     """The stateless form of :class:`PairContrastiveLoss`, which describes formula, shapes, dtypes and errors.
 
@@ -36,7 +38,7 @@ def pair_contrastive_loss(
     """
     maps = _maps(pos_margin, neg_margin, distance, squared, reduction)
     check_rows("embeddings", embeddings, dims=(2, 3))
-    check_ids("labels", labels, len(embeddings), embeddings.device)
+    check_ids("labels", labels, embeddings.shape[0], embeddings.device)
     if contrast_labels is not None and contrasts is None:
         raise ValueError("contrast_labels: expected None without contrasts, got a value")
     if isinstance(contrasts, Memory):
@@ -48,8 +50,11 @@ def pair_contrastive_loss(
         check_rows("contrasts", contrasts, like=embeddings)
         if contrast_labels is None:
             raise ValueError("contrast_labels: expected a tensor, as contrasts is one, got None")
-        check_ids("contrast_labels", contrast_labels, len(contrasts), embeddings.device)
-    rows = batch(Tensors(embeddings, labels, contrasts=contrasts, contrast_clusters=contrast_labels), not squared)
+        check_ids("contrast_labels", contrast_labels, contrasts.shape[0], embeddings.device)
+    given = Tensors(
+        embeddings, labels, contrasts=contrasts, contrast_clusters=contrast_labels, ids=ids, contrast_ids=contrast_ids
+    )
+    rows = batch(given, not squared)
     return _reduced(rows, maps, reduction)
 
 
@@ -77,13 +82,16 @@ class PairContrastiveLoss(nn.Module):
             pairs. ``"mean"``: the mean over all positive pairs plus the mean over all negative pairs. ``"sum"``: over
             all pairs. ``"none"``: for each anchor the sum over its pairs. An empty mean is 0 with gradient 0.
 
-    Shapes of ``forward(embeddings, labels, *, contrasts=None, contrast_labels=None)``:
+    Shapes of ``forward(embeddings, labels, *, contrasts=None, contrast_labels=None, ids=None,
+    contrast_ids=None)``:
 
     - embeddings: ``[N, D]``, or ``[N, V, D]`` for V views of N samples. float64, float32, bfloat16, float16.
     - labels: ``[N]`` integers. Each ordered pair of different rows counts; a row of negative label has no positive but
       its sample's other views.
     - contrasts: None: the other rows of the batch. ``[M, D]`` with ``contrast_labels`` ``[M]``, or a
       :class:`MemoryQueue` or :class:`MemoryBank` with clusters.
+    - ids, contrast_ids: ``[N]`` and, for a tensor, ``[M]`` integers; a pair of equal ids is left out, such as a row and
+      its stored copy. Negative: no id.
 
     Returns:
         A scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``. float32, or float64 for float64 embeddings.
@@ -113,11 +121,14 @@ class PairContrastiveLoss(nn.Module):
         *,
         contrasts: Tensor | Memory | None = None,
         contrast_labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        contrast_ids: Tensor | None = None,
     ) -> Tensor:
         """The loss. The class describes shapes and errors."""
         return pair_contrastive_loss(
             embeddings, labels, pos_margin=self.pos_margin, neg_margin=self.neg_margin, distance=self.distance,
             squared=self.squared, reduction=self.reduction, contrasts=contrasts, contrast_labels=contrast_labels,
+            ids=ids, contrast_ids=contrast_ids,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -139,7 +150,7 @@ def _reduced(rows: Batch, maps: Maps, reduction: str) -> Tensor:
     swept, one = Swept(rows), scalar("logit_scale", 1.0, rows)
     if reduction == "none":
         return swept.sums(one, None, maps).values.sum(0).to(rows.dtype()).reshape(rows.shape)
-    ones, zeros = one.new_ones(len(rows.anchors.values)), one.new_zeros(len(rows.anchors.values))
+    ones, zeros = one.new_ones(rows.anchors.values.shape[0]), one.new_zeros(rows.anchors.values.shape[0])
     if reduction == "sum":
         return swept.total(one, None, maps, torch.stack((ones, ones)))[0].to(rows.dtype())
     # The divisors are known after the sweep, and positives and negatives have different ones. Positives lie in few

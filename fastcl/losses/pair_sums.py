@@ -142,7 +142,7 @@ def reversed_rows(rows: Batch) -> tuple[Batch, Tensor | None]:
     """The contrasts of two sets as anchors and the anchors as contrasts; and the bias, which becomes an offset."""
     contrasts = rows.others()
     left = _without_bias(contrasts)
-    parts = ((len(rows.anchors.values), False),)
+    parts = ((rows.anchors.values.shape[0], False),)
     # torch 2.6 cannot compile _replace.
     return Batch(left, rows.anchors, None, rows.shape, rows.views, rows.by_sample, rows.aligned, parts), contrasts.bias
 

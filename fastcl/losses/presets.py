@@ -21,6 +21,7 @@ from .options import (
     PresetKeywords,
     SupConKeywords,
     option_names,
+    refuses_renamed,
     takes_options,
 )
 from .reduce import LossResult, reduced_loss, scalar
@@ -28,8 +29,6 @@ from .summary import LossStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-CLIP_OUTPUTS = ("contrastive_loss", "stats")
 
 
 class _TwoViewLoss(ClusterInfoNCE):
@@ -111,7 +110,8 @@ class ClipLoss(nn.Module):
     cross-entropies of the rows and of the columns of ``logit_scale * image @ text.T`` against the diagonal.
 
     ``output_dict=True`` returns ``{"contrastive_loss": loss}``, as open_clip's training loop expects.
-    ``return_stats=True`` adds a :class:`LossStats`: ``(loss, stats)``, or ``"stats"`` in the dictionary.
+    ``return_stats=True`` returns ``(loss, stats)``, stats a :class:`LossStats`, and with the dictionary ``(dictionary,
+    stats)``, so that a training loop may sum the dictionary's values. With several processes pass ``gather``.
     ``logit_bias``, which open_clip's SigLIP models return, is ignored: one number added to every logit cancels in both
     softmaxes. The loss is CLIP's; SigLIP's is :class:`SigLipLoss`. Each module warns of it once (not under
     ``torch.compile``). Dtypes, errors, ``label_smoothing`` and ``gather`` are those of :class:`ClusterInfoNCE`.
@@ -120,6 +120,7 @@ class ClipLoss(nn.Module):
     _warned = False
     label_smoothing: float = 0.0
 
+    @refuses_renamed
     def __init__(self, *, label_smoothing: float = 0.0, gather: bool | str = False) -> None:
         super().__init__()
         options = LossOptions(label_smoothing=label_smoothing, gather=gather).checked()
@@ -134,15 +135,15 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
         *,
         return_stats: bool = False,
-    ) -> LossResult | dict[str, Tensor | LossStats]:
+    ) -> LossResult | dict[str, Tensor] | tuple[dict[str, Tensor], LossStats]:
         try:
             check_flag("output_dict", output_dict)
             logit_scale = positive_number("logit_scale", logit_scale)
             check_rows("image_features", image_features)
             check_rows("text_features", text_features, like=image_features)
-            if len(text_features) != len(image_features):
-                expected = f"{len(image_features)} rows, as in image_features"
-                raise ValueError(f"text_features: expected {expected}, got {len(text_features)}")
+            if text_features.shape[0] != image_features.shape[0]:
+                expected = f"{image_features.shape[0]} rows, as in image_features"
+                raise ValueError(f"text_features: expected {expected}, got {text_features.shape[0]}")
             options = LossOptions(
                 label_smoothing=self.label_smoothing, symmetric=True, normalize=False, gather=self.gather
             ).checked()
@@ -162,7 +163,10 @@ class ClipLoss(nn.Module):
         found = reduced_loss(rows, scale, formula, options, return_stats=return_stats)
         if not output_dict:
             return found
-        return {"contrastive_loss": found} if isinstance(found, Tensor) else dict(zip(CLIP_OUTPUTS, found, strict=True))
+        if isinstance(found, Tensor):
+            return {"contrastive_loss": found}
+        loss, stats = found
+        return {"contrastive_loss": loss}, stats
 
     def extra_repr(self) -> str:
         shown = {"label_smoothing": self.label_smoothing, "gather": self.gather}
@@ -207,7 +211,7 @@ class MoCoLoss(ClusterInfoNCE):
             raise
         if isinstance(queue, MemoryQueue):
             return super().forward(query, positives=key, contrasts=queue, return_stats=return_stats)
-        no_cluster = torch.full((len(queue),), -1, dtype=torch.int64, device=queue.device)
+        no_cluster = torch.full((queue.shape[0],), -1, dtype=torch.int64, device=queue.device)
         return super().forward(
             query, positives=key, contrasts=queue, contrast_clusters=no_cluster, return_stats=return_stats
         )

@@ -30,6 +30,7 @@ from ..ops.products import inner_products, product
 from ..sinkhorn import power_law_prior, sinkhorn, uniform_prior
 from .gathered import has_gradient
 from .modules import ExactModule
+from .options import refuses_renamed
 
 Prior = Tensor | Callable[[int], Tensor]
 KL = ("mean_prior", "prior_mean")
@@ -71,6 +72,7 @@ class SwAVLoss(nn.Module):
     Source: Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments" (2020).
     """
 
+    @refuses_renamed
     def __init__(
         self,
         temperature: float = 0.1,
@@ -103,7 +105,7 @@ class SwAVLoss(nn.Module):
             tell_others(self.gather, error, high_resolution)
             raise
         crops = [*high, *low]
-        rows = [len(high[0])]
+        rows = [high[0].shape[0]]
         if world is not None:
             rows = self._agreed(world, high, low, stored)
         predictions = [F.log_softmax(_wide(crop) / self.temperature, dim=1) for crop in crops]
@@ -112,7 +114,7 @@ class SwAVLoss(nn.Module):
             target = self.assignments(crop, rest)
             for c, prediction in enumerate(predictions):
                 if c != h:
-                    loss = loss - inner_products(target.to(prediction.dtype), prediction).sum() / max(len(crop), 1)
+                    loss = loss - inner_products(target.to(prediction.dtype), prediction).sum() / max(crop.shape[0], 1)
         return loss * _share(world, rows) / (len(high) * (len(crops) - 1))
 
     def _agreed(
@@ -149,7 +151,7 @@ class SwAVLoss(nn.Module):
             wider = torch.promote_types(rows.dtype, queue_scores.dtype)
             rows = torch.cat([rows.to(wider), queue_scores.detach().to(wider)])
         result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self.gather))
-        return result.assignments[: len(scores)]
+        return result.assignments[: scores.shape[0]]
 
 
 class MSNLoss(nn.Module):
@@ -193,6 +195,7 @@ class MSNLoss(nn.Module):
     cluster prior in self-supervised learning" (2023).
     """
 
+    @refuses_renamed
     def __init__(
         self,
         temperature: float = 0.1,
@@ -234,7 +237,7 @@ class MSNLoss(nn.Module):
         except Exception as error:
             tell_others(self.gather, error, anchors, targets, prototypes)
             raise
-        b, rows = len(targets), len(anchors)
+        b, rows = targets.shape[0], anchors.shape[0]
         every_rows = [rows]
         if world is not None:
             every_rows = self._agreed(world, anchors, targets, prototypes)
@@ -427,5 +430,5 @@ def _mean(predictions: Tensor, share: float, world: World | None) -> Tensor:
     Each of the W processes returns the whole divergence, so all incoming gradients are equal. The backward sums them
     over processes, and DDP's mean of the resulting gradients is the gradient of the divergence.
     """
-    own = predictions.sum(0) / max(len(predictions), 1) * share
+    own = predictions.sum(0) / max(predictions.shape[0], 1) * share
     return own if world is None else world.total(own) / world.size

@@ -42,7 +42,7 @@ def proto_nce_loss(
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     check_rows("embeddings", embeddings)
     check_rows("prototypes", prototypes, like=embeddings)
-    n, k, device = len(embeddings), len(prototypes), embeddings.device
+    n, k, device = embeddings.shape[0], prototypes.shape[0], embeddings.device
     check_ids("clusters", clusters, n, device)
     if n and values_visible(clusters) and (most := extremes(clusters)[1]) >= k:
         raise ValueError(f"clusters: expected numbers below {k}, or negative ones for no cluster, got {most}")
@@ -56,7 +56,7 @@ def proto_nce_loss(
             raise ValueError(f"negatives: expected shape [r], got {list(negatives.shape)}")
     if k and (negatives is not None or num_negatives is not None):
         classes, takes_part = _selected(clusters, k, num_negatives, negatives, generator)
-        rows, bias = rows[classes], rows.new_zeros(len(classes)).masked_fill(~takes_part, -torch.inf)
+        rows, bias = rows[classes], rows.new_zeros(classes.shape[0]).masked_fill(~takes_part, -torch.inf)
     stats = contrastive_stats(
         embeddings, rows, clusters, classes, contrast_bias=bias, normalize_anchors=True, want=("lse_neg", "sum_pos")
     )
@@ -134,7 +134,7 @@ def _selected(
     clusters: Tensor, k: int, num_negatives: int | None, negatives: Tensor | None, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Prototypes without repetition, of a number that follows from shapes alone, and which of them take part."""
-    count = num_negatives if negatives is None else len(negatives)
+    count = num_negatives if negatives is None else negatives.shape[0]
     assert count is not None
     there = clusters.new_zeros(k + 1, dtype=torch.bool).index_fill_(0, clusters.clamp(min=-1) % (k + 1), True)[:k]
     if negatives is None:
@@ -146,8 +146,8 @@ def _selected(
     else:
         order = clusters.new_zeros(k, dtype=torch.float32).index_fill_(0, negatives.to(torch.int64), 1)
         limit = (there | (order > 0)).count_nonzero()
-    order = torch.where(there, 2, order).argsort(descending=True, stable=True)[: min(k, len(clusters) + count)]
-    return order, torch.arange(len(order), device=order.device) < limit
+    order = torch.where(there, 2, order).argsort(descending=True, stable=True)[: min(k, clusters.shape[0] + count)]
+    return order, torch.arange(order.shape[0], device=order.device) < limit
 
 
 def _check_concentrations(value: Tensor, k: int, device: torch.device) -> None:

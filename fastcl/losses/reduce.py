@@ -69,7 +69,7 @@ def opened(
         if options.symmetric and rows.contrasts is None:
             raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
         if options.symmetric and options.reduction == "none":
-            n, m = len(rows.anchors.values), len(rows.others().values)
+            n, m = rows.anchors.values.shape[0], rows.others().values.shape[0]
             if m != n:
                 message = f"expected 'mean' or 'sum' for symmetric with {n} anchors and {m} contrasts, got 'none'"
                 raise ValueError(f"reduction: {message}")
@@ -108,7 +108,7 @@ def _loss(
 
 @torch.no_grad()
 def summary_of(problem: Problem, observed: Tensor, rows: Batch, scale: Tensor, options: LossOptions) -> LossStats:
-    n = len(rows.anchors.values)
+    n = rows.anchors.values.shape[0]
 
     def of_rows(start: int, end: int | None, shape: tuple[int, ...]) -> LossStats:
         return summary(observed[..., start:end], scale.detach(), shape, options.reduction, rows.dtype())
@@ -195,7 +195,7 @@ def at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor
     They are divided only for a mean, which depends on nothing but ratios of weights.
     """
     values = weights.detach().double()
-    if values_visible(weights) and len(weights):
+    if values_visible(weights) and weights.shape[0]:
         least, most = (float(value) for value in values.aminmax())
         if not (least >= 0 and most < math.inf):
             bad = values[~((values >= 0) & values.isfinite())][0].item()
@@ -207,7 +207,7 @@ def at_unit(weights: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor
         if reduction != "mean" or most == 0 or ORDINARY_WEIGHTS[0] <= most <= ORDINARY_WEIGHTS[1]:
             return weights.to(dtype), None
         unit: float | Tensor = math.ldexp(1.0, math.frexp(most)[1] - 1)
-    elif reduction != "mean" or len(weights) == 0:
+    elif reduction != "mean" or weights.shape[0] == 0:
         return weights.to(dtype), None
     else:
         _, exponent = torch.frexp(values.amax())

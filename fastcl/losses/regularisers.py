@@ -20,9 +20,9 @@ def koleo_loss(embeddings: Tensor, *, p: float = 2.0, eps: float = 1e-8, reducti
     check_option("reduction", reduction, REDUCTIONS)
     check_rows("embeddings", embeddings)
     x = unit(embeddings)
-    if len(x) < 2:
+    if x.shape[0] < 2:
         return reduced(x.sum(1) * 0, reduction, embeddings)
-    own = torch.arange(len(x), device=x.device)
+    own = torch.arange(x.shape[0], device=x.device)
     nearest = topk_similarity(x.detach(), x.detach(), 1, query_ids=own, key_ids=own)[1][:, 0]
     # The derivative of the norm of 0 is 0, and the backward of an embedding is deterministic.
     distances = torch.linalg.vector_norm(x - F.embedding(nearest, x), p, dim=1)
@@ -36,10 +36,10 @@ def hypersphere_loss(z_a: Tensor, z_b: Tensor, *, t: float = 1.0, lam: float = 1
     check_rows("z_b", z_b, like=z_a)
     if z_b.shape != z_a.shape:
         raise ValueError(f"z_b: expected shape {list(z_a.shape)}, as z_a, got {list(z_b.shape)}")
-    if len(z_a) == 0:
+    if z_a.shape[0] == 0:
         return (unit(z_a) * unit(z_b)).sum()
     aligned = alignment(z_a, z_b, alpha)
-    if len(z_a) == 1:
+    if z_a.shape[0] == 1:
         return aligned
     return aligned + lam * (uniformity(z_a, t) + uniformity(z_b, t)) / 2
 

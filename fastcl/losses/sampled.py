@@ -50,7 +50,7 @@ def sampled_similarity(queries: Tensor, keys: Tensor, indices: Tensor) -> Tensor
     """
     check_rows("queries", queries)
     check_rows("keys", keys, like=queries)
-    check_samples("indices", indices, len(queries), len(keys), queries.device)
+    check_samples("indices", indices, queries.shape[0], keys.shape[0], queries.device)
     result: Tensor = forward_op(queries, keys, indices.to(torch.int64))
     return result
 
@@ -207,8 +207,8 @@ class SampledNCELoss(ExactModule):
         if not isinstance(bank, MemoryBank):
             raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}")
         check_rows("bank", bank.rows, like=embeddings)
-        check_ids("indices", indices, len(embeddings), embeddings.device)
-        check_samples("indices", indices[:, None], len(embeddings), bank.num_samples, embeddings.device)
+        check_ids("indices", indices, embeddings.shape[0], embeddings.device)
+        check_samples("indices", indices[:, None], embeddings.shape[0], bank.num_samples, embeddings.device)
         if positives is not None:
             check_rows("positives", positives, like=embeddings)
             if positives.shape != embeddings.shape:
@@ -222,7 +222,7 @@ class SampledNCELoss(ExactModule):
         if negatives is None:
             negatives = draw(bank, indices, self.num_negatives, generator)
         else:
-            check_samples("negatives", negatives, len(embeddings), bank.num_samples, embeddings.device)
+            check_samples("negatives", negatives, embeddings.shape[0], bank.num_samples, embeddings.device)
         if self.form == "nce" and negatives.shape[1] == 0:
             raise ValueError(f"negatives: expected at least one each for form='nce', got {list(negatives.shape)}")
         return negatives
@@ -303,13 +303,15 @@ def _scaled(
 def draw(bank: MemoryBank, indices: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     """int64 ``[N, count]``: drawn uniformly from the bank's updated rows except the anchor's own."""
     known = bank.ids
-    if len(known) < 2:
-        raise ValueError(f"bank: expected at least 2 rows that were updated, to draw negatives from, got {len(known)}")
+    if known.shape[0] < 2:
+        raise ValueError(
+            f"bank: expected at least 2 rows that were updated, to draw negatives from, got {known.shape[0]}"
+        )
     indices = indices.to(torch.int64)
-    place = torch.searchsorted(known, indices.contiguous()).clamp(max=len(known) - 1)
+    place = torch.searchsorted(known, indices.contiguous()).clamp(max=known.shape[0] - 1)
     own = known[place] == indices
-    drawn = torch.randint(0, 2**62, (len(indices), count), generator=generator, device=known.device)
-    drawn %= (len(known) - own.long())[:, None]
+    drawn = torch.randint(0, 2**62, (indices.shape[0], count), generator=generator, device=known.device)
+    drawn %= (known.shape[0] - own.long())[:, None]
     drawn += (own[:, None] & (drawn >= place[:, None])).long()
     return known[drawn]
 

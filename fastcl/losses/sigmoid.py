@@ -17,7 +17,7 @@ from .batch import Batch, Contrasts, Tensors, batch
 from .gathered import has_gradient
 from .gathered_pairs import Maps
 from .modules import shown_number, shown_temperature
-from .options import LossOptions
+from .options import LossOptions, refuses_renamed
 from .pair_sums import Swept, share_of_all, swept
 from .reduce import LossResult, inverse_temperature, opened, posed, scalar, summary_of
 
@@ -165,6 +165,7 @@ class SigLipLoss(nn.Module):
     loss of the whole batch.
     """
 
+    @refuses_renamed
     def __init__(self, *, gather: bool | str = False) -> None:
         super().__init__()
         self.gather = LossOptions(gather=gather).checked().gather
@@ -183,9 +184,9 @@ class SigLipLoss(nn.Module):
             logit_bias = finite_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias)
             check_rows("image_features", image_features)
             check_rows("text_features", text_features, like=image_features)
-            if len(text_features) != len(image_features):
-                expected = f"{len(image_features)} rows, as in image_features"
-                raise ValueError(f"text_features: expected {expected}, got {len(text_features)}")
+            if text_features.shape[0] != image_features.shape[0]:
+                expected = f"{image_features.shape[0]} rows, as in image_features"
+                raise ValueError(f"text_features: expected {expected}, got {text_features.shape[0]}")
             rows = (
                 None
                 if World.of(self.gather) is None
@@ -255,7 +256,7 @@ def _loss(rows: Swept, scale: Tensor, offset: Tensor, reduction: str, weights: T
 
 def _total(rows: Swept, scale: Tensor, offset: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weighted sum of the anchors' losses, and which anchors have an admissible contrast."""
-    n = len(rows.rows.anchors.values)
+    n = rows.rows.anchors.values.shape[0]
     of_rows = scale.new_ones(n) if weights is None else weights.to(scale.dtype)
     total, sums = rows.total(scale, offset, MAPS, of_rows.expand(2, n))
     return total.to(rows.rows.dtype()), sums.counts.sum(0) > 0

@@ -34,6 +34,21 @@ class LossStats(NamedTuple):
     reverse: LossStats | None = None
     """with ``symmetric`` the statistics of each contrast over the anchors"""
 
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """The statistics as a flat dictionary of floats, for a logger. Those of `reverse` are ``"reverse_top1"``, ...
+
+        With ``reduction="none"`` each is the mean over the anchors where it is not NaN. One transfer from the device.
+        `prefix` begins every name: ``stats.scalars("train/")`` has ``"train/top1"``.
+        """
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix: expected a string, got {type(prefix).__name__}")
+        names = self._fields[:-1]
+        found: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        if self.reverse is not None:
+            found.update({f"reverse_{name}": getattr(self.reverse, name) for name in names})
+        means = torch.stack([value.nanmean() for value in found.values()]).tolist()
+        return {prefix + name: mean for name, mean in zip(found, means, strict=True)}
+
 
 def summary(observed: Tensor, scale: Tensor, shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> LossStats:
     """The summary of one side. observed: [10, S, N], of which scale 0 is the loss's. scale: that scale, []."""

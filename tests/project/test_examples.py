@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # tests/integrations has those of docs/integrations
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{i}")
     for page in PAGES

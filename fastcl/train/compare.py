@@ -162,7 +162,7 @@ def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], o
     from fastcl.train.batches import check_batch_classes
     from fastcl.train.data import fingerprint, load, long_tailed
     from fastcl.train.loop import check_n_clusters
-    from fastcl.train.methods import fixed_clusters
+    from fastcl.train.methods.clusterings import fixed_clusters
 
     rows: dict[str, Rows] = {name: [] for name in (*BASELINES, *chosen)}
     for seed in seeds:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastcl import knn_predict
 from fastcl.train.data import ImageData, as_float
-from fastcl.train.methods import PrototypeMethod, kmeans
+from fastcl.train.methods.clusterings import kmeans
+from fastcl.train.methods.prototypes import PrototypeMethod
 
 NEIGHBOURS = 10
 DRAWS = 10  # of the few labelled images, for the probes with 1 and 5 labels a class

@@ -29,16 +29,11 @@ from fastcl.train.evaluate import (
     represent,
 )
 from fastcl.train.files import append, load_checkpoint, save_checkpoint, write
-from fastcl.train.methods import (
-    ClusterPrediction,
-    Method,
-    PrototypeMethod,
-    fixed_clusters,
-    kind_of,
-    kmeans,
-    prototype_masses,
-    renumbered,
-)
+from fastcl.train.methods import kind_of
+from fastcl.train.methods.clusterings import fixed_clusters, kmeans, renumbered
+from fastcl.train.methods.contrastive import ClusterPrediction
+from fastcl.train.methods.method import Method
+from fastcl.train.methods.prototypes import PrototypeMethod, prototype_masses
 from fastcl.train.processes import Processes
 from fastcl.train.tensorboard import Board
 

@@ -35,7 +35,8 @@ def at_least(kind: type[Any], low: float, exclusive: bool = False, below: float 
 
 def add_options(parser: Parser, default: Config, only: Collection[str] | None = None) -> None:
     """Give the parser the trainer's options in groups, or `only` those of these names."""
-    from fastcl.train.methods import METHODS, PRIORS
+    from fastcl.train.methods import METHODS
+    from fastcl.train.methods.prototypes import PRIORS
 
     def group(title: str) -> Callable[..., None]:
         options = parser.add_argument_group(title)
@@ -104,7 +105,9 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
 def settle(config: Config) -> Config:
     """The config with what its method takes where nothing was said, checked for options that do not go together."""
     from fastcl.train.data import check_clusters
-    from fastcl.train.methods import METHODS, PrototypeMethod, SupCon, kind_of
+    from fastcl.train.methods import METHODS, kind_of
+    from fastcl.train.methods.contrastive import SupCon
+    from fastcl.train.methods.prototypes import PrototypeMethod
 
     kind = METHODS[config.method]
     if not kind.needs_clusters:

@@ -17,7 +17,8 @@ from PIL import Image
 from fastcl.train import loop
 from fastcl.train.__main__ import main
 from fastcl.train.loop import Run
-from fastcl.train.methods import Encoder, kmeans
+from fastcl.train.methods.clusterings import kmeans
+from fastcl.train.methods.encoder import Encoder
 from tests.support.training import COUNT, metrics, options, weights, write_csv
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastcl.train import Config, OptionError, loop, methods
+from fastcl.train import Config, OptionError, loop
 from fastcl.train.__main__ import main, settle
 from fastcl.train.loop import Run
+from fastcl.train.methods import clusterings
+from fastcl.train.methods.clusterings import renumbered
+from fastcl.train.methods.contrastive import ClusterPrediction
+from fastcl.train.methods.prototypes import SinkhornClInfoNCE
 from tests.support.training import options, weights
 
 SHAPE = torch.Size((1, 8, 8))
@@ -30,7 +34,7 @@ def test_supcon_is_clinfonce_with_the_labels_for_clusters(npz, tmp_path) -> None
 
 def test_cluster_prediction_is_cross_entropy_on_features() -> None:
     torch.manual_seed(0)
-    method = methods.ClusterPrediction(SHAPE, 0.1, classes=4)
+    method = ClusterPrediction(SHAPE, 0.1, classes=4)
     views, clusters = torch.rand(6, 2, *SHAPE), torch.tensor([3, -1, 0, 1, -1, 3])
     loss = method(views, clusters, torch.arange(6))
     loss.backward()
@@ -45,7 +49,7 @@ def test_cluster_prediction_is_cross_entropy_on_features() -> None:
 
 
 def test_cluster_prediction_without_a_cluster_in_the_batch() -> None:
-    method = methods.ClusterPrediction(SHAPE, 0.1, classes=4)
+    method = ClusterPrediction(SHAPE, 0.1, classes=4)
     loss = method(torch.rand(3, 2, *SHAPE), torch.full((3,), -1), torch.arange(3))
     loss.backward()
     assert loss.item() == 0
@@ -63,7 +67,7 @@ def test_a_classifier_has_a_class_for_each_cluster(npz, tmp_path, clusters, clas
 
 def test_a_classifier_begins_with_clusters_of_the_untrained_encoder(npz, tmp_path, monkeypatch) -> None:
     fitted = []
-    kmeans = methods.kmeans
+    kmeans = clusterings.kmeans
     monkeypatch.setattr(loop, "kmeans", lambda rows, count, seed: fitted.append(rows) or kmeans(rows, count, seed))
     run = short(npz, tmp_path / "run", method="cluster-ce", epochs=4, renew=3)
     untrained = run.representation("untrained").train
@@ -88,20 +92,20 @@ def test_renumbered_clusters_keep_their_numbers_and_their_images() -> None:
     g = np.random.default_rng(0)
     before = g.integers(0, 6, 200)
     shuffled = g.permutation(6)[before]
-    assert np.array_equal(methods.renumbered(shuffled, before), before)
+    assert np.array_equal(renumbered(shuffled, before), before)
     changed = np.where(g.random(200) < 0.2, g.integers(0, 6, 200), shuffled)
-    after = methods.renumbered(changed, before)
+    after = renumbered(changed, before)
     assert (after == before).mean() > 0.75
     assert len(np.unique(np.stack([after, changed]), axis=1).T) == len(np.unique(changed))  # the same partition
-    fewer = methods.renumbered(np.minimum(before, 3), before)
+    fewer = renumbered(np.minimum(before, 3), before)
     assert np.array_equal(fewer[before < 3], before[before < 3])
-    assert len(np.unique(methods.renumbered(before, np.zeros(200, dtype=np.int64)))) == 6
+    assert len(np.unique(renumbered(before, np.zeros(200, dtype=np.int64)))) == 6
 
 
 def test_sinkhorn_clusters_are_the_soft_formula() -> None:
     """Rows of all views against each other, each pair as positive as its assignments overlap; all in float64."""
     torch.manual_seed(0)
-    method = methods.SinkhornClInfoNCE(SHAPE, 0.2, torch.tensor([0.5, 0.25, 0.25]))
+    method = SinkhornClInfoNCE(SHAPE, 0.2, torch.tensor([0.5, 0.25, 0.25]))
     views = torch.rand(7, 2, *SHAPE)
     loss = method(views, None, torch.arange(7))
     loss.backward()

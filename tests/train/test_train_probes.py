@@ -9,7 +9,7 @@ import torch
 from fastcl.train import evaluate
 from fastcl.train.data import ImageData
 from fastcl.train.evaluate import Representation, cluster_information, knn_accuracy, linear_accuracy, rankme
-from fastcl.train.methods import kmeans
+from fastcl.train.methods.clusterings import kmeans
 
 
 def test_probes_learn_from_training_rows_alone(monkeypatch) -> None:

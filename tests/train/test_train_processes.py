@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from fastcl.train import OptionError, methods
+from fastcl.train import OptionError
 from fastcl.train.__main__ import main
 from fastcl.train.loop import Run
-from fastcl.train.methods import METHODS
+from fastcl.train.methods import METHODS, contrastive
 from fastcl.train.processes import Processes
 from tests.support.training import metrics, options, weights
 
@@ -103,6 +103,6 @@ def test_predicting_clusters_is_averaged_over_all_processes(monkeypatch) -> None
     whole = method(views, clusters, torch.arange(5))
     method.gather = True
     world = Mock(size=2, total=lambda count: torch.tensor(6))
-    monkeypatch.setattr(methods.World, "of", lambda gather: world)
+    monkeypatch.setattr(contrastive.World, "of", lambda gather: world)
     shares = [method(views[part], clusters[part], torch.arange(5)[part]) for part in (slice(2), slice(2, 5))]
     torch.testing.assert_close(sum(shares) / 2, whole)

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from fastcl.train.__main__ import main
 from fastcl.train.data import load, long_tailed
-from fastcl.train.methods import prototype_masses
+from fastcl.train.methods.prototypes import prototype_masses
 from tests.support.training import options, weights
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from fastcl.train import methods
 from fastcl.train.__main__ import main
 from fastcl.train.loop import Run
+from fastcl.train.methods.contrastive import MOMENTUM, NNCLR, MoCo
 from tests.support.training import options, weights
 
 
@@ -34,7 +34,7 @@ def test_a_resumed_run_has_the_numbers_of_a_whole_one(npz, tmp_path, method) -> 
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("kind", [methods.MoCo, methods.NNCLR])
+@pytest.mark.parametrize("kind", [MoCo, NNCLR])
 def test_a_step(kind) -> None:
     torch.manual_seed(0)
     method = kind(torch.Size((1, 8, 8)), 0.1)
@@ -53,7 +53,7 @@ def test_a_step(kind) -> None:
             parameter.add_(1.0)
     method(views, None, index)
     for old, new in zip(before, method.slow[0].parameters(), strict=False):
-        torch.testing.assert_close(new, old + (1 - methods.MOMENTUM))
+        torch.testing.assert_close(new, old + (1 - MOMENTUM))
     method.eval()
     kept = [parameter.clone() for parameter in method.slow.parameters()]
     method(views, None, index)
@@ -62,7 +62,7 @@ def test_a_step(kind) -> None:
 
 def test_moco_is_not_contrasted_with_its_own_stale_keys() -> None:
     """A queue that holds nothing but the image's own keys leaves the positive alone: loss 0."""
-    method = methods.MoCo(torch.Size((1, 8, 8)), 0.1)
+    method = MoCo(torch.Size((1, 8, 8)), 0.1)
     views, index = torch.rand(1, 2, 1, 8, 8), torch.tensor([4])
     for _ in range(3):
         assert method(views, None, index).item() == pytest.approx(0, abs=1e-6)

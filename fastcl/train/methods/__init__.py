@@ -1,0 +1,20 @@
+"""The methods of the trainer. A method is a subclass of `Method` and a line in `METHODS`."""
+
+from fastcl.train import OptionError
+from fastcl.train.methods.contrastive import NNCLR, ClInfoNCE, ClusterPrediction, MoCo, SimCLR, SupCon
+from fastcl.train.methods.method import Method
+from fastcl.train.methods.prototypes import PMSN, SinkhornClInfoNCE, SwAV
+
+METHODS: dict[str, type[Method]] = {
+    "simclr": SimCLR, "clinfonce": ClInfoNCE, "supcon": SupCon, "cluster-ce": ClusterPrediction,
+    "moco": MoCo, "nnclr": NNCLR, "swav": SwAV, "pmsn": PMSN,
+}  # fmt: skip
+
+
+def kind_of(method: str, clusters: str | None) -> type[Method]:
+    """The class that --method trains with these --clusters."""
+    if clusters == "sinkhorn":
+        if METHODS[method] is not ClInfoNCE:
+            raise OptionError(f"--clusters sinkhorn needs --method clinfonce; got --method {method}")
+        return SinkhornClInfoNCE
+    return METHODS[method]

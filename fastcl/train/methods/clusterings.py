@@ -1,0 +1,40 @@
+"""Clusters of the training images: known beforehand, or found by k-means."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from fastcl.train.data import ImageData, attributes, read_csv_clusters
+
+
+def fixed_clusters(option: str, images: ImageData) -> NDArray[np.int64]:
+    """Training clusters ``[n]`` that are known beforehand: every kind of --clusters but kmeans and sinkhorn."""
+    if option == "labels":
+        return images.train_labels
+    if option == "attributes":
+        return attributes(images.train_images)
+    return read_csv_clusters(option, images.source_size)[images.source_index]
+
+
+def kmeans(embeddings: NDArray[np.float32], n_clusters: int, seed: int) -> Any:
+    """scikit-learn's KMeans fitted to embeddings ``[n, D]``, the same bits from run to run.
+
+    One thread, because its threads add their partial sums in the order in which they finish.
+    """
+    with threadpool_limits(limits=1):
+        return KMeans(n_clusters, n_init=3, random_state=seed).fit(embeddings)
+
+
+def renumbered(clusters: NDArray[np.int64], before: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Clusters ``[n]`` under other numbers, with which as many images as possible keep the one that they had before.
+
+    k-means numbers its clusters at random, and what a classifier learned is of use as long as its classes stay.
+    """
+    shared = np.zeros([1 + max(clusters.max(), before.max())] * 2, dtype=np.int64)
+    np.add.at(shared, (clusters, before), 1)
+    numbers: NDArray[np.int64] = linear_sum_assignment(shared, maximize=True)[1]
+    return numbers[clusters]

@@ -1,0 +1,114 @@
+"""Methods that contrast views with each other, with a queue, or with the classes of a classifier."""
+
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcl import MemoryQueue
+from fastcl.train.methods.method import Method, apart
+
+from ...distributed import World
+
+QUEUE, MOMENTUM = 2048, 0.95  # rows, and what of the copy is kept at a step; both small, as the data is
+
+
+class SimCLR(Method):
+    """The positives of a view are the other views of its image."""
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        loss: Tensor = self.loss(self.project(views))
+        return loss
+
+
+class ClInfoNCE(Method):
+    """The positives of a view are all views of its cluster. With the labels as clusters this is SupCon."""
+
+    needs_clusters = True
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        loss: Tensor = self.loss(self.project(views), clusters)
+        return loss
+
+
+class SupCon(ClInfoNCE):
+    """The positives of a view are all views of its label's images."""
+
+
+class ClusterPrediction(Method):
+    """The baseline: a linear classifier on the features predicts each view's cluster, trained by cross-entropy.
+
+    Images without a cluster do not count. The classifier stands in the projector's place, so that ``project`` gives its
+    logits ``[B, V, classes]``; there is no temperature.
+    """
+
+    needs_clusters = True
+    instances_first = False  # its classes are clusters from the first step on: those of the untrained encoder
+
+    def __init__(self, image_shape: torch.Size, temperature: float, classes: int) -> None:
+        super().__init__(image_shape, temperature)
+        self.projector = nn.Sequential(nn.Linear(self.encoder.features, classes))
+        self.gather = False
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        assert clusters is not None
+        logits, targets = self.project(views).flatten(0, 1), clusters.repeat_interleave(views.shape[1])
+        total = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
+        count, world = (targets >= 0).sum(), World.of(self.gather)
+        if world is not None:  # each process's share of the mean over all of them, times their number
+            total, count = total * world.size, world.total(count)
+        return total / count.clamp(min=1)
+
+
+class QueueMethod(Method):
+    """Keys come from a slowly moving copy of encoder and projector, and stay in a queue for later batches."""
+
+    def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
+        super().__init__(image_shape, temperature, projection)
+        # Else keys of one time coincide, and being of now or of then is all that tells a positive from the queue.
+        self.projector = apart(self.projector, projection)
+        self.slow = deepcopy(nn.ModuleList([self.encoder, self.projector])).requires_grad_(False)
+        self.queue = MemoryQueue(QUEUE, projection, ids=True)
+
+    @torch.no_grad()
+    def keys(self, views: Tensor) -> Tensor:
+        """Projections ``[B, V, D]`` of the copy, which follows by one step first."""
+        if self.training:
+            quick = [*self.encoder.parameters(), *self.projector.parameters()]
+            for own, other in zip(self.slow.parameters(), quick, strict=True):
+                own.lerp_(other, 1 - MOMENTUM)
+        encoder, projector = self.slow
+        keys: Tensor = projector(encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+        return keys
+
+    def enqueue(self, keys: Tensor, index: Tensor) -> None:
+        self.queue.enqueue(keys.flatten(0, 1), ids=index.repeat_interleave(keys.shape[1]))
+
+
+class MoCo(QueueMethod):
+    """The positive of a view is the key of the other view; the queue holds negatives, the image's own left out."""
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        queries, keys = self.project(views), self.keys(views)
+        loss: Tensor = self.loss(queries, positives=keys.flip(1), contrasts=self.queue, ids=index)
+        self.enqueue(keys, index)
+        return loss
+
+
+class NNCLR(QueueMethod):
+    """A head predicts from a view the neighbour in the queue of the other view's key, against the other predictions."""
+
+    def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
+        super().__init__(image_shape, temperature, projection)
+        self.head = nn.Sequential(nn.Linear(projection, 256), nn.ReLU(), nn.Linear(256, projection))
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        predictions, keys = self.head(self.project(views)), self.keys(views).flip(1)
+        neighbours = keys
+        if len(self.queue):
+            neighbours = self.queue.nearest(keys.flatten(0, 1)).unflatten(0, keys.shape[:2])
+        pairs = zip(predictions.unbind(1), neighbours.unbind(1), strict=True)
+        losses = [self.loss(neighbour.contiguous(), contrasts=prediction) for prediction, neighbour in pairs]
+        self.enqueue(keys, index)
+        return torch.stack(losses).mean()

@@ -1,0 +1,43 @@
+"""What all methods share: an encoder, a projector, and a loss of a batch of views."""
+
+import torch
+from torch import Tensor, nn
+
+from fastcl import ClusterInfoNCE
+from fastcl.train.methods.encoder import Encoder
+
+
+class Method(nn.Module):
+    """An encoder, a projector, and in ``forward`` the loss of a batch of views.
+
+    State that a method adds (queue, momentum encoder, prototypes) goes into parameters and buffers: the checkpoint
+    holds them all.
+    """
+
+    needs_clusters = False
+    instances_first = True  # until the first k-means each image is its own cluster
+
+    def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
+        super().__init__()
+        self.encoder = Encoder(*image_shape)
+        features = self.encoder.features
+        self.projector = nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, projection))
+        self.loss: nn.Module = ClusterInfoNCE(temperature=temperature)
+
+    def project(self, views: Tensor) -> Tensor:
+        """Views ``[B, V, C, H, W]`` -> projections ``[B, V, D]``."""
+        projections: Tensor = self.projector(self.encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+        return projections
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        """Loss (scalar) of views ``[B, V, C, H, W]``.
+
+        clusters: int64 ``[B]`` (negative: none; None: not yet). index: int64 ``[B]``, which images these are.
+        """
+        raise NotImplementedError
+
+
+def apart(projector: nn.Sequential, projection: int) -> nn.Sequential:
+    """With batch normalisation: projections of untrained weights nearly coincide, the batch's statistics part them."""
+    first, middle, last = projector
+    return nn.Sequential(first, nn.BatchNorm1d(256), middle, last, nn.BatchNorm1d(projection, affine=False))

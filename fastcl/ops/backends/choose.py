@@ -73,7 +73,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "cont
 
     It is the selected backend, else the fastest available one; or its replacement by `_stand_in`.
 
-    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"pair_distances"``, ``"sinkhorn"`` or
+    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"pair_distances"``, ``"prototypes"``, ``"sinkhorn"`` or
     ``"topk"``.
     """
     if device.type == "cpu" and (wrong := native.wrong_cap()):
@@ -115,12 +115,13 @@ FAMILIES = {
     "soft_assignments": "soft assignments",
     "pair_sums": "sums over pairs",
     "pair_distances": "sums of distances over pairs",
+    "prototypes": "prototype losses",
     "sinkhorn": "Sinkhorn",
     "topk": "top-k",
 }
 
 # The families that a backend lacks. By default another backend computes them; if the backend is named, it is an error.
-LACKING: dict[str, frozenset[str]] = {"cuda": frozenset({"soft_assignments", "pair_distances"})}
+LACKING: dict[str, frozenset[str]] = {"cuda": frozenset({"soft_assignments", "pair_distances", "prototypes"})}
 
 # Backends that replace one which lacks a family or a dtype, best first.
 REPLACEMENTS = {"cuda": ("triton", "chunked"), "triton": ("chunked",)}

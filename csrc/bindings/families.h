@@ -7,6 +7,7 @@ namespace fastcl {
 void bind_contrastive(pybind11::module_ &m);
 void bind_soft(pybind11::module_ &m);
 void bind_pairs(pybind11::module_ &m);
+void bind_prototypes(pybind11::module_ &m);
 void bind_sinkhorn(pybind11::module_ &m);
 void bind_topk(pybind11::module_ &m);
 

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_native, m) {
   bind_contrastive(m);
   bind_pairs(m);
   bind_soft(m);
+  bind_prototypes(m);
   bind_sinkhorn(m);
   bind_topk(m);
   m.def("built_engines", [] { return names(built_engines()); }, "instruction sets that this build has an engine for");

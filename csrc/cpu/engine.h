@@ -1,6 +1,7 @@
 // The functions of the engine of one instruction set. dispatch.cpp chooses among the engines.
 #pragma once
 #include "cpu/pairs/call.h"
+#include "cpu/prototypes/call.h"
 #include "cpu/sinkhorn/call.h"
 #include "cpu/soft/call.h"
 #include "cpu/topk/call.h"
@@ -30,6 +31,7 @@ struct Engine {
   int64_t (*topk)(const TopK &, void *workspace);
   int64_t (*soft)(const Soft &, const Arranged &, void *workspace);
   int64_t (*pairs)(const Pairs &, const Arranged &, void *workspace);
+  int64_t (*prototypes)(const Prototypes &, void *workspace);
 };
 
 namespace baseline {

@@ -2,6 +2,7 @@
 #include "cpu/contrastive/gradient.h"
 #include "cpu/contrastive/statistics.h"
 #include "cpu/pairs/sums.h"
+#include "cpu/prototypes/rows.h"
 #include "cpu/sinkhorn/passes.h"
 #include "cpu/soft/sweeps.h"
 #include "cpu/topk/search.h"
@@ -59,5 +60,5 @@ int64_t pairs(const Pairs &call, const Arranged &at, void *workspace) {
 }
 
 } // namespace
-const Engine engine{FASTCL_STRING(FASTCL_ISA), forward, backward, sinkhorn, topk, soft, pairs};
+const Engine engine{FASTCL_STRING(FASTCL_ISA), forward, backward, sinkhorn, topk, soft, pairs, prototypes};
 } // namespace fastcl::FASTCL_ISA

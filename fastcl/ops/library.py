@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -93,6 +93,41 @@ def once_differentiable(public: str, work: Callable[..., Any], *args: Any) -> An
     return _Last.apply(public, work, *args) if torch.is_grad_enabled() else work(*args)
 
 
+def _apart(args: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
+    """The arguments with the elements of lists in their place, and each argument's number of elements; None: no list.
+
+    autograd does not look into lists.
+    """
+    flat: list[Any] = []
+    sizes: list[int | None] = []
+    for value in args:
+        listed = isinstance(value, (list, tuple))
+        flat.extend(value if listed else [value])
+        sizes.append(len(value) if listed else None)
+    return flat, sizes
+
+
+def _together(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+    """The inverse of `_apart`."""
+    rest = iter(flat)
+    return [next(rest) if size is None else [next(rest) for _ in range(size)] for size in sizes]
+
+
+def _last(public: str, op: Any, *args: Any) -> Any:
+    """The Autograd kernel of a first derivative."""
+    flat, sizes = _apart(args)
+    several = False
+
+    def work(*values: Any) -> Any:
+        nonlocal several
+        found = _below_autograd(op, *_together(values, sizes))
+        several = isinstance(found, list)
+        return tuple(found) if several else found
+
+    found = _Last.apply(public, work, *flat)
+    return list(found) if several else found
+
+
 def _below_autograd(op: Any, *args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -102,7 +137,7 @@ def _differentiable(op: Any, apply: Callable[..., Any]) -> Callable[..., Any]:
     """The Autograd kernel: `apply` if a tensor requires a gradient, else the kernel below autograd."""
 
     def kernel(*args: Any) -> Any:
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = [a for a in _apart(args)[0] if isinstance(a, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             if torch._C._are_functorch_transforms_active():
                 raise NotImplementedError(f"{op}: derivatives by torch.func are not supported, those by autograd are")
@@ -119,20 +154,20 @@ Kernel = Callable[..., Any]
 
 def register(
     name: str,
-    function: type[torch.autograd.Function],
+    function: Any,
     forward: tuple[Kernel, Kernel],
     backward: tuple[Kernel, Kernel],
     public: str,
 ) -> None:
     """Registers kernels of the operators ``name_fwd`` and ``name_bwd``, whose schemas must already be defined.
 
-    function: gives ``name_fwd`` its derivative. forward, backward: the kernel of each operator, and the function that
+    function: its `apply`, of a `torch.autograd.Function`, gives ``name_fwd`` its derivative. forward, backward: the kernel of each operator, and the function that
     computes its output shapes for tracing. public: name of the function in the error that the derivative of
     ``name_bwd`` raises.
     """
     for kind, (kernel, fake) in (("fwd", forward), ("bwd", backward)):
         op = getattr(torch.ops.fastcl, f"{name}_{kind}")
-        apply = function.apply if kind == "fwd" else partial(_Last.apply, public, partial(_below_autograd, op))
+        apply = function.apply if kind == "fwd" else partial(_last, public, op)
         LIBRARY.impl(f"{name}_{kind}", kernel, "CompositeExplicitAutograd")
         LIBRARY.impl(f"{name}_{kind}", _differentiable(op, apply), "Autograd")
         torch.library.register_fake(f"fastcl::{name}_{kind}", fake, lib=LIBRARY)

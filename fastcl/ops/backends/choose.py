@@ -115,6 +115,7 @@ FAMILIES = {
     "soft_assignments": "soft assignments",
     "pair_sums": "sums over pairs",
     "pair_distances": "sums of distances over pairs",
+    "prototypes": "prototype losses",
     "sinkhorn": "Sinkhorn",
     "topk": "top-k",
 }
@@ -122,7 +123,7 @@ FAMILIES = {
 # The families that a backend lacks. By default another backend computes them; if the backend is named, it is an error.
 LACKING: dict[str, frozenset[str]] = {
     "triton": frozenset({"pair_rules"}),
-    "cuda": frozenset({"pair_rules", "soft_assignments", "pair_distances"}),
+    "cuda": frozenset({"pair_rules", "soft_assignments", "pair_distances", "prototypes"}),
 }
 
 # Backends that replace one which lacks a family or a dtype, best first.

@@ -77,6 +77,8 @@ MODULES = {
     "soft_statistics_kernel": "soft.triton_kernels",
     "soft_gradient_kernel": "soft.triton_kernels",
     "pair_kernel": "pairs.triton_kernels",
+    "prototype_forward_kernel": "prototypes.triton_kernels",
+    "prototype_backward_kernel": "prototypes.triton_kernels",
 }
 PER_ROW = "contrastive.triton.per_row_kernels"  # the module of all other kernels
 

@@ -1,0 +1,1 @@
+"""Cross-entropies of scores against prototypes."""

@@ -1,5 +1,6 @@
 // Shared by forward and backward: packed rows, the products and logits of a register tile, masks.
 #pragma once
+#include "numbers.h"
 #include "rules.h"
 #include <cstring>
 
@@ -28,49 +29,6 @@ template <class T> FASTCL_INLINE T exp2_of(T x) {
 template <class T> FASTCL_INLINE T log_of(T x) {
   if constexpr (sizeof(T) == 8) return __builtin_log(x);
   else return __builtin_logf(x);
-}
-
-// Rows as numbers.
-
-template <class T> FASTCL_INLINE T widened(uint16_t bits, bool bfloat) {
-  uint32_t word;
-  if (bfloat) word = uint32_t(bits) << 16;
-  else {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-    if (magnitude >= 0x7c00) word = sign | 0x7f800000 | (magnitude << 13);
-    else { // multiplying by 2^112 corrects the exponent, also of subnormal numbers
-      float value;
-      const uint32_t shifted = magnitude << 13;
-      memcpy(&value, &shifted, 4);
-      value *= 0x1p112f;
-      memcpy(&word, &value, 4);
-      word |= sign;
-    }
-  }
-  float value;
-  memcpy(&value, &word, 4);
-  return T(value);
-}
-template <class T, class From, class Convert> FASTCL_INLINE void convert_row(const Rows &rows, int64_t row, int64_t d, T *out, Convert convert) {
-  const From *in = (const From *)rows.data + row * rows.row_stride;
-  if (rows.column_stride == 1)
-    for (int64_t k = 0; k < d; k++) out[k] = convert(in[k]);
-  else
-    for (int64_t k = 0; k < d; k++) out[k] = convert(in[k * rows.column_stride]);
-}
-template <class T> FASTCL_NOINLINE void read_row(const Rows &rows, int64_t row, int64_t d, T *out) {
-  switch (rows.dtype) {
-  case Dtype::float64: return convert_row<T, double>(rows, row, d, out, [](double x) { return T(x); });
-  case Dtype::float32: return convert_row<T, float>(rows, row, d, out, [](float x) { return T(x); });
-  case Dtype::bfloat16: return convert_row<T, uint16_t>(rows, row, d, out, [](uint16_t x) { return widened<T>(x, true); });
-  case Dtype::float16: return convert_row<T, uint16_t>(rows, row, d, out, [](uint16_t x) { return widened<T>(x, false); });
-  }
-}
-template <class Sum, class T> FASTCL_INLINE Sum dot(const T *x, const T *y, int64_t d) {
-  Sum s = 0;
-#pragma omp simd reduction(+ : s)
-  for (int64_t k = 0; k < d; k++) s += Sum(x[k]) * Sum(y[k]);
-  return s;
 }
 
 // One side of the matrix of logits, by place in the arranged order.
@@ -335,15 +293,14 @@ template <class Mul> struct Sweep {
   void project(const Side<Mul> &side, int64_t i, T *gradient, T factor, int t) const {
     const int64_t row = side.order[i];
     T *const g = gradient + row * d, *const x = row_buffer(t);
-    T along = 0;
     const T a = side.inverse_norms[i];
     if (side.normalize && a != 0 && a < T(1 / NORM_FLOOR)) { // no projection below the floor, where x / floor is linear
       const T power = side.powers[i];
       read_row(side.rows, row, d, x);
       for (int64_t k = 0; power != 1 && k < d; k++) x[k] *= power;
       factor *= power;
-      along = dot<T>(x, g, d) / dot<T>(x, x, d);
-      for (int64_t k = 0; k < d; k++) g[k] = factor * (g[k] - along * x[k]);
+      const double along = dot<double>(x, g, d) / dot<double>(x, x, d); // in double, because g and along * x may cancel
+      for (int64_t k = 0; k < d; k++) g[k] = T(factor * (double(g[k]) - along * double(x[k])));
     } else
       for (int64_t k = 0; k < d; k++) g[k] *= factor;
   }

@@ -151,7 +151,8 @@ class ClusterInfoNCE(nn.Module):
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, contrast_bias=None, weights=None, temperature=None, assignments=None,
-    contrast_assignments=None, return_stats=False)``:
+    contrast_assignments=None, groups=None, contrast_groups=None, guide=None, hard_negatives=None, keep_pairs=False,
+    return_stats=False)``:
 
     - embeddings: ``[N, D]``, or ``[N, V, D]`` for V views of N samples. float64, float32, bfloat16, float16.
     - clusters: ``[N]`` integers. A negative number means no cluster: only the sample's other views are positives. None:
@@ -259,7 +260,8 @@ class ClusterInfoNCE(nn.Module):
 def _assigned(given: Tensors, options: LossOptions, return_stats: bool) -> Batch:
     """The batch of a call with assignments. ValueError for arguments and options that assignments do not support."""
     for name in ("clusters", "contrast_clusters", "positives", *RULES):
-        if getattr(given, name) not in (None, False):
+        value = getattr(given, name)
+        if value is not None and value is not False:
             raise ValueError(f"{name}: expected None with assignments, got a value")
     check_flag("return_stats", return_stats)
     if return_stats:

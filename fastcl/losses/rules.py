@@ -188,6 +188,7 @@ def check_rules(given: Tensors, options: LossOptions) -> None:
 def _first(given: Tensors) -> str:
     """The name of a rule of the call."""
     for name in RULES:
-        if getattr(given, name) not in (None, False):
+        value = getattr(given, name)
+        if value is not None and value is not False:
             return name
     return "tags as clusters" if are_tags(given.clusters) else "ids in self-contrast"

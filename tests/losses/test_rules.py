@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fastcl
 from fastcl import ClusterInfoNCE
 from fastcl.guide import Guide
 from tests.support.backends import QUICK, running
@@ -165,3 +166,146 @@ def test_many_tiles(variant: str, form: str, chosen: str) -> None:
     call = ruled_call(COMBINATIONS[chosen], {"symmetric"}, form, n, 17, 2, 37, 70, 5, True)
     with running(variant):
         agrees(call)
+
+
+def plain_rows(n: int = 9, d: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=generator(seed))
+
+
+def test_statistics_are_those_of_the_masks(backend: str) -> None:
+    z, y = plain_rows().double(), plain_rows(7, seed=1).double()
+    tags, others = torch.rand(9, 5) < 0.3, torch.rand(7, 5) < 0.3
+    groups, other_groups = torch.arange(9) % 3 - 1, torch.arange(7) % 3 - 1
+    guide = fastcl.Guide(plain_rows(9, 3, 2), plain_rows(7, 3, 3), threshold=torch.full((9,), 0.4))
+    stats = fastcl.contrastive_stats(
+        z, y, tags, others, anchor_groups=groups, contrast_groups=other_groups, guide=guide,
+        want=("lse_all", "lse_neg", "sum_pos", "max_neg", "entropy"),
+    )  # fmt: skip
+    positive = (tags[:, None] & others).any(-1)
+    admissible = (groups[:, None] == other_groups) & (groups >= 0)[:, None]
+    positive &= admissible
+    cosines = torch.nn.functional.cosine_similarity(plain_rows(9, 3, 2)[:, None], plain_rows(7, 3, 3)[None], dim=-1)
+    admissible &= positive | (cosines <= 0.4)
+    logits = (z @ y.T).masked_fill(~admissible, -torch.inf)
+    torch.testing.assert_close(stats.lse_all, logits.logsumexp(1))
+    torch.testing.assert_close(stats.lse_neg, logits.masked_fill(positive, -torch.inf).logsumexp(1))
+    torch.testing.assert_close(stats.num_neg, (admissible & ~positive).sum(1).double())
+    torch.testing.assert_close(stats.sum_pos, torch.where(positive, logits, 0).sum(1))
+    torch.testing.assert_close(stats.max_neg, logits.masked_fill(positive, -torch.inf).amax(1))
+
+
+@pytest.mark.parametrize("chosen", COMBINATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_autocast_and_monitoring(backend: str, dtype: torch.dtype, chosen: str) -> None:
+    """Rows in half precision are multiplied as they are; return_stats changes nothing to the bit."""
+    call = ruled_call(COMBINATIONS[chosen], set(), "views", 12, 8, 2, 0, 5, 3, False)
+    halves = call.to(dtype)
+    wide = RuledCall(halves.embeddings.double(), {k: as_double(v) for k, v in halves.arguments.items()}, call.options)
+    got, found = fused(halves)
+    assert got.item() == pytest.approx(dense_loss(wide).item(), rel=2e-5, abs=1e-6)
+    assert found["embeddings"].dtype == dtype
+    options = dict(call.options)
+    loss = ClusterInfoNCE(options.pop("temperature"), **options)
+    single = call.to(torch.float32)
+    expected = loss(single.embeddings, **single.arguments)
+    with torch.autocast("cpu", dtype):
+        again, stats = loss(single.embeddings, **single.arguments, return_stats=True)
+    assert again.item() == expected.item()
+    assert all(torch.isfinite(value) for value in (stats.positive_similarity, stats.entropy))
+
+
+def as_double(value: Any) -> Any:
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def test_nothing_and_numbers_that_are_none(backend: str) -> None:
+    loss, tags = ClusterInfoNCE(0.3), torch.ones(4, 3, dtype=torch.bool)
+    z = plain_rows(4)
+    assert loss(z[:0], tags[:0]).item() == 0
+    assert loss(z, tags[:, :0], groups=torch.zeros(4, dtype=torch.int64)).item() == 0  # no tag, no positive
+    assert loss(z, tags, hard_negatives=z.new_zeros(4, 0, 4)).item() == loss(z, tags).item()
+    assert loss(z, contrasts=z[:0], contrast_clusters=tags[:0], clusters=tags).item() == 0
+    broken = z.clone()
+    broken[1, 2] = torch.nan
+    assert loss(broken, tags).isnan()
+    assert loss(z, tags, hard_negatives=broken[:, None]).isnan()
+    groups = torch.tensor([0, 1, 0, 0])  # the broken row meets no other
+    assert loss(broken, tags, groups=groups).isfinite()
+
+
+def test_rules_compile_whole() -> None:
+    call = ruled_call(COMBINATIONS["all"], set(), "views", 6, 8, 2, 0, 5, 3, False).to(torch.float32)
+    loss = ClusterInfoNCE(0.25)
+    expected = loss(call.embeddings, **call.arguments)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = compiled(call.embeddings, **call.arguments)
+    torch.testing.assert_close(got, expected)
+    both = [torch.autograd.grad(value, call.embeddings, retain_graph=True)[0] for value in (got, expected)]
+    torch.testing.assert_close(*both)
+
+
+def test_a_group_is_a_loss_of_its_own(backend: str) -> None:
+    z, labels = plain_rows(20).double(), torch.arange(20) % 4
+    groups = torch.tensor([5, 2] * 10)
+    loss = ClusterInfoNCE(0.3, reduction="none")
+    got = loss(z, labels, groups=groups)
+    for group in (2, 5):
+        torch.testing.assert_close(got[groups == group], loss(z[groups == group], labels[groups == group]))
+
+
+def test_duplicates_stay_with_their_own_views(backend: str) -> None:
+    z = plain_rows(6).double()[:, None] + 0.1 * torch.randn(6, 2, 4, generator=generator(4), dtype=torch.float64)
+    ids = torch.tensor([0, 0, 1, -1, -1, 2])
+    loss = ClusterInfoNCE(0.3, reduction="none")
+    got = loss(z, ids=ids)
+    alone = loss(z[1:])  # without the first sample, the second one's duplicate
+    torch.testing.assert_close(got[1], alone[0])
+    torch.testing.assert_close(got[3:], loss(z)[3:])
+
+
+MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("contrast_clusters: expected a bool tensor", {"contrasts": 1, "clusters": "tags", "contrast_clusters": "ids"}, {}),
+    (
+        r"contrast_clusters: expected shape \[9, 5\]",
+        {"contrasts": 1, "clusters": "tags", "contrast_clusters": "few"},
+        {},
+    ),
+    ("groups: expected a tensor", {"contrasts": 1, "contrast_groups": "ids"}, {}),
+    ("contrast_groups: expected None for self", {"clusters": "ids", "groups": "ids", "contrast_groups": "ids"}, {}),
+    ("keep_pairs: expected False for self", {"clusters": "ids", "ids": "ids", "keep_pairs": True}, {}),
+    ("ids: expected a tensor with keep_pairs", {"contrasts": 1, "keep_pairs": True}, {}),
+    ("keep_pairs: expected True or False|keep_pairs: expected a bool", {"contrasts": 1, "keep_pairs": 2}, {}),
+    ("guide: expected a Guide", {"clusters": "ids", "guide": 3}, {}),
+    ("guide.contrast_embeddings: expected a tensor", {"contrasts": 1, "guide": "alone"}, {}),
+    ("guide.contrast_embeddings: expected None", {"clusters": "ids", "guide": "two"}, {}),
+    ("guide.threshold: expected a tensor with positives", {"clusters": "ids", "guide": "alone", "positives": 1}, {}),
+    (r"hard_negatives: expected shape \[9, H, 4\]", {"clusters": "ids", "hard_negatives": 1}, {}),
+    ("form: expected 'outside' or 'inside' with tags", {"clusters": "tags"}, {"form": "pairs"}),
+    ("label_smoothing: expected 0 with groups", {"clusters": "ids", "groups": "ids"}, {"label_smoothing": 0.1}),
+    ("groups: expected None with assignments", {"assignments": 1, "groups": "ids"}, {}),
+    ("groups: expected None with a queue", {"clusters": "ids", "contrasts": "queue", "groups": "ids"}, {}),
+    ("guide: expected None with a queue", {"clusters": "ids", "contrasts": "queue", "guide": "two"}, {}),
+    (
+        "contrast_bias: expected None with guide",
+        {"contrasts": 1, "contrast_bias": 1, "guide": "two"},
+        {"symmetric": True},
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "given", "options"), MISTAKES, ids=[message[:40] for message, *_ in MISTAKES])
+def test_mistakes_are_named(message: str, given: dict[str, Any], options: dict[str, Any]) -> None:
+    z, tags = plain_rows(), torch.rand(9, 5) < 0.5
+    queue = fastcl.MemoryQueue(3, 4, clusters=True)
+    queue.enqueue(plain_rows(3), torch.arange(3))
+    known = {
+        "tags": tags, "few": tags[:, :2], "ids": torch.arange(9) % 3, "queue": queue,
+        "alone": fastcl.Guide(z), "two": fastcl.Guide(z, z),
+    }  # fmt: skip
+    numbers = {"contrast_bias": torch.zeros(9), "assignments": torch.rand(9, 2)}
+    arguments = {
+        name: numbers.get(name, z) if value == 1 and value is not True else known.get(value, value)
+        for name, value in given.items()
+    }
+    with pytest.raises((ValueError, TypeError), match=message):
+        ClusterInfoNCE(0.3, **options)(z, **arguments)

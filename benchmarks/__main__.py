@@ -23,9 +23,9 @@ NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 def _apart() -> dict[str, Any]:
     """The suites with their own peers, rows and pages, by name."""
-    from benchmarks import many, nearest, pair_losses, queue_step, transport_report
+    from benchmarks import many, nearest, pair_losses, pair_rules, queue_step, transport_report
 
-    return {module.SUITE: module for module in (transport_report, pair_losses, queue_step, nearest, many)}
+    return {module.SUITE: module for module in (transport_report, pair_losses, pair_rules, queue_step, nearest, many)}
 
 
 def _parser() -> argparse.ArgumentParser:

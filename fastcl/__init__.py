@@ -17,6 +17,7 @@ from .losses.pair_contrastive import PairContrastiveLoss
 from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .losses.prototypes import MSNLoss, PMSNLoss, SwAVLoss
 from .losses.prototypical import ProtoNCELoss
+from .losses.redundancy import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
 from .losses.regularisers import HypersphereLoss, KoLeoLoss
 from .losses.sampled import SampledNCELoss, sampled_similarity
 from .losses.sigmoid import SigLipLoss, SigmoidLoss
@@ -31,6 +32,7 @@ from .swept import ContrastiveStats
 
 __all__ = [
     "ArcFaceLoss",
+    "BarlowTwinsLoss",
     "CachedStep",
     "ClipLoss",
     "ClusterInfoNCE",
@@ -51,6 +53,7 @@ __all__ = [
     "MoCoLoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
+    "NegativeCosineSimilarity",
     "PMSNLoss",
     "PairContrastiveLoss",
     "ProtoNCELoss",
@@ -61,6 +64,7 @@ __all__ = [
     "SinkhornResult",
     "SupConLoss",
     "SwAVLoss",
+    "VICRegLoss",
     "alignment",
     "cached_step",
     "contrastive_stats",

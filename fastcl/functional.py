@@ -6,6 +6,7 @@ from .losses.gist import gist_embed_loss
 from .losses.metric import arcface_loss, cosface_loss, multi_similarity_loss, proxy_anchor_loss
 from .losses.pair_contrastive import pair_contrastive_loss
 from .losses.prototypical import proto_nce_loss
+from .losses.redundancy import barlow_twins_loss, negative_cosine_similarity, vicreg_loss
 from .losses.regularisers import hypersphere_loss, koleo_loss
 from .losses.sampled import sampled_similarity
 from .losses.sigmoid import sigmoid_loss
@@ -15,6 +16,7 @@ from .statistics import contrastive_stats
 
 __all__ = [
     "arcface_loss",
+    "barlow_twins_loss",
     "cluster_infonce",
     "contrastive_stats",
     "cosface_loss",
@@ -24,6 +26,7 @@ __all__ = [
     "knn_predict",
     "koleo_loss",
     "multi_similarity_loss",
+    "negative_cosine_similarity",
     "pair_contrastive_loss",
     "proto_nce_loss",
     "proxy_anchor_loss",
@@ -31,4 +34,5 @@ __all__ = [
     "sigmoid_loss",
     "sinkhorn",
     "topk_similarity",
+    "vicreg_loss",
 ]

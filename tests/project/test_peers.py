@@ -142,6 +142,13 @@ def test_lightly_hypersphere(options, backend) -> None:
     agree(fastcl.HypersphereLoss(**options)(x, y), peer(x, y), [x, y])
 
 
+@pytest.mark.parametrize("shape", [(14, 6), (6, 14)])
+@pytest.mark.parametrize("name", ["VICRegLoss", "BarlowTwinsLoss", "NegativeCosineSimilarity"])
+def test_lightly_without_negatives(name, shape) -> None:
+    x, y = draw(*shape), draw(*shape, seed=1)
+    agree(getattr(fastcl, name)()(x, y), getattr(package("lightly.loss"), name)()(x, y), [x, y])
+
+
 @pytest.mark.parametrize("output_dict", [False, True])
 def test_open_clip(output_dict, backend) -> None:
     peer = package("open_clip").ClipLoss()

@@ -230,6 +230,8 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
         "SwAV with a queue": lambda: fastcl.SwAVLoss(0.3, gather=both)(
             scores, [], [of_queue[mine], of_queue[mine] * 0.5]
         ),
+        "VICReg": lambda: fastcl.VICRegLoss(gather=both)(z0, z1),
+        "Barlow Twins": lambda: fastcl.BarlowTwinsLoss(gather=both)(z0, z1),
         "MSN": lambda: fastcl.MSNLoss(0.3, gather=both)(torch.cat([z0, z1]), z1, prototypes),
         "PMSN": lambda: fastcl.PMSNLoss(0.3, prior=prior, n_iters=0, kl="prior_mean", gather=both)(z0, z1, prototypes),
     }

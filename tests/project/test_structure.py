@@ -18,6 +18,7 @@ LAYERS = (
     ("fastcl.ops.products", "fastcl.ops.pair_maps"),
     ("fastcl.ops.contrastive",),
     ("fastcl.ops.soft", "fastcl.ops.pairs", "fastcl.ops.sinkhorn", "fastcl.ops.topk", "fastcl.ops.sampled"),
+    ("fastcl.ops.prototypes",),
     ("fastcl.statistics", "fastcl.sinkhorn", "fastcl.neighbors", "fastcl.memory_state"),
     ("fastcl.memory", "fastcl.distributed", "fastcl.quality"),
     ("fastcl.losses",),

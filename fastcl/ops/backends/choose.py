@@ -73,8 +73,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, family: str = "cont
 
     It is the selected backend, else the fastest available one; or its replacement by `_stand_in`.
 
-    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"pair_distances"``, ``"prototypes"``, ``"sinkhorn"`` or
-    ``"topk"``.
+    family: ``"contrastive_stats"``, ``"soft_assignments"``, ``"pair_sums"``, ``"pair_distances"``, ``"prototypes"``,
+    ``"sinkhorn"`` or ``"topk"``.
     """
     if device.type == "cpu" and (wrong := native.wrong_cap()):
         raise ValueError(wrong)

@@ -1,12 +1,11 @@
 """Peak memory and time of a step over the chunk size: ``python -m benchmarks.cached_step --write``.
 
-Each row is a process of its own: a transformer encodes 512 texts of 64 tokens, a contrastive loss, a backward.
+Each row is a process of its own: a transformer encodes 256 texts of 64 tokens, a contrastive loss, a backward.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
@@ -19,10 +18,10 @@ from torch import nn
 
 import fastcl
 from benchmarks.machine import ROOT, processor, slug
-from benchmarks.memory import _CLEAR, _bytes
+from benchmarks.memory import _high_water
 
-N, TOKENS, WIDTH, LAYERS = 512, 64, 128, 4
-CHUNKS = (512, 256, 128, 64, 32, 16)
+N, TOKENS, WIDTH, LAYERS = 256, 64, 128, 4
+CHUNKS = (256, 128, 64, 32, 16, 8)
 PLAIN = 0  # in place of a chunk size
 
 
@@ -53,12 +52,7 @@ def measure(chunk: int, steps: int) -> dict[str, Any]:
         else:
             fastcl.cached_step(encoder, tokens, lambda z: loss(z, labels), chunk_size=chunk)
 
-    step()  # warm-up
-    gc.collect()
-    _CLEAR.write_text("5")
-    before = _bytes("VmRSS")
-    step()
-    extra = _bytes("VmHWM") - before
+    extra = _high_water(step, tuple(encoder.parameters()))
     times = []
     for _ in range(steps):
         start = time.perf_counter()

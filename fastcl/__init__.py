@@ -12,6 +12,7 @@ from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
 from .losses.decoupled import DCLWLoss
 from .losses.gist import GISTEmbedLoss
+from .losses.matryoshka import MatryoshkaLoss
 from .losses.metric import ArcFaceLoss, CosFaceLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from .losses.pair_contrastive import PairContrastiveLoss
 from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
@@ -46,6 +47,7 @@ __all__ = [
     "KoLeoLoss",
     "LossStats",
     "MSNLoss",
+    "MatryoshkaLoss",
     "MemoryBank",
     "MemoryQueue",
     "MoCoLoss",

@@ -29,7 +29,7 @@ class LossOptions(NamedTuple):
     normalize: bool = True
     reduction: str = "mean"
     gather: bool | str = False
-    group: Any = None
+    group: object = None
 
     def checked(self) -> LossOptions:
         """The options with numbers as floats. ValueError or TypeError names an option that is not valid."""
@@ -69,7 +69,7 @@ class DecoupledKeywords(TypedDict, total=False):
     normalize: bool
     reduction: str
     gather: bool | str
-    group: Any
+    group: object
 
 
 class PresetKeywords(DecoupledKeywords, total=False):

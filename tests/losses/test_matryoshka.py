@@ -131,7 +131,7 @@ def test_compiles_in_one_graph() -> None:
         ((print, [0]), ValueError, "dims: expected at least 1, got 0"),
         ((print, [2, 2]), ValueError, r"dims: expected different numbers, got \[2, 2\]"),
         ((print, [2.0]), TypeError, "dims: expected an integer"),
-        ((print, [2, 3], [1.0]), ValueError, "weights: expected 2 numbers, one per dim, got 1"),
+        ((print, [2, 3], [1.0]), ValueError, "weights: expected 2 numbers, one for each of the dims, got 1"),
         ((print, [2], [-1.0]), ValueError, "weights: expected numbers of at least 0, got -1"),
         ((print, [2], 3), TypeError, "weights: expected a list or tuple of numbers, got int"),
     ],

@@ -13,6 +13,7 @@ from .losses.debiased import DebiasedLoss, HardNegativeLoss
 from .losses.decoupled import DCLWLoss
 from .losses.distillation import CapiLoss, DINOLoss, IBOTLoss
 from .losses.gist import GISTEmbedLoss
+from .losses.matryoshka import MatryoshkaLoss
 from .losses.metric import ArcFaceLoss, CosFaceLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from .losses.pair_contrastive import PairContrastiveLoss
 from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
@@ -60,6 +61,7 @@ __all__ = [
     "KoLeoLoss",
     "LossStats",
     "MSNLoss",
+    "MatryoshkaLoss",
     "MemoryBank",
     "MemoryQueue",
     "MoCoLoss",

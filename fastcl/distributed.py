@@ -26,7 +26,7 @@ MOST_NUMBERS = 128  # length of the message between processes: fixed, because pr
 Property = int | float | str  # of a string, the first 8 characters are compared (ASCII)
 
 
-def gather_rows(rows: Tensor, *others: Tensor) -> Any:
+def gather_rows(rows: Tensor, *others: Tensor, group: Any = None) -> Any:
     """The rows of all processes in the order of ranks, without gradient: ``[N, ...] -> [sum of N, ...]``.
 
     A memory that enqueues them holds the same rows in the same order on every process::
@@ -37,6 +37,7 @@ def gather_rows(rows: Tensor, *others: Tensor) -> Any:
         rows: ``[N, ...]``; N may differ between processes and may be 0. The other dimensions and the dtype must be the
             same.
         others: more tensors ``[N', ...]``, gathered in the same way.
+        group: a process group of `torch.distributed`; None: the default group.
 
     Returns:
         A tensor, or with ``others`` a tuple of tensors. Without a process group the given tensors, detached.
@@ -48,13 +49,14 @@ def gather_rows(rows: Tensor, *others: Tensor) -> Any:
             raise.
     """
     given = (rows, *others)
+    check_group(group)
     try:
         _check_gathered(given)
     except Exception as error:
-        tell_others(True, error, rows)
+        tell_others(True, error, rows, group=group)
         raise
     found = [tensor.detach() for tensor in given]
-    world = World.of(True)
+    world = World.of(True, group)
     if world is not None:
         lengths = world.agree(
             "gather_rows",
@@ -112,18 +114,18 @@ _DTYPES = (
 
 
 class World(NamedTuple):
-    """The processes of the default group."""
+    """The processes of a group."""
 
     group: Any
     rank: int
     size: int
 
     @classmethod
-    def of(cls, gather: bool | str) -> World | None:
-        """The default group; None if `gather` is False, or if there is no other process."""
+    def of(cls, gather: bool | str, group: Any = None) -> World | None:
+        """The group, or the default one; None if `gather` is False, or if there is no other process."""
         if gather is False or not (dist.is_available() and dist.is_initialized()):
             return None
-        group = dist.group.WORLD
+        group = dist.group.WORLD if group is None else group
         size = dist.get_world_size(group)
         return None if size == 1 else cls(group, dist.get_rank(group), size)
 
@@ -183,12 +185,24 @@ def _agree(
     return [[numbers[len(known) + k] for numbers in everyone] for k in range(len(sizes))]
 
 
-def tell_others(gather: Any, error: Exception, *arguments: Any) -> None:
+def check_group(group: Any, gather: Any = True) -> None:
+    """Expects a process group that this process belongs to, or None; None where `gather` is False."""
+    if group is None:
+        return
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group: expected a torch.distributed process group or None, got {type(group).__name__}")
+    if gather is False:
+        raise ValueError("group: expected None with gather=False, got a process group")
+
+
+def tell_others(gather: Any, error: Exception, *arguments: Any, group: Any = None) -> None:
     """Called if this process's own checks fail: makes the other processes raise in `World.agree` instead of waiting.
 
     error: the error that this process will raise. arguments: the first tensor among them gives the group's device.
     """
-    world = World.of(gather) if gather is True or gather == "ring" else None
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        return  # the error is about the group
+    world = World.of(gather, group) if gather is True or gather == "ring" else None
     if world is not None:
         listed = (part for value in arguments for part in (value if isinstance(value, (list, tuple)) else [value]))
         device = next((part.device for part in listed if isinstance(part, Tensor)), torch.device("cpu"))

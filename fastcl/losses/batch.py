@@ -34,6 +34,8 @@ class Batch(NamedTuple):
     aligned: bool = False
     parts: tuple[tuple[int, bool], ...] = ()  # for each part of the contrasts: number of rows, whether it is stored
     hard_negatives: Tensor | None = None  # [R, H, D]
+    # Number and checksum of stored rows of which this process has a share, the same in all processes.
+    shared: tuple[int, int] = (0, 0)
 
     def dtype(self) -> torch.dtype:
         """The dtype of the loss."""
@@ -170,6 +172,44 @@ def of_parts(values: Tensor | None, rows: Batch, stored: bool) -> Tensor | None:
         return values
     pieces = values.split([length for length, _ in rows.parts])
     return torch.cat([piece for piece, (_, kind) in zip(pieces, rows.parts, strict=True) if kind == stored])
+
+
+_TENSORS = tuple(name for name in Rows._fields if name != "normalize")
+
+
+def with_shared_queue(rows: Batch, rank: int, size: int, reduction: str) -> Batch:
+    """The batch with this process's share of the stored contrasts in place of all of them, as rows of a tensor.
+
+    In the contrasts' direction a row of a queue that all processes have counts once, over all processes' anchors.
+    """
+    if rows.contrasts is None or not any(stored for _, stored in rows.parts):
+        return rows
+    if reduction == "none":
+        raise ValueError("reduction: expected 'mean' or 'sum' for symmetric with a queue or bank, got 'none'")
+    whole = of_parts(rows.contrasts.values, rows, True)
+    assert whole is not None
+    k, first = len(whole), len(rows.contrasts.values)
+    first -= k
+    mine = slice(k * rank // size, k * (rank + 1) // size)
+
+    def share(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        stored = of_parts(values, rows, True)
+        assert stored is not None
+        if not first:
+            return stored[mine]
+        tensors = of_parts(values, rows, False)
+        assert tensors is not None
+        return torch.cat((tensors, stored[mine]))
+
+    shares = {name: share(getattr(rows.contrasts, name)) for name in _TENSORS}
+    contrasts = rows.contrasts._replace(**shares)  # type: ignore[arg-type]
+    bits = whole.detach().contiguous().view(torch.uint8).flatten()
+    places = torch.arange(len(bits), device=bits.device) % 65521 + 1
+    checksum = int((bits.long() * places).sum())
+    lengths = (first, False), (mine.stop - mine.start, False)
+    return rows._replace(contrasts=contrasts, parts=lengths, shared=(k, checksum))
 
 
 def offset(batch: Batch, anchors: Rows, contrasts: Rows | None, first: int) -> tuple[Rows, Rows | None]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_flag, positive_number
 from ..distributed import tell_others
 from ..guide import Guide
 from .batch import Batch, Contrasts, Tensors, assigned_batch, batch
 from .formulas import InfoNCE, Weighted, infonce
-from .modules import shown_temperature
+from .modules import GroupModule, shown_temperature
 from .options import LossOptions, OptionKeywords, options_of, parse_options, shown_options, takes_options
 from .pair_form import pair_form_loss
 from .reduce import LossResult, inverse_temperature, reduced_loss
@@ -78,7 +78,7 @@ def cluster_infonce(
     try:
         parsed = parse_options("cluster_infonce", options)
     except Exception as error:
-        tell_others(options.get("gather", False), error, embeddings)
+        tell_others(options.get("gather", False), error, embeddings, group=options.get("group"))
         raise
     return loss_of(given, parsed, temperature, weights, return_stats)
 
@@ -105,14 +105,14 @@ def loss_of(
             formula, rows = Weighted(), _assigned(given, options, return_stats)
         scale = inverse_temperature(temperature, rows)
     except Exception as error:
-        tell_others(options.gather, error, given.embeddings)
+        tell_others(options.gather, error, given.embeddings, group=options.group)
         raise
     if options.form == "pairs":
         return pair_form_loss(rows, scale, options, weights, return_stats)
     return reduced_loss(rows, scale, formula, options, weights, return_stats)
 
 
-class ClusterInfoNCE(nn.Module):
+class ClusterInfoNCE(GroupModule):
     r"""Cluster-masked InfoNCE: the other rows of an anchor's cluster are its positives, all other rows its negatives.
 
     The logits are :math:`s_{ij} = \langle \hat x_i, \hat y_j \rangle / \text{temperature}`, minus
@@ -145,9 +145,10 @@ class ClusterInfoNCE(nn.Module):
         normalize: True for cosine similarity, False for inner products of the rows as given.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that count: those with a positive and a
             non-empty denominator. If none counts, the loss and its gradient are 0.
-        gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
-            `torch.distributed`; without a group it has no effect. Each process returns its share of the loss of the
-            whole batch, times the number of processes: the mean over processes is that loss (docs/distributed.md).
+        gather: True or ``"ring"``: contrast against the rows of all processes of a group of `torch.distributed`;
+            without a group it has no effect. Each process returns its share of the loss of the whole batch, times the
+            number of processes: the mean over processes is that loss (docs/distributed.md).
+        group: the process group of ``gather``; None: the default group. Copies and pickles leave it behind.
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, contrast_bias=None, weights=None, temperature=None, assignments=None,
@@ -183,8 +184,8 @@ class ClusterInfoNCE(nn.Module):
     - contrast_assignments: ``[M, C]``. None: contrast i has those of anchor row i (M >= rows); extra contrasts have
       zeros.
     - return_stats: True returns ``(loss, stats)``, stats a :class:`LossStats` (top-1 accuracy, mean similarities and
-      entropy, all detached) from the same sweep. Loss and gradient stay the same to the bit. Not with assignments, nor
-      with ``gather`` over several processes.
+      entropy, all detached) from the same sweep. Loss and gradient stay the same to the bit. With ``gather`` they
+      are those of all processes' anchors. Not with assignments.
 
     Returns:
         A scalar, or ``[N]`` / ``[N, V]`` with ``reduction="none"``: 0 for anchors that do not count; with
@@ -269,8 +270,6 @@ def _assigned(given: Tensors, options: LossOptions, return_stats: bool) -> Batch
     defaults = LossOptions()
     for name in LossOptions._fields:  # torch 2.6 cannot compile _asdict
         value, expected = getattr(options, name), getattr(defaults, name)
-        if name not in ("symmetric", "normalize", "reduction", "gather") and value != expected:
+        if name not in ("symmetric", "normalize", "reduction", "gather", "group") and value != expected:
             raise ValueError(f"{name}: expected {expected!r} with assignments, got {value!r}")
-    if options.gather == "ring":
-        raise ValueError("gather: expected False or True with assignments, got 'ring'")
     return assigned_batch(given, options.normalize)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import finite_number, positive_number, values_visible
 from ..distributed import tell_others
 from .batch import Contrasts, Tensors, batch
 from .formulas import Debiased
-from .modules import shown_temperature
+from .modules import GroupModule, shown_temperature
 from .options import LossOptions
 from .reduce import LossResult, inverse_temperature, reduced_loss
 
@@ -17,7 +19,7 @@ from .reduce import LossResult, inverse_temperature, reduced_loss
 LARGEST_BETA = {torch.float32: 2.0**22, torch.float64: 2.0**51}
 
 
-class HardNegativeLoss(nn.Module):
+class HardNegativeLoss(GroupModule):
     r"""Contrastive loss with debiased, hard negatives (Robinson et al. 2021), in the log domain.
 
     The logits are :math:`s_{ij} = \langle \hat x_i, \hat y_j \rangle / t`; anchor i has positives P_i and N negatives
@@ -39,9 +41,10 @@ class HardNegativeLoss(nn.Module):
         beta: concentration on hard negatives, from 0 to 2^22 (float64 rows: 2^51).
         normalize: cosine similarity. Without it the floor is still :math:`N e^{-1/t}`, which is that of unit rows.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that have a positive.
-        gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
+        gather: True or ``"ring"``: contrast against the rows of all processes of a group of
             `torch.distributed`; without a group it has no effect. Each process returns its share of the loss of the
             whole batch, times the number of processes: the mean over processes is that loss (docs/distributed.md).
+        group: the process group of ``gather``; None: the default group.
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, weights=None, temperature=None, return_stats=False)``, dtypes, result and errors are those of
@@ -57,6 +60,7 @@ class HardNegativeLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool | str = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         tau_plus, beta = finite_number("tau_plus", tau_plus), finite_number("beta", beta)
@@ -64,13 +68,13 @@ class HardNegativeLoss(nn.Module):
             raise ValueError(f"tau_plus: expected a number of at least 0 and below 1, got {tau_plus}")
         if beta < 0:
             raise ValueError(f"beta: expected a number of at least 0, got {beta}")
-        LossOptions(normalize=normalize, reduction=reduction, gather=gather).checked()
+        LossOptions(normalize=normalize, reduction=reduction, gather=gather, group=group).checked()
         self.temperature = positive_number("temperature", temperature)  # nn.Module registers an nn.Parameter
         self.tau_plus = tau_plus
         self.beta = beta
         self.normalize = normalize
         self.reduction = reduction
-        self.gather = gather
+        self.gather, self.group = gather, group
 
     def forward(
         self,
@@ -88,7 +92,9 @@ class HardNegativeLoss(nn.Module):
     ) -> LossResult:
         """The loss. The class describes shapes and errors."""
         try:
-            options = LossOptions(normalize=self.normalize, reduction=self.reduction, gather=self.gather).checked()
+            options = LossOptions(
+                normalize=self.normalize, reduction=self.reduction, gather=self.gather, group=self.group
+            ).checked()
             temperature = positive_number("temperature", self.temperature if temperature is None else temperature)
             given = Tensors(embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids)
             rows = batch(given, options.normalize)
@@ -96,7 +102,7 @@ class HardNegativeLoss(nn.Module):
             if self.beta:
                 _check_beta(self.beta, temperature, scale)
         except Exception as error:
-            tell_others(self.gather, error, embeddings)
+            tell_others(self.gather, error, embeddings, group=self.group)
             raise
         formula = Debiased(self.tau_plus, self.beta)
         return reduced_loss(rows, scale, formula, options, weights, return_stats)
@@ -134,5 +140,8 @@ class DebiasedLoss(HardNegativeLoss):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool | str = False,
+        group: Any = None,
     ) -> None:
-        super().__init__(temperature, tau_plus, 0.0, normalize=normalize, reduction=reduction, gather=gather)
+        super().__init__(
+            temperature, tau_plus, 0.0, normalize=normalize, reduction=reduction, gather=gather, group=group
+        )

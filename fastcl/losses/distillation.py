@@ -20,9 +20,9 @@ from ..checks import (
     finite_number,
     plain_number,
 )
-from ..distributed import Property, World, dtype_name, tell_others
+from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..sinkhorn import column_potential, sinkhorn_potentials
-from .modules import ExactModule, shown_number
+from .modules import ExactModule, GroupModule, shown_number
 from .prototype_cross_entropy import Pair, prototype_cross_entropy
 from .prototypes import Prior, _group, _Prior, _share
 
@@ -30,7 +30,7 @@ CENTERINGS = ("sinkhorn", "mean")
 Crop = Tensor | Pair
 
 
-class _Distillation(ExactModule):
+class _Distillation(ExactModule, GroupModule):
     """Temperatures, and what keeps the teacher's assignments apart."""
 
     center: Tensor
@@ -45,6 +45,7 @@ class _Distillation(ExactModule):
         n_iters: int,
         prior: Prior | None,
         gather: bool,
+        group: Any,
     ) -> None:
         super().__init__()
         self.num_prototypes = check_count("num_prototypes", num_prototypes)
@@ -60,7 +61,8 @@ class _Distillation(ExactModule):
             raise ValueError('prior: expected None with centering="mean", got a prior')
         self.prior = _Prior(prior)
         check_flag("gather", gather)
-        self.gather = gather
+        check_group(group, gather)
+        self.gather, self.group = gather, group
         self.register_buffer("center", torch.zeros(self.num_prototypes) if centering == "mean" else None)
 
     def extra_repr(self) -> str:
@@ -108,7 +110,7 @@ class _Distillation(ExactModule):
         """The column potential [K] of the teacher's crops together; None for no rows."""
         if self.centering == "mean":
             return -self.center
-        group = _group(self.gather)
+        group = _group(self)
         prior = self.prior(self.num_prototypes, _rows(crops[0]).device)
         rows = [_rows(crop) for crop in crops]
         together = rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -130,7 +132,7 @@ class _Distillation(ExactModule):
             mean = rows.sum(0, dtype=torch.float64)
             total[:-1] += crop[1].detach().double() @ mean if isinstance(crop, tuple) else mean
             total[-1] += len(rows)
-        world = World.of(self.gather)
+        world = World.of(self.gather, self.group)
         if world is not None:
             dist.all_reduce(total, group=world.group)
         mean = total[:-1] / total[-1].clamp(min=1)
@@ -186,15 +188,24 @@ class DINOLoss(_Distillation):
         n_iters: int = 3,
         prior: Prior | None = None,
         gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__(
-            num_prototypes, student_temperature, teacher_temperature, centering, center_momentum, n_iters, prior, gather
+            num_prototypes,
+            student_temperature,
+            teacher_temperature,
+            centering,
+            center_momentum,
+            n_iters,
+            prior,
+            gather,
+            group,
         )
 
     def forward(
         self, student: Sequence[Crop], teacher: Sequence[Crop], *, teacher_temperature: float | None = None
     ) -> Tensor:
-        world = World.of(self.gather)
+        world = World.of(self.gather, self.group)
         try:
             for name, crops in (("student", student), ("teacher", teacher)):
                 if isinstance(crops, (Tensor, tuple)) or not isinstance(crops, Sequence) or not crops:
@@ -203,7 +214,7 @@ class DINOLoss(_Distillation):
                     self._checked(f"{name}[{number}]", crop)
             temperature = self._temperature(teacher_temperature)
         except Exception as error:
-            tell_others(self.gather, error, student)
+            tell_others(self.gather, error, student, group=self.group)
             raise
         rows = [len(_rows(student[0]))]
         if world is not None:
@@ -253,15 +264,24 @@ class IBOTLoss(_Distillation):
         n_iters: int = 3,
         prior: Prior | None = None,
         gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__(
-            num_prototypes, student_temperature, teacher_temperature, centering, center_momentum, n_iters, prior, gather
+            num_prototypes,
+            student_temperature,
+            teacher_temperature,
+            centering,
+            center_momentum,
+            n_iters,
+            prior,
+            gather,
+            group,
         )
 
     def forward(
         self, student: Crop, teacher: Crop, mask: Tensor, *, teacher_temperature: float | None = None
     ) -> Tensor:
-        world = World.of(self.gather)
+        world = World.of(self.gather, self.group)
         try:
             self._checked("student", student)
             self._checked("teacher", teacher)
@@ -276,7 +296,7 @@ class IBOTLoss(_Distillation):
                 raise ValueError(f"mask: expected {len(_rows(student))} masked patches, got {len(weights)}")
             temperature = self._temperature(teacher_temperature)
         except Exception as error:
-            tell_others(self.gather, error, student)
+            tell_others(self.gather, error, student, group=self.group)
             raise
         images = [len(mask)]
         if world is not None:
@@ -328,13 +348,22 @@ class CapiLoss(_Distillation):
         n_iters: int = 3,
         prior: Prior | None = None,
         gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__(
-            num_prototypes, student_temperature, teacher_temperature, "sinkhorn", 0.0, n_iters, prior, gather
+            num_prototypes,
+            student_temperature,
+            teacher_temperature,
+            "sinkhorn",
+            0.0,
+            n_iters,
+            prior,
+            gather,
+            group,
         )
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None = None) -> Tensor:
-        world, k = World.of(self.gather), self.num_prototypes
+        world, k = World.of(self.gather, self.group), self.num_prototypes
         try:
             for name, scores in (("student", student), ("teacher", teacher)):
                 check_scores(name, scores)
@@ -349,7 +378,7 @@ class CapiLoss(_Distillation):
             if len(teacher) != len(student) or (index is None and list(teacher.shape[:2]) != expected):
                 raise ValueError(f"teacher: expected shape {[*expected, k]}, got {list(teacher.shape)}")
         except Exception as error:
-            tell_others(self.gather, error, student)
+            tell_others(self.gather, error, student, group=self.group)
             raise
         patches = [student.shape[0] * student.shape[1]]
         if world is not None:
@@ -361,7 +390,7 @@ class CapiLoss(_Distillation):
                 epsilon=self.teacher_temperature,
                 prior=self.prior(k, teacher.device),
                 n_iters=self.n_iters,
-                group=_group(self.gather),
+                group=_group(self),
             )
         goals = teacher.detach()
         if index is not None and potential is not None:

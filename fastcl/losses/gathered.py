@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..ops.contrastive.fields import FIELDS
 from ..ops.contrastive.records import TRAVELLING, Problem, Rows, flatten, flatten_rows, travelling
 from ..swept import ContrastiveStats, named, statistics
 from .batch import Batch, aligned_clusters, of_parts, offset
+from .gathered_soft import assigned_statistics
 
 
 def has_gradient(tensor: Tensor | None) -> bool:
@@ -74,6 +75,9 @@ def agreed(
         "positives given": p.positives is not None,
         "hard_negatives given": p.hard_negatives is not None,
         "guide given": p.guided,
+        "return_stats": p.observe,
+        "rows of the queue": batch.shared[0],
+        "rows of the queue (their checksum)": batch.shared[1],
         "assignments": -1 if anchors.assignments is None else anchors.assignments.shape[1],
     }
     # The backward's collectives wait for all processes, so all must need the same gradients.
@@ -133,18 +137,17 @@ def _given(rows: Rows) -> dict[str, Property]:
 
 def gathered_statistics(
     world: World, gather: bool | str, p: Problem, batch: Batch, exact: bool, call: str, alike: Mapping[str, Property]
-) -> ContrastiveStats:
+) -> tuple[ContrastiveStats, Tensor | None]:
     """`statistics` over the contrast tensors of all processes, or in self-contrast over the anchors of all processes.
 
     call, alike: as in `agreed`.
     """
     rows = agreed(world, gather, p, batch, call, alike, p.family)
     if rows is None:
-        return statistics(p, exact)[0]
+        return statistics(p, exact)
     if p.anchors.assignments is not None:
-        return _assigned(world, [n * batch.views for n in rows.samples], rows.sizes, p, p.anchors.assignments)
-    if p.both and rows.stored is not None:
-        raise ValueError("symmetric: expected False for gathered contrasts beside a queue or bank, got True")
+        of_anchors = type(rows.exchange)(world, [n * batch.views for n in rows.samples])
+        return assigned_statistics(of_anchors, rows.exchange, p, p.anchors.assignments), None
     called = Call(
         exchange=rows.exchange,
         backend=rows.backend,
@@ -157,79 +160,5 @@ def gathered_statistics(
     scales = p.logit_scale.to(p.dtype).reshape(-1)
     want = [field for field in FIELDS if field in p.want]
     own = replace(p, anchors=rows.anchors, contrasts=rows.contrasts, logit_scale=scales, want=want)
-    return named(p, BlockStats.apply(called, *flatten(own), *flatten_rows(rows.stored)))
-
-
-class _AllRows(torch.autograd.Function):
-    """Gathers the rows or numbers of contrasts from all processes. The backward sums their gradients over processes.
-
-    This function and `_SummedRows` are each other's derivatives, so there are derivatives of any order.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, exchange: Gathered, rows: Tensor) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.world.all_rows(rows, exchange.sizes)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _SummedRows.apply(ctx.exchange, grad)
-
-
-class _SummedRows(torch.autograd.Function):
-    """The sum over processes, of which each process keeps its own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, exchange: Gathered, values: Tensor) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.summed(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _AllRows.apply(ctx.exchange, grad)
-
-
-def _assigned(world: World, rows: list[int], sizes: list[int], p: Problem, own: Tensor) -> ContrastiveStats:
-    """`statistics` with assignments: one sweep over the gathered rows, as the sums of weights need gradients too."""
-    dtype = p.dtype  # of the sums: gradients are then added before they are rounded
-    anchors, own = p.anchors.values.to(dtype), own.to(dtype)
-    contrasts = anchors if p.contrasts is None else p.contrasts.values.to(dtype)
-    theirs = own if p.contrasts is None or p.others.assignments is None else p.others.assignments.to(dtype)
-    bias = None if p.others.bias is None else p.others.bias.to(dtype)
-    by_row, by_contrast = Gathered(world, rows), Gathered(world, sizes)
-
-    def of_all(exchange: Gathered, values: Tensor) -> Tensor:
-        found: Tensor = _AllRows.apply(exchange, values)
-        return found
-
-    ids, contrast_ids = p.anchors.ids, p.others.ids
-    if p.contrasts is None:  # ids leave out the row itself
-        contrast_ids = torch.arange(by_row.total, device=anchors.device)
-        ids = contrast_ids[by_row.own]
-    elif contrast_ids is not None:
-        contrast_ids = by_contrast.spread(contrast_ids)
-    normalize = p.anchors.normalize
-    others = Rows(
-        of_all(by_contrast, contrasts),
-        None,
-        contrast_ids,
-        None if bias is None else of_all(by_contrast, bias),
-        of_all(by_contrast, theirs),
-        normalize=normalize,
-    )
-    problem = replace(p, anchors=Rows(anchors, None, ids, None, own, normalize=normalize), contrasts=others, both=False)
-    found = statistics(problem, quotients=True)[0]
-    if not p.both:
-        return found
-    # In the reverse direction the bias adds the same number to all logits of a contrast, and cancels in a loss of
-    # assignments. Only a bias of -inf matters: it leaves the contrast out.
-    if p.others.bias is not None:
-        left_out = (p.others.bias == -torch.inf)[:, None]
-        contrasts, theirs = contrasts.masked_fill(left_out, 0), theirs.masked_fill(left_out, 0)
-    own_ids = None if p.anchors.ids is None else by_row.spread(p.anchors.ids)
-    reverse = replace(
-        problem,
-        anchors=Rows(contrasts, None, p.others.ids, None, theirs, normalize=p.others.normalize),
-        contrasts=Rows(of_all(by_row, anchors), None, own_ids, None, of_all(by_row, own), normalize=normalize),
-    )
-    return replace(found, reverse=statistics(reverse, quotients=True)[0])
+    values = BlockStats.apply(called, *flatten(own), *flatten_rows(rows.stored))
+    return (named(p, values[:-1]), values[-1]) if p.observe else (named(p, values), None)

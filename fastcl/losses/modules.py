@@ -43,6 +43,15 @@ class ExactModule(nn.Module):
                 self._buffers[name] = buffer.to(dtype)
 
 
+class GroupModule(nn.Module):
+    """A module with a process group, which copies and pickles leave behind: they belong to other processes."""
+
+    group: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": None}
+
+
 def shown_temperature(temperature: float | Tensor) -> str:
     """The temperature for `extra_repr`."""
     return shown_number("temperature", temperature)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 from ..checks import check_flag, check_option, finite_number
-from ..distributed import MODES
+from ..distributed import MODES, check_group
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +29,7 @@ class LossOptions(NamedTuple):
     normalize: bool = True
     reduction: str = "mean"
     gather: bool | str = False
+    group: object = None
 
     def checked(self) -> LossOptions:
         """The options with numbers as floats. ValueError or TypeError names an option that is not valid."""
@@ -52,10 +53,12 @@ class LossOptions(NamedTuple):
         check_flag("normalize", self.normalize)
         check_option("reduction", self.reduction, REDUCTIONS)
         check_option("gather", self.gather, MODES)
+        check_group(self.group, self.gather)
         # torch 2.6 cannot compile _replace.
         return LossOptions(
-            self.form, self.denominator, margin, smoothing, self.symmetric, self.normalize, self.reduction, self.gather
-        )
+            self.form, self.denominator, margin, smoothing, self.symmetric, self.normalize, self.reduction,
+            self.gather, self.group,
+        )  # fmt: skip
 
 
 # The options that losses take, as keywords for type checkers. A loss's names and its signature follow from its class.
@@ -66,6 +69,7 @@ class DecoupledKeywords(TypedDict, total=False):
     normalize: bool
     reduction: str
     gather: bool | str
+    group: object
 
 
 class PresetKeywords(DecoupledKeywords, total=False):
@@ -89,7 +93,7 @@ def option_names(keywords: type) -> tuple[str, ...]:
 
 
 # `extra_repr` shows these only if they are set.
-_SHOWN_IF_SET = ("label_smoothing", "gather")
+_SHOWN_IF_SET = ("label_smoothing", "gather", "group")
 
 
 def options_of(module: nn.Module) -> LossOptions:

@@ -69,10 +69,10 @@ def pair_form_loss(
     rows: Batch, scale: Tensor, options: LossOptions, weights: Tensor | None, return_stats: bool
 ) -> LossResult:
     """The loss of `ClusterInfoNCE` in the form "pairs"."""
-    world, weights, unit = opened(rows, options, weights, return_stats)
+    world, rows, weights, unit = opened(rows, options, weights, return_stats)
     rows = _wide(rows)
     if world is not None:
-        share: Tensor = _of_all(world, rows, scale, options, weights, unit)
+        share: LossResult = _of_all(world, rows, scale, options, weights, unit, return_stats)
         return share
     problem = posed(rows, scale, WANTED, options, return_stats)
     stats, observed = statistics(problem)
@@ -98,8 +98,9 @@ def _wide(rows: Batch) -> Batch:
     positives = None if rows.positives is None else wide(rows.positives)
     # torch 2.6 cannot compile _replace.
     return Batch(
-        side(rows.anchors), contrasts, positives, rows.shape, rows.views, rows.by_sample, rows.aligned, rows.parts
-    )
+        side(rows.anchors), contrasts, positives, rows.shape, rows.views, rows.by_sample, rows.aligned, rows.parts,
+        shared=rows.shared,
+    )  # fmt: skip
 
 
 def _reduced(side: _Side, reduction: str, rows: Batch) -> Tensor:
@@ -113,8 +114,14 @@ def _reduced(side: _Side, reduction: str, rows: Batch) -> Tensor:
 
 @uncompiled  # processes could compile different graphs, with collectives that do not match
 def _of_all(
-    world: World, rows: Batch, scale: Tensor, options: LossOptions, weights: Tensor | None, unit: float | Tensor | None
-) -> Tensor:
+    world: World,
+    rows: Batch,
+    scale: Tensor,
+    options: LossOptions,
+    weights: Tensor | None,
+    unit: float | Tensor | None,
+    return_stats: bool,
+) -> LossResult:
     """This process's share of the loss over all processes' rows, times the number of processes.
 
     With reduction "none", the unscaled terms of the process's own rows. unit: what the weights were divided by.
@@ -125,8 +132,8 @@ def _of_all(
         "weights given": weights is not None,
         "weights with a gradient": has_gradient(weights),
     }
-    problem = posed(rows, scale, WANTED, options, False)
-    stats = gathered_statistics(world, options.gather, problem, rows, False, "InfoNCE of pairs", alike)
+    problem = posed(rows, scale, WANTED, options, return_stats)
+    stats, observed = gathered_statistics(world, options.gather, problem, rows, False, "InfoNCE of pairs", alike)
     found = swept(world, options.gather, rows, scale, stats.lse_neg, "pairs", alike)
     sides = [_Side(found, stats, scale, options.margin, None, weights)]
     if stats.reverse is not None:
@@ -134,6 +141,8 @@ def _of_all(
         found = swept(world, options.gather, other, scale, stats.reverse.lse_neg, "pairs, reversed", alike)
         sides.append(_Side(found, stats.reverse, scale, options.margin, bias, None))
     if options.reduction == "none":
-        return average([_reduced(side, "none", rows) for side in sides])
-    totals, masses = [side.total() for side in sides], [side.mass() for side in sides]
-    return share_of_all(world, totals, masses, unit, options.reduction, rows.dtype())
+        share = average([_reduced(side, "none", rows) for side in sides])
+    else:
+        totals, masses = [side.total() for side in sides], [side.mass() for side in sides]
+        share = share_of_all(world, totals, masses, unit, options.reduction, rows.dtype())
+    return share if observed is None else (share, summary_of(problem, observed, rows, scale, options, world))

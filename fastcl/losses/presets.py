@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_flag, check_ids, check_rows, positive_number
 from ..distributed import tell_others
@@ -14,6 +14,7 @@ from ..memory import MemoryQueue
 from .batch import Tensors, batch
 from .cluster import ClusterInfoNCE
 from .formulas import infonce
+from .modules import GroupModule
 from .options import (
     DecoupledKeywords,
     LossOptions,
@@ -39,7 +40,7 @@ class _TwoViewLoss(ClusterInfoNCE):
             if z1.shape != z0.shape:
                 raise ValueError(f"z1: expected shape {list(z0.shape)}, as z0, got {list(z1.shape)}")
         except Exception as error:
-            tell_others(self.gather, error, z0)
+            tell_others(self.gather, error, z0, group=self.group)
             raise
         return super().forward(torch.stack((z0, z1), dim=1), return_stats=return_stats)
 
@@ -97,12 +98,12 @@ class SupConLoss(ClusterInfoNCE):
                 got = list(features.shape)
                 raise ValueError(f"labels: expected labels for features of a single view {got}, got None")
         except Exception as error:
-            tell_others(self.gather, error, features)
+            tell_others(self.gather, error, features, group=self.group)
             raise
         return super().forward(features, labels, return_stats=return_stats)
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(GroupModule):
     """CLIP's loss (Radford et al. 2021): ``ClipLoss()(image_features, text_features, logit_scale)``.
 
     Features are ``[N, D]`` and are not normalised here: open_clip's models do that. ``logit_scale`` is 1 / temperature
@@ -121,10 +122,10 @@ class ClipLoss(nn.Module):
     label_smoothing: float = 0.0
 
     @refuses_renamed
-    def __init__(self, *, label_smoothing: float = 0.0, gather: bool | str = False) -> None:
+    def __init__(self, *, label_smoothing: float = 0.0, gather: bool | str = False, group: Any = None) -> None:
         super().__init__()
-        options = LossOptions(label_smoothing=label_smoothing, gather=gather).checked()
-        self.label_smoothing, self.gather = options.label_smoothing, options.gather
+        options = LossOptions(label_smoothing=label_smoothing, gather=gather, group=group).checked()
+        self.label_smoothing, self.gather, self.group = options.label_smoothing, options.gather, options.group
 
     def forward(
         self,
@@ -145,13 +146,14 @@ class ClipLoss(nn.Module):
                 expected = f"{image_features.shape[0]} rows, as in image_features"
                 raise ValueError(f"text_features: expected {expected}, got {text_features.shape[0]}")
             options = LossOptions(
-                label_smoothing=self.label_smoothing, symmetric=True, normalize=False, gather=self.gather
-            ).checked()
+                label_smoothing=self.label_smoothing, symmetric=True, normalize=False, gather=self.gather,
+                group=self.group,
+            ).checked()  # fmt: skip
             rows = batch(Tensors(image_features, contrasts=text_features), options.normalize)
             formula = infonce(options)
             scale = scalar("logit_scale", logit_scale, rows)
         except Exception as error:
-            tell_others(self.gather, error, image_features)
+            tell_others(self.gather, error, image_features, group=self.group)
             raise
         if logit_bias is not None and not torch.compiler.is_compiling() and not self._warned:
             self._warned = True
@@ -169,7 +171,7 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss}, stats
 
     def extra_repr(self) -> str:
-        shown = {"label_smoothing": self.label_smoothing, "gather": self.gather}
+        shown = {"label_smoothing": self.label_smoothing, "gather": self.gather, "group": self.group}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value)
 
 
@@ -207,7 +209,7 @@ class MoCoLoss(ClusterInfoNCE):
                 raise ValueError(f"queue: expected a MemoryQueue with gather={self.gather!r}, got a tensor")
             check_rows("queue", queue.rows if isinstance(queue, MemoryQueue) else queue, like=query)
         except Exception as error:
-            tell_others(self.gather, error, query)
+            tell_others(self.gather, error, query, group=self.group)
             raise
         if isinstance(queue, MemoryQueue):
             return super().forward(query, positives=key, contrasts=queue, return_stats=return_stats)

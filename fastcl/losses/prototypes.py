@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import (
     INTEGER_DTYPES,
@@ -23,13 +23,13 @@ from ..checks import (
     finite_number,
     plain_number,
 )
-from ..distributed import Property, World, dtype_name, tell_others
+from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.products import product
 from ..ops.prototypes.records import Wanted
 from ..sinkhorn import column_potential, power_law_prior, sinkhorn, uniform_prior
 from .gathered import has_gradient
-from .modules import ExactModule, shown_number
+from .modules import ExactModule, GroupModule, shown_number
 from .options import refuses_renamed
 from .prototype_cross_entropy import crossed, dtype_of, inverse_temperatures
 
@@ -38,7 +38,7 @@ KL = ("mean_prior", "prior_mean")
 LARGEST_PRIOR_WEIGHT = 1e30  # products of the weight with derivatives stay in float32's range
 
 
-class SwAVLoss(nn.Module):
+class SwAVLoss(GroupModule):
     r"""Swapped prediction: each crop predicts the assignments of the other high-resolution crops.
 
     With S^c ``[B, K]`` the scores of crop c against the prototypes, and Q^h the Sinkhorn assignments of high-resolution
@@ -56,6 +56,7 @@ class SwAVLoss(nn.Module):
         prior: masses of the prototypes: None (uniform), ``[K]``, or a function that is called with K.
         gather: compute assignments over the rows of all processes of the default group; no effect without a group. Each
             process returns W times its share, so that after DDP's averaging the gradient is that of the whole batch.
+        group: the process group of ``gather``; None: the default group.
 
     Shapes of ``forward(high_resolution, low_resolution=(), queue_scores=None)``:
 
@@ -82,6 +83,7 @@ class SwAVLoss(nn.Module):
         n_iters: int = 3,
         prior: Prior | None = None,
         gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.temperature = plain_number("temperature", temperature)
@@ -89,7 +91,8 @@ class SwAVLoss(nn.Module):
         self.n_iters = check_count("n_iters", n_iters, least=0)
         self.prior = _Prior(prior)
         check_flag("gather", gather)
-        self.gather = gather
+        check_group(group, gather)
+        self.gather, self.group = gather, group
 
     def forward(
         self,
@@ -97,13 +100,13 @@ class SwAVLoss(nn.Module):
         low_resolution: Sequence[Tensor] = (),
         queue_scores: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        world = World.of(self.gather)
+        world = World.of(self.gather, self.group)
         try:
             high, low, stored = _crops(high_resolution, low_resolution, queue_scores)
             if world is not None:
                 self.prior(high[0].shape[1], high[0].device)  # an invalid prior raises here, before any collective
         except Exception as error:
-            tell_others(self.gather, error, high_resolution)
+            tell_others(self.gather, error, high_resolution, group=self.group)
             raise
         crops = [*high, *low]
         rows = [high[0].shape[0]]
@@ -147,7 +150,7 @@ class SwAVLoss(nn.Module):
             wider = torch.promote_types(_wide(scores).dtype, queue_scores.dtype)
             rows = torch.cat([scores.detach().to(wider), queue_scores.detach().to(wider)])
         prior = self.prior(rows.shape[1], rows.device)
-        options: dict[str, Any] = {"epsilon": self.epsilon, "n_iters": self.n_iters, "group": _group(self.gather)}
+        options: dict[str, Any] = {"epsilon": self.epsilon, "n_iters": self.n_iters, "group": _group(self)}
         return column_potential(rows, prior=prior, **options)
 
     def extra_repr(self) -> str:
@@ -169,11 +172,11 @@ class SwAVLoss(nn.Module):
         if queue_scores is not None:
             wider = torch.promote_types(rows.dtype, queue_scores.dtype)
             rows = torch.cat([rows.to(wider), queue_scores.detach().to(wider)])
-        result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self.gather))
+        result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self))
         return result.assignments[: scores.shape[0]]
 
 
-class MSNLoss(nn.Module):
+class MSNLoss(GroupModule):
     r"""Masked siamese networks: anchors predict sharpened assignments of their targets, and match a prior on average.
 
     With p = softmax(cosine similarity with the prototypes / temperature), and targets
@@ -200,6 +203,7 @@ class MSNLoss(nn.Module):
         gather: compute targets and mean over the rows of all processes of the default group; no effect without a
             group. Each process returns W times its share, so that after DDP's averaging the gradient is that of the
             whole batch.
+        group: the process group of ``gather``; None: the default group.
 
     Shapes of ``forward(anchors, targets, prototypes)``:
 
@@ -230,6 +234,7 @@ class MSNLoss(nn.Module):
         entropy_weight: float = 0.0,
         sinkhorn_prior: Prior | None = None,
         gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.temperature = plain_number("temperature", temperature)
@@ -251,10 +256,11 @@ class MSNLoss(nn.Module):
             raise ValueError(f"entropy_weight: expected {expected}, got {entropy_weight}")
         self.sinkhorn_prior = self.prior if sinkhorn_prior is None else _Prior(sinkhorn_prior, "sinkhorn_prior")
         check_flag("gather", gather)
-        self.gather = gather
+        check_group(group, gather)
+        self.gather, self.group = gather, group
 
     def forward(self, anchors: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
-        world = World.of(self.gather)
+        world = World.of(self.gather, self.group)
         try:
             check_rows("anchors", anchors)
             check_rows("targets", targets, like=anchors)
@@ -265,7 +271,7 @@ class MSNLoss(nn.Module):
                 for prior in (self.prior, self.sinkhorn_prior):  # invalid ones raise here, before any collective
                     prior(len(prototypes), prototypes.device)
         except Exception as error:
-            tell_others(self.gather, error, anchors, targets, prototypes)
+            tell_others(self.gather, error, anchors, targets, prototypes, group=self.group)
             raise
         b, rows = targets.shape[0], anchors.shape[0]
         every_rows = [rows]
@@ -331,7 +337,7 @@ class MSNLoss(nn.Module):
         check_rows("targets", targets)
         check_rows("prototypes", prototypes, like=targets)
         for name, rows in (("targets", targets), ("prototypes", prototypes)):
-            if len(rows) == 0 and (rows is prototypes or _group(self.gather) is None):
+            if len(rows) == 0 and (rows is prototypes or _group(self) is None):
                 raise ValueError(f"{name}: expected at least one row, got shape {list(rows.shape)}")
         return self._assignments(targets, _centres(targets, prototypes.detach()))
 
@@ -349,7 +355,7 @@ class MSNLoss(nn.Module):
         # Sinkhorn's rows start from log q, which is normalised, not from the logits.
         logs = logits.log_softmax(1)
         prior = self.sinkhorn_prior(len(centres), logits.device)
-        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self.gather)}
+        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self)}
         return logs, column_potential(logs, prior=prior, **options)
 
     def _divergence(self, mean: Tensor) -> Tensor:
@@ -471,8 +477,9 @@ def _cosines(rows: Tensor, centres: Tensor) -> Tensor:
     return product(unit(rows.to(centres.dtype)), centres)
 
 
-def _group(gather: bool) -> Any:
-    world = World.of(gather)
+def _group(module: Any) -> Any:
+    """The process group over which a loss with `gather` computes, or None."""
+    world = World.of(module.gather, getattr(module, "group", None))
     return None if world is None else world.group
 
 

@@ -14,7 +14,7 @@ from ..ops.backends.rows import accumulation_dtype
 from ..ops.contrastive.records import Problem
 from ..ops.library import uncompiled
 from ..swept import mean_loss, statistics
-from .batch import Batch, per_row
+from .batch import Batch, per_row, with_shared_queue
 from .formulas import Formula
 from .gathered import gathered_statistics, has_gradient
 from .options import LossOptions
@@ -47,10 +47,10 @@ def reduced_loss(
 
     return_stats: also return a summary of the same sweep.
     """
-    world, weights, unit = opened(rows, options, weights, return_stats)
+    world, rows, weights, unit = opened(rows, options, weights, return_stats)
     problem = posed(rows, formula.scales(scale), formula.wanted(), options, return_stats)
     if world is not None:
-        share: Tensor = _of_all(world, problem, rows, scale, formula, options, weights, unit)
+        share: LossResult = _of_all(world, problem, rows, scale, formula, options, weights, unit)
         return share
     loss, observed = _loss(problem, rows, scale, formula, options, weights)
     return loss if observed is None else (loss, summary_of(problem, observed, rows, scale, options))
@@ -58,13 +58,11 @@ def reduced_loss(
 
 def opened(
     rows: Batch, options: LossOptions, weights: Tensor | None, return_stats: bool
-) -> tuple[World | None, Tensor | None, float | Tensor | None]:
-    """Checks what a call combines. Returns the processes, the rows' weights [R], and what these are divided by."""
-    world = World.of(options.gather)
+) -> tuple[World | None, Batch, Tensor | None, float | Tensor | None]:
+    """Checks what a call combines. Returns processes, rows, their weights [R], and what these are divided by."""
+    world = World.of(options.gather, options.group)
     unit: float | Tensor | None = None
     try:
-        if world is not None and return_stats is True:
-            raise ValueError(f"return_stats: expected False with gather={options.gather!r} over processes, got True")
         check_flag("return_stats", return_stats)
         if options.symmetric and rows.contrasts is None:
             raise ValueError("symmetric: expected False for self-contrast (contrasts=None), got True")
@@ -77,10 +75,12 @@ def opened(
             check_vector("weights", weights, rows.shape[0], rows.anchors.values.device)
             weights, unit = at_unit(weights, rows.dtype(), options.reduction)
             weights = per_row(weights, rows.views)
+        if world is not None and options.symmetric:
+            rows = with_shared_queue(rows, world.rank, world.size, options.reduction)
     except Exception as error:
-        tell_others(options.gather, error, rows.anchors.values)
+        tell_others(options.gather, error, rows.anchors.values, group=options.group)
         raise
-    return world, weights, unit
+    return world, rows, weights, unit
 
 
 def posed(rows: Batch, scales: Tensor, want: tuple[str, ...], options: LossOptions, observe: bool) -> Problem:
@@ -107,11 +107,19 @@ def _loss(
 
 
 @torch.no_grad()
-def summary_of(problem: Problem, observed: Tensor, rows: Batch, scale: Tensor, options: LossOptions) -> LossStats:
+def summary_of(
+    problem: Problem,
+    observed: Tensor,
+    rows: Batch,
+    scale: Tensor,
+    options: LossOptions,
+    world: World | None = None,
+) -> LossStats:
+    total = None if world is None else world.total
     n = rows.anchors.values.shape[0]
 
     def of_rows(start: int, end: int | None, shape: tuple[int, ...]) -> LossStats:
-        return summary(observed[..., start:end], scale.detach(), shape, options.reduction, rows.dtype())
+        return summary(observed[..., start:end], scale.detach(), shape, options.reduction, rows.dtype(), total)
 
     found = of_rows(0, n, rows.shape)
     return found._replace(reverse=of_rows(n, None, (observed.shape[-1] - n,))) if problem.both else found
@@ -127,10 +135,11 @@ def _of_all(
     options: LossOptions,
     weights: Tensor | None,
     unit: float | Tensor | None,
-) -> Tensor:
+) -> LossResult:
     """This process's share of the loss over all processes' rows, times the number of processes.
 
-    The mean over processes is then the loss. With reduction "none", the unscaled terms of the process's own rows.
+    The mean over processes is then the loss. With reduction "none", the unscaled terms of the process's own rows. With
+    `Problem.observe` also the summary over all rows.
 
     unit: what the weights were divided by.
     """
@@ -140,7 +149,9 @@ def _of_all(
         "weights given": weights is not None,
         "weights with a gradient": has_gradient(weights),
     }
-    stats = gathered_statistics(world, options.gather, problem, rows, formula.exact(), type(formula).__name__, alike)
+    stats, observed = gathered_statistics(
+        world, options.gather, problem, rows, formula.exact(), type(formula).__name__, alike
+    )
     sides = [(*formula.terms(stats, scale), weights)]
     if stats.reverse is not None:
         sides.append((*formula.terms(stats.reverse, scale), None))
@@ -157,7 +168,8 @@ def _of_all(
         totals = [total.to(rows.dtype()) for total in totals]
     shares = [_reduce(*side, options.reduction, rows, total) for side, total in zip(sides, totals, strict=True)]
     share = shares[0] if len(shares) == 1 else (shares[0] + shares[1]) / 2
-    return share if options.reduction == "none" else share * world.size
+    share = share if options.reduction == "none" else share * world.size
+    return share if observed is None else (share, summary_of(problem, observed, rows, scale, options, world))
 
 
 def _reduce(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_flag, check_rows, finite_number, plain_number
-from ..distributed import Property, World, dtype_name, tell_others
+from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.products import product
 from .gathered import has_gradient
-from .modules import loss_dtype
+from .modules import GroupModule, loss_dtype
 
 NORMALISATION_EPS = 1e-5  # added to variances by batch normalisation, which lightly's Barlow Twins goes through
 
@@ -24,6 +26,7 @@ def vicreg_loss(
     nu_param: float = 1.0,
     eps: float = 1e-4,
     gather: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """The stateless form of :class:`VICRegLoss`, which describes formula, shapes and errors."""
     check_flag("gather", gather)
@@ -35,9 +38,9 @@ def vicreg_loss(
         eps = plain_number("eps", eps)
         _check_views(z_a, z_b)
     except Exception as error:
-        tell_others(gather, error, z_a, z_b)
+        tell_others(gather, error, z_a, z_b, group=group)
         raise
-    a, b, n, world = _opened("VICRegLoss", z_a, z_b, gather, (*weights, eps))
+    a, b, n, world = _opened("VICRegLoss", z_a, z_b, gather, group, (*weights, eps))
     d = a.shape[1]
     invariance = _total((a - b).square().sum(), world) / max(n * d, 1)
     variance = covariance = a.new_zeros(())
@@ -56,7 +59,7 @@ def vicreg_loss(
 
 
 def barlow_twins_loss(
-    z_a: Tensor, z_b: Tensor, *, lambda_param: float = 5e-3, scale: float = 1.0, gather: bool = False
+    z_a: Tensor, z_b: Tensor, *, lambda_param: float = 5e-3, scale: float = 1.0, gather: bool = False, group: Any = None
 ) -> Tensor:
     """The stateless form of :class:`BarlowTwinsLoss`, which describes formula, shapes and errors."""
     check_flag("gather", gather)
@@ -64,9 +67,9 @@ def barlow_twins_loss(
         lambda_param, scale = finite_number("lambda_param", lambda_param), finite_number("scale", scale)
         _check_views(z_a, z_b)
     except Exception as error:
-        tell_others(gather, error, z_a, z_b)
+        tell_others(gather, error, z_a, z_b, group=group)
         raise
-    a, b, n, world = _opened("BarlowTwinsLoss", z_a, z_b, gather, (lambda_param, scale))
+    a, b, n, world = _opened("BarlowTwinsLoss", z_a, z_b, gather, group, (lambda_param, scale))
     if n < 2:  # one row has no variance
         return (0 * (a.sum() + b.sum())).to(loss_dtype(z_a))
     units = []
@@ -88,7 +91,7 @@ def negative_cosine_similarity(x0: Tensor, x1: Tensor) -> Tensor:
     return (-cosines.sum() / max(len(x0), 1)).to(loss_dtype(x0))
 
 
-class VICRegLoss(nn.Module):
+class VICRegLoss(GroupModule):
     r"""VICReg (Bardes et al. 2022): two views agree, each feature varies, and features do not covary.
 
     With the D features of each view, :math:`\operatorname{Var}_d` their unbiased variances and C their covariances,
@@ -127,19 +130,21 @@ class VICRegLoss(nn.Module):
         eps: float = 1e-4,
         *,
         gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.lambda_param = finite_number("lambda_param", lambda_param)
         self.mu_param, self.nu_param = finite_number("mu_param", mu_param), finite_number("nu_param", nu_param)
         self.eps = plain_number("eps", eps)
         check_flag("gather", gather)
-        self.gather = gather
+        check_group(group, gather)
+        self.gather, self.group = gather, group
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss. The class describes shapes and errors."""
         return vicreg_loss(
             z_a, z_b, lambda_param=self.lambda_param, mu_param=self.mu_param, nu_param=self.nu_param, eps=self.eps,
-            gather=self.gather,
+            gather=self.gather, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -148,7 +153,7 @@ class VICRegLoss(nn.Module):
         return f"{weights}, eps={self.eps:g}{gather}"
 
 
-class BarlowTwinsLoss(nn.Module):
+class BarlowTwinsLoss(GroupModule):
     r"""Barlow Twins (Zbontar et al. 2021): the features' cross-correlations of two views approach the identity.
 
     With C the D x D correlations of the features of one view with those of the other,
@@ -174,15 +179,20 @@ class BarlowTwinsLoss(nn.Module):
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    def __init__(self, lambda_param: float = 5e-3, *, scale: float = 1.0, gather: bool = False) -> None:
+    def __init__(
+        self, lambda_param: float = 5e-3, *, scale: float = 1.0, gather: bool = False, group: Any = None
+    ) -> None:
         super().__init__()
         self.lambda_param, self.scale = finite_number("lambda_param", lambda_param), finite_number("scale", scale)
         check_flag("gather", gather)
-        self.gather = gather
+        check_group(group, gather)
+        self.gather, self.group = gather, group
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss. The class describes shapes and errors."""
-        return barlow_twins_loss(z_a, z_b, lambda_param=self.lambda_param, scale=self.scale, gather=self.gather)
+        return barlow_twins_loss(
+            z_a, z_b, lambda_param=self.lambda_param, scale=self.scale, gather=self.gather, group=self.group
+        )
 
     def extra_repr(self) -> str:
         gather = ", gather=True" if self.gather else ""
@@ -219,11 +229,11 @@ def _check_views(z_a: Tensor, z_b: Tensor, names: tuple[str, str] = ("z_a", "z_b
 
 
 def _opened(
-    call: str, z_a: Tensor, z_b: Tensor, gather: bool, options: tuple[float, ...]
+    call: str, z_a: Tensor, z_b: Tensor, gather: bool, group: Any, options: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, int, World | None]:
     """Both views in the dtype of sums, the number of pairs on all processes, and the processes."""
     wide = accumulation_dtype(z_a, z_b)
-    n, world = len(z_a), World.of(gather)
+    n, world = len(z_a), World.of(gather, group)
     if world is not None:
         alike: dict[str, Property] = {"dimension": z_a.shape[1], "dtype": dtype_name(wide)}
         alike |= {f"option {k}": option for k, option in enumerate(options)}

@@ -20,12 +20,12 @@ from ..checks import (
     positive_number,
     scalar_tensor,
 )
-from ..distributed import Property, World, dtype_name, tell_others
+from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..memory import MemoryBank
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.library import once_differentiable
 from ..ops.sampled import backward_op, forward_op
-from .modules import ExactModule, shown_temperature
+from .modules import ExactModule, GroupModule, shown_temperature
 
 FORMS = ("nce", "infonce")
 REDUCTIONS = ("mean", "sum", "none")
@@ -55,7 +55,7 @@ def sampled_similarity(queries: Tensor, keys: Tensor, indices: Tensor) -> Tensor
     return result
 
 
-class SampledNCELoss(ExactModule):
+class SampledNCELoss(ExactModule, GroupModule):
     r"""Noise-contrastive estimation against negatives from a bank, drawn anew for each anchor and call.
 
     With logits :math:`s = \langle \hat x_i, y \rangle / \text{temperature}`, the positive's logit s_i, S negatives with
@@ -84,9 +84,10 @@ class SampledNCELoss(ExactModule):
             count and have finite logits. Stored in a float64 buffer that ``.half()`` and other casts do not change.
         normalize: whether embeddings and ``positives`` are normalised; stored rows are used as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that count: those that have a positive.
-        gather: compute mean and estimate of Z over the anchors of all processes of the default group; no effect without
-            a group. Each process returns W times its share. Each process has its own bank; the banks are equal if they
-            are updated with gathered rows (:func:`fastcl.distributed.gather_rows`).
+        gather: compute mean and estimate of Z over the anchors of all processes; no effect without a group. Each
+            process returns W times its share. Each process has its own bank; the banks are equal if they are updated
+            with gathered rows (:func:`fastcl.distributed.gather_rows`).
+        group: the process group of ``gather``; None: the default group.
 
     Shapes of ``forward(embeddings, indices, bank, *, positives=None, negatives=None, generator=None)``:
 
@@ -120,6 +121,7 @@ class SampledNCELoss(ExactModule):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.temperature = positive_number("temperature", temperature)
@@ -128,7 +130,8 @@ class SampledNCELoss(ExactModule):
         check_flag("normalize", normalize)
         check_option("reduction", reduction, REDUCTIONS)
         check_flag("gather", gather)
-        self.gather = gather
+        check_group(group, gather)
+        self.gather, self.group = gather, group
         known = math.nan if log_normalizer is None else finite_number("log_normalizer", log_normalizer)
         self.register_buffer("log_normalizer", torch.tensor(known, dtype=torch.float64))
         self.num_negatives, self.form, self.normalize, self.reduction = num_negatives, form, normalize, reduction
@@ -147,9 +150,9 @@ class SampledNCELoss(ExactModule):
         try:
             negatives = self._checked(embeddings, indices, bank, positives, negatives, generator)
         except Exception as error:
-            tell_others(self.gather, error, embeddings)
+            tell_others(self.gather, error, embeddings, group=self.group)
             raise
-        world = World.of(self.gather)
+        world = World.of(self.gather, self.group)
         if world is not None:
             alike: dict[str, Property] = {
                 "form": self.form,
@@ -246,7 +249,7 @@ class SampledNCELoss(ExactModule):
         negative = torch.where(usable, logits[:, 1:], -torch.inf)
         # Without a usable row the estimate is NaN, and the next call estimates again.
         count, log_sum = usable.sum().to(negative.dtype) * negative.shape[1], negative.flatten().logsumexp(0)
-        world = World.of(self.gather)
+        world = World.of(self.gather, self.group)
         if world is not None:
             counts, log_sums = world.all_rows(torch.stack([count, log_sum])[None], [1] * world.size).unbind(1)
             count, log_sum = counts.sum(), log_sums.logsumexp(0)

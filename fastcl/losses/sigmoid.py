@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_flag, check_rows, finite_scalar, positive_number, scalar_tensor
 from ..distributed import Property, World, tell_others
@@ -14,9 +16,9 @@ from ..ops.pairs.op import pair_total
 from ..ops.pairs.records import Pairs
 from ..swept import statistics
 from .batch import Batch, Contrasts, Tensors, batch
-from .gathered import has_gradient
+from .gathered import gathered_statistics, has_gradient
 from .gathered_pairs import Maps
-from .modules import shown_number, shown_temperature
+from .modules import GroupModule, shown_number, shown_temperature
 from .options import LossOptions, refuses_renamed
 from .pair_sums import Swept, share_of_all, swept
 from .reduce import LossResult, inverse_temperature, opened, posed, scalar, summary_of
@@ -40,6 +42,7 @@ def sigmoid_loss(
     normalize: bool = True,
     reduction: str = "mean",
     gather: bool | str = False,
+    group: Any = None,
     return_stats: bool = False,
 ) -> LossResult:
     """The stateless form of :class:`SigmoidLoss`, which describes formula, shapes, dtypes and errors.
@@ -54,17 +57,17 @@ def sigmoid_loss(
     try:
         temperature = positive_number("temperature", temperature)
         bias = finite_scalar("bias", bias)
-        options = LossOptions(normalize=normalize, reduction=reduction, gather=gather).checked()
+        options = LossOptions(normalize=normalize, reduction=reduction, gather=gather, group=group).checked()
         rows = batch(given, options.normalize)
         scale = inverse_temperature(temperature, rows)
         offset = scalar("bias", bias, rows)
     except Exception as error:
-        tell_others(gather, error, embeddings)
+        tell_others(gather, error, embeddings, group=group)
         raise
     return _reduced(rows, scale, offset, options, weights, return_stats, "SigmoidLoss")
 
 
-class SigmoidLoss(nn.Module):
+class SigmoidLoss(GroupModule):
     r"""SigLIP's sigmoid loss over clusters: several positives, one set or two, queues and banks.
 
     .. math::
@@ -82,9 +85,10 @@ class SigmoidLoss(nn.Module):
         normalize: True for cosine similarity, False for inner products of the rows as given.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over the anchors that have an admissible contrast, with or
             without positives. If none has, the loss and its gradient are 0.
-        gather: True or ``"ring"``: contrast against the rows of all processes of the default group of
-            `torch.distributed`; without a group it has no effect. Each process returns its share of the loss of the
+        gather: True or ``"ring"``: contrast against the rows of all processes of ``group`` (None: the default group of
+            `torch.distributed`); without processes it has no effect. Each process returns its share of the loss of the
             whole batch, times the number of processes: the mean over processes is that loss (docs/distributed.md).
+        group: the process group of ``gather``. Copies and pickles leave it behind.
 
     Shapes of ``forward(embeddings, clusters=None, *, positives=None, contrasts=None, contrast_clusters=None, ids=None,
     contrast_ids=None, contrast_bias=None, weights=None, temperature=None, bias=None, return_stats=False)`` are those of
@@ -109,13 +113,15 @@ class SigmoidLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         gather: bool | str = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
-        options = LossOptions(normalize=normalize, reduction=reduction, gather=gather).checked()
+        options = LossOptions(normalize=normalize, reduction=reduction, gather=gather, group=group).checked()
         # nn.Module registers an nn.Parameter.
         self.temperature = positive_number("temperature", temperature)
         self.bias = finite_scalar("bias", bias)
         self.normalize, self.reduction, self.gather = options.normalize, options.reduction, options.gather
+        self.group = options.group
 
     def forward(
         self,
@@ -139,18 +145,19 @@ class SigmoidLoss(nn.Module):
             bias=self.bias if bias is None else bias, positives=positives, contrasts=contrasts,
             contrast_clusters=contrast_clusters, ids=ids, contrast_ids=contrast_ids, contrast_bias=contrast_bias,
             weights=weights, normalize=self.normalize, reduction=self.reduction, gather=self.gather,
-            return_stats=return_stats,
+            group=self.group, return_stats=return_stats,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        gather = f", gather={self.gather!r}" if self.gather else ""
+        shown = {"gather": self.gather, "group": self.group}
+        gather = "".join(f", {name}={value!r}" for name, value in shown.items() if value)
         return (
             f"{shown_temperature(self.temperature)}, {shown_number('bias', self.bias)}, normalize={self.normalize!r}, "
             f"reduction={self.reduction!r}{gather}"
         )
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(GroupModule):
     r"""SigLIP's loss (Zhai et al. 2023), called as open_clip's: ``SigLipLoss()(image, text, logit_scale, logit_bias)``.
 
     .. math::
@@ -166,9 +173,10 @@ class SigLipLoss(nn.Module):
     """
 
     @refuses_renamed
-    def __init__(self, *, gather: bool | str = False) -> None:
+    def __init__(self, *, gather: bool | str = False, group: Any = None) -> None:
         super().__init__()
-        self.gather = LossOptions(gather=gather).checked().gather
+        options = LossOptions(gather=gather, group=group).checked()
+        self.gather, self.group = options.gather, options.group
 
     def forward(
         self,
@@ -189,26 +197,28 @@ class SigLipLoss(nn.Module):
                 raise ValueError(f"text_features: expected {expected}, got {text_features.shape[0]}")
             rows = (
                 None
-                if World.of(self.gather) is None
+                if World.of(self.gather, self.group) is None
                 else batch(Tensors(image_features, contrasts=text_features), False)
             )
             dtype, device = accumulation_dtype(image_features, text_features), image_features.device
             scale = scalar_tensor("logit_scale", logit_scale, device, dtype)
             offset = scalar_tensor("logit_bias", logit_bias, device, dtype)
         except Exception as error:
-            tell_others(self.gather, error, image_features)
+            tell_others(self.gather, error, image_features, group=self.group)
             raise
         if rows is None:
             loss: LossResult = _siglip(image_features, text_features, scale, offset)
         else:
             loss = _reduced(
-                rows, scale, offset, LossOptions(normalize=False, gather=self.gather), None, False, "SigLip"
-            )
+                rows, scale, offset, LossOptions(normalize=False, gather=self.gather, group=self.group), None, False,
+                "SigLip",
+            )  # fmt: skip
         assert isinstance(loss, Tensor)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        return f"gather={self.gather!r}" if self.gather else ""
+        shown = {"gather": self.gather, "group": self.group}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value)
 
 
 def _siglip(image: Tensor, text: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -229,9 +239,9 @@ def _reduced(
     return_stats: bool,
     call: str,
 ) -> LossResult:
-    world, weights, unit = opened(rows, options, weights, return_stats)
+    world, rows, weights, unit = opened(rows, options, weights, return_stats)
     if world is not None:
-        share: Tensor = _of_all(world, rows, scale, offset, options, weights, unit, call)
+        share: LossResult = _of_all(world, rows, scale, offset, options, weights, unit, call, return_stats)
         return share
     loss = _loss(Swept(rows), scale, offset, options.reduction, weights)
     if not return_stats:
@@ -280,7 +290,8 @@ def _of_all(
     weights: Tensor | None,
     unit: float | Tensor | None,
     call: str,
-) -> Tensor:
+    return_stats: bool,
+) -> LossResult:
     """This process's share of the loss over all processes' rows, times the number of processes.
 
     With reduction "none", the unscaled terms of the process's own rows. unit: what the weights were divided by.
@@ -290,10 +301,19 @@ def _of_all(
         "weights given": weights is not None,
         "weights with a gradient": has_gradient(weights),
         "bias with a gradient": has_gradient(offset),
+        "return_stats": return_stats,
     }
     found = swept(world, options.gather, rows, scale, offset, call, alike)
     if options.reduction == "none":
-        return _loss(found, scale, offset, "none", weights)
-    total, counted = _total(found, scale, offset, weights)
-    mass = (counted.double() if weights is None else counted * weights.double()).sum()
-    return share_of_all(world, [total], [mass], unit, options.reduction, rows.dtype())
+        share = _loss(found, scale, offset, "none", weights)
+    else:
+        total, counted = _total(found, scale, offset, weights)
+        mass = (counted.double() if weights is None else counted * weights.double()).sum()
+        share = share_of_all(world, [total], [mass], unit, options.reduction, rows.dtype())
+    if not return_stats:
+        return share
+    problem = posed(rows, scale, (), options, observe=True)
+    with torch.no_grad():
+        _, observed = gathered_statistics(world, options.gather, problem, rows, False, "statistics", {})
+    assert observed is not None
+    return share, summary_of(problem, observed, rows, scale, options, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ class LossStats(NamedTuple):
     Means over the anchors that have the set in question, 0-dimensional; NaN if no anchor has it. With
     ``reduction="none"`` one value for each anchor, shaped as the loss; NaN for an anchor without the set. float32, or
     float64 for float64 embeddings.
+
+    With ``gather`` the means are over the anchors of all processes, and are the same on each of them.
 
     With ``symmetric``, `reverse` holds the statistics of the contrasts over the anchors. Margin, weights, `form` and
     `denominator` have no influence.
@@ -50,25 +53,40 @@ class LossStats(NamedTuple):
         return {prefix + name: mean for name, mean in zip(found, means, strict=True)}
 
 
-def summary(observed: Tensor, scale: Tensor, shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> LossStats:
-    """The summary of one side. observed: [10, S, N], of which scale 0 is the loss's. scale: that scale, []."""
+def summary(
+    observed: Tensor,
+    scale: Tensor,
+    shape: tuple[int, ...],
+    reduction: str,
+    dtype: torch.dtype,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> LossStats:
+    """The summary of one side. observed: [10, S, N], of which scale 0 is the loss's. scale: that scale, [].
+
+    total: sums numbers over processes; None in a single process.
+    """
     seen = observed[:, 0]
     num_pos, num_neg = part(seen, "num_pos"), part(seen, "num_neg")
 
     def similarity(name: str, count: Tensor) -> Tensor:
         return part(seen, name) / (count.clamp(min=1) * scale)
 
-    def reduced(values: Tensor, there: Tensor) -> Tensor:
-        values = values.to(dtype)
+    def reduced(*parts: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """The values of each part, of the rows where they are there, as the loss is reduced."""
         if reduction == "none":
-            return torch.where(there, values, torch.nan).reshape(shape)
-        return torch.where(there, values, 0).sum() / there.sum()
+            return [torch.where(there, values.to(dtype), torch.nan).reshape(shape) for values, there in parts]
+        sums = [torch.where(there, values.to(dtype), 0).sum() for values, there in parts]
+        counts = [there.sum() for _, there in parts]
+        if total is not None:
+            sums, counts = total(torch.stack([*sums, *counts]).double()).view(2, -1).unbind()  # type: ignore[assignment]
+        return [(one / count).to(dtype) for one, count in zip(sums, counts, strict=True)]
 
     nearest = (part(seen, "max_pos") > part(seen, "max_neg")).to(dtype)
     nearest = torch.where(part(seen, "lse").isfinite(), nearest, torch.nan)  # with NaN logits there is no largest one
-    return LossStats(
-        reduced(nearest, num_pos > 0),
-        reduced(similarity("plain_pos", num_pos), num_pos > 0),
-        reduced(similarity("plain_neg", num_neg), num_neg > 0),
-        reduced(part(seen, "entropy"), num_pos + num_neg > 0),
+    top1, positive, negative, entropy = reduced(
+        (nearest, num_pos > 0),
+        (similarity("plain_pos", num_pos), num_pos > 0),
+        (similarity("plain_neg", num_neg), num_neg > 0),
+        (part(seen, "entropy"), num_pos + num_neg > 0),
     )
+    return LossStats(top1, positive, negative, entropy)

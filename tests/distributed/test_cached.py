@@ -13,11 +13,14 @@ from fastcl import CachedStep, cached_step
 from tests.support.distributed_cached import (
     F64,
     MODES,
+    Remembering,
     Towers,
     data,
     everything,
     gradients_of,
     plain,
+    state_of,
+    stepped,
 )
 from tests.support.distributed_cases import spread
 
@@ -280,3 +283,16 @@ def test_sharded_gradients_are_those_of_one_process() -> None:
 def test_the_module_form_leaves_wrapping_to_others() -> None:
     for results in found(2):
         assert "encode: expected modules without DDP and FSDP" in results["refused"]
+
+
+@needs_processes
+def test_sharded_modules_with_memories_and_a_learned_temperature() -> None:
+    """Their training is that of one process, and a checkpoint restores all of it."""
+    expected = state_of(stepped(Remembering(), None))
+    for results in (part["remembering"] for part in found(2)):
+        for state in (results["state"], results["loaded"]):
+            assert state.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(state[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        assert results["lengths"] == (8, 12)
+        assert results["losses"][0] == results["losses"][1]

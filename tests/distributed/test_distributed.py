@@ -24,6 +24,7 @@ from tests.support.distributed_cases import (
     other_losses,
     places,
     spread,
+    stats,
 )
 from tests.support.judging import judge
 from tests.support.strategies import generator
@@ -94,6 +95,51 @@ def test_other_losses_are_those_of_one_process(world: int) -> None:
                 got = (torch.stack(every).sum(0) if shared else torch.cat(every)) / world
                 what = f"{name}, gradient of {leaf}"
                 torch.testing.assert_close(got, expected, **CLOSE, msg=lambda text, what=what: f"{what}: {text}")
+
+
+def test_a_group_has_its_own_loss() -> None:
+    """Of four processes as a 2 x 2 mesh, two share each batch. Copies leave the group behind."""
+    for results in (part["meshed"] for part in found(4)):
+        assert results["copies"] == [None, None]
+        assert results["kept"]
+        assert "gather=True, group=<" in results["shown"]
+        assert results["rows"].tolist() == [results["batch"]] * 3
+    for batch in (0, 1):
+        whole = other_losses(False, None, 2, seed=3 + batch)
+        parts = sorted(
+            (part["meshed"] for part in found(4) if part["meshed"]["batch"] == batch), key=lambda part: part["place"]
+        )
+        assert len(parts) == 2
+        for mode in map(str, MODES):
+            for name, (value, gradients) in whole.items():
+                mean = torch.stack([part[mode][name][0] for part in parts]).mean(0)
+                torch.testing.assert_close(mean, value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+                every = [part[mode][name][1]["z0"] for part in parts]
+                torch.testing.assert_close(torch.cat(every) / 2, gradients["z0"], **CLOSE)
+
+
+def test_statistics_are_those_of_one_process(world: int) -> None:
+    whole = stats(False, None, world)
+    for mode in MODES:
+        parts = [results["observed"][mode] for results in found(world)]
+        for name, expected in whole.items():
+            for part in parts if name != "unreduced" else ():
+                sides = (part[name], expected), (part[name].reverse, expected.reverse)
+                for got, side in sides if expected.reverse is not None else sides[:1]:
+                    for values in zip(got[:4], side[:4], strict=True):
+                        torch.testing.assert_close(*values, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        every = [torch.cat(values) for values in zip(*(part["unreduced"][:4] for part in parts), strict=True)]
+        torch.testing.assert_close(every, list(whole["unreduced"][:4]), **CLOSE)
+
+
+def test_a_group_that_is_none() -> None:
+    with pytest.raises(TypeError, match=r"group: expected a torch\.distributed process group or None, got int"):
+        fastcl.ClusterInfoNCE(gather=True, group=3)
+    for loss in (fastcl.SwAVLoss, fastcl.MSNLoss, fastcl.SampledNCELoss):
+        with pytest.raises(TypeError, match="group: expected"):
+            loss(gather=True, group="data")
+    with pytest.raises(TypeError, match="group: expected"):
+        fastcl.distributed.gather_rows(torch.zeros(2), group=-100)
 
 
 def test_wrapped_and_accumulated_gradients_are_those_of_one_process(world: int) -> None:

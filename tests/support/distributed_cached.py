@@ -1,10 +1,12 @@
 """What the processes of test_cached.py run: steps of two towers with a learned temperature."""
 
+import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import checkpoint
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -168,6 +170,72 @@ def sharded(rank: int) -> dict[str, Tensor]:
     return gradients_of(model)
 
 
+class Remembering(nn.Module):
+    """An encoder, a queue, a bank, and a learned temperature of a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Tower(5)
+        self.queue = fastcl.MemoryQueue(8, 4, dtype=F64)
+        self.bank = fastcl.MemoryBank(12, 4, dtype=F64)
+        temperature = nn.Parameter(torch.full((1,), 0.3, dtype=F64))
+        self.loss = fastcl.MoCoLoss(temperature, gather=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = self.encoder(x), self.encoder(x * 1.5).detach()
+        loss: Tensor = self.loss(query, key, self.queue)
+        return loss
+
+
+def stepped(model: Remembering, rank: int | None) -> Remembering:
+    """Two steps of SGD; queue and bank hold the rows of all processes. rank None: in one process."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = data()[0]
+    mine = x if rank is None else x[SHARES[rank]]
+    places = torch.arange(12) if rank is None else torch.arange(12)[SHARES[rank]]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(mine).backward()
+        optimizer.step()
+        with torch.no_grad():
+            rows, indices = fastcl.distributed.gather_rows(model.encoder(mine), places)
+        model.queue.enqueue(rows)
+        model.bank.update(indices, rows)
+    return model
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def remembering(rank: int) -> dict[str, Any]:
+    """FSDP2 shards encoder and loss; a checkpoint of all processes goes into a new model."""
+    model = Remembering()
+    fully_shard(model.encoder)
+    fully_shard(model.loss)
+    stepped(model, rank)
+    with tempfile.TemporaryDirectory() as folder:
+        shared: list[Any] = [folder]
+        dist.broadcast_object_list(shared)
+        checkpoint.save(model.state_dict(), checkpoint_id=shared[0])
+        other = Remembering()
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        fully_shard(other.encoder)
+        fully_shard(other.loss)
+        state = other.state_dict()
+        checkpoint.load(state, checkpoint_id=shared[0])
+        other.load_state_dict(state)
+        dist.barrier()
+    return {
+        "state": state_of(model), "loaded": state_of(other), "lengths": (len(other.queue), len(other.bank)),
+        "losses": [float(part(data()[0][SHARES[rank]])) for part in (model, other)],
+    }  # fmt: skip
+
+
 def refused(rank: int) -> str:
     try:
         CachedStep(DistributedDataParallel(Tower(5)), nn.Identity(), chunk_size=2)
@@ -177,4 +245,4 @@ def refused(rank: int) -> str:
 
 
 def everything(rank: int, world: int) -> dict[str, Any]:
-    return {work.__name__: work(rank) for work in (wrapped, accumulated, reductions, sharded, refused)}
+    return {work.__name__: work(rank) for work in (wrapped, accumulated, reductions, sharded, remembering, refused)}

@@ -19,6 +19,8 @@ from tests.support.distributed_cases import (
     SAMPLES,
     accumulated,
     compiled,
+    meshed,
+    observed,
     queues,
     run_infonce,
     run_others,
@@ -33,8 +35,11 @@ def disagreements(rank: int, world: int) -> dict[str, str]:
     views, x, y, p = torch.randn(4, 2, 3), torch.randn(4, 3), torch.randn(4, 3), torch.randn(5, 3)
     c, w = torch.arange(4) // 2, torch.ones(4)
     first = rank == 0
-    queue = fastcl.MemoryQueue(8, 3, clusters=True)
-    queue.enqueue(torch.randn(8, 3), torch.arange(8) % 3)
+    torch.manual_seed(0)
+    same = torch.randn(8, 3)
+    queue, other, short = (fastcl.MemoryQueue(8, 3, clusters=True) for _ in range(3))
+    for memory, stored in ((queue, same), (other, same.flip(0)), (short, same[:6])):
+        memory.enqueue(stored, torch.arange(len(stored)) % 3)
     bank = fastcl.MemoryBank(4, 3)
     bank.update(torch.arange(4), x)
     scores = torch.randn(4, 5 + rank)
@@ -85,6 +90,9 @@ def disagreements(rank: int, world: int) -> dict[str, str]:
         "dtype of anchors": loss(x.to(BF16 if first else F32), contrasts=y),
         "dtype of contrasts": loss(x, contrasts=y.to(BF16 if first else F32)),
         "ids given": loss(x, contrasts=y, **({"ids": c, "contrast_ids": c} if first else {})),
+        "return_stats": loss(x, contrasts=y, return_stats=first),
+        "rows of the queue": loss(x, c, contrasts=[queue, y] if first else [queue, short], symmetric=True),
+        "rows of the queue (their checksum)": loss(x, c, contrasts=[queue if first else other, y], symmetric=True),
         "positives given": loss(x, c, positives=y if first else None),
         "contrast_bias given": loss(x, c, contrast_bias=w if first else None),
         "assignments = [2, 3": loss(x, assignments=torch.rand(4, min(2 + rank, 3))),
@@ -159,7 +167,7 @@ def own_errors(rank: int, world: int) -> dict[str, list[str]]:
         "temperature": lambda: cluster_infonce(x, contrasts=y, temperature=0.0 if wrong else 0.1, gather=True),
         "assignments": lambda: cluster_infonce(x, assignments=scores[wrong:].abs(), gather=True),
         "weights": lambda: cluster_infonce(x, contrasts=y, weights=prior[:4], gather=True),
-        "return_stats": lambda: cluster_infonce(x, contrasts=y, return_stats=wrong, gather=True),
+        "return_stats": lambda: cluster_infonce(x, contrasts=y, return_stats=3 if wrong else False, gather=True),
         "views": lambda: fastcl.NTXentLoss(gather=True)(x, narrow),
         "labels": lambda: fastcl.SupConLoss(gather=True)(x, index[wrong:]),
         "CLIP": lambda: fastcl.ClipLoss(gather="ring")(x, narrow, 10.0),
@@ -259,6 +267,7 @@ def penalised(rank: int | None, world: int) -> dict[str, Any]:
             bias,
         )
         results["assignments"] = second(lambda r: cluster_infonce(x, assignments=r, gather=True), r)
+        results["assignments, ring"] = second(lambda r: cluster_infonce(x, assignments=r, gather="ring"), r)
     return results
 
 
@@ -342,9 +351,10 @@ def not_a_number(rank: int, world: int) -> dict[str, Tensor]:
             name = type(loss).__name__
             results[f"{name}, {mode}"] = loss(draw(n, 3), contrasts=draw(n, 3, True))
         results[f"queue, {mode}"] = fastcl.MoCoLoss(gather=mode)(draw(n, 3), draw(n, 3), queue)
-    results["assignments"] = fastcl.ClusterInfoNCE(gather=True)(
-        draw(n, 3), contrasts=draw(n, 3, True), assignments=torch.rand(n, 4)
-    )
+    for mode in MODES:
+        results[f"assignments, {mode}"] = fastcl.ClusterInfoNCE(gather=mode)(
+            draw(n, 3), contrasts=draw(n, 3, True), assignments=torch.rand(n, 4)
+        )
     results["SwAV"] = fastcl.SwAVLoss(gather=True)([draw(n, 5, True), draw(n, 5)], [draw(n, 5)])
     results["SwAV, queue"] = fastcl.SwAVLoss(gather=True)([draw(n, 5)] * 2, [], [draw(n, 5, True), draw(n, 5)])
     results["MSN, targets"] = fastcl.MSNLoss(gather=True)(draw(n, 3), draw(n, 3, True), prototypes)
@@ -366,6 +376,6 @@ def light_weights(rank: int, world: int) -> Tensor:
 def everything(rank: int, world: int) -> dict[str, Any]:
     subjects = (
         run_infonce, run_others, accumulated, queues, memories, disagreements, own_errors, compiled, penalised,
-        collectives, not_a_number, light_weights, unequal,
+        collectives, not_a_number, light_weights, unequal, meshed, observed,
     )  # fmt: skip
     return {work.__name__: work(rank, world) for work in subjects}

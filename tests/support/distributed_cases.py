@@ -3,8 +3,10 @@
 A process holds its share of the samples, and the contrasts that belong with them.
 """
 
+import copy
 import json
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, multiprocessing
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import fastcl
 from fastcl.functional import cluster_infonce
@@ -156,9 +159,9 @@ def run_infonce(rank: int, world: int) -> dict[str, Any]:
 # Losses without a formula in oracle.py are compared with one process that has everything.
 
 
-def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
+def other_losses(gather: Any, rank: int | None, world: int, group: Any = None, seed: int = 3) -> dict[str, Any]:
     """Loss and gradients in float64, of all samples (rank None) or of this process's."""
-    g = generator(3)
+    g = generator(seed)
     n, d = 9, 5
     first = 0 if rank is None else sum(SAMPLES[world][:rank])
     mine = slice(first, n if rank is None else first + SAMPLES[world][rank])
@@ -179,7 +182,6 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
     bank = fastcl.MemoryBank(n, d, dtype=F64)
     bank.update(torch.arange(n), torch.randn(n, d, dtype=F64, generator=g))
     ids = torch.arange(n)[mine]
-    nce = fastcl.SampledNCELoss(0.3, num_negatives=4, gather=gather is not False)
     scores = [torch.nn.functional.normalize(z, dim=1) @ prototypes.T for z in (z0, z1)]
     prior = fastcl.power_law_prior(6).double()
     of_queue = torch.randn(9, d, dtype=F64, generator=g) @ prototypes.T
@@ -187,53 +189,65 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
     bias = (
         torch.randn(n, dtype=F64, generator=g).masked_fill(torch.arange(n) % 4 == 1, -torch.inf)[mine].requires_grad_()
     )
-    both = gather is not False
+    how: dict[str, Any] = {"gather": gather, "group": group}
+    flag = {"gather": gather is not False, "group": group}
+    nce = fastcl.SampledNCELoss(0.3, num_negatives=4, **flag)
     losses: dict[str, Callable[[], Tensor]] = {
-        "NTXent": lambda: fastcl.NTXentLoss(temperature, gather=gather)(z0, z1),
-        "DCL": lambda: fastcl.DCLLoss(temperature, gather=gather)(z0, z1),
-        "SupCon": lambda: fastcl.SupConLoss(temperature, gather=gather)(features, labels),
-        "Clip": lambda: fastcl.ClipLoss(gather=gather)(z0, z1, 1 / temperature),
-        "Debiased": lambda: fastcl.DebiasedLoss(temperature, gather=gather)(features, labels),
-        "HardNegative": lambda: fastcl.HardNegativeLoss(temperature, gather=gather)(z0, labels, contrasts=z1),
-        "MoCo": lambda: fastcl.MoCoLoss(temperature, gather=gather)(z0, z1, queue),
-        "a queue with clusters": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(
+        "NTXent": lambda: fastcl.NTXentLoss(temperature, **how)(z0, z1),
+        "DCL": lambda: fastcl.DCLLoss(temperature, **how)(z0, z1),
+        "SupCon": lambda: fastcl.SupConLoss(temperature, **how)(features, labels),
+        "Clip": lambda: fastcl.ClipLoss(**how)(z0, z1, 1 / temperature),
+        "Debiased": lambda: fastcl.DebiasedLoss(temperature, **how)(features, labels),
+        "HardNegative": lambda: fastcl.HardNegativeLoss(temperature, **how)(z0, labels, contrasts=z1),
+        "MoCo": lambda: fastcl.MoCoLoss(temperature, **how)(z0, z1, queue),
+        "a queue with clusters": lambda: fastcl.ClusterInfoNCE(temperature, **how)(
             z0, labels, contrasts=clustered, ids=ids
         ),
-        "a queue beside rows": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(
+        "a queue beside rows": lambda: fastcl.ClusterInfoNCE(temperature, **how)(
             z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2, positives=z1.detach()
         ),
-        "an instance each": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(z0, ids, contrasts=[z1, bank]),
-        "nobody has a positive": lambda: fastcl.ClusterInfoNCE(temperature, gather=gather)(z0, ids),
-        "assignments": lambda: fastcl.ClusterInfoNCE(temperature, gather=both)(features, assignments=assigned),
-        "assignments, both ways": lambda: fastcl.ClusterInfoNCE(temperature, gather=both, symmetric=True)(
-            z0, assignments=assigned, contrasts=z1, contrast_bias=bias, ids=ids % 4, contrast_ids=ids % 3
+        "a queue beside rows, both ways": lambda: fastcl.ClusterInfoNCE(temperature, symmetric=True, **how)(
+            z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2, weights=assigned[:, 0]
         ),
-        "assignments, their products too small": lambda: fastcl.ClusterInfoNCE(temperature, gather=both)(
-            features, assignments=assigned * torch.logspace(-170, -169, n, dtype=F64)[mine, None]
-        ),
-        "SigLip": lambda: fastcl.SigLipLoss(gather=gather)(z0, z1, 1 / temperature, -20 * temperature),
-        "Sigmoid": lambda: fastcl.SigmoidLoss(temperature, -3 * temperature, gather=gather)(features, labels),
-        "Sigmoid, with a bias and weights": lambda: fastcl.SigmoidLoss(temperature, gather=gather)(
-            z0, labels, contrast_bias=bias, weights=assigned[:, 0] * 1e30, positives=z1
-        ),
-        "Sigmoid, with a queue": lambda: fastcl.SigmoidLoss(temperature, -2.0, gather=gather, reduction="sum")(
-            z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2
-        ),
-        "Sigmoid, a queue alone": lambda: fastcl.SigmoidLoss(temperature, -2.0, gather=gather)(
+        "a queue of negatives beside rows, both ways": lambda: fastcl.ClusterInfoNCE(
+            temperature, symmetric=True, form="inside", **how
+        )(z0, contrasts=[queue, z1, queue]),
+        "a queue alone, both ways": lambda: fastcl.ClusterInfoNCE(temperature, symmetric=True, **how)(
             z0, labels, contrasts=clustered, ids=ids
         ),
-        "pairs beside a queue": lambda: fastcl.ClusterInfoNCE(temperature, form="pairs", gather=gather)(
+        "pairs beside a queue, both ways": lambda: fastcl.ClusterInfoNCE(
+            temperature, form="pairs", symmetric=True, **how
+        )(z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2),
+        "an instance each": lambda: fastcl.ClusterInfoNCE(temperature, **how)(z0, ids, contrasts=[z1, bank]),
+        "nobody has a positive": lambda: fastcl.ClusterInfoNCE(temperature, **how)(z0, ids),
+        "assignments": lambda: fastcl.ClusterInfoNCE(temperature, **how)(features, assignments=assigned),
+        "assignments, both ways": lambda: fastcl.ClusterInfoNCE(temperature, **how, symmetric=True)(
+            z0, assignments=assigned, contrasts=z1, contrast_bias=bias, ids=ids % 4, contrast_ids=ids % 3
+        ),
+        "assignments, their products too small": lambda: fastcl.ClusterInfoNCE(temperature, **how)(
+            features, assignments=assigned * torch.logspace(-170, -169, n, dtype=F64)[mine, None]
+        ),
+        "SigLip": lambda: fastcl.SigLipLoss(**how)(z0, z1, 1 / temperature, -20 * temperature),
+        "Sigmoid": lambda: fastcl.SigmoidLoss(temperature, -3 * temperature, **how)(features, labels),
+        "Sigmoid, with a bias and weights": lambda: fastcl.SigmoidLoss(temperature, **how)(
+            z0, labels, contrast_bias=bias, weights=assigned[:, 0] * 1e30, positives=z1
+        ),
+        "Sigmoid, with a queue": lambda: fastcl.SigmoidLoss(temperature, -2.0, **how, reduction="sum")(
+            z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2
+        ),
+        "Sigmoid, a queue alone": lambda: fastcl.SigmoidLoss(temperature, -2.0, **how)(
+            z0, labels, contrasts=clustered, ids=ids
+        ),
+        "pairs beside a queue": lambda: fastcl.ClusterInfoNCE(temperature, form="pairs", **how)(
             z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2
         ),
         "SampledNCE": lambda: nce(z0, ids, bank, negatives=negatives),
-        "SwAV": lambda: fastcl.SwAVLoss(0.3, gather=both)(scores),
-        "SwAV with a queue": lambda: fastcl.SwAVLoss(0.3, gather=both)(
-            scores, [], [of_queue[mine], of_queue[mine] * 0.5]
-        ),
-        "VICReg": lambda: fastcl.VICRegLoss(gather=both)(z0, z1),
-        "Barlow Twins": lambda: fastcl.BarlowTwinsLoss(gather=both)(z0, z1),
-        "MSN": lambda: fastcl.MSNLoss(0.3, gather=both)(torch.cat([z0, z1]), z1, prototypes),
-        "PMSN": lambda: fastcl.PMSNLoss(0.3, prior=prior, n_iters=0, kl="prior_mean", gather=both)(z0, z1, prototypes),
+        "SwAV": lambda: fastcl.SwAVLoss(0.3, **flag)(scores),
+        "SwAV with a queue": lambda: fastcl.SwAVLoss(0.3, **flag)(scores, [], [of_queue[mine], of_queue[mine] * 0.5]),
+        "MSN": lambda: fastcl.MSNLoss(0.3, **flag)(torch.cat([z0, z1]), z1, prototypes),
+        "PMSN": lambda: fastcl.PMSNLoss(0.3, prior=prior, n_iters=0, kl="prior_mean", **flag)(z0, z1, prototypes),
+        "VICReg": lambda: fastcl.VICRegLoss(**flag)(z0, z1),
+        "Barlow Twins": lambda: fastcl.BarlowTwinsLoss(**flag)(z0, z1),
     }
     leaves = {
         "z0": z0, "z1": z1, "features": features, "assigned": assigned, "bias": bias, "prototypes": prototypes,
@@ -251,6 +265,56 @@ def other_losses(gather: Any, rank: int | None, world: int) -> dict[str, Any]:
 
 def run_others(rank: int, world: int) -> dict[Any, dict[str, Any]]:
     return {mode: other_losses(mode, rank, world) for mode in MODES}
+
+
+def meshed(rank: int, world: int) -> dict[str, Any]:
+    """A 2 x 2 mesh: each data-parallel group has a batch of its own."""
+    if world != 4:
+        return {}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    group, batch = mesh["data"].get_group(), mesh["model"].get_local_rank()
+    place = dist.get_rank(group)
+    results: dict[str, Any] = {str(mode): other_losses(mode, place, 2, group, 3 + batch) for mode in MODES}
+    gathered = fastcl.distributed.gather_rows(torch.full((place + 1,), batch), group=group)
+    loss = fastcl.ClusterInfoNCE(gather=True, group=group)
+    copies = [copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))]
+    return results | {
+        "batch": batch, "place": place, "rows": gathered, "copies": [one.group for one in copies], "shown": repr(loss),
+        "kept": loss.group is group,
+    }  # fmt: skip
+
+
+def stats(gather: Any, rank: int | None, world: int) -> dict[str, fastcl.LossStats]:
+    """The statistics that losses return beside their values."""
+    g = generator(8)
+    first = 0 if rank is None else sum(SAMPLES[world][:rank])
+    mine = slice(first, 9 if rank is None else first + SAMPLES[world][rank])
+    x, y, key = (torch.randn(9, 5, dtype=F64, generator=g)[mine] for _ in range(3))
+    labels, bias = torch.randint(-1, 3, (9,), generator=g)[mine], torch.randn(9, dtype=F64, generator=g)[mine]
+    queue = fastcl.MemoryQueue(7, 5, dtype=F64, clusters=True)
+    queue.enqueue(torch.randn(7, 5, dtype=F64, generator=g), torch.randint(-1, 3, (7,), generator=g))
+    negatives = fastcl.MemoryQueue(7, 5, dtype=F64)
+    negatives.enqueue(queue.embeddings)
+    how = {"gather": gather, "return_stats": True}
+    calls: dict[str, Callable[[], Any]] = {
+        "views": lambda: cluster_infonce(torch.stack((x, y), 1), labels, **how),
+        "both ways": lambda: cluster_infonce(x, contrasts=y, contrast_bias=bias, symmetric=True, **how),
+        "a queue beside rows": lambda: cluster_infonce(x, labels, contrasts=[queue, y], positives=key, **how),
+        "a queue beside rows, both ways": lambda: cluster_infonce(
+            x, labels, contrasts=[queue, y], symmetric=True, **how
+        ),
+        "unreduced": lambda: cluster_infonce(x, contrasts=y, reduction="none", **how),
+        "pairs": lambda: cluster_infonce(x, labels, form="pairs", **how),
+        "Sigmoid": lambda: fastcl.functional.sigmoid_loss(x, labels, bias=-1.0, contrasts=[queue, y], **how),
+        "HardNegative": lambda: fastcl.HardNegativeLoss(gather=gather)(x, labels, return_stats=True),
+        "MoCo": lambda: fastcl.MoCoLoss(gather=gather)(x, key, negatives, return_stats=True),
+        "Clip": lambda: fastcl.ClipLoss(gather=gather)(x, y, 3.0, return_stats=True),
+    }
+    return {name: call()[1] for name, call in calls.items()}
+
+
+def observed(rank: int, world: int) -> dict[Any, dict[str, fastcl.LossStats]]:
+    return {mode: stats(mode, rank, world) for mode in MODES}
 
 
 # Other work of the processes.

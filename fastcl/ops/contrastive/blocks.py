@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +20,8 @@ from . import one_way
 from .backend import Backend
 from .direct import stacked, taken_apart
 from .fields import log_sums
+from .observed import merge as merge_observed
+from .observed import nothing as nothing_observed
 from .op import BACKENDS, joined, swept_gradients, swept_statistics, with_joined
 from .records import (
     OF_ROWS,
@@ -101,7 +103,8 @@ def data_of_all(exchange: Exchange, own: Rows, known: Mapping[str, Tensor]) -> d
 class BlockStats(torch.autograd.Function):
     """`DirectStats` of the anchors over the travelling contrasts of all processes and the own stored ones.
 
-    With `both` also of the own travelling contrasts over the anchors of all processes.
+    With `both` also of the own travelling contrasts over the anchors of all processes. With `observe` the last value is
+    the observed statistics, [10, S, N + m].
     """
 
     @staticmethod
@@ -114,9 +117,13 @@ class BlockStats(torch.autograd.Function):
         ctx.save_for_backward(*arguments[:TENSORS], *arguments[-OF_ROWS:])
         ctx.call, ctx.options, ctx.kept = call, arguments[TENSORS:-OF_ROWS], blocks.kept
         sides = found.anchors, found.contrasts
-        values = taken_apart((*sides[0][:3], *sides[1][:3]), call.one_scale, p.want, p.both, call.exact)
+        values = tuple(taken_apart((*sides[0][:3], *sides[1][:3]), call.one_scale, p.want, p.both, call.exact))
         side = len(p.want) + 2
-        ctx.mark_non_differentiable(*(value for k, value in enumerate(values) if k % side >= side - 2))
+        fixed = [value for k, value in enumerate(values) if k % side >= side - 2]
+        if p.observe:
+            values = (*values, torch.cat([one.observed for one in sides if one.observed is not None], -1))
+            fixed.append(values[-1])
+        ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
         return values
 
@@ -204,9 +211,11 @@ class _Blocks:
         self.kept = _Kept(None, data, {}, *nothing, None)
         sums = layout.blank(base.logit_scale, len(base.anchors.values))
         of_contrasts = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
+        s, m = len(base.logit_scale), self.exchange.total if base.both else 0
+        seen, seen_contrasts = (nothing_observed(base.logit_scale, s, size) for size in (len(base.anchors.values), m))
 
         def add(key: int, p: Problem) -> None:
-            nonlocal sums
+            nonlocal sums, seen
             if 0 in p.sizes[1:]:
                 return
             found = swept_statistics(p, self.backend)
@@ -215,6 +224,10 @@ class _Blocks:
             self.kept.of_blocks[key] = found.anchor_inverse_norms, found.contrast_inverse_norms, found.saved
             if p.both:
                 of_contrasts[:, key : key + p.sizes[2]] = layout.pack(found.contrasts, planes[1])
+            if found.anchors.observed is not None:
+                seen = merge_observed(seen, found.anchors.observed)
+            if found.contrasts.observed is not None and p.both:
+                seen_contrasts[..., key : key + p.sizes[2]] = found.contrasts.observed
 
         def visit(place: Place, rows: Tensor | None) -> None:
             add(place.start, self.block(place, rows))
@@ -229,6 +242,11 @@ class _Blocks:
             merged = layout.merge(self.exchange.collect(of_contrasts.to(base.dtype)).double(), self.backend)
             own, _ = layout.side(merged, base.dtype)
             merged = merged.to(base.dtype)
+        if base.observe:
+            anchors = anchors._replace(observed=seen)
+        if base.observe and base.both:
+            parts = self.exchange.collect(seen_contrasts.flatten(0, 1)).unflatten(1, seen_contrasts.shape[:2])
+            own = own._replace(observed=reduce(merge_observed, parts.unbind()))
         empty = base.logit_scale.new_empty(0)
         found = joined(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
         self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes, contrasts=merged)

@@ -11,10 +11,12 @@ from .guide import Guide
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
 from .losses.decoupled import DCLWLoss
+from .losses.distillation import CapiLoss, DINOLoss, IBOTLoss
 from .losses.gist import GISTEmbedLoss
 from .losses.metric import ArcFaceLoss, CosFaceLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from .losses.pair_contrastive import PairContrastiveLoss
 from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
+from .losses.prototype_cross_entropy import prototype_cross_entropy
 from .losses.prototypes import MSNLoss, PMSNLoss, SwAVLoss
 from .losses.prototypical import ProtoNCELoss
 from .losses.redundancy import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
@@ -26,7 +28,14 @@ from .memory import MemoryBank, MemoryQueue
 from .neighbors import knn_predict, topk_similarity
 from .ops.backends.choose import use_backend
 from .quality import alignment, uniformity
-from .sinkhorn import SinkhornResult, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
+from .sinkhorn import (
+    SinkhornResult,
+    power_law_prior,
+    prior_from_counts,
+    sinkhorn,
+    sinkhorn_potentials,
+    uniform_prior,
+)
 from .statistics import contrastive_stats
 from .swept import ContrastiveStats
 
@@ -34,17 +43,20 @@ __all__ = [
     "ArcFaceLoss",
     "BarlowTwinsLoss",
     "CachedStep",
+    "CapiLoss",
     "ClipLoss",
     "ClusterInfoNCE",
     "ContrastiveStats",
     "CosFaceLoss",
     "DCLLoss",
     "DCLWLoss",
+    "DINOLoss",
     "DebiasedLoss",
     "GISTEmbedLoss",
     "Guide",
     "HardNegativeLoss",
     "HypersphereLoss",
+    "IBOTLoss",
     "KoLeoLoss",
     "LossStats",
     "MSNLoss",
@@ -74,8 +86,10 @@ __all__ = [
     "metric_learning",
     "power_law_prior",
     "prior_from_counts",
+    "prototype_cross_entropy",
     "sampled_similarity",
     "sinkhorn",
+    "sinkhorn_potentials",
     "topk_similarity",
     "uniform_prior",
     "uniformity",

@@ -16,6 +16,7 @@ from .checks import (
     check_count,
     check_mass_values,
     check_masses,
+    check_rows,
     check_scores,
     check_tensor,
     few,
@@ -25,6 +26,7 @@ from .checks import (
     values_visible,
 )
 from .ops.backends.rows import accumulation_dtype
+from .ops.prototypes.potentials import potentials
 from .ops.sinkhorn.op import sinkhorn as _solve
 from .ops.sinkhorn.op import sum_over
 
@@ -36,7 +38,7 @@ class SinkhornResult:
     """What `sinkhorn` returns. With a batch, every field but `n_iters` has a leading dimension B."""
 
     assignments: Tensor
-    """``[N, K]``, rows sum to 1; dtype of the scores"""
+    """``[N, K]``, rows sum to 1; dtype of the scores. None from `sinkhorn_potentials`"""
     row_potential: Tensor
     """``[N]``, in the scores' units; -inf for a row without mass. float32, float64 for float64 scores"""
     col_potential: Tensor
@@ -171,23 +173,11 @@ def sinkhorn(
     check_scores("scores", scores)
     batched = scores.dim() == 3
     s = scores if batched else scores[None]
-    batch, n, k = s.shape
     dtype = accumulation_dtype(scores)
-    if group is None and n == 0:
-        raise ValueError(f"scores: expected at least one row, got shape {list(scores.shape)}")
-    count = check_count("n_iters", n_iters)
-    tolerance = None if tol is None else _tolerance(tol)
-    scale = scalar_tensor("epsilon", _epsilon(epsilon), scores.device, dtype)
-    sizes = {"prior": k, "row_marginal": n, "init": k}
-    values = {"prior": prior, "row_marginal": row_marginal, "init": init}
-    for name, value in values.items():
-        if value is not None:
-            check_masses(name, value, sizes[name], batch if batched else None, scores.device)
-    log_prior = _log_masses("prior", prior, (batch, k), dtype, scores.device, alone=True)
-    log_rows = _log_masses("row_marginal", row_marginal, (batch, n), dtype, scores.device, alone=group is None)
-    start = None if init is None else _start(init, dtype).expand(batch, k)
-    log_prior = log_prior - log_prior.logsumexp(-1, keepdim=True)
-    solved = (s, scale, log_prior, log_rows, start, count, tolerance, _group_name(group))
+    sizes = s.shape[0] if batched else None, s.shape[1], s.shape[2]
+    options = _options("scores", scores, sizes, dtype, epsilon, prior, row_marginal, n_iters, tol, init, group)
+    solved = (s, *options)
+    log_prior, log_rows, count = options[1], options[2], options[4]
     outputs = _solve(*solved)
     if group is None:
         _check_finite(s, log_prior, log_rows, outputs[2])
@@ -195,6 +185,101 @@ def sinkhorn(
     if tol is None:
         return SinkhornResult(assignments, rows, columns, None, count, solved)
     return SinkhornResult(assignments, rows, columns, error, outputs[4], solved)
+
+
+def _options(
+    name: str,
+    rows: Tensor,
+    sizes: tuple[int | None, int, int],
+    dtype: torch.dtype,
+    epsilon: float | Tensor,
+    prior: Tensor | None,
+    row_marginal: Tensor | None,
+    n_iters: int,
+    tol: float | None,
+    init: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[Any, ...]:
+    """Checks the arguments of a problem of `sizes` (batch or None, N, K); returns all of `_solve`'s but the scores."""
+    batch, n, k = sizes
+    if group is None and n == 0:
+        raise ValueError(f"{name}: expected at least one row, got shape {list(rows.shape)}")
+    count = check_count("n_iters", n_iters)
+    tolerance = None if tol is None else _tolerance(tol)
+    scale = scalar_tensor("epsilon", _epsilon(epsilon), rows.device, dtype)
+    lengths = {"prior": k, "row_marginal": n, "init": k}
+    for what, value in {"prior": prior, "row_marginal": row_marginal, "init": init}.items():
+        if value is not None:
+            check_masses(what, value, lengths[what], batch, rows.device)
+    problems = 1 if batch is None else batch
+    log_prior = _log_masses("prior", prior, (problems, k), dtype, rows.device, alone=True)
+    log_rows = _log_masses("row_marginal", row_marginal, (problems, n), dtype, rows.device, alone=group is None)
+    start = None if init is None else _start(init, dtype).expand(problems, k)
+    log_prior = log_prior - log_prior.logsumexp(-1, keepdim=True)
+    return scale, log_prior, log_rows, start, count, tolerance, _group_name(group)
+
+
+def sinkhorn_potentials(
+    features: Tensor,
+    prototypes: Tensor,
+    *,
+    epsilon: float | Tensor = 0.05,
+    prior: Tensor | None = None,
+    row_marginal: Tensor | None = None,
+    n_iters: int = 3,
+    tol: float | None = None,
+    init: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> SinkhornResult:
+    """The potentials of `sinkhorn` for the scores ``features @ prototypes.T``, of which no N x K matrix exists.
+
+    Scores are formed for a block of rows at a time, in every iteration: an iteration is a product of features and
+    prototypes, 2 N K D operations. It takes the time of that product, and memory O((N + K) D).
+
+    Args:
+        features: ``[N, D]`` or ``[B, N, D]``; float64, float32, bfloat16 or float16. Products are float32, or float64.
+        prototypes: ``[K, D]``.
+        epsilon, prior, row_marginal, n_iters, tol, init, group: as for `sinkhorn`.
+
+    Returns:
+        :class:`SinkhornResult` whose ``assignments`` are None. No gradient flows to the potentials. The column
+        potential is the ``potential`` of `prototype_cross_entropy` at ``teacher_temperature=epsilon``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_rows("features", features, dims=(2,) if not isinstance(features, Tensor) or features.dim() != 3 else (3,))
+    check_rows("prototypes", prototypes, like=features)
+    if len(prototypes) == 0:
+        raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
+    batched = features.dim() == 3
+    rows = features if batched else features[None]
+    dtype = accumulation_dtype(features, prototypes)
+    sizes = rows.shape[0] if batched else None, rows.shape[1], len(prototypes)
+    options = _options("features", features, sizes, dtype, epsilon, prior, row_marginal, n_iters, tol, init, group)
+    with torch.no_grad():
+        outputs = potentials(rows, prototypes, *options)
+    f, g, error = outputs[:3] if batched else (output[0] for output in outputs[:3])
+    nothing: Any = None  # the type of `assignments` is that of `sinkhorn`'s result
+    if tol is None:
+        return SinkhornResult(nothing, f, g, None, options[4])
+    return SinkhornResult(nothing, f, g, error, outputs[3])
+
+
+def column_potential(
+    scores: Tensor, *, epsilon: float, prior: Tensor | None, n_iters: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The column potential of `sinkhorn`, [K] or [B, K], without the assignments and without a gradient."""
+    check_scores("scores", scores)
+    batched = scores.dim() == 3
+    rows = scores.detach() if batched else scores.detach()[None]
+    sizes = rows.shape[0] if batched else None, rows.shape[1], rows.shape[2]
+    with torch.no_grad():
+        options = _options(
+            "scores", scores, sizes, accumulation_dtype(scores), epsilon, prior, None, n_iters, None, None, group
+        )
+        found = potentials(rows, None, *options, by_row=False)[1]
+    return found if batched else found[0]
 
 
 def uniform_prior(k: int) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..checks import (
     INTEGER_DTYPES,
@@ -26,11 +25,13 @@ from ..checks import (
 )
 from ..distributed import Property, World, dtype_name, tell_others
 from ..ops.backends.rows import accumulation_dtype, unit
-from ..ops.products import inner_products, product
-from ..sinkhorn import power_law_prior, sinkhorn, uniform_prior
+from ..ops.products import product
+from ..ops.prototypes.records import Wanted
+from ..sinkhorn import column_potential, power_law_prior, sinkhorn, uniform_prior
 from .gathered import has_gradient
-from .modules import ExactModule
+from .modules import ExactModule, shown_number
 from .options import refuses_renamed
+from .prototype_cross_entropy import crossed, dtype_of, inverse_temperatures
 
 Prior = Tensor | Callable[[int], Tensor]
 KL = ("mean_prior", "prior_mean")
@@ -108,14 +109,18 @@ class SwAVLoss(nn.Module):
         rows = [high[0].shape[0]]
         if world is not None:
             rows = self._agreed(world, high, low, stored)
-        predictions = [F.log_softmax(_wide(crop) / self.temperature, dim=1) for crop in crops]
-        loss = predictions[0].new_zeros(())
-        for h, (crop, rest) in enumerate(zip(high, stored, strict=True)):
-            target = self.assignments(crop, rest)
-            for c, prediction in enumerate(predictions):
-                if c != h:
-                    loss = loss - inner_products(target.to(prediction.dtype), prediction).sum() / max(crop.shape[0], 1)
-        return loss * _share(world, rows) / (len(high) * (len(crops) - 1))
+        potentials = None
+        if not self.n_iters:
+            self.prior(high[0].shape[1], high[0].device)  # checked although unused
+        else:
+            found = [self._potential(crop, rest) for crop, rest in zip(high, stored, strict=True)]
+            dtype = dtype_of(*crops)
+            potentials = torch.stack([potential.to(dtype) for potential in found])[:, None]
+        scales = inverse_temperatures(self.temperature, self.epsilon, high[0].device)
+        share = 1 / (len(high) * (len(crops) - 1))
+        pairs = [0.0 if c == h else share for c in range(len(crops)) for h in range(len(high))]
+        values: Tensor = crossed(crops, high, potentials, scales, pairs).values
+        return values.sum() / max(high[0].shape[0], 1) * _share(world, rows)
 
     def _agreed(
         self, world: World, high: list[Tensor], low: list[Tensor], stored: Sequence[Tensor | None]
@@ -134,6 +139,20 @@ class SwAVLoss(nn.Module):
             "prior given": self.prior.given,
         }
         return world.agree("SwAVLoss", {"rows": len(high[0])}, alike, high[0].device)[0]
+
+    def _potential(self, scores: Tensor, queue_scores: Tensor | None) -> Tensor:
+        """The column potential [K] of a crop's assignment problem."""
+        rows = scores
+        if queue_scores is not None:
+            wider = torch.promote_types(_wide(scores).dtype, queue_scores.dtype)
+            rows = torch.cat([scores.detach().to(wider), queue_scores.detach().to(wider)])
+        prior = self.prior(rows.shape[1], rows.device)
+        options: dict[str, Any] = {"epsilon": self.epsilon, "n_iters": self.n_iters, "group": _group(self.gather)}
+        return column_potential(rows, prior=prior, **options)
+
+    def extra_repr(self) -> str:
+        numbers = (("temperature", self.temperature), ("epsilon", self.epsilon), ("n_iters", self.n_iters))
+        return ", ".join(shown_number(name, value) for name, value in numbers)
 
     def assignments(self, scores: Tensor, queue_scores: Tensor | None = None) -> Tensor:
         """Sinkhorn assignments ``[B, K]`` of scores ``[B, K]``, solved together with the queue's rows. No gradient.
@@ -172,6 +191,9 @@ class MSNLoss(nn.Module):
         sharpening: sharpening of the targets; smaller is sharper, 1 does not sharpen.
         n_iters: iterations of Sinkhorn on the targets; 0: no Sinkhorn.
         prior: masses for targets and regulariser: None (uniform), ``[K]``, or a function that is called with K.
+        sinkhorn_prior: masses for the targets, if they differ from the regulariser's: `uniform_prior`, for instance.
+            None: those of ``prior``.
+        entropy_weight: weight, from 0 to 1e30, of the mean entropy of the anchors' predictions, which is added.
         prior_weight: weight of the KL term, from 0 to 1e30.
         kl: ``"mean_prior"`` as above, or ``"prior_mean"``: KL(prior || mean), which is infinite if a prototype has mass
             but mean prediction 0.
@@ -205,6 +227,8 @@ class MSNLoss(nn.Module):
         prior: Prior | None = None,
         prior_weight: float = 1.0,
         kl: str = "mean_prior",
+        entropy_weight: float = 0.0,
+        sinkhorn_prior: Prior | None = None,
         gather: bool = False,
     ) -> None:
         super().__init__()
@@ -221,6 +245,11 @@ class MSNLoss(nn.Module):
             raise ValueError(f"prior_weight: expected {expected}, got {prior_weight}")
         check_option("kl", kl, KL)
         self.kl = kl
+        self.entropy_weight = finite_number("entropy_weight", entropy_weight)
+        if not 0 <= self.entropy_weight <= LARGEST_PRIOR_WEIGHT:
+            expected = f"a number >= 0 and at most {LARGEST_PRIOR_WEIGHT:g}"
+            raise ValueError(f"entropy_weight: expected {expected}, got {entropy_weight}")
+        self.sinkhorn_prior = self.prior if sinkhorn_prior is None else _Prior(sinkhorn_prior, "sinkhorn_prior")
         check_flag("gather", gather)
         self.gather = gather
 
@@ -233,7 +262,8 @@ class MSNLoss(nn.Module):
             if len(prototypes) == 0:
                 raise ValueError(f"prototypes: expected at least one, got shape {list(prototypes.shape)}")
             if world is not None:
-                self.prior(len(prototypes), prototypes.device)  # an invalid prior raises here, before any collective
+                for prior in (self.prior, self.sinkhorn_prior):  # invalid ones raise here, before any collective
+                    prior(len(prototypes), prototypes.device)
         except Exception as error:
             tell_others(self.gather, error, anchors, targets, prototypes)
             raise
@@ -244,18 +274,30 @@ class MSNLoss(nn.Module):
         elif b == 0 or rows == 0 or rows % b:
             raise ValueError(f"anchors: expected a multiple of the {b} targets' rows, got shape {list(anchors.shape)}")
         centres = _centres(anchors, prototypes)
-        predictions = F.log_softmax(_cosines(anchors, centres) / self.temperature, dim=1)
-        if centres.dtype != accumulation_dtype(targets, prototypes):
-            goals = self.assignments(targets, prototypes)
-        else:
-            goals = self._assignments(targets, centres.detach())
-        goals = goals.to(predictions.dtype)
-        entropies = inner_products(goals, predictions.unflatten(0, (rows // b if b else 1, b)))
+        views = unit(anchors.to(centres.dtype)).unflatten(0, (rows // b if b else 1, b)).unbind(0)
+        predictions = [product(view, centres) for view in views]
+        goals, potential = self._goals(targets, centres.detach().to(accumulation_dtype(targets, prototypes)))
+        potentials = None if potential is None else potential.to(dtype_of(predictions[0], goals))[None, None]
+        scales = inverse_temperatures(self.temperature, 1.0, anchors.device)
+        wanted = Wanted(self.entropy_weight > 0, self.prior_weight > 0)
+        found = crossed(predictions, [goals], potentials, scales, [1.0] * len(views), wanted)
         share = _share(world, every_rows)
-        loss: Tensor = -entropies.sum() / max(rows, 1) * share
+        loss: Tensor = found.values.sum() / max(rows, 1) * share
+        if self.entropy_weight:
+            loss = loss + self.entropy_weight * (found.entropies.sum() / max(rows, 1) * share)
         if self.prior_weight:
-            loss = loss + self.prior_weight * self._divergence(_mean(predictions.exp(), share, world))
-        return loss
+            loss = loss + self.prior_weight * self._divergence(_mean(found.column_sums, rows, share, world))
+        return loss.to(centres.dtype)
+
+    def extra_repr(self) -> str:
+        numbers = (
+            ("temperature", self.temperature),
+            ("sharpening", self.sharpening),
+            ("n_iters", self.n_iters),
+            ("prior_weight", self.prior_weight),
+            ("entropy_weight", self.entropy_weight),
+        )
+        return ", ".join(shown_number(name, value) for name, value in numbers) + f", kl={self.kl!r}"
 
     def _agreed(self, world: World, anchors: Tensor, targets: Tensor, prototypes: Tensor) -> list[int]:
         """Each process's number of anchors, 0 if it also has no targets; raises if the calls differ."""
@@ -269,6 +311,8 @@ class MSNLoss(nn.Module):
             "n_iters": self.n_iters,
             "prior given": self.prior.given,
             "prior_weight": float(self.prior_weight),
+            "entropy_weight": float(self.entropy_weight),
+            "prior of Sinkhorn given": self.sinkhorn_prior.given,
             "kl": self.kl,
             "anchors or prototypes with a gradient": has_gradient(anchors) or has_gradient(prototypes),
         }
@@ -293,13 +337,20 @@ class MSNLoss(nn.Module):
 
     @torch.no_grad()
     def _assignments(self, targets: Tensor, centres: Tensor) -> Tensor:
+        logs, potential = self._goals(targets, centres)
+        return (logs if potential is None else logs + potential).softmax(1)
+
+    @torch.no_grad()
+    def _goals(self, targets: Tensor, centres: Tensor) -> tuple[Tensor, Tensor | None]:
+        """log q, and Sinkhorn's column potential: the assignments are the softmax of their sum."""
         logits = _cosines(targets, centres) / (self.temperature * self.sharpening)
         if self.n_iters == 0:
-            return logits.softmax(1)
+            return logits, None
         # Sinkhorn's rows start from log q, which is normalised, not from the logits.
-        prior = self.prior(len(centres), logits.device)
+        logs = logits.log_softmax(1)
+        prior = self.sinkhorn_prior(len(centres), logits.device)
         options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self.gather)}
-        return sinkhorn(logits.log_softmax(1), prior=prior, **options).assignments
+        return logs, column_potential(logs, prior=prior, **options)
 
     def _divergence(self, mean: Tensor) -> Tensor:
         prior = self.prior(len(mean), mean.device)
@@ -331,12 +382,13 @@ class _Prior(ExactModule):
 
     masses: Tensor | None
 
-    def __init__(self, prior: Prior | None) -> None:
+    def __init__(self, prior: Prior | None, name: str = "prior") -> None:
         super().__init__()
+        self.name = name
         if prior is not None and not isinstance(prior, Tensor) and not callable(prior):
-            raise TypeError(f"prior: expected a tensor, a function or None, got {type(prior).__name__}")
+            raise TypeError(f"{name}: expected a tensor, a function or None, got {type(prior).__name__}")
         if isinstance(prior, Tensor):
-            _check_prior(prior)
+            _check_prior(name, prior)
         self.make = None if isinstance(prior, Tensor) else prior
         self.register_buffer("masses", prior.detach() if isinstance(prior, Tensor) else None, persistent=False)
 
@@ -345,25 +397,30 @@ class _Prior(ExactModule):
         """The kind of prior, which processes compare."""
         return "function" if self.make is not None else "none" if self.masses is None else "masses"
 
+    def extra_repr(self) -> str:
+        if self.make is not None:
+            return str(getattr(self.make, "__name__", type(self.make).__name__))
+        return "uniform" if self.masses is None else f"masses [{self.masses.numel()}]"
+
     def forward(self, k: int, device: torch.device) -> Tensor | None:
         masses = self.masses if self.make is None else self.make(k)
         if masses is None:
             return None
         if isinstance(masses, Tensor):
-            _check_prior(masses)
+            _check_prior(self.name, masses)
         if not isinstance(masses, Tensor) or tuple(masses.shape) != (k,):
             got = list(masses.shape) if isinstance(masses, Tensor) else type(masses).__name__
-            raise ValueError(f"prior: expected a tensor of shape [{k}], one mass for each prototype, got {got}")
+            raise ValueError(f"{self.name}: expected a tensor of shape [{k}], one mass for each prototype, got {got}")
         if masses.is_meta:
-            check_device("prior", masses, device)
-        check_mass_values("prior", masses, alone=True)
+            check_device(self.name, masses, device)
+        check_mass_values(self.name, masses, alone=True)
         return masses.to(device)
 
 
-def _check_prior(masses: Tensor) -> None:
-    check_tensor("prior", masses)
+def _check_prior(name: str, masses: Tensor) -> None:
+    check_tensor(name, masses)
     if masses.dtype not in ROW_DTYPES and masses.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"prior: expected float64, float32, bfloat16, float16 or integers, got {masses.dtype}")
+        raise TypeError(f"{name}: expected float64, float32, bfloat16, float16 or integers, got {masses.dtype}")
 
 
 def _scores(name: str, value: Any) -> list[Tensor]:
@@ -424,11 +481,11 @@ def _share(world: World | None, rows: list[int]) -> float:
     return 1.0 if world is None else world.size * rows[world.rank] / max(sum(rows), 1)
 
 
-def _mean(predictions: Tensor, share: float, world: World | None) -> Tensor:
+def _mean(column_sums: Tensor, rows: int, share: float, world: World | None) -> Tensor:
     """Mean prediction [K] of all processes' rows, differentiable.
 
     Each of the W processes returns the whole divergence, so all incoming gradients are equal. The backward sums them
     over processes, and DDP's mean of the resulting gradients is the gradient of the divergence.
     """
-    own = predictions.sum(0) / max(predictions.shape[0], 1) * share
+    own = column_sums / max(rows, 1) * share
     return own if world is None else world.total(own) / world.size

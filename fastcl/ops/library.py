@@ -161,9 +161,9 @@ def register(
 ) -> None:
     """Registers kernels of the operators ``name_fwd`` and ``name_bwd``, whose schemas must already be defined.
 
-    function: its `apply`, of a `torch.autograd.Function`, gives ``name_fwd`` its derivative. forward, backward: the kernel of each operator, and the function that
-    computes its output shapes for tracing. public: name of the function in the error that the derivative of
-    ``name_bwd`` raises.
+    function: its `apply`, as of a `torch.autograd.Function`, gives ``name_fwd`` its derivative. forward, backward: the
+    kernel of each operator, and the function that computes its output shapes for tracing. public: name of the function
+    in the error that the derivative of ``name_bwd`` raises.
     """
     for kind, (kernel, fake) in (("fwd", forward), ("bwd", backward)):
         op = getattr(torch.ops.fastcl, f"{name}_{kind}")

@@ -19,6 +19,7 @@ LAYERS = (
     ("fastcl.ops.products", "fastcl.ops.pair_maps"),
     ("fastcl.ops.contrastive",),
     ("fastcl.ops.soft", "fastcl.ops.pairs", "fastcl.ops.sinkhorn", "fastcl.ops.topk", "fastcl.ops.sampled"),
+    ("fastcl.ops.prototypes",),
     ("fastcl.swept",),
     ("fastcl.guide", "fastcl.tags"),
     ("fastcl.statistics", "fastcl.sinkhorn", "fastcl.neighbors", "fastcl.memory_state"),

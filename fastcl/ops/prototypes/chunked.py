@@ -13,7 +13,7 @@ from .records import Crops, Incoming, Values, Wanted
 
 
 def forward(p: Crops, wanted: Wanted) -> Values:
-    (n, k), parts = p.sizes, []
+    k, parts = p.sizes[1], []
     column_sums = p.new(k if wanted.column_sums else 0).zero_()
     for rows in blocks(p):
         part = reference.forward(p.block(rows), wanted)

@@ -29,7 +29,7 @@ def tile_for(k: int, interpreted: bool) -> Tile:
 
 
 def forward(p: Crops, wanted: Wanted) -> Values:
-    (n, k), count = p.sizes, len(p.students)
+    n, k = p.sizes
     if n == 0:
         return chunked.forward(p, wanted)
     kept = p.new(len(p.all), 2, n)
@@ -53,7 +53,8 @@ def forward(p: Crops, wanted: Wanted) -> Values:
 def backward(p: Crops, kept: Tensor, incoming: Incoming, outputs: list[Tensor]) -> None:
     groups = [_groups(p, b) or [[0]] for b in range(len(p.students))]
     if any(len(group) > 1 for group in groups):  # a gradient is written once
-        return chunked.backward(p, kept, incoming, outputs)
+        chunked.backward(p, kept, incoming, outputs)
+        return
     for b, output in enumerate(outputs):
         given = {
             "VALUES": incoming.values,

@@ -1,0 +1,379 @@
+"""Self-distillation against prototypes: DINO, iBOT and CAPI, with Sinkhorn's assignments or a moving centre."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..checks import (
+    check_count,
+    check_device,
+    check_flag,
+    check_indices,
+    check_option,
+    check_scores,
+    check_tensor,
+    finite_number,
+    plain_number,
+)
+from ..distributed import Property, World, dtype_name, tell_others
+from ..sinkhorn import column_potential, sinkhorn_potentials
+from .modules import ExactModule, shown_number
+from .prototype_cross_entropy import Pair, prototype_cross_entropy
+from .prototypes import Prior, _group, _Prior, _share
+
+CENTERINGS = ("sinkhorn", "mean")
+Crop = Tensor | Pair
+
+
+class _Distillation(ExactModule):
+    """Temperatures, and what keeps the teacher's assignments apart."""
+
+    center: Tensor
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        student_temperature: float,
+        teacher_temperature: float,
+        centering: str,
+        center_momentum: float,
+        n_iters: int,
+        prior: Prior | None,
+        gather: bool,
+    ) -> None:
+        super().__init__()
+        self.num_prototypes = check_count("num_prototypes", num_prototypes)
+        self.student_temperature = plain_number("student_temperature", student_temperature)
+        self.teacher_temperature = plain_number("teacher_temperature", teacher_temperature)
+        check_option("centering", centering, CENTERINGS)
+        self.centering = centering
+        self.center_momentum = finite_number("center_momentum", center_momentum)
+        if not 0 <= self.center_momentum <= 1:
+            raise ValueError(f"center_momentum: expected a number from 0 to 1, got {center_momentum}")
+        self.n_iters = check_count("n_iters", n_iters)
+        if centering == "mean" and prior is not None:
+            raise ValueError('prior: expected None with centering="mean", got a prior')
+        self.prior = _Prior(prior)
+        check_flag("gather", gather)
+        self.gather = gather
+        self.register_buffer("center", torch.zeros(self.num_prototypes) if centering == "mean" else None)
+
+    def extra_repr(self) -> str:
+        numbers = (
+            ("student_temperature", self.student_temperature),
+            ("teacher_temperature", self.teacher_temperature),
+        )
+        own = f"center_momentum={self.center_momentum:g}" if self.centering == "mean" else f"n_iters={self.n_iters}"
+        shown = ", ".join(shown_number(name, value) for name, value in numbers)
+        return f"{self.num_prototypes}, {shown}, centering={self.centering!r}, {own}"
+
+    def _temperature(self, value: float | None) -> float:
+        return self.teacher_temperature if value is None else plain_number("teacher_temperature", value)
+
+    def _checked(self, name: str, crop: Any) -> None:
+        scores = crop
+        if isinstance(crop, tuple) and len(crop) == 2:
+            for part in crop:
+                check_tensor(name, part)
+            scores = crop[1].detach().T
+        check_tensor(name, scores)
+        if scores.dim() != 2 or scores.shape[-1] != self.num_prototypes:
+            raise ValueError(f"{name}: expected {self.num_prototypes} prototypes, got shape {list(scores.shape)}")
+        if self.centering == "mean":
+            check_device(name, scores, self.center.device)
+
+    def _agreed(self, call: str, world: World, rows: int, crops: Sequence[Crop], temperature: float) -> list[int]:
+        """Every process's number of rows; raises if the calls differ."""
+        first = crops[0][0] if isinstance(crops[0], tuple) else crops[0]
+        alike: dict[str, Property] = {
+            "teacher's crops": len(crops),
+            "teacher's dtype": dtype_name(first.dtype),
+            "prototypes": self.num_prototypes,
+            "student_temperature": self.student_temperature,
+            "teacher_temperature": temperature,
+            "centering": self.centering,
+            "n_iters": self.n_iters,
+            "center_momentum": self.center_momentum,
+            "prior given": self.prior.given,
+            "training": self.training,
+        }
+        return world.agree(call, {"rows": rows}, alike, first.device)[0]
+
+    def _potential(self, crops: Sequence[Crop], temperature: float) -> Tensor | None:
+        """The column potential [K] of the teacher's crops together; None for no rows."""
+        if self.centering == "mean":
+            return -self.center
+        group = _group(self.gather)
+        prior = self.prior(self.num_prototypes, _rows(crops[0]).device)
+        rows = [_rows(crop) for crop in crops]
+        together = rows[0] if len(rows) == 1 else torch.cat(rows)
+        if len(together) == 0 and group is None:
+            return None
+        options: dict[str, Any] = {"epsilon": temperature, "prior": prior, "n_iters": self.n_iters, "group": group}
+        if isinstance(crops[0], tuple):
+            return sinkhorn_potentials(together, crops[0][1].detach(), **options).col_potential
+        return column_potential(together, **options)
+
+    @torch.no_grad()
+    def _update(self, crops: Sequence[Crop]) -> None:
+        """Moves the centre towards the mean score of all crops and processes."""
+        if self.centering != "mean" or not self.training:
+            return
+        total = torch.zeros(self.num_prototypes + 1, dtype=torch.float64, device=self.center.device)
+        for crop in crops:
+            rows = _rows(crop)
+            mean = rows.sum(0, dtype=torch.float64)
+            total[:-1] += crop[1].detach().double() @ mean if isinstance(crop, tuple) else mean
+            total[-1] += len(rows)
+        world = World.of(self.gather)
+        if world is not None:
+            dist.all_reduce(total, group=world.group)
+        mean = total[:-1] / total[-1].clamp(min=1)
+        moved = self.center.lerp(mean.to(self.center.dtype), 1 - self.center_momentum)
+        self.center = torch.where(total[-1] > 0, moved, self.center)
+
+
+def _rows(crop: Crop) -> Tensor:
+    return (crop[0] if isinstance(crop, tuple) else crop).detach()
+
+
+class DINOLoss(_Distillation):
+    r"""Each student's crop predicts the teacher's assignments of the other crops.
+
+    With scores of the student S^c and of the teacher T^h, and p, q their softmaxes at the two temperatures,
+
+    .. math:: \frac{1}{\#} \sum_h \sum_{c \ne h} \frac{1}{B} \sum_i - \sum_k q^h_{ik} \log p^c_{ik}
+
+    as `prototype_cross_entropy` with lists. The teacher's potential comes from Sinkhorn over the rows of all its crops,
+    at epsilon = teacher temperature and with any prior (DINOv2, DINOv3), or is minus a moving mean (DINO).
+
+    Args:
+        num_prototypes: K.
+        student_temperature, teacher_temperature: of the softmaxes. ``forward`` takes another teacher's temperature.
+        centering: ``"mean"`` or ``"sinkhorn"``.
+        center_momentum: momentum of the mean. The buffer ``center`` is moved after each forward in training mode.
+        n_iters, prior: of Sinkhorn. The prior: None (uniform), ``[K]``, or a function that is called with K.
+        gather: assignments, and the mean, over the rows of all processes of the default group; no effect without a
+            group. Each process returns W times its share, so that after DDP's averaging the gradient is that of the
+            whole batch.
+
+    Shapes of ``forward(student, teacher, *, teacher_temperature=None)``: lists of crops, each scores ``[B, K]`` or a
+    tuple (features ``[B, D]``, prototypes ``[K, D]``), from which no B x K matrix is formed. The first crops of the
+    student are the teacher's. The teacher gets no gradient.
+
+    Returns a scalar: float32, float64 if any scores are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Caron et al., "Emerging properties in self-supervised vision transformers" (2021); Oquab et al., "DINOv2:
+    learning robust visual features without supervision" (2023).
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int = 65536,
+        *,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        centering: str = "mean",
+        center_momentum: float = 0.9,
+        n_iters: int = 3,
+        prior: Prior | None = None,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(
+            num_prototypes, student_temperature, teacher_temperature, centering, center_momentum, n_iters, prior, gather
+        )
+
+    def forward(
+        self, student: Sequence[Crop], teacher: Sequence[Crop], *, teacher_temperature: float | None = None
+    ) -> Tensor:
+        world = World.of(self.gather)
+        try:
+            for name, crops in (("student", student), ("teacher", teacher)):
+                if isinstance(crops, (Tensor, tuple)) or not isinstance(crops, Sequence) or not crops:
+                    raise TypeError(f"{name}: expected a list of crops, got {type(crops).__name__}")
+                for number, crop in enumerate(crops):
+                    self._checked(f"{name}[{number}]", crop)
+            temperature = self._temperature(teacher_temperature)
+        except Exception as error:
+            tell_others(self.gather, error, student)
+            raise
+        rows = [len(_rows(student[0]))]
+        if world is not None:
+            rows = self._agreed("DINOLoss", world, rows[0], teacher, temperature)
+        loss = prototype_cross_entropy(
+            list(student),  # type: ignore[arg-type]
+            list(teacher),  # type: ignore[arg-type]
+            student_temperature=self.student_temperature,
+            teacher_temperature=temperature,
+            potential=self._potential(teacher, temperature),
+        )
+        self._update(teacher)
+        return loss * _share(world, rows)
+
+
+class IBOTLoss(_Distillation):
+    r"""The student predicts the teacher's assignments of masked patches.
+
+    .. math:: \frac{1}{B} \sum_b \frac{1}{|M_b|} \sum_{i \in M_b} - \sum_k q_{ik} \log p_{ik}
+
+    for the masked patches M_b of image b, with p and q as in `DINOLoss`; images without a masked patch count in B.
+
+    Args: those of `DINOLoss`.
+
+    Shapes of ``forward(student, teacher, mask, *, teacher_temperature=None)``:
+
+    - student, teacher: scores ``[M, K]`` of the masked patches in the order of the mask, or tuples (features
+      ``[M, D]``, prototypes ``[K, D]``).
+    - mask: bool ``[B, ...]`` with M places True: which patches of each image are masked.
+
+    Returns a scalar: float32, float64 if any scores are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer" (2022).
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int = 65536,
+        *,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        centering: str = "mean",
+        center_momentum: float = 0.9,
+        n_iters: int = 3,
+        prior: Prior | None = None,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(
+            num_prototypes, student_temperature, teacher_temperature, centering, center_momentum, n_iters, prior, gather
+        )
+
+    def forward(
+        self, student: Crop, teacher: Crop, mask: Tensor, *, teacher_temperature: float | None = None
+    ) -> Tensor:
+        world = World.of(self.gather)
+        try:
+            self._checked("student", student)
+            self._checked("teacher", teacher)
+            check_tensor("mask", mask)
+            if mask.dtype != torch.bool or mask.dim() < 2:
+                raise TypeError(f"mask: expected a bool tensor [B, ...], got {mask.dtype} of shape {list(mask.shape)}")
+            check_device("mask", mask, _rows(student).device)
+            flat = mask.flatten(1)
+            counts = flat.sum(1)
+            weights = (1 / counts.clamp(min=1).double()).repeat_interleave(counts)
+            if len(weights) != len(_rows(student)):
+                raise ValueError(f"mask: expected {len(_rows(student))} masked patches, got {len(weights)}")
+            temperature = self._temperature(teacher_temperature)
+        except Exception as error:
+            tell_others(self.gather, error, student)
+            raise
+        images = [len(mask)]
+        if world is not None:
+            images = self._agreed("IBOTLoss", world, len(mask), [teacher], temperature)
+        loss = prototype_cross_entropy(
+            student,
+            teacher,
+            student_temperature=self.student_temperature,
+            teacher_temperature=temperature,
+            potential=self._potential([teacher], temperature),
+            weights=weights,
+            reduction="sum",
+        )
+        self._update([teacher])
+        return loss / max(len(mask), 1) * _share(world, images)
+
+
+class CapiLoss(_Distillation):
+    r"""The student predicts the teacher's clusters of patches, balanced at each position.
+
+    The teacher's assignments q come from Sinkhorn over the batch, for each position apart, at epsilon = teacher
+    temperature. The loss is the mean cross-entropy over images and positions. With the teacher's own scores as the
+    student it trains the prototypes of the online clustering.
+
+    Args:
+        num_prototypes: K.
+        student_temperature, teacher_temperature, n_iters, prior, gather: as for `DINOLoss`.
+
+    Shapes of ``forward(student, teacher, index=None)``:
+
+    - student: scores ``[B, P', K]`` of the predicted patches.
+    - teacher: scores ``[B, P, K]`` of all patches. A bias of the prototypes is part of the scores. No gradient.
+    - index: integers ``[B, P']``: the places of the predicted patches among the P; None: all, in order.
+
+    Returns a scalar: float32, float64 if any scores are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Darcet et al., "Cluster and predict latent patches for improved masked image modeling" (2025).
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int = 16384,
+        *,
+        student_temperature: float = 0.12,
+        teacher_temperature: float = 0.06,
+        n_iters: int = 3,
+        prior: Prior | None = None,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(
+            num_prototypes, student_temperature, teacher_temperature, "sinkhorn", 0.0, n_iters, prior, gather
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None = None) -> Tensor:
+        world, k = World.of(self.gather), self.num_prototypes
+        try:
+            for name, scores in (("student", student), ("teacher", teacher)):
+                check_scores(name, scores)
+                if scores.dim() != 3 or scores.shape[2] != k:
+                    raise ValueError(f"{name}: expected shape [B, P, {k}], got {list(scores.shape)}")
+                check_device(name, scores, student.device)
+            expected = list(student.shape[:2])
+            if index is not None:
+                check_indices("index", index, teacher.shape[1], student.device)
+                if list(index.shape) != expected:
+                    raise ValueError(f"index: expected shape {expected}, got {list(index.shape)}")
+            if len(teacher) != len(student) or (index is None and list(teacher.shape[:2]) != expected):
+                raise ValueError(f"teacher: expected shape {[*expected, k]}, got {list(teacher.shape)}")
+        except Exception as error:
+            tell_others(self.gather, error, student)
+            raise
+        patches = [student.shape[0] * student.shape[1]]
+        if world is not None:
+            patches = self._agreed("CapiLoss", world, patches[0], [teacher], self.teacher_temperature)
+        potential: Tensor | None = None
+        if teacher.numel() or world is not None:
+            potential = column_potential(
+                teacher.transpose(0, 1),
+                epsilon=self.teacher_temperature,
+                prior=self.prior(k, teacher.device),
+                n_iters=self.n_iters,
+                group=_group(self.gather),
+            )
+        goals = teacher.detach()
+        if index is not None and potential is not None:
+            places = index.long()
+            goals = goals.gather(1, places[..., None].expand(-1, -1, k)) + potential[places]
+            potential = None
+        if potential is not None and student.shape[1] == 0:
+            potential = None
+        return prototype_cross_entropy(
+            student.reshape(-1, k),
+            goals.reshape(-1, k),
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+            potential=potential,
+        ) * _share(world, patches)

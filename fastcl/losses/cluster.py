@@ -157,18 +157,29 @@ class ClusterInfoNCE(GroupModule):
 
     - embeddings: ``[N, D]``, or ``[N, V, D]`` for V views of N samples. float64, float32, bfloat16, float16.
     - clusters: ``[N]`` integers. A negative number means no cluster: only the sample's other views are positives. None:
-      each sample is its own cluster (self-contrast then needs two views).
+      each sample is its own cluster (self-contrast then needs two views). Or bool ``[N, T]``, tags: a positive shares
+      at least one; a row without any has no cluster.
     - positives: shaped as embeddings, or ``[N, D]`` for all views of a sample. Each anchor has its row as one more
       positive; it is no contrast of other anchors (MoCo's momentum key).
     - contrasts: None for self-contrast; or ``[M, D]``, a :class:`MemoryQueue`, a :class:`MemoryBank`, or a list of
       these, concatenated. Gradients flow into tensors that require them. Stored rows are never normalised, whatever
       ``normalize`` says, and bring their own clusters and ids. A queue that stores clusters requires ``clusters``. The
       rows of a queue without clusters are all negatives; unless tensors are in the list, it requires ``positives``.
-    - contrast_clusters: ``[M]`` integers for the rows of tensors only. With ``clusters=None`` they are indices of
+    - contrast_clusters: ``[M]`` integers, or bool ``[M, T]``, for the rows of tensors only. With ``clusters=None`` they are indices of
       samples; a negative number means no sample. None: contrast i of the tensors has the cluster of anchor row i
       (M >= rows); extra contrasts are negatives.
     - ids, contrast_ids: ``[N]`` and, for the rows of tensors only, ``[M]`` integers. A pair of equal ids is
-      inadmissible (an old copy of the sample itself).
+      inadmissible (an old copy of the sample itself). In self-contrast ``ids`` alone: rows of different samples with
+      equal ids do not meet (duplicates).
+    - keep_pairs: with two sets and no contrast_clusters, contrast i stays admissible for anchor row i although their
+      ids are equal. contrast_ids=None then means the anchors' ids.
+    - groups, contrast_groups: ``[N]`` and ``[M]`` integers. Only pairs of one group are admissible; a negative number is
+      a group of the sample's own. contrast_groups=None: contrast i has the group of anchor row i (M = rows). Not with
+      queues or banks.
+    - guide: a :class:`Guide`: pairs that it finds too similar and that are no positives are inadmissible. Not with
+      queues or banks.
+    - hard_negatives: ``[N, H, D]``, for views also ``[N, V, H, D]``: more negatives of each anchor, contrasts of that
+      anchor only, in the anchors' direction. Gradients flow.
     - contrast_bias: ``[M]`` floating (``[N * V]`` in self-contrast), added to the logits. -inf leaves a contrast out,
       for instance padding: it is in no set and no count of either direction, and the values of its row are ignored.
     - weights: ``[N]`` floating >= 0, multiply the anchors' terms; the mean becomes the weighted mean. The reverse

@@ -1,12 +1,14 @@
 """sentence-transformers: losses of the example, equal to the package's, alone and in its Trainer."""
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tests.support.integrations import example, gradients, package, same_training
+from tests.support.integrations import ROOT, example, gradients, package, same_training
 
 st = package("sentence_transformers")
 package("datasets")
@@ -73,6 +75,32 @@ def test_inside_their_matryoshka_loss(bert) -> None:
 def test_their_cached_loss_has_our_value(bert) -> None:
     ours = example("with_sentence_transformers").RankingLoss(bert)
     agree(bert, ours, losses.CachedMultipleNegativesRankingLoss(bert, mini_batch_size=3), 3)
+
+
+def of_page(name: str) -> type[nn.Module]:
+    """A class of docs/integrations/sentence-transformers.md."""
+    page = (ROOT / "docs" / "integrations" / "sentence-transformers.md").read_text(encoding="utf-8")
+    scope: dict = {"__name__": "page"}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), scope)
+    return scope[name]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("size", [2, 100])
+def test_chunks(bert, count, size) -> None:
+    theirs = losses.CachedMultipleNegativesRankingLoss(bert, mini_batch_size=3)
+    agree(bert, of_page("CachedRankingLoss")(bert, chunk_size=size), theirs, count)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"margin": 0.05}, {"margin": 0.05, "rule": "relative"}])
+def test_guide(bert, count, options) -> None:
+    guide = copy.deepcopy(bert)
+    for parameter in guide.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    named = {"margin_strategy" if name == "rule" else name: value for name, value in options.items()}
+    theirs = losses.GISTEmbedLoss(bert, guide, temperature=0.05, **named)
+    agree(bert, of_page("GuidedLoss")(bert, guide, 0.05, **options), theirs, count)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -165,17 +165,17 @@ class ClusterInfoNCE(GroupModule):
       these, concatenated. Gradients flow into tensors that require them. Stored rows are never normalised, whatever
       ``normalize`` says, and bring their own clusters and ids. A queue that stores clusters requires ``clusters``. The
       rows of a queue without clusters are all negatives; unless tensors are in the list, it requires ``positives``.
-    - contrast_clusters: ``[M]`` integers, or bool ``[M, T]``, for the rows of tensors only. With ``clusters=None`` they are indices of
-      samples; a negative number means no sample. None: contrast i of the tensors has the cluster of anchor row i
-      (M >= rows); extra contrasts are negatives.
+    - contrast_clusters: ``[M]`` integers, or bool ``[M, T]``, for the rows of tensors only. With ``clusters=None`` they
+      are indices of samples; a negative number means no sample. None: contrast i of the tensors has the cluster of
+      anchor row i (M >= rows); extra contrasts are negatives.
     - ids, contrast_ids: ``[N]`` and, for the rows of tensors only, ``[M]`` integers. A pair of equal ids is
       inadmissible (an old copy of the sample itself). In self-contrast ``ids`` alone: rows of different samples with
       equal ids do not meet (duplicates).
     - keep_pairs: with two sets and no contrast_clusters, contrast i stays admissible for anchor row i although their
       ids are equal. contrast_ids=None then means the anchors' ids.
-    - groups, contrast_groups: ``[N]`` and ``[M]`` integers. Only pairs of one group are admissible; a negative number is
-      a group of the sample's own. contrast_groups=None: contrast i has the group of anchor row i (M = rows). Not with
-      queues or banks.
+    - groups, contrast_groups: ``[N]`` and ``[M]`` integers. Only pairs of one group are admissible; a negative number
+      is a group of the sample's own. contrast_groups=None: contrast i has the group of anchor row i (M = rows). Not
+      with queues or banks.
     - guide: a :class:`Guide`: pairs that it finds too similar and that are no positives are inadmissible. Not with
       queues or banks.
     - hard_negatives: ``[N, H, D]``, for views also ``[N, V, H, D]``: more negatives of each anchor, contrasts of that

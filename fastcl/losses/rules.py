@@ -53,8 +53,9 @@ def _tags(given: Tensors, found: Batch, rows: int, count: int, gathered: bool) -
     other = given.contrast_clusters
     if other is not None:
         check_tags("contrast_clusters", other, count, device, own)
-    alone = all(not kind for _, kind in found.parts)
-    if alone and not gathered:  # stored rows and other processes have all tags
+    if any(kind for _, kind in found.parts):
+        raise ValueError("clusters: expected integers with a queue or bank, which stores no tags, got tags")
+    if not gathered:  # other processes may share further tags
         own, other = shared_tags(own, other)
     own = packed(own)
     own = per_row(own, found.views)

@@ -115,7 +115,7 @@ def batch(given: Tensors, normalize: bool) -> Batch:
             check_bias(contrast_bias, sum(part.length() for part in parts), device)
         if ids is not None:
             check_ids("ids", ids, n, device)
-            if given.keep_pairs and contrast_ids is None:
+            if given.keep_pairs is True and contrast_ids is None:
                 contrast_ids = _of_pairs(ids, views, parts)
         _check_others(parts, rows, given, contrast_ids)
 

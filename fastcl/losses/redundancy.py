@@ -216,6 +216,9 @@ class NegativeCosineSimilarity(nn.Module):
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
         """The loss. The class describes shapes and errors."""
         return negative_cosine_similarity(x0, x1)

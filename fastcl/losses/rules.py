@@ -16,7 +16,7 @@ from .options import LossOptions
 def has_rules(given: Tensors) -> bool:
     some = (given.groups, given.contrast_groups, given.guide, given.hard_negatives)
     alone = given.contrasts is None and given.ids is not None
-    return alone or given.keep_pairs or are_tags(given.clusters) or any(one is not None for one in some)
+    return alone or given.keep_pairs is not False or are_tags(given.clusters) or any(one is not None for one in some)
 
 
 def ruled(given: Tensors, found: Batch, symmetric: bool, gather: bool | str) -> Batch:
@@ -171,7 +171,7 @@ RULES = ("groups", "contrast_groups", "guide", "hard_negatives", "keep_pairs")
 def check_rules(given: Tensors, options: LossOptions) -> None:
     """ValueError for rules that do not go with each other or with the options."""
     check_flag("keep_pairs", given.keep_pairs)
-    if given.keep_pairs:
+    if given.keep_pairs:  # checked to be a bool
         if given.contrasts is None:
             raise ValueError("keep_pairs: expected False for self-contrast (contrasts=None), got True")
         if given.contrast_clusters is not None:

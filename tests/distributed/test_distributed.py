@@ -207,6 +207,9 @@ def test_second_derivatives_are_right_or_raise(world: int) -> None:
     every = [results["penalised"] for results in found(world)]
     for name, expected in whole.items():
         parts = [part.pop(name) for part in every]
+        if isinstance(expected, str):  # SwAV and MSN rest on an operator without a second derivative
+            assert all("second derivatives are not supported" in said for said in (expected, *parts)), name
+            continue
         torch.testing.assert_close(torch.cat(parts), expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
     for part in every:
         for name, said in part.items():

@@ -448,7 +448,6 @@ X, R = torch.ones(4, 3), torch.ones(4, 2)
             r"contrast_assignments: expected shape \[3, 2\], got \[3, 5\]",
         ),
         ({"contrasts": fastcl.MemoryQueue(3, 3)}, ValueError, "contrasts: expected tensors"),
-        ({"gather": "ring"}, ValueError, "gather: expected False or True with assignments"),
         ({"return_stats": True}, ValueError, "return_stats: expected False with assignments"),
         ({"symmetric": True}, ValueError, "symmetric: expected False for self-contrast"),
         ({"contrast_bias": torch.ones(3)}, ValueError, r"contrast_bias: expected shape \[4\]"),

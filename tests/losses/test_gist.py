@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 import fastcl
 from fastcl import GISTEmbedLoss
 from fastcl.functional import gist_embed_loss
+from tests.support.backends import QUICK, running
 from tests.support.strategies import generator
 from tests.support.tolerances import check
 
@@ -23,6 +25,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"contrast_anchors": False},
     {"contrast_positives": False, "margin": 0.3},
 ]
+
+
+@pytest.fixture(params=QUICK)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backends that have the rules; `triton` lacks them."""
+    with running(request.param) as name:
+        yield name
 
 
 def cosines(left: Tensor, right: Tensor) -> Tensor:

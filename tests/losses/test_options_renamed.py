@@ -34,7 +34,7 @@ def test_other_unknown_arguments_and_signatures_stay() -> None:
     for kind in (fastcl.ClipLoss, fastcl.SwAVLoss, fastcl.MSNLoss, fastcl.SigLipLoss, fastcl.DCLWLoss):
         with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
             kind(other=1)
-    assert list(inspect.signature(fastcl.ClipLoss).parameters) == ["label_smoothing", "gather"]
+    assert list(inspect.signature(fastcl.ClipLoss).parameters) == ["label_smoothing", "gather", "group"]
 
 
 def test_names_of_other_libraries() -> None:

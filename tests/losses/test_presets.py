@@ -215,7 +215,11 @@ def test_contrast_mode_one_of_supcontrast_as_documented() -> None:
     log_prob = logits - logits.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
     expected = -(log_prob.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
     page = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "contrast_ids" in block)
+    (code,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        if "ids=torch.arange(8),\n    contrast_ids=one" in block
+    )
     made = {"features": features, "labels": labels}
     exec(re.sub(r"^features, labels = .*$", "", code, flags=re.MULTILINE), made)
     torch.testing.assert_close(made["loss"].double(), expected, rtol=1e-5, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,13 @@ from tests.support.tolerances import check
 
 RULES = ("tags", "clusters", "ids", "groups", "guide", "hard_negatives", "contrast_bias", "weights")
 OPTIONS = ("inside", "negatives", "margin", "symmetric", "inner products")
+
+
+@pytest.fixture(params=QUICK)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backends that have the rules; `triton` lacks them."""
+    with running(request.param) as name:
+        yield name
 
 
 @st.composite

@@ -152,14 +152,14 @@ def backward_arguments(case: str, backend: str, dtype: torch.dtype, needs: list[
 @pairs(case=CASES, backend=VARIANTS, dtype=DTYPES, needed=range(3))
 def test_opcheck_of_the_backward(case, dtype, needed, backend) -> None:
     whole = case == "everything"
-    present = [True, whole, True, case != "required", whole, False, False]
-    needs = (present, [True, *[False] * 6], [False, False, True, False, whole, False, False])[needed]
+    present = [True, whole, True, case != "required", whole, *[False] * 3]
+    needs = (present, [True, *[False] * 7], [False, False, True, False, whole, *[False] * 3])[needed]
     torch.library.opcheck(BACKWARD, backward_arguments(case, backend, dtype, needs))
 
 
 def test_opcheck_of_the_backward_with_inputs_that_need_gradients(backend) -> None:
     """All checks but the derivative, which raises (below)."""
-    arguments = list(backward_arguments("everything", backend, torch.float32, [True] * 5 + [False] * 2))
+    arguments = list(backward_arguments("everything", backend, torch.float32, [True] * 5 + [False] * 3))
     arguments[0].requires_grad_()
     torch.library.opcheck(
         BACKWARD, tuple(arguments), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
@@ -177,7 +177,7 @@ def test_gradients_have_the_strides_that_tracing_is_told(backend) -> None:
     fields, counts, parts, contrast_fields, contrast_counts, contrast_parts, *norms, _ = outputs = FORWARD(*arguments)
     saved = (counts, parts, contrast_counts, contrast_parts, *norms)
     gradients = (torch.ones_like(fields), torch.ones_like(contrast_fields))
-    for output in (*outputs, *BACKWARD(*arguments, *saved, *gradients, [True] * 5 + [False] * 2)):
+    for output in (*outputs, *BACKWARD(*arguments, *saved, *gradients, [True] * 5 + [False] * 3)):
         assert output.is_contiguous()
 
 

@@ -10,17 +10,19 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # tests/integrations has those of docs/integrations
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{i}")
-    for page in PAGES
-    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-]
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_python_blocks_of_the_documentation_run(code: str) -> None:
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_python_blocks_of_a_page_run(page: Path) -> None:
+    """One after another, as a reader would paste them."""
     torch.manual_seed(0)
-    exec(compile(code, "<documentation>", "exec"), {})
+    scope: dict[str, object] = {}
+    for k, block in enumerate(blocks(page)):
+        exec(compile(block, f"<{page.name}, block {k}>", "exec"), scope)
 
 
 @pytest.mark.parametrize("name", ["supcon.py", "own_loss.py", "pmsn.py", "moco.py"])

@@ -55,6 +55,12 @@ def test_in_batch_and_mined_negatives(bert, count) -> None:
     agree(bert, ranking(bert, scale=7.0), losses.MultipleNegativesRankingLoss(bert, scale=7.0), count)
 
 
+def test_inner_products(bert) -> None:
+    ours = example("with_sentence_transformers").RankingLoss(bert, scale=1.0, normalize=False)
+    theirs = losses.MultipleNegativesRankingLoss(bert, scale=1.0, similarity_fct=st.util.dot_score)
+    agree(bert, ours, theirs, 3)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_both_directions(bert, count) -> None:
     options = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..backends.rows import inverse_norms
 from ..library import once_differentiable, uncompiled, without_autocast
-from . import one_way
+from . import one_way, own_contrasts
 from .backend import Backend
 from .direct import stacked, taken_apart
 from .fields import log_sums
 from .observed import merge as merge_observed
 from .observed import nothing as nothing_observed
-from .op import BACKENDS, joined, swept_gradients, swept_statistics, with_joined
+from .op import BACKENDS, swept_gradients, swept_statistics
 from .records import (
     OF_ROWS,
     TENSORS,
@@ -248,7 +248,7 @@ class _Blocks:
             parts = self.exchange.collect(seen_contrasts.flatten(0, 1)).unflatten(1, seen_contrasts.shape[:2])
             own = own._replace(observed=reduce(merge_observed, parts.unbind()))
         empty = base.logit_scale.new_empty(0)
-        found = joined(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
+        found = own_contrasts.join(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
         self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes, contrasts=merged)
         return found
 
@@ -324,7 +324,7 @@ class _Blocks:
         own_bias = self.exchange.summed(d_bias) if call.bias_needs else None
         swept = Gradients(dx, None if self.alone else home, d_scale, own_bias)
         needs = own._replace(contrasts=call.contrasts_need, bias=call.bias_needs)
-        return with_joined(base, joined, grad, needs, swept), of_bias
+        return own_contrasts.add_gradients(base, joined, grad, needs, swept), of_bias
 
 
 class Layout(NamedTuple):

@@ -60,15 +60,6 @@ def nothing(like: Tensor, s: int, n: int) -> Tensor:
     return observed
 
 
-def one_positive(logits: Tensor) -> Tensor:
-    """The statistics [10, S, N] of rows with one positive each, whose logits [S, N] have no bias."""
-    observed = nothing(logits, *logits.shape)
-    for name in ("max_pos", "sum_pos", "lse", "plain_pos"):
-        part(observed, name).copy_(logits)
-    part(observed, "num_pos").fill_(1)
-    return observed
-
-
 def merge(one: Tensor, other: Tensor) -> Tensor:
     """The statistics [10, S, N] over the union of two disjoint sets of contrasts."""
     lse = torch.logaddexp(part(one, "lse"), part(other, "lse"))

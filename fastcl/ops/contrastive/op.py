@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..library import LIBRARY, intercepted, register, without_autocast
-from . import chunked, cpu, cuda, extra_positive, hard_negatives, infinite, linear, one_way, reference, triton
+from . import chunked, cpu, cuda, infinite, linear, one_way, own_contrasts, reference, triton
 from .backend import Backend
 from .observed import PARTS
 from .records import (
@@ -64,7 +64,7 @@ def parsed(args: Sequence[Any]) -> tuple[Problem, Backend]:
 def statistics(problem: Problem, backend: Backend) -> Statistics:
     """All wanted statistics."""
     with without_autocast(problem.device):
-        return joined(problem, swept_statistics(problem, backend))
+        return own_contrasts.join(problem, swept_statistics(problem, backend))
 
 
 def gradients(
@@ -73,22 +73,11 @@ def gradients(
     """The needed gradients, from those of the fields: `grad` [W, S, N], `grad_contrasts` [W, S, M]."""
     with without_autocast(problem.device):
         swept = swept_gradients(problem, backend, saved, grad, grad_contrasts, needs)
-        return with_joined(problem, saved, grad, needs, swept)
-
-
-def joined(problem: Problem, swept: Statistics) -> Statistics:
-    """The statistics with each anchor's extra positive and hard negatives."""
-    return hard_negatives.join(problem, extra_positive.join(problem, swept))
-
-
-def with_joined(problem: Problem, saved: Statistics, grad: Tensor, needs: Needs, swept: Gradients) -> Gradients:
-    """The gradients with those through the extra positive and the hard negatives."""
-    found = extra_positive.add_gradients(problem, saved, grad, needs, swept)
-    return hard_negatives.add_gradients(problem, saved, grad, needs, found)
+        return own_contrasts.add_gradients(problem, saved, grad, needs, swept)
 
 
 def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
-    """All wanted fields, without the extra positive."""
+    """All wanted fields, without the anchors' own contrasts."""
     if backend is not cpu or linear.FIELD in problem.want:  # the engine of `cpu` knows infinite rows itself
         problem = infinite.as_nan(problem)
     return linear.add(problem, one_way.forward(_swept(problem, backend), backend))
@@ -97,7 +86,7 @@ def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
 def swept_gradients(
     problem: Problem, backend: Backend, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs
 ) -> Gradients:
-    """Gradients of all wanted fields, without the extra positive."""
+    """Gradients of all wanted fields, without the anchors' own contrasts."""
     of_sides = linear.swept_gradient(problem, grad), linear.swept_gradient(problem, grad_contrasts)
     found = one_way.backward(_swept(problem, backend), backend, saved, *of_sides, needs)
     return linear.add_gradients(problem, saved, grad, grad_contrasts, needs, found)

@@ -116,7 +116,8 @@ def batch(given: Tensors, normalize: bool) -> Batch:
         if ids is not None:
             check_ids("ids", ids, n, device)
             if given.keep_pairs is True and contrast_ids is None:
-                contrast_ids = _of_pairs(ids, views, parts)
+                count = sum(part.length() for part in parts if part.stored is None)
+                contrast_ids = of_pairs(per_row(ids.to(torch.int64), views), count)
         _check_others(parts, rows, given, contrast_ids)
 
     if clusters is None:
@@ -139,7 +140,7 @@ def batch(given: Tensors, normalize: bool) -> Batch:
     elif tags_of_contrasts:
         of_tensors = anchor_clusters.new_full((count,), -1)
     else:
-        of_tensors = torch.cat((anchor_clusters, anchor_clusters.new_full((max(count - rows, 0),), -1)))[:count]
+        of_tensors = of_pairs(anchor_clusters, count)
     other_ids = None if contrast_ids is None else contrast_ids.to(torch.int64).clamp(min=-1)
     clustered = clusters is not None or any(part.stored is None for part in parts)
     stored = any(part.stored is not None for part in parts)
@@ -205,11 +206,16 @@ def with_shared_queue(rows: Batch, rank: int, size: int, reduction: str) -> Batc
 
     shares = {name: share(getattr(rows.contrasts, name)) for name in _TENSORS}
     contrasts = rows.contrasts._replace(**shares)  # type: ignore[arg-type]
-    bits = whole.detach().contiguous().view(torch.uint8).flatten()
-    places = torch.arange(len(bits), device=bits.device) % 65521 + 1
-    checksum = int((bits.long() * places).sum())
     lengths = (first, False), (mine.stop - mine.start, False)
-    return rows._replace(contrasts=contrasts, parts=lengths, shared=(k, checksum))
+    return rows._replace(contrasts=contrasts, parts=lengths, shared=(k, _checksum(whole)))
+
+
+def _checksum(rows: Tensor) -> int:
+    """A number that depends on the bits of rows [M, D] and on their order. It makes no copy of the rows."""
+    bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+    of_rows = bits.sum(1, dtype=torch.int64) % 2147483629  # a prime: the products below stay in int64's range
+    places = torch.arange(len(rows), device=rows.device) % 65521 + 1
+    return int((of_rows * places).sum())
 
 
 def offset(batch: Batch, anchors: Rows, contrasts: Rows | None, first: int) -> tuple[Rows, Rows | None]:
@@ -243,7 +249,7 @@ def aligned_clusters(samples: list[int], views: int, contrasts: list[int], devic
     found, first = [], 0
     for n, m in zip(samples, contrasts, strict=True):
         places = per_row(torch.arange(first, first + n, device=device), views)
-        found.append(torch.cat((places, places.new_full((max(m - places.shape[0], 0),), -1))))
+        found.append(of_pairs(places, m))
         first += n
     return torch.cat(found)
 
@@ -345,13 +351,6 @@ def _parts(contrasts: Contrasts, embeddings: Tensor) -> list[_Part]:
     return parts
 
 
-def _of_pairs(ids: Tensor, views: int, parts: list[_Part]) -> Tensor:
-    """The ids of the tensors' rows: contrast i has that of anchor row i, others none."""
-    count = sum(part.length() for part in parts if part.stored is None)
-    own = per_row(ids.to(torch.int64), views)
-    return torch.cat((own, own.new_full((max(count - len(own), 0),), -1)))[:count]
-
-
 def _check_others(parts: list[_Part], rows: int, given: Tensors, contrast_ids: Tensor | None) -> None:
     """Raises ValueError unless the contrasts have exactly the clusters and ids that the call needs."""
     clusters, positives, contrast_clusters, ids = given.clusters, given.positives, given.contrast_clusters, given.ids
@@ -414,3 +413,9 @@ def _joined(parts: list[_Part], name: str | None, own: Tensor | None) -> Tensor:
 def per_row(values: Tensor, views: int) -> Tensor:
     """[N, ...] -> [N * V, ...], sample-major."""
     return values if views == 1 else values[:, None].expand(-1, views, *values.shape[1:]).flatten(0, 1)
+
+
+def of_pairs(values: Tensor, count: int, missing: int = -1) -> Tensor:
+    """The values [count, ...] of contrasts of which contrast i belongs to anchor row i; `missing` for further ones."""
+    rest = values.new_full((max(count - values.shape[0], 0), *values.shape[1:]), missing)
+    return torch.cat((values, rest))[:count]

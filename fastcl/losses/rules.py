@@ -9,7 +9,7 @@ from ..checks import check_flag, check_ids, check_rows, check_tensor
 from ..guide import Guide, check_guide, with_guide
 from ..ops.contrastive.records import Rows
 from ..tags import are_tags, check_tags, packed, shared_tags
-from .batch import Batch, Tensors, per_row
+from .batch import Batch, Tensors, of_pairs, per_row
 from .options import LossOptions
 
 
@@ -61,11 +61,7 @@ def _tags(given: Tensors, found: Batch, rows: int, count: int, gathered: bool) -
     own = per_row(own, found.views)
     if found.contrasts is None:
         return own, own
-    if other is not None:
-        other = packed(other)
-    else:  # contrast i has those of anchor row i
-        other = torch.cat((own, own.new_zeros(max(count - rows, 0), own.shape[1])))[:count]
-    return own, other
+    return own, of_pairs(own, count, 0) if other is None else packed(other)
 
 
 def _groups(given: Tensors, found: Batch, rows: int, count: int, stored: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -92,11 +88,11 @@ def _groups(given: Tensors, found: Batch, rows: int, count: int, stored: bool) -
     check_ids("contrast_groups", given.contrast_groups, count, device)
     other = given.contrast_groups.to(torch.int64)
     private = per_row(torch.arange(-2, -2 - n, -1, device=device), found.views)
-    private = torch.cat((private, private.new_full((max(count - rows, 0),), -1)))[:count]
-    return own, torch.where(other < 0, private, other)
+    return own, torch.where(other < 0, of_pairs(private, count), other)
 
 
 def _samples(given: Tensors, found: Batch, rows: int, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """Numbers of samples whose pairs stay although their ids are equal."""
     device = found.anchors.values.device
     if found.contrasts is None:
         if given.ids is None or found.views == 1:  # the diagonal is left out in any case
@@ -105,19 +101,9 @@ def _samples(given: Tensors, found: Batch, rows: int, count: int) -> tuple[Tenso
         return own, own
     if not given.keep_pairs:
         return None, None
-    total = len(found.contrasts.values)
     places = torch.arange(rows, device=device)
-    if count == total:
-        pairs = torch.cat((places, places.new_full((max(count - rows, 0),), -1)))[:count]
-        return places, pairs
-    pieces, taken = [], 0
-    for length, kind in found.parts:
-        piece = places.new_full((length,), -1)
-        if not kind:
-            paired = min(max(rows - taken, 0), length)
-            piece = torch.cat((places[taken : taken + paired], piece[paired:]))
-            taken += length
-        pieces.append(piece)
+    of_tensors = iter(of_pairs(places, count).split([length for length, kind in found.parts if not kind]))
+    pieces = [places.new_full((length,), -1) if kind else next(of_tensors) for length, kind in found.parts]
     return places, torch.cat(pieces)
 
 

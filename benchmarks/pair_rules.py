@@ -182,11 +182,5 @@ def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
 
 def run(folder: Path, device: torch.device, quick: bool, circumstances: str, only: str = "") -> list[Row]:
     """Measures the suite and writes its rows and page into `folder`."""
-    rows = [
-        row
-        for case in (QUICK if quick else CASES)
-        if only in case.name
-        for row in measure(case, device, rounds=(3, 15), seconds=0.5 if quick else 2.0)
-    ]
-    side_by_side.write(folder, SUITE, rows, side_by_side.page("Rules about pairs", rows, circumstances, NOTE))
-    return rows
+    cases = [case for case in (QUICK if quick else CASES) if only in case.name]
+    return side_by_side.run(cases, measure, device, quick, folder, SUITE, "Rules about pairs", circumstances, NOTE)

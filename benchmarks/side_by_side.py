@@ -98,3 +98,24 @@ def write(folder: Path, suite: str, rows: Iterable[Row], text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{suite}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{suite}.md").write_text(text)
+
+
+def run(
+    cases: Iterable[Any],
+    measured: Callable[..., list[Row]],
+    device: torch.device,
+    quick: bool,
+    folder: Path,
+    suite: str,
+    title: str,
+    circumstances: str,
+    note: str,
+) -> list[Row]:
+    """Measures the cases of a suite and writes its rows and page into `folder`.
+
+    measured: a suite's `measure`, which returns the rows of a case.
+    """
+    effort = {"rounds": (3, 15), "seconds": 0.5 if quick else 2.0}
+    rows = [row for case in cases for row in measured(case, device, **effort)]
+    write(folder, suite, rows, page(title, rows, circumstances, note))
+    return rows

@@ -37,15 +37,16 @@ class _Distillation(ExactModule, GroupModule):
 
     def __init__(
         self,
-        num_prototypes: int,
-        student_temperature: float,
-        teacher_temperature: float,
-        centering: str,
-        center_momentum: float,
-        n_iters: int,
-        prior: Prior | None,
-        gather: bool,
-        group: Any,
+        num_prototypes: int = 65536,
+        *,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        centering: str = "mean",
+        center_momentum: float = 0.9,
+        n_iters: int = 3,
+        prior: Prior | None = None,
+        gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.num_prototypes = check_count("num_prototypes", num_prototypes)
@@ -160,9 +161,9 @@ class DINOLoss(_Distillation):
         centering: ``"mean"`` or ``"sinkhorn"``.
         center_momentum: momentum of the mean. The buffer ``center`` is moved after each forward in training mode.
         n_iters, prior: of Sinkhorn. The prior: None (uniform), ``[K]``, or a function that is called with K.
-        gather: assignments, and the mean, over the rows of all processes of the default group; no effect without a
-            group. Each process returns W times its share, so that after DDP's averaging the gradient is that of the
-            whole batch.
+        gather: assignments, and the mean, over the rows of all processes of a group; no effect without one. Each
+            process returns W times its share, so that after DDP's averaging the gradient is that of the whole batch.
+        group: a process group for ``gather``; None: the default one.
 
     Shapes of ``forward(student, teacher, *, teacher_temperature=None)``: lists of crops, each scores ``[B, K]`` or a
     tuple (features ``[B, D]``, prototypes ``[K, D]``), from which no B x K matrix is formed. The first crops of the
@@ -176,31 +177,6 @@ class DINOLoss(_Distillation):
     Source: Caron et al., "Emerging properties in self-supervised vision transformers" (2021); Oquab et al., "DINOv2:
     learning robust visual features without supervision" (2023).
     """
-
-    def __init__(
-        self,
-        num_prototypes: int = 65536,
-        *,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.04,
-        centering: str = "mean",
-        center_momentum: float = 0.9,
-        n_iters: int = 3,
-        prior: Prior | None = None,
-        gather: bool = False,
-        group: Any = None,
-    ) -> None:
-        super().__init__(
-            num_prototypes,
-            student_temperature,
-            teacher_temperature,
-            centering,
-            center_momentum,
-            n_iters,
-            prior,
-            gather,
-            group,
-        )
 
     def forward(
         self, student: Sequence[Crop], teacher: Sequence[Crop], *, teacher_temperature: float | None = None
@@ -252,31 +228,6 @@ class IBOTLoss(_Distillation):
 
     Source: Zhou et al., "iBOT: image BERT pre-training with online tokenizer" (2022).
     """
-
-    def __init__(
-        self,
-        num_prototypes: int = 65536,
-        *,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.04,
-        centering: str = "mean",
-        center_momentum: float = 0.9,
-        n_iters: int = 3,
-        prior: Prior | None = None,
-        gather: bool = False,
-        group: Any = None,
-    ) -> None:
-        super().__init__(
-            num_prototypes,
-            student_temperature,
-            teacher_temperature,
-            centering,
-            center_momentum,
-            n_iters,
-            prior,
-            gather,
-            group,
-        )
 
     def forward(
         self, student: Crop, teacher: Crop, mask: Tensor, *, teacher_temperature: float | None = None
@@ -352,14 +303,13 @@ class CapiLoss(_Distillation):
     ) -> None:
         super().__init__(
             num_prototypes,
-            student_temperature,
-            teacher_temperature,
-            "sinkhorn",
-            0.0,
-            n_iters,
-            prior,
-            gather,
-            group,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            centering="sinkhorn",
+            n_iters=n_iters,
+            prior=prior,
+            gather=gather,
+            group=group,
         )
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None = None) -> Tensor:

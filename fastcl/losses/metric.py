@@ -22,6 +22,7 @@ from ..checks import (
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..statistics import contrastive_stats
 from ..swept import ContrastiveStats
+from .formulas import log1p_exp
 from .modules import loss_dtype, reduced
 from .options import REDUCTIONS
 
@@ -91,7 +92,7 @@ def proxy_anchor_loss(
     _check_classes(embeddings, labels, prototypes)
     classes = torch.arange(prototypes.shape[0], device=prototypes.device)
     stats = _pulled_and_pushed(prototypes, embeddings, classes, labels, alpha, alpha)
-    pull, push = _log1p_exp(stats[0] + alpha * margin), _log1p_exp(stats[1] + alpha * margin)
+    pull, push = log1p_exp(stats[0] + alpha * margin), log1p_exp(stats[1] + alpha * margin)
     pull, push = (terms.to(loss_dtype(embeddings)) for terms in (pull, push))
     if reduction == "none":
         return pull + push
@@ -137,7 +138,7 @@ def multi_similarity_loss(
     lse_pos, lse_neg, _ = _pulled_and_pushed(
         embeddings, contrasts, labels, contrast_labels, alpha, beta, ids, contrast_ids
     )
-    terms = _log1p_exp(lse_pos + alpha * base) / alpha + _log1p_exp(lse_neg - beta * base) / beta
+    terms = log1p_exp(lse_pos + alpha * base) / alpha + log1p_exp(lse_neg - beta * base) / beta
     return reduced(terms, reduction, embeddings)
 
 
@@ -431,8 +432,4 @@ def _pulled_and_pushed(
 def _cross_entropy(stats: ContrastiveStats, target: Tensor, reduction: str, embeddings: Tensor) -> Tensor:
     """Of the target's logits, beside those of the other classes. Nothing cancels as the target wins."""
     assert stats.lse_neg is not None
-    return reduced(_log1p_exp(stats.lse_neg - target), reduction, embeddings)
-
-
-def _log1p_exp(logits: Tensor) -> Tensor:
-    return torch.logaddexp(logits, torch.zeros_like(logits))
+    return reduced(log1p_exp(stats.lse_neg - target), reduction, embeddings)

@@ -108,7 +108,7 @@ class VICRegLoss(GroupModule):
     Args:
         lambda_param, mu_param, nu_param: the weights of the three terms, any finite numbers.
         eps: > 0.
-        gather: variances and covariances over the rows of all processes of the default group; no effect without a
+        gather: variances and covariances over the rows of all processes of a group; no effect without a
             group. Memory is then O(D^2). Each process returns the loss of the whole batch, whose gradient DDP averages
             to that of one process with all rows.
 

@@ -1,4 +1,4 @@
-"""Who may meet whom: tags, duplicates, groups, guides and hard negatives, alone and together, against dense masks."""
+"""Rules about pairs (tags, duplicates, groups, guides, hard negatives), alone and combined, against dense masks."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def other_losses(gather: Any, rank: int | None, world: int, group: Any = None, s
             temperature, form="pairs", symmetric=True, **how
         )(z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2),
         "an instance each": lambda: fastcl.ClusterInfoNCE(temperature, **how)(z0, ids, contrasts=[z1, bank]),
-        "nobody has a positive": lambda: fastcl.ClusterInfoNCE(temperature, **how)(z0, ids),
+        "no row has a positive": lambda: fastcl.ClusterInfoNCE(temperature, **how)(z0, ids),
         "assignments": lambda: fastcl.ClusterInfoNCE(temperature, **how)(features, assignments=assigned),
         "assignments, both ways": lambda: fastcl.ClusterInfoNCE(temperature, **how, symmetric=True)(
             z0, assignments=assigned, contrasts=z1, contrast_bias=bias, ids=ids % 4, contrast_ids=ids % 3

@@ -171,7 +171,8 @@ def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
     dtype = p.dtype
     scales, bias = p.logit_scale.to(dtype).reshape(-1), p.others.bias
     # If only the anchors need a gradient, as with a queue, the forward can save the backward its sweep.
-    unusual = p.ruled or p.hard_negatives is not None
+    family = p.family
+    unusual = family == "pair_rules" or p.hard_negatives is not None
     anchors_only = (
         contrasts is not None
         and torch.is_grad_enabled()
@@ -186,7 +187,7 @@ def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
     problem = Problem(
         anchors, contrasts, p.positives, scales, want, p.both, anchors_only, p.observe, hard_negatives=hard
     )
-    return *flatten(problem), choose_backend(p.device, dtype, p.family)
+    return *flatten(problem), choose_backend(p.device, dtype, family)
 
 
 def _is_intercepted(p: Problem) -> bool:

@@ -299,8 +299,10 @@ template <class Mul> struct Sweep {
       read_row(side.rows, row, d, x);
       for (int64_t k = 0; power != 1 && k < d; k++) x[k] *= power;
       factor *= power;
-      const double along = dot<double>(x, g, d) / dot<double>(x, x, d); // in double, because g and along * x may cancel
-      for (int64_t k = 0; k < d; k++) g[k] = T(factor * (double(g[k]) - along * double(x[k])));
+      const T square = dot<T>(x, x, d), along = dot<T>(x, g, d) / square;
+      for (int64_t k = 0; k < d; k++) g[k] -= along * x[k];
+      const T rest = dot<T>(x, g, d) / square; // the two cancel where g is parallel to x, and leave a rounding error of g
+      for (int64_t k = 0; k < d; k++) g[k] = factor * (g[k] - rest * x[k]);
     } else
       for (int64_t k = 0; k < d; k++) g[k] *= factor;
   }

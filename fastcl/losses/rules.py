@@ -14,9 +14,15 @@ from .options import LossOptions
 
 
 def has_rules(given: Tensors) -> bool:
-    some = (given.groups, given.contrast_groups, given.guide, given.hard_negatives)
-    alone = given.contrasts is None and given.ids is not None
-    return alone or given.keep_pairs is not False or are_tags(given.clusters) or any(one is not None for one in some)
+    return (
+        given.groups is not None
+        or given.contrast_groups is not None
+        or given.guide is not None
+        or given.hard_negatives is not None
+        or given.keep_pairs is not False
+        or (given.contrasts is None and given.ids is not None)
+        or (given.clusters is not None and are_tags(given.clusters))
+    )
 
 
 def ruled(given: Tensors, found: Batch, symmetric: bool, gather: bool | str) -> Batch:

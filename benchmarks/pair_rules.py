@@ -27,8 +27,8 @@ NOTE = (
     "float32. A step computes ClusterInfoNCE's loss and the gradient of the embeddings. Tags: 64, three a row; many "
     "tags: 10,000, ten a row, without eager masks, which need a product of their own. Groups: N / 512 of 512 rows. "
     "Duplicates: four rows to an id, two views. Guide: rows of 64 numbers; the dense masks allow the 1e-6 that `Guide` "
-    "documents. Hard negatives: 4 an anchor. Without the rule: the same rows with clusters of as many positives (tags), "
-    "or the same clusters. Eager has dense masks."
+    "documents. Hard negatives: 4 an anchor. Without the rule: the same rows with clusters of as many positives (tags) "
+    "or with the same clusters. Eager has dense masks."
 )
 
 

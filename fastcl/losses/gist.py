@@ -40,7 +40,7 @@ class GISTEmbedLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. ``gather`` is not supported: use
-        ``ClusterInfoNCE`` with ``guide`` and ``gather``.
+            ``ClusterInfoNCE`` with ``guide`` and ``gather``.
     """
 
     def __init__(

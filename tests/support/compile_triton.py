@@ -34,7 +34,8 @@ POINTERS = {
     "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
     "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
     "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
-    "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
+    **{f"{side}_{name}": "*i64" for side in ("ROW", "COLUMN") for name in ("CLUSTERS", "IDS", "SAMPLES", "TAGS")},
+    "WORDS": "i32", "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
@@ -55,6 +56,9 @@ KERNELS = {
     "soft_forward": "soft_statistics_kernel",
     "soft_backward": "soft_gradient_kernel",
     "pairs": "pair_kernel",
+    "ruled_forward": "ruled_statistics_kernel",
+    "ruled_backward": "ruled_gradient_kernel",
+    "ruled_observation": "ruled_observation_kernel",
 }
 WHOLE_ROWS = ("rows", "finish", "join")
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -73,13 +77,15 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         distances, weighted = job["flags"]["KIND"] >= 2, "GRADIENT" not in job["absent"]
         tf32 = job["precision"] == "tf32"
         shape = pairs_triton.tile_for(distances, weighted, job["architecture"], dtype, d, tf32)
-    elif job["kind"] not in (*triton_tiles.KINDS, "observation"):
+    elif "tile" in job:
+        shape = triton_tiles.Tile(*job["tile"])
+    elif job["kind"] not in (*triton_tiles.KINDS, *triton_tiles.RULED, "observation", "ruled_observation"):
         shape = triton_tiles.ROWS_AT_ONCE
     elif "tile" in job:
         shape = triton_tiles.Tile(*job["tile"])
     else:
-        observing = job["kind"] == "observation"
-        kind = "running" if observing else job["kind"]
+        observing = job["kind"].endswith("observation")
+        kind = {"observation": "running", "ruled_observation": "ruled_forward"}.get(job["kind"], job["kind"])
         of_masks = careful or observing
         tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
         shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split)
@@ -92,6 +98,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
         "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
         "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
+        "GUIDE": 512, "BLOCK_G": triton_tiles.guide_width(getattr(torch, job.get("guide", "float32"))),
+        "GUIDE_PRECISION": "ieee" if "guide" in job or job["architecture"] < 90 else "tf32x3",
         "ASSIGNMENT_PRECISION": job.get("precision", "ieee") if "assignments" not in job else "ieee",
     } | job.get("flags", {})  # fmt: skip
     absent = set(job.get("absent", ()))
@@ -107,11 +115,14 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
             continue
         of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS")
         of_assignments = name in ("R", "Q") and "assignments" in job
+        of_guide = name in ("ROW_GUIDE", "COLUMN_GUIDE") and "guide" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
+        dtype_of = job["guide"] if of_guide else dtype_of
         signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
         if name not in (
             "N",
             "M",
+            "WORDS",
             "SPAN",
             "K",
             "POS_MARGIN",

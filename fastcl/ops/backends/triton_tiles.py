@@ -12,6 +12,10 @@ import torch
 
 WHOLE = 256  # a tile holds whole rows of at most this many numbers; longer rows are streamed, and their gradients split
 KINDS = ("forward", "running", "two_way", "weighted", "backward")
+RULED = {
+    "ruled_forward": "running",
+    "ruled_backward": "backward",
+}  # kernels with rules, and whose shapes they start from
 # A device between two of these architectures uses the older one's shapes, a newer device the last one's.
 ARCHITECTURES = (80, 90, 100)
 
@@ -57,6 +61,9 @@ def tile(
     are multiplied as TF32. split: or as three products in TF32, which takes
     an architecture of at least 90.
     """
+    if kind in RULED:  # every tile is masked
+        found = tile(RULED[kind], architecture, dtype, d, True, tf32, interpreted, split)
+        return found if interpreted else found._replace(warps=8 if kind == "ruled_backward" else 4)
     sums = kind in ("weighted", "backward")
     if interpreted:
         part = d if d <= WHOLE // 2 else min(d & -d, 512)
@@ -69,6 +76,11 @@ def tile(
     if sums:
         return _half_sums(known, d, careful)
     return _half(kind, known, d, careful)
+
+
+def guide_width(dtype: torch.dtype) -> int:
+    """How many of a guide row's numbers one step of its product takes."""
+    return 64 if dtype.itemsize == 2 else 32
 
 
 def neighbours(shape: Tile) -> list[Tile]:

@@ -12,10 +12,8 @@ import torch
 
 WHOLE = 256  # a tile holds whole rows of at most this many numbers; longer rows are streamed, and their gradients split
 KINDS = ("forward", "running", "two_way", "weighted", "backward")
-RULED = {
-    "ruled_forward": "running",
-    "ruled_backward": "backward",
-}  # kernels with rules, and whose shapes they start from
+# Kernels with rules about pairs, and the kernel whose shape each takes, with eight warps.
+RULED = {"ruled_forward": "running", "ruled_backward": "backward"}
 # A device between two of these architectures uses the older one's shapes, a newer device the last one's.
 ARCHITECTURES = (80, 90, 100)
 
@@ -61,9 +59,9 @@ def tile(
     are multiplied as TF32. split: or as three products in TF32, which takes
     an architecture of at least 90.
     """
-    if kind in RULED:  # every tile is masked
+    if kind in RULED:  # every tile is masked, and half as many warps would spill
         found = tile(RULED[kind], architecture, dtype, d, True, tf32, interpreted, split)
-        return found if interpreted else found._replace(warps=8 if kind == "ruled_backward" else 4)
+        return found._replace(warps=8)
     sums = kind in ("weighted", "backward")
     if interpreted:
         part = d if d <= WHOLE // 2 else min(d & -d, 512)

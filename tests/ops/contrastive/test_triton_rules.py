@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fastcl
 from fastcl.ops.backends import triton_launch, triton_tiles
 from fastcl.ops.contrastive import op
 from fastcl.ops.contrastive.records import Needs, Problem, Rows
@@ -146,21 +145,33 @@ def agrees_with_reference(p: Problem) -> dict[str, Tensor]:
     assert set(gradients) == set(true_gradients)
     for name, value in true_gradients.items():
         size = max(value.norm(), cancelling[name].norm(), torch.tensor(1.0))
+        if name == "logit_scale":  # a sum over all rows, whose terms cancel
+            size = max(size, cancelling["anchors"].norm() / p.logit_scale.abs().amin())
         resolution = RESOLUTION[p.anchors.values.dtype if name in ("anchors", "contrasts") else torch.float32]
         error = (gradients[name].double() - value).norm() / size
         assert error < 2 * resolution, f"{name}: {error:.2e}"
     return truth
 
 
-ALONE = [(one,) for one in RULES[1:4]] + [("clusters", "guide"), ("clusters", "ids", "samples")]
+# Each rule alone; a guide and samples need another one beside them. N rows, and M contrasts or None for self-contrast.
+CASES = [
+    (("tags",), 40, 70),
+    (("groups",), 70, None),
+    (("ids",), 40, None),
+    (("clusters", "guide"), 40, 30),
+    (("ids", "samples"), 70, 30),
+    (("tags", "groups", "guide"), 40, None),
+    (RULES, 40, None),
+    (RULES, 30, 70),
+]
 
 
-@pytest.mark.parametrize("m", [None, 75])
-@pytest.mark.parametrize("chosen", [*ALONE, ("tags", "groups", "guide"), RULES], ids="-".join)
-def test_each_rule_is_that_of_the_reference(chosen: tuple[str, ...], m: int | None) -> None:
-    truth = agrees_with_reference(problem(chosen, m=m))
+@pytest.mark.parametrize(("chosen", "n", "m"), CASES)
+def test_each_rule_is_that_of_the_reference(chosen: tuple[str, ...], n: int, m: int | None) -> None:
+    truth = agrees_with_reference(problem(chosen, n, m))
     positives, negatives = truth["counts"]
-    assert (negatives < (m or 70) - positives - 1).any() or chosen == ("tags",)  # the rule leaves out pairs
+    whole = n - 1 if m is None else m
+    assert (positives + negatives < whole).any() or chosen == ("tags",)  # the rule leaves out pairs
     assert positives.any() == any(rule in chosen for rule in ("clusters", "tags"))
 
 
@@ -169,36 +180,48 @@ def problems(draw: st.DrawFn) -> Problem:
     chosen = tuple(draw(st.sets(st.sampled_from(RULES), min_size=1)))
     scales = draw(st.sampled_from(((4.0,), (4.0, -9.0))))
     return problem(
-        chosen, draw(st.integers(1, 70)), draw(st.none() | st.integers(1, 70)), draw(st.sampled_from((1, 8, 17))),
+        chosen, draw(st.integers(1, 40)), draw(st.none() | st.integers(1, 66)), draw(st.sampled_from((1, 8, 17))),
         draw(st.sampled_from(list(RESOLUTION))), draw(st.integers(1, 3)), draw(st.integers(0, 2**20)),
         draw(st.booleans()), scales,
     )  # fmt: skip
 
 
-@settings(max_examples=10)
+@settings(max_examples=3)
 @given(p=problems())
 def test_combinations_are_those_of_the_reference(p: Problem) -> None:
     if p.ruled:
         agrees_with_reference(p)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [None, 75])
+@pytest.mark.parametrize(("dtype", "m"), [(torch.bfloat16, None), (torch.float16, 66)])
 def test_converged_rows_in_half_precision(dtype: torch.dtype, m: int | None) -> None:
-    agrees_with_reference(problem(m=m, dtype=dtype, converged=True, words=3, seed=1))
+    agrees_with_reference(problem(n=40, m=m, dtype=dtype, converged=True, words=3, seed=1, observe=False))
+
+
+@pytest.mark.parametrize("changes", [{}, {"hard_negatives": torch.zeros(5, 0, 17)}])
+def test_gradients_that_are_added_to_are_not_rounded(changes: dict[str, Any]) -> None:
+    """Two directions with a guide are two sweeps, and hard negatives add to the anchors' gradient."""
+    chosen, both = (("tags",), False) if changes else (("clusters", "guide"), True)
+    p = problem(chosen, 5, 6, dtype=torch.bfloat16, both=both, observe=False, partial=False, **changes)
+    assert p.contrasts is not None
+    if both:
+        p = replace(p, contrasts=p.contrasts._replace(thresholds=torch.zeros(6)))
+    _, gradients = computed(p, "triton")
+    assert gradients["anchors"].dtype == gradients["contrasts"].dtype == torch.float32
+    agrees_with_reference(p)
 
 
 def test_long_rows_and_guides() -> None:
     """Rows and guide rows that are streamed along their numbers."""
-    p = problem(("clusters", "groups", "guide"), 20, 70, 300, observe=False)
-    guide = torch.randn(20, 300, generator=generator(3)), torch.randn(70, 300, generator=generator(4))
+    p = problem(("clusters", "groups", "guide"), 20, 40, 130, observe=False)
+    guide = torch.randn(20, 130, generator=generator(3)), torch.randn(40, 130, generator=generator(4))
     assert p.contrasts is not None
     agrees_with_reference(
         replace(p, anchors=p.anchors._replace(guide=guide[0]), contrasts=p.contrasts._replace(guide=guide[1]))
     )
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(call=calls(12))
 def test_losses_are_those_of_dense_masks(call: Any) -> None:
     with running("triton"):
@@ -207,23 +230,38 @@ def test_losses_are_those_of_dense_masks(call: Any) -> None:
 
 def test_all_rules_in_a_loss() -> None:
     with running("triton"):
-        agrees(ruled_call(COMBINATIONS["all"], set(), "views", 35, 17, 2, 5, 70, 5, True))
+        agrees(ruled_call(COMBINATIONS["all"], set(), "views", 20, 17, 2, 5, 70, 5, True))
 
 
-def test_it_may_be_named() -> None:
-    z, tags = torch.randn(5, 4), torch.ones(5, 2, dtype=torch.bool)
-    with fastcl.use_backend("triton"):
-        assert fastcl.contrastive_stats(z, anchor_clusters=tags, want=("lse_all",)).num_pos.tolist() == [4] * 5
+def test_nan_is_treated_as_by_the_reference() -> None:
+    """A row of NaN makes its logits NaN. A guide row of NaN filters nothing, and neither does a threshold of NaN."""
+    p = problem(("clusters", "guide"), 40, 30, observe=False)
+    assert p.contrasts is not None
+    values, guide, thresholds, other = (
+        rows.clone()
+        for rows in (p.anchors.values, p.anchors.guide, p.anchors.thresholds, p.contrasts.guide)
+        if rows is not None
+    )
+    values[3] = guide[5] = thresholds[7] = other[9] = torch.nan
+    anchors = p.anchors._replace(values=values, guide=guide, thresholds=thresholds)
+    p = replace(p, anchors=anchors, contrasts=p.contrasts._replace(guide=other))
+    truth, expected = computed(in_float64(p), "reference")
+    got, gradients = computed(p, "triton")
+    assert truth["lse_all"].isnan().sum() == 1
+    assert truth["counts"][:, [5, 7]].sum(0).tolist() == [30, 30]
+    for found, others in ((got, truth), (gradients, expected)):
+        for name, value in others.items():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 def test_rows_of_no_group_and_of_none_shared() -> None:
     """Their sets are empty: fields of nothing, and no gradient."""
-    p = problem(("clusters", "groups"), 70, 66, both=False, observe=False)
+    p = problem(("clusters", "groups"), 20, 30, both=False, observe=False)
     assert p.contrasts is not None
     alone = replace(
         p,
-        anchors=p.anchors._replace(groups=torch.full((70,), -1)),
-        contrasts=p.contrasts._replace(groups=torch.arange(66) % 3 - 1),
+        anchors=p.anchors._replace(groups=torch.full((20,), -1)),
+        contrasts=p.contrasts._replace(groups=torch.arange(30) % 3 - 1),
     )
     values, gradients = computed(alone, "triton")
     assert values["counts"].eq(0).all()
@@ -254,26 +292,25 @@ def test_tiles_outside_of_a_group_are_not_visited(monkeypatch) -> None:
         return tile(*arguments, **named)
 
     monkeypatch.setitem(kernel.__globals__, "ruled_tile", counting)
-    p = problem(("groups",), 256, None, observe=False)
-    op.statistics(replace(p, anchors=p.anchors._replace(groups=torch.arange(256) % 4)), op.BACKENDS["triton"])
-    assert len(visited) == 4  # of 16 tiles of 64 x 64
+    p = problem(("groups",), 192, None)
+    computed(replace(p, anchors=p.anchors._replace(groups=torch.arange(192) % 3)), "triton")
+    assert len(visited) == 3 * 3  # of 9 tiles of 64 x 64, by the forward, the backward and the observed statistics
 
 
-@pytest.mark.parametrize("m", [None, 200])
-def test_parts_of_the_columns_are_joined(m: int | None, monkeypatch) -> None:
+def test_parts_of_the_columns_are_joined(monkeypatch) -> None:
     """With few rows several programs share a row block's columns."""
     monkeypatch.setattr(triton_rows, "FEWEST_TILES", 1)
     monkeypatch.setattr(triton_rows, "programs", lambda device: 16)
     seen = launched(monkeypatch)
-    agrees_with_reference(problem(("tags", "groups", "guide"), 70 if m else 130, m, observe=False))
-    grids = {name: grid[-1] for name, grid in seen if name in ("ruled_statistics_kernel", "ruled_gradient_kernel")}
-    assert min(grids.values()) > 1
+    agrees_with_reference(problem(("tags", "groups", "guide"), 20, 130, observe=False))
+    parts = [grid[-1] for name, grid in seen if name in ("ruled_statistics_kernel", "ruled_gradient_kernel")]
+    assert parts == [3, 3, 1]  # 130 contrasts are three blocks; the gradient of the contrasts has one block of columns
 
 
 def test_one_sweep_serves_both_sides_without_a_guide_and_bias(monkeypatch) -> None:
     seen = launched(monkeypatch)
     for chosen, sweeps in ((("tags", "ids"), 1), (("clusters", "guide"), 2)):
-        p = problem(chosen, 20, None, observe=False)
+        p = problem(chosen, 5, None, observe=False)
         seen.clear()
         computed(p, "triton")
         assert [name for name, _ in seen].count("ruled_gradient_kernel") == sweeps
@@ -281,23 +318,23 @@ def test_one_sweep_serves_both_sides_without_a_guide_and_bias(monkeypatch) -> No
 
 def test_problems_without_rules_keep_their_kernels(monkeypatch) -> None:
     seen = launched(monkeypatch)
-    computed(problem(("clusters", "bias"), 20, 30), "triton")
+    computed(problem(("clusters",), 5, None), "triton")
     assert not [name for name, _ in seen if name.startswith("ruled")]
-    assert {"two_way_kernel", "gradient_kernel", "observation_kernel"} <= {name for name, _ in seen}
+    assert {"statistics_kernel", "gradient_kernel", "observation_kernel"} <= {name for name, _ in seen}
 
 
 def test_precision_of_products_does_not_move_the_threshold() -> None:
     """PyTorch's precision for float32 products rounds logits, but which pairs count stays."""
-    p = problem(("clusters", "guide"), 70, 75, observe=False)
+    p = problem(("clusters", "guide"), 20, 40, observe=False)
     before = torch.get_float32_matmul_precision()
-    exact = computed(p, "triton")[0]
+    exact = op.statistics(p, op.BACKENDS["triton"]).anchors
     try:
         torch.set_float32_matmul_precision("high")
-        rough = computed(p, "triton")[0]
+        rough = op.statistics(p, op.BACKENDS["triton"]).anchors
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(exact["counts"], rough["counts"])
-    assert not torch.equal(exact["lse_all"], rough["lse_all"])
+    assert torch.equal(exact.counts, rough.counts)
+    assert not torch.equal(exact.fields, rough.fields)
 
 
 def test_every_kind_has_a_tile_that_rounds_logits_alike() -> None:

@@ -229,9 +229,7 @@ def finish(
 ) -> Tensor:
     """The gradient in the caller's order, through the normalisation; rounded unless more is added to it."""
     n, width = rows.rows.shape
-    out = torch.empty(
-        source.shape, dtype=p.dtype if p.partial or p.positives is not None else source.dtype, device=source.device
-    )
+    out = torch.empty(source.shape, dtype=p.dtype if p.unrounded else source.dtype, device=source.device)
     shape = row_tile(width, INTERPRETED)
     triton_launch.launch(
         "finish_kernel",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...backends import triton_launch, triton_tuning
+from ...backends.ids import places_of_ids
 from ...backends.rows import NORM_FLOOR
 from ...backends.triton_launch import (
     INTERPRETED,
@@ -25,8 +26,11 @@ from ..kept import Layout, Store, sums_are_kept
 from ..records import Problem, Rows
 
 PROGRAMS_AT_ONCE = 2  # on a multiprocessor
-RULES = ("CLUSTERS", "IDS", "SAMPLES", "TAGS", "GUIDE", "GUIDE_NORMS", "THRESHOLDS")  # arguments of ROW_ and COLUMN_
 FEWEST_TILES = 64  # of a program; fewer would not pay for joining the parts
+
+# Data of rows that the kernels with rules compare, as int32 names, and their arguments ROW_* and COLUMN_*.
+NAMED = ("clusters", "ids", "samples")
+RULES = ("CLUSTERS", "IDS", "SAMPLES", "TAGS", "GUIDE", "GUIDE_NORMS", "THRESHOLDS")
 
 
 def has_rules(p: Problem) -> bool:
@@ -44,14 +48,20 @@ def sorted_by(p: Problem, rows: Rows) -> Tensor | None:
 
 def kept(p: Problem) -> Layout:
     """What the forward saves, by name: the order of rows, their clusters and names, and for each side the bases (to
-    base 2) of the sums over all, negatives and positives; or, if `sums_are_kept`, the weighted sums in that order."""
+    base 2) of the sums over all, negatives and positives; or, if `sums_are_kept`, the weighted sums in that order.
+
+    With rules, groups take the place of clusters, and each of `NAMED` has its own names."""
     s, n, m = p.sizes
     found: Layout = {}
     if sorted_by(p, p.anchors) is not None:
         found |= {"order": (torch.int64, (n,)), "clusters": (torch.int32, (n,))}
         if p.contrasts is not None:
             found |= {"contrast_order": (torch.int64, (m,)), "contrast_clusters": (torch.int32, (m,))}
-    if p.anchors.ids is not None and not has_rules(p):
+    if has_rules(p):
+        found |= {f"{name} of anchors": (torch.int32, (n,)) for name in _named(p)}
+        if p.contrasts is not None:
+            found |= {f"{name} of contrasts": (torch.int32, (m,)) for name in _named(p)}
+    elif p.anchors.ids is not None:
         found |= {"names": (torch.int32, (n,)), "contrast_names": (torch.int32, (m,))}
     found["bases"] = (torch.float32, (3, s, n))
     if p.both:
@@ -59,6 +69,11 @@ def kept(p: Problem) -> Layout:
     if sums_are_kept(p):
         found["weighted"] = (torch.float32, (n, p.anchors.values.shape[1]))
     return found
+
+
+def _named(p: Problem) -> list[str]:
+    """Those of `NAMED` that the rows have."""
+    return [name for name in NAMED if getattr(p.anchors, name) is not None and getattr(p.others, name) is not None]
 
 
 KEPT = Store(kept)
@@ -98,7 +113,9 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     """
     if not again:
         number_clusters(sorted_by(p, p.anchors), None if p.contrasts is None else sorted_by(p, p.contrasts), parts)
-        if not has_rules(p):
+        if has_rules(p):
+            name_rules(p, parts)
+        else:
             name_ids(p.anchors.ids, p.others.ids, parts)
     dtype = torch.promote_types(p.anchors.values.dtype, p.others.values.dtype)
     ruled = has_rules(p)
@@ -111,10 +128,9 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     a, c = inverse_norms(p.anchors.values, p.anchors.normalize), inverse_norms(p.anchors.values, False)
     other = "clusters" if p.contrasts is None else "contrast_clusters"
     order, names = parts.get("order"), parts.get("names")
-    if p.contrasts is None and not (
-        self_contrast or ruled
-    ):  # a bias breaks the symmetry: the anchors become the second set too
-        names = torch.arange(1, len(p.anchors.values) + 1, dtype=torch.int32, device=p.device)  # each but itself
+    if p.contrasts is None and not (self_contrast or ruled):
+        # A bias breaks the symmetry: the anchors become the second set too, and each leaves out itself.
+        names = torch.arange(1, len(p.anchors.values) + 1, dtype=torch.int32, device=p.device)
     clusters = parts.get("clusters"), parts.get(other)
     bias = p.anchors.bias if p.contrasts is None else None
     anchors = _rows(p.anchors.values, dtype, order, clusters, names, bias, False, p.anchors.normalize, normed, a)
@@ -137,7 +153,7 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
         anchors = replace(anchors, bias=None)
     flags = None
     if ruled:
-        anchors, others, flags = with_rules(p, anchors, others)
+        anchors, others, flags = with_rules(p, parts, anchors, others)
     biased = p.others.bias is not None
     # The tiles of soft assignments are those for products in float32.
     hard = p.anchors.assignments is None
@@ -225,7 +241,18 @@ def _rows(
 # Rules about pairs.
 
 
-def with_rules(p: Problem, anchors: SortedRows, contrasts: SortedRows) -> tuple[SortedRows, SortedRows, dict[str, Any]]:
+def name_rules(p: Problem, parts: dict[str, Tensor]) -> None:
+    """Fills in the int32 names of the data that is compared: half as many registers as int64."""
+    for name in _named(p):
+        names = places_of_ids(getattr(p.anchors, name), getattr(p.others, name))
+        for side, found in zip(("anchors", "contrasts"), names, strict=True):
+            if found is not None and f"{name} of {side}" in parts:
+                parts[f"{name} of {side}"].copy_(found)
+
+
+def with_rules(
+    p: Problem, parts: dict[str, Tensor], anchors: SortedRows, contrasts: SortedRows
+) -> tuple[SortedRows, SortedRows, dict[str, Any]]:
     """The sorted rows with the data of rules in their order, and the flags of the kernels with rules."""
     own, other = p.anchors, p.others
     anchor_rules: dict[str, Tensor | None] = {}
@@ -236,15 +263,15 @@ def with_rules(p: Problem, anchors: SortedRows, contrasts: SortedRows) -> tuple[
         values = values.detach()
         return (values if rows.order is None else values.index_select(-1, rows.order)).contiguous()
 
-    for name, left, right in (
-        ("CLUSTERS", own.clusters, other.clusters),
-        ("IDS", own.ids, other.ids),
-        ("SAMPLES", own.samples, other.samples),
-        ("TAGS", None if own.tags is None else own.tags.T, None if other.tags is None else other.tags.T),
-    ):
-        if left is not None and right is not None:
-            anchor_rules[name] = ordered(left, anchors)
-            contrast_rules[name] = anchor_rules[name] if own is other else ordered(right, contrasts)
+    compared = [
+        (name.upper(), parts[f"{name} of anchors"], parts.get(f"{name} of contrasts", parts[f"{name} of anchors"]))
+        for name in _named(p)
+    ]
+    if own.tags is not None and other.tags is not None:
+        compared.append(("TAGS", own.tags.T, other.tags.T))
+    for name, left, right in compared:
+        anchor_rules[name] = ordered(left, anchors)
+        contrast_rules[name] = anchor_rules[name] if own is other else ordered(right, contrasts)
     guide = 0
     if own.guide is not None and other.guide is not None and own.thresholds is not None:
         dtype = torch.promote_types(own.guide.dtype, other.guide.dtype)

@@ -5,7 +5,7 @@ tiles, in place of the tuned kernels' two. Running maxima keep all sums in range
 set's results come from the same kernels with rows and columns exchanged: then the thresholds are the columns'.
 
 Rows are sorted by group, if there are groups. The columns of a row's group are then [start, end), and a program visits
-the tiles of its rows' groups only. Clusters, ids and samples are compared as they are; -1 equals nothing.
+the tiles of its rows' groups only. Clusters, ids and samples are compared by int32 names; -1 equals nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from .gradient_kernels import load_side, tile_gradient
 from .observation_kernels import observed_tile, store_observed
 from .statistics_kernels import raised, row_places
 
-# Which pairs count.
+# What a pair is: 0 inadmissible, 1 a negative, POSITIVE a positive. One sum over a tile's columns then counts both.
+POSITIVE = tl.constexpr(1 << 16)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def group_tiles(START, END, i0, N, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def equal_numbers(ROWS, COLUMNS, i, j, is_row, is_column):
-    """Bool [BLOCK_M, BLOCK_N]: the int64 numbers of i and j are equal, and not -1."""
+    """Bool [BLOCK_M, BLOCK_N]: the int32 names of i and j are equal, and not -1."""
     own = tl.load(ROWS + i, mask=is_row, other=-1)
     other = tl.load(COLUMNS + j, mask=is_column, other=-1)
     return (own[:, None] == other[None, :]) & (own != -1)[:, None]
@@ -104,10 +105,7 @@ def ruled_tile(
     j = j0 + tl.arange(0, BLOCK_N)
     is_row = i < N
     is_column = j < M
-    y, c, column_bias, _, similarity, t = masked_logits(
-        X, Y, C, COLUMN_BIAS, None, x, a, row_bias, scale, i0, j0, N, M,
-        D, BLOCK_M, BLOCK_N, BLOCK_K, False, NORMED, BIAS, PRECISION, INTERPRETED,
-    )  # fmt: skip
+    column_bias = load_or(COLUMN_BIAS, j, is_column, 0.0)
     admissible = admissible_pairs(i, j, N, M, 0, 0, row_bias, column_bias, SELF, False, BIAS)
     if START is not None:
         start = tl.load(START + i, mask=is_row, other=0)
@@ -130,7 +128,12 @@ def ruled_tile(
             GUIDE, BLOCK_M, BLOCK_N, BLOCK_G, GUIDE_PRECISION, INTERPRETED,
         )  # fmt: skip
         admissible = admissible & (positives | ~beyond)
-    return y, c, similarity, t, admissible, positives & admissible
+    kinds = tl.where(admissible, tl.where(positives, POSITIVE, 1), 0)
+    y, c, _, _, similarity, t = masked_logits(
+        X, Y, C, COLUMN_BIAS, None, x, a, row_bias, scale, i0, j0, N, M,
+        D, BLOCK_M, BLOCK_N, BLOCK_K, False, NORMED, BIAS, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    return y, c, similarity, t, kinds
 
 
 # Forward.
@@ -168,7 +171,7 @@ def ruled_statistics_kernel(
     first, tiles = group_tiles(START, END, i0, N, M, BLOCK_M, BLOCK_N)
     from_, to = share_of(tiles, part, tl.num_programs(1), SPLIT)
     for step in range(from_, to):
-        _, _, _, t, admissible, positives = ruled_tile(
+        _, _, _, t, kinds = ruled_tile(
             X, Y, C, COLUMN_BIAS, START, END, ROW_CLUSTERS, COLUMN_CLUSTERS, ROW_IDS, COLUMN_IDS,
             ROW_SAMPLES, COLUMN_SAMPLES, ROW_TAGS, COLUMN_TAGS, WORDS, ROW_GUIDE, COLUMN_GUIDE,
             ROW_GUIDE_NORMS, COLUMN_GUIDE_NORMS, ROW_THRESHOLDS, COLUMN_THRESHOLDS,
@@ -176,9 +179,11 @@ def ruled_statistics_kernel(
             D, GUIDE, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_G, SELF, NORMED, BIAS,
             PRECISION, GUIDE_PRECISION, INTERPRETED,
         )  # fmt: skip
-        negatives = admissible & ~positives
-        num_positive += tl.sum(positives.to(tl.int32), 1)
-        num_negative += tl.sum(negatives.to(tl.int32), 1)
+        counts = tl.sum(kinds, 1)
+        num_positive += counts // POSITIVE
+        num_negative += counts % POSITIVE
+        positives = kinds == POSITIVE
+        negatives = kinds == 1
         sum_positive += tl.sum(tl.where(positives, t, 0.0), 1)
         positive_base, fading = raised(positive_base, tl.where(positives, t, -INF))
         positive = positive * fading + tl.sum(tl.where(positives, tl.exp2(t - positive_base[:, None]), 0.0), 1)
@@ -245,7 +250,7 @@ def ruled_gradient_kernel(
     for step in range(from_, to):
         j0 = (first + step) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
-        y, c, similarity, t, admissible, positives = ruled_tile(
+        y, c, similarity, t, kinds = ruled_tile(
             X, Y, C, COLUMN_BIAS, START, END, ROW_CLUSTERS, COLUMN_CLUSTERS, ROW_IDS, COLUMN_IDS,
             ROW_SAMPLES, COLUMN_SAMPLES, ROW_TAGS, COLUMN_TAGS, WORDS, ROW_GUIDE, COLUMN_GUIDE,
             ROW_GUIDE_NORMS, COLUMN_GUIDE_NORMS, ROW_THRESHOLDS, COLUMN_THRESHOLDS,
@@ -254,10 +259,10 @@ def ruled_gradient_kernel(
             PRECISION, GUIDE_PRECISION, INTERPRETED,
         )  # fmt: skip
         g = tile_gradient(
-            t, j, j < M, positives, 0.0, base, weight, positive_base, positive_weight, extra, OTHER, M,
+            t, j, j < M, kinds == POSITIVE, 0.0, base, weight, positive_base, positive_weight, extra, OTHER, M,
             OWN, OTHERS, False, True,
         )  # fmt: skip
-        g = tl.where(admissible, g, 0.0)
+        g = tl.where(kinds > 0, g, 0.0)
         if SIMILARITY_SUMS is not None:
             similarity_sums += tl.sum(g * similarity, 1)
         if SUMS is not None:
@@ -318,7 +323,7 @@ def ruled_observation_kernel(
     moment = sum_positive
     first, tiles = group_tiles(START, END, i0, N, M, BLOCK_M, BLOCK_N)
     for step in range(0, tiles):
-        _, _, similarity, t, admissible, positives = ruled_tile(
+        _, _, similarity, t, kinds = ruled_tile(
             X, Y, C, COLUMN_BIAS, START, END, ROW_CLUSTERS, COLUMN_CLUSTERS, ROW_IDS, COLUMN_IDS,
             ROW_SAMPLES, COLUMN_SAMPLES, ROW_TAGS, COLUMN_TAGS, WORDS, ROW_GUIDE, COLUMN_GUIDE,
             ROW_GUIDE_NORMS, COLUMN_GUIDE_NORMS, ROW_THRESHOLDS, COLUMN_THRESHOLDS,
@@ -326,11 +331,14 @@ def ruled_observation_kernel(
             D, GUIDE, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_G, SELF, NORMED, BIAS,
             PRECISION, GUIDE_PRECISION, INTERPRETED,
         )  # fmt: skip
+        counts = tl.sum(kinds, 1)
+        num_positive += counts // POSITIVE
+        num_negative += counts % POSITIVE
         (
             max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
-            num_positive, num_negative, mass, moment,
+            _, _, mass, moment,
         ) = observed_tile(
-            t, similarity, scale, admissible, positives,
+            t, similarity, scale, kinds > 0, kinds == POSITIVE,
             max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
             num_positive, num_negative, mass, moment, True, BIAS,
         )  # fmt: skip

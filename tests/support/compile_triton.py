@@ -62,13 +62,16 @@ KERNELS = {
     "ruled_observation": "ruled_observation_kernel",
 }
 WHOLE_ROWS = ("rows", "finish", "join")
+OBSERVING = {"observation": "running", "ruled_observation": "ruled_forward"}  # and the kernel whose tile each takes
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
 def compiled(job: dict[str, Any]) -> dict[str, Any]:
     """kind, architecture, dtype, d, precision; `flags`: constants of the kernel; `absent`: arguments that are None."""
     dtype, d, careful = getattr(torch, job["dtype"]), job["d"], job.get("careful", False)
-    if job["kind"] in WHOLE_ROWS:
+    if "tile" in job:
+        shape = triton_tiles.Tile(*job["tile"])
+    elif job["kind"] in WHOLE_ROWS:
         shape = triton_tiles.row_tile(d)
     elif job["kind"] == "topk":
         shape = topk_triton.shape(job["architecture"], dtype, d, job["flags"]["SLOTS"])
@@ -78,16 +81,11 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         distances, weighted = job["flags"]["KIND"] >= 2, "GRADIENT" not in job["absent"]
         tf32 = job["precision"] == "tf32"
         shape = pairs_triton.tile_for(distances, weighted, job["architecture"], dtype, d, tf32)
-    elif "tile" in job:
-        shape = triton_tiles.Tile(*job["tile"])
-    elif job["kind"] not in (*triton_tiles.KINDS, *triton_tiles.RULED, "observation", "ruled_observation"):
+    elif job["kind"] not in (*triton_tiles.KINDS, *triton_tiles.RULED, *OBSERVING):
         shape = triton_tiles.ROWS_AT_ONCE
-    elif "tile" in job:
-        shape = triton_tiles.Tile(*job["tile"])
     else:
-        observing = job["kind"].endswith("observation")
-        kind = {"observation": "running", "ruled_observation": "ruled_forward"}.get(job["kind"], job["kind"])
-        of_masks = careful or observing
+        kind = OBSERVING.get(job["kind"], job["kind"])
+        of_masks = careful or job["kind"] in OBSERVING
         tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
         shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split)
     constants = {
@@ -118,7 +116,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         of_assignments = name in ("R", "Q") and "assignments" in job
         of_guide = name in ("ROW_GUIDE", "COLUMN_GUIDE") and "guide" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
-        dtype_of = job["guide"] if of_guide else dtype_of
+        if of_guide:
+            dtype_of = job["guide"]
         signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
         if name not in (
             "N",

@@ -59,9 +59,9 @@ def tile(
     are multiplied as TF32. split: or as three products in TF32, which takes
     an architecture of at least 90.
     """
-    if kind in RULED:  # every tile is masked, and half as many warps would spill
+    if kind in RULED:
         found = tile(RULED[kind], architecture, dtype, d, True, tf32, interpreted, split)
-        return found._replace(warps=8)
+        return found if interpreted else _ruled(kind, found, architecture, split)
     sums = kind in ("weighted", "backward")
     if interpreted:
         part = d if d <= WHOLE // 2 else min(d & -d, 512)
@@ -131,6 +131,15 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
     if architecture == 90:  # two programs on a multiprocessor
         return Tile(64, 64 if d <= 128 else 32, d, d, 4, 3)
     return Tile(64, 64, d, d, 8, 2)
+
+
+def _ruled(kind: str, shape: Tile, architecture: int, split: bool) -> Tile:
+    # Every tile is masked: fewer warps would spill, and the backward with more rows or columns than these.
+    if kind == "ruled_backward" and architecture < 90:
+        shape = shape._replace(block_m=32)
+    elif kind == "ruled_backward" and split:
+        shape = shape._replace(block_n=16)
+    return shape._replace(warps=8)
 
 
 def _single(kind: str, architecture: int, d: int, careful: bool) -> Tile:

@@ -337,8 +337,16 @@ def test_precision_of_products_does_not_move_the_threshold() -> None:
     assert not torch.equal(exact.fields, rough.fields)
 
 
-def test_every_kind_has_a_tile_that_rounds_logits_alike() -> None:
-    for dtype in RESOLUTION:
-        for architecture in triton_tiles.ARCHITECTURES:
-            tiles = [triton_tiles.tile(kind, architecture, dtype, 128) for kind in triton_tiles.RULED]
-            assert len({tile.block_k for tile in tiles}) == 1
+def test_forward_and_backward_round_logits_alike() -> None:
+    """They split D alike, and both have the rows that wgmma and tcgen05 take, or neither."""
+    for architecture in triton_tiles.ARCHITECTURES:
+        for dtype, tf32, split in (
+            (torch.bfloat16, False, False), (torch.float32, True, False), (torch.float32, False, True),
+        ):  # fmt: skip
+            for d in (32, 64, 128, 256, 512):
+                tiles = [
+                    triton_tiles.tile(kind, architecture, dtype, d, tf32=tf32, split=split)
+                    for kind in triton_tiles.RULED
+                ]
+                kinds = {(tile.block_k, architecture > 80 and tile.block_m >= 64) for tile in tiles}
+                assert len(kinds) == 1, (architecture, dtype, d)

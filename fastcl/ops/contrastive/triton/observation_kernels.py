@@ -26,18 +26,19 @@ from .statistics_kernels import row_places
 
 @triton.jit
 def observed_tile(
-    t, similarity, scale, pairs, in_clusters,
+    t, similarity, scale, before, pairs, in_clusters,
     max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
     num_positive, num_negative, mass, moment,
     CLUSTERS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """The ten numbers of each row, joined by the tile's `pairs`; the positives are those in_clusters.
 
+    before: the largest logit before the tile.
+
     Mass and moment are the sums of 2^(t - b) and of (b - t) 2^(t - b), b the largest logit so far. Entropy is the
     logarithm of the one plus the quotient of both: nothing cancels.
     """
     negatives = pairs
-    before = tl.maximum(max_negative, max_positive)
     if CLUSTERS:
         positives = pairs & in_clusters
         negatives = pairs & ~positives
@@ -65,18 +66,18 @@ def observed_tile(
 
 @triton.jit
 def store_observed(
-    OBSERVED, places, is_row, N,
+    OBSERVED, ORDER, i, is_row, N,
     max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
     num_positive, num_negative, mass, moment,
     BIAS: tl.constexpr,
 ):  # fmt: skip
-    """OBSERVED [10, N], from the ten numbers of each row; places: the rows' in the caller's order."""
+    """OBSERVED [10, N], in the caller's order, from the ten numbers of each row i."""
     if BIAS == 0:
         plain_positive = sum_positive
         plain_negative = sum_negative
     some = num_positive + num_negative > 0
     total = tl.where(some, mass, 1.0)
-    places = OBSERVED + places
+    places = OBSERVED + row_places(ORDER, i, N)
     size = tl.cast(N, tl.int64)
     # A maximum leaves NaN out, a sum does not.
     max_positive = tl.where(max_positive > LOWEST, max_positive, -INF)
@@ -137,6 +138,7 @@ def observation_kernel(
             D, BLOCK_M, BLOCK_N, BLOCK_K, IDS, NORMED, BIAS, PRECISION, INTERPRETED,
         )  # fmt: skip
         pairs = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
+        before = tl.maximum(max_negative, max_positive)
         positives = pairs
         if CLUSTERS:
             positives = in_cluster(j, start, end)
@@ -144,13 +146,13 @@ def observation_kernel(
             max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
             num_positive, num_negative, mass, moment,
         ) = observed_tile(
-            t, similarity, scale, pairs, positives,
+            t, similarity, scale, before, pairs, positives,
             max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
             num_positive, num_negative, mass, moment,
             CLUSTERS, BIAS,
         )  # fmt: skip
     store_observed(
-        OBSERVED, row_places(ORDER, i, N), is_row, N,
+        OBSERVED, ORDER, i, is_row, N,
         max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
         num_positive, num_negative, mass, moment, BIAS,
     )  # fmt: skip

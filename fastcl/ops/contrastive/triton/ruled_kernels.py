@@ -338,12 +338,12 @@ def ruled_observation_kernel(
             max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
             _, _, mass, moment,
         ) = observed_tile(
-            t, similarity, scale, kinds > 0, kinds == POSITIVE,
+            t, similarity, scale, tl.maximum(max_negative, max_positive), kinds > 0, kinds == POSITIVE,
             max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
             num_positive, num_negative, mass, moment, True, BIAS,
         )  # fmt: skip
     store_observed(
-        OBSERVED, row_places(ORDER, i, N), is_row, N,
+        OBSERVED, ORDER, i, is_row, N,
         max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
         num_positive, num_negative, mass, moment, BIAS,
     )  # fmt: skip

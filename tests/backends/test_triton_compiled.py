@@ -1,7 +1,7 @@
 """Every entry of the Triton kernels' table of tiles compiles for its architecture. No GPU is needed.
 
 There are no spills, shared memory suffices, tensor cores are used, and all kernels round logits alike. By default a few
-entries are compiled; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about half an hour on two cores), and
+entries are compiled; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about an hour on two cores), and
 ``FASTCL_COMPILE_WITH=FOLDER`` uses the Triton of ``pip install --no-deps --target FOLDER triton==VERSION``.
 """
 
@@ -197,6 +197,47 @@ def test_soft_assignments_compile_without_spills(architecture, dtype, precision,
         assert result["shared"] <= SHARED[architecture], result
         assert result["fusible"] == 0, result
     assert len({result["tile"][2] for result in results}) == 1  # logits are sums in the same order along D
+
+
+# Kernels with rules about pairs. On sm_90 and newer float32 rows are multiplied as tf32 or as three products in tf32.
+RULED = [
+    (architecture, dtype, precision, d)
+    for architecture, dtype, precision, d, careful in ALL
+    if not careful and (architecture < 90 or (dtype, precision) != ("float32", "ieee"))
+]
+OF_GUIDE = [f"{side}_{name}" for side in ("ROW", "COLUMN") for name in ("GUIDE", "GUIDE_NORMS", "THRESHOLDS")]
+# All rules but a guide, for two sides at once; or with a guide, for one side at a time.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "two sets": {"careful": True, "absent": OF_GUIDE},
+    "self-contrast": {"careful": False, "absent": OF_GUIDE, "flags": {"SELF": True}},
+    "guide": {"careful": True, "absent": ["COLUMN_THRESHOLDS"], "flags": {"OTHERS": False}},
+    "guide of the columns": {
+        "careful": True, "absent": ["ROW_THRESHOLDS"], "flags": {"BIAS": 2, "OWN": False}, "guide": "bfloat16",
+    },
+}  # fmt: skip
+SOME_RULED = {
+    (90, "bfloat16", "ieee", 128): [("ruled_forward", "guide"), ("ruled_backward", "two sets")],
+    (80, "float16", "ieee", 128): [("ruled_backward", "guide of the columns")],
+    (100, "float32", "tf32x3", 64): [("ruled_observation", "self-contrast")],
+}
+EVERY_RULED = [
+    (kind, name) for kind in ("ruled_forward", "ruled_observation") for name in VARIANTS if "col" not in name
+]
+EVERY_RULED += [("ruled_backward", name) for name in VARIANTS]
+ENTRIES_RULED = dict.fromkeys(RULED, EVERY_RULED) if os.environ.get("FASTCL_COMPILE_ALL") else SOME_RULED
+
+
+@pytest.mark.parametrize("entry", ENTRIES_RULED, ids=lambda entry: "-".join(map(str, entry)))
+def test_rules_compile_without_spills(entry, tmp_path) -> None:
+    architecture, dtype, precision, d = entry
+    common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d}
+    asked = [common | {"kind": kind} | VARIANTS[name] for kind, name in ENTRIES_RULED[entry]]
+    for result in compiled(asked, tmp_path):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+        assert result["fusible"] == 0, result
+        if dtype != "float32":
+            assert PRODUCT[architecture] in result["products"]
 
 
 # By the number of `pair_maps.KINDS`; of distances scale and offset have no gradient.

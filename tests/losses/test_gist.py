@@ -29,7 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture(params=QUICK)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backends that have the rules; `triton` lacks them."""
+    """All backends with the rules but `triton`, whose interpreter is slow: see ops/contrastive/test_triton_rules.py."""
     with running(request.param) as name:
         yield name
 

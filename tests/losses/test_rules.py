@@ -25,7 +25,7 @@ OPTIONS = ("inside", "negatives", "margin", "symmetric", "inner products")
 
 @pytest.fixture(params=QUICK)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backends that have the rules; `triton` lacks them."""
+    """All backends with the rules but `triton`, whose interpreter is slow: see ops/contrastive/test_triton_rules.py."""
     with running(request.param) as name:
         yield name
 

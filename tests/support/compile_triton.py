@@ -34,7 +34,9 @@ POINTERS = {
     "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
     "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
     "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
-    "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
+    **{f"{side}_{name}": "*i32" for side in ("ROW", "COLUMN") for name in ("CLUSTERS", "IDS", "SAMPLES")},
+    "ROW_TAGS": "*i64", "COLUMN_TAGS": "*i64",
+    "WORDS": "i32", "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
@@ -55,15 +57,21 @@ KERNELS = {
     "soft_forward": "soft_statistics_kernel",
     "soft_backward": "soft_gradient_kernel",
     "pairs": "pair_kernel",
+    "ruled_forward": "ruled_statistics_kernel",
+    "ruled_backward": "ruled_gradient_kernel",
+    "ruled_observation": "ruled_observation_kernel",
 }
 WHOLE_ROWS = ("rows", "finish", "join")
+OBSERVING = {"observation": "running", "ruled_observation": "ruled_forward"}  # and the kernel whose tile each takes
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
 def compiled(job: dict[str, Any]) -> dict[str, Any]:
     """kind, architecture, dtype, d, precision; `flags`: constants of the kernel; `absent`: arguments that are None."""
     dtype, d, careful = getattr(torch, job["dtype"]), job["d"], job.get("careful", False)
-    if job["kind"] in WHOLE_ROWS:
+    if "tile" in job:
+        shape = triton_tiles.Tile(*job["tile"])
+    elif job["kind"] in WHOLE_ROWS:
         shape = triton_tiles.row_tile(d)
     elif job["kind"] == "topk":
         shape = topk_triton.shape(job["architecture"], dtype, d, job["flags"]["SLOTS"])
@@ -73,14 +81,11 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         distances, weighted = job["flags"]["KIND"] >= 2, "GRADIENT" not in job["absent"]
         tf32 = job["precision"] == "tf32"
         shape = pairs_triton.tile_for(distances, weighted, job["architecture"], dtype, d, tf32)
-    elif job["kind"] not in (*triton_tiles.KINDS, "observation"):
+    elif job["kind"] not in (*triton_tiles.KINDS, *triton_tiles.RULED, *OBSERVING):
         shape = triton_tiles.ROWS_AT_ONCE
-    elif "tile" in job:
-        shape = triton_tiles.Tile(*job["tile"])
     else:
-        observing = job["kind"] == "observation"
-        kind = "running" if observing else job["kind"]
-        of_masks = careful or observing
+        kind = OBSERVING.get(job["kind"], job["kind"])
+        of_masks = careful or job["kind"] in OBSERVING
         tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
         shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split)
     constants = {
@@ -92,6 +97,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
         "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
         "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
+        "GUIDE": 512, "BLOCK_G": triton_tiles.guide_width(getattr(torch, job.get("guide", "float32"))),
+        "GUIDE_PRECISION": "ieee" if "guide" in job or job["architecture"] < 90 else "tf32x3",
         "ASSIGNMENT_PRECISION": job.get("precision", "ieee") if "assignments" not in job else "ieee",
     } | job.get("flags", {})  # fmt: skip
     absent = set(job.get("absent", ()))
@@ -107,11 +114,15 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
             continue
         of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS")
         of_assignments = name in ("R", "Q") and "assignments" in job
+        of_guide = name in ("ROW_GUIDE", "COLUMN_GUIDE") and "guide" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
+        if of_guide:
+            dtype_of = job["guide"]
         signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
         if name not in (
             "N",
             "M",
+            "WORDS",
             "SPAN",
             "K",
             "POS_MARGIN",

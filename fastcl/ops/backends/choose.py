@@ -122,7 +122,6 @@ FAMILIES = {
 
 # The families that a backend lacks. By default another backend computes them; if the backend is named, it is an error.
 LACKING: dict[str, frozenset[str]] = {
-    "triton": frozenset({"pair_rules"}),
     "cuda": frozenset({"pair_rules", "soft_assignments", "pair_distances", "prototypes"}),
 }
 

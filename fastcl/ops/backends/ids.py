@@ -15,8 +15,8 @@ def places_of_ids(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | N
         return None, None
     known = right.sort().values
     names = []
-    for ids in (left, right):
+    for ids in (left,) if left is right else (left, right):
         place = torch.searchsorted(known, ids.contiguous(), out_int32=True)
         found = known[place.clamp(max=len(known) - 1)] == ids
         names.append(torch.where(found & (ids != -1), place, -1))
-    return names[0], names[1]
+    return names[0], names[-1]

@@ -12,6 +12,8 @@ import torch
 
 WHOLE = 256  # a tile holds whole rows of at most this many numbers; longer rows are streamed, and their gradients split
 KINDS = ("forward", "running", "two_way", "weighted", "backward")
+# Kernels with rules about pairs, and the kernel whose shape each takes, with eight warps.
+RULED = {"ruled_forward": "running", "ruled_backward": "backward"}
 # A device between two of these architectures uses the older one's shapes, a newer device the last one's.
 ARCHITECTURES = (80, 90, 100)
 
@@ -57,6 +59,9 @@ def tile(
     are multiplied as TF32. split: or as three products in TF32, which takes
     an architecture of at least 90.
     """
+    if kind in RULED:
+        found = tile(RULED[kind], architecture, dtype, d, True, tf32, interpreted, split)
+        return found if interpreted else _ruled(kind, found, architecture, split)
     sums = kind in ("weighted", "backward")
     if interpreted:
         part = d if d <= WHOLE // 2 else min(d & -d, 512)
@@ -69,6 +74,11 @@ def tile(
     if sums:
         return _half_sums(known, d, careful)
     return _half(kind, known, d, careful)
+
+
+def guide_width(dtype: torch.dtype) -> int:
+    """How many of a guide row's numbers one step of its product takes."""
+    return 64 if dtype.itemsize == 2 else 32
 
 
 def neighbours(shape: Tile) -> list[Tile]:
@@ -121,6 +131,15 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
     if architecture == 90:  # two programs on a multiprocessor
         return Tile(64, 64 if d <= 128 else 32, d, d, 4, 3)
     return Tile(64, 64, d, d, 8, 2)
+
+
+def _ruled(kind: str, shape: Tile, architecture: int, split: bool) -> Tile:
+    # Every tile is masked: fewer warps would spill, and the backward with more rows or columns than these.
+    if kind == "ruled_backward" and architecture < 90:
+        shape = shape._replace(block_m=32)
+    elif kind == "ruled_backward" and split:
+        shape = shape._replace(block_n=16)
+    return shape._replace(warps=8)
 
 
 def _single(kind: str, architecture: int, d: int, careful: bool) -> Tile:

@@ -75,7 +75,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         """Buffers of the summed gradient and of the result, rounded unless more is added to it."""
         if source is None or not needed:
             return None, None
-        dtype = p.dtype if p.partial or p.positives is not None else source.dtype
+        dtype = p.dtype if p.unrounded else source.dtype
         out = torch.empty(source.shape, dtype=dtype, device=p.device)
         return new(len(source), arranged.width), out
 

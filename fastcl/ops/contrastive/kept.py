@@ -16,7 +16,8 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape, by n
 
 def sums_are_kept(p: Problem) -> bool:
     """Whether the forward keeps sums of contrasts times exponentials for each anchor, to save the backward a sweep."""
-    return p.anchors_only and p.contrasts is not None and p.contrasts.bias is None and p.sizes[0] == 1 and not p.both
+    plain = p.contrasts is not None and p.contrasts.bias is None and not p.ruled
+    return p.anchors_only and plain and p.sizes[0] == 1 and not p.both
 
 
 class Store(NamedTuple):

@@ -21,7 +21,7 @@ def is_split(p: Problem) -> bool:
 
 def _directions(p: Problem) -> tuple[Problem, Problem]:
     assert p.contrasts is not None
-    there = replace(p, both=False)
+    there = replace(p, both=False, partial=True)
     back = replace(there, anchors=p.contrasts, contrasts=p.anchors, positives=None, anchors_only=False)
     return there, back
 

@@ -58,6 +58,11 @@ class Problem:
         return accumulation_dtype(self.anchors.values, contrasts, self.positives, self.hard_negatives)
 
     @property
+    def unrounded(self) -> bool:
+        """Whether gradients of rows stay in `dtype`, because more is added to them."""
+        return self.partial or self.positives is not None or self.hard_negatives is not None
+
+    @property
     def guided(self) -> bool:
         """Whether a guide decides about pairs: admissible pairs then differ between the two directions."""
         return self.anchors.guide is not None

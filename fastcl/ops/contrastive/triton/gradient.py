@@ -13,7 +13,7 @@ from ...backends.triton_launch import INTERPRETED, blocks, on_device
 from ...backends.triton_tiles import ROWS_AT_ONCE, row_tile
 from .. import chunked
 from ..records import Gradients, Needs, Problem, Side, Statistics
-from .rows import KEPT, Launch, SortedRows, arrange, fields_wanted
+from .rows import KEPT, Arranged, Launch, SortedRows, arrange, fields_wanted
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
@@ -33,12 +33,13 @@ ONE_EXPONENTIAL = 16.0
 def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
     parts = KEPT.parts(p, saved.saved)
     arranged, _, _ = arrange(p, parts, again=True)
-    folded = p.contrasts is None and arranged.biased  # the anchors are both sets, so both gradients are theirs
+    # The anchors are both sets, so both gradients are theirs.
+    folded = p.contrasts is None and not arranged.self_contrast
     own = _Weights(p, saved.anchors, parts["bases"], grad, arranged.anchors)
     other = None
     if p.both:
         other = _Weights(p, saved.contrasts, parts["contrast_bases"], grad_contrasts, arranged.contrasts)
-    lifts = _Lifts(p, own, other, arranged.self_contrast)
+    lifts = _Lifts(p, own, other, arranged)
     own_side = lifts.side(own, other)
     other_side = own_side if arranged.self_contrast else None if other is None else lifts.side(other, own)
 
@@ -107,10 +108,11 @@ class _Weights:
 class _Lifts:
     """Bases and factors of each scale, [S], that depend on both sides; the first call of `side` fills them in."""
 
-    def __init__(self, p: Problem, own: _Weights, other: _Weights | None, self_contrast: bool) -> None:
+    def __init__(self, p: Problem, own: _Weights, other: _Weights | None, arranged: Arranged) -> None:
         s = p.logit_scale.shape[0]
         self._scale = p.logit_scale
-        self.two_sides = self_contrast or other is not None
+        # Whether one exponential may serve two sides. The kernel with rules always computes two.
+        self.two_sides = (arranged.self_contrast or other is not None) and arranged.rule_flags is None
         self._filled = False
         self.one = torch.empty(s, dtype=torch.int32, device=p.device)  # 1 where one exponential serves both sides
         self.middle, self.lift, self.factor = (torch.empty_like(self._scale) for _ in range(3))
@@ -176,7 +178,8 @@ class _Sweep:
         """weighted: the gradient sums that the forward saved, for rows without a positive."""
         launch, rows = self.launch, self.launch.rows.rows
         new = lifts.lift.new_empty
-        count = 1 if weighted is not None else launch.column_parts("backward")
+        kind, kernel = ("ruled_backward", "ruled_gradient_kernel") if launch.ruled else ("backward", "gradient_kernel")
+        count = 1 if weighted is not None else launch.column_parts(kind)
         parts = (count,) if count > 1 else ()
         gradient, factor = new((*parts, *rows.shape)), lifts.factor[k : k + 1]
         if weighted is not None and self.own is not None:
@@ -204,7 +207,7 @@ class _Sweep:
             "SPLIT": count > 1,
         }
         both = [arguments | {"ONE_EXPONENTIAL": one} for one in ((1, 0) if lifts.two_sides else (0,))]
-        launch.sweep("backward", "gradient_kernel", lambda shape: (*launch.grid(shape), count), *both)
+        launch.sweep(kind, kernel, lambda shape: (*launch.grid(shape), count), *both)
         if parts:
             gradient = gradient.sum(0)
             similarity_sums = None if similarity_sums is None else similarity_sums.sum(0)
@@ -226,9 +229,7 @@ def finish(
 ) -> Tensor:
     """The gradient in the caller's order, through the normalisation; rounded unless more is added to it."""
     n, width = rows.rows.shape
-    out = torch.empty(
-        source.shape, dtype=p.dtype if p.partial or p.positives is not None else source.dtype, device=source.device
-    )
+    out = torch.empty(source.shape, dtype=p.dtype if p.unrounded else source.dtype, device=source.device)
     shape = row_tile(width, INTERPRETED)
     triton_launch.launch(
         "finish_kernel",

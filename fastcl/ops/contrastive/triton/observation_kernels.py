@@ -21,6 +21,80 @@ from ...backends.triton_kernels import (
     load_rows,
     masked_logits,
 )
+from .statistics_kernels import row_places
+
+
+@triton.jit
+def observed_tile(
+    t, similarity, scale, before, pairs, in_clusters,
+    max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
+    num_positive, num_negative, mass, moment,
+    CLUSTERS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The ten numbers of each row, joined by the tile's `pairs`; the positives are those in_clusters.
+
+    before: the largest logit before the tile.
+
+    Mass and moment are the sums of 2^(t - b) and of (b - t) 2^(t - b), b the largest logit so far. Entropy is the
+    logarithm of the one plus the quotient of both: nothing cancels.
+    """
+    negatives = pairs
+    if CLUSTERS:
+        positives = pairs & in_clusters
+        negatives = pairs & ~positives
+        num_positive += tl.sum(positives.to(tl.int32), 1)
+        sum_positive += tl.sum(tl.where(positives, t, 0.0), 1)
+        if BIAS != 0:
+            plain_positive += tl.sum(tl.where(positives, similarity * scale, 0.0), 1)
+        max_positive = tl.maximum(max_positive, tl.max(tl.where(positives, t, -INF), 1))
+    num_negative += tl.sum(negatives.to(tl.int32), 1)
+    sum_negative += tl.sum(tl.where(negatives, t, 0.0), 1)
+    if BIAS != 0:
+        plain_negative += tl.sum(tl.where(negatives, similarity * scale, 0.0), 1)
+    max_negative = tl.maximum(max_negative, tl.max(tl.where(negatives, t, -INF), 1))
+    base = tl.maximum(max_negative, max_positive)
+    fading = tl.exp2(before - base)
+    below = tl.where(pairs, base[:, None] - t, 0.0)
+    e = tl.where(pairs, tl.exp2(-below), 0.0)
+    moment = tl.where(mass > 0, (moment + (base - before) * mass) * fading, 0.0) + tl.sum(below * e, 1)
+    mass = mass * fading + tl.sum(e, 1)
+    return (
+        max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
+        num_positive, num_negative, mass, moment,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_observed(
+    OBSERVED, ORDER, i, is_row, N,
+    max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
+    num_positive, num_negative, mass, moment,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    """OBSERVED [10, N], in the caller's order, from the ten numbers of each row i."""
+    if BIAS == 0:
+        plain_positive = sum_positive
+        plain_negative = sum_negative
+    some = num_positive + num_negative > 0
+    total = tl.where(some, mass, 1.0)
+    places = OBSERVED + row_places(ORDER, i, N)
+    size = tl.cast(N, tl.int64)
+    # A maximum leaves NaN out, a sum does not.
+    max_positive = tl.where(max_positive > LOWEST, max_positive, -INF)
+    max_negative = tl.where(max_negative > LOWEST, max_negative, -INF)
+    max_positive = tl.where(sum_positive == sum_positive, max_positive, sum_positive)
+    max_negative = tl.where(sum_negative == sum_negative, max_negative, sum_negative)
+    tl.store(places, max_positive * LN2, mask=is_row)
+    tl.store(places + size, max_negative * LN2, mask=is_row)
+    tl.store(places + 2 * size, sum_positive * LN2, mask=is_row)
+    tl.store(places + 3 * size, sum_negative * LN2, mask=is_row)
+    base = tl.maximum(max_negative, max_positive)
+    tl.store(places + 4 * size, tl.where(some, (base + tl.log2(total)) * LN2, -INF), mask=is_row)
+    tl.store(places + 5 * size, tl.where(some, (tl.log2(total) + moment / total) * LN2, 0.0), mask=is_row)
+    tl.store(places + 6 * size, num_positive.to(tl.float32), mask=is_row)
+    tl.store(places + 7 * size, num_negative.to(tl.float32), mask=is_row)
+    tl.store(places + 8 * size, plain_positive * LN2, mask=is_row)
+    tl.store(places + 9 * size, plain_negative * LN2, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -30,11 +104,7 @@ def observation_kernel(
     SELF: tl.constexpr, CLUSTERS: tl.constexpr, IDS: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """OBSERVED [10, N], as `observed` describes. A row block a program.
-
-    Besides the largest logits and the sums, mass and moment: the sums of 2^(t - b) and of (b - t) 2^(t - b), b the
-    largest logit so far. Entropy is the logarithm of the one plus the quotient of both: nothing cancels.
-    """
+    """OBSERVED [10, N], as `observed` describes. A row block a program."""
     scale = tl.load(SCALE) * LOG2E
     i0 = tl.program_id(0) * BLOCK_M
     i = i0 + tl.arange(0, BLOCK_M)
@@ -68,51 +138,21 @@ def observation_kernel(
             D, BLOCK_M, BLOCK_N, BLOCK_K, IDS, NORMED, BIAS, PRECISION, INTERPRETED,
         )  # fmt: skip
         pairs = admissible_pairs(i, j, N, M, row_names, column_names, row_bias, column_bias, SELF, IDS, BIAS)
-        negatives = pairs
         before = tl.maximum(max_negative, max_positive)
+        positives = pairs
         if CLUSTERS:
-            positives = pairs & in_cluster(j, start, end)
-            negatives = pairs & ~positives
-            num_positive += tl.sum(positives.to(tl.int32), 1)
-            sum_positive += tl.sum(tl.where(positives, t, 0.0), 1)
-            if BIAS != 0:
-                plain_positive += tl.sum(tl.where(positives, similarity * scale, 0.0), 1)
-            max_positive = tl.maximum(max_positive, tl.max(tl.where(positives, t, -INF), 1))
-        num_negative += tl.sum(negatives.to(tl.int32), 1)
-        sum_negative += tl.sum(tl.where(negatives, t, 0.0), 1)
-        if BIAS != 0:
-            plain_negative += tl.sum(tl.where(negatives, similarity * scale, 0.0), 1)
-        max_negative = tl.maximum(max_negative, tl.max(tl.where(negatives, t, -INF), 1))
-        base = tl.maximum(max_negative, max_positive)
-        fading = tl.exp2(before - base)
-        below = tl.where(pairs, base[:, None] - t, 0.0)
-        e = tl.where(pairs, tl.exp2(-below), 0.0)
-        moment = tl.where(mass > 0, (moment + (base - before) * mass) * fading, 0.0) + tl.sum(below * e, 1)
-        mass = mass * fading + tl.sum(e, 1)
-
-    if BIAS == 0:
-        plain_positive = sum_positive
-        plain_negative = sum_negative
-    some = num_positive + num_negative > 0
-    total = tl.where(some, mass, 1.0)
-    places = i.to(tl.int64)
-    if ORDER is not None:
-        places = tl.load(ORDER + i, mask=is_row, other=0)
-    places = OBSERVED + places
-    size = tl.cast(N, tl.int64)
-    # A maximum leaves NaN out, a sum does not.
-    max_positive = tl.where(max_positive > LOWEST, max_positive, -INF)
-    max_negative = tl.where(max_negative > LOWEST, max_negative, -INF)
-    max_positive = tl.where(sum_positive == sum_positive, max_positive, sum_positive)
-    max_negative = tl.where(sum_negative == sum_negative, max_negative, sum_negative)
-    tl.store(places, max_positive * LN2, mask=is_row)
-    tl.store(places + size, max_negative * LN2, mask=is_row)
-    tl.store(places + 2 * size, sum_positive * LN2, mask=is_row)
-    tl.store(places + 3 * size, sum_negative * LN2, mask=is_row)
-    base = tl.maximum(max_negative, max_positive)
-    tl.store(places + 4 * size, tl.where(some, (base + tl.log2(total)) * LN2, -INF), mask=is_row)
-    tl.store(places + 5 * size, tl.where(some, (tl.log2(total) + moment / total) * LN2, 0.0), mask=is_row)
-    tl.store(places + 6 * size, num_positive.to(tl.float32), mask=is_row)
-    tl.store(places + 7 * size, num_negative.to(tl.float32), mask=is_row)
-    tl.store(places + 8 * size, plain_positive * LN2, mask=is_row)
-    tl.store(places + 9 * size, plain_negative * LN2, mask=is_row)
+            positives = in_cluster(j, start, end)
+        (
+            max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
+            num_positive, num_negative, mass, moment,
+        ) = observed_tile(
+            t, similarity, scale, before, pairs, positives,
+            max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
+            num_positive, num_negative, mass, moment,
+            CLUSTERS, BIAS,
+        )  # fmt: skip
+    store_observed(
+        OBSERVED, ORDER, i, is_row, N,
+        max_positive, max_negative, sum_positive, sum_negative, plain_positive, plain_negative,
+        num_positive, num_negative, mass, moment, BIAS,
+    )  # fmt: skip

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...backends import triton_launch, triton_tuning
+from ...backends.ids import places_of_ids
 from ...backends.rows import NORM_FLOOR
 from ...backends.triton_launch import (
     INTERPRETED,
@@ -20,26 +21,47 @@ from ...backends.triton_launch import (
     precision_of,
     programs,
 )
-from ...backends.triton_tiles import ROWS_AT_ONCE, Tile, padded, row_tile, tile
+from ...backends.triton_tiles import ROWS_AT_ONCE, Tile, guide_width, padded, row_tile, tile
 from ..kept import Layout, Store, sums_are_kept
-from ..records import Problem
+from ..records import Problem, Rows
 
 PROGRAMS_AT_ONCE = 2  # on a multiprocessor
 FEWEST_TILES = 64  # of a program; fewer would not pay for joining the parts
+
+# Data of rows that the kernels with rules compare, as int32 names, and their arguments ROW_* and COLUMN_*.
+NAMED = ("clusters", "ids", "samples")
+RULES = ("CLUSTERS", "IDS", "SAMPLES", "TAGS", "GUIDE", "GUIDE_NORMS", "THRESHOLDS")
+
+
+def has_rules(p: Problem) -> bool:
+    """Whether the kernels with rules compute the problem. Those of soft assignments know ids in self-contrast."""
+    return p.ruled and p.anchors.assignments is None
+
+
+def sorted_by(p: Problem, rows: Rows) -> Tensor | None:
+    """The numbers [n] that rows are sorted by: clusters, or, with rules, groups."""
+    return rows.groups if has_rules(p) else rows.clusters
+
 
 # What the forward saves.
 
 
 def kept(p: Problem) -> Layout:
     """What the forward saves, by name: the order of rows, their clusters and names, and for each side the bases (to
-    base 2) of the sums over all, negatives and positives; or, if `sums_are_kept`, the weighted sums in that order."""
+    base 2) of the sums over all, negatives and positives; or, if `sums_are_kept`, the weighted sums in that order.
+
+    With rules, groups take the place of clusters, and each of `NAMED` has its own names."""
     s, n, m = p.sizes
     found: Layout = {}
-    if p.anchors.clusters is not None:
+    if sorted_by(p, p.anchors) is not None:
         found |= {"order": (torch.int64, (n,)), "clusters": (torch.int32, (n,))}
         if p.contrasts is not None:
             found |= {"contrast_order": (torch.int64, (m,)), "contrast_clusters": (torch.int32, (m,))}
-    if p.anchors.ids is not None:
+    if has_rules(p):
+        found |= {f"{name} of anchors": (torch.int32, (n,)) for name in _named(p)}
+        if p.contrasts is not None:
+            found |= {f"{name} of contrasts": (torch.int32, (m,)) for name in _named(p)}
+    elif p.anchors.ids is not None:
         found |= {"names": (torch.int32, (n,)), "contrast_names": (torch.int32, (m,))}
     found["bases"] = (torch.float32, (3, s, n))
     if p.both:
@@ -49,6 +71,11 @@ def kept(p: Problem) -> Layout:
     return found
 
 
+def _named(p: Problem) -> list[str]:
+    """Those of `NAMED` that the rows have."""
+    return [name for name in NAMED if getattr(p.anchors, name) is not None and getattr(p.others, name) is not None]
+
+
 KEPT = Store(kept)
 
 # Rows.
@@ -56,7 +83,7 @@ KEPT = Store(kept)
 
 @dataclass(frozen=True)
 class SortedRows:
-    """One set of rows, sorted by cluster."""
+    """One set of rows, sorted by cluster, or by group if there are rules. Ranges are then of groups."""
 
     rows: Tensor  # [n, padded D], contiguous
     order: Tensor | None  # [n] int64: the caller's place of each; None: the caller's order
@@ -65,16 +92,18 @@ class SortedRows:
     end: Tensor | None
     names: Tensor | None  # [n] int32, of sample ids: equal for equal ids, 0 for none
     bias: Tensor | None  # [n], times log2(e)
+    rules: dict[str, Tensor | None] = field(default_factory=dict)  # the arguments of the kernels with rules, by name
 
 
 @dataclass(frozen=True)
 class Arranged:
     anchors: SortedRows
     contrasts: SortedRows  # in self-contrast the anchors
-    self_contrast: bool
+    self_contrast: bool  # one set of rows, and what i is for j, j is for i: bias and guide make them two sets
     normed: bool
     biased: bool
     precision: str
+    rule_flags: dict[str, Any] | None  # further arguments of the kernels with rules; None without rules
 
 
 def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[Arranged, Tensor, Tensor]:
@@ -83,10 +112,14 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     parts: `KEPT.parts`, which are filled in. again: the backward, where they are filled in and no norms are returned.
     """
     if not again:
-        number_clusters(p.anchors.clusters, None if p.contrasts is None else p.contrasts.clusters, parts)
-        name_ids(p.anchors.ids, p.others.ids, parts)
+        number_clusters(sorted_by(p, p.anchors), None if p.contrasts is None else sorted_by(p, p.contrasts), parts)
+        if has_rules(p):
+            name_rules(p, parts)
+        else:
+            name_ids(p.anchors.ids, p.others.ids, parts)
     dtype = torch.promote_types(p.anchors.values.dtype, p.others.values.dtype)
-    self_contrast = p.contrasts is None and p.anchors.bias is None
+    ruled = has_rules(p)
+    self_contrast = p.contrasts is None and p.anchors.bias is None and not p.guided
     normed = p.anchors.normalize or p.others.normalize
 
     def inverse_norms(rows: Tensor, normalize: bool) -> Tensor:
@@ -95,8 +128,9 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     a, c = inverse_norms(p.anchors.values, p.anchors.normalize), inverse_norms(p.anchors.values, False)
     other = "clusters" if p.contrasts is None else "contrast_clusters"
     order, names = parts.get("order"), parts.get("names")
-    if p.contrasts is None and not self_contrast:  # a bias breaks the symmetry: the anchors become the second set too
-        names = torch.arange(1, len(p.anchors.values) + 1, dtype=torch.int32, device=p.device)  # each but itself
+    if p.contrasts is None and not (self_contrast or ruled):
+        # A bias breaks the symmetry: the anchors become the second set too, and each leaves out itself.
+        names = torch.arange(1, len(p.anchors.values) + 1, dtype=torch.int32, device=p.device)
     clusters = parts.get("clusters"), parts.get(other)
     bias = p.anchors.bias if p.contrasts is None else None
     anchors = _rows(p.anchors.values, dtype, order, clusters, names, bias, False, p.anchors.normalize, normed, a)
@@ -117,11 +151,14 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
         )
     elif not self_contrast:
         anchors = replace(anchors, bias=None)
+    flags = None
+    if ruled:
+        anchors, others, flags = with_rules(p, parts, anchors, others)
     biased = p.others.bias is not None
     # The tiles of soft assignments are those for products in float32.
     hard = p.anchors.assignments is None
     precision = fast_precision_of(dtype, architecture(p.device)) if hard else precision_of(dtype)
-    return Arranged(anchors, others, self_contrast, normed, biased, precision), a, c
+    return Arranged(anchors, others, self_contrast, normed, biased, precision, flags), a, c
 
 
 def _rows(
@@ -201,6 +238,62 @@ def _rows(
     return rows
 
 
+# Rules about pairs.
+
+
+def name_rules(p: Problem, parts: dict[str, Tensor]) -> None:
+    """Fills in the int32 names of the data that is compared: half as many registers as int64."""
+    for name in _named(p):
+        names = places_of_ids(getattr(p.anchors, name), getattr(p.others, name))
+        for side, found in zip(("anchors", "contrasts"), names, strict=True):
+            if found is not None and f"{name} of {side}" in parts:
+                parts[f"{name} of {side}"].copy_(found)
+
+
+def with_rules(
+    p: Problem, parts: dict[str, Tensor], anchors: SortedRows, contrasts: SortedRows
+) -> tuple[SortedRows, SortedRows, dict[str, Any]]:
+    """The sorted rows with the data of rules in their order, and the flags of the kernels with rules."""
+    own, other = p.anchors, p.others
+    anchor_rules: dict[str, Tensor | None] = {}
+    contrast_rules: dict[str, Tensor | None] = {}
+    flags: dict[str, Any] = {"WORDS": 0 if own.tags is None else own.tags.shape[1], "SELF": p.contrasts is None}
+
+    def ordered(values: Tensor, rows: SortedRows) -> Tensor:
+        values = values.detach()
+        return (values if rows.order is None else values.index_select(-1, rows.order)).contiguous()
+
+    compared = [
+        (name.upper(), parts[f"{name} of anchors"], parts.get(f"{name} of contrasts", parts[f"{name} of anchors"]))
+        for name in _named(p)
+    ]
+    if own.tags is not None and other.tags is not None:
+        compared.append(("TAGS", own.tags.T, other.tags.T))
+    for name, left, right in compared:
+        anchor_rules[name] = ordered(left, anchors)
+        contrast_rules[name] = anchor_rules[name] if own is other else ordered(right, contrasts)
+    guide = 0
+    if own.guide is not None and other.guide is not None and own.thresholds is not None:
+        dtype = torch.promote_types(own.guide.dtype, other.guide.dtype)
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+        nothing = own.thresholds.new_empty(0)
+
+        def arranged(rows: Tensor, like: SortedRows) -> dict[str, Tensor | None]:
+            rows = rows.to(dtype)
+            unit = _rows(rows, dtype, like.order, (None, None), None, None, False, True, True, nothing)
+            return {"GUIDE": unit.rows, "GUIDE_NORMS": unit.inverse_norms}
+
+        left_guide = arranged(own.guide, anchors)
+        anchor_rules |= left_guide | {"THRESHOLDS": ordered(own.thresholds.to(torch.float32), anchors)}
+        contrast_rules |= left_guide if own is other else arranged(other.guide, contrasts)
+        guide = padded(own.guide.shape[1], INTERPRETED)
+        # Which pairs are admissible must not depend on PyTorch's precision of products.
+        flags["GUIDE_PRECISION"] = "tf32x3" if dtype == torch.float32 and architecture(p.device) >= 90 else "ieee"
+        flags["BLOCK_G"] = min(guide & -guide, 512 if INTERPRETED else guide_width(dtype))
+    flags = {"GUIDE": guide, "BLOCK_G": 0, "GUIDE_PRECISION": "ieee"} | flags
+    return replace(anchors, rules=anchor_rules), replace(contrasts, rules=contrast_rules), flags
+
+
 # Clusters and ids.
 
 
@@ -255,6 +348,7 @@ class Launch:
     rows: SortedRows
     columns: SortedRows
     flags: dict[str, Any]
+    ruled: bool  # whether the kernels are those with rules
 
     @classmethod
     def of(cls, arranged: Arranged, rows: SortedRows, columns: SortedRows) -> Launch:
@@ -267,7 +361,7 @@ class Launch:
             "INTERPRETED": INTERPRETED,
             "SELF": arranged.self_contrast,
         }
-        return cls(rows, columns, flags)
+        return cls(rows, columns, flags | (arranged.rule_flags or {}), arranged.rule_flags is not None)
 
     @property
     def size(self) -> int:
@@ -289,7 +383,7 @@ class Launch:
         """
         shape = self.tile(kind)
         rows = blocks(self.size, shape.block_m)
-        if kind in ("weighted", "backward"):
+        if kind in ("weighted", "backward", "ruled_backward"):
             rows = rows * blocks(self.rows.rows.shape[1], shape.block_d)
         slots = PROGRAMS_AT_ONCE * programs(self.rows.rows.device)
         most = min(blocks(len(self.columns.rows), shape.block_n) // FEWEST_TILES, 2 * slots // rows)
@@ -352,6 +446,8 @@ class Launch:
             "N": rows.rows.shape[0],
             "M": columns.rows.shape[0],
             "D": rows.rows.shape[1],
+            **{f"ROW_{name}": rows.rules.get(name) for name in RULES if self.ruled},
+            **{f"COLUMN_{name}": columns.rules.get(name) for name in RULES if self.ruled},
             "BLOCK_M": shape.block_m,
             "BLOCK_N": shape.block_n,
             "BLOCK_K": shape.block_k,

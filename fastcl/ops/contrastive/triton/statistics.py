@@ -35,10 +35,11 @@ def _observed(p: Problem, rows: Launch) -> Tensor:
     """`Side.observed` of the launch's rows, from a separate sweep."""
     s = p.sizes[0]
     observed = p.logit_scale.new_empty(s, len(PARTS), rows.size)
-    shape = rows.tile("running", careful=True)  # as many registers as with masks
+    kernel = "ruled_observation_kernel" if rows.ruled else "observation_kernel"
+    shape = rows.tile("ruled_forward" if rows.ruled else "running", careful=True)  # as many registers as with masks
     for k in range(s):
         arguments = {"SCALE": p.logit_scale[k : k + 1], "OBSERVED": observed[k]}
-        rows.run("observation_kernel", shape, rows.row_blocks(shape), arguments)
+        rows.run(kernel, shape, rows.row_blocks(shape), arguments)
     return observed.transpose(0, 1).contiguous()
 
 
@@ -58,6 +59,12 @@ def _forward(p: Problem) -> Statistics:
         return Statistics(_side(p, statistics, m, parts["bases"], rows), empty_side(p), a, c, saved)
     others = new(s, 7, m if p.both else 0)
     columns = Launch.of(arranged, arranged.contrasts, arranged.anchors) if p.both else None
+    if rows.ruled:
+        for launch, found in ((rows, statistics), (columns, others)):
+            if launch is not None:
+                for k in range(s):
+                    _ruled(launch, p.logit_scale[k : k + 1], found[k])
+        return _joined(p, statistics, others, parts, rows, columns, a, c, saved)
     longest, largest_bias = logit_bounds(p)
     bounds = {"LONGEST": longest, "LARGEST_BIAS": largest_bias}
     for k in range(s):
@@ -72,8 +79,33 @@ def _forward(p: Problem) -> Statistics:
                 apart = "lse_pos" in p.want or "lse_neg" in p.want
                 arguments = scalars | {"STATISTICS": result, "APART": apart}
                 launch.run("running_kernel", shape, launch.row_blocks(shape), arguments)
+    return _joined(p, statistics, others, parts, rows, columns, a, c, saved)
+
+
+def _joined(
+    p: Problem,
+    statistics: Tensor,
+    others: Tensor,
+    parts: dict[str, Tensor],
+    rows: Launch,
+    columns: Launch | None,
+    a: Tensor,
+    c: Tensor,
+    saved: Tensor,
+) -> Statistics:
+    _, n, m = p.sizes
     contrasts = empty_side(p) if columns is None else _side(p, others, n, parts["contrast_bases"], columns)
     return Statistics(_side(p, statistics, m, parts["bases"], rows), contrasts, a, c, saved)
+
+
+def _ruled(rows: Launch, scale: Tensor, statistics: Tensor) -> None:
+    """The statistics [7, n] of one side, with rules. The other side has a sweep of its own."""
+    count = rows.column_parts("ruled_forward")
+    parts = statistics if count == 1 else statistics.new_empty(count, *statistics.shape)
+    arguments = {"SCALE": scale, "STATISTICS": parts, "SPLIT": count > 1}
+    rows.sweep("ruled_forward", "ruled_statistics_kernel", lambda shape: (*rows.row_blocks(shape), count), arguments)
+    if count > 1:
+        _join(rows, parts, None, statistics, None)
 
 
 def _one_way(rows: Launch, scalars: dict[str, Any], statistics: Tensor) -> None:

@@ -207,8 +207,8 @@ def _agree(
                 f"gather: expected the same call on all processes, got an error on rank {rank}: {_text(of_rank)}"
             )
     for k, (name, value) in enumerate(known.items()):
-        values = [_from_integer(of_rank[k], value) for of_rank in numbers]
-        if len(set(values)) > 1:
+        if any(of_rank[k] != own[k] for of_rank in numbers):
+            values = [_from_integer(of_rank[k], value) for of_rank in numbers]
             raise ValueError(f"gather: expected the same call on all processes, got {name} = {values}, by rank")
     found = [[of_rank[len(known) + k] for of_rank in numbers] for k in range(len(sizes))]
     places = [HEADER] * world.size  # of the next tensor in each message
@@ -392,6 +392,11 @@ class Gathered:
         return None if gradients is None else self.summed(gradients)
 
     def gradients(self, kept: Any, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
+        if not alone:
+            found = visit(slice(0, self.total), kept)
+            if dtype is None:
+                return None
+            return torch.zeros_like(kept, dtype=dtype) if found is None else found
         gradients = None if dtype is None else torch.zeros_like(kept, dtype=dtype)
         for place in self._places(alone):
             found = visit(place, None if alone and place == self.own else kept[place])
@@ -450,6 +455,10 @@ class Gathered:
         most = max(self.sizes)
         if values.numel() == 0:
             return values[self.own]
+        if values.device.type == "cpu":  # gloo would compute each sum on every process
+            rows = values.flatten(1) if values.dim() > 1 else values[:, None]
+            received = self._traded(rows.contiguous().view(-1), [rows.shape[1] * size for size in self.sizes])
+            return received.sum(0).reshape(-1, *values.shape[1:])
         if min(self.sizes) < most:
             values = torch.cat([_padded(values[self.places[q]], most) for q in range(self.world.size)])
         return _reduce_scatter(self.world.group, values)[: self.sizes[self.world.rank]]

@@ -231,18 +231,23 @@ class Blocks:
         data = data_of_all(self.exchange, base.others, self.call.known)
         nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
         self.kept = Kept(None, data, {}, *nothing, None)
-        sums = layout.blank(base.logit_scale, len(base.anchors.values))
+        first: tuple[Side, Tensor] | None = None  # of the first block
+        sums: Tensor | None = None  # of several blocks
         of_contrasts = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
         s, m = len(base.logit_scale), self.exchange.total if base.both else 0
         seen, seen_contrasts = (nothing_observed(base.logit_scale, s, size) for size in (len(base.anchors.values), m))
 
         def add(key: int, p: Problem) -> None:
-            nonlocal sums, seen
+            nonlocal first, sums, seen
             if 0 in p.sizes[1:]:
                 return
             found = swept_statistics(p, self.backend)
             planes = one_way.planes(p, self.backend, found.saved)
-            sums = layout.merge(torch.stack([sums, layout.pack(found.anchors, planes[0])]), self.backend)
+            if first is None:
+                first = found.anchors, planes[0]
+            else:
+                known = layout.pack(*first) if sums is None else sums
+                sums = layout.merge(torch.stack([known, layout.pack(found.anchors, planes[0])]), self.backend)
             self.kept.of_blocks[key] = found.anchor_inverse_norms, found.contrast_inverse_norms, found.saved
             if p.both:
                 of_contrasts[:, key : key + p.sizes[2]] = layout.pack(found.contrasts, planes[1])
@@ -257,7 +262,10 @@ class Blocks:
         walked = self.exchange.walk(base.others.values, self.alone, visit)
         if self.stored is not None:
             add(STORED, self.over(self.stored))
-        anchors, planes = layout.side(sums, base.dtype)
+        if first is None or sums is not None:
+            sums = layout.blank(base.logit_scale, len(base.anchors.values)) if sums is None else sums
+            first = layout.side(sums, base.dtype)
+        anchors, planes = first
         if base.observe:
             anchors = anchors._replace(observed=seen)
         empty = base.logit_scale.new_empty(0)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -58,13 +60,16 @@ def gather_rows(rows: Tensor, *others: Tensor, group: Any = None) -> Any:
     found = [tensor.detach() for tensor in given]
     world = World.of(True, group)
     if world is not None:
-        lengths = world.agree(
+        lengths, arrived = world.agree_and_gather(
             "gather_rows",
             {f"rows of tensor {k}": len(tensor) for k, tensor in enumerate(given)},
             {f"tensor {k}'s {what}": value for k, tensor in enumerate(given) for what, value in _kind(tensor).items()},
             rows.device,
+            {f"rows of tensor {k}": [tensor] for k, tensor in enumerate(found)},
         )
-        found = [_all_bytes(world, tensor, sizes) for tensor, sizes in zip(found, lengths, strict=True)]
+        if arrived is None:
+            arrived = [_all_bytes(world, tensor, sizes) for tensor, sizes in zip(found, lengths, strict=True)]
+        found = arrived
     return found[0] if not others else tuple(found)
 
 
@@ -140,7 +145,23 @@ class World(NamedTuple):
         before any other collective of the call, and before anything that depends on what it compares. A process whose
         own checks fail calls `tell_others` instead.
         """
-        found: list[list[int]] = _agree(self, call, sizes, alike, device)
+        return self.agree_and_gather(call, sizes, alike, device, {})[0]
+
+    def agree_and_gather(
+        self,
+        call: str,
+        sizes: Mapping[str, int],
+        alike: Mapping[str, Property],
+        device: torch.device,
+        rows: Mapping[str, Sequence[Tensor]],
+    ) -> tuple[list[list[int]], list[Tensor] | None]:
+        """`agree`, and in the same collective the tensors [M, ...] of all processes from those in `rows`, [m, ...].
+
+        They are None if they are too large for this; the caller then gathers them.
+
+        rows: by the name of the size that is their m. `alike` must hold all that decides about dtypes and widths.
+        """
+        found: tuple[list[list[int]], list[Tensor] | None] = _agree(self, call, sizes, alike, device, rows)
         return found
 
     def all_rows(self, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -161,28 +182,93 @@ class World(NamedTuple):
 
 @uncompiled  # compiled processes might trace different graphs
 def _agree(
-    world: World, call: str, sizes: Mapping[str, int], alike: Mapping[str, Property], device: torch.device
-) -> list[list[int]]:
+    world: World,
+    call: str,
+    sizes: Mapping[str, int],
+    alike: Mapping[str, Property],
+    device: torch.device,
+    rows: Mapping[str, Sequence[Tensor]],
+) -> tuple[list[list[int]], list[Tensor] | None]:
     known: dict[str, Property] = {
         "call": call,
         "number of sizes": len(sizes),
         "number of properties": len(alike),
         **alike,
     }
+    sent = [
+        (list(sizes).index(name), tensor, _as_bytes(tensor)) for name, tensors in rows.items() for tensor in tensors
+    ]
     own = [_as_integer(value) for value in (*known.values(), *sizes.values())]
-    assert len(own) <= MOST_NUMBERS
-    mine = torch.tensor(own + [0] * (MOST_NUMBERS - len(own)), dtype=torch.int64, device=device)
-    everyone = _all_gather(world.group, mine).unflatten(0, (world.size, -1)).tolist()
-    for rank, numbers in enumerate(everyone):
-        if numbers[0] == FAILED:
+    everyone, room = _exchanged(world, own, device, [piece for *_, piece in sent])
+    numbers = everyone[:, :HEADER].contiguous().view(torch.int64).tolist()
+    for rank, of_rank in enumerate(numbers):
+        if of_rank[0] == FAILED:
             raise ValueError(
-                f"gather: expected the same call on all processes, got an error on rank {rank}: {_text(numbers)}"
+                f"gather: expected the same call on all processes, got an error on rank {rank}: {_text(of_rank)}"
             )
     for k, (name, value) in enumerate(known.items()):
-        values = [_from_integer(numbers[k], value) for numbers in everyone]
-        if len(set(values)) > 1:
+        if any(of_rank[k] != own[k] for of_rank in numbers):
+            values = [_from_integer(of_rank[k], value) for of_rank in numbers]
             raise ValueError(f"gather: expected the same call on all processes, got {name} = {values}, by rank")
-    return [[numbers[len(known) + k] for numbers in everyone] for k in range(len(sizes))]
+    found = [[of_rank[len(known) + k] for of_rank in numbers] for k in range(len(sizes))]
+    places = [HEADER] * world.size  # of the next tensor in each message
+    ends: list[list[int]] = []
+    for k, _, piece in sent:
+        ends.append([place + size * piece.shape[1] for place, size in zip(places, found[k], strict=True)])
+        places = [_aligned(end) for end in ends[-1]]
+    most = max(places) - HEADER
+    _SIZES.setdefault(world.group, deque(maxlen=REMEMBERED)).append(most)
+    if most > room:
+        return found, None
+    arrived = []
+    for (k, tensor, piece), stops in zip(sent, ends, strict=True):
+        parts = [
+            everyone[q, stop - size * piece.shape[1] : stop]
+            for q, (stop, size) in enumerate(zip(stops, found[k], strict=True))
+        ]
+        arrived.append(torch.cat(parts).view(tensor.dtype).reshape(sum(found[k]), *tensor.shape[1:]))
+    return found, arrived
+
+
+# A message of `_agree` has `MOST_NUMBERS` integers and room for rows. Processes must choose the same room before they
+# know each other's rows. They take the largest rows among the last calls of the group, which all of them have seen.
+
+HEADER = 8 * MOST_NUMBERS
+REMEMBERED = 8  # calls; a training step may use several losses
+MOST_BYTES, MOST_BYTES_OF_ALL = 1 << 20, 1 << 24  # more take a collective of their own
+_SIZES: WeakKeyDictionary[Any, deque[int]] = WeakKeyDictionary()  # by group: bytes of the rows of the last calls
+
+
+def few(world: World, size: int) -> bool:
+    """Whether a collective of so many bytes per process takes hardly longer than one of none."""
+    return size <= min(MOST_BYTES, MOST_BYTES_OF_ALL // world.size)
+
+
+def _room(world: World) -> int:
+    return max((size for size in _SIZES.get(world.group, ()) if few(world, size)), default=0)
+
+
+def _aligned(place: int) -> int:
+    return -(-place // 16) * 16
+
+
+def _exchanged(
+    world: World, numbers: Sequence[int], device: torch.device, pieces: Sequence[Tensor] = ()
+) -> tuple[Tensor, int]:
+    """The messages of all processes, bytes [processes, length], and the room for rows in them.
+
+    pieces: bytes [m, B] of this process's rows, left out if they do not fit.
+    """
+    assert len(numbers) <= MOST_NUMBERS
+    room, fit = _room(world), sum(_aligned(piece.numel()) for piece in pieces)
+    message = torch.zeros(HEADER + room, dtype=torch.uint8, device=device)
+    padded = [*numbers, *[0] * (MOST_NUMBERS - len(numbers))]
+    message[:HEADER] = torch.tensor(padded, dtype=torch.int64, device=device).view(torch.uint8)
+    place = HEADER
+    for piece in pieces if fit <= room else ():
+        message[place : place + piece.numel()] = piece.view(-1)
+        place += _aligned(piece.numel())
+    return _all_gather(world.group, message).unflatten(0, (world.size, -1)), room
 
 
 def check_group(group: Any, gather: Any = True) -> None:
@@ -214,7 +300,7 @@ def _tell(world: World, message: str, device: torch.device) -> None:
     text = message.encode()[: 8 * (MOST_NUMBERS - 1)].ljust(8 * (MOST_NUMBERS - 1), b"\0")
     numbers = [FAILED, *struct.unpack(f"<{MOST_NUMBERS - 1}q", text)]
     with suppress(RuntimeError):  # if the group has failed, this process's own error is more useful
-        _all_gather(world.group, torch.tensor(numbers, dtype=torch.int64, device=device))
+        _exchanged(world, numbers, device)
 
 
 def _text(numbers: list[int]) -> str:
@@ -280,35 +366,47 @@ def _padded(rows: Tensor, length: int) -> Tensor:
 
 
 class Gathered:
-    """Every process receives all contrasts: an all-gather of rows, and a reduce-scatter of their gradients."""
+    """Every process receives all contrasts: an all-gather of rows, and a reduce-scatter of their gradients.
 
-    def __init__(self, world: World, sizes: list[int]) -> None:
-        self.world, self.sizes = world, sizes
+    arrived: the rows of all processes, if they have been gathered already.
+    """
+
+    def __init__(self, world: World, sizes: list[int], arrived: Tensor | None = None) -> None:
+        self.world, self.sizes, self.arrived = world, sizes, arrived
         self.total = sum(sizes)
-        self.starts = [sum(sizes[:q]) for q in range(len(sizes) + 1)]
-        self.own = self.place(world.rank)
-
-    def place(self, q: int) -> Place:
-        """The slice of process q's contrasts."""
-        return slice(self.starts[q], self.starts[q + 1])
+        starts = [sum(sizes[:q]) for q in range(len(sizes))]
+        self.places: list[Place] = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        self.own, self.processes = self.places[world.rank], world.size
 
     def walk(self, rows: Tensor, alone: bool, visit: Visit) -> Any:
-        everyone = self.world.all_rows(rows, self.sizes)
+        everyone = self._all_rows(rows)
         for place in self._places(alone):
             visit(place, None if alone and place == self.own else everyone[place])
         return everyone
 
+    def _all_rows(self, rows: Tensor) -> Tensor:
+        return self.world.all_rows(rows, self.sizes) if self.arrived is None else self.arrived
+
     def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
+        gradients = self.gradients(kept, alone, visit, dtype)
+        return None if gradients is None else self.summed(gradients)
+
+    def gradients(self, kept: Any, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
+        if not alone:
+            found = visit(slice(0, self.total), kept)
+            if dtype is None:
+                return None
+            return torch.zeros_like(kept, dtype=dtype) if found is None else found
         gradients = None if dtype is None else torch.zeros_like(kept, dtype=dtype)
         for place in self._places(alone):
             found = visit(place, None if alone and place == self.own else kept[place])
             if gradients is not None and found is not None:
                 gradients[place] = found
-        return None if gradients is None else self.summed(gradients)
+        return gradients
 
     def once(self, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
         """`walk_back` without a walk before it."""
-        return self.walk_back(self.world.all_rows(rows, self.sizes), rows, alone, visit, dtype)
+        return self.walk_back(self._all_rows(rows), rows, alone, visit, dtype)
 
     def _places(self, alone: bool) -> list[Place]:
         if not alone:
@@ -328,18 +426,41 @@ class Gathered:
 
     def collect(self, values: Tensor) -> Tensor:
         k, own = len(values), self.sizes[self.world.rank]
-        sent = torch.cat([values[:, self.place(q)].reshape(-1) for q in range(self.world.size)])
-        received = values.new_empty(self.world.size * k * own)
-        splits = [k * own] * self.world.size
-        dist.all_to_all_single(received, sent, splits, [k * size for size in self.sizes], group=self.world.group)
-        return received.view(self.world.size, k, own)
+        sent = torch.cat([values[:, self.places[q]].reshape(-1) for q in range(self.world.size)])
+        return self._traded(sent, [k * size for size in self.sizes]).view(self.world.size, k, own)
+
+    def everyone(self, values: Tensor) -> Tensor:
+        return _all_gather(self.world.group, values).view(self.world.size, -1)
+
+    def summed_with(self, values: Sequence[Tensor], number: Tensor) -> tuple[list[Tensor], Tensor]:
+        rows = [part.flatten(1) if part.dim() > 1 else part[:, None] for part in values]
+        numbers = number.reshape(1)
+        if not rows or sum(part.numel() for part in rows) * number.itemsize > MOST_BYTES_OF_ALL:
+            return [self.summed(part) for part in values], self.everyone(numbers)[:, 0]
+        own, lengths = self.sizes[self.world.rank], [part.shape[1] for part in rows]
+        sent = torch.cat([part for q in self.places for part in (*(of_all[q].flatten() for of_all in rows), numbers)])
+        received = self._traded(sent, [sum(lengths) * size + 1 for size in self.sizes])
+        sums = received[:, :-1].sum(0).split([own * length for length in lengths])
+        shapes = [(own, *part.shape[1:]) for part in values]
+        return [part.reshape(shape) for part, shape in zip(sums, shapes, strict=True)], received[:, -1]
+
+    def _traded(self, sent: Tensor, lengths: list[int]) -> Tensor:
+        """An all-to-all: sends `lengths[q]` numbers to process q; receives [processes, length of the own]."""
+        size, own = self.world.size, lengths[self.world.rank]
+        received = sent.new_empty(size * own)
+        dist.all_to_all_single(received, sent, [own] * size, lengths, group=self.world.group)
+        return received.view(size, own)
 
     def summed(self, values: Tensor) -> Tensor:
         most = max(self.sizes)
         if values.numel() == 0:
             return values[self.own]
+        if values.device.type == "cpu":  # gloo would compute each sum on every process
+            rows = values.flatten(1) if values.dim() > 1 else values[:, None]
+            received = self._traded(rows.contiguous().view(-1), [rows.shape[1] * size for size in self.sizes])
+            return received.sum(0).reshape(-1, *values.shape[1:])
         if min(self.sizes) < most:
-            values = torch.cat([_padded(values[self.place(q)], most) for q in range(self.world.size)])
+            values = torch.cat([_padded(values[self.places[q]], most) for q in range(self.world.size)])
         return _reduce_scatter(self.world.group, values)[: self.sizes[self.world.rank]]
 
 
@@ -348,7 +469,7 @@ class Ring(Gathered):
 
     def walk(self, rows: Tensor, alone: bool, visit: Visit) -> None:
         for q, block in self._passing(rows):
-            visit(self.place(q), None if alone and q == self.world.rank else block)
+            visit(self.places[q], None if alone and q == self.world.rank else block)
 
     def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
         """A block's gradient follows the block, one step behind, and reaches its own process after the last step."""
@@ -357,7 +478,7 @@ class Ring(Gathered):
         home = None if dtype is None else rows.new_zeros(len(rows), width, dtype=dtype)
         arriving: tuple[Tensor, Callable[[], None]] | None = None
         for step, (q, block) in enumerate(self._passing(rows)):
-            found = visit(self.place(q), None if alone and step == 0 else block)
+            found = visit(self.places[q], None if alone and step == 0 else block)
             if home is None or dtype is None:
                 continue
             if step == 0:

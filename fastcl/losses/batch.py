@@ -218,13 +218,12 @@ def _checksum(rows: Tensor) -> int:
     return int((of_rows * places).sum())
 
 
-def offset(batch: Batch, anchors: Rows, contrasts: Rows | None, first: int) -> tuple[Rows, Rows | None]:
-    """The rows with clusters, kept pairs and groups that are unique over processes.
+FIRST = 1 << 40  # the number of the first sample of a process is this times its rank: samples of no other have it
 
-    first: the number of the process's first sample.
-    """
-    samples = batch.shape[0]
-    first_pair = first if contrasts is None else first * batch.views  # in two sets pairs are of rows
+
+def offset(batch: Batch, anchors: Rows, contrasts: Rows | None, rank: int) -> tuple[Rows, Rows | None]:
+    """The rows with clusters, kept pairs and groups that are unique over processes."""
+    samples, first = batch.shape[0], FIRST * rank
 
     def moved(ids: Tensor | None) -> Tensor | None:
         if ids is None:
@@ -238,7 +237,7 @@ def offset(batch: Batch, anchors: Rows, contrasts: Rows | None, first: int) -> t
         if groups is not None:
             groups = torch.where(groups < -1, groups - first, groups)
         if pairs is not None:
-            pairs = torch.where(pairs >= 0, pairs + first_pair, pairs)
+            pairs = torch.where(pairs >= 0, pairs + first, pairs)
         return rows._replace(clusters=moved(rows.clusters), groups=groups, samples=pairs)
 
     return unique(anchors), None if contrasts is None else unique(contrasts)
@@ -246,11 +245,10 @@ def offset(batch: Batch, anchors: Rows, contrasts: Rows | None, first: int) -> t
 
 def aligned_clusters(samples: list[int], views: int, contrasts: list[int], device: torch.device) -> Tensor:
     """For an `aligned` batch, the clusters after `offset` of all processes' contrasts, from numbers of rows alone."""
-    found, first = [], 0
-    for n, m in zip(samples, contrasts, strict=True):
-        places = per_row(torch.arange(first, first + n, device=device), views)
+    found = []
+    for rank, (n, m) in enumerate(zip(samples, contrasts, strict=True)):
+        places = per_row(torch.arange(FIRST * rank, FIRST * rank + n, device=device), views)
         found.append(of_pairs(places, m))
-        first += n
     return torch.cat(found)
 
 

@@ -16,7 +16,7 @@ from ..ops.library import uncompiled
 from ..swept import mean_loss, statistics
 from .batch import Batch, per_row, with_shared_queue
 from .formulas import Formula
-from .gathered import gathered_statistics, has_gradient
+from .gathered import agreed, gathered_mean, has_gradient, statistics_of
 from .options import LossOptions
 from .summary import LossStats, summary
 
@@ -149,9 +149,12 @@ def _of_all(
         "weights given": weights is not None,
         "weights with a gradient": has_gradient(weights),
     }
-    stats, observed = gathered_statistics(
-        world, options.gather, problem, rows, formula.exact(), type(formula).__name__, alike
-    )
+    travelling = agreed(world, options.gather, problem, rows, type(formula).__name__, alike, problem.family)
+    if formula.mean_of_differences() and options.reduction == "mean" and weights is None:
+        found = gathered_mean(world, travelling, problem)
+        if found is not None:
+            return found.to(rows.dtype())
+    stats, observed = statistics_of(world, travelling, problem, rows, formula.exact())
     sides = [(*formula.terms(stats, scale), weights)]
     if stats.reverse is not None:
         sides.append((*formula.terms(stats.reverse, scale), None))

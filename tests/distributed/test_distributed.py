@@ -218,7 +218,7 @@ def test_second_derivatives_are_right_or_raise(world: int) -> None:
 
 def test_no_more_collectives_than_needed(world: int) -> None:
     for results in found(world):
-        assert results["collectives"] == {"both ways": 6, "views": 4, "clusters, ids and bias": 5}
+        assert results["collectives"] == {"both ways": 3, "views": 3, "clusters, ids and bias": 3}
 
 
 def test_compiled_functions_leave_the_loss_out_and_second_derivatives_raise(world: int) -> None:

@@ -306,8 +306,9 @@ def collectives(rank: int, world: int) -> dict[str, int]:
         for name, function in there.items():
             setattr(dist, name, counted(function))
         for name, step in steps.items():
-            count = 0
-            step().backward()
+            for _ in range(2):  # the second one finds room for rows in the message that compares the calls
+                count = 0
+                step().backward()
             results[name] = count
     finally:
         for name, function in there.items():

@@ -50,6 +50,8 @@ class Exchange(Protocol):
 
     total: int  # M
     own: Place
+    places: list[Place]  # of each process's contrasts
+    processes: int
 
     def walk(self, rows: Tensor, alone: bool, visit: Visit) -> Any:
         """Visits the rows of all contrasts, block by block.
@@ -65,6 +67,12 @@ class Exchange(Protocol):
         kept: what `walk` returned.
         """
 
+    def gradients(self, kept: Any, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
+        """`walk_back` without the sum over processes: [M, D], this process's part of each gradient.
+
+        Only where every process has all contrasts.
+        """
+
     def spread(self, values: Tensor) -> Tensor:
         """Gathers the values [..., m] of all processes: [..., M]."""
 
@@ -76,7 +84,13 @@ class Exchange(Protocol):
         contrasts."""
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sum over processes of values [M], for the own contrasts: [m]."""
+        """The sum over processes of values [M, ...], for the own contrasts: [m, ...]."""
+
+    def summed_with(self, values: Sequence[Tensor], number: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`summed` of tensors of one dtype, and the numbers [] of all processes: [processes]."""
+
+    def everyone(self, values: Tensor) -> Tensor:
+        """Gathers the values [n] of all processes, the same n in each: [processes, n]."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,7 @@ class BlockStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *arguments: Any) -> tuple[Tensor, ...]:
         """arguments: `flatten` of the problem over the travelling contrasts, then `flatten_rows` of the stored ones."""
-        blocks = _Blocks(call, arguments)
+        blocks = Blocks(call, arguments)
         p = blocks.base
         with without_autocast(p.device):
             found = blocks.forward()
@@ -139,7 +153,7 @@ class BlockStats(torch.autograd.Function):
         """Gradients of the inputs. tensors: gradients of the `count` values, then what the forward saved."""
         grads, saved = tensors[:count], tensors[count:]
         arguments = (*saved[:TENSORS], *ctx.options, *saved[TENSORS:])
-        blocks = _Blocks(ctx.call, arguments)
+        blocks = Blocks(ctx.call, arguments)
         blocks.kept = ctx.kept
         p = blocks.base
         scales, wanted = p.logit_scale, len(p.want)
@@ -155,15 +169,10 @@ class BlockStats(torch.autograd.Function):
         stored_bias = len(arguments) - OF_ROWS + Rows._fields.index("bias")
         with without_autocast(p.device):
             found, of_stored_bias = blocks.backward(of_sides[0], of_sides[1], needs, needed[stored_bias])
-        result: list[Tensor | None] = [None] * len(arguments)
-        for place, gradient in zip(places, found, strict=True):
-            if gradient is not None and arguments[place] is not None and needed[place]:
-                result[place] = gradient.to(arguments[place].dtype)
-        result[stored_bias] = of_stored_bias
-        return None, *result
+        return None, *blocks.by_argument(arguments, found, needed, of_stored_bias)
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What the forward leaves for the backward."""
 
     rows: Any  # what `Exchange.walk` returned
@@ -175,13 +184,21 @@ class _Kept(NamedTuple):
     contrasts: Tensor | None  # [K, m]: the own contrasts' merged statistics, as `Layout` packs them
 
 
-STORED = -1  # the key of the stored contrasts in `_Kept.of_blocks`
+class _Found(NamedTuple):
+    """What `Blocks.sweep` returns."""
+
+    statistics: Statistics  # of the anchors
+    of_contrasts: Tensor  # [K, M] with `both`, else [K, 0]: packed by `Layout`, over this process's anchors
+    seen_contrasts: Tensor  # the same of observed statistics
 
 
-class _Blocks:
+STORED = -1  # the key of the stored contrasts in `Kept.of_blocks`
+
+
+class Blocks:
     """A forward or backward, block by block."""
 
-    kept: _Kept
+    kept: Kept
 
     def __init__(self, call: Call, arguments: Sequence[Any]) -> None:
         self.call, self.exchange = call, call.exchange
@@ -191,7 +208,11 @@ class _Blocks:
         self.alone = base.contrasts is None
         self.stored = unflatten_rows(arguments[-OF_ROWS:], base.others.normalize)
         self.own_size = len(base.others.values)
-        self.layout = Layout(tuple(base.want), len(base.logit_scale), self.backend.plane_count(base))
+        self.layout = self.layout_of(call, base)
+
+    @staticmethod
+    def layout_of(call: Call, p: Problem) -> Layout:
+        return Layout(tuple(p.want), len(p.logit_scale), BACKENDS[call.backend].plane_count(p))
 
     def block(self, place: Place, rows: Tensor | None) -> Problem:
         """The anchors with a block of the travelling contrasts. rows: None for the own rows in self-contrast."""
@@ -204,23 +225,29 @@ class _Blocks:
         """The anchors with these contrasts."""
         return replace(self.base, anchors=self.base.anchors._replace(bias=None), contrasts=contrasts)
 
-    def forward(self) -> Statistics:
+    def sweep(self) -> _Found:
+        """The statistics of the anchors, and this process's part of those of all contrasts."""
         base, layout = self.base, self.layout
         data = data_of_all(self.exchange, base.others, self.call.known)
         nothing = layout.side(layout.blank(base.logit_scale, 0), base.dtype)
-        self.kept = _Kept(None, data, {}, *nothing, None)
-        sums = layout.blank(base.logit_scale, len(base.anchors.values))
+        self.kept = Kept(None, data, {}, *nothing, None)
+        first: tuple[Side, Tensor] | None = None  # of the first block
+        sums: Tensor | None = None  # of several blocks
         of_contrasts = layout.blank(base.logit_scale, self.exchange.total if base.both else 0)
         s, m = len(base.logit_scale), self.exchange.total if base.both else 0
         seen, seen_contrasts = (nothing_observed(base.logit_scale, s, size) for size in (len(base.anchors.values), m))
 
         def add(key: int, p: Problem) -> None:
-            nonlocal sums, seen
+            nonlocal first, sums, seen
             if 0 in p.sizes[1:]:
                 return
             found = swept_statistics(p, self.backend)
             planes = one_way.planes(p, self.backend, found.saved)
-            sums = layout.merge(torch.stack([sums, layout.pack(found.anchors, planes[0])]), self.backend)
+            if first is None:
+                first = found.anchors, planes[0]
+            else:
+                known = layout.pack(*first) if sums is None else sums
+                sums = layout.merge(torch.stack([known, layout.pack(found.anchors, planes[0])]), self.backend)
             self.kept.of_blocks[key] = found.anchor_inverse_norms, found.contrast_inverse_norms, found.saved
             if p.both:
                 of_contrasts[:, key : key + p.sizes[2]] = layout.pack(found.contrasts, planes[1])
@@ -235,22 +262,30 @@ class _Blocks:
         walked = self.exchange.walk(base.others.values, self.alone, visit)
         if self.stored is not None:
             add(STORED, self.over(self.stored))
-        anchors, planes = layout.side(sums, base.dtype)
-        merged, own = None, nothing[0]
-        if base.both:
-            # Sent in the dtype of the statistics, as a block's sums have no more digits.
-            merged = layout.merge(self.exchange.collect(of_contrasts.to(base.dtype)).double(), self.backend)
-            own, _ = layout.side(merged, base.dtype)
-            merged = merged.to(base.dtype)
+        if first is None or sums is not None:
+            sums = layout.blank(base.logit_scale, len(base.anchors.values)) if sums is None else sums
+            first = layout.side(sums, base.dtype)
+        anchors, planes = first
         if base.observe:
             anchors = anchors._replace(observed=seen)
-        if base.observe and base.both:
+        empty = base.logit_scale.new_empty(0)
+        found = own_contrasts.join(base, Statistics(anchors, nothing[0], self._anchor_norms(), empty, empty))
+        self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes)
+        # Sent in the dtype of the statistics, as a block's sums have no more digits.
+        return _Found(found, of_contrasts.to(base.dtype), seen_contrasts)
+
+    def forward(self) -> Statistics:
+        base = self.base
+        found, of_contrasts, seen_contrasts = self.sweep()
+        if not base.both:
+            return found
+        merged = self.layout.merge(self.exchange.collect(of_contrasts).double(), self.backend)
+        own, _ = self.layout.side(merged, base.dtype)
+        self.kept = self.kept._replace(contrasts=merged.to(base.dtype))
+        if base.observe:
             parts = self.exchange.collect(seen_contrasts.flatten(0, 1)).unflatten(1, seen_contrasts.shape[:2])
             own = own._replace(observed=reduce(merge_observed, parts.unbind()))
-        empty = base.logit_scale.new_empty(0)
-        found = own_contrasts.join(base, Statistics(anchors, own, self._anchor_norms(), empty, empty))
-        self.kept = self.kept._replace(rows=walked, anchors=found.anchors, planes=planes, contrasts=merged)
-        return found
+        return found._replace(contrasts=own)
 
     def _anchor_norms(self) -> Tensor:
         """Inverse norms of the anchors, [N], or [0] if they are not normalised."""
@@ -267,17 +302,37 @@ class _Blocks:
 
         grad, grad_contrasts: gradients of the fields, [W, S, N] and, with `both`, [W, S, m].
         """
-        base, call, kept = self.base, self.call, self.kept
-        dx = torch.zeros_like(base.anchors.values, dtype=base.dtype)
-        d_scale = torch.zeros_like(base.logit_scale, dtype=torch.float64)
-        d_bias = base.logit_scale.new_zeros(self.exchange.total if call.bias_needs else 0)
-        grad_others = grad_contrasts
-        empty = others_found, other_planes = self.layout.side(self.layout.blank(base.logit_scale, 0), base.dtype)
+        kept, of_all = self.kept, None
         if kept.contrasts is not None:  # every process needs the merged statistics of all contrasts and their gradients
             of_all = self.exchange.spread(torch.cat([kept.contrasts, grad_contrasts.flatten(0, 1)]))
             size = len(kept.contrasts)
-            others_found, other_planes = self.layout.side(of_all[:size].double(), base.dtype)
-            grad_others = of_all[size:].unflatten(0, grad_contrasts.shape[:2])
+            of_all, grad_contrasts = of_all[:size], of_all[size:].unflatten(0, grad_contrasts.shape[:2])
+        walk = partial(self.exchange.walk_back, kept.rows, self.base.others.values, self.alone)
+        swept, of_bias = self.sweep_back(walk, grad, grad_contrasts, of_all, own, stored_bias)
+        if swept.bias is not None:
+            swept = swept._replace(bias=self.exchange.summed(swept.bias))
+        return self.finished(swept, grad, own), of_bias
+
+    def sweep_back(
+        self,
+        walk: Callable[[Visit, torch.dtype | None], Tensor | None],
+        grad: Tensor,
+        grad_contrasts: Tensor,
+        of_contrasts: Tensor | None,
+        own: Needs,
+        stored_bias: bool,
+    ) -> tuple[Gradients, Tensor | None]:
+        """Gradients of one more sweep, that of the contrasts as `walk` returns it, and of the stored contrasts' bias.
+
+        The bias's gradient [M] is this process's part. walk: visits the blocks again. grad, grad_contrasts: gradients
+        of the fields, [W, S, N] and, with `both`, [W, S, M]. of_contrasts: with `both` the merged statistics [K, M].
+        """
+        base, call, kept = self.base, self.call, self.kept
+        dx = torch.zeros_like(base.anchors.values, dtype=base.dtype)
+        d_scale = torch.zeros_like(base.logit_scale, dtype=torch.float64)
+        d_bias = base.logit_scale.new_zeros(self.exchange.total) if call.bias_needs else None
+        blank = self.layout.blank(base.logit_scale, 0) if of_contrasts is None else of_contrasts.double()
+        others_found, other_planes = self.layout.side(blank, base.dtype)
 
         def add(key: int, p: Problem, others: bool, bias: bool) -> Gradients | None:
             if 0 in p.sizes[1:]:
@@ -285,16 +340,13 @@ class _Blocks:
             a, c, saved = kept.of_blocks[key]
             planes = one_way.planes(p, self.backend, saved)
             planes[0].copy_(kept.planes)
-            side, grad_block = Side(grad, kept.anchors.counts, kept.anchors.parts), grad_contrasts[..., :0]
-            other = empty[0]
+            place = slice(key, key + p.sizes[2]) if p.both else slice(0)
+            other = Side(*(part[..., place].contiguous() for part in others_found[:3]))
             if p.both:
-                place = slice(key, key + p.sizes[2])
                 planes[1].copy_(other_planes[..., place])
-                other = Side(*(part[..., place].contiguous() for part in others_found[:3]))
-                grad_block = grad_others[..., place].contiguous()
             needs = own._replace(contrasts=others, bias=bias and p.others.bias is not None)
-            known = Statistics(side, other, a, c, saved)
-            found = swept_gradients(p, self.backend, known, grad, grad_block, needs)
+            known = Statistics(Side(grad, kept.anchors.counts, kept.anchors.parts), other, a, c, saved)
+            found = swept_gradients(p, self.backend, known, grad, grad_contrasts[..., place].contiguous(), needs)
             if found.anchors is not None:
                 dx.add_(found.anchors)
             if found.logit_scale is not None:
@@ -306,7 +358,7 @@ class _Blocks:
             found = add(place.start, self.block(place, block), others, call.bias_needs)
             if found is None:
                 return None
-            if found.bias is not None and call.bias_needs:
+            if found.bias is not None and d_bias is not None:
                 d_bias[place] = found.bias
             return found.contrasts if others else None
 
@@ -315,16 +367,30 @@ class _Blocks:
             found = add(STORED, self.over(self.stored), False, stored_bias)
             if stored_bias and self.stored.bias is not None:
                 of_bias = torch.zeros_like(self.stored.bias) if found is None else found.bias
-        dtype = base.dtype if call.contrasts_need else None
-        home = self.exchange.walk_back(kept.rows, base.others.values, self.alone, visit, dtype)
-        if self.alone and home is not None:
-            dx += home
+        home = walk(visit, base.dtype if call.contrasts_need else None)
+        return Gradients(dx, home, d_scale, d_bias), of_bias
+
+    def finished(self, swept: Gradients, grad: Tensor, own: Needs) -> Gradients:
+        """Gradients of the problem from those of its sweep, of which the contrasts' and the bias's are complete."""
+        base, call = self.base, self.call
+        if self.alone and swept.contrasts is not None and swept.anchors is not None:
+            swept = swept._replace(anchors=swept.anchors + swept.contrasts, contrasts=None)
         no_numbers = base.logit_scale.new_empty(0)
-        joined = Statistics(kept.anchors, kept.anchors, self._anchor_norms(), no_numbers, no_numbers)
-        own_bias = self.exchange.summed(d_bias) if call.bias_needs else None
-        swept = Gradients(dx, None if self.alone else home, d_scale, own_bias)
+        joined = Statistics(self.kept.anchors, self.kept.anchors, self._anchor_norms(), no_numbers, no_numbers)
         needs = own._replace(contrasts=call.contrasts_need, bias=call.bias_needs)
-        return own_contrasts.add_gradients(base, joined, grad, needs, swept), of_bias
+        return own_contrasts.add_gradients(base, joined, grad, needs, swept)
+
+    @staticmethod
+    def by_argument(
+        arguments: Sequence[Any], found: Gradients, needed: Sequence[bool], of_stored_bias: Tensor | None
+    ) -> list[Tensor | None]:
+        """The needed gradients in the order of the arguments of `BlockStats`, in their dtypes."""
+        result: list[Tensor | None] = [None] * len(arguments)
+        for place, gradient in zip(gradient_places(arguments), found, strict=True):
+            if gradient is not None and arguments[place] is not None and needed[place]:
+                result[place] = gradient.to(arguments[place].dtype)
+        result[len(arguments) - OF_ROWS + Rows._fields.index("bias")] = of_stored_bias
+        return result
 
 
 class Layout(NamedTuple):
@@ -338,6 +404,11 @@ class Layout(NamedTuple):
     def log_sums(self) -> int:
         return len(log_sums(self.want))
 
+    @property
+    def width(self) -> int:
+        """K"""
+        return self.scales * (len(self.want) + self.log_sums + self.planes) + 2
+
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """[..., K, n] -> plain sums [..., S for each, n], counts [..., 2, n], shifts and sums [..., L, S, n], planes.
 
@@ -350,8 +421,7 @@ class Layout(NamedTuple):
 
     def blank(self, like: Tensor, n: int) -> Tensor:
         """Packed statistics of n rows over no contrasts."""
-        logs = self.log_sums
-        return like.new_zeros(self.scales * (len(self.want) + logs + self.planes) + 2, n, dtype=torch.float64)
+        return like.new_zeros(self.width, n, dtype=torch.float64)
 
     def pack(self, side: Side, planes: Tensor) -> Tensor:
         plain_sums = side.fields[self.log_sums :].flatten(0, 1)

@@ -111,8 +111,8 @@ class DirectMean(torch.autograd.Function):
             with torch.no_grad():
                 *outputs, _ = forward_op(*saved[:TENSORS], *options)
             sides = [Side(*outputs[:3]), Side(*outputs[3:6])][: 2 if options[BOTH - TENSORS] else 1]
-            rows = [_rows_of(side, options[WANT - TENSORS], False) for side in sides]
-            derivatives = [_derivative(side.counts, those, len(sides)) for side, those in zip(sides, rows, strict=True)]
+            rows = [rows_of(side, options[WANT - TENSORS], False) for side in sides]
+            derivatives = [_of_mean(side.counts, those, len(sides)) for side, those in zip(sides, rows, strict=True)]
             return *_derived((*saved[:TENSORS], *of_backward(outputs), *derivatives), options, needs, grad), None
         arguments = (_scaled if ctx.at_once else _gradients, options, needs, grad, *saved)
         return *by_argument(saved, once_differentiable("contrastive_stats", *arguments)), None
@@ -130,11 +130,11 @@ def _forward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | 
     if backend is triton and max(problem.sizes[1:]) <= triton_mean.MOST_ROWS and problem.dtype == torch.float32:
         loss, derivatives = triton_mean.mean_loss(sides, problem.want)
     else:
-        rows = [_rows_of(side, problem.want, values_visible(side.counts)) for side in sides]
+        rows = [rows_of(side, problem.want, values_visible(side.counts)) for side in sides]
         means = [_mean(side, those) for side, those in zip(sides, rows, strict=True)]
         loss, derivatives = means[0] if len(means) == 1 else (means[0] + means[1]) / 2, []
         if differentiated:
-            derivatives = [_derivative(side.counts, those, len(sides)) for side, those in zip(sides, rows, strict=True)]
+            derivatives = [_of_mean(side.counts, those, len(sides)) for side, those in zip(sides, rows, strict=True)]
     observed = observed_by(problem, found) if problem.observe else None
     return loss, observed, *of_backward(as_outputs(found)), *derivatives
 
@@ -220,7 +220,7 @@ def _derived(
     return by_argument(saved, _taped(_BACKWARD, problem, backend, (*kinds, tuple(needs)), *saved, grad))
 
 
-def _rows_of(side: Side, want: Sequence[str], look: bool) -> _Rows:
+def rows_of(side: Side, want: Sequence[str], look: bool) -> _Rows:
     """look: read the counts. If all rows count, no mask is needed, which saves operators in the common case. On a GPU
     it would wait for the device."""
     positives = side.counts[0]
@@ -236,28 +236,42 @@ def _rows_of(side: Side, want: Sequence[str], look: bool) -> _Rows:
 
 
 def _mean(side: Side, rows: _Rows) -> Tensor:
-    sum_pos, num_pos = side.fields[-1], side.counts[0]
-    if rows.log_ratio is not None:
-        # Linear beyond the threshold, to within a rounding. 0 * sum_pos makes the loss NaN if the logit is infinite.
-        singles = torch.add(torch.nn.functional.softplus(rows.log_ratio, threshold=50), sum_pos, alpha=0)
-        if rows.single is None:
-            return singles.mean()
-    terms = torch.addcdiv(side.fields[0], sum_pos, num_pos if rows.counted is None else num_pos.clamp(min=1), value=-1)
-    if rows.single is not None:
-        terms = torch.where(rows.single, singles, terms)
+    terms = terms_of(side, rows)
     if rows.counted is None:
         return terms.mean()
     return torch.where(rows.counted, terms, 0).sum() / rows.counted.sum().clamp(min=1)
 
 
-def _derivative(counts: Tensor, rows: _Rows, means: int) -> Tensor:
+def terms_of(side: Side, rows: _Rows) -> Tensor:
+    """The loss [N] of each row; of rows that do not count undefined."""
+    sum_pos, num_pos = side.fields[-1], side.counts[0]
+    if rows.log_ratio is not None:
+        # Linear beyond the threshold, to within a rounding. 0 * sum_pos makes the loss NaN if the logit is infinite.
+        singles = torch.add(torch.nn.functional.softplus(rows.log_ratio, threshold=50), sum_pos, alpha=0)
+        if rows.single is None:
+            return singles[0]
+    terms = torch.addcdiv(side.fields[0], sum_pos, num_pos if rows.counted is None else num_pos.clamp(min=1), value=-1)
+    if rows.single is not None:
+        terms = torch.where(rows.single, singles, terms)
+    return terms[0]
+
+
+def _of_mean(counts: Tensor, rows: _Rows, means: int) -> Tensor:
     """The derivative of the mean of `means` `_mean`s in the fields [W, 1, N] of one of them."""
-    n = counts.shape[1]
-    weight, num_pos = counts.new_full((), 1 / (n * means)), counts[0]
+    weight = counts.new_full((), 1 / (counts.shape[1] * means))
     if rows.counted is not None:
         of_rows = rows.counted.to(counts.dtype)
         weight = of_rows / (of_rows.sum().clamp(min=1) * means)
-        num_pos = num_pos.clamp(min=1)
+    return derivative(counts, rows, weight)
+
+
+def derivative(counts: Tensor, rows: _Rows, weight: Tensor) -> Tensor:
+    """The derivative of the weighted sum of the rows' losses in the fields, [W, 1, N].
+
+    weight: [], or [N] with 0 for rows that do not count.
+    """
+    n = counts.shape[1]
+    num_pos = counts[0] if rows.counted is None else counts[0].clamp(min=1)
     result = counts.new_zeros(2 if rows.log_ratio is None else 3, 1, n)
     if rows.log_ratio is None:
         result[0] = weight

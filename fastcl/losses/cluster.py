@@ -97,7 +97,7 @@ def loss_of(
         formula: InfoNCE | Weighted
         if given.assignments is None and given.contrast_assignments is None:
             formula = infonce(options)
-            rows = batch(given, options.normalize)
+            rows = batch(given, options.normalize, ruled=True)
             if has_rules(given):
                 check_rules(given, options)
                 rows = ruled(given, rows, options.symmetric, options.gather)
@@ -163,8 +163,9 @@ class ClusterInfoNCE(GroupModule):
       positive; it is no contrast of other anchors (MoCo's momentum key).
     - contrasts: None for self-contrast; or ``[M, D]``, a :class:`MemoryQueue`, a :class:`MemoryBank`, or a list of
       these, concatenated. Gradients flow into tensors that require them. Stored rows are never normalised, whatever
-      ``normalize`` says, and bring their own clusters and ids. A queue that stores clusters requires ``clusters``. The
-      rows of a queue without clusters are all negatives; unless tensors are in the list, it requires ``positives``.
+      ``normalize`` says, and bring their own clusters and ids. A queue that stores clusters or tags requires
+      ``clusters`` of that kind. The rows of one that stores neither are all negatives; unless tensors are in the list,
+      it requires ``positives``.
     - contrast_clusters: ``[M]`` integers, or bool ``[M, T]``, for the rows of tensors only. With ``clusters=None`` they
       are indices of samples; a negative number means no sample. None: contrast i of the tensors has the cluster of
       anchor row i (M >= rows); extra contrasts are negatives.

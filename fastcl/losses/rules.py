@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_flag, check_ids, check_rows, check_tensor
 from ..guide import Guide, check_guide, with_guide
 from ..ops.contrastive.records import Rows
-from ..tags import are_tags, check_tags, packed, shared_tags
+from ..tags import are_tags, check_tags, packed, shared_tags, shared_words
 from .batch import Batch, Tensors, of_pairs, per_row
 from .options import LossOptions
 
@@ -58,16 +58,28 @@ def _tags(given: Tensors, found: Batch, rows: int, count: int, gathered: bool) -
     check_tags("clusters", own, n, device)
     other = given.contrast_clusters
     if other is not None:
-        check_tags("contrast_clusters", other, count, device, own)
-    if any(kind for _, kind in found.parts):
-        raise ValueError("clusters: expected integers with a queue or bank, which stores no tags, got tags")
-    if not gathered:  # other processes may share further tags
+        check_tags("contrast_clusters", other, count, device, own.shape[1])
+    stored = any(kind for _, kind in found.parts)
+    if not gathered and not stored:  # other processes may share further tags; those of stored rows are packed
         own, other = shared_tags(own, other)
-    own = packed(own)
-    own = per_row(own, found.views)
+    own = per_row(packed(own), found.views)
     if found.contrasts is None:
         return own, own
-    return own, of_pairs(own, count, 0) if other is None else packed(other)
+    of_tensors = of_pairs(own, count, 0) if other is None else packed(other)
+    if not stored:
+        return own, of_tensors
+    known = found.contrasts.tags
+    if known is None:  # the stored rows are negatives only
+        known = own.new_zeros(len(found.contrasts.values), own.shape[1])
+    others = _with_tensors(known, of_tensors, found)
+    return (own, others) if gathered else shared_words(own, others)
+
+
+def _with_tensors(values: Tensor, of_tensors: Tensor, found: Batch) -> Tensor:
+    """`values` [M, ...] of all contrasts, with those of tensors in their places."""
+    pieces = iter(of_tensors.split([length for length, kind in found.parts if not kind]))
+    parts = zip(values.split([length for length, _ in found.parts]), found.parts, strict=True)
+    return torch.cat([piece if kind else next(pieces) for piece, (_, kind) in parts])
 
 
 def _groups(given: Tensors, found: Batch, rows: int, count: int, stored: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -108,9 +120,8 @@ def _samples(given: Tensors, found: Batch, rows: int, count: int) -> tuple[Tenso
     if not given.keep_pairs:
         return None, None
     places = torch.arange(rows, device=device)
-    of_tensors = iter(of_pairs(places, count).split([length for length, kind in found.parts if not kind]))
-    pieces = [places.new_full((length,), -1) if kind else next(of_tensors) for length, kind in found.parts]
-    return places, torch.cat(pieces)
+    none = places.new_full((len(found.contrasts.values),), -1)
+    return places, _with_tensors(none, of_pairs(places, count), found)
 
 
 def _guided(

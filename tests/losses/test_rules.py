@@ -291,7 +291,6 @@ MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("form: expected 'outside' or 'inside' with tags", {"clusters": "tags"}, {"form": "pairs"}),
     ("label_smoothing: expected 0 with groups", {"clusters": "ids", "groups": "ids"}, {"label_smoothing": 0.1}),
     ("groups: expected None with assignments", {"assignments": 1, "groups": "ids"}, {}),
-    ("clusters: expected integers with a queue", {"clusters": "tags", "contrasts": "queue"}, {}),
     ("groups: expected None with a queue", {"clusters": "ids", "contrasts": "queue", "groups": "ids"}, {}),
     ("guide: expected None with a queue", {"clusters": "ids", "contrasts": "queue", "guide": "two"}, {}),
     (

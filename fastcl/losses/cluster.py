@@ -15,7 +15,7 @@ from .modules import GroupModule, shown_temperature
 from .options import LossOptions, OptionKeywords, options_of, parse_options, shown_options, takes_options
 from .pair_form import pair_form_loss
 from .reduce import LossResult, inverse_temperature, reduced_loss
-from .rules import RULES, check_rules, has_rules, ruled
+from .rules import RULES, check_rules, has_rules, ruled, with_thresholds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -100,13 +100,14 @@ def loss_of(
             rows = batch(given, options.normalize, ruled=True)
             if has_rules(given):
                 check_rules(given, options)
-                rows = ruled(given, rows, options.symmetric, options.gather)
+                rows = ruled(given, rows, options)
         else:
             formula, rows = Weighted(), _assigned(given, options, return_stats)
         scale = inverse_temperature(temperature, rows)
     except Exception as error:
         tell_others(options.gather, error, given.embeddings, group=options.group)
         raise
+    rows = with_thresholds(given.guide, rows, options)
     if options.form == "pairs":
         return pair_form_loss(rows, scale, options, weights, return_stats)
     return reduced_loss(rows, scale, formula, options, weights, return_stats)

@@ -48,6 +48,12 @@ def whole() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
             {"embeddings": views, "guide": Guide(randn(n, 3), threshold=torch.rand(2 * n, generator=g, dtype=F64))},
             ONE_WAY,
         ),
+        "clusters with a guide": (
+            {"embeddings": views, "clusters": numbers(3), "guide": Guide(randn(n, 3), margin=0.1)}, ONE_WAY,
+        ),
+        "tags with a guide both ways": (
+            {"embeddings": z, "contrasts": y, "clusters": tags, "guide": guide, "groups": numbers(2)}, SYMMETRIC,
+        ),
         "a queue of tags": ({"embeddings": z, "clusters": tags, "queue": 11}, ONE_WAY),
         "a queue of tags and the batch": (paired, ONE_WAY),
         "a queue of tags both ways": (paired, SYMMETRIC),

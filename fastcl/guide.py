@@ -126,11 +126,10 @@ def paired_cosines(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return (left * right).sum(1) * (inverse_norms(left) * inverse_norms(right))
 
 
-@torch.no_grad()
-def positives_cosines(p: Problem) -> Tensor:
-    """For each anchor the smallest guide cosine with a positive, [N]; inf for anchors without. One sweep.
+def guide_problem(p: Problem) -> Problem:
+    """The sweep over the guide's cosines, negated, whose largest logits of positives `smallest` reads.
 
-    p: the problem, with the rows' guides.
+    p: a problem whose rows have guides.
     """
     dtype = p.dtype
 
@@ -142,18 +141,37 @@ def positives_cosines(p: Problem) -> Tensor:
 
     others = None if p.contrasts is None else guided(p.contrasts)
     negated = torch.full((1,), -1, dtype=dtype, device=p.device)
-    problem = Problem(guided(p.anchors), others, None, negated, [], observe=True)
-    *_, observed = forward_op(*flatten(problem), choose_backend(p.device, dtype, problem.family))
-    return -part(observed, "max_pos")[0]
+    return Problem(guided(p.anchors), others, None, negated, [], p.both, observe=True)
+
+
+def smallest(observed: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """From what a sweep of `guide_problem` observes, the smallest cosine with a positive of each of n anchors, and of
+    each contrast if the sweep has both directions; inf for rows without."""
+    cosines = -part(observed, "max_pos")[0]
+    return cosines[:n], cosines[n:]
+
+
+@torch.no_grad()
+def _positives_cosines(p: Problem) -> tuple[Tensor, Tensor]:
+    problem = guide_problem(p)
+    *_, observed = forward_op(*flatten(problem), choose_backend(p.device, p.dtype, problem.family))
+    return smallest(observed, len(p.anchors.values))
 
 
 def with_guide(
-    guide: Guide, anchors: Rows, contrasts: Rows | None, shape: tuple[int, ...], both: bool, paired: bool
+    guide: Guide,
+    anchors: Rows,
+    contrasts: Rows | None,
+    shape: tuple[int, ...],
+    both: bool,
+    paired: bool,
+    elsewhere: bool = False,
 ) -> tuple[Rows, Rows | None]:
     """The rows with the guide's rows and thresholds.
 
     shape: [N] or [N, V]. both: also thresholds of the contrasts, for the reverse direction. paired: contrast i is the
-    one positive of anchor i; further contrasts are none.
+    one positive of anchor i; further contrasts are none. elsewhere: other processes have positives too, so thresholds
+    that depend on more than pairs are left out.
     """
     device, n = anchors.values.device, len(anchors.values)
     own = guide.of_anchors(shape, device)
@@ -164,10 +182,9 @@ def with_guide(
     elif guide.contrast_embeddings is not None:
         raise ValueError("guide.contrast_embeddings: expected None for self-contrast (contrasts=None), got a value")
     others = None if contrasts is None else _guided(contrasts, other, None)
-    problem = Problem(_guided(anchors, own, None), others, None, anchors.values.new_ones(1), ())
+    problem = Problem(_guided(anchors, own, None), others, None, anchors.values.new_ones(1), (), both)
     dtype = problem.dtype
     cosines = guide.given(n, device)
-    back: Tensor | None = None
     if cosines is not None:
         back = cosines
         if both and m != n:
@@ -178,18 +195,19 @@ def with_guide(
         back = torch.cat((cosines, cosines.new_full((m - n,), torch.inf)))
     elif anchors.clusters is None and anchors.tags is None:
         raise ValueError("guide.threshold: expected a tensor, as there are no clusters and no tags, got None")
+    elif elsewhere:
+        return problem.anchors, problem.contrasts
     else:
-        cosines = positives_cosines(problem)
-        if both and others is not None:
-            back = positives_cosines(Problem(others, problem.anchors, None, problem.logit_scale, ()))
-
-    def threshold(values: Tensor) -> Tensor:
-        return guide.less_margin(values.to(dtype)) + ROUNDING[dtype]
-
-    anchors = _guided(anchors, own, threshold(cosines))
+        cosines, back = _positives_cosines(problem)
+    anchors = _guided(anchors, own, thresholds(guide, cosines, dtype))
     if contrasts is None:
         return anchors, None
-    return anchors, _guided(contrasts, other, threshold(back) if both and back is not None else None)
+    return anchors, _guided(contrasts, other, thresholds(guide, back, dtype) if both else None)
+
+
+def thresholds(guide: Guide, cosines: Tensor, dtype: torch.dtype) -> Tensor:
+    """The thresholds of rows with these cosines with their positives."""
+    return guide.less_margin(cosines.to(dtype)) + ROUNDING[dtype]
 
 
 def _guided(rows: Rows, guide: Tensor, thresholds: Tensor | None) -> Rows:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from .checks import ROW_DTYPES, check_count, check_flag, check_ids, check_indices, finite_number, shown
-from .memory_state import Memory, Stored, buffer_state, unchanged
+from .memory_state import ADDRESS_SPACE, Memory, Stored, buffer_state, unchanged
 from .neighbors import topk_similarity
 from .ops.backends.rows import inverse_norms, unit_rows
-
-ADDRESS_SPACE = 2**47  # bytes that a process can address on x86-64
+from .tags import unpacked
 
 
 class MemoryQueue(Memory):
@@ -20,7 +19,8 @@ class MemoryQueue(Memory):
 
     ``ClusterInfoNCE()(query, positives=key, contrasts=queue)`` is MoCo. With ``clusters=True`` the stored rows in an
     anchor's cluster are its positives, and ``ClusterInfoNCE()(z, labels, contrasts=queue)`` is a cross-batch memory.
-    With ``ids=True``, and ``ids=`` of the loss, an anchor is not contrasted against stale copies of itself.
+    With ``tags=T`` each row has tags, of T, and those that share one with an anchor are its positives. With
+    ``ids=True``, and ``ids=`` of the loss, an anchor is not contrasted against stale copies of itself.
 
     Rows are detached, normalised in float32 and then rounded to ``dtype``. Of a batch larger than the queue only the
     last ``size`` rows are stored. A backward uses the rows of its forward, so ``enqueue`` may be called between them.
@@ -33,6 +33,7 @@ class MemoryQueue(Memory):
         dtype: dtype of the stored rows: float64, float32, bfloat16 or float16.
         clusters: whether every row comes with a cluster id.
         ids: whether every row comes with a sample id.
+        tags: T, the number of tags that every row may come with; None: no tags. In place of clusters.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -40,23 +41,25 @@ class MemoryQueue(Memory):
     Sources: He et al. 2020 (MoCo), Wang et al. 2020 (cross-batch memory), Dwibedi et al. 2021 (NNCLR).
     """
 
-    cluster_ids: Tensor
     sample_ids: Tensor
     enqueued: Tensor  # number of rows enqueued so far; modulo size, the slot of the next row
     counter = "enqueued"
     former_counters = 2  # next slot and number of rows
 
     def __init__(
-        self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, clusters: bool = False, ids: bool = False
-    ) -> None:
+        self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, clusters: bool = False, ids: bool = False,
+        tags: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         _check_dtype(dtype)
         size, dim = _check_sizes("size", size, dim, dtype)
         check_flag("clusters", clusters)
         check_flag("ids", ids)
+        if clusters and tags is not None:
+            raise ValueError(f"tags: expected None with clusters=True, got {shown(tags)}")
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
-        for name, wanted in (("cluster_ids", clusters), ("sample_ids", ids)):
-            self.register_buffer(name, torch.full((size,), -1, dtype=torch.int64) if wanted else None)
+        self._store_clusters(size, clusters, tags)
+        self.register_buffer("sample_ids", torch.full((size,), -1, dtype=torch.int64) if ids else None)
         self.register_buffer("enqueued", torch.zeros((), dtype=torch.int64))
         self._next, self._count = 0, 0  # slot of the next row, number of rows
 
@@ -78,7 +81,9 @@ class MemoryQueue(Memory):
 
     @property
     def clusters(self) -> Tensor | None:
-        """int64 ``[len]``, oldest first; negative: none. None if the queue stores none."""
+        """int64 ``[len]``, oldest first; negative: none. Bool ``[len, T]`` for tags. None if the queue stores none."""
+        if self.tag_words is not None:
+            return unpacked(self._in_order(self.tag_words), self.tag_count)
         return None if self.cluster_ids is None else self._in_order(self.cluster_ids)
 
     @property
@@ -95,37 +100,44 @@ class MemoryQueue(Memory):
     def stored(self, kept: bool) -> Stored:
         self._refresh()
         count, buffers = self._count, self._buffers  # nn.Module's __getattr__ takes as long as a small operation
-        rows, clusters, ids = buffers["rows"], buffers["cluster_ids"], buffers["sample_ids"]
+        rows, clusters, ids, tags = (buffers[name] for name in ("rows", "cluster_ids", "sample_ids", "tag_words"))
         assert rows is not None
         if count < rows.shape[0]:
             rows = rows[:count]
-            clusters, ids = (None if values is None else values[:count] for values in (clusters, ids))
+            clusters, ids, tags = (None if values is None else values[:count] for values in (clusters, ids, tags))
         return Stored(
             rows.clone() if kept else rows,
             None if clusters is None else clusters.clone(),
             None if ids is None else ids.clone(),
-            clusters is not None,
+            clusters is not None or tags is not None,
+            None if tags is None else tags.clone(),
+            self.tag_count,
         )
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, clusters: Tensor | None = None, ids: Tensor | None = None) -> None:
         """Appends rows ``[N, dim]``, overwriting the oldest rows of a full queue.
 
-        clusters, ids: ``[N]`` integers; negative means none. Required if the queue stores them, else not allowed.
+        clusters, ids: ``[N]`` integers; negative means none. Required if the queue stores them, else not allowed. A
+        queue with tags takes bool ``[N, T]`` as clusters.
         """
         self._check_embeddings(embeddings)
-        for name, value, place in (("clusters", clusters, self.cluster_ids), ("ids", ids, self.sample_ids)):
+        n, cluster_place = len(embeddings), self._cluster_place
+        for name, value, place in (("clusters", clusters, cluster_place), ("ids", ids, self.sample_ids)):
             if (value is None) != (place is None):
-                wanted = f"None, as the queue was made without {name}" if place is None else "a tensor of integers"
+                kind = "a bool tensor of tags" if place is self.tag_words else "a tensor of integers"
+                wanted = f"None, as the queue was made without {name}" if place is None else kind
                 raise ValueError(f"{name}: expected {wanted}, got {'None' if value is None else 'a value'}")
-            if value is not None:
-                check_ids(name, value, len(embeddings), self.rows.device)
-        count = min(len(embeddings), self.size)
-        new = unit_rows(embeddings[len(embeddings) - count :], self.rows.dtype)
+        stored = None if clusters is None else self._clusters_of(clusters, n)
+        if ids is not None:
+            check_ids("ids", ids, n, self.rows.device)
+            ids = ids.to(torch.int64).clamp(min=-1)
+        count = min(n, self.size)
+        new = unit_rows(embeddings[n - count :], self.rows.dtype)
         parts = [(self.rows, new.to(self.rows.dtype))]
-        for value, place in ((clusters, self.cluster_ids), (ids, self.sample_ids)):
-            if value is not None:
-                parts.append((place, value[len(value) - count :].to(torch.int64).clamp(min=-1)))
+        for value, place in ((stored, cluster_place), (ids, self.sample_ids)):
+            if value is not None and place is not None:
+                parts.append((place, value[n - count :]))
         with self._alone():
             self._refresh()
             before_end = min(count, self.size - self._next)
@@ -142,9 +154,9 @@ class MemoryQueue(Memory):
         """Empties the queue: sets all rows to zero and removes all clusters and ids."""
         with self._alone():
             self.rows.zero_()
-            for ids in (self.cluster_ids, self.sample_ids):
-                if ids is not None:
-                    ids.fill_(-1)
+            self._remove_clusters()
+            if self.sample_ids is not None:
+                self.sample_ids.fill_(-1)
             self._count_from_zero()
 
     def nearest(self, embeddings: Tensor) -> Tensor:
@@ -181,7 +193,7 @@ class MemoryQueue(Memory):
             for name, place in (("clusters", self.cluster_ids), ("ids", self.sample_ids))
             if place is not None
         )
-        return f"{self.size}, {self.dim}, dtype={self.rows.dtype}{stored}, len={len(self)}"
+        return f"{self.size}, {self.dim}, dtype={self.rows.dtype}{stored}{self._shown_tags()}, len={len(self)}"
 
 
 class MemoryBank(Memory):
@@ -193,7 +205,8 @@ class MemoryBank(Memory):
     As ``contrasts=`` of a loss, a bank gives the rows that have been updated. Their sample ids are their indices:
     ``ids=indices`` excludes an anchor's own stale row. Their clusters are those passed to ``update``, or the indices if
     the bank never received clusters: ``ClusterInfoNCE(0.07)(z, indices, contrasts=bank)`` is then instance
-    discrimination, with an anchor's own row as its positive.
+    discrimination, with an anchor's own row as its positive. A bank with ``tags=T`` takes bool ``[N, T]`` as clusters;
+    a row whose update never had any has no tag.
 
     Rows are stored in ``dtype`` and updated in float32 (float64 rows or embeddings: in float64). All state is in
     buffers, and in ``state_dict``.
@@ -203,6 +216,7 @@ class MemoryBank(Memory):
         dim: D, the dimension of a row.
         momentum: weight of the old row in an update, in [0, 1).
         dtype: dtype of the stored rows: float64, float32, bfloat16 or float16.
+        tags: T, the number of tags that every row may have; None: integers are clusters.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -210,7 +224,6 @@ class MemoryBank(Memory):
     Sources: Wu et al. 2018 (instance discrimination), Misra and van der Maaten 2020 (PIRL).
     """
 
-    cluster_ids: Tensor
     filled: Tensor
     clustered: Tensor  # 1 if an update has passed clusters, else 0
     _filled_seen: tuple[Tensor, int, int] | None = None  # the state of `filled` when every row was last found filled
@@ -218,8 +231,9 @@ class MemoryBank(Memory):
     former_counters = 1
 
     def __init__(
-        self, num_samples: int, dim: int, *, momentum: float = 0.5, dtype: torch.dtype = torch.float32
-    ) -> None:
+        self, num_samples: int, dim: int, *, momentum: float = 0.5, dtype: torch.dtype = torch.float32,
+        tags: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         _check_dtype(dtype)
         num_samples, dim = _check_sizes("num_samples", num_samples, dim, dtype)
@@ -227,7 +241,7 @@ class MemoryBank(Memory):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected a number of at least 0 and below 1, got {momentum}")
         self.register_buffer("rows", torch.zeros(num_samples, dim, dtype=dtype))
-        self.register_buffer("cluster_ids", torch.full((num_samples,), -1, dtype=torch.int64))
+        self._store_clusters(num_samples, True, tags)
         self.register_buffer("filled", torch.zeros(num_samples, dtype=torch.bool))
         self.register_buffer("clustered", torch.zeros((), dtype=torch.int64))
         self._clustered = False  # whether an update has passed clusters
@@ -263,8 +277,13 @@ class MemoryBank(Memory):
 
     @property
     def clusters(self) -> Tensor:
-        """int64 ``[len]``: clusters of those rows; their indices if no update has passed clusters."""
-        clusters = self.stored(kept=False).clusters
+        """int64 ``[len]``: clusters of those rows; their indices if no update has passed clusters.
+
+        Bool ``[len, T]`` for a bank with tags.
+        """
+        _, clusters, _, _, tags, count = self.stored(kept=False)
+        if tags is not None:
+            return unpacked(tags, count)
         assert clusters is not None
         return clusters
 
@@ -278,11 +297,17 @@ class MemoryBank(Memory):
     def stored(self, kept: bool) -> Stored:
         self._refresh()
         indices = self._filled_rows()
-        if len(indices) < self.num_samples:
-            clusters = self.cluster_ids[indices] if self._clustered else indices
-            return Stored(self.rows[indices], clusters, indices, self._clustered)
-        clusters = self.cluster_ids.clone() if self._clustered else indices
-        return Stored(self.rows.clone() if kept else self.rows, clusters, indices, self._clustered)
+        whole = len(indices) == self.num_samples
+
+        def chosen(values: Tensor) -> Tensor:
+            return values.clone() if whole else values[indices]
+
+        rows = self.rows if whole and not kept else chosen(self.rows)
+        if self.cluster_ids is None:
+            assert self.tag_words is not None
+            return Stored(rows, None, indices, True, chosen(self.tag_words), self.tag_count)
+        clusters = chosen(self.cluster_ids) if self._clustered else indices
+        return Stored(rows, clusters, indices, self._clustered)
 
     def _filled_rows(self) -> Tensor:
         if self._full:
@@ -307,18 +332,17 @@ class MemoryBank(Memory):
     def update(self, indices: Tensor, embeddings: Tensor, clusters: Tensor | None = None) -> None:
         """Moves the rows at ``indices`` ``[N]`` towards embeddings ``[N, dim]``, in the order of the batch.
 
-        If an index occurs twice, both updates apply in order. clusters: ``[N]`` integers; negative means none. Without
-        them rows keep their clusters.
+        If an index occurs twice, both updates apply in order. clusters: ``[N]`` integers, negative means none; or bool
+        ``[N, T]`` for a bank with tags. Without them rows keep their clusters.
         """
         self._check_embeddings(embeddings)
         self._check_indices(indices, len(embeddings))
-        if clusters is not None:
-            check_ids("clusters", clusters, len(embeddings), self.rows.device)
+        stored = None if clusters is None else self._clusters_of(clusters, len(embeddings))
         if len(embeddings) == 0:
             return
         # Everything that can fail runs before the first change, so that an error leaves the bank unchanged.
         indices = indices.to(torch.int64)
-        ids = None if clusters is None else clusters.to(torch.int64).clamp(min=-1)
+        cluster_place = self._cluster_place
         new = unit_rows(embeddings, self.rows.dtype)
         indices, order = torch.sort(indices, stable=True)
         # The position of each update among the updates of the same row.
@@ -332,10 +356,10 @@ class MemoryBank(Memory):
                 mixed = torch.where(self.filled[place][:, None], mixed * inverse_norms(mixed)[:, None], update)
                 self.rows[place] = mixed.to(self.rows.dtype)
                 self.filled[place] = True
-                if ids is not None:
-                    self.cluster_ids[place] = ids[order[chosen]]
+                if stored is not None and cluster_place is not None:
+                    cluster_place[place] = stored[order[chosen]]
             self._found_full(self._full)
-            if ids is not None and not self._clustered:
+            if stored is not None and not self._clustered:
                 self._clustered = True
                 self._count_on(1)
 
@@ -344,7 +368,7 @@ class MemoryBank(Memory):
         """Empties the bank: sets all rows to zero, not updated, without clusters."""
         with self._alone():
             self.rows.zero_()
-            self.cluster_ids.fill_(-1)
+            self._remove_clusters()
             self.filled.zero_()
             self._found_full(False)
             self._count_from_zero()
@@ -365,7 +389,8 @@ class MemoryBank(Memory):
         return counters[0] if counters[0] in (0, 1) else None
 
     def extra_repr(self) -> str:
-        return f"{self.num_samples}, {self.dim}, momentum={self.momentum:g}, dtype={self.rows.dtype}"
+        kind = f"dtype={self.rows.dtype}{self._shown_tags()}"
+        return f"{self.num_samples}, {self.dim}, momentum={self.momentum:g}, {kind}"
 
 
 def _check_sizes(name: str, rows: Any, dim: Any, dtype: torch.dtype) -> tuple[int, int]:

@@ -10,16 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_device, check_rows
+from .checks import check_count, check_device, check_ids, check_rows
+from .tags import WORD, check_tags, packed, words_for
+
+ADDRESS_SPACE = 2**47  # bytes that a process can address on x86-64
 
 
 class Stored(NamedTuple):
     """The valid rows of a memory for a loss: without gradient, already normalised."""
 
     rows: Tensor  # [M, D]
-    clusters: Tensor | None  # [M] int64, -1: none; None: the memory stores no clusters
+    clusters: Tensor | None  # [M] int64, -1: none; None: the memory stores no clusters, or tags in place of them
     ids: Tensor | None  # [M] int64, -1: none
-    clustered: bool  # whether the user gave the clusters; the loss then requires clusters of the anchors
+    clustered: bool  # whether the user gave clusters or tags; the loss then requires those of the anchors
+    tags: Tensor | None = None  # [M, W] int64, packed
+    tag_count: int = 0  # T
 
 
 class Memory(nn.Module):
@@ -32,6 +37,9 @@ class Memory(nn.Module):
     """
 
     rows: Tensor
+    cluster_ids: Tensor | None  # [size] int64, -1: none
+    tag_words: Tensor | None  # [size, W] int64: packed tags in place of clusters
+    tag_count = 0  # T
     counter = ""  # name of the counter's buffer, int64 []
     former_counters = 0  # length of `_extra_state`, which earlier versions saved instead of the counter
     _value = 0  # Python's copy of the counter
@@ -48,6 +56,37 @@ class Memory(nn.Module):
     @property
     def dim(self) -> int:
         return self.rows.shape[1]
+
+    def _store_clusters(self, size: int, clusters: bool, tags: Any) -> None:
+        """Registers the buffers of clusters, or of tags in place of them; tags: None or their number, unchecked."""
+        words = None
+        if tags is not None:
+            self.tag_count = check_count("tags", tags, most=8 * ADDRESS_SPACE // size)
+            words = torch.zeros(size, words_for(self.tag_count), dtype=torch.int64)
+        ids = torch.full((size,), -1, dtype=torch.int64) if clusters and tags is None else None
+        self.register_buffer("cluster_ids", ids)
+        self.register_buffer("tag_words", words)
+
+    @property
+    def _cluster_place(self) -> Tensor | None:
+        """The buffer that clusters or tags go to."""
+        return self.cluster_ids if self.tag_words is None else self.tag_words
+
+    def _clusters_of(self, values: Any, count: int) -> Tensor:
+        """Checked clusters or tags of `count` rows, as they are stored."""
+        if self.tag_words is not None:
+            check_tags("clusters", values, count, self.rows.device, self.tag_count)
+            return packed(values)
+        check_ids("clusters", values, count, self.rows.device)
+        found: Tensor = values.to(torch.int64).clamp(min=-1)
+        return found
+
+    def _remove_clusters(self) -> None:
+        if (place := self._cluster_place) is not None:
+            place.fill_(0 if place is self.tag_words else -1)
+
+    def _shown_tags(self) -> str:
+        return f", tags={self.tag_count}" if self.tag_count else ""
 
     def _check_embeddings(self, embeddings: Any) -> None:
         check_rows("embeddings", embeddings)
@@ -110,6 +149,7 @@ class Memory(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._buffers.setdefault("tag_words", None)  # of a memory that was saved before there were tags
         self._lock = threading.RLock()
 
     # Loading a state is all or nothing: if a key is missing or does not fit, no tensor of this module is copied and no
@@ -141,6 +181,7 @@ class Memory(nn.Module):
         if local_metadata.get("assign_to_params_buffers", False):
             places = {prefix + name: value for name, value in kept.items() if value is not None}
             wrong += [_unassignable(key, state_dict[key], like) for key, like in places.items() if key in state_dict]
+        wrong.append(self._beyond_tags(prefix + "tag_words", state_dict))
         if absent or any(wrong):
             missing_keys += absent
             error_msgs += [message for message in wrong if message]
@@ -154,6 +195,14 @@ class Memory(nn.Module):
         )
         self._seen = None
         self._refresh()
+
+    def _beyond_tags(self, key: str, state_dict: Mapping[str, Any]) -> str:
+        """An error message if a state has tags that this memory lacks; two numbers of tags may need as many words."""
+        words, own, room = state_dict.get(key), self._buffers["tag_words"], self.tag_count % WORD
+        if own is None or not room or type(words) is not Tensor or words.is_meta or _misfit(key, words, own):
+            return ""
+        beyond = bool(((words[:, -1] >> room) != 0).any())
+        return f"{key}: expected {self.tag_count} tags, got more" if beyond else ""
 
     def _with_counter(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[Mapping[str, Any], str]:
         """The state with its counter as a tensor, converted from earlier versions, and an error message or ""."""

@@ -207,7 +207,7 @@ def _tags(
     assert own is not None
     check_tags("anchor_clusters", own, n, device)
     if m is not None:
-        check_tags("contrast_clusters", other, m, device, own)
+        check_tags("contrast_clusters", other, m, device, own.shape[1])
     own, other = shared_tags(own, other)
     words = packed(own)
     return words, words if other is None else packed(other)

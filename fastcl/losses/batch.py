@@ -66,15 +66,16 @@ class Tensors(NamedTuple):
     keep_pairs: bool = False
 
 
-def batch(given: Tensors, normalize: bool) -> Batch:
+def batch(given: Tensors, normalize: bool, ruled: bool = False) -> Batch:
     """Checks the tensors of a call without assignments, flattens views and gives every row its cluster.
 
-    Tags in place of clusters are not read here (`rules`): each sample is then a cluster.
-
     normalize: cosine similarity. Stored rows are never normalised.
+    ruled: the caller goes on with `rules.ruled`. Only then `clusters` may be tags, and ids may be given in
+        self-contrast. The anchors' tags are read there: here each sample is then a cluster, and of the contrasts only
+        the stored ones have tags.
     """
     embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias, *_ = given
-    tagged = are_tags(clusters)
+    tagged = ruled and are_tags(clusters)
     tags_of_contrasts = tagged and contrast_clusters is not None
     if tagged:
         clusters = contrast_clusters = None
@@ -100,7 +101,8 @@ def batch(given: Tensors, normalize: bool) -> Batch:
     if parts is None:
         if contrast_bias is not None:
             check_bias(contrast_bias, rows, device)
-        for name, value in (("contrast_clusters", given.contrast_clusters), ("contrast_ids", contrast_ids)):
+        others = {"contrast_clusters": given.contrast_clusters, "contrast_ids": contrast_ids}
+        for name, value in (others if ruled else {"ids": ids, **others}).items():
             if value is not None:
                 raise ValueError(f"{name}: expected None for self-contrast (contrasts=None), got a value")
         if ids is not None:
@@ -156,6 +158,7 @@ def batch(given: Tensors, normalize: bool) -> Batch:
             _joined(parts, None if by_sample else "clusters", of_tensors) if clustered else None,
             None if ids is None else _joined(parts, "ids", other_ids),
             contrast_bias,
+            tags=_stored_tags(parts) if tagged else None,
             normalize=normalize and not stored,
         ),
         positives,
@@ -187,10 +190,10 @@ def with_shared_queue(rows: Batch, rank: int, size: int, reduction: str) -> Batc
         return rows
     if reduction == "none":
         raise ValueError("reduction: expected 'mean' or 'sum' for symmetric with a queue or bank, got 'none'")
-    whole = of_parts(rows.contrasts.values, rows, True)
-    assert whole is not None
-    k, first = len(whole), len(rows.contrasts.values)
-    first -= k
+    compared = (getattr(rows.contrasts, name) for name in ("values", "clusters", "ids", "tags"))
+    whole = [of_parts(values, rows, True) for values in compared if values is not None]
+    k = sum(length for length, stored in rows.parts if stored)
+    first = len(rows.contrasts.values) - k
     mine = slice(k * rank // size, k * (rank + 1) // size)
 
     def share(values: Tensor | None) -> Tensor | None:
@@ -210,12 +213,18 @@ def with_shared_queue(rows: Batch, rank: int, size: int, reduction: str) -> Batc
     return rows._replace(contrasts=contrasts, parts=lengths, shared=(k, _checksum(whole)))
 
 
-def _checksum(rows: Tensor) -> int:
-    """A number that depends on the bits of rows [M, D] and on their order. It makes no copy of the rows."""
-    bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
-    of_rows = bits.sum(1, dtype=torch.int64) % 2147483629  # a prime: the products below stay in int64's range
-    places = torch.arange(len(rows), device=rows.device) % 65521 + 1
-    return int((of_rows * places).sum())
+def _checksum(data: Sequence[Tensor | None]) -> int:
+    """A number that depends on the bits of rows and their data, [M] or [M, D], and on their order; without copies."""
+    found = 0
+    for values in data:
+        assert values is not None
+        bits = values.detach().contiguous()
+        bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+        of_rows = bits if bits.dim() == 1 else bits.sum(1, dtype=torch.int64)
+        of_rows = of_rows % 2147483629  # a prime: the products below stay in int64's range
+        places = torch.arange(len(bits), device=bits.device) % 65521 + 1
+        found = (found * 1000003 + int((of_rows * places).sum())) % 2**62
+    return found
 
 
 FIRST = 1 << 40  # the number of the first sample of a process is this times its rank: samples of no other have it
@@ -367,10 +376,10 @@ def _check_others(parts: list[_Part], rows: int, given: Tensors, contrast_ids: T
         raise ValueError(
             f"contrasts: expected at least {rows} rows, one for each anchor row, or contrast_clusters; got {count} rows"
         )
-    if clusters is None and any(memory.clustered for memory in memories):
-        raise ValueError("clusters: expected a tensor, as a queue or bank of the contrasts stores clusters, got None")
-    if not lengths and positives is None and (clusters is None or all(m.clusters is None for m in memories)):
-        raise ValueError("positives: expected a tensor, as the stored contrasts are negatives only, got None")
+    _check_stored_clusters(clusters, memories)
+    if not lengths and positives is None and (clusters is None or all(m.clusters is m.tags is None for m in memories)):
+        hint = ", without tags (MemoryQueue(tags=T) stores them)" if tagged else ""
+        raise ValueError(f"positives: expected a tensor, as the stored contrasts are negatives only{hint}, got None")
     known = contrast_ids is not None or any(memory.ids is not None for memory in memories)
     if ids is not None and not known:
         raise ValueError("contrast_ids: expected a tensor, as ids is given, got None")
@@ -378,6 +387,23 @@ def _check_others(parts: list[_Part], rows: int, given: Tensors, contrast_ids: T
         raise ValueError("ids: expected a tensor, as contrast_ids is given, got None")
     if contrast_ids is not None:
         check_ids("contrast_ids", contrast_ids, count, device)
+
+
+def _check_stored_clusters(clusters: Tensor | None, memories: list[Stored]) -> None:
+    """Raises ValueError unless the anchors have clusters of the kind that the memories store: integers or tags."""
+    because = "as a queue or bank of the contrasts stores"
+    for memory in memories:
+        if clusters is None:
+            if memory.clustered:
+                raise ValueError(f"clusters: expected a tensor, {because} clusters, got None")
+        elif memory.tags is None:
+            if memory.clusters is not None and are_tags(clusters):
+                raise ValueError(
+                    f"clusters: expected integers, {because} integers, got tags (MemoryQueue(tags=T) stores them)"
+                )
+        elif not are_tags(clusters) or clusters.shape[1] != memory.tag_count:
+            got = f"{clusters.dtype} {list(clusters.shape)}"
+            raise ValueError(f"clusters: expected torch.bool [N, {memory.tag_count}], {because} tags, got {got}")
 
 
 def _rows(parts: list[_Part], normalize: bool) -> Tensor:
@@ -405,6 +431,17 @@ def _joined(parts: list[_Part], name: str | None, own: Tensor | None) -> Tensor:
         if values is None:
             values = torch.full((part.length(),), -1, dtype=torch.int64, device=part.rows.device)
         found.append(values)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _stored_tags(parts: list[_Part]) -> Tensor | None:
+    """The packed tags [M, W] of stored contrasts, none of others; None if no memory stores tags."""
+    words = [None if part.stored is None else part.stored.tags for part in parts]
+    known = next((tags for tags in words if tags is not None), None)
+    if known is None:
+        return None
+    lengths = (part.length() for part in parts)
+    found = [known.new_zeros(m, known.shape[1]) if w is None else w for w, m in zip(words, lengths, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -15,7 +15,7 @@ from .modules import GroupModule, shown_temperature
 from .options import LossOptions, OptionKeywords, options_of, parse_options, shown_options, takes_options
 from .pair_form import pair_form_loss
 from .reduce import LossResult, inverse_temperature, reduced_loss
-from .rules import RULES, check_rules, has_rules, ruled
+from .rules import RULES, check_rules, has_rules, ruled, with_thresholds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,16 +97,17 @@ def loss_of(
         formula: InfoNCE | Weighted
         if given.assignments is None and given.contrast_assignments is None:
             formula = infonce(options)
-            rows = batch(given, options.normalize)
+            rows = batch(given, options.normalize, ruled=True)
             if has_rules(given):
                 check_rules(given, options)
-                rows = ruled(given, rows, options.symmetric, options.gather)
+                rows = ruled(given, rows, options)
         else:
             formula, rows = Weighted(), _assigned(given, options, return_stats)
         scale = inverse_temperature(temperature, rows)
     except Exception as error:
         tell_others(options.gather, error, given.embeddings, group=options.group)
         raise
+    rows = with_thresholds(given.guide, rows, options)
     if options.form == "pairs":
         return pair_form_loss(rows, scale, options, weights, return_stats)
     return reduced_loss(rows, scale, formula, options, weights, return_stats)
@@ -163,8 +164,9 @@ class ClusterInfoNCE(GroupModule):
       positive; it is no contrast of other anchors (MoCo's momentum key).
     - contrasts: None for self-contrast; or ``[M, D]``, a :class:`MemoryQueue`, a :class:`MemoryBank`, or a list of
       these, concatenated. Gradients flow into tensors that require them. Stored rows are never normalised, whatever
-      ``normalize`` says, and bring their own clusters and ids. A queue that stores clusters requires ``clusters``. The
-      rows of a queue without clusters are all negatives; unless tensors are in the list, it requires ``positives``.
+      ``normalize`` says, and bring their own clusters and ids. A queue that stores clusters or tags requires
+      ``clusters`` of that kind. The rows of one that stores neither are all negatives; unless tensors are in the list,
+      it requires ``positives``.
     - contrast_clusters: ``[M]`` integers, or bool ``[M, T]``, for the rows of tensors only. With ``clusters=None`` they
       are indices of samples; a negative number means no sample. None: contrast i of the tensors has the cluster of
       anchor row i (M >= rows); extra contrasts are negatives.

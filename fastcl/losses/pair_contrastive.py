@@ -44,8 +44,10 @@ def pair_contrastive_loss(
     if isinstance(contrasts, Memory):
         if contrast_labels is not None:
             raise ValueError("contrast_labels: expected None, as a queue or bank brings its own, got a value")
-        if not contrasts.stored(False).clustered:
-            raise ValueError("contrasts: expected a queue or bank that stores clusters, got one that does not")
+        stored = contrasts.stored(False)
+        if not stored.clustered or stored.tags is not None:
+            got = "one that does not" if stored.tags is None else "one that stores tags"
+            raise ValueError(f"contrasts: expected a queue or bank that stores clusters, got {got}")
     elif contrasts is not None:
         check_rows("contrasts", contrasts, like=embeddings)
         if contrast_labels is None:

@@ -200,7 +200,7 @@ class MoCoLoss(ClusterInfoNCE):
             if key.shape != query.shape:
                 raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
             if isinstance(queue, MemoryQueue):
-                if queue.cluster_ids is not None:
+                if queue.cluster_ids is not None or queue.tag_words is not None:
                     raise ValueError("queue: expected one without clusters, got a MemoryQueue that stores clusters")
             elif not isinstance(queue, Tensor):
                 kind = type(queue).__name__

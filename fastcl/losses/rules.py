@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flag, check_ids, check_rows, check_tensor
-from ..guide import Guide, check_guide, with_guide
-from ..ops.contrastive.records import Rows
-from ..tags import are_tags, check_tags, packed, shared_tags
+from ..distributed import World
+from ..guide import Guide, check_guide, guide_problem, smallest, thresholds, with_guide
+from ..ops.contrastive.records import Problem, Rows
+from ..ops.library import uncompiled
+from ..tags import are_tags, check_tags, packed, shared_tags, shared_words
 from .batch import Batch, Tensors, of_pairs, per_row
+from .gathered import gathered_statistics
 from .options import LossOptions
 
 
@@ -25,12 +28,15 @@ def has_rules(given: Tensors) -> bool:
     )
 
 
-def ruled(given: Tensors, found: Batch, symmetric: bool, gather: bool | str) -> Batch:
-    """The batch with the call's rules. found: of `batch`, which takes tags for no clusters."""
+def ruled(given: Tensors, found: Batch, options: LossOptions) -> Batch:
+    """The batch with the call's rules. found: of `batch`, which takes tags for no clusters.
+
+    `with_thresholds` comes after it, if a guide's thresholds depend on other processes' rows.
+    """
     rows = len(found.anchors.values)
     stored = any(kind for _, kind in found.parts)
     count = sum(length for length, kind in found.parts if not kind)  # contrasts that are tensors
-    tags, contrast_tags = _tags(given, found, rows, count, bool(gather))
+    tags, contrast_tags = _tags(given, found, rows, count, bool(options.gather))
     groups, contrast_groups = _groups(given, found, rows, count, stored)
     samples, contrast_samples = _samples(given, found, rows, count)
     own, other = found.anchors, found.contrasts
@@ -42,7 +48,7 @@ def ruled(given: Tensors, found: Batch, symmetric: bool, gather: bool | str) -> 
             normalize=other.normalize,
         )  # fmt: skip
     if given.guide is not None:
-        anchors, contrasts = _guided(given.guide, found, anchors, contrasts, symmetric, gather, stored)
+        anchors, contrasts = _guided(given.guide, found, anchors, contrasts, options, stored)
     return Batch(
         anchors, contrasts, found.positives, found.shape, found.views, found.by_sample, found.aligned, found.parts,
         _hard_negatives(given, found),
@@ -58,16 +64,28 @@ def _tags(given: Tensors, found: Batch, rows: int, count: int, gathered: bool) -
     check_tags("clusters", own, n, device)
     other = given.contrast_clusters
     if other is not None:
-        check_tags("contrast_clusters", other, count, device, own)
-    if any(kind for _, kind in found.parts):
-        raise ValueError("clusters: expected integers with a queue or bank, which stores no tags, got tags")
-    if not gathered:  # other processes may share further tags
+        check_tags("contrast_clusters", other, count, device, own.shape[1])
+    stored = any(kind for _, kind in found.parts)
+    if not gathered and not stored:  # other processes may share further tags; those of stored rows are packed
         own, other = shared_tags(own, other)
-    own = packed(own)
-    own = per_row(own, found.views)
+    own = per_row(packed(own), found.views)
     if found.contrasts is None:
         return own, own
-    return own, of_pairs(own, count, 0) if other is None else packed(other)
+    of_tensors = of_pairs(own, count, 0) if other is None else packed(other)
+    if not stored:
+        return own, of_tensors
+    known = found.contrasts.tags
+    if known is None:  # the stored rows are negatives only
+        known = own.new_zeros(len(found.contrasts.values), own.shape[1])
+    others = _with_tensors(known, of_tensors, found)
+    return (own, others) if gathered else shared_words(own, others)
+
+
+def _with_tensors(values: Tensor, of_tensors: Tensor, found: Batch) -> Tensor:
+    """`values` [M, ...] of all contrasts, with those of tensors in their places."""
+    pieces = iter(of_tensors.split([length for length, kind in found.parts if not kind]))
+    parts = zip(values.split([length for length, _ in found.parts]), found.parts, strict=True)
+    return torch.cat([piece if kind else next(pieces) for piece, (_, kind) in parts])
 
 
 def _groups(given: Tensors, found: Batch, rows: int, count: int, stored: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -108,9 +126,8 @@ def _samples(given: Tensors, found: Batch, rows: int, count: int) -> tuple[Tenso
     if not given.keep_pairs:
         return None, None
     places = torch.arange(rows, device=device)
-    of_tensors = iter(of_pairs(places, count).split([length for length, kind in found.parts if not kind]))
-    pieces = [places.new_full((length,), -1) if kind else next(of_tensors) for length, kind in found.parts]
-    return places, torch.cat(pieces)
+    none = places.new_full((len(found.contrasts.values),), -1)
+    return places, _with_tensors(none, of_pairs(places, count), found)
 
 
 def _guided(
@@ -118,25 +135,48 @@ def _guided(
     found: Batch,
     anchors: Rows,
     contrasts: Rows | None,
-    symmetric: bool,
-    gather: bool | str,
+    options: LossOptions,
     stored: bool,
 ) -> tuple[Rows, Rows | None]:
-    """The rows with the guide's rows and thresholds."""
+    """The rows with the guide's rows and, unless they depend on other processes' rows, thresholds."""
     check_guide(guide)
     if stored:
         raise ValueError("guide: expected None with a queue or bank, which stores no guide rows, got a Guide")
     if found.positives is not None and guide.threshold is None:
         raise ValueError("guide.threshold: expected a tensor with positives, whose guide rows are unknown, got None")
-    if found.others().bias is not None and symmetric:
+    if found.others().bias is not None and options.symmetric:
         raise ValueError("contrast_bias: expected None with guide and symmetric=True, got a value")
     paired = found.aligned and found.views == 1 and contrasts is not None and anchors.tags is None
-    if gather and guide.threshold is None and not paired:
-        raise ValueError(
-            f"guide.threshold: expected a tensor with gather={gather!r}, unless each anchor's one positive is its "
-            "contrast, got None"
-        )
-    return with_guide(guide, anchors, contrasts, found.shape, symmetric, paired)
+    elsewhere = World.of(options.gather, options.group) is not None
+    return with_guide(guide, anchors, contrasts, found.shape, options.symmetric, paired, elsewhere)
+
+
+def with_thresholds(guide: Guide | None, rows: Batch, options: LossOptions) -> Batch:
+    """The batch of `ruled` with the guide's thresholds, for which all processes' rows are swept once more if needed.
+
+    It is called after all of a process's own checks, as `World.agree` is.
+    """
+    if guide is None or rows.anchors.thresholds is not None:
+        return rows
+    world = World.of(options.gather, options.group)
+    assert world is not None
+    found: Batch = _over_processes(world, guide, rows, options)
+    return found
+
+
+@uncompiled  # processes could compile different graphs, with collectives that do not match
+@torch.no_grad()
+def _over_processes(world: World, guide: Guide, rows: Batch, options: LossOptions) -> Batch:
+    anchors, contrasts, both = rows.anchors, rows.contrasts, options.symmetric
+    p = Problem(anchors, contrasts, None, anchors.values.new_ones(1), (), both)
+    sweep = guide_problem(p)
+    posed = rows._replace(anchors=sweep.anchors, contrasts=sweep.contrasts, positives=None, hard_negatives=None)
+    _, observed = gathered_statistics(world, options.gather, sweep, posed, False, "Guide", {})
+    assert observed is not None
+    own, back = (thresholds(guide, cosines, p.dtype) for cosines in smallest(observed, len(anchors.values)))
+    if contrasts is not None and both:
+        contrasts = contrasts._replace(thresholds=back)
+    return rows._replace(anchors=anchors._replace(thresholds=own), contrasts=contrasts)
 
 
 def _hard_negatives(given: Tensors, found: Batch) -> Tensor | None:

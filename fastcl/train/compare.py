@@ -257,7 +257,7 @@ def _check(base: Config, chosen: dict[str, Contestant], folder: Path) -> None:
     from fastcl.train.processes import Processes
 
     auxiliary = str(chosen["auxiliary"].clusters)
-    if auxiliary in ("kmeans", "labels", "sinkhorn"):
+    if auxiliary in ("kmeans", "tags", "labels", "sinkhorn"):
         raise OptionError(f"--auxiliary must be attributes or FILE.csv:COLUMN; got {auxiliary}")
     try:
         check_clusters(auxiliary)

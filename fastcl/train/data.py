@@ -204,7 +204,7 @@ def _assemble(
 
 def check_clusters(option: str) -> None:
     """Raise what is wrong with --clusters as far as it can be known without the images."""
-    if option not in ("kmeans", "attributes", "labels", "sinkhorn"):
+    if option not in ("kmeans", "attributes", "tags", "labels", "sinkhorn"):
         _read_csv(option)
 
 
@@ -212,7 +212,8 @@ def _read_csv(option: str) -> tuple[str, list[str], list[list[str]], str]:
     """Path, header, rows and the chosen column of ``FILE.csv:COLUMN``."""
     match = re.fullmatch(r"(.+\.csv):(.+)", option)
     if match is None:
-        raise OptionError(f"--clusters must be kmeans, attributes, labels, sinkhorn or FILE.csv:COLUMN; got {option}")
+        known = "kmeans, attributes, tags, labels, sinkhorn or FILE.csv:COLUMN"
+        raise OptionError(f"--clusters must be {known}; got {option}")
     path, column = match.groups()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -258,7 +259,20 @@ def count_holes(image: NDArray[Any]) -> int:
 
 
 def attributes(images: Tensor) -> NDArray[np.int64]:
-    """Cluster ids ``[n]`` from three facts read off each image ``[n, C, H, W]``, none of them the label.
+    """Cluster ids ``[n]``: images whose three facts agree are a cluster."""
+    combined: NDArray[np.int64] = np.ravel_multi_index(tuple(_facts(images)), (3, 3, 3)).astype(np.int64)
+    return combined
+
+
+def attribute_tags(images: Tensor) -> NDArray[np.bool_]:
+    """Tags ``[n, 9]``: each of the three values of each fact is a tag, so that an image has three."""
+    facts = np.stack(_facts(images), axis=1)
+    tags: NDArray[np.bool_] = (facts[:, :, None] == np.arange(3)).reshape(len(facts), -1)
+    return tags
+
+
+def _facts(images: Tensor) -> list[NDArray[np.int64]]:
+    """Three facts read off each image ``[n, C, H, W]``, none of them the label; each ``[n]``, 0, 1 or 2.
 
     One channel: number of holes (0, 1, more), ink (mean intensity), height over width of the ink's bounding box. Three
     channels: brightness, colourfulness, edge density. All but the holes are cut at their terciles.
@@ -268,18 +282,15 @@ def attributes(images: Tensor) -> NDArray[np.int64]:
         grey = pixels[:, 0]
         inked = grey >= 0.5 * grey.max(axis=(1, 2), keepdims=True)
         height, width = (_extent(inked.any(axis=axis)) for axis in (2, 1))
-        facts = [np.minimum([count_holes(image) for image in grey], 2), grey.mean(axis=(1, 2)), height / width]
-        bins = [facts[0], *map(_terciles, facts[1:])]
-    else:
-        red, green, blue = pixels.transpose(1, 0, 2, 3)
-        # Hasler and Suesstrunk's measure: spread and mean of the two opponent channels.
-        opponents = np.stack([red - green, 0.5 * (red + green) - blue])
-        spread, mean = (np.hypot(*statistic(opponents, axis=(2, 3))) for statistic in (np.std, np.mean))
-        grey = pixels.mean(axis=1)
-        edges = sum(np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
-        bins = [_terciles(fact) for fact in (grey.mean(axis=(1, 2)), spread + 0.3 * mean, edges)]
-    combined: NDArray[np.int64] = np.ravel_multi_index(bins, (3, 3, 3)).astype(np.int64)
-    return combined
+        holes = np.minimum([count_holes(image) for image in grey], 2)
+        return [holes, *map(_terciles, (grey.mean(axis=(1, 2)), height / width))]
+    red, green, blue = pixels.transpose(1, 0, 2, 3)
+    # Hasler and Suesstrunk's measure: spread and mean of the two opponent channels.
+    opponents = np.stack([red - green, 0.5 * (red + green) - blue])
+    spread, mean = (np.hypot(*statistic(opponents, axis=(2, 3))) for statistic in (np.std, np.mean))
+    grey = pixels.mean(axis=1)
+    edges = sum(np.abs(np.diff(grey, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
+    return [_terciles(fact) for fact in (grey.mean(axis=(1, 2)), spread + 0.3 * mean, edges)]
 
 
 def _extent(occupied: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -30,8 +30,8 @@ from fastcl.train.evaluate import (
 )
 from fastcl.train.files import append, load_checkpoint, save_checkpoint, write
 from fastcl.train.methods import kind_of
-from fastcl.train.methods.clusterings import fixed_clusters, kmeans, renumbered
-from fastcl.train.methods.contrastive import ClusterPrediction
+from fastcl.train.methods.clusterings import Clusters, cluster_ids, fixed_clusters, kmeans, renumbered
+from fastcl.train.methods.contrastive import ClusterPrediction, MoCo
 from fastcl.train.methods.method import Method
 from fastcl.train.methods.prototypes import PrototypeMethod, prototype_masses
 from fastcl.train.processes import Processes
@@ -89,7 +89,7 @@ class Run:
         if smallest < self.processes.size:
             raise OptionError(f"--batch-size must be at least the number of processes; got {smallest}")
         self.steps = len(self._batches(0))  # of an epoch, the same in each
-        self.clusters: NDArray[np.int64] | None = None
+        self.clusters: Clusters | None = None
         if config.clusters not in (None, "kmeans", "sinkhorn"):
             self.clusters = fixed_clusters(config.clusters, self.images)
         self.method = self._initial()
@@ -117,6 +117,8 @@ class Run:
         options: dict[str, Any] = {}
         if issubclass(kind, ClusterPrediction):
             options["classes"] = self._classes()
+        if issubclass(kind, MoCo) and self.clusters is not None:
+            options["tags"] = self.clusters.shape[1]
         if self.config.prior is not None:
             options["masses"] = prototype_masses(self.config.prior, self.config.n_clusters, self.images.train_labels)
         return kind(shape, self.config.temperature, **options).to(self.device)
@@ -234,7 +236,7 @@ class Run:
             and not (epoch == 0 and self.method.instances_first)
         ):
             found = self.processes.from_first(self._kmeans)
-            self.clusters = found if self.clusters is None else renumbered(found, self.clusters)
+            self.clusters = found if self.clusters is None else renumbered(found, cluster_ids(self.clusters))
         # A method that draws random numbers draws the same ones after a resume.
         torch.manual_seed(config.seed * 1_000_003 + epoch + 1)
         self.method.train()
@@ -297,10 +299,10 @@ class Run:
             raise OptionError(f"the features are no longer finite: try a lower --lr than {self.config.lr}")
 
     def last_clusters(self) -> Labels:
-        """Ids ``[n]`` of what training used last, clusters or nearest prototypes; -1 where an image stands alone."""
+        """Ids ``[n]`` of what training used last: clusters, sets of tags or nearest prototypes; -1 for none."""
         if isinstance(self.method, PrototypeMethod):
             return assigned(self.method, self.images.train_images, self.device)
-        return np.full(len(self.images.train_labels), -1) if self.clusters is None else self.clusters
+        return np.full(len(self.images.train_labels), -1) if self.clusters is None else cluster_ids(self.clusters)
 
     def finish(self, beside: Path | None = None) -> dict[str, Any]:
         """Probe the raw pixels, the untrained and the trained encoder; write results.json and the pictures.
@@ -315,8 +317,9 @@ class Run:
         }
         results["training_clusters"] = None
         if self.clusters is not None:
-            information, entropy = cluster_information(images.train_labels, self.clusters)
-            count = len(np.unique(self.clusters[self.clusters >= 0]))
+            ids = cluster_ids(self.clusters)
+            information, entropy = cluster_information(images.train_labels, ids)
+            count = len(np.unique(ids[ids >= 0]))
             results["training_clusters"] = {
                 "count": count, "mutual_information": information, "conditional_entropy": entropy
             }  # fmt: skip

@@ -53,9 +53,10 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
 
     add = group("method")
     add("--method", "what to train with", choices=list(METHODS))
-    add("--clusters", "kmeans (default where the method needs clusters; supcon: labels), attributes, labels, sinkhorn "
-        "(clinfonce: soft assignments to learned prototypes) or FILE.csv:COLUMN: one row per image in the order of the "
-        "data, before any split; blank: no cluster")  # fmt: skip
+    add("--clusters", "kmeans (default where the method needs clusters; supcon: labels), attributes, tags (clinfonce, "
+        "moco: images that share an attribute are positives), labels, sinkhorn (clinfonce: soft assignments to learned "
+        "prototypes) or FILE.csv:COLUMN: one row per image in the order of the data, before any split; blank: no "
+        "cluster")  # fmt: skip
     add("--n-clusters", "clusters of k-means, in training and in the final probes; prototypes", type=at_least(int, 2))
     add("--renew", "epochs between two k-means; before the first, each image is its own cluster (cluster-ce: the first "
         "is of the untrained encoder)", type=at_least(int, 1))  # fmt: skip
@@ -110,8 +111,13 @@ def settle(config: Config) -> Config:
     from fastcl.train.methods.prototypes import PrototypeMethod
 
     kind = METHODS[config.method]
+    if config.clusters == "tags" and not kind.takes_tags:
+        takers = " or ".join(name for name, other in METHODS.items() if other.takes_tags)
+        raise OptionError(f"--clusters tags needs --method {takers}; got --method {config.method}")
     if not kind.needs_clusters:
-        if config.clusters is not None:
+        if config.clusters not in (None, "tags"):
+            if kind.takes_tags:
+                raise OptionError(f"--clusters must be tags with --method {config.method}; got {config.clusters}")
             raise OptionError(f"--clusters needs a method that uses them; got --method {config.method}")
     elif config.clusters is None:
         config = dataclasses.replace(config, clusters="labels" if kind is SupCon else "kmeans")

@@ -19,8 +19,8 @@ from tests.support.pair_rules import RuledCall, dense_loss
 from tests.support.strategies import generator
 from tests.support.tolerances import check
 
-RULES = ("tags", "clusters", "ids", "groups", "guide", "hard_negatives", "contrast_bias", "weights")
-OPTIONS = ("inside", "negatives", "margin", "symmetric", "inner products")
+RULES = ("tags", "clusters", "ids", "groups", "guide", "hard_negatives", "contrast_bias", "weights", "positives")
+OPTIONS = ("inside", "negatives", "margin", "symmetric", "inner products", "sum", "none", "smoothing")
 
 
 @pytest.fixture(params=QUICK)
@@ -87,13 +87,19 @@ def ruled_call(
         of_contrasts = None if alone else randn(m, 3).float()
         own = randn(n, views, 3).float() if seed % 2 and views > 1 else randn(n, 3).float()
         rule = ("absolute", "relative")[seed % 2]
-        given = torch.rand(rows, generator=g, dtype=torch.float64) if seed % 3 == 0 and m == rows else None
+        own_threshold = "positives" in chosen or (seed % 3 == 0 and m == rows)
+        given = torch.rand(rows, generator=g, dtype=torch.float64) if own_threshold else None
         a["guide"] = Guide(own, of_contrasts, margin=seed % 5 / 10, rule=rule, threshold=given)
     if "hard_negatives" in chosen:
         a["hard_negatives"] = (base[:, None] + randn(n, h, d)).float().double()
         if views > 1 and seed % 2:
             a["hard_negatives"] = randn(n, views, h, d).float().double()
-    symmetric = "symmetric" in options and not alone
+    if "positives" in chosen:
+        a["positives"] = (base + 0.5 * randn(n, d)).float().double()
+        if views > 1 and seed % 2:
+            a["positives"] = randn(n, views, d).float().double()
+    thresholds_both_ways = m == rows or a.get("guide") is None or a["guide"].threshold is None
+    symmetric = "symmetric" in options and not alone and thresholds_both_ways
     if "contrast_bias" in chosen and not (symmetric and "guide" in chosen):
         bias = randn(m)
         a["contrast_bias"] = torch.where(torch.rand(m, generator=g) < 0.2, -torch.inf, bias).float().double()
@@ -108,17 +114,29 @@ def ruled_call(
         chosen_options["margin"] = 0.2
     if "inner products" in options:
         chosen_options |= {"normalize": False, "temperature": 4.0}
+    filtered = {"ids", "groups", "guide"} & chosen  # label smoothing does not go with these
+    if "smoothing" in options and not (filtered or {"inside", "negatives", "margin"} & options):
+        chosen_options["label_smoothing"] = 0.2
+    if "sum" in options or ("none" in options and symmetric and m != rows):
+        chosen_options["reduction"] = "sum"
+    elif "none" in options:
+        chosen_options["reduction"] = "none"
     return RuledCall(z if views > 1 else z[:, 0], a, chosen_options)
+
+
+def weighed(loss: Tensor) -> Tensor:
+    """A scalar of the terms of reduction "none", each with a weight of its own; other losses as they are."""
+    return (loss * torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view_as(loss)).sum() if loss.dim() else loss
 
 
 def fused(call: RuledCall) -> tuple[Tensor, dict[str, Tensor]]:
     options = dict(call.options)
-    loss = ClusterInfoNCE(options.pop("temperature"), **options)(call.embeddings, **call.arguments)
+    loss = weighed(ClusterInfoNCE(options.pop("temperature"), **options)(call.embeddings, **call.arguments))
     return loss, gradients(loss, call)
 
 
 def dense(call: RuledCall) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = dense_loss(call)
+    loss = weighed(dense_loss(call))
     return loss, gradients(loss, call)
 
 
@@ -149,9 +167,11 @@ def agrees(call: RuledCall) -> None:
     eager = dense(call.to(torch.float32))
     got, found = fused(call.to(torch.float32))
     size = torch.tensor(4 / call.options["temperature"])
+    if "reduction" in call.options:  # sums over the rows
+        size = size * call.embeddings[..., 0].numel()
     check("loss", got, expected, [eager[0]], magnitude=size)
     for name, truth in truths.items():
-        magnitude = torch.full_like(truth, 4 / call.options["temperature"] / truth.numel() ** 0.5)
+        magnitude = torch.full_like(truth, size.item() / truth.numel() ** 0.5)
         check(name, found[name], truth, [eager[1][name]], magnitude=magnitude)
 
 
@@ -291,7 +311,6 @@ MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("form: expected 'outside' or 'inside' with tags", {"clusters": "tags"}, {"form": "pairs"}),
     ("label_smoothing: expected 0 with groups", {"clusters": "ids", "groups": "ids"}, {"label_smoothing": 0.1}),
     ("groups: expected None with assignments", {"assignments": 1, "groups": "ids"}, {}),
-    ("clusters: expected integers with a queue", {"clusters": "tags", "contrasts": "queue"}, {}),
     ("groups: expected None with a queue", {"clusters": "ids", "contrasts": "queue", "groups": "ids"}, {}),
     ("guide: expected None with a queue", {"clusters": "ids", "contrasts": "queue", "guide": "two"}, {}),
     (

@@ -41,7 +41,7 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def dense_loss(call: RuledCall) -> Tensor:
-    """The mean loss. All masks are [R, M]."""
+    """The loss. All masks are [R, M]."""
     a, options = dict(call.arguments), call.options
     z = call.embeddings
     views = z.shape[1] if z.dim() == 3 else 1
@@ -116,44 +116,68 @@ def dense_loss(call: RuledCall) -> Tensor:
         x, y = unit(x), unit(y)
     bias = a.get("contrast_bias")
     logits = scale * (x @ y.T) + (0 if bias is None else bias)
-    hard = a.get("hard_negatives")
-    own_negatives = None
-    if hard is not None:
-        hard = hard.flatten(0, 1) if hard.dim() == 4 else rowwise(hard)
-        hard = unit(hard) if normalize else hard
-        own_negatives = scale * torch.einsum("nd,nhd->nh", x, hard)
+    own = own_contrasts(a, x, views, scale, normalize)
 
-    def one_way(logits: Tensor, admissible: Tensor, positive: Tensor, cosines: Tensor | None, more: Tensor | None,
-                threshold: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def one_way(
+        logits: Tensor, admissible: Tensor, positive: Tensor, cosines: Tensor | None, own: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The terms of all rows, 0 where one does not count, and which count."""
         if cosines is not None and guide is not None:
-            least = torch.where(positive, cosines, torch.inf).amin(-1) if threshold is None else threshold.double()
+            given = guide.threshold
+            least = torch.where(positive, cosines, torch.inf).amin(-1) if given is None else given.double()
             margin = guide.margin if guide.rule == "absolute" else guide.margin * least.abs()
             beyond = cosines > torch.where(least.isinf(), least, least - margin)[:, None]
             admissible = admissible & (positive | ~beyond)
+        if own is not None:
+            logits, positive = torch.cat((logits, own[0]), -1), torch.cat((positive, own[1]), -1)
+            admissible = torch.cat((admissible, torch.ones_like(own[1])), -1)
         number = positive.sum(-1)
-        margin = scale * options.get("margin", 0.0)
-        shifted = logits - margin * positive.to(logits.dtype)
+        shifted = logits - scale * options.get("margin", 0.0) * positive.to(logits.dtype)
         used = admissible & ~positive if options.get("denominator") == "negatives" else admissible
-        shifted, used = (shifted, used) if more is None else (
-            torch.cat((shifted, more), -1), torch.cat((used, torch.ones_like(more, dtype=torch.bool)), -1)
-        )  # fmt: skip
         counted = (number > 0) & used.any(-1)
         lse = torch.where(used, shifted, -torch.inf)[counted].logsumexp(-1)
-        inner = shifted[:, : positive.shape[1]][counted]
-        chosen = positive[counted]
+        inner, chosen = shifted[counted], positive[counted]
         if options.get("form") == "inside":
             rest = torch.where(chosen, inner, -torch.inf).logsumexp(-1) - number[counted].to(logits.dtype).log()
         else:
             rest = torch.where(chosen, inner, 0).sum(-1) / number[counted]
-        return lse - rest, counted
+        smoothing = options.get("label_smoothing", 0.0)
+        every = admissible[counted]
+        rest = (1 - smoothing) * rest + smoothing * torch.where(every, inner, 0).sum(-1) / every.sum(-1)
+        return torch.zeros_like(logits[:, 0]).index_put((counted.nonzero()[:, 0],), lse - rest), counted
 
-    terms, counted = one_way(logits, admissible, positive, cosines, own_negatives, guide and guide.threshold)
-    weights = a.get("weights")
-    of_rows = torch.ones_like(terms) if weights is None else rowwise(weights)[counted].detach()
-    total = of_rows.sum()
-    loss = (terms * of_rows).sum() / (total if total > 0 else 1)
+    def reduced(terms: Tensor, counted: Tensor, weights: Tensor | None) -> Tensor:
+        of_rows = counted.to(terms.dtype) if weights is None else rowwise(weights).detach() * counted
+        terms = terms if weights is None else terms * of_rows
+        if options.get("reduction") == "none":
+            return terms.view(z.shape[:-1])
+        if options.get("reduction") == "sum":
+            return terms.sum()
+        total = of_rows.sum()
+        return terms.sum() / (total if total > 0 else 1)
+
+    loss = reduced(*one_way(logits, admissible, positive, cosines, own), a.get("weights"))
     if options.get("symmetric"):
-        back = None if cosines is None else cosines.T
-        terms, _ = one_way(logits.T, admissible.T, positive.T, back, None, guide and guide.threshold)
-        loss = (loss + (terms.mean() if len(terms) else terms.sum())) / 2
+        back = one_way(logits.T, admissible.T, positive.T, None if cosines is None else cosines.T, None)
+        loss = (loss + reduced(*back, None)) / 2
     return loss
+
+
+def own_contrasts(
+    a: dict[str, Any], x: Tensor, views: int, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Logits [R, E] of the contrasts of one anchor alone, hard negatives and positives, and which are positives."""
+    kinds = []
+    for name in ("hard_negatives", "positives"):
+        rows = a.get(name)
+        if rows is None:
+            continue
+        by_view = views > 1 and rows.dim() == (4 if name == "hard_negatives" else 3)
+        rows = rows.flatten(0, 1) if by_view else rows.repeat_interleave(views, 0)
+        rows = rows if name == "hard_negatives" else rows[:, None]
+        logits = scale * torch.einsum("nd,nhd->nh", x, unit(rows) if normalize else rows)
+        kinds.append((logits, torch.full_like(logits, name == "positives", dtype=torch.bool)))
+    if not kinds:
+        return None
+    logits, positive = (torch.cat(parts, -1) for parts in zip(*kinds, strict=True))
+    return logits, positive

@@ -142,7 +142,8 @@ def test_damaged_numbers_and_folders_in_use_are_refused(finished, tmp_path, caps
     ("arguments", "message"),
     [
         (["--auxiliary", "labels"], "--auxiliary must be attributes or FILE.csv:COLUMN; got labels"),
-        (["--auxiliary", "colour"], "must be kmeans, attributes, labels, sinkhorn or FILE.csv"),
+        (["--auxiliary", "tags"], "--auxiliary must be attributes or FILE.csv:COLUMN; got tags"),
+        (["--auxiliary", "colour"], "must be kmeans, attributes, tags, labels, sinkhorn or FILE.csv"),
         (["--auxiliary", "nofile.csv:kind"], "--auxiliary nofile.csv"),
         (["--n-clusters", "1"], "expected an integer of at least 2, got '1'"),
         (["--n-clusters", "5", "100000"], "--n-clusters must be at most the number of training images"),

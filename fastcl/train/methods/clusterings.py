@@ -8,16 +8,28 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from fastcl.train.data import ImageData, attributes, read_csv_clusters
+from fastcl.train.data import ImageData, attribute_tags, attributes, read_csv_clusters
+
+Clusters = NDArray[np.int64] | NDArray[np.bool_]  # ids [n], negative: none; or tags [n, T]
 
 
-def fixed_clusters(option: str, images: ImageData) -> NDArray[np.int64]:
-    """Training clusters ``[n]`` that are known beforehand: every kind of --clusters but kmeans and sinkhorn."""
+def fixed_clusters(option: str, images: ImageData) -> Clusters:
+    """The training clusters that are known beforehand: every kind of --clusters but kmeans and sinkhorn."""
     if option == "labels":
         return images.train_labels
     if option == "attributes":
         return attributes(images.train_images)
+    if option == "tags":
+        return attribute_tags(images.train_images)
     return read_csv_clusters(option, images.source_size)[images.source_index]
+
+
+def cluster_ids(clusters: Clusters) -> NDArray[np.int64]:
+    """Ids ``[n]``. Of tags each set of them is a cluster; images without a tag have none."""
+    if clusters.ndim == 1:
+        return clusters.astype(np.int64)
+    _, ids = np.unique(clusters, axis=0, return_inverse=True)
+    return np.where(clusters.any(axis=1), ids.reshape(-1), -1)
 
 
 def kmeans(embeddings: NDArray[np.float32], n_clusters: int, seed: int) -> Any:

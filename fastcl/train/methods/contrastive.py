@@ -23,9 +23,13 @@ class SimCLR(Method):
 
 
 class ClInfoNCE(Method):
-    """The positives of a view are all views of its cluster. With the labels as clusters this is SupCon."""
+    """The positives of a view are all views of its cluster. With the labels as clusters this is SupCon.
+
+    With tags in place of clusters they are all views of the images that share one.
+    """
 
     needs_clusters = True
+    takes_tags = True
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         loss: Tensor = self.loss(self.project(views), clusters)
@@ -34,6 +38,8 @@ class ClInfoNCE(Method):
 
 class SupCon(ClInfoNCE):
     """The positives of a view are all views of its label's images."""
+
+    takes_tags = False
 
 
 class ClusterPrediction(Method):
@@ -64,12 +70,14 @@ class ClusterPrediction(Method):
 class QueueMethod(Method):
     """Keys come from a slowly moving copy of encoder and projector, and stay in a queue for later batches."""
 
-    def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
+    def __init__(
+        self, image_shape: torch.Size, temperature: float, projection: int = 128, tags: int | None = None
+    ) -> None:
         super().__init__(image_shape, temperature, projection)
         # Else keys of one time coincide, and being of now or of then is all that tells a positive from the queue.
         self.projector = apart(self.projector, projection)
         self.slow = deepcopy(nn.ModuleList([self.encoder, self.projector])).requires_grad_(False)
-        self.queue = MemoryQueue(QUEUE, projection, ids=True)
+        self.queue = MemoryQueue(QUEUE, projection, ids=True, tags=tags)
 
     @torch.no_grad()
     def keys(self, views: Tensor) -> Tensor:
@@ -82,17 +90,24 @@ class QueueMethod(Method):
         keys: Tensor = projector(encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
         return keys
 
-    def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        self.queue.enqueue(keys.flatten(0, 1), ids=index.repeat_interleave(keys.shape[1]))
+    def enqueue(self, keys: Tensor, index: Tensor, tags: Tensor | None = None) -> None:
+        views = keys.shape[1]
+        tags = None if tags is None else tags.repeat_interleave(views, 0)
+        self.queue.enqueue(keys.flatten(0, 1), tags, index.repeat_interleave(views))
 
 
 class MoCo(QueueMethod):
-    """The positive of a view is the key of the other view; the queue holds negatives, the image's own left out."""
+    """The positive of a view is the key of the other view; the queue holds negatives, the image's own left out.
+
+    With tags the keys in the queue that share one with the image are positives too.
+    """
+
+    takes_tags = True
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         queries, keys = self.project(views), self.keys(views)
-        loss: Tensor = self.loss(queries, positives=keys.flip(1), contrasts=self.queue, ids=index)
-        self.enqueue(keys, index)
+        loss: Tensor = self.loss(queries, clusters, positives=keys.flip(1), contrasts=self.queue, ids=index)
+        self.enqueue(keys, index, clusters)
         return loss
 
 

@@ -15,6 +15,7 @@ class Method(nn.Module):
     """
 
     needs_clusters = False
+    takes_tags = False
     instances_first = True  # until the first k-means each image is its own cluster
 
     def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
@@ -32,7 +33,8 @@ class Method(nn.Module):
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         """Loss (scalar) of views ``[B, V, C, H, W]``.
 
-        clusters: int64 ``[B]`` (negative: none; None: not yet). index: int64 ``[B]``, which images these are.
+        clusters: int64 ``[B]`` (negative: none; None: not yet), or tags, bool ``[B, T]``. index: int64 ``[B]``, which
+            images these are.
         """
         raise NotImplementedError
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import distributed, functional, metric_learning
 from .cached import CachedStep, cached_step
+from .clustering import KMeansResult, kmeans
 from .guide import Guide
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
@@ -58,6 +59,7 @@ __all__ = [
     "HardNegativeLoss",
     "HypersphereLoss",
     "IBOTLoss",
+    "KMeansResult",
     "KoLeoLoss",
     "LossStats",
     "MSNLoss",
@@ -84,6 +86,7 @@ __all__ = [
     "contrastive_stats",
     "distributed",
     "functional",
+    "kmeans",
     "knn_predict",
     "metric_learning",
     "power_law_prior",

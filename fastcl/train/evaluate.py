@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastcl import knn_predict
 from fastcl.train.data import ImageData, as_float
-from fastcl.train.methods.clusterings import kmeans
+from fastcl.train.methods.clusterings import kmeans, nearest
 from fastcl.train.methods.prototypes import PrototypeMethod
 
 NEIGHBOURS = 10
@@ -111,7 +111,7 @@ def probe(rows: Representation, images: ImageData, n_clusters: int, seed: int) -
 
     The k-means of ``n_clusters`` is fitted to the training rows.
     """
-    clusters = kmeans(rows.train, n_clusters, seed).predict(rows.test)
+    clusters = nearest(rows.test, kmeans(rows.train, n_clusters, seed))
     information, entropy = cluster_information(images.test_labels, clusters)
     return {
         "knn": knn_accuracy(rows, images),

@@ -29,7 +29,7 @@ from .losses.summary import LossStats
 from .memory import MemoryBank, MemoryQueue
 from .neighbors import knn_predict, topk_similarity
 from .ops.backends.choose import use_backend
-from .quality import alignment, uniformity
+from .quality import alignment, rankme, uniformity
 from .sinkhorn import (
     SinkhornResult,
     power_law_prior,
@@ -92,6 +92,7 @@ __all__ = [
     "power_law_prior",
     "prior_from_counts",
     "prototype_cross_entropy",
+    "rankme",
     "sampled_similarity",
     "sinkhorn",
     "sinkhorn_potentials",

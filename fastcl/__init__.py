@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import distributed, functional, metric_learning
 from .cached import CachedStep, cached_step
+from .clustering import KMeansResult, kmeans
 from .guide import Guide
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
@@ -28,7 +29,7 @@ from .losses.summary import LossStats
 from .memory import MemoryBank, MemoryQueue
 from .neighbors import knn_predict, topk_similarity
 from .ops.backends.choose import use_backend
-from .quality import alignment, uniformity
+from .quality import alignment, rankme, uniformity
 from .sinkhorn import (
     SinkhornResult,
     power_law_prior,
@@ -58,6 +59,7 @@ __all__ = [
     "HardNegativeLoss",
     "HypersphereLoss",
     "IBOTLoss",
+    "KMeansResult",
     "KoLeoLoss",
     "LossStats",
     "MSNLoss",
@@ -84,11 +86,13 @@ __all__ = [
     "contrastive_stats",
     "distributed",
     "functional",
+    "kmeans",
     "knn_predict",
     "metric_learning",
     "power_law_prior",
     "prior_from_counts",
     "prototype_cross_entropy",
+    "rankme",
     "sampled_similarity",
     "sinkhorn",
     "sinkhorn_potentials",

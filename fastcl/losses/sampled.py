@@ -27,7 +27,7 @@ from ..ops.library import once_differentiable
 from ..ops.sampled import backward_op, forward_op
 from .modules import ExactModule, GroupModule, shown_temperature
 
-FORMS = ("nce", "infonce")
+FORMS = ("nce", "infonce", "pirl")
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -66,12 +66,13 @@ class SampledNCELoss(ExactModule, GroupModule):
     ============= ============================================================================================
     ``"nce"``     :math:`-\log h(s_i) - \sum_n \log(1 - h(s_n))`, :math:`h(s) = \frac{e^s / Z}{e^s / Z + S / (M - 1)}`
     ``"infonce"`` :math:`-s_i + \log(e^{s_i} + \sum_n e^{s_n})`
+    ``"pirl"``    :math:`-\log h_i - \sum_n \log(1 - h_n)`, :math:`h_j = \frac{e^{s_j}}{e^{s_j} + \sum_n e^{s_n}}`
     ============= ============================================================================================
 
     ``SampledNCELoss(0.07)(z, indices, bank)`` is instance discrimination: the positive is the anchor's own row in the
-    bank. A loss in the manner of PIRL, with f the embedding of an image and g that of its pretext version, is
-    ``w * loss(g, indices, bank) + (1 - w) * loss(f, indices, bank)`` with ``form="infonce"``: a cross-entropy. The
-    paper's loss has an additional term for each negative. Update the bank afterwards: ``bank.update(indices, z)``.
+    bank. PIRL's loss, with f the embedding of an image and g that of its pretext version, is
+    ``w * loss(g, indices, bank) + (1 - w) * loss(f, indices, bank)`` with ``form="pirl"``. Update the bank afterwards:
+    ``bank.update(indices, z)``.
 
     Negatives are drawn from the rows that have been updated, but M always counts all rows of the bank, in S / (M - 1)
     and in the estimate of Z. h is therefore a probability in the papers' sense only once the bank is full.
@@ -79,7 +80,7 @@ class SampledNCELoss(ExactModule, GroupModule):
     Args:
         temperature: number, tensor or ``nn.Parameter``.
         num_negatives: S; drawn uniformly, with replacement, from the bank's updated rows except the anchor's own.
-        form: ``"nce"`` or ``"infonce"``, as above.
+        form: ``"nce"``, ``"infonce"`` or ``"pirl"``, as above.
         log_normalizer: log Z of ``"nce"``. None: estimated once, in the first call, from the negatives of anchors that
             count and have finite logits. Stored in a float64 buffer that ``.half()`` and other casts do not change.
         normalize: whether embeddings and ``positives`` are normalised; stored rows are used as they are.
@@ -237,10 +238,17 @@ class SampledNCELoss(ExactModule, GroupModule):
             slopes = torch.softmax(logits, 1)
             slopes[:, 0] = -slopes[:, 1:].sum(1)  # softmax - 1, without its cancellation
             return logits.logsumexp(1) - positive, slopes
+        softplus = nn.functional.softplus
+        if self.form == "pirl":
+            lse = negative.logsumexp(1)
+            above = negative - lse[:, None]
+            of_positive, of_negative = torch.sigmoid(lse - positive), torch.sigmoid(above)
+            of_lse = of_positive - of_negative.sum(1)
+            slopes = torch.cat([-of_positive[:, None], of_negative + of_lse[:, None] * above.exp()], 1)
+            return softplus(lse - positive) + softplus(above).sum(1), slopes
         log_odds = self._normalizer(logits, counted, others) + math.log(negative.shape[1] / others)
         slopes = torch.sigmoid(logits - log_odds)
         slopes[:, 0] = -torch.sigmoid(log_odds - positive)
-        softplus = nn.functional.softplus
         return softplus(log_odds - positive) + softplus(negative - log_odds).sum(1), slopes
 
     def _normalizer(self, logits: Tensor, counted: Tensor, others: int) -> Tensor:

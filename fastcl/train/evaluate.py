@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from fastcl import knn_predict
+from fastcl import knn_predict, rankme
 from fastcl.train.data import ImageData, as_float
-from fastcl.train.methods.clusterings import kmeans
+from fastcl.train.methods.clusterings import kmeans, nearest
 from fastcl.train.methods.prototypes import PrototypeMethod
 
 NEIGHBOURS = 10
@@ -100,18 +100,12 @@ def cluster_information(labels: Labels, clusters: Labels) -> tuple[float, float]
     return max(h_label + h_cluster - h_joint, 0.0), max(h_joint - h_label, 0.0)
 
 
-def rankme(rows: NDArray[Any]) -> float:
-    """RankMe of rows ``[n, D]``: exp of the entropy of the singular values over their sum, between 1 and min(n, D)."""
-    values = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
-    return float(np.exp(_entropy(values))) if values.sum() > 0 else 0.0
-
-
 def probe(rows: Representation, images: ImageData, n_clusters: int, seed: int) -> tuple[dict[str, float], Labels]:
     """Every probe of one representation, by name, and the k-means clusters ``[n]`` of its held-out rows.
 
     The k-means of ``n_clusters`` is fitted to the training rows.
     """
-    clusters = kmeans(rows.train, n_clusters, seed).predict(rows.test)
+    clusters = nearest(rows.test, kmeans(rows.train, n_clusters, seed))
     information, entropy = cluster_information(images.test_labels, clusters)
     return {
         "knn": knn_accuracy(rows, images),
@@ -120,7 +114,7 @@ def probe(rows: Representation, images: ImageData, n_clusters: int, seed: int) -
         "linear_all": linear_accuracy(rows, images, None, seed),
         "mutual_information": information,
         "conditional_entropy": entropy,
-        "rankme": rankme(rows.test),
+        "rankme": float(rankme(torch.from_numpy(rows.test))),
     }, clusters
 
 

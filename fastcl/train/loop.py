@@ -258,7 +258,7 @@ class Run:
     def _kmeans(self) -> NDArray[np.int64]:
         rows = embed(self.method.encoder, self.images.train_images, self.device)
         self._check_features(rows)
-        labels: NDArray[np.int64] = kmeans(rows, self.config.n_clusters, self.config.seed).labels_.astype(np.int64)
+        labels: NDArray[np.int64] = kmeans(rows, self.config.n_clusters, self.config.seed).assignments.numpy()
         return labels
 
     def _rate(self, step: int) -> float:

@@ -1,16 +1,18 @@
-"""The benchmark suites of queue and top-k: baselines agree, a wrong one is reported, rows and pages are right."""
+"""The benchmark suites of queue, top-k and k-means: baselines agree, a wrong one is reported, pages are right."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import nearest, queue_step
+from benchmarks import clusters, nearest, queue_step
 from benchmarks.__main__ import main
 
 CPU = torch.device("cpu")
 ONCE = {"rounds": (1, 1), "seconds": 0.0}
-SUITES = [(nearest, nearest.Case(5, 60, 4, 8)), (queue_step, queue_step.Case(4, 16, 8))]
+STORES = [(nearest, nearest.Case(5, 60, 4, 8)), (queue_step, queue_step.Case(4, 16, 8))]
+SUITES = [*STORES, (clusters, clusters.Case(60, 4, 8, 3))]
+PEERS = {nearest: nearest.FAISS, queue_step: queue_step.LIGHTLY, clusters: clusters.SKLEARN}
 
 
 @pytest.mark.parametrize(("suite", "case"), SUITES)
@@ -20,12 +22,12 @@ def test_rows_tell_error_and_time_and_name_who_is_missing(suite, case) -> None:
         assert rows[name]["status"] == "ok", rows[name]
         assert rows[name]["p50_ms"] > 0
         assert rows[name]["error"] < 1e-5
-    peer = nearest.FAISS if suite is nearest else queue_step.LIGHTLY
+    peer = PEERS[suite]
     assert rows[peer]["status"] in ("ok", "missing")
     assert rows[peer]["status"] == "ok" or "Error" in rows[peer]["reason"]
 
 
-@pytest.mark.parametrize(("suite", "case"), SUITES)
+@pytest.mark.parametrize(("suite", "case"), STORES)
 def test_a_wrong_peer_is_told_and_not_timed(monkeypatch, suite, case) -> None:
     name = "searches" if suite is nearest else "steps"
     found, missing = nearest.searches(CPU) if suite is nearest else queue_step.steps(case, CPU)
@@ -41,6 +43,15 @@ def test_a_wrong_peer_is_told_and_not_timed(monkeypatch, suite, case) -> None:
     assert "p50_ms" not in rows["off"]
     assert rows["broken"]["status"] == "error"
     assert "ZeroDivisionError" in rows["broken"]["reason"]
+
+
+def test_a_wrong_clustering_is_told(monkeypatch) -> None:
+    found, missing = clusters.clusterings(CPU)
+    found["off"] = (lambda case, rows, init: lambda: 1.05 * clusters.lloyd(case, rows, init)), "torch"
+    monkeypatch.setattr(clusters, "clusterings", lambda *_: (found, missing))
+    rows = {row["provider"]: row for row in clusters.measure(clusters.Case(60, 4, 8, 3), CPU, **ONCE)}
+    assert rows["off"]["status"] == "wrong"
+    assert rows["eager"]["status"] == "ok"
 
 
 def test_every_step_enqueues_its_keys() -> None:

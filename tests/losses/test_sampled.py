@@ -1,6 +1,7 @@
 """Products with sampled rows, and noise-contrastive estimation on them, against the plain formulas."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -105,12 +106,16 @@ def formula(
     positive, negative = (x * own).sum(1) / temperature, (x[:, None] * negatives).sum(2) / temperature
     if form == "infonce":
         return torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive
+    if form == "pirl":
+        total = negative.exp().sum(1, keepdim=True)
+        h = [s.exp() / (s.exp() + total) for s in (positive[:, None], negative)]
+        return -h[0].log()[:, 0] - (1 - h[1]).log().sum(1)
     noise = negative.shape[1] / (M - 1)
     h = [(s - log_z).exp() / ((s - log_z).exp() + noise) for s in (positive, negative)]
     return -h[0].log() - (1 - h[1]).log().sum(1)
 
 
-@pytest.mark.parametrize("form", ["nce", "infonce"])
+@pytest.mark.parametrize("form", ["nce", "infonce", "pirl"])
 @pytest.mark.parametrize("with_positives", [False, True])
 @pytest.mark.parametrize(("dtype", "log_z"), [(torch.float64, None), (torch.float32, 3.0), (torch.bfloat16, None)])
 @pytest.mark.parametrize("normalize", [True, False])
@@ -133,7 +138,7 @@ def test_loss_is_the_papers(form, with_positives, dtype, log_z, normalize) -> No
     if with_positives:
         own = nn.functional.normalize(wide[2], dim=1) if normalize else wide[2]
     known = loss.log_normalizer.item()  # float32, estimated or given
-    assert form == "infonce" or log_z is None or known == log_z
+    assert form != "nce" or log_z is None or known == log_z
     truth = formula(form, wide[0], own, stored[negatives], wide[1], known, normalize)
     counted = torch.ones(N, dtype=torch.bool) if with_positives else bank.filled[indices]
     assert with_positives or not counted.all()
@@ -242,7 +247,7 @@ def test_negatives_are_drawn_evenly_and_never_oneself(known) -> None:
     assert torch.equal(drawn, again)
 
 
-@pytest.mark.parametrize("form", ["nce", "infonce"])
+@pytest.mark.parametrize("form", ["nce", "infonce", "pirl"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("second", [0, 1, 2])
@@ -282,6 +287,21 @@ def test_compiled_with_its_gradients() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled, leaves), expected)
 
 
+def test_pirl_at_the_ends_of_its_range() -> None:
+    """Far positives and negatives, and no negatives: digits and gradients stay."""
+    bank = MemoryBank(3, 2)
+    bank.update(torch.arange(3), torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]]))
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).requires_grad_()
+    loss = SampledNCELoss(0.005, form="pirl", reduction="none")
+    indices, two = torch.zeros(2, dtype=torch.int64), torch.tensor([[1, 2], [1, 2]])
+    terms = loss(x, indices, bank, negatives=two)
+    # The two negatives share everything: h = 1 / 3 each. The second positive is 400 below their log-sum-exp.
+    both = 2 * math.log(1.5)
+    torch.testing.assert_close(terms, torch.tensor([both, both + 400 + math.log(2)]))
+    assert torch.autograd.grad(terms.sum(), x)[0].isfinite().all()
+    assert loss(x, indices, bank, negatives=two[:, :0]).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
 def test_unsigned_indices(dtype) -> None:
     bank, indices, chosen = a_bank(), torch.arange(N), samples()
@@ -295,7 +315,7 @@ def test_unsigned_indices(dtype) -> None:
         sampled_similarity(x, x, torch.full((N, 2), 200).to(dtype))
 
 
-@pytest.mark.parametrize("form", ["nce", "infonce"])
+@pytest.mark.parametrize("form", ["nce", "infonce", "pirl"])
 def test_no_anchors(form) -> None:
     loss = SampledNCELoss(0.5, form=form)
     x = rows(0, 0).requires_grad_()
@@ -348,7 +368,7 @@ def test_training_on_draws() -> None:
     ("call", "message"),
     [
         (lambda b: SampledNCELoss(num_negatives=0), r"^num_negatives: expected at least 1"),
-        (lambda b: SampledNCELoss(form="x"), r"^form: expected one of 'nce', 'infonce'"),
+        (lambda b: SampledNCELoss(form="x"), r"^form: expected one of 'nce', 'infonce', 'pirl'"),
         (lambda b: SampledNCELoss(reduction="x"), r"^reduction: expected"),
         (lambda b: SampledNCELoss()(rows(2, 0), torch.arange(2), rows(9, 0)), r"^bank: expected a MemoryBank"),
         (lambda b: SampledNCELoss()(rows(2, 0), torch.arange(3), b), r"^indices: expected shape \[2\], got \[3\]"),

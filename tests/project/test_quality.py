@@ -1,4 +1,4 @@
-"""Alignment and uniformity against Wang and Isola's published code."""
+"""Alignment and uniformity against Wang and Isola's published code, RankMe against its formula."""
 
 import pytest
 import torch
@@ -65,3 +65,35 @@ def test_uniformity_of_one_point() -> None:
 def test_errors(call, error, named) -> None:
     with pytest.raises(error, match=named):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (1, 4)])
+def test_rankme_is_the_papers(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows = pairs(*shape, dtype)[0]
+    values = torch.linalg.svdvals(rows.detach().double())
+    p = values / values.norm(p=1) + 1e-7
+    found = fastcl.rankme(rows)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not found.requires_grad
+    assert found.item() == pytest.approx((-p * p.log()).sum().exp().item(), rel=1e-5)
+
+
+def test_rankme_of_known_spectra() -> None:
+    orthogonal = torch.linalg.qr(pairs(20, 6)[0].detach())[0]
+    assert fastcl.rankme(orthogonal).item() == pytest.approx(6)
+    line = torch.tensor([3.0, 0, 0, 0, 0, 0])
+    assert fastcl.rankme(orthogonal * line).item() == pytest.approx(1)
+    p = torch.tensor([0.5, 0.25, 0.25, 0, 0, 0])
+    assert fastcl.rankme(orthogonal * p * 1e-30).item() == pytest.approx(2**1.5)
+
+
+def test_rankme_of_nothing_and_of_what_is_no_number() -> None:
+    assert fastcl.rankme(torch.zeros(4, 3)) == 0
+    assert fastcl.rankme(torch.zeros(0, 3)) == 0
+    for bad in (torch.nan, torch.inf):
+        rows = torch.ones(4, 3)
+        rows[2, 1] = bad
+        assert fastcl.rankme(rows).isnan()
+    with pytest.raises(ValueError, match=r"^embeddings: expected shape \[N, D\], got \[3\]"):
+        fastcl.rankme(torch.zeros(3))

@@ -242,6 +242,7 @@ def other_losses(gather: Any, rank: int | None, world: int, group: Any = None, s
             z0, labels, contrasts=[clustered, z1], ids=ids, contrast_ids=ids + 2
         ),
         "SampledNCE": lambda: nce(z0, ids, bank, negatives=negatives),
+        "PIRL": lambda: fastcl.SampledNCELoss(0.3, form="pirl", **flag)(z0, ids, bank, negatives=negatives),
         "SwAV": lambda: fastcl.SwAVLoss(0.3, **flag)(scores),
         "SwAV with a queue": lambda: fastcl.SwAVLoss(0.3, **flag)(scores, [], [of_queue[mine], of_queue[mine] * 0.5]),
         "MSN": lambda: fastcl.MSNLoss(0.3, **flag)(torch.cat([z0, z1]), z1, prototypes),

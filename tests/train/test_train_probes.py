@@ -8,7 +8,7 @@ import torch
 
 from fastcl.train import evaluate
 from fastcl.train.data import ImageData
-from fastcl.train.evaluate import Representation, cluster_information, knn_accuracy, linear_accuracy, rankme
+from fastcl.train.evaluate import Representation, cluster_information, knn_accuracy, linear_accuracy
 from fastcl.train.methods.clusterings import kmeans
 
 
@@ -71,14 +71,6 @@ def test_cluster_information_of_known_tables() -> None:
     eight = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.array([0, 0, 0, 1, 0, 1, 1, 1])
     h = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert cluster_information(*eight) == pytest.approx((math.log(2) - h, h))
-
-
-def test_rankme_of_known_spectra() -> None:
-    orthogonal = np.linalg.qr(np.random.default_rng(0).standard_normal((30, 6)))[0]
-    assert rankme(orthogonal) == pytest.approx(6)
-    assert rankme(orthogonal * [3, 0, 0, 0, 0, 0]) == pytest.approx(1)
-    p = np.array([0.5, 0.25, 0.25, 0, 0, 0])
-    assert rankme(orthogonal * p) == pytest.approx(math.exp(1.5 * math.log(2)))
 
 
 def made_data(train_labels: np.ndarray, test_labels: np.ndarray) -> ImageData:

@@ -1,16 +1,17 @@
 """Clusters of the training images: known beforehand, or found by k-means."""
 
-from typing import Any
-
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+import fastcl
+from fastcl import KMeansResult
 from fastcl.train.data import ImageData, attribute_tags, attributes, read_csv_clusters
 
 Clusters = NDArray[np.int64] | NDArray[np.bool_]  # ids [n], negative: none; or tags [n, T]
+
+TRIES = 3  # of k-means, with different initial centroids
 
 
 def fixed_clusters(option: str, images: ImageData) -> Clusters:
@@ -32,13 +33,20 @@ def cluster_ids(clusters: Clusters) -> NDArray[np.int64]:
     return np.where(clusters.any(axis=1), ids.reshape(-1), -1)
 
 
-def kmeans(embeddings: NDArray[np.float32], n_clusters: int, seed: int) -> Any:
-    """scikit-learn's KMeans fitted to embeddings ``[n, D]``, the same bits from run to run.
+def kmeans(rows: NDArray[np.float32], n_clusters: int, seed: int) -> KMeansResult:
+    """The best of three k-means of rows ``[n, D]``."""
+    generator = torch.Generator().manual_seed(seed)
+    tries = [fastcl.kmeans(torch.from_numpy(rows), n_clusters, generator=generator) for _ in range(TRIES)]
+    return min(tries, key=lambda found: found.inertia)
 
-    One thread, because its threads add their partial sums in the order in which they finish.
-    """
-    with threadpool_limits(limits=1):
-        return KMeans(n_clusters, n_init=3, random_state=seed).fit(embeddings)
+
+def nearest(rows: NDArray[np.float32], clusters: KMeansResult) -> NDArray[np.int64]:
+    """The cluster ``[n]`` whose centroid is nearest."""
+    centroids = clusters.centroids
+    found: NDArray[np.int64] = fastcl.kmeans(
+        torch.from_numpy(rows), len(centroids), init=centroids, n_iters=0
+    ).assignments.numpy()
+    return found
 
 
 def renumbered(clusters: NDArray[np.int64], before: NDArray[np.int64]) -> NDArray[np.int64]:

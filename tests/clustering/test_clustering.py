@@ -1,0 +1,198 @@
+"""k-means against loops written out and scikit-learn."""
+
+import pickle
+
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastcl
+from fastcl import clustering, kmeans
+from tests.support.strategies import generator
+
+
+def blobs(n: int = 300, d: int = 6, k: int = 7, noise: float = 0.6, dtype: torch.dtype = torch.float64) -> Tensor:
+    g = generator(1)
+    centres = torch.randn(k, d, generator=g, dtype=torch.float64) + 3
+    noisy = noise * torch.randn(n, d, generator=g, dtype=torch.float64)
+    return (centres[torch.randint(0, k, (n,), generator=g)] + noisy).to(dtype)
+
+
+def plain(rows: Tensor, centres: Tensor, n_iters: int, spherical: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's loop in float64, for clusters that keep rows."""
+    rows, centres = rows.double(), centres.double()
+    if spherical:
+        rows, centres = F.normalize(rows, dim=1), F.normalize(centres, dim=1)
+    for step in range(n_iters + 1):
+        distances = torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distances.argmin(1)
+        if step < n_iters:
+            centres = torch.stack([rows[nearest == j].mean(0) for j in range(len(centres))])
+            centres = F.normalize(centres, dim=1) if spherical else centres
+    return centres, nearest, distances.amin(1).square().sum()
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_is_lloyds_loop(spherical: bool, dtype: torch.dtype, backend: str) -> None:
+    rows = blobs(90, dtype=dtype).requires_grad_()
+    with fastcl.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        found = kmeans(rows, 7, init=rows[:7], n_iters=3, tol=0, spherical=spherical)
+    centres, nearest, inertia = plain(rows.detach(), rows.detach()[:7], 3, spherical)
+    assert found.centroids.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not found.centroids.requires_grad
+    assert found.n_iters == 3
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found.centroids.double(), centres, rtol=tolerance, atol=tolerance)
+    assert torch.equal(found.assignments, nearest)
+    assert found.inertia == pytest.approx(float(inertia), rel=tolerance)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_blocks_change_nothing(spherical: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = blobs(100)
+    whole = kmeans(rows, 5, init=rows[:5], spherical=spherical)
+    monkeypatch.setitem(clustering.BLOCK, "cpu", 17 * 6)
+    parts = kmeans(rows, 5, init=rows[:5], spherical=spherical)
+    torch.testing.assert_close(parts.centroids, whole.centroids)
+    assert torch.equal(parts.assignments, whole.assignments)
+    assert parts.n_iters == whole.n_iters
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-4, 1e-2])
+def test_ends_like_scikit_learn(tol: float) -> None:
+    rows = blobs(500, noise=1.0)
+    theirs = KMeans(7, init=rows[:7].numpy(), n_init=1, tol=tol, max_iter=100).fit(rows.numpy())
+    found = kmeans(rows, 7, init=rows[:7], tol=tol)
+    # With tol=0 theirs compares assignments, and ends in the iteration that changes none, as ours does.
+    assert found.n_iters == theirs.n_iter_ < 100
+    assert found.inertia == pytest.approx(theirs.inertia_, rel=1e-9)
+    assert (found.assignments.numpy() == theirs.labels_).all()
+
+
+def test_the_initialisation_finds_separate_clusters() -> None:
+    """Where clusters lie apart, almost every good initialisation has a row of each, and random rows have not."""
+    rows = blobs(600, 8, 30, noise=0.05)
+    best = KMeans(30, n_init=3, random_state=0).fit(rows.numpy()).inertia_
+    found = [kmeans(rows, 30, generator=generator(seed)).inertia for seed in range(5)]
+    assert sorted(found)[2] <= 1.01 * best
+    assert kmeans(rows, 30, init="random", generator=generator(0)).inertia > 2 * best
+
+
+@pytest.mark.parametrize("init", ["k-means||", "random"])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_the_generator_decides(init: str, spherical: bool) -> None:
+    rows = blobs(noise=2.0)
+    one, same, other = (
+        kmeans(rows, 9, init=init, spherical=spherical, generator=generator(seed)) for seed in (3, 3, 4)
+    )
+    assert torch.equal(one.centroids, same.centroids)
+    assert torch.equal(one.assignments, same.assignments)
+    assert not torch.equal(one.centroids, other.centroids)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        assert torch.equal(kmeans(rows, 9, init=init, spherical=spherical).centroids, one.centroids)
+
+
+def test_an_empty_cluster_takes_the_farthest_row() -> None:
+    rows = torch.tensor([[0.0], [1.0], [2.0], [50.0], [40.0]])
+    init = torch.tensor([[1.0], [900.0], [-900.0]])
+    found = kmeans(rows, 3, init=init, n_iters=1)
+    assert found.centroids.tolist() == [[1.0], [50.0], [40.0]]
+    assert found.assignments.tolist() == [0, 0, 0, 1, 2]
+    assert found.inertia == 2
+
+
+@pytest.mark.parametrize("init", ["k-means||", "random", "tensor"])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_fewer_different_rows_than_clusters(init: str, spherical: bool) -> None:
+    rows = torch.tensor([[3.0, 1.0], [1.0, 2.0]]).repeat(10, 1)
+    given = rows[:6] if init == "tensor" else init
+    found = kmeans(rows, 6, init=given, spherical=spherical, generator=generator(0))
+    assert found.inertia == pytest.approx(0, abs=1e-10)
+    assert found.centroids.isfinite().all()
+    assert len(found.assignments.unique()) == 2
+
+
+def test_every_row_a_cluster() -> None:
+    rows = blobs(20)
+    for init in ("k-means||", "random"):
+        found = kmeans(rows, 20, init=init)
+        assert found.inertia == pytest.approx(0, abs=1e-20)
+        assert sorted(found.assignments.tolist()) == list(range(20))
+
+
+def test_rows_that_cancel_out_leave_the_centroid() -> None:
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    found = kmeans(rows, 1, init=torch.tensor([[0.0, 2.0]]), spherical=True)
+    assert found.centroids.tolist() == [[0.0, 1.0]]
+    assert found.inertia == 5  # 2 - 2 * 0 twice, and a row of zeros lies at distance 1
+
+
+def test_no_iterations_assign_rows() -> None:
+    rows, others = blobs(), blobs(40, noise=2.0)
+    for spherical in (False, True):
+        found = kmeans(rows, 7, spherical=spherical, generator=generator(0))
+        again = kmeans(rows, 7, init=found.centroids, n_iters=0, spherical=spherical)
+        assert torch.equal(again.assignments, found.assignments)
+        torch.testing.assert_close(again.centroids, found.centroids)
+        assert again.n_iters == 0
+        few = kmeans(others[:3], 7, init=found.centroids, n_iters=0, spherical=spherical)
+        assert torch.equal(few.assignments, plain(others[:3], found.centroids, 0, spherical)[1])
+        none = kmeans(others[:0], 7, init=found.centroids, n_iters=0, spherical=spherical)
+        assert none.assignments.shape == (0,)
+        assert none.inertia == 0
+
+
+def test_rows_far_from_the_origin_keep_their_digits() -> None:
+    rows = blobs(200, noise=0.1)
+    there = kmeans((rows + 1e4).float(), 7, init=(rows[:7] + 1e4).float())
+    assert torch.equal(there.assignments, kmeans(rows, 7, init=rows[:7]).assignments)
+
+
+def test_strides_and_pickles() -> None:
+    rows = blobs(60)
+    expected = kmeans(rows, 4, init=rows[:4])
+    found = kmeans(rows.T.contiguous().T, 4, init=rows.T.contiguous().T[:4])
+    assert torch.equal(found.assignments, expected.assignments)
+    copy = pickle.loads(pickle.dumps(found))
+    assert isinstance(copy, fastcl.KMeansResult)
+    assert torch.equal(copy.centroids, found.centroids)
+
+
+x = torch.randn(5, 3, generator=generator(0))
+WRONG = {
+    "rows": (lambda: kmeans(x[0], 2), r"rows: expected shape \[N, D\], got \[3\]"),
+    "no rows": (lambda: kmeans(x[:0], 1), "k: expected at most the number of rows, 0, got 1"),
+    "k": (lambda: kmeans(x, 6), "k: expected at most the number of rows, 5, got 6"),
+    "k 0": (lambda: kmeans(x, 0), "k: expected at least 1, got 0"),
+    "spherical": (lambda: kmeans(x, 2, spherical=1), "spherical: expected True or False, got 1"),
+    "init": (lambda: kmeans(x, 2, init="kmeans"), "init: expected one of 'k-means||', 'random', got 'kmeans'"),
+    "init kind": (lambda: kmeans(x, 2, init=None), "init: expected a string or a tensor, got None"),
+    "init shape": (lambda: kmeans(x, 2, init=x), r"init: expected shape \[2, 3\], got \[5, 3\]"),
+    "init NaN": (lambda: kmeans(x, 2, init=x[:2] * torch.nan), "init: expected finite numbers, got others"),
+    "init absent": (lambda: kmeans(x, 2, n_iters=0), "init: expected a tensor of centroids with n_iters=0, got"),
+    "n_iters": (lambda: kmeans(x, 2, n_iters=-1), "n_iters: expected at least 0, got -1"),
+    "tol": (lambda: kmeans(x, 2, tol=-1.0), "tol: expected a number of at least 0, got -1.0"),
+    "generator": (lambda: kmeans(x, 2, generator=3), "generator: expected a torch.Generator, got int"),
+    "group": (lambda: kmeans(x, 2, group=3), "group: expected a torch.distributed process group or None, got int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input(case: str) -> None:
+    call, message = WRONG[case]
+    with pytest.raises((TypeError, ValueError), match=f"^{message}".replace("||", r"\|\|")):
+        call()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_rows_that_are_no_numbers(bad: float, spherical: bool) -> None:
+    rows = x.clone()
+    rows[3, 1] = bad
+    for init, n_iters in ((x[:2], 5), (x[:2], 0), ("random", 5)):
+        with pytest.raises(ValueError, match=r"^rows: expected finite numbers"):
+            kmeans(rows, 2, init=init, n_iters=n_iters, spherical=spherical)

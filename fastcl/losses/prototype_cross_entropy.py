@@ -136,10 +136,11 @@ def crossed(
     scales: Tensor,
     pairs: Sequence[float],
     wanted: Wanted = Wanted(),  # noqa: B008 (immutable)
+    places: Tensor | None = None,
 ) -> Any:
-    """`Values` of stored scores; pairs: the factor of each student's crop with each teacher's."""
+    """`Values` of stored scores; pairs: the factor of each student's crop with each teacher's. places: see `Crops`."""
     detached = [scores.detach() for scores in teachers]
-    return prototype_scores(Crops(list(students), detached, potentials, scales, tuple(pairs)), wanted)
+    return prototype_scores(Crops(list(students), detached, potentials, scales, tuple(pairs), places), wanted)
 
 
 def dtype_of(*tensors: Tensor | None) -> torch.dtype:

@@ -23,9 +23,10 @@ NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 def _apart() -> dict[str, Any]:
     """The suites with their own peers, rows and pages, by name."""
-    from benchmarks import many, nearest, pair_losses, pair_rules, queue_step, transport_report
+    from benchmarks import many, nearest, pair_losses, pair_rules, prototypes, queue_step, transport_report
 
-    return {module.SUITE: module for module in (transport_report, pair_losses, pair_rules, queue_step, nearest, many)}
+    modules = (transport_report, pair_losses, pair_rules, prototypes, queue_step, nearest, many)
+    return {module.SUITE: module for module in modules}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from torch import nn
 
 import fastcl
 from benchmarks.machine import ROOT, processor, slug
-from benchmarks.memory import _high_water
+from benchmarks.memory import high_water
 
 N, TOKENS, WIDTH, LAYERS = 256, 64, 128, 4
 CHUNKS = (256, 128, 64, 32, 16)
@@ -51,7 +51,7 @@ def measure(chunk: int) -> dict[str, Any]:
         else:
             fastcl.cached_step(encoder, tokens, lambda z: loss(z, labels), chunk_size=chunk)
 
-    extra = _high_water(step, tuple(encoder.parameters()))
+    extra = high_water(step, tuple(encoder.parameters()))
     return {"chunk": chunk, "extra": extra}
 
 

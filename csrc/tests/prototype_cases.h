@@ -110,7 +110,7 @@ private:
   }
   void check_row(size_t b, int64_t i, const char *gradient, double of_value, double of_entropy, const Reals &of_columns) {
     const Dtype dtype = students_[b].dtype;
-    const double rounded = dtype == Dtype::bfloat16 ? 0x1p-8 : dtype == Dtype::float16 ? 0x1p-11 : 0;
+    const double rounded = dtype == Dtype::bfloat16 ? 0x1p-8 : dtype == Dtype::float16 ? 0x1p-11 : dtype == Dtype::float32 ? 0x1p-24 : 0;
     const double *const p = &p_[b][i * k_];
     double mean = 0, entropy = 0;
     for (int64_t j = 0; j < k_; j++) mean += p[j] * of_columns[j], entropy -= p[j] * log_of(p[j]);

@@ -158,7 +158,8 @@ def losses(case: Case, device: torch.device) -> tuple[dict[str, tuple[Loss, Loss
         and computes(name, torch.float32, "prototypes")
     ]
     best = "cpu" if "cpu" in usable else usable[-1]
-    plain = {"stored scores": cross_entropy, "features": multiplied, "potentials": sinkhorn_stored}[case.kind]
+    plains: dict[str, Loss] = {"stored scores": cross_entropy, "features": multiplied, "potentials": sinkhorn_stored}
+    plain = plains[case.kind]
     chosen = usable if case.kind == "stored scores" else [best]
     found: dict[str, tuple[Loss, Loss]] = {
         f"fastcl {name}": (partial(_ours, name, case.kind), plain) for name in chosen

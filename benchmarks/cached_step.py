@@ -19,7 +19,7 @@ from torch import nn
 import fastcl
 from benchmarks.machine import ROOT, processor, slug
 from benchmarks.measure import alternate, clock_timer
-from benchmarks.memory import _high_water
+from benchmarks.memory import high_water
 
 N, TOKENS, WIDTH, LAYERS = 256, 64, 128, 4
 CHUNKS = (256, 128, 64, 32, 16)
@@ -56,7 +56,7 @@ def measure(chunk: int) -> dict[str, Any]:
         fastcl.cached_step(encoder, tokens, lambda z: loss(z, labels), chunk_size=chunk)
 
     step = plain if chunk == PLAIN else cached
-    extra = _high_water(step, tuple(encoder.parameters()))
+    extra = high_water(step, tuple(encoder.parameters()))
     plain()
     samples = alternate({"step": step, "plain": plain}, clock_timer())
     return {"chunk": chunk, "extra": extra, **{name: samples.percentiles(name)[1] for name in ("step", "plain")}}

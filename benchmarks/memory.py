@@ -8,7 +8,9 @@ import gc
 import multiprocessing
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,15 +38,20 @@ class TooLargeError(Exception):
 
 
 def measure(case: Case, provider: Provider, device: torch.device, threads: int) -> Peak:
-    """Runs the provider in a new process that is limited to the machine's free memory.
+    """Runs the provider in a new process: see `apart`."""
+    return apart(partial(_run, case, provider, device), threads)
+
+
+def apart(run: Callable[[], Peak], threads: int) -> Peak:
+    """The result of `run` (picklable) in a new process that is limited to the machine's free memory.
 
     Raises:
-        TooLargeError: the provider needs more memory.
-        RuntimeError: the provider raised another error; the message has its text.
+        TooLargeError: it needs more memory.
+        RuntimeError: it raised another error; the message has its text.
     """
     context = _processes()
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(there, case, provider, device, threads, available()))
+    child = context.Process(target=_child, args=(there, run, threads, available()))
     child.start()
     there.close()
     try:
@@ -81,14 +88,12 @@ def available() -> int | None:
     return max(int(found[1]) * 1024 - LEFT_TO_OTHERS, 0) if found else None
 
 
-def _child(
-    answer: Connection, case: Case, provider: Provider, device: torch.device, threads: int, limit: int | None
-) -> None:
+def _child(answer: Connection, run: Callable[[], Peak], threads: int, limit: int | None) -> None:
     try:
         torch.set_num_threads(threads)
         if limit is not None:
             _limit(limit)
-        answer.send(("peak", _run(case, provider, device)))
+        answer.send(("peak", run()))
     except Exception as error:
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error)
         answer.send(("too large" if out_of_memory else "error", f"{type(error).__name__}: {error}".splitlines()[0]))
@@ -112,13 +117,17 @@ def _bytes(field: str) -> int:
 def _run(case: Case, provider: Provider, device: torch.device) -> Peak:
     loss = provider.pose(case)
     inputs = case.inputs("random", device)
-    step = training_step(loss, [inputs], BOTH)
+    return peak_of(training_step(loss, [inputs], BOTH), inputs.leaves)
+
+
+def peak_of(step: Callable[[], object], leaves: tuple[torch.Tensor, ...]) -> Peak:
+    """The peak of a step that has not run before in this process."""
     try:
         _CLEAR.write_text("5")
     except OSError:
         # The mark cannot be reset here, so the first call is measured, including compilation and persistent buffers.
         return Peak(_first_call(step), "ru_maxrss of the first call")
-    return Peak(_high_water(step, inputs.leaves), "VmHWM - VmRSS")
+    return Peak(high_water(step, leaves), "VmHWM - VmRSS")
 
 
 def _settle(leaves: tuple[torch.Tensor, ...]) -> None:
@@ -130,7 +139,8 @@ def _settle(leaves: tuple[torch.Tensor, ...]) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _high_water(step: Any, leaves: tuple[torch.Tensor, ...]) -> int:
+def high_water(step: Any, leaves: tuple[torch.Tensor, ...]) -> int:
+    """Bytes that the second call of a step takes at most, beyond those that were held before."""
     step()  # warm-up: compilation, thread pools, persistent buffers
     _settle(leaves)
     _CLEAR.write_text("5")  # resets the high-water mark to the memory held now

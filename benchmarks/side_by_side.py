@@ -80,14 +80,17 @@ def page(title: str, rows: Sequence[Row], circumstances: str, note: str) -> str:
     for case in dict.fromkeys(row["case"] for row in rows):
         chosen = [row for row in rows if row["case"] == case]
         ours = fastest(chosen)
-        lines += [f"## {case}", "", f"| who | time (20 to 80 %) | {ours} is faster by | error |", "|---|---|---|---|"]
+        weighed = any("extra_bytes" in row for row in chosen)
+        columns = ["who", "time (20 to 80 %)", f"{ours} is faster by", "error", *(["extra memory"] if weighed else [])]
+        lines += [f"## {case}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for row in chosen:
             if row["status"] != "ok":
                 continue
-            faster = row["ratio"].get(ours)
+            faster, extra = row["ratio"].get(ours), row.get("extra_bytes")
+            memory = f" {extra / 1e6:.0f} MB |" if extra is not None else " |" if weighed else ""
             lines.append(
                 f"| {row['provider']} | {row['p50_ms']:.3g} ms ({row['p20_ms']:.3g} to {row['p80_ms']:.3g}) "
-                f"| {f'{1 / faster:.2g}x' if faster else ''} | {row['error']:.0e} |"
+                f"| {f'{1 / faster:.2g}x' if faster else ''} | {row['error']:.0e} |{memory}"
             )
         left_out = [f"- {r['provider']}: {r['status']} ({r['reason']})" for r in chosen if r["status"] != "ok"]
         lines += ["", *left_out, ""] if left_out else [""]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,7 +258,7 @@ def sinkhorn_potentials(
     sizes = rows.shape[0] if batched else None, rows.shape[1], len(prototypes)
     options = _options("features", features, sizes, dtype, epsilon, prior, row_marginal, n_iters, tol, init, group)
     with torch.no_grad():
-        outputs = potentials(rows, prototypes, *options)
+        outputs = potentials([rows], prototypes, *options)
     f, g, error = outputs[:3] if batched else (output[0] for output in outputs[:3])
     nothing: Any = None  # the type of `assignments` is that of `sinkhorn`'s result
     if tol is None:
@@ -267,18 +267,32 @@ def sinkhorn_potentials(
 
 
 def column_potential(
-    scores: Tensor, *, epsilon: float, prior: Tensor | None, n_iters: int, group: dist.ProcessGroup | None
+    parts: Sequence[Tensor],
+    prototypes: Tensor | None = None,
+    *,
+    epsilon: float,
+    prior: Tensor | None,
+    n_iters: int,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """The column potential of `sinkhorn`, [K] or [B, K], without the assignments and without a gradient."""
-    check_scores("scores", scores)
-    batched = scores.dim() == 3
-    rows = scores.detach() if batched else scores.detach()[None]
-    sizes = rows.shape[0] if batched else None, rows.shape[1], rows.shape[2]
+    """The column potential of `sinkhorn`, [K] or [B, K], without the assignments and without a gradient.
+
+    parts: scores of one problem, whose rows lie in several tensors [N_part, K] or [B, N_part, K]; or features
+    [N_part, D] of prototypes [K, D].
+    """
+    if prototypes is None:
+        for scores in parts:
+            check_scores("scores", scores)
+    batched = parts[0].dim() == 3
+    rows = [part if batched else part[None] for part in parts]
+    k = rows[0].shape[2] if prototypes is None else len(prototypes)
+    n = sum(part.shape[1] for part in rows)
+    dtypes = [accumulation_dtype(part) for part in (*parts, *([] if prototypes is None else [prototypes]))]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    sizes = rows[0].shape[0] if batched else None, n, k
     with torch.no_grad():
-        options = _options(
-            "scores", scores, sizes, accumulation_dtype(scores), epsilon, prior, None, n_iters, None, None, group
-        )
-        found = potentials(rows, None, *options, by_row=False)[1]
+        options = _options("scores", parts[0], sizes, dtype, epsilon, prior, None, n_iters, None, None, group)
+        found = potentials(rows, prototypes, *options, by_row=False)[1]
     return found if batched else found[0]
 
 

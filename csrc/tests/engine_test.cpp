@@ -1,5 +1,6 @@
-// Runs forward, backward and Sinkhorn's passes on every engine that this machine supports, over sizes around the register tiles and
-// all dtypes and options, and compares with plain loops in double. Exits with 0 if all agree; else prints the first case that fails.
+// Runs forward, backward, Sinkhorn's passes and prototype losses on every engine that this machine supports, over sizes around the
+// register tiles and all dtypes and options, and compares with plain loops in double. Exits with 0 if all agree; else prints the first
+// case that fails.
 //   engine_test PLACE CASES [ENGINE]      PLACE: heap or pages, see memory.h; CASES: number of cases per engine
 #include "../cpu/contrastive/arrange.h"
 #include "../cpu/dispatch.h"
@@ -7,6 +8,7 @@
 #include "formula.h"
 #include "sinkhorn_cases.h"
 #include "pair_cases.h"
+#include "prototype_cases.h"
 #include "soft_cases.h"
 #include <algorithm>
 #include <csignal>
@@ -350,6 +352,10 @@ int main(int count, char **arguments) {
                     (long long)c.n, (long long)c.d, name_of(c.anchors), c.threads);
       if (c.anchors == Dtype::float64) SinkhornCase<double>(*engine, c.n, c.d, c.anchors, c.threads, place, uint64_t(k)).run();
       else SinkhornCase<float>(*engine, c.n, c.d, c.anchors, c.threads, place, uint64_t(k)).run();
+      std::snprintf(description, sizeof description, "engine %s, prototypes, case %lld: N %lld, K %lld, %s, %d threads: ", engine->name, (long long)k,
+                    (long long)c.n, (long long)c.d, name_of(c.anchors), c.threads);
+      if (c.anchors == Dtype::float64) PrototypeCase<double>(*engine, c.n, c.d, c.anchors, c.threads, place, uint64_t(k)).run();
+      else PrototypeCase<float>(*engine, c.n, c.d, c.anchors, c.threads, place, uint64_t(k)).run();
     }
     std::printf("%s: %lld cases agree\n", engine->name, (long long)cases);
   }

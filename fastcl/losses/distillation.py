@@ -21,10 +21,10 @@ from ..checks import (
     plain_number,
 )
 from ..distributed import Property, World, check_group, dtype_name, tell_others
-from ..sinkhorn import column_potential, sinkhorn_potentials
+from ..sinkhorn import column_potential
 from .modules import ExactModule, GroupModule, shown_number
-from .prototype_cross_entropy import Pair, prototype_cross_entropy
-from .prototypes import Prior, _group, _Prior, _share
+from .priors import GivenPrior, Prior, global_share, process_group
+from .prototype_cross_entropy import Pair, crossed, dtype_of, inverse_temperatures, prototype_cross_entropy
 
 CENTERINGS = ("sinkhorn", "mean")
 Crop = Tensor | Pair
@@ -60,7 +60,7 @@ class _Distillation(ExactModule, GroupModule):
         self.n_iters = check_count("n_iters", n_iters)
         if centering == "mean" and prior is not None:
             raise ValueError('prior: expected None with centering="mean", got a prior')
-        self.prior = _Prior(prior)
+        self.prior = GivenPrior(prior)
         check_flag("gather", gather)
         check_group(group, gather)
         self.gather, self.group = gather, group
@@ -111,16 +111,18 @@ class _Distillation(ExactModule, GroupModule):
         """The column potential [K] of the teacher's crops together; None for no rows."""
         if self.centering == "mean":
             return -self.center
-        group = _group(self)
-        prior = self.prior(self.num_prototypes, _rows(crops[0]).device)
+        group = process_group(self)
         rows = [_rows(crop) for crop in crops]
-        together = rows[0] if len(rows) == 1 else torch.cat(rows)
-        if len(together) == 0 and group is None:
+        if group is None and not sum(map(len, rows)):
             return None
-        options: dict[str, Any] = {"epsilon": temperature, "prior": prior, "n_iters": self.n_iters, "group": group}
-        if isinstance(crops[0], tuple):
-            return sinkhorn_potentials(together, crops[0][1].detach(), **options).col_potential
-        return column_potential(together, **options)
+        return column_potential(
+            rows,
+            crops[0][1].detach() if isinstance(crops[0], tuple) else None,
+            epsilon=temperature,
+            prior=self.prior(self.num_prototypes, rows[0].device),
+            n_iters=self.n_iters,
+            group=group,
+        )
 
     @torch.no_grad()
     def _update(self, crops: Sequence[Crop]) -> None:
@@ -203,7 +205,7 @@ class DINOLoss(_Distillation):
             potential=self._potential(teacher, temperature),
         )
         self._update(teacher)
-        return loss * _share(world, rows)
+        return loss * global_share(world, rows)
 
 
 class IBOTLoss(_Distillation):
@@ -262,7 +264,7 @@ class IBOTLoss(_Distillation):
             reduction="sum",
         )
         self._update([teacher])
-        return loss / max(len(mask), 1) * _share(world, images)
+        return loss / max(len(mask), 1) * global_share(world, images)
 
 
 class CapiLoss(_Distillation):
@@ -336,23 +338,19 @@ class CapiLoss(_Distillation):
         potential: Tensor | None = None
         if teacher.numel() or world is not None:
             potential = column_potential(
-                teacher.transpose(0, 1),
+                [teacher.transpose(0, 1)],
                 epsilon=self.teacher_temperature,
                 prior=self.prior(k, teacher.device),
                 n_iters=self.n_iters,
-                group=_group(self),
+                group=process_group(self),
             )
-        goals = teacher.detach()
-        if index is not None and potential is not None:
-            places = index.long()
-            goals = goals.gather(1, places[..., None].expand(-1, -1, k)) + potential[places]
-            potential = None
-        if potential is not None and student.shape[1] == 0:
-            potential = None
-        return prototype_cross_entropy(
-            student.reshape(-1, k),
-            goals.reshape(-1, k),
-            student_temperature=self.student_temperature,
-            teacher_temperature=self.teacher_temperature,
-            potential=potential,
-        ) * _share(world, patches)
+        goals = teacher.detach().reshape(-1, k)
+        potentials = None if potential is None else potential.to(dtype_of(student, teacher))[None]
+        places = None
+        if index is not None:
+            images = torch.arange(len(index), device=index.device)[:, None]
+            places = (images * teacher.shape[1] + index).flatten()
+        scales = inverse_temperatures(self.student_temperature, self.teacher_temperature, student.device)
+        found = crossed([student.reshape(-1, k)], [goals], potentials, scales, [1.0], places=places).values
+        loss: Tensor = found.sum() / max(len(found), 1)
+        return loss * global_share(world, patches)

@@ -19,6 +19,7 @@ from ..checks import (
     shown,
     values_visible,
 )
+from ..ops.library import without_autocast
 from ..ops.prototypes.features import prototype_features
 from ..ops.prototypes.op import prototype_scores
 from ..ops.prototypes.records import Crops, Wanted
@@ -110,9 +111,9 @@ def prototype_cross_entropy(
             rows = torch.ones(n, dtype=dtype, device=students[0].device) if weights is None else weights
             if reduction == "mean":
                 rows = rows / _total(rows, weights)
-        found = prototype_features(
-            torch.stack(students), of_students, torch.stack(teachers), of_teachers, potentials, scales, factors, rows
-        )
+        with without_autocast(students[0].device):
+            own, goals = torch.stack(students), torch.stack(teachers)
+        found = prototype_features(own, of_students, goals, of_teachers, potentials, scales, factors, rows)
         return found if weights is None or reduction != "none" else found * weights
     values: Tensor = crossed(students, teachers, potentials, scales, factors).values
     if weights is not None:
@@ -136,10 +137,11 @@ def crossed(
     scales: Tensor,
     pairs: Sequence[float],
     wanted: Wanted = Wanted(),  # noqa: B008 (immutable)
+    places: Tensor | None = None,
 ) -> Any:
-    """`Values` of stored scores; pairs: the factor of each student's crop with each teacher's."""
+    """`Values` of stored scores; pairs: the factor of each student's crop with each teacher's. places: see `Crops`."""
     detached = [scores.detach() for scores in teachers]
-    return prototype_scores(Crops(list(students), detached, potentials, scales, tuple(pairs)), wanted)
+    return prototype_scores(Crops(list(students), detached, potentials, scales, tuple(pairs), places), wanted)
 
 
 def dtype_of(*tensors: Tensor | None) -> torch.dtype:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import (
-    INTEGER_DTYPES,
-    ROW_DTYPES,
     SMALLEST,
     check_count,
     check_device,
     check_flag,
-    check_mass_values,
     check_option,
     check_rows,
-    check_tensor,
     finite_number,
     plain_number,
 )
@@ -27,13 +23,13 @@ from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.products import product
 from ..ops.prototypes.records import Wanted
-from ..sinkhorn import column_potential, power_law_prior, sinkhorn, uniform_prior
+from ..sinkhorn import BLOCK, column_potential, power_law_prior, sinkhorn, uniform_prior
 from .gathered import has_gradient
-from .modules import ExactModule, GroupModule, shown_number
+from .modules import GroupModule, shown_number
 from .options import refuses_renamed
+from .priors import GivenPrior, Prior, global_share, process_group
 from .prototype_cross_entropy import crossed, dtype_of, inverse_temperatures
 
-Prior = Tensor | Callable[[int], Tensor]
 KL = ("mean_prior", "prior_mean")
 LARGEST_PRIOR_WEIGHT = 1e30  # products of the weight with derivatives stay in float32's range
 
@@ -89,7 +85,7 @@ class SwAVLoss(GroupModule):
         self.temperature = plain_number("temperature", temperature)
         self.epsilon = plain_number("epsilon", epsilon)
         self.n_iters = check_count("n_iters", n_iters, least=0)
-        self.prior = _Prior(prior)
+        self.prior = GivenPrior(prior)
         check_flag("gather", gather)
         check_group(group, gather)
         self.gather, self.group = gather, group
@@ -123,7 +119,7 @@ class SwAVLoss(GroupModule):
         share = 1 / (len(high) * (len(crops) - 1))
         pairs = [0.0 if c == h else share for c in range(len(crops)) for h in range(len(high))]
         values: Tensor = crossed(crops, high, potentials, scales, pairs).values
-        return values.sum() / max(high[0].shape[0], 1) * _share(world, rows)
+        return values.sum() / max(high[0].shape[0], 1) * global_share(world, rows)
 
     def _agreed(
         self, world: World, high: list[Tensor], low: list[Tensor], stored: Sequence[Tensor | None]
@@ -145,13 +141,13 @@ class SwAVLoss(GroupModule):
 
     def _potential(self, scores: Tensor, queue_scores: Tensor | None) -> Tensor:
         """The column potential [K] of a crop's assignment problem."""
-        rows = scores
-        if queue_scores is not None:
-            wider = torch.promote_types(_wide(scores).dtype, queue_scores.dtype)
-            rows = torch.cat([scores.detach().to(wider), queue_scores.detach().to(wider)])
-        prior = self.prior(rows.shape[1], rows.device)
-        options: dict[str, Any] = {"epsilon": self.epsilon, "n_iters": self.n_iters, "group": _group(self)}
-        return column_potential(rows, prior=prior, **options)
+        return column_potential(
+            [scores] if queue_scores is None else [scores, queue_scores],
+            epsilon=self.epsilon,
+            prior=self.prior(scores.shape[1], scores.device),
+            n_iters=self.n_iters,
+            group=process_group(self),
+        )
 
     def extra_repr(self) -> str:
         numbers = (("temperature", self.temperature), ("epsilon", self.epsilon), ("n_iters", self.n_iters))
@@ -172,7 +168,7 @@ class SwAVLoss(GroupModule):
         if queue_scores is not None:
             wider = torch.promote_types(rows.dtype, queue_scores.dtype)
             rows = torch.cat([rows.to(wider), queue_scores.detach().to(wider)])
-        result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=_group(self))
+        result = sinkhorn(rows, epsilon=self.epsilon, prior=prior, n_iters=self.n_iters, group=process_group(self))
         return result.assignments[: scores.shape[0]]
 
 
@@ -243,7 +239,7 @@ class MSNLoss(GroupModule):
             least = SMALLEST / self.temperature
             raise ValueError(f"sharpening: expected at least {least:g} with this temperature, got {sharpening}")
         self.n_iters = check_count("n_iters", n_iters, least=0)
-        self.prior = _Prior(prior)
+        self.prior = GivenPrior(prior)
         self.prior_weight = finite_number("prior_weight", prior_weight)
         if not 0 <= self.prior_weight <= LARGEST_PRIOR_WEIGHT:
             expected = f"a number >= 0 and at most {LARGEST_PRIOR_WEIGHT:g}"
@@ -254,7 +250,7 @@ class MSNLoss(GroupModule):
         if not 0 <= self.entropy_weight <= LARGEST_PRIOR_WEIGHT:
             expected = f"a number >= 0 and at most {LARGEST_PRIOR_WEIGHT:g}"
             raise ValueError(f"entropy_weight: expected {expected}, got {entropy_weight}")
-        self.sinkhorn_prior = self.prior if sinkhorn_prior is None else _Prior(sinkhorn_prior, "sinkhorn_prior")
+        self.sinkhorn_prior = self.prior if sinkhorn_prior is None else GivenPrior(sinkhorn_prior, "sinkhorn_prior")
         check_flag("gather", gather)
         check_group(group, gather)
         self.gather, self.group = gather, group
@@ -287,7 +283,7 @@ class MSNLoss(GroupModule):
         scales = inverse_temperatures(self.temperature, 1.0, anchors.device)
         wanted = Wanted(self.entropy_weight > 0, self.prior_weight > 0)
         found = crossed(predictions, [goals], potentials, scales, [1.0] * len(views), wanted)
-        share = _share(world, every_rows)
+        share = global_share(world, every_rows)
         loss: Tensor = found.values.sum() / max(rows, 1) * share
         if self.entropy_weight:
             loss = loss + self.entropy_weight * (found.entropies.sum() / max(rows, 1) * share)
@@ -337,7 +333,7 @@ class MSNLoss(GroupModule):
         check_rows("targets", targets)
         check_rows("prototypes", prototypes, like=targets)
         for name, rows in (("targets", targets), ("prototypes", prototypes)):
-            if len(rows) == 0 and (rows is prototypes or _group(self) is None):
+            if len(rows) == 0 and (rows is prototypes or process_group(self) is None):
                 raise ValueError(f"{name}: expected at least one row, got shape {list(rows.shape)}")
         return self._assignments(targets, _centres(targets, prototypes.detach()))
 
@@ -349,14 +345,18 @@ class MSNLoss(GroupModule):
     @torch.no_grad()
     def _goals(self, targets: Tensor, centres: Tensor) -> tuple[Tensor, Tensor | None]:
         """log q, and Sinkhorn's column potential: the assignments are the softmax of their sum."""
-        logits = _cosines(targets, centres) / (self.temperature * self.sharpening)
+        logits = _cosines(targets, centres).div_(self.temperature * self.sharpening)
         if self.n_iters == 0:
             return logits, None
         # Sinkhorn's rows start from log q, which is normalised, not from the logits.
-        logs = logits.log_softmax(1)
-        prior = self.sinkhorn_prior(len(centres), logits.device)
-        options: dict[str, Any] = {"epsilon": 1.0, "n_iters": self.n_iters, "group": _group(self)}
-        return logs, column_potential(logs, prior=prior, **options)
+        logs = _log_softmax_(logits)
+        return logs, column_potential(
+            [logs],
+            epsilon=1.0,
+            prior=self.sinkhorn_prior(len(centres), logits.device),
+            n_iters=self.n_iters,
+            group=process_group(self),
+        )
 
     def _divergence(self, mean: Tensor) -> Tensor:
         prior = self.prior(len(mean), mean.device)
@@ -380,53 +380,6 @@ class PMSNLoss(MSNLoss):
 
     def __init__(self, temperature: float = 0.1, *, prior: Prior = power_law_prior, **options: Any) -> None:
         super().__init__(temperature, prior=prior, **options)
-
-
-class _Prior(ExactModule):
-    """A tensor or a function that gives the prior. A tensor moves with the loss but is never rounded to half precision,
-    which cannot represent small masses."""
-
-    masses: Tensor | None
-
-    def __init__(self, prior: Prior | None, name: str = "prior") -> None:
-        super().__init__()
-        self.name = name
-        if prior is not None and not isinstance(prior, Tensor) and not callable(prior):
-            raise TypeError(f"{name}: expected a tensor, a function or None, got {type(prior).__name__}")
-        if isinstance(prior, Tensor):
-            _check_prior(name, prior)
-        self.make = None if isinstance(prior, Tensor) else prior
-        self.register_buffer("masses", prior.detach() if isinstance(prior, Tensor) else None, persistent=False)
-
-    @property
-    def given(self) -> str:
-        """The kind of prior, which processes compare."""
-        return "function" if self.make is not None else "none" if self.masses is None else "masses"
-
-    def extra_repr(self) -> str:
-        if self.make is not None:
-            return str(getattr(self.make, "__name__", type(self.make).__name__))
-        return "uniform" if self.masses is None else f"masses [{self.masses.numel()}]"
-
-    def forward(self, k: int, device: torch.device) -> Tensor | None:
-        masses = self.masses if self.make is None else self.make(k)
-        if masses is None:
-            return None
-        if isinstance(masses, Tensor):
-            _check_prior(self.name, masses)
-        if not isinstance(masses, Tensor) or tuple(masses.shape) != (k,):
-            got = list(masses.shape) if isinstance(masses, Tensor) else type(masses).__name__
-            raise ValueError(f"{self.name}: expected a tensor of shape [{k}], one mass for each prototype, got {got}")
-        if masses.is_meta:
-            check_device(self.name, masses, device)
-        check_mass_values(self.name, masses, alone=True)
-        return masses.to(device)
-
-
-def _check_prior(name: str, masses: Tensor) -> None:
-    check_tensor(name, masses)
-    if masses.dtype not in ROW_DTYPES and masses.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name}: expected float64, float32, bfloat16, float16 or integers, got {masses.dtype}")
 
 
 def _scores(name: str, value: Any) -> list[Tensor]:
@@ -472,20 +425,18 @@ def _centres(rows: Tensor, prototypes: Tensor) -> Tensor:
     return unit(prototypes.to(accumulation_dtype(rows, prototypes)))
 
 
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """In place, in blocks of rows: another N x K matrix would be as large as the targets."""
+    step = len(logits) if torch.compiler.is_compiling() else max(BLOCK // logits.shape[1], 1)
+    for start in range(0, len(logits), max(step, 1)):
+        part = logits[start : start + step]
+        part.copy_(part.log_softmax(1))
+    return logits
+
+
 def _cosines(rows: Tensor, centres: Tensor) -> Tensor:
     """Cosine similarities [N, K] of rows [N, D] with `_centres` [K, D]."""
     return product(unit(rows.to(centres.dtype)), centres)
-
-
-def _group(module: Any) -> Any:
-    """The process group over which a loss with `gather` computes, or None."""
-    world = World.of(module.gather, getattr(module, "group", None))
-    return None if world is None else world.group
-
-
-def _share(world: World | None, rows: list[int]) -> float:
-    """W times this process's share of all rows: the mean over processes is then the mean over all rows."""
-    return 1.0 if world is None else world.size * rows[world.rank] / max(sum(rows), 1)
 
 
 def _mean(column_sums: Tensor, rows: int, share: float, world: World | None) -> Tensor:

@@ -59,7 +59,7 @@ def other_prototypes(folder: Path) -> dict[str, Any]:
         numbers = {name: [float(share) for share in prototypes[name]] for name in ("prior", "sizes")}
         return {"name": str(prototypes["name"]), **numbers}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptionError(f"--beside must name the folder of a finished swav or pmsn run; got {folder}") from error
+        raise OptionError(f"--beside must name the folder of a finished run with prototypes; got {folder}") from error
 
 
 def check_n_clusters(n_clusters: int, images: ImageData) -> None:

@@ -95,7 +95,7 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
     )
     add(
         "--beside",
-        "a finished swav or pmsn run, whose prototypes' sizes are drawn beside this one's",
+        "a finished run with prototypes (swav, msn, pmsn, dino), whose sizes are drawn beside this one's",
         metavar="RUN_FOLDER",
     )
     add("--resume", "go on with this run, with the options it was started with; only --device may differ (another "
@@ -128,8 +128,8 @@ def settle(config: Config) -> Config:
         config = dataclasses.replace(config, prior=config.prior or kind.prior)
     elif config.prior is not None:
         raise OptionError(
-            "--prior needs a method with prototypes: swav, pmsn, or clinfonce with --clusters sinkhorn; got --method "
-            f"{config.method}"
+            "--prior needs a method with prototypes: swav, msn, pmsn, dino, or clinfonce with --clusters sinkhorn; got "
+            f"--method {config.method}"
         )
     if config.clusters is not None:
         check_clusters(config.clusters)

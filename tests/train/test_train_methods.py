@@ -141,7 +141,7 @@ def test_a_run_with_sinkhorn_clusters_tells_of_its_prototypes(npz, tmp_path, cap
         ({"method": "supcon", "clusters": "kmeans"}, "--method supcon has the labels for clusters; got"),
         ({"method": "cluster-ce", "clusters": "sinkhorn"}, "--clusters sinkhorn needs --method clinfonce"),
         ({"method": "simclr", "clusters": "sinkhorn"}, "--clusters needs a method that uses them"),
-        ({"method": "clinfonce", "prior": "uniform"}, "--prior needs a method with prototypes: swav, pmsn"),
+        ({"method": "clinfonce", "prior": "uniform"}, "--prior needs a method with prototypes: swav, msn, pmsn, dino"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(given, message) -> None:

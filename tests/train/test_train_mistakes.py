@@ -122,7 +122,10 @@ def test_beside_needs_prototypes_and_numbers(tmp_path, npz, capsys) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for content, message in (
-        ({"name": "uniform", "prior": [0.5, "x"], "sizes": [1.0]}, "--beside must name the folder of a finished swav"),
+        (
+            {"name": "uniform", "prior": [0.5, "x"], "sizes": [1.0]},
+            "--beside must name the folder of a finished run with",
+        ),
         ({"name": "uniform", "prior": [0.5, 0.5], "sizes": [1, 0]}, "--beside needs a method with prototypes"),
     ):
         (other / "results.json").write_text(json.dumps({"prototypes": content}))

@@ -104,6 +104,9 @@ private:
     return most;
   }
 
+  // A mass times a distance; 0 for mass 0, although the distance from a score of -inf is infinite.
+  static FASTCL_INLINE V<T> mass_times(V<T> mass, V<T> distance) { return where<T>(mass == all<T>(0), mass, mass * distance); }
+
   // Columns [from, from + count) of a row: in place if its layout allows it, else in the buffer. Padded to whole vectors.
   const T *piece(const Rows &rows, int64_t i, int64_t from, int64_t count, T *buffer, T rest) const {
     if (lies_so(rows) && count % W == 0) return (const T *)rows.data + i * rows.row_stride + from;
@@ -183,7 +186,7 @@ private:
         for (int64_t j = 0; j < wide; j += W) {
           const V<T> distance = most - loadu(x + j), e = exp2_down<T>(distance * -student_base_2);
           sums += e;
-          if (entropy) less += e * distance;
+          if (entropy) less += mass_times(e, distance);
         }
         s.sum += double(sum<T>(sums));
         if (entropy) s.less += double(sum<T>(less));
@@ -192,15 +195,16 @@ private:
           const T *const e = l.teachers + a * PIECE;
           V<T> cross[2] = {all<T>(0), all<T>(0)};
           int64_t j = 0;
-          for (; j + 2 * W <= wide; j += 2 * W) EACH(v, 2) cross[v] += load(e + j + v * W) * (most - loadu(x + j + v * W));
-          if (j < wide) cross[0] += load(e + j) * (most - loadu(x + j));
+          for (; j + 2 * W <= wide; j += 2 * W) EACH(v, 2) cross[v] += mass_times(load(e + j + v * W), most - loadu(x + j + v * W));
+          if (j < wide) cross[0] += mass_times(load(e + j), most - loadu(x + j));
           l.cross[b * teachers + a] += double(sum<T>(cross[0] + cross[1]));
         }
       }
     }
     double value = 0, entropy = 0;
     for (int64_t b = 0; b < students; b++) {
-      const State &s = l.states[b];
+      State &s = l.states[b];
+      if (s.most <= PADDING) s.sum = __builtin_nan(""); // no score above -inf: the sum is that of the padding
       const double log_sum = __builtin_log(s.sum);
       for (int64_t a = 0; a < teachers; a++)
         if (pair(b, a) != 0) value += pair(b, a) * (log_sum + l.cross[b * teachers + a] / l.states[students + a].sum * c.scales[0]);
@@ -239,7 +243,7 @@ private:
       V<T> part[2] = {all<T>(0), all<T>(0)};
       each(l, b, i, from, smaller(PIECE, k - from), [&](int64_t j, V<T> y, V<T> e) {
         if (slopes) part[0] += e * load(slopes + from + j);
-        part[1] += e * (most - y);
+        part[1] += mass_times(e, most - y);
       });
       weighted += double(sum<T>(part[0]));
       less += double(sum<T>(part[1]));

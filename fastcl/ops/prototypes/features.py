@@ -39,14 +39,15 @@ LIBRARY.define(
 )
 _ops = torch.ops.fastcl
 
-CPU_SCORES, GPU_SCORES = 1 << 22, 1 << 27  # numbers in a block's scores
+CPU_SCORES, GPU_SCORES = 1 << 22, 1 << 27  # numbers in a block's scores; more only if the prototypes have more
 FEWEST, MOST = 16, 256  # rows in a block: fewer make slow products
 
 
-def block_rows(per_row: int, n: int, device: torch.device) -> int:
-    """Rows of a block with `per_row` scores in a row."""
-    numbers = CPU_SCORES if device.type == "cpu" else GPU_SCORES
-    return max(1, min(n, max(FEWEST, min(MOST, numbers // max(per_row, 1)))))
+def block_rows(crops: int, n: int, prototypes: Tensor) -> int:
+    """Rows of a block. Its scores of all crops take about the memory of two matrices of prototypes [K, D]."""
+    k = max(len(prototypes), 1)
+    numbers = max(CPU_SCORES if prototypes.device.type == "cpu" else GPU_SCORES, 2 * prototypes.numel())
+    return max(1, min(n, max(FEWEST, min(MOST, numbers // (max(crops, 1) * k)))))
 
 
 def wide(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,7 +72,7 @@ class _Blocks:
     def __iter__(self) -> Iterator[tuple[slice, Crops, Tensor, Tensor]]:
         """Rows, their problem, the students' features [crops * rows, D] and their scores [crops * rows, K]."""
         (s, n, _), t, k = self.students.shape, len(self.teachers), len(self.prototypes)
-        step = block_rows((s + t) * k, n, self.students.device)
+        step = block_rows(s + t, n, self.prototypes)
         memory = torch.empty((s + t) * step * k, dtype=self.dtype, device=self.students.device)
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
@@ -82,7 +83,7 @@ class _Blocks:
             torch.mm(features, self.prototypes.T, out=own)
             torch.mm(wide(self.teachers[:, rows], self.dtype).reshape(t * count, -1), self.others.T, out=other)
             crops = [*own.view(s, count, k)], [*other.view(t, count, k)]
-            yield rows, Crops(*crops, self.potentials, self.scales, tuple(self.pairs), start), features, own
+            yield rows, Crops(*crops, self.potentials, self.scales, tuple(self.pairs), first=start), features, own
 
     def gradients(self, needs: Any) -> tuple[Tensor, Tensor]:
         """Zeros for the gradients of the students' features and of their prototypes; empty if not needed."""

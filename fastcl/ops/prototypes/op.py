@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +29,6 @@ LIBRARY.define(
     f"prototype_scores_bwd({SCHEMA}, str backend, Tensor kept, Tensor? values, Tensor? entropies, "
     "Tensor? column_sums, bool[] needs) -> Tensor[]"
 )
-_PROBLEM = 5
 scores_fwd, scores_bwd = torch.ops.fastcl.prototype_scores_fwd, torch.ops.fastcl.prototype_scores_bwd
 
 
@@ -36,6 +36,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     *problem, wanted, backend = args
     p = unflatten(problem)
     with without_autocast(p.device):
+        if p.places is not None:
+            return tuple(chunked.forward(p, Wanted(*wanted), BACKENDS[backend]))
         return tuple(BACKENDS[backend].forward(p, Wanted(*wanted)))
 
 
@@ -54,22 +56,20 @@ def _backward(*args: Any) -> list[Tensor]:
     # Students without a gradient take no part.
     pairs = [list(p.pairs[b * len(p.teachers) : (b + 1) * len(p.teachers)]) for b, need in enumerate(needs) if need]
     chosen = [*(b for b, need in enumerate(needs) if need), *range(len(p.students), len(p.all))]
-    wanted = Crops(
-        [x for x, need in zip(p.students, needs, strict=True) if need],
-        p.teachers,
-        p.potentials,
-        p.scales,
-        tuple(pair for row in pairs for pair in row),
+    wanted = replace(
+        p,
+        students=[x for x, need in zip(p.students, needs, strict=True) if need],
+        pairs=tuple(pair for row in pairs for pair in row),
     )
     if len(chosen) < len(p.all):
         kept = kept[chosen]
+    incoming = Incoming(values, entropies, column_sums)
+    written = [output for output, need in zip(outputs, needs, strict=True) if need]
     with without_autocast(p.device):
-        BACKENDS[backend].backward(
-            wanted,
-            kept,
-            Incoming(values, entropies, column_sums),
-            [output for output, need in zip(outputs, needs, strict=True) if need],
-        )
+        if p.places is not None:
+            chunked.backward(wanted, kept, incoming, written, BACKENDS[backend])
+        else:
+            BACKENDS[backend].backward(wanted, kept, incoming, written)
     return outputs
 
 
@@ -86,24 +86,26 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, potentials: Any, scales: Any, options: Any, *crops: Tensor) -> Any:
-        pairs, wanted, backend = options
+        pairs, places, wanted, backend = options
+        problem = list(crops[:count]), list(crops[count:]), potentials, scales, pairs, places
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = scores_fwd(list(crops[:count]), list(crops[count:]), potentials, scales, pairs, wanted, backend)
+            outputs = scores_fwd(*problem, wanted, backend)
         values = Values(*outputs)
         ctx.mark_non_differentiable(values.kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(values.kept, potentials, scales, *crops)
+        ctx.save_for_backward(values.kept, potentials, scales, places, *crops)
         ctx.count, ctx.pairs, ctx.wanted, ctx.backend = count, pairs, Wanted(*wanted), backend
         return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        kept, potentials, scales, *crops = ctx.saved_tensors
+        kept, potentials, scales, places, *crops = ctx.saved_tensors
         students, teachers = crops[: ctx.count], crops[ctx.count :]
         needs = list(ctx.needs_input_grad[4 : 4 + ctx.count])
         values, entropies, column_sums, _ = (None if grad is None else grad.contiguous() for grad in grads)
         incoming = values, entropies if ctx.wanted.entropies else None, column_sums if ctx.wanted.column_sums else None
-        found = scores_bwd(students, teachers, potentials, scales, ctx.pairs, ctx.backend, kept, *incoming, needs)
+        problem = students, teachers, potentials, scales, ctx.pairs, places
+        found = scores_bwd(*problem, ctx.backend, kept, *incoming, needs)
         gradients = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         return None, None, None, None, *gradients, *[None] * len(teachers)
 

@@ -23,6 +23,7 @@ class Crops:
     potentials: Tensor | None  # [teachers, P, K] in `dtype`: row i has those of position i % P
     scales: Tensor  # [2] float64: the inverse temperatures of students and teachers
     pairs: tuple[float, ...]  # [students * teachers], student by student; 0 leaves a pair out
+    places: Tensor | None = None  # [N] int64: the teachers' row, and so the position, of each row; None: the same
     first: int = 0  # the number of the first row, if these are some rows of a larger problem
 
     @property
@@ -48,12 +49,18 @@ class Crops:
         return self.pairs[b * len(self.teachers) + a]
 
     def block(self, rows: slice) -> Crops:
-        return replace(
-            self,
-            students=[x[rows] for x in self.students],
-            teachers=[x[rows] for x in self.teachers],
-            first=self.first + rows.start,
-        )
+        """Some of the rows. With places, a copy of the teachers' rows."""
+        students = [x[rows] for x in self.students]
+        if self.places is None:
+            return replace(
+                self, students=students, teachers=[x[rows] for x in self.teachers], first=self.first + rows.start
+            )
+        places = self.places[rows]
+        potentials = self.potentials
+        if potentials is not None and potentials.shape[1] > 1:
+            potentials = potentials[:, places % potentials.shape[1]]
+        teachers = [x[places] for x in self.teachers]
+        return replace(self, students=students, teachers=teachers, potentials=potentials, places=None)
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -95,15 +102,15 @@ class Incoming(NamedTuple):
 
 # Problems as arguments of an operator.
 
-SCHEMA = "Tensor[] students, Tensor[] teachers, Tensor? potentials, Tensor scales, float[] pairs"
+SCHEMA = "Tensor[] students, Tensor[] teachers, Tensor? potentials, Tensor scales, float[] pairs, Tensor? places"
 
 
 def flatten(p: Crops) -> tuple[Any, ...]:
     """The problem as the arguments of `SCHEMA`."""
-    return p.students, p.teachers, p.potentials, p.scales, list(p.pairs)
+    return p.students, p.teachers, p.potentials, p.scales, list(p.pairs), p.places
 
 
 def unflatten(arguments: Sequence[Any]) -> Crops:
     """The inverse of `flatten`."""
-    students, teachers, potentials, scales, pairs = arguments
-    return Crops(list(students), list(teachers), potentials, scales, tuple(pairs))
+    students, teachers, potentials, scales, pairs, places = arguments
+    return Crops(list(students), list(teachers), potentials, scales, tuple(pairs), places)

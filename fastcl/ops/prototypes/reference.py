@@ -1,7 +1,8 @@
 """The prototype losses, dense: the specification in code.
 
 Distances from a row's largest score are exact where the softmax has mass, and a cross-entropy is the sum of two
-non-negative numbers: ``log(sum of exponentials) + scale * mean distance``.
+non-negative numbers: ``log(sum of exponentials) + scale * mean distance``. A score of -inf is infinitely far; where the
+mass is 0 it contributes 0.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ class Softmax(NamedTuple):
         total = exponentials.sum(1)
         return cls(shift, total, distances, exponentials / total[:, None])
 
+    def cross_entropies(self, masses: Tensor, scale: Tensor) -> Tensor:
+        """[N]: of this softmax with the rows of masses [N, K]."""
+        return self.sum.log() - torch.where(masses == 0, masses, masses * self.distances).sum(1) * scale
+
     def entropies(self, scale: Tensor) -> Tensor:
         """[N]"""
-        return self.sum.log() - (self.masses * self.distances).sum(1) * scale
+        return self.cross_entropies(self.masses, scale)
 
 
 def student(p: Crops, b: int) -> Softmax:
@@ -55,7 +60,7 @@ def forward(p: Crops, wanted: Wanted) -> Values:
         kept.append(torch.stack((own.shift, own.sum)))
         for a, other in enumerate(teachers):
             if p.pair(b, a):
-                values += p.pair(b, a) * (own.sum.log() - (other.masses * own.distances).sum(1) * scale)
+                values += p.pair(b, a) * own.cross_entropies(other.masses, scale)
         if wanted.entropies:
             entropies += own.entropies(scale)
         if wanted.column_sums:

@@ -25,6 +25,12 @@ def score_piece(S, POTENTIAL, i, j, K, PER_ROW, PER_COLUMN, POSITIONS):
 
 
 @triton.jit
+def mass_times(mass, distance):
+    """0 for mass 0, although the distance from a score of -inf is infinite."""
+    return tl.where(mass == 0.0, mass, mass * distance)
+
+
+@triton.jit
 def teacher_step(x, most, total, cross, scale):
     """One piece of a teacher's row: its exponentials, and the row's sums so far with the new largest score."""
     larger = tl.maximum(most, tl.max(x, 0))
@@ -73,19 +79,19 @@ def prototype_forward_kernel(
         e = tl.where(j < K, tl.exp2(-distances * by), 0.0)
         further = larger - most
         factor = tl.exp2(-further * by)
-        less = (less + further * total) * factor + tl.sum(e * distances, 0)
+        less = (less + further * total) * factor + tl.sum(mass_times(e, distances), 0)
         total = total * factor + tl.sum(e, 0)
         most = larger
         x = score_piece(FIRST, FIRST_POTENTIAL, i, j, K, FIRST_ROW, FIRST_COLUMN, POSITIONS)
         e, first_most, first_total, first_cross = teacher_step(x, first_most, first_total, first_cross, teacher_by)
-        first_cross += further * first_total + tl.sum(e * distances, 0)
+        first_cross += further * first_total + tl.sum(mass_times(e, distances), 0)
         first_total += tl.sum(e, 0)
         if SECOND is not None:
             x = score_piece(SECOND, SECOND_POTENTIAL, i, j, K, SECOND_ROW, SECOND_COLUMN, POSITIONS)
             e, second_most, second_total, second_cross = teacher_step(
                 x, second_most, second_total, second_cross, teacher_by
             )
-            second_cross += further * second_total + tl.sum(e * distances, 0)
+            second_cross += further * second_total + tl.sum(mass_times(e, distances), 0)
             second_total += tl.sum(e, 0)
     log_sum = tl.log(total)
     value = tl.load(FACTORS) * (log_sum + first_cross / first_total * scale)
@@ -145,7 +151,7 @@ def prototype_backward_kernel(
             s = score_piece(STUDENT, None, i, j, K, STUDENT_ROW, STUDENT_COLUMN, POSITIONS)
             distances = tl.where(j < K, most - s, 0.0)
             e = tl.where(j < K, tl.exp2(-distances * by), 0.0)
-            entropy += tl.sum(e * distances, 0)
+            entropy += tl.sum(mass_times(e, distances), 0)
             if COLUMN_SUMS is not None:
                 weighted += tl.sum(e * tl.load(COLUMN_SUMS + j, mask=j < K, other=0.0), 0)
         entropy = log_sum + entropy / total * scale

@@ -20,7 +20,7 @@ def column_sums(x: Scores, f: Tensor) -> Normalizer:
     for rows in _blocks(x):
         part = reference.column_sums(x.block(rows), f[:, rows])
         shift = torch.maximum(largest, part.shift)
-        total = _rescaled(x, total, largest, shift) + _rescaled(x, part.sum, part.shift, shift)
+        total = rescaled(x, total, largest, shift) + rescaled(x, part.sum, part.shift, shift)
         largest = shift
     return Normalizer(largest, total)
 
@@ -92,7 +92,8 @@ def _no_columns(x: Scores) -> Tensor:
     return x.inverse_epsilon.new_zeros(x.values.shape[0], x.values.shape[2])
 
 
-def _rescaled(x: Scores, total: Tensor, shift: Tensor, to: Tensor) -> Tensor:
+def rescaled(x: Scores, total: Tensor, shift: Tensor, to: Tensor) -> Tensor:
+    """A sum of exponentials with another shift."""
     return total * ((shift - finite(to)) * x.inverse_epsilon).exp()
 
 

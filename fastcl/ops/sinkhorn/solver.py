@@ -177,7 +177,7 @@ def pass_by_pass(passes: Passes, p: Problem) -> Solution:
         rows, _, _ = passes.row_pass(x, g, None, None, False)
         kept.rows[0, 0], kept.rows[0, 1] = rows
         f = p.row_update(rows, log_mass)
-    columns = _column_sums(passes, p, f)
+    columns = column_normalizer(passes, p, f)
     kept.columns[0], kept.columns[1] = columns
     g = p.without_mass(p.exact * p.log_prior - columns.total(p.exact))
     iterate: Iterations | None = None if p.group else getattr(passes, "iterate", None)
@@ -219,7 +219,8 @@ def pass_by_pass(passes: Passes, p: Problem) -> Solution:
     )
 
 
-def _column_sums(passes: Passes, p: Problem, f: Tensor) -> Normalizer:
+def column_normalizer(passes: Passes, p: Problem, f: Tensor) -> Normalizer:
+    """Of the columns over the rows of all processes."""
     part = passes.column_sums(p.x, f)
     if not p.group:
         return part

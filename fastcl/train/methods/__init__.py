@@ -3,11 +3,11 @@
 from fastcl.train import OptionError
 from fastcl.train.methods.contrastive import NNCLR, ClInfoNCE, ClusterPrediction, MoCo, SimCLR, SupCon
 from fastcl.train.methods.method import Method
-from fastcl.train.methods.prototypes import PMSN, SinkhornClInfoNCE, SwAV
+from fastcl.train.methods.prototypes import DINO, MSN, PMSN, SinkhornClInfoNCE, SwAV
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR, "clinfonce": ClInfoNCE, "supcon": SupCon, "cluster-ce": ClusterPrediction,
-    "moco": MoCo, "nnclr": NNCLR, "swav": SwAV, "pmsn": PMSN,
+    "moco": MoCo, "nnclr": NNCLR, "swav": SwAV, "msn": MSN, "pmsn": PMSN, "dino": DINO,
 }  # fmt: skip
 
 

@@ -1,17 +1,15 @@
 """Methods that contrast views with each other, with a queue, or with the classes of a classifier."""
 
-from copy import deepcopy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcl import MemoryQueue
-from fastcl.train.methods.method import Method, apart
+from fastcl.train.methods.method import Method, apart, follow, slow_copy
 
 from ...distributed import World
 
-QUEUE, MOMENTUM = 2048, 0.95  # rows, and what of the copy is kept at a step; both small, as the data is
+QUEUE = 2048  # rows; small, as the data is
 
 
 class SimCLR(Method):
@@ -76,16 +74,14 @@ class QueueMethod(Method):
         super().__init__(image_shape, temperature, projection)
         # Else keys of one time coincide, and being of now or of then is all that tells a positive from the queue.
         self.projector = apart(self.projector, projection)
-        self.slow = deepcopy(nn.ModuleList([self.encoder, self.projector])).requires_grad_(False)
+        self.slow = slow_copy(self.encoder, self.projector)
         self.queue = MemoryQueue(QUEUE, projection, ids=True, tags=tags)
 
     @torch.no_grad()
     def keys(self, views: Tensor) -> Tensor:
         """Projections ``[B, V, D]`` of the copy, which follows by one step first."""
         if self.training:
-            quick = [*self.encoder.parameters(), *self.projector.parameters()]
-            for own, other in zip(self.slow.parameters(), quick, strict=True):
-                own.lerp_(other, 1 - MOMENTUM)
+            follow(self.slow, self.encoder, self.projector)
         encoder, projector = self.slow
         keys: Tensor = projector(encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
         return keys

@@ -1,10 +1,14 @@
 """What all methods share: an encoder, a projector, and a loss of a batch of views."""
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 
 from fastcl import ClusterInfoNCE
 from fastcl.train.methods.encoder import Encoder
+
+MOMENTUM = 0.95  # of a slow copy at a step; small, as the data is
 
 
 class Method(nn.Module):
@@ -43,3 +47,15 @@ def apart(projector: nn.Sequential, projection: int) -> nn.Sequential:
     """With batch normalisation: projections of untrained weights nearly coincide, the batch's statistics part them."""
     first, middle, last = projector
     return nn.Sequential(first, nn.BatchNorm1d(256), middle, last, nn.BatchNorm1d(projection, affine=False))
+
+
+def slow_copy(*modules: nn.Module) -> nn.ModuleList:
+    """Copies without gradients."""
+    return deepcopy(nn.ModuleList(modules)).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(copies: nn.ModuleList, *modules: nn.Module) -> None:
+    """Moves copies towards the modules, by a step."""
+    for own, other in zip(copies.parameters(), nn.ModuleList(modules).parameters(), strict=True):
+        own.lerp_(other, 1 - MOMENTUM)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastcl import PMSNLoss, SwAVLoss, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
+from fastcl import DINOLoss, MSNLoss, SwAVLoss, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
 from fastcl.train import OptionError
-from fastcl.train.methods.method import Method, apart
+from fastcl.train.methods.method import Method, apart, follow, slow_copy
 
 PRIORS = ("uniform", "power_law", "counts")
 
@@ -44,23 +44,55 @@ class SwAV(PrototypeMethod):
         return loss
 
 
-class PMSN(PrototypeMethod):
+class MSN(PrototypeMethod):
     """Each view predicts the sharpened assignment of the other, and the mean prediction follows the prior.
 
     The targets come from the encoder itself, without gradient: at this size it needs no momentum copy.
     """
 
-    prior = "power_law"
-
     def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor) -> None:
         super().__init__(image_shape, temperature, masses)
-        self.loss = PMSNLoss(temperature, prior=masses)
+        self.loss = MSNLoss(temperature, prior=masses)
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         projections = self.project(views)
         anchors, targets = projections.transpose(0, 1), projections.flip(1).transpose(0, 1)
         loss: Tensor = self.loss(anchors.flatten(0, 1), targets.flatten(0, 1), self.prototypes)
         return loss
+
+
+class PMSN(MSN):
+    """MSN with a power law for the prior."""
+
+    prior = "power_law"
+
+
+class DINO(PrototypeMethod):
+    """Each view predicts the assignment of the other by a slowly moving copy of encoder, projector and prototypes.
+
+    Assignments are Sinkhorn's, with the prior. No scores of a whole batch are stored.
+    """
+
+    def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor) -> None:
+        super().__init__(image_shape, temperature, masses)
+        self.loss = DINOLoss(len(masses), student_temperature=temperature, centering="sinkhorn", prior=masses)
+        self.slow = slow_copy(self.encoder, self.projector, nn.ParameterList([self.prototypes]))
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        if self.training:
+            follow(self.slow, self.encoder, self.projector, nn.ParameterList([self.prototypes]))
+        encoder, projector, prototypes = self.slow
+        with torch.no_grad():
+            projections = projector(encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+            teacher = self.crops(projections, next(prototypes.parameters()))
+        loss: Tensor = self.loss(self.crops(self.project(views), self.prototypes), teacher)
+        return loss
+
+    @staticmethod
+    def crops(projections: Tensor, prototypes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Unit features and prototypes of each view."""
+        centres = F.normalize(prototypes, dim=1)
+        return [(view, centres) for view in F.normalize(projections.float(), dim=-1).unbind(1)]
 
 
 class SinkhornClInfoNCE(PrototypeMethod):

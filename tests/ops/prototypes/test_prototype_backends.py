@@ -1,15 +1,23 @@
 """The backends of the prototype losses against the plain formula in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from fastcl.ops.prototypes import op
+from fastcl.ops.prototypes import chunked, op
 from fastcl.ops.prototypes.records import Crops, Incoming, Values, Wanted, flatten
 from tests.support.backends import QUICK, needs_interpreter, running
 from tests.support.strategies import generator
 
-SIZES = [(7, 5, 1, 1, 0), (9, 300, 3, 2, 1), (6, 1027, 2, 2, 3), (5, 2500, 2, 1, 1)]  # N, K, students, teachers, P
+SIZES = [
+    (3, 1, 2, 1, 0),
+    (7, 5, 1, 1, 0),
+    (9, 300, 3, 2, 1),
+    (6, 1027, 2, 2, 3),
+    (5, 2500, 2, 1, 1),
+]  # N, K, students, teachers, P
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
@@ -26,6 +34,8 @@ def problem(dtype: torch.dtype, n: int, k: int, students: int, teachers: int, po
     potentials = random(teachers, positions, k).to(sums) if positions else None
     if potentials is not None:
         potentials[:, :, 1] = -torch.inf
+        for student in own:
+            student[0, 1] = -torch.inf  # contributes nothing: no teacher has mass there
     pairs = [0.0 if a == b and students > 1 else 0.3 + a for b in range(students) for a in range(teachers)]
     scales = torch.tensor([1 / 0.1, 1 / 0.04], dtype=torch.float64)
     return Crops(own, [random(n, k).to(dtype) for _ in range(teachers)], potentials, scales, tuple(pairs))
@@ -37,14 +47,15 @@ def plain(p: Crops, incoming: Incoming) -> tuple[list[Tensor], list[Tensor]]:
     n, k = p.sizes
     values, entropies, columns = torch.zeros(n).double(), torch.zeros(n).double(), torch.zeros(k).double()
     for b, x in enumerate(own):
-        logs = (x * p.scales[0]).log_softmax(1)
+        softmax = (x * p.scales[0]).softmax(1)
+        logs = torch.where(x == -torch.inf, 0, (x * p.scales[0]).log_softmax(1))
         for a, t in enumerate(p.teachers):
             goals = t.double()
             if p.potentials is not None:
                 goals = goals + p.potentials[a].double()[torch.arange(n) % p.potentials.shape[1]]
             values = values - p.pair(b, a) * ((goals * p.scales[1]).softmax(1) * logs).sum(1)
-        entropies = entropies - (logs.exp() * logs).sum(1)
-        columns = columns + logs.exp().sum(0)
+        entropies = entropies - (softmax * logs).sum(1)
+        columns = columns + softmax.sum(0)
     total = torch.zeros(()).double()
     for found, weight in zip((values, entropies, columns), incoming, strict=True):
         if weight is not None:
@@ -93,8 +104,32 @@ def test_unwanted_values_are_empty() -> None:
         assert found.entropies.shape == found.column_sums.shape == (0,)
 
 
-def test_the_operator() -> None:
-    p = problem(torch.float32, 3, 20, 2, 2, 1)
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("variant", QUICK)
+def test_teachers_rows_at_places(variant: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of the teachers in another order and number, in blocks of two rows."""
+    monkeypatch.setattr(chunked, "CPU_BLOCK", 300)
+    full, g = problem(torch.float32, 9, 41, 2, 2, positions), generator(2)
+    places = torch.randint(9, (7,), generator=g)
+    potentials = full.potentials[:, torch.arange(9) % positions][:, places]
+    own = [x[:7] for x in full.students]
+    for x in own:
+        x[:, 1] = -torch.inf
+    chosen = Crops(own, full.teachers, full.potentials, full.scales, full.pairs, places)
+    plainly = Crops(own, [x[places] for x in full.teachers], potentials, full.scales, full.pairs)
+    with running(variant):
+        found = []
+        for p in (chosen, plainly):
+            p.students[:] = [x.clone().requires_grad_() for x in own]
+            values = op.prototype_scores(p, Wanted()).values
+            found.append((values, *torch.autograd.grad(values[1:].sum(), p.students)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("places", [None, torch.tensor([2, 0, 2])])
+def test_the_operator(places: Tensor | None) -> None:
+    p = replace(problem(torch.float32, 3, 20, 2, 2, 1), places=places)
     students = [x.clone().contiguous().requires_grad_() for x in p.students]
     arguments = (students, *flatten(p)[1:], [True, True], "chunked")
     torch.library.opcheck(op.scores_fwd.default, arguments)

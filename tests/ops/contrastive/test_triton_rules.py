@@ -26,6 +26,7 @@ from tests.support.strategies import FIELDS, generator
 pytestmark = needs_interpreter
 
 RULES = ("clusters", "tags", "groups", "ids", "samples", "guide", "bias")
+SWEPT = tuple(name for name in FIELDS if name != "sum_all")  # with it rows are swept in float32
 RESOLUTION = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of the rows
 
 
@@ -78,7 +79,7 @@ def problem(
     anchors, contrasts = side(n, True), None if m is None else side(m, False)
     both = m is not None and "guide" not in chosen
     defaults = {"both": both, "observe": True, "partial": True}
-    return Problem(anchors, contrasts, None, torch.tensor(scales), FIELDS, **(defaults | changes))
+    return Problem(anchors, contrasts, None, torch.tensor(scales), SWEPT, **(defaults | changes))
 
 
 def in_float64(p: Problem) -> Problem:
@@ -143,6 +144,7 @@ def agrees_with_reference(p: Problem) -> dict[str, Tensor]:
                 got[name].double(), value, rtol=1e-5, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
     assert set(gradients) == set(true_gradients)
+    assert all(gradients[name].dtype == torch.float32 for name in {"anchors", "contrasts"} & set(gradients))
     for name, value in true_gradients.items():
         size = max(value.norm(), cancelling[name].norm(), torch.tensor(1.0))
         if name == "logit_scale":  # a sum over all rows, whose terms cancel
@@ -168,7 +170,7 @@ CASES = [
 
 @pytest.mark.parametrize(("chosen", "n", "m"), CASES)
 def test_each_rule_is_that_of_the_reference(chosen: tuple[str, ...], n: int, m: int | None) -> None:
-    truth = agrees_with_reference(problem(chosen, n, m))
+    truth = agrees_with_reference(problem(chosen, n, m, observe=chosen == RULES))
     positives, negatives = truth["counts"]
     whole = n - 1 if m is None else m
     assert (positives + negatives < whole).any() or chosen == ("tags",)  # the rule leaves out pairs
@@ -186,7 +188,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )  # fmt: skip
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(p=problems())
 def test_combinations_are_those_of_the_reference(p: Problem) -> None:
     if p.ruled:
@@ -206,8 +208,6 @@ def test_gradients_that_are_added_to_are_not_rounded(changes: dict[str, Any]) ->
     assert p.contrasts is not None
     if both:
         p = replace(p, contrasts=p.contrasts._replace(thresholds=torch.zeros(6)))
-    _, gradients = computed(p, "triton")
-    assert gradients["anchors"].dtype == gradients["contrasts"].dtype == torch.float32
     agrees_with_reference(p)
 
 

@@ -61,7 +61,7 @@ def tile(
     """
     if kind in RULED:
         found = tile(RULED[kind], architecture, dtype, d, True, tf32, interpreted, split)
-        return found if interpreted else _ruled(kind, found, architecture, split)
+        return found if interpreted else _ruled(kind, found, architecture)
     sums = kind in ("weighted", "backward")
     if interpreted:
         part = d if d <= WHOLE // 2 else min(d & -d, 512)
@@ -133,12 +133,10 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
     return Tile(64, 64, d, d, 8, 2)
 
 
-def _ruled(kind: str, shape: Tile, architecture: int, split: bool) -> Tile:
-    # Every tile is masked: fewer warps would spill, and the backward with more rows or columns than these.
-    if kind == "ruled_backward" and architecture < 90:
-        shape = shape._replace(block_m=32)
-    elif kind == "ruled_backward" and split:
-        shape = shape._replace(block_n=16)
+def _ruled(kind: str, shape: Tile, architecture: int) -> Tile:
+    # Every tile is masked: fewer warps would spill, and so would the backward with larger tiles.
+    if kind == "ruled_backward":
+        shape = shape._replace(block_m=32) if architecture < 90 else shape._replace(block_n=16)
     return shape._replace(warps=8)
 
 

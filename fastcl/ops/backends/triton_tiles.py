@@ -134,8 +134,9 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
 
 
 def _ruled(kind: str, shape: Tile, architecture: int) -> Tile:
-    # Every tile is masked: fewer warps would spill, and so would the backward with larger tiles.
-    if kind == "ruled_backward":
+    # Every tile is masked: fewer warps would spill, and so would a backward with more than 1024 pairs in a tile. From
+    # sm_90 on tensor cores take 64 rows at once.
+    if kind == "ruled_backward" and shape.block_m > 32:
         shape = shape._replace(block_m=32) if architecture < 90 else shape._replace(block_n=16)
     return shape._replace(warps=8)
 

@@ -148,7 +148,8 @@ def _guided(
         raise ValueError("contrast_bias: expected None with guide and symmetric=True, got a value")
     paired = found.aligned and found.views == 1 and contrasts is not None and anchors.tags is None
     elsewhere = World.of(options.gather, options.group) is not None
-    return with_guide(guide, anchors, contrasts, found.shape, options.symmetric, paired, elsewhere)
+    both = options.symmetric and contrasts is not None
+    return with_guide(guide, anchors, contrasts, found.shape, both, paired, elsewhere)
 
 
 def with_thresholds(guide: Guide | None, rows: Batch, options: LossOptions) -> Batch:
@@ -167,7 +168,8 @@ def with_thresholds(guide: Guide | None, rows: Batch, options: LossOptions) -> B
 @uncompiled  # processes could compile different graphs, with collectives that do not match
 @torch.no_grad()
 def _over_processes(world: World, guide: Guide, rows: Batch, options: LossOptions) -> Batch:
-    anchors, contrasts, both = rows.anchors, rows.contrasts, options.symmetric
+    anchors, contrasts = rows.anchors, rows.contrasts
+    both = options.symmetric and contrasts is not None
     p = Problem(anchors, contrasts, None, anchors.values.new_ones(1), (), both)
     sweep = guide_problem(p)
     posed = rows._replace(anchors=sweep.anchors, contrasts=sweep.contrasts, positives=None, hard_negatives=None)

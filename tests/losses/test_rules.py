@@ -307,6 +307,7 @@ MISTAKES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("guide.contrast_embeddings: expected a tensor", {"contrasts": 1, "guide": "alone"}, {}),
     ("guide.contrast_embeddings: expected None", {"clusters": "ids", "guide": "two"}, {}),
     ("guide.threshold: expected a tensor with positives", {"clusters": "ids", "guide": "alone", "positives": 1}, {}),
+    ("symmetric: expected False for self", {"clusters": "ids", "guide": "alone"}, {"symmetric": True}),
     (r"hard_negatives: expected shape \[9, H, 4\]", {"clusters": "ids", "hard_negatives": 1}, {}),
     ("form: expected 'outside' or 'inside' with tags", {"clusters": "tags"}, {"form": "pairs"}),
     ("label_smoothing: expected 0 with groups", {"clusters": "ids", "groups": "ids"}, {"label_smoothing": 0.1}),

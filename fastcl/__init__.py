@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import distributed, functional, metric_learning
 from .cached import CachedStep, cached_step
-from .clustering import KMeansResult, kmeans
+from .clustering import KMeansResult, cluster_concentrations, kmeans
 from .guide import Guide
+from .losses.ascl import ASCLLoss
 from .losses.cluster import ClusterInfoNCE
 from .losses.debiased import DebiasedLoss, HardNegativeLoss
 from .losses.decoupled import DCLWLoss
@@ -21,9 +22,10 @@ from .losses.presets import ClipLoss, DCLLoss, MoCoLoss, NTXentLoss, SupConLoss
 from .losses.prototype_cross_entropy import prototype_cross_entropy
 from .losses.prototypes import MSNLoss, PMSNLoss, SwAVLoss
 from .losses.prototypical import ProtoNCELoss
-from .losses.redundancy import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
-from .losses.regularisers import HypersphereLoss, KoLeoLoss
+from .losses.redundancy import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss, WMSELoss
+from .losses.regularisers import HypersphereLoss, KoLeoLoss, LDRegLoss
 from .losses.sampled import SampledNCELoss, sampled_similarity
+from .losses.scan import SCANLoss
 from .losses.sigmoid import SigLipLoss, SigmoidLoss
 from .losses.summary import LossStats
 from .memory import MemoryBank, MemoryQueue
@@ -42,6 +44,7 @@ from .statistics import contrastive_stats
 from .swept import ContrastiveStats
 
 __all__ = [
+    "ASCLLoss",
     "ArcFaceLoss",
     "BarlowTwinsLoss",
     "CachedStep",
@@ -61,6 +64,7 @@ __all__ = [
     "IBOTLoss",
     "KMeansResult",
     "KoLeoLoss",
+    "LDRegLoss",
     "LossStats",
     "MSNLoss",
     "MatryoshkaLoss",
@@ -74,6 +78,7 @@ __all__ = [
     "PairContrastiveLoss",
     "ProtoNCELoss",
     "ProxyAnchorLoss",
+    "SCANLoss",
     "SampledNCELoss",
     "SigLipLoss",
     "SigmoidLoss",
@@ -81,8 +86,10 @@ __all__ = [
     "SupConLoss",
     "SwAVLoss",
     "VICRegLoss",
+    "WMSELoss",
     "alignment",
     "cached_step",
+    "cluster_concentrations",
     "contrastive_stats",
     "distributed",
     "functional",

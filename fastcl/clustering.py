@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_flag, check_option, check_rows, finite_number, shown
+from .checks import check_count, check_flag, check_option, check_rows, finite_number, plain_number, shown
 from .distributed import Property, World, check_group, dtype_name, tell_others
 from .neighbors import topk_similarity
 from .ops.backends.rows import accumulation_dtype, unit_rows
@@ -120,6 +120,56 @@ def kmeans(
         assignments = data.nearest(centres)
         inertia = float(data.total(data.distances(assignments, centres).sum(dtype=torch.float64)))
         return KMeansResult(centres + data.mean, assignments, inertia, count)
+
+
+def cluster_concentrations(
+    rows: Tensor, clusters: KMeansResult, *, temperature: float = 0.2, alpha: float = 10.0, group: Any = None
+) -> Tensor:
+    r"""The concentration of each cluster, as prototypical contrastive learning estimates it (Li et al. 2021).
+
+    With the :math:`n_k` rows of cluster k and its centroid c,
+
+    .. math:: \phi_k = \frac{\sum_i |x_i - c_k|}{n_k \log (n_k + \alpha)}
+
+    As in the authors' code a cluster of fewer than two rows gets the largest of these, all are cut off at their 10th
+    and 90th percentile, and they are multiplied by a number that makes their mean the temperature. If no cluster has
+    rows apart from its centroid, all are the temperature.
+
+    Args:
+        rows: ``[N, D]``, as they were clustered; divided by their norms for spherical clusters.
+        clusters: what `kmeans` returned for them.
+        temperature: > 0, the mean of the result.
+        alpha: > 0; keeps small clusters from getting a large concentration.
+        group: the process group that shared the rows.
+
+    Returns:
+        ``[k]``, > 0, the ``concentrations`` of :class:`ProtoNCELoss`; without gradient, dtype of the centroids.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_group(group)
+    temperature, alpha = plain_number("temperature", temperature), plain_number("alpha", alpha)
+    if not isinstance(clusters, KMeansResult):
+        raise TypeError(f"clusters: expected a KMeansResult, got {type(clusters).__name__}")
+    centroids, assignments = clusters.centroids, clusters.assignments
+    check_rows("rows", rows, like=centroids)
+    if len(rows) != len(assignments):
+        raise ValueError(f"rows: expected the {len(assignments)} rows of the clusters, got {len(rows)}")
+    block = max(BLOCK.get(rows.device.type, LARGE_BLOCK) // rows.shape[1], 1)
+    parts = zip(rows.detach().split(block), assignments.split(block), strict=True)
+    distances = torch.cat([torch.linalg.vector_norm(part - centroids[own], dim=1) for part, own in parts])
+    of_rows = torch.stack([distances, torch.ones_like(distances)], 1).double()
+    sums = _summed(of_rows, assignments, len(centroids))
+    world = World.of(group is not None, group)
+    total, counts = (sums if world is None else world.total(sums)).unbind(1)
+    found = total / (counts.clamp(min=1) * (counts + alpha).log())
+    several = counts > 1
+    found = torch.where(several, found, found.masked_fill(~several, 0).amax())
+    found = found.clamp(*torch.quantile(found, torch.tensor([0.1, 0.9], dtype=found.dtype, device=found.device)))
+    mean = found.mean()
+    found = torch.where(mean > 0, found / mean, 1) * temperature
+    return found.masked_fill(mean.isnan(), torch.nan).to(centroids.dtype)
 
 
 class _Data:

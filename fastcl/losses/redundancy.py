@@ -1,4 +1,4 @@
-"""Losses of two views without negatives: VICReg and Barlow Twins, on covariances, and the negative cosine."""
+"""Losses of two views without negatives: VICReg, Barlow Twins and W-MSE, on covariances, and the negative cosine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..checks import check_flag, check_rows, finite_number, plain_number
+from ..checks import check_count, check_flag, check_rows, finite_number, plain_number
 from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.products import product
@@ -81,6 +82,49 @@ def barlow_twins_loss(
     redundancy = _off_diagonal(left, right, world) / n**2
     loss = scale * ((diagonal - 1).square().sum() + lambda_param * redundancy)
     return loss.to(loss_dtype(z_a))
+
+
+def wmse_loss(
+    z_a: Tensor,
+    z_b: Tensor,
+    *,
+    eps: float = 0.0,
+    w_size: int | None = None,
+    generator: torch.Generator | None = None,
+    gather: bool = False,
+    group: Any = None,
+) -> Tensor:
+    """The stateless form of :class:`WMSELoss`, which describes formula, shapes and errors."""
+    check_flag("gather", gather)
+    try:
+        eps, w_size = _shrinkage(eps), _sub_batch(w_size, gather)
+        _check_views(z_a, z_b)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if w_size is not None and len(z_a) % w_size:
+            raise ValueError(f"z_a: expected a multiple of w_size={w_size} rows, got {len(z_a)}")
+    except Exception as error:
+        tell_others(gather, error, z_a, z_b, group=group)
+        raise
+    a, b, n, world = _opened("WMSELoss", z_a, z_b, gather, group, (eps,))
+    d, size = a.shape[1], n if w_size is None else w_size
+    if n < 2:  # one row has no variance
+        return (0 * (a.sum() + b.sum())).to(loss_dtype(z_a))
+    if eps == 0 and size <= d:
+        raise ValueError(f"z_a: expected more rows than features, {d}, to whiten with eps=0, got {size}")
+    if w_size is not None:
+        if generator is None:  # torch.compile takes no generator, not even None
+            order = torch.randperm(n, device=a.device)
+        else:
+            order = torch.randperm(n, device=a.device, generator=generator)
+        # The backward of an embedding is deterministic, that of an index is not.
+        a, b = (F.embedding(order, rows) for rows in (a, b))
+    white = []
+    for rows in (a, b):
+        parts = [_whitened(part, size, eps, world) for part in rows.split(len(rows) if w_size is None else size)]
+        white.append(unit(torch.cat(parts)))
+    cosines = (white[0] * white[1]).sum()
+    return (2 - 2 * _total(cosines, world) / n).to(loss_dtype(z_a))
 
 
 def negative_cosine_similarity(x0: Tensor, x1: Tensor) -> Tensor:
@@ -199,6 +243,53 @@ class BarlowTwinsLoss(GroupModule):
         return f"lambda_param={self.lambda_param:g}, scale={self.scale:g}{gather}"
 
 
+class WMSELoss(GroupModule):
+    r"""W-MSE (Ermolov et al. 2021): views agree after each is whitened, which keeps the embeddings from collapsing.
+
+    With :math:`\mu` and C the mean and the covariance of the N rows of a view, and L the Cholesky factor of
+    :math:`(1 - \epsilon) C + \epsilon I`, the whitened rows are :math:`w_i = L^{-1} (z_i - \mu)`, and
+
+    .. math:: \frac1N \sum_i \big| \hat w_i^a - \hat w_i^b \big|^2
+
+    ``WMSELoss()(z_a, z_b)`` is the authors' loss of two views. Covariances are of N - 1 degrees of freedom.
+
+    Args:
+        eps: from 0 to less than 1. With 0 the covariance must have full rank: more rows than features are needed, and a
+            constant feature gives NaN.
+        w_size: whitens random parts of the batch, of w_size rows each, drawn anew in each call. None: the whole batch.
+            The paper averages several draws: the mean of several calls.
+        gather: means and covariances over the rows of all processes of a group; no effect without a group. Each process
+            returns the loss of the whole batch, whose gradient DDP averages to that of one process with all rows. Not
+            with ``w_size``.
+
+    Shapes of ``forward(z_a, z_b, *, generator=None)``: ``[N, D]`` both; float64, float32, bfloat16 or float16. Fewer
+    than two pairs have loss 0. generator: random generator of the parts, on the rows' device.
+
+    Returns:
+        A scalar, float32, or float64 for float64 embeddings.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(self, eps: float = 0.0, *, w_size: int | None = None, gather: bool = False, group: Any = None) -> None:
+        super().__init__()
+        check_flag("gather", gather)
+        self.eps, self.w_size = _shrinkage(eps), _sub_batch(w_size, gather)
+        check_group(group, gather)
+        self.gather, self.group = gather, group
+
+    def forward(self, z_a: Tensor, z_b: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The loss. The class describes shapes and errors."""
+        return wmse_loss(
+            z_a, z_b, eps=self.eps, w_size=self.w_size, generator=generator, gather=self.gather, group=self.group
+        )
+
+    def extra_repr(self) -> str:
+        gather = ", gather=True" if self.gather else ""
+        return f"eps={self.eps:g}, w_size={self.w_size}{gather}"
+
+
 class NegativeCosineSimilarity(nn.Module):
     r"""The loss of SimSiam (Chen and He 2021) and BYOL (Grill et al. 2020): minus the mean cosine of paired rows.
 
@@ -222,6 +313,55 @@ class NegativeCosineSimilarity(nn.Module):
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
         """The loss. The class describes shapes and errors."""
         return negative_cosine_similarity(x0, x1)
+
+
+def _shrinkage(eps: float) -> float:
+    eps = finite_number("eps", eps)
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps: expected a number from 0 to less than 1, got {eps}")
+    return eps
+
+
+def _sub_batch(w_size: int | None, gather: bool) -> int | None:
+    if w_size is None:
+        return None
+    if gather:
+        raise ValueError(f"w_size: expected None with gather=True, got {w_size}")
+    return check_count("w_size", w_size, least=2)
+
+
+def _whitened(rows: Tensor, n: int, eps: float, world: World | None) -> Tensor:
+    """Rows [m, D] of a batch of n, with the covariance of the batch as the identity."""
+    centred = rows - _total(rows.sum(0), world) / n
+    # Dynamo traces no autograd function that is given one tensor twice: the second is a view.
+    covariance = _total(product(centred.T, centred.T.T.T), world) / (n - 1)
+    shrunk = (1 - eps) * covariance + eps * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return product(centred, _InverseFactor.apply(shrunk))
+
+
+class _InverseFactor(torch.autograd.Function):
+    """The inverse of the Cholesky factor [D, D] of a matrix; NaN if it is not positive definite.
+
+    torch's own derivatives multiply matrices, which autocast would round. This one has derivatives of any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        # Unlike cholesky, cholesky_ex neither waits for the device nor raises.
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        inverse = inverse.masked_fill(failed > 0, torch.nan)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        inner = product(grad, inverse).tril()
+        inner = inner - torch.diag(inner.diagonal() / 2)
+        found = product(product(inverse.T, inner.T), inverse.T)
+        return -(found + found.T) / 2
 
 
 def _check_views(z_a: Tensor, z_b: Tensor, names: tuple[str, str] = ("z_a", "z_b")) -> None:

@@ -1,7 +1,9 @@
 """k-means against loops written out and scikit-learn."""
 
+import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
@@ -152,6 +154,43 @@ def test_rows_far_from_the_origin_keep_their_digits() -> None:
     assert torch.equal(there.assignments, kmeans(rows, 7, init=rows[:7]).assignments)
 
 
+def plain_concentrations(rows: Tensor, found: fastcl.KMeansResult, temperature: float, alpha: float) -> Tensor:
+    """As the authors' code has it, with NumPy's percentiles."""
+    density = np.zeros(len(found.centroids))
+    for k, centre in enumerate(found.centroids):
+        own = rows[found.assignments == k]
+        if len(own) > 1:
+            density[k] = ((own - centre).square().sum(1) ** 0.5).mean() / math.log(len(own) + alpha)
+    sizes = found.assignments.bincount(minlength=len(density))
+    density[sizes.numpy() < 2] = density.max()
+    density = density.clip(np.percentile(density, 10), np.percentile(density, 90))
+    return torch.from_numpy(temperature * density / density.mean())
+
+
+@pytest.mark.parametrize("options", [(0.2, 10.0), (0.5, 1.0)])
+def test_concentrations_are_the_authors(options: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = F.normalize(torch.cat([blobs(200), torch.full((1, 6), -9.0, dtype=torch.float64)]), dim=1)
+    found = kmeans(rows, 12, spherical=True, init=rows[-12:])
+    assert 1 in found.assignments.bincount()
+    temperature, alpha = options
+    expected = plain_concentrations(rows, found, temperature, alpha)
+    for block in (1 << 22, 50):
+        monkeypatch.setitem(clustering.BLOCK, "cpu", block)
+        got = fastcl.cluster_concentrations(rows.requires_grad_(), found, temperature=temperature, alpha=alpha)
+        torch.testing.assert_close(got, expected)
+        assert not got.requires_grad
+    halves = fastcl.cluster_concentrations(rows.bfloat16(), found, temperature=temperature, alpha=alpha)
+    torch.testing.assert_close(halves, expected, rtol=0.05, atol=0)
+
+
+def test_concentrations_of_clusters_without_extent() -> None:
+    rows = torch.eye(4)
+    assert fastcl.cluster_concentrations(rows, kmeans(rows, 4, init=rows)).tolist() == pytest.approx([0.2] * 4)
+    nothing = kmeans(rows[:0], 4, init=rows, n_iters=0)
+    assert fastcl.cluster_concentrations(rows[:0], nothing).tolist() == pytest.approx([0.2] * 4)
+    assert fastcl.cluster_concentrations(rows * torch.nan, kmeans(rows, 2, init=rows[:2])).isnan().all()
+
+
 def test_strides_and_pickles() -> None:
     rows = blobs(60)
     expected = kmeans(rows, 4, init=rows[:4])
@@ -177,6 +216,13 @@ WRONG = {
     "n_iters": (lambda: kmeans(x, 2, n_iters=-1), "n_iters: expected at least 0, got -1"),
     "tol": (lambda: kmeans(x, 2, tol=-1.0), "tol: expected a number of at least 0, got -1.0"),
     "generator": (lambda: kmeans(x, 2, generator=3), "generator: expected a torch.Generator, got int"),
+    "clusters": (
+        lambda: fastcl.cluster_concentrations(x, (x, x)), "clusters: expected a KMeansResult, got tuple"
+    ),
+    "rows of clusters": (
+        lambda: fastcl.cluster_concentrations(x[:3], kmeans(x, 2)), "rows: expected the 5 rows of the clusters, got 3"
+    ),
+    "alpha": (lambda: fastcl.cluster_concentrations(x, kmeans(x, 2), alpha=0), "alpha: expected a positive number"),
     "group": (lambda: kmeans(x, 2, group=3), "group: expected a torch.distributed process group or None, got int"),
 }  # fmt: skip
 

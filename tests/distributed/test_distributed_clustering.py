@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fastcl import kmeans
+from fastcl import cluster_concentrations, kmeans
 from tests.support.distributed_cases import spread
 from tests.support.strategies import generator
 
@@ -47,7 +47,9 @@ def work(rank: int, world: int) -> dict[str, Any]:
     own = rows().split(SIZES)[rank]
     damaged = own.clone()
     damaged[:1] = torch.nan if rank == 2 else 0
+    shared = kmeans(own, 5, init=rows()[:5], group=group)
     return calls(own, group) | {
+        "concentrations": cluster_concentrations(own, shared, group=group),
         "NaN": refused(damaged, group=group),
         "k": refused(own[:1], group=group),
         "rank": refused(own if rank else own[0], group=group),
@@ -81,6 +83,12 @@ def test_the_same_centroids_everywhere(name: str) -> None:
         assert other.inertia == first.inertia
     differences = rows() - first.centroids[torch.cat([result[name].assignments for result in found()])]
     assert first.inertia == pytest.approx(float(differences.square().sum()))
+
+
+def test_concentrations_of_all_rows() -> None:
+    expected = cluster_concentrations(rows(), kmeans(rows(), 5, init=rows()[:5]))
+    for result in found():
+        torch.testing.assert_close(result["concentrations"], expected)
 
 
 def test_errors_reach_every_process() -> None:

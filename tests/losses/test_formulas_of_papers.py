@@ -108,6 +108,17 @@ def test_pirl() -> None:
     agree(got, 0.5 * term(g) + 0.5 * term(f), [f, g])
 
 
+def test_deepcluster_v2(backend) -> None:
+    """Caron et al. 2020: the clusters of last epoch's rows, and their centroids as the classes' vectors."""
+    z, index, stored = draw(6, 5), torch.tensor([3, 0, 7, 5, 5, 8]), draw(9, 5, seed=1).detach()
+    found = fastcl.kmeans(stored, 3, spherical=True, init=stored[:3])
+    logits = cosines(z, found.centroids) / 0.1
+    loss = ClusterInfoNCE(0.1)(
+        z, found.assignments[index], contrasts=found.centroids, contrast_clusters=torch.arange(3)
+    )  # fmt: skip
+    agree(loss, cross_entropy(logits, found.assignments[index]), [z])
+
+
 def test_nnclr(backend) -> None:
     """Dwibedi et al. 2021: the nearest stored row of a view replaces the view."""
     z0, p1 = draw(6, 5).detach(), draw(6, 5, seed=1)

@@ -14,6 +14,7 @@ from tests.support.strategies import generator
 N, D, C = 12, 6, 5
 LABELS = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3])
 VIEW, PROTOTYPES = (torch.randn(n, D, generator=generator(1)).bfloat16().float() for n in (N, C))  # in all dtypes
+QUEUE = nn.functional.normalize(PROTOTYPES, dim=1).bfloat16().float()
 CONCENTRATIONS = torch.tensor([0.1, 0.2, 0.4, 0.3, 0.5])
 NEGATIVES = torch.tensor([4])
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -31,15 +32,21 @@ def with_prototypes(loss: nn.Module, x: Tensor) -> Tensor:
     return loss(x, LABELS[: len(x)], PROTOTYPES.to(x), CONCENTRATIONS, negatives=NEGATIVES)
 
 
+def with_a_queue(loss: nn.Module, x: Tensor) -> Tensor:
+    return loss(x, VIEW[: len(x)].to(x), QUEUE.to(x))
+
+
 LOSSES: dict[str, tuple[Callable[..., nn.Module], Call]] = {
     "arcface": (lambda: fastcl.ArcFaceLoss(C, D), with_labels),
     "cosface": (lambda: fastcl.CosFaceLoss(C, D), with_labels),
     "proxy_anchor": (lambda: fastcl.ProxyAnchorLoss(C, D), with_labels),
     "multi_similarity": (fastcl.MultiSimilarityLoss, with_labels),
     "koleo": (fastcl.KoLeoLoss, lambda loss, x: loss(x)),
+    "ldreg": (lambda: fastcl.LDRegLoss(4), lambda loss, x: loss(x)),
     "hypersphere": (fastcl.HypersphereLoss, with_a_view),
     "dclw": (fastcl.DCLWLoss, with_a_view),
     "proto_nce": (lambda: fastcl.ProtoNCELoss(1), with_prototypes),
+    "ascl": (lambda: fastcl.ASCLLoss(neighbors=2), with_a_queue),
 }
 each = pytest.mark.parametrize("name", list(LOSSES))
 
@@ -82,7 +89,7 @@ def test_a_single_row(name: str) -> None:
     value.backward()
     assert value.isfinite()
     assert x.grad.isfinite().all()
-    if name in ("multi_similarity", "koleo", "dclw"):  # which need another row
+    if name in ("multi_similarity", "koleo", "ldreg", "dclw"):  # which need another row
         assert value.item() == 0
         assert not x.grad.any()
 
@@ -205,13 +212,13 @@ def test_modules_can_be_copied_and_pickled(name: str, how) -> None:
 
 @each
 def test_shapes_on_meta(name: str) -> None:
-    if name in ("hypersphere", "dclw"):
+    if name in ("hypersphere", "dclw", "ascl"):
         x = torch.empty(N, D, device="meta")
-        value = LOSSES[name][0]()(x, x)
+        value = LOSSES[name][0]()(*[x] * (3 if name == "ascl" else 2))
     else:
         loss, x = LOSSES[name][0]().to("meta"), torch.empty(N, D, device="meta")
         options = {"negatives": NEGATIVES.to("meta")} if name == "proto_nce" else {}
-        more = {"koleo": (), "proto_nce": (LABELS, PROTOTYPES, CONCENTRATIONS)}.get(name, (LABELS,))
+        more = {"koleo": (), "ldreg": (), "proto_nce": (LABELS, PROTOTYPES, CONCENTRATIONS)}.get(name, (LABELS,))
         value = loss(x, *(tensor.to("meta") for tensor in more), **options)
     assert value.is_meta
     assert value.shape == ()

@@ -1,7 +1,8 @@
-"""VICReg, Barlow Twins and the negative cosine similarity against float64 formulas written out."""
+"""VICReg, Barlow Twins, W-MSE and the negative cosine similarity against float64 formulas written out."""
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcl
-from fastcl.functional import barlow_twins_loss, negative_cosine_similarity, vicreg_loss
+from fastcl.functional import barlow_twins_loss, negative_cosine_similarity, vicreg_loss, wmse_loss
 from tests.support.strategies import generator
 
 SHAPES = [(9, 4), (4, 9), (7, 7), (2, 5), (6, 1)]
@@ -41,9 +42,19 @@ def plain_cosine(a, b) -> Tensor:
     return -F.cosine_similarity(a, b).mean()
 
 
+def plain_wmse(a, b, eps=0.1) -> Tensor:
+    white = []
+    for z in (a, b):
+        covariance = torch.cov(z.T).reshape(z.shape[1], -1)
+        factor = torch.linalg.cholesky((1 - eps) * covariance + eps * torch.eye(z.shape[1], dtype=z.dtype))
+        white.append(F.normalize((torch.linalg.inv(factor) @ (z - z.mean(0)).T).T, dim=1))
+    return (white[0] - white[1]).square().sum(1).mean()
+
+
 LOSSES = {
     "vicreg": (fastcl.VICRegLoss, vicreg_loss, plain_vicreg),
     "barlow": (fastcl.BarlowTwinsLoss, barlow_twins_loss, plain_barlow),
+    "wmse": (partial(fastcl.WMSELoss, 0.1), partial(wmse_loss, eps=0.1), plain_wmse),
     "cosine": (fastcl.NegativeCosineSimilarity, negative_cosine_similarity, plain_cosine),
 }
 each = pytest.mark.parametrize("name", LOSSES)
@@ -112,7 +123,7 @@ def test_too_few_rows(name: str, n: int) -> None:
 def test_constant_columns(name: str, fill: float) -> None:
     a, b = (torch.full((6, 3), fill).requires_grad_() for _ in range(2))
     value = LOSSES[name][1](a, b)
-    expected = {"vicreg": 25 * 0.99, "barlow": 3.0, "cosine": -fill}[name]
+    expected = {"vicreg": 25 * 0.99, "barlow": 3.0, "wmse": 2.0, "cosine": -fill}[name]
     assert value.item() == pytest.approx(expected)
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, [a, b]))
 
@@ -157,7 +168,32 @@ def test_copies_and_shapes(name: str) -> None:
     assert loss(meta, meta).is_meta
 
 
+def test_whitening_without_shrinkage() -> None:
+    a, b = views(12)
+    torch.testing.assert_close(fastcl.WMSELoss()(a, b), plain_wmse(a, b, 0))
+    # Any invertible map of a view's features is undone up to a rotation, a triangular one entirely.
+    triangle = torch.eye(5, dtype=torch.float64) + torch.randn(5, 5, dtype=torch.float64).tril() / 9
+    torch.testing.assert_close(fastcl.WMSELoss()(a @ triangle.T + 3, b), fastcl.WMSELoss()(a, b))
+    with pytest.raises(ValueError, match=r"^z_a: expected more rows than features, 5, to whiten with eps=0, got 5"):
+        fastcl.WMSELoss()(a[:5], b[:5])
+    with torch.no_grad():
+        a[:, 2] = 1
+    assert fastcl.WMSELoss()(a, b).isnan()
+
+
+def test_whitening_of_parts_of_the_batch() -> None:
+    a, b = views(12, 3)
+    order = torch.randperm(12, generator=generator(4)).split(6)
+    expected = torch.stack([plain_wmse(a[part], b[part]) for part in order]).mean()
+    found = fastcl.WMSELoss(0.1, w_size=6)(a, b, generator=generator(4))
+    torch.testing.assert_close(found, expected)
+    pairs = zip(torch.autograd.grad(found, [a, b]), torch.autograd.grad(expected, [a, b]), strict=True)
+    assert all(torch.allclose(*pair) for pair in pairs)
+    assert wmse_loss(a, b, eps=0.1, w_size=6) != wmse_loss(a, b, eps=0.1, w_size=6)  # drawn anew
+
+
 def test_reprs() -> None:
+    assert repr(fastcl.WMSELoss(w_size=128)) == "WMSELoss(eps=0, w_size=128)"
     assert repr(fastcl.VICRegLoss(gather=True)) == (
         "VICRegLoss(lambda_param=25, mu_param=25, nu_param=1, eps=0.0001, gather=True)"
     )
@@ -174,6 +210,11 @@ WRONG = {
     "scale": (lambda: fastcl.BarlowTwinsLoss(scale=torch.inf), "scale: expected a finite number .*, got inf"),
     "z_a": (lambda: fastcl.VICRegLoss()(x[0], x), r"z_a: expected shape \[N, D\], got \[3\]"),
     "z_b": (lambda: fastcl.BarlowTwinsLoss()(x, x[:3]), r"z_b: expected shape \[4, 3\], as z_a, got \[3, 3\]"),
+    "eps 1": (lambda: fastcl.WMSELoss(1), "eps: expected a number from 0 to less than 1, got 1"),
+    "w_size": (lambda: wmse_loss(x, x, w_size=3), "z_a: expected a multiple of w_size=3 rows, got 4"),
+    "w_size 1": (lambda: fastcl.WMSELoss(w_size=1), "w_size: expected at least 2, got 1"),
+    "w_size, gather": (lambda: fastcl.WMSELoss(w_size=4, gather=True), "w_size: expected None with gather=True, got 4"),
+    "generator": (lambda: wmse_loss(x, x, generator=1), "generator: expected a torch.Generator, got int"),
     "x1": (lambda: negative_cosine_similarity(x, None), "x1: expected a tensor, got NoneType"),
 }
 

@@ -1,4 +1,4 @@
-"""KoLeo and hypersphere losses against their plain float64 formulas."""
+"""KoLeo, LDReg and hypersphere losses against their plain float64 formulas."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastcl
-from fastcl.functional import hypersphere_loss, koleo_loss
+from fastcl.functional import hypersphere_loss, koleo_loss, ldreg_loss
 from tests.support import plain_losses as plain
 from tests.support.backends import VARIANTS
 from tests.support.pairs import pairs
@@ -27,6 +27,23 @@ def test_hypersphere_is_its_formula(kind, dtype, backend, t, lam, alpha) -> None
     x, y = plain.two_views(kind, dtype)
     arguments = {"z_a": x, "z_b": y, "t": t, "lam": lam, "alpha": alpha}
     plain.judge(plain.hypersphere, hypersphere_loss, arguments, ("z_a", "z_b"))
+
+
+@pairs(kind=KINDS, dtype=DTYPES, backend=VARIANTS, k=[2, 5, 64], reduction=["mean", "sum", "none"])
+def test_ldreg_is_its_formula(kind, dtype, backend, k, reduction) -> None:
+    x = plain.two_views(kind, dtype, n=9)[0]
+    plain.judge(plain.ldreg, ldreg_loss, {"embeddings": x, "k": k, "reduction": reduction}, ("embeddings",))
+
+
+def test_ldreg_of_rows_far_from_the_origin_and_of_equal_rows() -> None:
+    x = plain.two_views("random", torch.float64)[0]
+    far = (x + 1e4).float()
+    torch.testing.assert_close(ldreg_loss(far, k=5).double(), plain.ldreg(far.double(), k=5), rtol=1e-5, atol=0)
+    twice = x.repeat(3, 1).requires_grad_()  # two neighbours at distance 0
+    loss = ldreg_loss(twice, k=3)
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, twice)[0].isfinite().all()
+    assert ldreg_loss(x[:2]) == 0
 
 
 def test_koleo_gives_both_ends_of_a_pair_a_gradient() -> None:
@@ -79,6 +96,8 @@ WRONG = {
     "p below 1": (lambda: fastcl.KoLeoLoss(0.5), "p: expected a number of at least 1, got 0.5"),
     "p inf": (lambda: fastcl.KoLeoLoss(math.inf), "p: expected a finite number .*, got inf"),
     "eps 0": (lambda: fastcl.KoLeoLoss(eps=0), "eps: expected a positive number .*, got 0"),
+    "k": (lambda: fastcl.LDRegLoss(1), "k: expected at least 2, got 1"),
+    "gather": (lambda: ldreg_loss(x, gather="ring"), "gather: expected True or False, got 'ring'"),
     "eps nan": (lambda: koleo_loss(x, eps=math.nan), "eps: expected a finite number .*, got nan"),
     "reduction": (lambda: fastcl.KoLeoLoss(reduction="max"), "reduction: expected one of .*, got 'max'"),
     "views": (lambda: fastcl.KoLeoLoss()(x[None]), r"embeddings: expected shape \[N, D\], got \[1, 4, 3\]"),

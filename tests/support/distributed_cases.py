@@ -249,6 +249,10 @@ def other_losses(gather: Any, rank: int | None, world: int, group: Any = None, s
         "PMSN": lambda: fastcl.PMSNLoss(0.3, prior=prior, n_iters=0, kl="prior_mean", **flag)(z0, z1, prototypes),
         "VICReg": lambda: fastcl.VICRegLoss(**flag)(z0, z1),
         "Barlow Twins": lambda: fastcl.BarlowTwinsLoss(**flag)(z0, z1),
+        "W-MSE": lambda: fastcl.WMSELoss(**flag)(z0, z1),
+        "SCAN": lambda: fastcl.SCANLoss(**flag)(z0, z1),
+        "LDReg": lambda: fastcl.LDRegLoss(4, **flag)(z0),
+        "LDReg, summed": lambda: fastcl.LDRegLoss(4, reduction="sum", **flag)(z0),
     }
     leaves = {
         "z0": z0, "z1": z1, "features": features, "assigned": assigned, "bias": bias, "prototypes": prototypes,

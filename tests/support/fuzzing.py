@@ -260,6 +260,7 @@ OF_LABELS: tuple[dict[str, Any], ...] = (
     {"embeddings": x(N, D), "labels": ids(N)},
     {"embeddings": x(N, D), "labels": ids(N), "contrasts": x(M, D), "contrast_labels": ids(M), "base": 0.1},
 )
+OF_A_QUEUE: dict[str, Any] = {"query": x(N, D), "key": x(N, D, seed=1), "queue": x(M, D, seed=2)}
 OF_PROTOTYPES: tuple[dict[str, Any], ...] = (
     {"embeddings": x(N, D), "clusters": ids(N), "prototypes": x(K, D, seed=1), "concentrations": masses(K)},
     {
@@ -390,6 +391,14 @@ TARGETS: dict[str, Target] = {
     "MultiSimilarityLoss": module(fastcl.MultiSimilarityLoss, ({"alpha": 1}, {"beta": 3, "base": 0.2}), *OF_LABELS),
     "koleo_loss": function(functional.koleo_loss, {"embeddings": x(N, D), "p": 1.5, "eps": 0.1}),
     "KoLeoLoss": module(fastcl.KoLeoLoss, ({"p": 1.5, "reduction": "none"},), {"embeddings": x(N, D)}),
+    "ldreg_loss": function(functional.ldreg_loss, {"embeddings": x(N, D), "k": 3}),
+    "LDRegLoss": module(fastcl.LDRegLoss, ({"k": 2, "reduction": "none"},), {"embeddings": x(N, D)}),
+    "wmse_loss": function(functional.wmse_loss, {"z_a": x(N, D), "z_b": x(N, D, seed=1), "eps": 0.2}),
+    "WMSELoss": module(fastcl.WMSELoss, ({"eps": 0.5},), {"z_a": x(N, D), "z_b": x(N, D, seed=1)}),
+    "scan_loss": function(functional.scan_loss, {"anchors": x(N, D), "neighbors": x(N, D), "entropy_weight": 5}),
+    "SCANLoss": module(fastcl.SCANLoss, ({"entropy_weight": 1},), {"anchors": x(N, D), "neighbors": x(N, D, seed=1)}),
+    "ascl_loss": function(functional.ascl_loss, OF_A_QUEUE, OF_A_QUEUE | {"neighbors": 3, "reduction": "none"}),
+    "ASCLLoss": module(fastcl.ASCLLoss, ({"temperature": 0.2, "neighbors": 2},), OF_A_QUEUE),
     "hypersphere_loss": function(functional.hypersphere_loss, {"z_a": x(N, D), "z_b": x(N, D, seed=1), "lam": 0.5}),
     "HypersphereLoss": module(fastcl.HypersphereLoss, ({"t": 3, "alpha": 1},), {"z_a": x(N, D), "z_b": x(N, D)}),
     "dclw_loss": function(functional.dclw_loss, {"z0": x(N, D), "z1": x(N, D, seed=1), "return_stats": True}),

@@ -69,6 +69,15 @@ def koleo(embeddings, *, p=2.0, eps=1e-8, reduction="mean", how=TRUTH) -> Tensor
     return reduce(-(pairwise_distance(unit, unit[nearest], p, 0) + eps).log(), reduction)
 
 
+def ldreg(embeddings, *, k=64, reduction="mean", how=TRUTH) -> Tensor:
+    distances = (
+        torch.cdist(embeddings, embeddings.detach(), compute_mode="donot_use_mm_for_euclid_dist").sort(1).values[:, 1:]
+    )
+    k = min(k, len(embeddings) - 1)
+    middle = distances[:, : k - 1].mean(1)
+    return reduce(-(middle / (distances[:, k - 1] - middle)).log().abs(), reduction)
+
+
 def hypersphere(z_a, z_b, *, t=1.0, lam=1.0, alpha=2.0, how=TRUTH) -> Tensor:
     def uniform(z: Tensor) -> Tensor:
         other = ~torch.eye(len(z), dtype=torch.bool)

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from fastcl.ops.backends import triton_launch, triton_tiles
 from fastcl.ops.pairs import triton as pairs_triton
+from fastcl.ops.prototypes import triton as prototypes_triton
 from fastcl.ops.soft import triton as soft_triton
 from fastcl.ops.topk import triton as topk_triton
 
@@ -34,6 +35,7 @@ POINTERS = {
     "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
     "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
     "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
+    "SCALES": "*fp64", "POSITIONS": "i32", "STUDENT_ROW": "i32", "FIRST_ROW": "i32", "SECOND_ROW": "i32",
     "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
@@ -55,8 +57,11 @@ KERNELS = {
     "soft_forward": "soft_statistics_kernel",
     "soft_backward": "soft_gradient_kernel",
     "pairs": "pair_kernel",
+    "prototype_forward": "prototype_forward_kernel",
+    "prototype_backward": "prototype_backward_kernel",
 }
 WHOLE_ROWS = ("rows", "finish", "join")
+SCORES = ("STUDENT", "FIRST", "SECOND", "GRADIENT")  # of the kernels of prototypes
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
@@ -73,6 +78,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         distances, weighted = job["flags"]["KIND"] >= 2, "GRADIENT" not in job["absent"]
         tf32 = job["precision"] == "tf32"
         shape = pairs_triton.tile_for(distances, weighted, job["architecture"], dtype, d, tf32)
+    elif job["kind"].startswith("prototype_"):
+        shape = prototypes_triton.tile_for(d, False)
     elif job["kind"] not in (*triton_tiles.KINDS, "observation"):
         shape = triton_tiles.ROWS_AT_ONCE
     elif "tile" in job:
@@ -91,6 +98,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "LEAVE_OUT": careful,
         "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
         "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
+        "COLUMNS": shape.block_n, "STUDENT_COLUMN": 1, "FIRST_COLUMN": 1, "SECOND_COLUMN": 1,
         "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
         "ASSIGNMENT_PRECISION": job.get("precision", "ieee") if "assignments" not in job else "ieee",
     } | job.get("flags", {})  # fmt: skip
@@ -105,7 +113,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         if name in constants or name in absent:
             signature[name], constexprs[name] = "constexpr", constants.get(name)
             continue
-        of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS")
+        of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS", *(SCORES if job["kind"].startswith("prototype_") else ()))
         of_assignments = name in ("R", "Q") and "assignments" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
         signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]

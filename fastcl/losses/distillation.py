@@ -13,6 +13,7 @@ from ..checks import (
     check_count,
     check_device,
     check_flag,
+    check_floating,
     check_indices,
     check_option,
     check_scores,
@@ -354,3 +355,111 @@ class CapiLoss(_Distillation):
         found = crossed([student.reshape(-1, k)], [goals], potentials, scales, [1.0], places=places).values
         loss: Tensor = found.sum() / max(len(found), 1)
         return loss * global_share(world, patches)
+
+
+def dino_loss(
+    student: Sequence[Crop],
+    teacher: Sequence[Crop],
+    *,
+    center: Tensor | None = None,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.04,
+    n_iters: int = 3,
+    prior: Prior | None = None,
+    gather: bool = False,
+    group: Any = None,
+) -> Tensor:
+    """The stateless form of :class:`DINOLoss`, which describes formula, shapes and errors.
+
+    center: ``[K]``, taken off the teacher's scores and not moved. None: Sinkhorn's assignments.
+    """
+    crop = next((crops[0] for crops in (teacher, student) if isinstance(crops, Sequence) and crops), None)
+    loss: Tensor = _stateless(
+        DINOLoss, crop, center, student_temperature, teacher_temperature, n_iters, prior, gather, group
+    )(student, teacher)
+    return loss
+
+
+def ibot_loss(
+    student: Crop,
+    teacher: Crop,
+    mask: Tensor,
+    *,
+    center: Tensor | None = None,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.04,
+    n_iters: int = 3,
+    prior: Prior | None = None,
+    gather: bool = False,
+    group: Any = None,
+) -> Tensor:
+    """The stateless form of :class:`IBOTLoss`, which describes formula, shapes and errors.
+
+    center: as for `dino_loss`.
+    """
+    loss: Tensor = _stateless(
+        IBOTLoss, teacher, center, student_temperature, teacher_temperature, n_iters, prior, gather, group
+    )(student, teacher, mask)
+    return loss
+
+
+def capi_loss(
+    student: Tensor,
+    teacher: Tensor,
+    index: Tensor | None = None,
+    *,
+    student_temperature: float = 0.12,
+    teacher_temperature: float = 0.06,
+    n_iters: int = 3,
+    prior: Prior | None = None,
+    gather: bool = False,
+    group: Any = None,
+) -> Tensor:
+    """The stateless form of :class:`CapiLoss`, which describes formula, shapes and errors."""
+    loss: Tensor = CapiLoss(
+        _count(teacher),
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        n_iters=n_iters,
+        prior=prior,
+        gather=gather,
+        group=group,
+    )(student, teacher, index)
+    return loss
+
+
+def _stateless(
+    kind: type[DINOLoss] | type[IBOTLoss],
+    crop: Any,
+    center: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    n_iters: int,
+    prior: Prior | None,
+    gather: bool,
+    group: Any,
+) -> DINOLoss | IBOTLoss:
+    """A loss that is not in training, so that it does not move the centre."""
+    loss = kind(
+        _count(crop),
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        centering="sinkhorn" if center is None else "mean",
+        n_iters=n_iters,
+        prior=prior,
+        gather=gather,
+        group=group,
+    )
+    if center is not None:
+        check_floating("center", center)
+        if center.shape != (loss.num_prototypes,):
+            raise ValueError(f"center: expected shape [{loss.num_prototypes}], got {list(center.shape)}")
+        loss.center = center.detach()
+    return loss.eval()
+
+
+def _count(crop: Any) -> int:
+    """The number of prototypes of a crop; 1 for what the loss refuses."""
+    if isinstance(crop, tuple) and len(crop) == 2 and isinstance(crop[1], Tensor):
+        return max(len(crop[1]), 1) if crop[1].dim() else 1
+    return max(crop.shape[-1], 1) if isinstance(crop, Tensor) and crop.dim() else 1

@@ -273,6 +273,30 @@ def test_pair_sums_compile_without_spills(architecture, dtype, precision, d, kin
         assert result["fusible"] == 0, result
 
 
+# d: the number of prototypes.
+PROTOTYPES = [
+    (architecture, dtype, k)
+    for architecture in ARCHITECTURES
+    for dtype in ("bfloat16", "float16", "float32")
+    for k in (100, 1000, 65536)
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "k"),
+    PROTOTYPES if os.environ.get("FASTCL_COMPILE_ALL") else [(90, "bfloat16", 65536), (80, "float32", 1000)],
+)
+def test_prototype_losses_compile_without_spills(architecture, dtype, k, tmp_path) -> None:
+    """Two teachers with all terms, and one teacher without potential and further terms."""
+    few = ["SECOND", "SECOND_POTENTIAL", "SECOND_KEPT", "FIRST_POTENTIAL", "ENTROPIES", "COLUMN_SUMS"]
+    common = {"architecture": architecture, "dtype": dtype, "d": k, "careful": True}
+    kinds = ("prototype_forward", "prototype_backward")
+    asked = [common | {"kind": kind, "absent": absent} for kind in kinds for absent in ([], few)]
+    for result in compiled(asked, tmp_path):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+
+
 def test_rows_are_padded_to_what_tiles_take() -> None:
     for d in range(1, 4097):
         width = padded(d)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import fastcl
-from fastcl import prototype_cross_entropy
+from fastcl import functional, prototype_cross_entropy
 from tests.support.backends import QUICK, VARIANTS, running
 from tests.support.strategies import generator
 from tests.support.tolerances import check
@@ -137,3 +137,24 @@ def test_the_gradient_is_the_only_matrix(loss: str) -> None:
     with running("cpu"):
         peak = peak_memory(step)
     assert peak < halves * SCORES / 2 + 0.4 * SCORES
+
+
+def test_stateless_forms_are_the_modules() -> None:
+    crops, teacher = [rows(N, K, seed) for seed in (0, 1, 2)], [rows(N, K, seed) for seed in (3, 4)]
+    mask = torch.arange(2 * N).view(2, N) % 2 == 0
+    center, prior = 0.1 * torch.randn(K, generator=generator(5)), fastcl.power_law_prior(K)
+    centred, balanced = fastcl.DINOLoss(K), fastcl.DINOLoss(K, centering="sinkhorn", prior=prior)
+    centred.center = center.clone()
+    masked, capi = fastcl.IBOTLoss(K, centering="sinkhorn"), fastcl.CapiLoss(K, n_iters=2)
+    patches = crops[0].view(1, N, K), teacher[0].view(1, N, K)
+    for one, other in (
+        (functional.dino_loss(crops, teacher, center=center), centred(crops, teacher)),
+        (functional.dino_loss(crops, teacher, prior=prior), balanced(crops, teacher)),
+        (functional.ibot_loss(crops[0], teacher[0], mask), masked(crops[0], teacher[0], mask)),
+        (functional.capi_loss(*patches, n_iters=2), capi(*patches)),
+    ):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"center: expected shape \[67\], got \[3\]"):
+        functional.dino_loss(crops, teacher, center=center[:3])
+    with pytest.raises(TypeError, match="teacher: expected a list"):
+        functional.dino_loss(crops, None)

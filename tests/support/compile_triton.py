@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from fastcl.ops.backends import triton_launch, triton_tiles
 from fastcl.ops.pairs import triton as pairs_triton
+from fastcl.ops.prototypes import triton as prototypes_triton
 from fastcl.ops.soft import triton as soft_triton
 from fastcl.ops.topk import triton as topk_triton
 
@@ -35,8 +36,9 @@ POINTERS = {
     "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
     "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
     **{f"{side}_{name}": "*i32" for side in ("ROW", "COLUMN") for name in ("CLUSTERS", "IDS", "SAMPLES")},
-    "ROW_TAGS": "*i64", "COLUMN_TAGS": "*i64",
-    "WORDS": "i32", "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
+    "ROW_TAGS": "*i64", "COLUMN_TAGS": "*i64", "WORDS": "i32",
+    "SCALES": "*fp64", "POSITIONS": "i32", "STUDENT_ROW": "i32", "FIRST_ROW": "i32", "SECOND_ROW": "i32",
+    "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
@@ -60,9 +62,12 @@ KERNELS = {
     "ruled_forward": "ruled_statistics_kernel",
     "ruled_backward": "ruled_gradient_kernel",
     "ruled_observation": "ruled_observation_kernel",
+    "prototype_forward": "prototype_forward_kernel",
+    "prototype_backward": "prototype_backward_kernel",
 }
 WHOLE_ROWS = ("rows", "finish", "join")
 OBSERVING = {"observation": "running", "ruled_observation": "ruled_forward"}  # and the kernel whose tile each takes
+SCORES = ("STUDENT", "FIRST", "SECOND", "GRADIENT")  # of the kernels of prototypes
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
@@ -81,6 +86,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         distances, weighted = job["flags"]["KIND"] >= 2, "GRADIENT" not in job["absent"]
         tf32 = job["precision"] == "tf32"
         shape = pairs_triton.tile_for(distances, weighted, job["architecture"], dtype, d, tf32)
+    elif job["kind"].startswith("prototype_"):
+        shape = prototypes_triton.tile_for(d, False)
     elif job["kind"] not in (*triton_tiles.KINDS, *triton_tiles.RULED, *OBSERVING):
         shape = triton_tiles.ROWS_AT_ONCE
     else:
@@ -96,6 +103,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "LEAVE_OUT": careful,
         "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
         "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
+        "COLUMNS": shape.block_n, "STUDENT_COLUMN": 1, "FIRST_COLUMN": 1, "SECOND_COLUMN": 1,
         "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
         "GUIDE": 512, "BLOCK_G": triton_tiles.guide_width(getattr(torch, job.get("guide", "float32"))),
         "GUIDE_PRECISION": "ieee" if "guide" in job or job["architecture"] < 90 else "tf32x3",
@@ -112,7 +120,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         if name in constants or name in absent:
             signature[name], constexprs[name] = "constexpr", constants.get(name)
             continue
-        of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS")
+        of_rows = name in ("X", "Y", "OUT", "SOURCE", "ROWS", *(SCORES if job["kind"].startswith("prototype_") else ()))
         of_assignments = name in ("R", "Q") and "assignments" in job
         of_guide = name in ("ROW_GUIDE", "COLUMN_GUIDE") and "guide" in job
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None

@@ -140,9 +140,9 @@ class World(NamedTuple):
 
         call: name of the loss or function. For each call the names and types in `alike` are fixed.
 
-        This is one collective of `MOST_NUMBERS` integers. The host waits for it because shapes depend on it. It runs
-        before any other collective of the call, and before anything that depends on what it compares. A process whose
-        own checks fail calls `tell_others` instead.
+        This is one collective of `MOST_NUMBERS` integers and room for rows. The host waits for it because shapes depend
+        on it. It runs before any other collective of the call, and before anything that depends on what it compares. A
+        process whose own checks fail calls `tell_others` instead.
         """
         return self.agree_and_gather(call, sizes, alike, device, {})[0]
 
@@ -154,11 +154,12 @@ class World(NamedTuple):
         device: torch.device,
         rows: Mapping[str, Sequence[Tensor]],
     ) -> tuple[list[list[int]], list[Tensor] | None]:
-        """`agree`, and in the same collective the tensors [M, ...] of all processes from those in `rows`, [m, ...].
+        """`agree`, and in the same collective `all_rows` of the tensors in `rows`, in their order.
 
-        They are None if they are too large for this; the caller then gathers them.
+        The tensors are None if they do not fit into the message; the caller then gathers them.
 
-        rows: by the name of the size that is their m. `alike` must hold all that decides about dtypes and widths.
+        rows: tensors [m, ...] by the name of the size that is their m. `alike` must hold all that decides about their
+            dtypes and widths.
         """
         found: tuple[list[list[int]], list[Tensor] | None] = _agree(self, call, sizes, alike, device, rows)
         return found
@@ -228,7 +229,7 @@ def _agree(
 
 
 # A message of `_agree` has `MOST_NUMBERS` integers and room for rows. Processes must choose the same room before they
-# know each other's rows. They take the largest rows among the last calls of the group, which all of them have seen.
+# know each other's sizes. They take that of the largest rows in the last calls of the group, which all of them know.
 
 HEADER = 8 * MOST_NUMBERS
 REMEMBERED = 8  # calls; a training step may use several losses
@@ -259,8 +260,8 @@ def _exchanged(
     assert len(numbers) <= MOST_NUMBERS
     room, fit = _room(world), sum(_aligned(piece.numel()) for piece in pieces)
     message = torch.zeros(HEADER + room, dtype=torch.uint8, device=device)
-    padded = [*numbers, *[0] * (MOST_NUMBERS - len(numbers))]
-    message[:HEADER] = torch.tensor(padded, dtype=torch.int64, device=device).view(torch.uint8)
+    filled = [*numbers, *[0] * (MOST_NUMBERS - len(numbers))]
+    message[:HEADER] = torch.tensor(filled, dtype=torch.int64, device=device).view(torch.uint8)
     place = HEADER
     for piece in pieces if fit <= room else ():
         message[place : place + piece.numel()] = piece.view(-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .checks import check_tensor
-from .ops.contrastive.blocks import Place, Visit
 from .ops.library import uncompiled
 
 MODES = (False, True, "ring")
@@ -97,10 +96,10 @@ def _all_bytes(world: World, tensor: Tensor, sizes: list[int]) -> Tensor:
     """`World.all_rows` for any dtype, as bytes: collectives do not support all dtypes."""
     if 0 in tensor.shape[1:]:
         return world.all_rows(tensor, sizes)
-    return world.all_rows(_as_bytes(tensor), sizes).view(tensor.dtype).reshape(-1, *tensor.shape[1:])
+    return world.all_rows(as_bytes(tensor), sizes).view(tensor.dtype).reshape(-1, *tensor.shape[1:])
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     """[m, ...] as its bytes, [m, B]."""
     rows = tensor.detach().resolve_neg().contiguous()
     rows = rows[:, None] if rows.dim() == 1 else rows.flatten(1)
@@ -141,9 +140,9 @@ class World(NamedTuple):
 
         call: name of the loss or function. For each call the names and types in `alike` are fixed.
 
-        This is one collective of `MOST_NUMBERS` integers. The host waits for it because shapes depend on it. It runs
-        before any other collective of the call, and before anything that depends on what it compares. A process whose
-        own checks fail calls `tell_others` instead.
+        This is one collective of `MOST_NUMBERS` integers and room for rows. The host waits for it because shapes depend
+        on it. It runs before any other collective of the call, and before anything that depends on what it compares. A
+        process whose own checks fail calls `tell_others` instead.
         """
         return self.agree_and_gather(call, sizes, alike, device, {})[0]
 
@@ -155,11 +154,12 @@ class World(NamedTuple):
         device: torch.device,
         rows: Mapping[str, Sequence[Tensor]],
     ) -> tuple[list[list[int]], list[Tensor] | None]:
-        """`agree`, and in the same collective the tensors [M, ...] of all processes from those in `rows`, [m, ...].
+        """`agree`, and in the same collective `all_rows` of the tensors in `rows`, in their order.
 
-        They are None if they are too large for this; the caller then gathers them.
+        The tensors are None if they do not fit into the message; the caller then gathers them.
 
-        rows: by the name of the size that is their m. `alike` must hold all that decides about dtypes and widths.
+        rows: tensors [m, ...] by the name of the size that is their m. `alike` must hold all that decides about their
+            dtypes and widths.
         """
         found: tuple[list[list[int]], list[Tensor] | None] = _agree(self, call, sizes, alike, device, rows)
         return found
@@ -169,7 +169,7 @@ class World(NamedTuple):
         most = max(sizes)
         if most == 0 or 0 in rows.shape[1:]:
             return rows.new_empty(sum(sizes), *rows.shape[1:])
-        everyone = _all_gather(self.group, _padded(rows, most))
+        everyone = all_gather(self.group, padded(rows, most))
         if min(sizes) == most:
             return everyone
         return torch.cat([everyone[q * most :][:size] for q, size in enumerate(sizes)])
@@ -195,9 +195,7 @@ def _agree(
         "number of properties": len(alike),
         **alike,
     }
-    sent = [
-        (list(sizes).index(name), tensor, _as_bytes(tensor)) for name, tensors in rows.items() for tensor in tensors
-    ]
+    sent = [(list(sizes).index(name), tensor, as_bytes(tensor)) for name, tensors in rows.items() for tensor in tensors]
     own = [_as_integer(value) for value in (*known.values(), *sizes.values())]
     everyone, room = _exchanged(world, own, device, [piece for *_, piece in sent])
     numbers = everyone[:, :HEADER].contiguous().view(torch.int64).tolist()
@@ -231,7 +229,7 @@ def _agree(
 
 
 # A message of `_agree` has `MOST_NUMBERS` integers and room for rows. Processes must choose the same room before they
-# know each other's rows. They take the largest rows among the last calls of the group, which all of them have seen.
+# know each other's sizes. They take that of the largest rows in the last calls of the group, which all of them know.
 
 HEADER = 8 * MOST_NUMBERS
 REMEMBERED = 8  # calls; a training step may use several losses
@@ -262,13 +260,13 @@ def _exchanged(
     assert len(numbers) <= MOST_NUMBERS
     room, fit = _room(world), sum(_aligned(piece.numel()) for piece in pieces)
     message = torch.zeros(HEADER + room, dtype=torch.uint8, device=device)
-    padded = [*numbers, *[0] * (MOST_NUMBERS - len(numbers))]
-    message[:HEADER] = torch.tensor(padded, dtype=torch.int64, device=device).view(torch.uint8)
+    filled = [*numbers, *[0] * (MOST_NUMBERS - len(numbers))]
+    message[:HEADER] = torch.tensor(filled, dtype=torch.int64, device=device).view(torch.uint8)
     place = HEADER
     for piece in pieces if fit <= room else ():
         message[place : place + piece.numel()] = piece.view(-1)
         place += _aligned(piece.numel())
-    return _all_gather(world.group, message).unflatten(0, (world.size, -1)), room
+    return all_gather(world.group, message).unflatten(0, (world.size, -1)), room
 
 
 def check_group(group: Any, gather: Any = True) -> None:
@@ -341,195 +339,23 @@ class _Total(torch.autograd.Function):
 # Collectives by the names that this torch has: 2.13 introduces shorter names and deprecates the longer ones.
 
 
-def _all_gather(group: Any, values: Tensor) -> Tensor:
+def all_gather(group: Any, values: Tensor) -> Tensor:
+    """The values [n, ...] of all processes, one after another; the same n in each."""
     result = values.new_empty(dist.get_world_size(group) * len(values), *values.shape[1:])
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(result, values, group=group)
     return result
 
 
-def _reduce_scatter(group: Any, values: Tensor) -> Tensor:
+def reduce_scatter(group: Any, values: Tensor) -> Tensor:
     result = values.new_empty(len(values) // dist.get_world_size(group), *values.shape[1:])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     scatter(result, values, group=group)
     return result
 
 
-def _padded(rows: Tensor, length: int) -> Tensor:
+def padded(rows: Tensor, length: int) -> Tensor:
     rows = rows.detach().resolve_neg()
     if len(rows) < length:
         rows = torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
     return rows.contiguous()
-
-
-# How contrasts are exchanged.
-
-
-class Gathered:
-    """Every process receives all contrasts: an all-gather of rows, and a reduce-scatter of their gradients.
-
-    arrived: the rows of all processes, if they have been gathered already.
-    """
-
-    def __init__(self, world: World, sizes: list[int], arrived: Tensor | None = None) -> None:
-        self.world, self.sizes, self.arrived = world, sizes, arrived
-        self.total = sum(sizes)
-        starts = [sum(sizes[:q]) for q in range(len(sizes))]
-        self.places: list[Place] = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-        self.own, self.processes = self.places[world.rank], world.size
-
-    def walk(self, rows: Tensor, alone: bool, visit: Visit) -> Any:
-        everyone = self._all_rows(rows)
-        for place in self._places(alone):
-            visit(place, None if alone and place == self.own else everyone[place])
-        return everyone
-
-    def _all_rows(self, rows: Tensor) -> Tensor:
-        return self.world.all_rows(rows, self.sizes) if self.arrived is None else self.arrived
-
-    def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
-        gradients = self.gradients(kept, alone, visit, dtype)
-        return None if gradients is None else self.summed(gradients)
-
-    def gradients(self, kept: Any, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
-        if not alone:
-            found = visit(slice(0, self.total), kept)
-            if dtype is None:
-                return None
-            return torch.zeros_like(kept, dtype=dtype) if found is None else found
-        gradients = None if dtype is None else torch.zeros_like(kept, dtype=dtype)
-        for place in self._places(alone):
-            found = visit(place, None if alone and place == self.own else kept[place])
-            if gradients is not None and found is not None:
-                gradients[place] = found
-        return gradients
-
-    def once(self, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
-        """`walk_back` without a walk before it."""
-        return self.walk_back(self._all_rows(rows), rows, alone, visit, dtype)
-
-    def _places(self, alone: bool) -> list[Place]:
-        if not alone:
-            return [slice(0, self.total)]
-        return [slice(0, self.own.start), self.own, slice(self.own.stop, self.total)]
-
-    def spread(self, values: Tensor) -> Tensor:
-        return self.world.all_rows(values.movedim(-1, 0), self.sizes).movedim(0, -1).contiguous()
-
-    def spread_rows(self, values: Sequence[Tensor]) -> list[Tensor]:
-        pieces = [_as_bytes(part) for part in values]
-        arrived = self.world.all_rows(torch.cat(pieces, 1), self.sizes).split([part.shape[1] for part in pieces], 1)
-        return [
-            part.contiguous().view(like.dtype).reshape(-1, *like.shape[1:])
-            for part, like in zip(arrived, values, strict=True)
-        ]
-
-    def collect(self, values: Tensor) -> Tensor:
-        k, own = len(values), self.sizes[self.world.rank]
-        sent = torch.cat([values[:, self.places[q]].reshape(-1) for q in range(self.world.size)])
-        return self._traded(sent, [k * size for size in self.sizes]).view(self.world.size, k, own)
-
-    def everyone(self, values: Tensor) -> Tensor:
-        return _all_gather(self.world.group, values).view(self.world.size, -1)
-
-    def summed_with(self, values: Sequence[Tensor], number: Tensor) -> tuple[list[Tensor], Tensor]:
-        rows = [part.flatten(1) if part.dim() > 1 else part[:, None] for part in values]
-        numbers = number.reshape(1)
-        if not rows or sum(part.numel() for part in rows) * number.itemsize > MOST_BYTES_OF_ALL:
-            return [self.summed(part) for part in values], self.everyone(numbers)[:, 0]
-        own, lengths = self.sizes[self.world.rank], [part.shape[1] for part in rows]
-        sent = torch.cat([part for q in self.places for part in (*(of_all[q].flatten() for of_all in rows), numbers)])
-        received = self._traded(sent, [sum(lengths) * size + 1 for size in self.sizes])
-        sums = received[:, :-1].sum(0).split([own * length for length in lengths])
-        shapes = [(own, *part.shape[1:]) for part in values]
-        return [part.reshape(shape) for part, shape in zip(sums, shapes, strict=True)], received[:, -1]
-
-    def _traded(self, sent: Tensor, lengths: list[int]) -> Tensor:
-        """An all-to-all: sends `lengths[q]` numbers to process q; receives [processes, length of the own]."""
-        size, own = self.world.size, lengths[self.world.rank]
-        received = sent.new_empty(size * own)
-        dist.all_to_all_single(received, sent, [own] * size, lengths, group=self.world.group)
-        return received.view(size, own)
-
-    def summed(self, values: Tensor) -> Tensor:
-        most = max(self.sizes)
-        if values.numel() == 0:
-            return values[self.own]
-        if values.device.type == "cpu":  # gloo would compute each sum on every process
-            rows = values.flatten(1) if values.dim() > 1 else values[:, None]
-            received = self._traded(rows.contiguous().view(-1), [rows.shape[1] * size for size in self.sizes])
-            return received.sum(0).reshape(-1, *values.shape[1:])
-        if min(self.sizes) < most:
-            values = torch.cat([_padded(values[self.places[q]], most) for q in range(self.world.size)])
-        return _reduce_scatter(self.world.group, values)[: self.sizes[self.world.rank]]
-
-
-class Ring(Gathered):
-    """Each process passes its current block to the next process while it computes on it; it holds two blocks."""
-
-    def walk(self, rows: Tensor, alone: bool, visit: Visit) -> None:
-        for q, block in self._passing(rows):
-            visit(self.places[q], None if alone and q == self.world.rank else block)
-
-    def walk_back(self, kept: Any, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
-        """A block's gradient follows the block, one step behind, and reaches its own process after the last step."""
-        size = self.world.size
-        width = rows.shape[1]
-        home = None if dtype is None else rows.new_zeros(len(rows), width, dtype=dtype)
-        arriving: tuple[Tensor, Callable[[], None]] | None = None
-        for step, (q, block) in enumerate(self._passing(rows)):
-            found = visit(self.places[q], None if alone and step == 0 else block)
-            if home is None or dtype is None:
-                continue
-            if step == 0:
-                if found is not None:
-                    home += found
-                continue
-            gradient = rows.new_zeros(self.sizes[q], width, dtype=dtype) if found is None else found.contiguous()
-            if arriving is not None:
-                arriving[1]()
-                gradient = gradient.add_(arriving[0])
-            # The previous process sends the gradient of the block that arrives here next; in the last step, of this
-            # process's own block.
-            arriving = self._pass_on(gradient, rows.new_empty(self.sizes[(q - 1) % size], width, dtype=dtype))
-        if home is not None and arriving is not None:
-            arriving[1]()
-            home += arriving[0]
-        return home
-
-    def once(self, rows: Tensor, alone: bool, visit: Visit, dtype: torch.dtype | None) -> Tensor | None:
-        return self.walk_back(None, rows, alone, visit, dtype)
-
-    def _passing(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Rank and rows of each block: this process's own, then its predecessor's, and so on."""
-        rank, size = self.world.rank, self.world.size
-        block = rows.detach().resolve_neg().contiguous()
-        for step in range(size):
-            q = (rank - step) % size
-            following = None
-            if step + 1 < size:
-                following = self._pass_on(block, rows.new_empty(self.sizes[(q - 1) % size], rows.shape[1]))
-            yield q, block
-            if following is not None:
-                following[1]()
-                block = following[0]
-
-    def _pass_on(self, sent: Tensor, received: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Sends to the next process and receives from the previous one: the received tensor, and a function to wait."""
-        world = self.world
-        transfers = []
-        if sent.numel():
-            transfers.append(dist.P2POp(dist.isend, sent, self._peer(world.rank + 1), world.group))
-        if received.numel():
-            transfers.append(dist.P2POp(dist.irecv, received, self._peer(world.rank - 1), world.group))
-        pending = dist.batch_isend_irecv(transfers) if transfers else []
-
-        def wait() -> None:
-            for transfer in pending:
-                transfer.wait()
-            transfers.clear()  # keeps the sent tensor alive until here
-
-        return received, wait
-
-    def _peer(self, rank: int) -> int:
-        return dist.get_global_rank(self.world.group, rank % self.world.size)

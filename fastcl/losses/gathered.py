@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import Gathered, Property, Ring, World, dtype_name, few
+from ..distributed import Property, World, dtype_name, few
+from ..exchange import Gathered, Ring
 from ..ops.backends.choose import choose_backend
 from ..ops.contrastive.block_mean import BlockMean, sent_bytes
 from ..ops.contrastive.blocks import BlockStats, Call

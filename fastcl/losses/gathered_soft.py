@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import Gathered, Ring
+from ..exchange import Gathered, Ring
 from ..ops.contrastive.blocks import Place
 from ..ops.contrastive.records import Problem, Rows
 from ..ops.library import once_differentiable, uncompiled

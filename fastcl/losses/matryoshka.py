@@ -7,11 +7,15 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, finite_number
 from ..memory_state import Memory
 from ..ops.backends.rows import unit, unit_rows
+from .cluster import ClusterInfoNCE
+from .options import options_of
+from .prefixes import one_sweep
 
 # Arguments of losses that are no rows, although they may be matrices.
 NO_ROWS = ("assignments", "contrast_assignments", "guide", "weights", "contrast_bias", "logit_scale", "temperature")
@@ -88,6 +92,9 @@ class MatryoshkaLoss(nn.Module):
         width = first.shape[-1]
         if max(self.dims) > width:
             raise ValueError(f"dims: expected numbers of at most {width}, the length of the rows, got {max(self.dims)}")
+        found = self._one_sweep(args, kwargs)
+        if found is not None:
+            return found
         names = self._names(len(args))
         total, others = None, {}
         for d, weight in zip(self.dims, self.weights, strict=True):
@@ -103,6 +110,26 @@ class MatryoshkaLoss(nn.Module):
             total = found * weight if total is None else total + found * weight
         return (total, others) if others else total
 
+    def _one_sweep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The loss of all dims from one sweep, where `prefixes.one_sweep` takes the call."""
+        loss = self.criterion
+        if torch.compiler.is_compiling() or type(loss) is not ClusterInfoNCE or _is_hooked(loss):
+            return None
+        given = dict(zip(("embeddings",), args, strict=False)) | kwargs
+        if len(args) > 1 or not {"embeddings", "contrasts"} <= given.keys() <= {
+            "embeddings",
+            "contrasts",
+            "temperature",
+        }:
+            return None
+        temperature = given.get("temperature")
+        temperature = loss.temperature if temperature is None else temperature
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float, Tensor)):
+            return None
+        return one_sweep(
+            options_of(loss), temperature, given["embeddings"], given["contrasts"], self.dims, self.weights
+        )
+
     def _names(self, count: int) -> list[str]:
         """The names of the criterion's first arguments; "" where it has none."""
         call = self.criterion.forward if isinstance(self.criterion, nn.Module) else self.criterion
@@ -114,6 +141,11 @@ class MatryoshkaLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dims={list(self.dims)}, weights={list(self.weights)}"
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a hook expects a call for each prefix."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 class _Prefix:

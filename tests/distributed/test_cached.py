@@ -184,6 +184,21 @@ def test_frozen_encoders_run_once_and_empty_batches_work() -> None:
         assert not CachedStep(encoder, loss, chunk_size=3)(rows(6), torch.arange(6) // 2).requires_grad
 
 
+def test_batch_normalisation_sees_chunks_twice() -> None:
+    """In training mode. In evaluation mode the gradients are those of the plain step."""
+    x, labels, loss = rows(8), torch.arange(8) // 2, fastcl.SupConLoss()
+    norm = nn.BatchNorm1d(5, dtype=F64)
+    encoder = nn.Sequential(norm, Encoder())
+    cached_step(encoder, x, lambda z: loss(z, labels), chunk_size=4)
+    assert norm.num_batches_tracked == 4
+    gradients = []
+    for size in (8, 4):
+        encoder.zero_grad()
+        cached_step(encoder.eval(), x, lambda z: loss(z, labels), chunk_size=size)
+        gradients.append(learned(encoder))
+    same(*gradients)
+
+
 def test_second_derivatives_raise() -> None:
     encoder = Encoder()
     value = CachedStep(encoder, fastcl.SupConLoss(), chunk_size=3)(rows(6), torch.arange(6) // 2)

@@ -24,7 +24,7 @@ LAYERS = (
     ("fastcl.guide", "fastcl.tags"),
     ("fastcl.statistics", "fastcl.sinkhorn", "fastcl.neighbors", "fastcl.memory_state"),
     ("fastcl.memory", "fastcl.distributed", "fastcl.quality"),
-    ("fastcl.clustering",),
+    ("fastcl.clustering", "fastcl.exchange"),
     ("fastcl.losses",),
     ("fastcl.functional", "fastcl.metric_learning"),
     ("fastcl",),

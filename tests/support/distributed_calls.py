@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import fastcl
+from fastcl import distributed, exchange
 from fastcl.functional import cluster_infonce
 from tests.support.distributed_cases import (
     BF16,
@@ -302,6 +303,8 @@ def collectives(rank: int, world: int) -> dict[str, int]:
             x, c, contrasts=y, ids=c, contrast_ids=c, contrast_bias=bias, gather=True
         ),
     }
+    rows = torch.arange(n * 5.0).view(n, 5)
+    calls = {"rows": (rows, rows.short()), "more rows": (rows.repeat(5, 9), rows), "rows again": (rows, rows.short())}
     try:
         for name, function in there.items():
             setattr(dist, name, counted(function))
@@ -310,10 +313,50 @@ def collectives(rank: int, world: int) -> dict[str, int]:
                 count = 0
                 step().backward()
             results[name] = count
+        for name, given in calls.items():
+            count = 0
+            found = fastcl.distributed.gather_rows(*given)
+            results[name] = count
+            width, times = given[0].shape[1], len(given[0]) // max(n, 1)
+            every = [torch.arange(k * 5.0).view(k, 5).repeat(times or 1, width // 5) for k in SAMPLES[world]]
+            if times:
+                assert torch.equal(found[0], torch.cat(every)), name
     finally:
         for name, function in there.items():
             setattr(dist, name, function)
     return results
+
+
+def large(rank: int, world: int) -> list[dict[str, Any]]:
+    """Losses and their gradients, as small batches are exchanged and as large ones are."""
+    n, g = SAMPLES[world][rank], generator(rank)
+    x, y, z = (torch.randn(n, 3, dtype=F64, generator=g).requires_grad_() for _ in range(3))
+    temperature = torch.tensor(0.3, dtype=F64).requires_grad_()
+    bias, c = torch.randn(n, dtype=F64, generator=g).requires_grad_(), torch.randint(-1, 3, (n,), generator=g)
+    how = {"gather": True, "temperature": temperature}
+    calls: dict[str, Callable[[], Tensor]] = {
+        "both ways": lambda: cluster_infonce(x, c, contrasts=y, contrast_bias=bias, symmetric=True, **how),
+        "decoupled": lambda: cluster_infonce(x, c, contrasts=y, denominator="negatives", symmetric=True, **how),
+        "views": lambda: cluster_infonce(torch.stack((x, y), 1), c, **how),
+        "positives": lambda: cluster_infonce(x, c, contrasts=y, positives=z, ids=c, contrast_ids=c + 1, **how),
+    }
+    leaves, results = (x, y, z, bias, temperature), []
+    limits = distributed.MOST_BYTES, distributed.MOST_BYTES_OF_ALL
+    try:
+        for most in (*limits, 0):
+            distributed.MOST_BYTES = distributed.MOST_BYTES_OF_ALL = exchange.MOST_BYTES_OF_ALL = most
+            found = {}
+            for name, call in calls.items():
+                value = call()
+                found[name] = (
+                    value.detach(),
+                    *torch.autograd.grad(value, leaves, materialize_grads=True, allow_unused=True),
+                )
+            results.append(found)
+    finally:
+        distributed.MOST_BYTES, distributed.MOST_BYTES_OF_ALL = limits
+        exchange.MOST_BYTES_OF_ALL = limits[1]
+    return results[1:]
 
 
 def not_a_number(rank: int, world: int) -> dict[str, Tensor]:
@@ -377,6 +420,6 @@ def light_weights(rank: int, world: int) -> Tensor:
 def everything(rank: int, world: int) -> dict[str, Any]:
     subjects = (
         run_infonce, run_others, accumulated, queues, memories, disagreements, own_errors, compiled, penalised,
-        collectives, not_a_number, light_weights, unequal, meshed, observed,
+        collectives, large, not_a_number, light_weights, unequal, meshed, observed,
     )  # fmt: skip
     return {work.__name__: work(rank, world) for work in subjects}

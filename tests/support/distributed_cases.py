@@ -346,22 +346,33 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def unequal(rank: int, world: int) -> dict[Any, bool]:
-    """Whether a loss whose gradient comes with its forward is right if processes multiply it by different factors."""
+    """Whether losses are right if processes multiply them by different factors.
+
+    Their gradients come with the forward, or are computed for equal factors first.
+    """
     g = generator(rank)
     x, y = (torch.randn(SAMPLES[world][rank], 4, dtype=F64, generator=g).requires_grad_() for _ in range(2))
     temperature, bias = (torch.tensor(value, dtype=F64).requires_grad_() for value in (0.3, -1.0))
-    leaves = [x, y, temperature, bias]
     results = {}
     for mode in MODES:
-        loss = fastcl.SigmoidLoss(temperature, bias, reduction="sum", gather=mode)(x, contrasts=y)
-        found = torch.autograd.grad(loss * (rank + 1), leaves, retain_graph=True)
-        again = torch.autograd.grad(loss * (rank + 1), leaves)
-        terms = fastcl.SigmoidLoss(temperature, bias, reduction="none", gather=mode)(x, contrasts=y)
-        expected = torch.autograd.grad(terms.sum() * world * (rank + 1), leaves)
-        results[mode] = all(
-            torch.allclose(a, c, rtol=1e-10, atol=1e-10) and torch.equal(a, b)
-            for a, b, c in zip(found, again, expected, strict=True)
-        )
+        for kind in ("sigmoid", "both ways"):
+
+            def loss(reduction: str, mode: Any = mode, kind: str = kind) -> Tensor:
+                how = {"reduction": reduction, "gather": mode}
+                if kind == "sigmoid":
+                    return fastcl.SigmoidLoss(temperature, bias, **how)(x, contrasts=y)
+                return fastcl.ClusterInfoNCE(temperature, symmetric=True, **how)(x, contrasts=y)
+
+            leaves = [x, y, temperature, bias][: 4 if kind == "sigmoid" else 3]
+            value = loss("sum" if kind == "sigmoid" else "mean")
+            found = torch.autograd.grad(value * (rank + 1), leaves, retain_graph=True)
+            again = torch.autograd.grad(value * (rank + 1), leaves)
+            count = 1 if kind == "sigmoid" else sum(SAMPLES[world])
+            expected = torch.autograd.grad(loss("none").sum() * world / count * (rank + 1), leaves)
+            results[kind, mode] = all(
+                torch.allclose(a, c, rtol=1e-10, atol=1e-10) and torch.equal(a, b)
+                for a, b, c in zip(found, again, expected, strict=True)
+            )
     return results
 
 
@@ -384,7 +395,7 @@ def queues(rank: int, world: int) -> dict[str, Any]:
     """Queues that are fed with gathered rows; each process brings its own, in different numbers."""
     g = generator(rank)
     queue = fastcl.MemoryQueue(11, 3, clusters=True, ids=True)
-    for _ in range(3):
+    for _ in range(3):  # the first time in several collectives, then in one
         n = SAMPLES[world][rank]
         z = torch.randn(n, 3, generator=g, requires_grad=True)
         found = fastcl.distributed.gather_rows(z, torch.randint(0, 4, (n,), generator=g), torch.full((n,), rank))

@@ -1,7 +1,7 @@
 """Statistics over blocks of contrasts, such as those of other processes.
 
 The forward sweeps each block and merges the sums. The backward sweeps the blocks again, with the merged sums. An
-`Exchange` (`fastcl.distributed`) brings the blocks and returns their gradients to the processes that own them.
+`Exchange` (`fastcl.exchange`) brings the blocks and returns their gradients to the processes that own them.
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ def prototype_cross_entropy(
     .. math:: l_i = - \sum_k q_{ik} \log \mathrm{softmax}_k (s_i / T_s), \qquad
               q_i = \mathrm{softmax} ((t_i + g) / T_t)
 
-    The teacher gets no gradient. Forward and backward each read the scores once; the only other N x K matrix is the
-    student's gradient. From features no N x K matrix exists: scores are formed for a block of rows at a time.
+    A score s of -inf contributes 0 where q is 0; where it is not, the loss is infinite. The teacher gets no gradient.
+    Forward and backward each read the scores once; the only other N x K matrix is the student's gradient. From features
+    no N x K matrix exists: scores are formed for a block of rows at a time.
 
     Args:
         student: scores ``[N, K]``; or a tuple (features ``[N, D]``, prototypes ``[K, D]``), whose scores are their

@@ -25,7 +25,6 @@ from tests.support.distributed_cases import (
     queues,
     run_infonce,
     run_others,
-    unequal,
 )
 from tests.support.strategies import generator
 
@@ -324,6 +323,37 @@ def collectives(rank: int, world: int) -> dict[str, int]:
     finally:
         for name, function in there.items():
             setattr(dist, name, function)
+    return results
+
+
+def unequal(rank: int, world: int) -> dict[Any, bool]:
+    """Whether losses are right if processes multiply them by different factors.
+
+    Their gradients come with the forward, or are computed for equal factors first.
+    """
+    g = generator(rank)
+    x, y = (torch.randn(SAMPLES[world][rank], 4, dtype=F64, generator=g).requires_grad_() for _ in range(2))
+    temperature, bias = (torch.tensor(value, dtype=F64).requires_grad_() for value in (0.3, -1.0))
+    results = {}
+    for mode in MODES:
+        for kind in ("sigmoid", "both ways"):
+
+            def loss(reduction: str, mode: Any = mode, kind: str = kind) -> Tensor:
+                how = {"reduction": reduction, "gather": mode}
+                if kind == "sigmoid":
+                    return fastcl.SigmoidLoss(temperature, bias, **how)(x, contrasts=y)
+                return fastcl.ClusterInfoNCE(temperature, symmetric=True, **how)(x, contrasts=y)
+
+            leaves = [x, y, temperature, bias][: 4 if kind == "sigmoid" else 3]
+            value = loss("sum" if kind == "sigmoid" else "mean")
+            found = torch.autograd.grad(value * (rank + 1), leaves, retain_graph=True)
+            again = torch.autograd.grad(value * (rank + 1), leaves)
+            count = 1 if kind == "sigmoid" else sum(SAMPLES[world])
+            expected = torch.autograd.grad(loss("none").sum() * world / count * (rank + 1), leaves)
+            results[kind, mode] = all(
+                torch.allclose(a, c, rtol=1e-10, atol=1e-10) and torch.equal(a, b)
+                for a, b, c in zip(found, again, expected, strict=True)
+            )
     return results
 
 

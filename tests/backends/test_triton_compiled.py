@@ -216,7 +216,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SOME_RULED = {
-    (90, "bfloat16", "ieee", 128): [("ruled_forward", "guide"), ("ruled_backward", "two sets")],
+    (90, "bfloat16", "ieee", 128): [("ruled_forward", "guide")],
     (80, "float16", "ieee", 128): [("ruled_backward", "guide of the columns")],
     (100, "float32", "tf32x3", 64): [("ruled_observation", "self-contrast")],
 }

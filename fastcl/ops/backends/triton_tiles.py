@@ -61,7 +61,7 @@ def tile(
     """
     if kind in RULED:
         found = tile(RULED[kind], architecture, dtype, d, True, tf32, interpreted, split)
-        return found if interpreted else _ruled(kind, found, architecture)
+        return found if interpreted else _ruled(kind, found, architecture, dtype, d, tf32)
     sums = kind in ("weighted", "backward")
     if interpreted:
         part = d if d <= WHOLE // 2 else min(d & -d, 512)
@@ -133,12 +133,14 @@ def _half_sums(architecture: int, d: int, careful: bool) -> Tile:
     return Tile(64, 64, d, d, 8, 2)
 
 
-def _ruled(kind: str, shape: Tile, architecture: int) -> Tile:
-    # Every tile is masked: fewer warps would spill, and so would a backward with more than 1024 pairs in a tile. From
-    # sm_90 on tensor cores take 64 rows at once.
-    if kind == "ruled_backward" and shape.block_m > 32:
+def _ruled(kind: str, shape: Tile, architecture: int, dtype: torch.dtype, d: int, tf32: bool) -> Tile:
+    # Every tile is masked. Compiling showed which shapes spill: most with four warps, and most backwards with more than
+    # 1024 pairs in a tile. From sm_90 on tensor cores take 64 rows at once.
+    fits = architecture >= 100 and dtype.itemsize == 2 and d > 64  # with fewer columns it would spill
+    if kind == "ruled_backward" and shape.block_m > 32 and not fits:
         shape = shape._replace(block_m=32) if architecture < 90 else shape._replace(block_n=16)
-    return shape._replace(warps=8)
+    four = kind == "ruled_forward" and architecture < 90 and dtype.itemsize > 2 and d == 64 and not tf32
+    return shape._replace(warps=4 if four else 8)
 
 
 def _single(kind: str, architecture: int, d: int, careful: bool) -> Tile:

@@ -66,7 +66,8 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
         "pmsn, else uniform)",
         choices=PRIORS,
     )
-    add("--temperature", "of the loss; cluster-ce has none", type=at_least(float, 1e-30, exclusive=True, below=1e30))
+    add("--temperature", "of the loss; cluster-ce and methods without negatives have none",
+        type=at_least(float, 1e-30, exclusive=True, below=1e30))  # fmt: skip
     add = group("images")
     add("--data", "digits, cifar10, cifar100, imagefolder or FILE.npz with images [n, h, w(, c)], uint8 or float in "
         "[0, 1], and labels [n]")  # fmt: skip

@@ -38,7 +38,8 @@ def _parser() -> Parser:
 
     parser = Parser(PROG, str(__doc__), EXAMPLES)
     group = parser.add_argument_group("comparison")
-    group.add_argument("--methods", help="which ones (default: all)", nargs="+", choices=list(METHODS))
+    group.add_argument("--methods", help=f"some of {', '.join(METHODS)} (default: all)", nargs="+",
+                       choices=list(METHODS), metavar="METHOD")  # fmt: skip
     group.add_argument("--seeds", help="runs of each (default: 3)", type=at_least(int, 1), metavar="COUNT")
     group.add_argument("--quick", help="2 epochs, 2 seeds unless said otherwise: to see that all works",
                        action="store_true")  # fmt: skip

@@ -173,10 +173,11 @@ def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], o
             check_n_clusters(contestant.n_clusters or 0, images)
         if base.batch_classes is not None:
             check_batch_classes(base.batch_classes, min(base.batch_size, len(images.train_labels)), images)
-        try:
-            fixed_clusters(str(chosen["auxiliary"].clusters), images)
-        except OptionError as error:
-            raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
+        if "auxiliary" in chosen:
+            try:
+                fixed_clusters(str(chosen["auxiliary"].clusters), images)
+            except OptionError as error:
+                raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
         data = fingerprint(images)
         for place, (name, contestant) in enumerate(chosen.items(), 1):
             folder = out / f"{contestant.folder}-seed{seed}"
@@ -192,13 +193,13 @@ def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], o
     return rows
 
 
-def _spread(values: Sequence[float], scale: float, sign: bool = False) -> str:
+def spread(values: Sequence[float], scale: float, sign: bool = False) -> str:
     """Mean and standard deviation over the seeds."""
     mean = f"{scale * np.mean(values):{'+' if sign else ''}.{1 if scale == 100 else 2}f}"
     return mean if len(values) == 1 else f"{mean} ± {scale * np.std(values, ddof=1):.{1 if scale == 100 else 2}f}"
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
     """A Markdown table whose columns also stand below each other on a terminal."""
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
@@ -212,21 +213,21 @@ def tables(rows: dict[str, Rows], chosen: dict[str, Contestant], base: Config) -
     titles = {"raw": ("", "raw pixels"), "untrained": ("", "untrained encoder")}
     titles |= {name: (contestant.loss, contestant.title) for name, contestant in chosen.items()}
     for name, title in titles.items():
-        accuracies = [_spread([row[probe] for row in rows[name]], 100) for probe in PROBES]
-        nats = [_spread([row[key] for row in rows[name]], 1) if name in chosen else "" for key in INFORMATION]
+        accuracies = [spread([row[probe] for row in rows[name]], 100) for probe in PROBES]
+        nats = [spread([row[key] for row in rows[name]], 1) if name in chosen else "" for key in INFORMATION]
         every.append([*title, *accuracies, *nats])
     differences = [["comparison", "difference", *PROBES.values()]]
     for what, pairs in COMPARISONS.items():
         for one, other in pairs:
             points = [[a[probe] - b[probe] for a, b in zip(rows[one], rows[other], strict=True)] for probe in PROBES]
             names = [f"{chosen[name].loss}, {chosen[name].title}" for name in (one, other)]
-            differences.append([what, " minus ".join(names), *(_spread(values, 100, sign=True) for values in points)])
+            differences.append([what, " minus ".join(names), *(spread(values, 100, sign=True) for values in points)])
     over = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
     what = f"{Path(base.data).stem}, {counted(base.epochs, 'epoch')}"
     return (
         f"Held-out accuracy in %, information in nats; {over}; {what}.\n\n"
-        f"{_aligned(every)}\n\nDifferences in points of accuracy, each of the same seed's two runs.\n\n"
-        f"{_aligned(differences)}\n"
+        f"{aligned(every)}\n\nDifferences in points of accuracy, each of the same seed's two runs.\n\n"
+        f"{aligned(differences)}\n"
     )
 
 
@@ -252,9 +253,6 @@ def _parser() -> Parser:
 def _check(base: Config, chosen: dict[str, Contestant], folder: Path) -> None:
     """Raise what can be refused before any image is read."""
     from fastcl.train.data import check_clusters
-    from fastcl.train.files import LOCK, PART
-    from fastcl.train.loop import usable_device
-    from fastcl.train.processes import Processes
 
     auxiliary = str(chosen["auxiliary"].clusters)
     if auxiliary in ("kmeans", "tags", "labels", "sinkhorn"):
@@ -263,6 +261,15 @@ def _check(base: Config, chosen: dict[str, Contestant], folder: Path) -> None:
         check_clusters(auxiliary)
     except OptionError as error:
         raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
+    check(base, folder)
+
+
+def check(base: Config, folder: Path) -> None:
+    """Raise where the options do not go together, the device cannot be used, or the folder is no comparison's."""
+    from fastcl.train.files import LOCK, PART
+    from fastcl.train.loop import usable_device
+    from fastcl.train.processes import Processes
+
     settle(base)
     usable_device(base.device, Processes())
     if folder.exists() and not folder.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastcl.train import Config, OptionError, counted, report
@@ -30,8 +30,9 @@ from fastcl.train.evaluate import (
 )
 from fastcl.train.files import append, load_checkpoint, save_checkpoint, write
 from fastcl.train.methods import kind_of
+from fastcl.train.methods.clustered import Clustered
 from fastcl.train.methods.clusterings import Clusters, cluster_ids, fixed_clusters, kmeans, renumbered
-from fastcl.train.methods.contrastive import ClusterPrediction, MoCo
+from fastcl.train.methods.contrastive import PIRL, ClusterPrediction, MoCo
 from fastcl.train.methods.method import Method
 from fastcl.train.methods.prototypes import PrototypeMethod, prototype_masses
 from fastcl.train.processes import Processes
@@ -119,6 +120,10 @@ class Run:
             options["classes"] = self._classes()
         if issubclass(kind, MoCo) and self.clusters is not None:
             options["tags"] = self.clusters.shape[1]
+        if issubclass(kind, (Clustered, PIRL)):
+            options["images"] = len(self.images.train_labels)
+        if issubclass(kind, Clustered):
+            options["n_clusters"] = self.config.n_clusters
         if self.config.prior is not None:
             options["masses"] = prototype_masses(self.config.prior, self.config.n_clusters, self.images.train_labels)
         return kind(shape, self.config.temperature, **options).to(self.device)
@@ -237,6 +242,10 @@ class Run:
         ):
             found = self.processes.from_first(self._kmeans)
             self.clusters = found if self.clusters is None else renumbered(found, cluster_ids(self.clusters))
+        if isinstance(self.method, Clustered) and epoch % config.renew == 0 and (epoch or self.method.renews_first):
+            self.method.renew(
+                torch.from_numpy(self.processes.from_first(self._projections)).to(self.device), config.seed
+            )
         # A method that draws random numbers draws the same ones after a resume.
         torch.manual_seed(config.seed * 1_000_003 + epoch + 1)
         self.method.train()
@@ -260,6 +269,11 @@ class Run:
         self._check_features(rows)
         labels: NDArray[np.int64] = kmeans(rows, self.config.n_clusters, self.config.seed).assignments.numpy()
         return labels
+
+    def _projections(self) -> NDArray[np.float32]:
+        rows = embed(nn.Sequential(self.method.encoder, self.method.projector), self.images.train_images, self.device)
+        self._check_features(rows)
+        return rows
 
     def _rate(self, step: int) -> float:
         total = self.config.epochs * self.steps

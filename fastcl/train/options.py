@@ -52,7 +52,8 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
         return add
 
     add = group("method")
-    add("--method", "what to train with", choices=list(METHODS))
+    # A metavar, because argparse never breaks its own list of choices.
+    add("--method", f"what to train with: {', '.join(METHODS)}", choices=list(METHODS), metavar="METHOD")
     add("--clusters", "kmeans (default where the method needs clusters; supcon: labels), attributes, tags (clinfonce, "
         "moco: images that share an attribute are positives), labels, sinkhorn (clinfonce: soft assignments to learned "
         "prototypes) or FILE.csv:COLUMN: one row per image in the order of the data, before any split; blank: no "
@@ -66,7 +67,8 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
         "pmsn, else uniform)",
         choices=PRIORS,
     )
-    add("--temperature", "of the loss; cluster-ce has none", type=at_least(float, 1e-30, exclusive=True, below=1e30))
+    add("--temperature", "of the loss; cluster-ce and methods without negatives have none",
+        type=at_least(float, 1e-30, exclusive=True, below=1e30))  # fmt: skip
     add = group("images")
     add("--data", "digits, cifar10, cifar100, imagefolder or FILE.npz with images [n, h, w(, c)], uint8 or float in "
         "[0, 1], and labels [n]")  # fmt: skip

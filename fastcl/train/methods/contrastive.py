@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcl import MemoryQueue
+from fastcl import ASCLLoss, MemoryBank, MemoryQueue, SampledNCELoss
+from fastcl.distributed import gather_rows
 from fastcl.train.methods.method import Method, apart, follow, slow_copy
 
 from ...distributed import World
@@ -105,6 +106,38 @@ class MoCo(QueueMethod):
         loss: Tensor = self.loss(queries, clusters, positives=keys.flip(1), contrasts=self.queue, ids=index)
         self.enqueue(keys, index, clusters)
         return loss
+
+
+class ASCL(QueueMethod):
+    """As MoCo; rows of the queue that a key finds similar are positives of its query too, in part."""
+
+    def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
+        super().__init__(image_shape, temperature, projection)
+        self.loss = ASCLLoss(temperature, teacher_temperature=temperature / 2, neighbors=5)
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        queries, keys = self.project(views), self.keys(views)
+        loss: Tensor = self.loss(queries.flatten(0, 1), keys.flip(1).flatten(0, 1), self.queue)
+        self.enqueue(keys, index)
+        return loss
+
+
+class PIRL(Method):
+    """Both views are near the image's row in a bank, a mean of earlier views, and far from rows of other images."""
+
+    def __init__(self, image_shape: torch.Size, temperature: float, images: int, projection: int = 128) -> None:
+        super().__init__(image_shape, temperature, projection)
+        self.bank = MemoryBank(images, projection)
+        self.loss = SampledNCELoss(temperature, num_negatives=256, form="pirl")
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        projections = self.project(views)
+        rows, places = gather_rows(projections[:, 0].float(), index)
+        if len(self.bank) == 0:  # there is nothing to contrast with yet
+            self.bank.update(places, rows)
+        losses = [self.loss(view, index, self.bank) for view in projections.unbind(1)]
+        self.bank.update(places, rows)
+        return torch.stack(losses).mean()
 
 
 class NNCLR(QueueMethod):

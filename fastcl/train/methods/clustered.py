@@ -1,0 +1,74 @@
+"""Methods that cluster the images by their projections, at several granularities, every --renew epochs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcl import ClusterInfoNCE, ProtoNCELoss, cluster_concentrations, kmeans
+from fastcl.train.methods.contrastive import QueueMethod
+from fastcl.train.methods.method import Method
+
+FINER = (1, 2, 4)  # times --n-clusters
+
+
+class Clustered(Method):
+    """Clusters of the training images by number: assignments, centroids and concentrations are buffers."""
+
+    renews_first = True  # before the first epoch too
+
+    def add_clusterings(self, images: int, n_clusters: int, projection: int = 128) -> None:
+        """Room for the clusterings of so many images."""
+        self.counts = sorted({min(times * n_clusters, images) for times in FINER})
+        for k in self.counts:
+            self.register_buffer(f"assignments_{k}", torch.full((images,), -1))
+            self.register_buffer(f"centroids_{k}", torch.zeros(k, projection))
+            self.register_buffer(f"concentrations_{k}", torch.ones(k))
+
+    def clusterings(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Assignments ``[n]``, centroids ``[k, D]`` and concentrations ``[k]`` for each k."""
+        names = ("assignments", "centroids", "concentrations")
+        return [(*(getattr(self, f"{name}_{k}") for name in names),) for k in self.counts]
+
+    def renew(self, projections: Tensor, seed: int) -> None:
+        rows = F.normalize(projections, dim=1)
+        for k, (assignments, centroids, concentrations) in zip(self.counts, self.clusterings(), strict=True):
+            found = kmeans(rows, k, spherical=True, generator=torch.Generator().manual_seed(seed))
+            assignments.copy_(found.assignments)
+            centroids.copy_(found.centroids)
+            concentrations.copy_(cluster_concentrations(rows, found))
+
+
+class DeepCluster(Clustered):
+    """A view is classified: which centroid of each clustering is its image's."""
+
+    def __init__(self, image_shape: torch.Size, temperature: float, images: int, n_clusters: int) -> None:
+        super().__init__(image_shape, temperature)
+        self.loss = ClusterInfoNCE(temperature)
+        self.add_clusterings(images, n_clusters)
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        rows, own = self.project(views).flatten(0, 1), index.repeat_interleave(views.shape[1])
+        losses = []
+        for assignments, centroids, _ in self.clusterings():
+            classes = torch.arange(len(centroids), device=rows.device)
+            losses.append(self.loss(rows, assignments[own], contrasts=centroids, contrast_clusters=classes))
+        return torch.stack(losses).mean()
+
+
+class PCL(Clustered, QueueMethod):
+    """MoCo, and each view lies near the centroids of its image's clusters, from the first renewal on."""
+
+    renews_first = False
+
+    def __init__(self, image_shape: torch.Size, temperature: float, images: int, n_clusters: int) -> None:
+        super().__init__(image_shape, temperature)
+        self.prototypical = ProtoNCELoss()
+        self.add_clusterings(images, n_clusters)
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        queries, keys = self.project(views), self.keys(views)
+        loss: Tensor = self.loss(queries, positives=keys.flip(1), contrasts=self.queue, ids=index)
+        self.enqueue(keys, index)
+        own = index.repeat_interleave(views.shape[1])
+        terms = [self.prototypical(queries.flatten(0, 1), ids[own], *found) for ids, *found in self.clusterings()]
+        return loss + torch.stack(terms).mean()

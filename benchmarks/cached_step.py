@@ -58,7 +58,7 @@ def measure(chunk: int) -> dict[str, Any]:
     step = plain if chunk == PLAIN else cached
     extra = high_water(step, tuple(encoder.parameters()))
     plain()
-    samples = alternate({"step": step, "plain": plain}, clock_timer())
+    samples = alternate({"step": step, "plain": plain}, clock_timer(), rounds=(3, 9), seconds=10.0)
     return {"chunk": chunk, "extra": extra, **{name: samples.percentiles(name)[1] for name in ("step", "plain")}}
 
 

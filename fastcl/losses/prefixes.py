@@ -4,8 +4,8 @@ It runs in plain PyTorch, in blocks of rows, in place of the backend `chunked` o
 two sets of float32 rows, of which contrast i is the positive of anchor i. In the backward the columns between two
 prefixes have one product, with the sum of the weights of all longer prefixes.
 
-The backend `cpu` keeps the loop. Its epilogue runs on registers, and on several threads it needs no barrier for each
-operation (`python -m benchmarks.matryoshka`).
+The backend `cpu` keeps the loop: its sweeps are fused, and beside them this one gains little or nothing
+(`python -m benchmarks.matryoshka`).
 """
 
 from __future__ import annotations

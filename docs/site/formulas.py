@@ -13,7 +13,7 @@ DISPLAYED = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    content = INLINE.sub(lambda match: _formula(match[1], "inline"), content)
+    content = INLINE.sub(lambda match: f'<span class="formula">{_formula(match[1], "inline")}</span>', content)
     return DISPLAYED.sub(lambda match: f'<div class="formula">{_formula(match[1], "block")}</div>', content)
 
 

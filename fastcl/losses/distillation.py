@@ -20,12 +20,13 @@ from ..checks import (
     check_tensor,
     finite_number,
     plain_number,
+    values_visible,
 )
 from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..sinkhorn import column_potential
 from .modules import ExactModule, GroupModule, shown_number
 from .priors import GivenPrior, Prior, global_share, process_group
-from .prototype_cross_entropy import Pair, crossed, dtype_of, inverse_temperatures, prototype_cross_entropy
+from .prototype_cross_entropy import Pair, crossed, dtype_of, inverse_temperatures, prototype_cross_entropy, sides
 
 CENTERINGS = ("sinkhorn", "mean")
 Crop = Tensor | Pair
@@ -79,20 +80,33 @@ class _Distillation(ExactModule, GroupModule):
     def _temperature(self, value: float | None) -> float:
         return self.teacher_temperature if value is None else plain_number("teacher_temperature", value)
 
-    def _checked(self, name: str, crop: Any) -> None:
-        scores = crop
-        if isinstance(crop, tuple) and len(crop) == 2:
-            for part in crop:
-                check_tensor(name, part)
-            scores = crop[1].detach().T
-        check_tensor(name, scores)
-        if scores.dim() != 2 or scores.shape[-1] != self.num_prototypes:
-            raise ValueError(f"{name}: expected {self.num_prototypes} prototypes, got shape {list(scores.shape)}")
-        if self.centering == "mean":
-            check_device(name, scores, self.center.device)
+    def _prior(self, student: Any, teacher: Any) -> Tensor | None:
+        """The prior of Sinkhorn, after checks of the crops: what may raise comes before any collective."""
+        found = sides(student, teacher)
+        both = (
+            ("student", student, found.students, found.of_students),
+            ("teacher", teacher, found.teachers, found.of_teachers),
+        )
+        for side, given, crops, prototypes in both:
+            for number, crop in enumerate(crops):
+                name = f"{side}[{number}]" if isinstance(given, list) else side
+                k = crop.shape[1] if prototypes is None else len(prototypes)
+                if k != self.num_prototypes:
+                    raise ValueError(f"{name}: expected {self.num_prototypes} prototypes, got {k}")
+                if self.centering == "mean":
+                    check_device(name, crop, self.center.device)
+        return None if self.centering == "mean" else self.prior(self.num_prototypes, found.teachers[0].device)
 
-    def _agreed(self, call: str, world: World, rows: int, crops: Sequence[Crop], temperature: float) -> list[int]:
-        """Every process's number of rows; raises if the calls differ."""
+    def _agreed(
+        self,
+        call: str,
+        world: World,
+        sizes: dict[str, int],
+        crops: Sequence[Crop],
+        temperature: float,
+        **more: Property,
+    ) -> list[list[int]]:
+        """The sizes of every process; raises if the calls differ."""
         first = crops[0][0] if isinstance(crops[0], tuple) else crops[0]
         alike: dict[str, Property] = {
             "teacher's crops": len(crops),
@@ -105,24 +119,25 @@ class _Distillation(ExactModule, GroupModule):
             "center_momentum": self.center_momentum,
             "prior given": self.prior.given,
             "training": self.training,
+            **more,
         }
-        return world.agree(call, {"rows": rows}, alike, first.device)[0]
+        return world.agree(call, sizes, alike, first.device)
 
-    def _potential(self, crops: Sequence[Crop], temperature: float) -> Tensor | None:
-        """The column potential [K] of the teacher's crops together; None for no rows."""
+    def _potential(
+        self, crops: Sequence[Crop], rows_of_all: int, temperature: float, prior: Tensor | None
+    ) -> Tensor | None:
+        """The column potential [K] of the teacher's crops together; None if no process has rows."""
         if self.centering == "mean":
             return -self.center
-        group = process_group(self)
-        rows = [_rows(crop) for crop in crops]
-        if group is None and not sum(map(len, rows)):
+        if not rows_of_all:
             return None
         return column_potential(
-            rows,
+            [_rows(crop) for crop in crops],
             crops[0][1].detach() if isinstance(crops[0], tuple) else None,
             epsilon=temperature,
-            prior=self.prior(self.num_prototypes, rows[0].device),
+            prior=prior,
             n_iters=self.n_iters,
-            group=group,
+            group=process_group(self),
         )
 
     @torch.no_grad()
@@ -187,23 +202,22 @@ class DINOLoss(_Distillation):
         world = World.of(self.gather, self.group)
         try:
             for name, crops in (("student", student), ("teacher", teacher)):
-                if isinstance(crops, (Tensor, tuple)) or not isinstance(crops, Sequence) or not crops:
+                if isinstance(crops, (Tensor, tuple)) or not isinstance(crops, Sequence):
                     raise TypeError(f"{name}: expected a list of crops, got {type(crops).__name__}")
-                for number, crop in enumerate(crops):
-                    self._checked(f"{name}[{number}]", crop)
+            prior = self._prior(list(student), list(teacher))
             temperature = self._temperature(teacher_temperature)
         except Exception as error:
             tell_others(self.gather, error, student, group=self.group)
             raise
         rows = [len(_rows(student[0]))]
         if world is not None:
-            rows = self._agreed("DINOLoss", world, rows[0], teacher, temperature)
+            rows = self._agreed("DINOLoss", world, {"rows": rows[0]}, teacher, temperature)[0]
         loss = prototype_cross_entropy(
             list(student),  # type: ignore[arg-type]
             list(teacher),  # type: ignore[arg-type]
             student_temperature=self.student_temperature,
             teacher_temperature=temperature,
-            potential=self._potential(teacher, temperature),
+            potential=self._potential(teacher, sum(rows), temperature, prior),
         )
         self._update(teacher)
         return loss * global_share(world, rows)
@@ -237,30 +251,33 @@ class IBOTLoss(_Distillation):
     ) -> Tensor:
         world = World.of(self.gather, self.group)
         try:
-            self._checked("student", student)
-            self._checked("teacher", teacher)
+            for name, crop in (("student", student), ("teacher", teacher)):
+                if isinstance(crop, list):
+                    raise TypeError(f"{name}: expected scores or a tuple (features, prototypes), got list")
+            prior = self._prior(student, teacher)
             check_tensor("mask", mask)
             if mask.dtype != torch.bool or mask.dim() < 2:
                 raise TypeError(f"mask: expected a bool tensor [B, ...], got {mask.dtype} of shape {list(mask.shape)}")
             check_device("mask", mask, _rows(student).device)
             flat = mask.flatten(1)
-            counts = flat.sum(1)
-            weights = (1 / counts.clamp(min=1).double()).repeat_interleave(counts)
-            if len(weights) != len(_rows(student)):
-                raise ValueError(f"mask: expected {len(_rows(student))} masked patches, got {len(weights)}")
+            counts, patches = flat.sum(1), len(_rows(student))
+            if values_visible(mask) and int(counts.sum()) != patches:
+                raise ValueError(f"mask: expected {patches} masked patches, got {int(counts.sum())}")
+            weights = (1 / counts.clamp(min=1).double()).repeat_interleave(counts, output_size=patches)
             temperature = self._temperature(teacher_temperature)
         except Exception as error:
             tell_others(self.gather, error, student, group=self.group)
             raise
-        images = [len(mask)]
+        images, all_patches = [len(mask)], [patches]
         if world is not None:
-            images = self._agreed("IBOTLoss", world, len(mask), [teacher], temperature)
+            sizes = {"images": len(mask), "masked patches": patches}
+            images, all_patches = self._agreed("IBOTLoss", world, sizes, [teacher], temperature)
         loss = prototype_cross_entropy(
             student,
             teacher,
             student_temperature=self.student_temperature,
             teacher_temperature=temperature,
-            potential=self._potential([teacher], temperature),
+            potential=self._potential([teacher], sum(all_patches), temperature, prior),
             weights=weights,
             reduction="sum",
         )
@@ -330,21 +347,26 @@ class CapiLoss(_Distillation):
                     raise ValueError(f"index: expected shape {expected}, got {list(index.shape)}")
             if len(teacher) != len(student) or (index is None and list(teacher.shape[:2]) != expected):
                 raise ValueError(f"teacher: expected shape {[*expected, k]}, got {list(teacher.shape)}")
+            prior = self.prior(k, teacher.device)
         except Exception as error:
             tell_others(self.gather, error, student, group=self.group)
             raise
         patches = [student.shape[0] * student.shape[1]]
         if world is not None:
-            patches = self._agreed("CapiLoss", world, patches[0], [teacher], self.teacher_temperature)
+            sizes = {"patches": patches[0]}
+            temperature, positions = self.teacher_temperature, teacher.shape[1]
+            patches = self._agreed("CapiLoss", world, sizes, [teacher], temperature, positions=positions)[0]
         potential: Tensor | None = None
         if teacher.numel() or world is not None:
             potential = column_potential(
                 [teacher.transpose(0, 1)],
                 epsilon=self.teacher_temperature,
-                prior=self.prior(k, teacher.device),
+                prior=prior,
                 n_iters=self.n_iters,
                 group=process_group(self),
             )
+        if not student.numel():
+            return student.sum(dtype=dtype_of(student, teacher))
         goals = teacher.detach().reshape(-1, k)
         potentials = None if potential is None else potential.to(dtype_of(student, teacher))[None]
         places = None
@@ -416,16 +438,21 @@ def capi_loss(
     group: Any = None,
 ) -> Tensor:
     """The stateless form of :class:`CapiLoss`, which describes formula, shapes and errors."""
-    loss: Tensor = CapiLoss(
-        _count(teacher),
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-        n_iters=n_iters,
-        prior=prior,
-        gather=gather,
-        group=group,
-    )(student, teacher, index)
-    return loss
+    try:
+        loss = CapiLoss(
+            _count(teacher),
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            n_iters=n_iters,
+            prior=prior,
+            gather=gather,
+            group=group,
+        )
+    except Exception as error:
+        tell_others(gather, error, student, group=group)
+        raise
+    found: Tensor = loss(student, teacher, index)
+    return found
 
 
 def _stateless(
@@ -440,21 +467,25 @@ def _stateless(
     group: Any,
 ) -> DINOLoss | IBOTLoss:
     """A loss that is not in training, so that it does not move the centre."""
-    loss = kind(
-        _count(crop),
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-        centering="sinkhorn" if center is None else "mean",
-        n_iters=n_iters,
-        prior=prior,
-        gather=gather,
-        group=group,
-    )
-    if center is not None:
-        check_floating("center", center)
-        if center.shape != (loss.num_prototypes,):
-            raise ValueError(f"center: expected shape [{loss.num_prototypes}], got {list(center.shape)}")
-        loss.center = center.detach()
+    try:
+        loss = kind(
+            _count(crop),
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            centering="sinkhorn" if center is None else "mean",
+            n_iters=n_iters,
+            prior=prior,
+            gather=gather,
+            group=group,
+        )
+        if center is not None:
+            check_floating("center", center)
+            if center.shape != (loss.num_prototypes,):
+                raise ValueError(f"center: expected shape [{loss.num_prototypes}], got {list(center.shape)}")
+            loss.center = center.detach()
+    except Exception as error:
+        tell_others(gather, error, crop, group=group)
+        raise
     return loss.eval()
 
 

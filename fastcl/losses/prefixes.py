@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checks import values_visible
 from ..ops.backends.choose import choose_backend
 from ..ops.library import intercepted, once_differentiable, uncompiled, without_autocast
+from .formulas import log1p_exp
 from .options import LossOptions
 
 LARGEST_SCALE = 44.0  # exp(44) is in float32's range many times over, so that sums need no shift
@@ -53,7 +54,7 @@ def one_sweep(
     norms = [_inverse_norms(rows.detach(), lengths) for rows in (anchors, contrasts)]
     if not all(ORDINARY_NORMS[0] < float(bound) < ORDINARY_NORMS[1] for part in norms for bound in part.aminmax()):
         return None
-    scale = 1 / temperature if isinstance(temperature, Tensor) else anchors.new_tensor(1 / temperature)
+    scale = 1 / temperature.double() if isinstance(temperature, Tensor) else anchors.new_tensor(1 / temperature)
     call = _Call(tuple(lengths), tuple(factors), options.symmetric, *norms)
     found: Tensor = _Prefixes.apply(call, anchors, contrasts, scale.reshape(()).to(torch.float32))
     return found
@@ -130,7 +131,7 @@ class _Prefixes(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x, y, scale, positives, rows_sums, column_sums)
         sides = [rows_sums, column_sums] if call.both else [rows_sums]
-        losses = torch.stack([(sums * (-positives).exp()).log1p().mean(1) for sums in sides]).mean(0)
+        losses = torch.stack([log1p_exp(sums.log() - positives).mean(1) for sums in sides]).mean(0)
         return (losses * losses.new_tensor(call.factors)).sum()
 
     @staticmethod
@@ -146,9 +147,9 @@ class _Prefixes(torch.autograd.Function):
         _, of_x, of_y, _ = ctx.needs_input_grad
         count, n = len(call.dims), len(x)
         factors = grad * x.new_tensor(call.factors)[:, None] / (n * (2 if call.both else 1))
-        inverse = (-positives).exp()
-        of_rows = factors * inverse / (1 + row_sums * inverse)  # the derivative in an exponential
-        of_columns = factors * inverse / (1 + column_sums * inverse) if call.both else column_sums
+        powers = positives.exp()
+        of_rows = factors / (powers + row_sums)  # the derivative in an exponential
+        of_columns = factors / (powers + column_sums) if call.both else column_sums
         of_positives = -of_rows * row_sums
         if call.both:
             of_positives = of_positives - of_columns * column_sums

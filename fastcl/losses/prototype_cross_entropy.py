@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,26 +78,8 @@ def prototype_cross_entropy(
     learning of visual features by contrasting cluster assignments" (2020).
     """
     check_option("reduction", reduction, REDUCTIONS)
-    students, of_students = _side("student", student)
-    teachers, of_teachers = _side("teacher", teacher)
-    if (of_students is None) != (of_teachers is None):
-        kinds = ["scores" if x is None else "features and prototypes" for x in (of_students, of_teachers)]
-        raise ValueError(f"teacher: expected {kinds[0]} as for the student, got {kinds[1]}")
+    students, of_students, teachers, of_teachers, pairs = sides(student, teacher)
     n, k = _shape(students[0], of_students)
-    for name, crops, prototypes in (("student", students, of_students), ("teacher", teachers, of_teachers)):
-        for number, crop in enumerate(crops):
-            if _shape(crop, prototypes) != (n, k):
-                place = f"{name}[{number}]" if len(crops) > 1 else name
-                raise ValueError(f"{place}: expected {n} rows and {k} prototypes, got {list(_shape(crop, prototypes))}")
-            check_device(name, crop, students[0].device)
-        if prototypes is not None:
-            check_device(name, prototypes, students[0].device)
-    listed = isinstance(student, list), isinstance(teacher, list)
-    pairs = [
-        0.0 if listed[0] and listed[1] and a == b else 1.0 for b in range(len(students)) for a in range(len(teachers))
-    ]
-    if not any(pairs):
-        raise ValueError("student: expected a crop beside the teacher's, got one crop of each in the same place")
     dtype = dtype_of(*students, of_students, *teachers, of_teachers)
     scales = inverse_temperatures(student_temperature, teacher_temperature, students[0].device)
     potentials = _potentials(potential, len(teachers), n, k, dtype, students[0].device)
@@ -122,6 +104,41 @@ def prototype_cross_entropy(
     if reduction == "none":
         return values
     return values.sum() if reduction == "sum" else values.sum() / _total(values, weights)
+
+
+class Sides(NamedTuple):
+    """Student and teacher as tensors."""
+
+    students: list[Tensor]  # scores, or features
+    of_students: Tensor | None  # the prototypes of features
+    teachers: list[Tensor]
+    of_teachers: Tensor | None
+    pairs: list[float]  # whether each student's crop meets each teacher's
+
+
+def sides(student: Any, teacher: Any) -> Sides:
+    """The arguments of `prototype_cross_entropy`, checked."""
+    students, of_students = _side("student", student)
+    teachers, of_teachers = _side("teacher", teacher)
+    if (of_students is None) != (of_teachers is None):
+        kinds = ["scores" if x is None else "features and prototypes" for x in (of_students, of_teachers)]
+        raise ValueError(f"teacher: expected {kinds[0]} as for the student, got {kinds[1]}")
+    n, k = _shape(students[0], of_students)
+    for name, crops, prototypes in (("student", students, of_students), ("teacher", teachers, of_teachers)):
+        for number, crop in enumerate(crops):
+            if _shape(crop, prototypes) != (n, k):
+                place = f"{name}[{number}]" if len(crops) > 1 else name
+                raise ValueError(f"{place}: expected {n} rows and {k} prototypes, got {list(_shape(crop, prototypes))}")
+            check_device(name, crop, students[0].device)
+        if prototypes is not None:
+            check_device(name, prototypes, students[0].device)
+    listed = isinstance(student, list), isinstance(teacher, list)
+    pairs = [
+        0.0 if listed[0] and listed[1] and a == b else 1.0 for b in range(len(students)) for a in range(len(teachers))
+    ]
+    if not any(pairs):
+        raise ValueError("student: expected a crop beside the teacher's, got one crop of each in the same place")
+    return Sides(students, of_students, teachers, of_teachers, pairs)
 
 
 def _total(values: Tensor, weights: Tensor | None) -> Tensor | int:

@@ -67,6 +67,26 @@ def test_is_the_formula(
         assert (one.double() - right).norm() <= 1e-5 * right.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_far_positives_and_a_half_precision_temperature(dtype: torch.dtype, swept: list[bool]) -> None:
+    """Each anchor's positive lies opposite, all negatives on the anchor: exp(2 / temperature) overflows float32."""
+    x = torch.zeros(8, 23)
+    x[:, :: DIMS[0]] = 1
+    x += 0.01 * rows(8, 0)
+    y = torch.cat([-x[:1], x[1:]])
+    leaves = [x, y, torch.tensor(1 / 43.5, dtype=dtype)]
+    wide = [leaf.double().requires_grad_() for leaf in leaves]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with fastcl.use_backend("chunked"):
+        value = MatryoshkaLoss(fastcl.ClusterInfoNCE(), DIMS, WEIGHTS)(*leaves[:1], contrasts=y, temperature=leaves[2])
+    assert swept == [True]
+    right = formula(*wide, False)
+    torch.testing.assert_close(value.double(), right, rtol=1e-5, atol=0)
+    for one, gradient in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(right, wide), strict=True):
+        allowed = 1e-5 + (2**-8 if one.dtype == torch.bfloat16 else 0)
+        assert (one.double() - gradient).norm() <= allowed * gradient.norm()
+
+
 def test_only_needed_gradients_and_no_rounding_by_autocast(swept: list[bool]) -> None:
     x, y = rows(9, 0).requires_grad_(), rows(9, 1)
     loss = MatryoshkaLoss(fastcl.ClusterInfoNCE(), DIMS)

@@ -149,19 +149,26 @@ def cluster_concentrations(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_group(group)
-    temperature, alpha = plain_number("temperature", temperature), plain_number("alpha", alpha)
-    if not isinstance(clusters, KMeansResult):
-        raise TypeError(f"clusters: expected a KMeansResult, got {type(clusters).__name__}")
-    centroids, assignments = clusters.centroids, clusters.assignments
-    check_rows("rows", rows, like=centroids)
-    if len(rows) != len(assignments):
-        raise ValueError(f"rows: expected the {len(assignments)} rows of the clusters, got {len(rows)}")
+    try:
+        temperature, alpha = plain_number("temperature", temperature), plain_number("alpha", alpha)
+        if not isinstance(clusters, KMeansResult):
+            raise TypeError(f"clusters: expected a KMeansResult, got {type(clusters).__name__}")
+        centroids, assignments = clusters.centroids, clusters.assignments
+        check_rows("rows", rows, like=centroids)
+        if len(rows) != len(assignments):
+            raise ValueError(f"rows: expected the {len(assignments)} rows of the clusters, got {len(rows)}")
+    except Exception as error:
+        tell_others(group is not None, error, rows, group=group)
+        raise
+    world = World.of(group is not None, group)
+    if world is not None:
+        shape: dict[str, Property] = {"clusters": len(centroids), "dimension": centroids.shape[1]}
+        world.agree("cluster_concentrations", {}, {**shape, "temperature": temperature, "alpha": alpha}, rows.device)
     block = max(BLOCK.get(rows.device.type, LARGE_BLOCK) // rows.shape[1], 1)
     parts = zip(rows.detach().split(block), assignments.split(block), strict=True)
     distances = torch.cat([torch.linalg.vector_norm(part - centroids[own], dim=1) for part, own in parts])
     of_rows = torch.stack([distances, torch.ones_like(distances)], 1).double()
     sums = _summed(of_rows, assignments, len(centroids))
-    world = World.of(group is not None, group)
     total, counts = (sums if world is None else world.total(sums)).unbind(1)
     found = total / (counts.clamp(min=1) * (counts + alpha).log())
     several = counts > 1

@@ -33,8 +33,8 @@ class MatryoshkaLoss(nn.Module):
         loss(image, text, logit_scale).backward()
 
     Args:
-        criterion: a module or function: any loss of this library, or another one. Called once for each of the dims, so
-            with ``gather`` each of them has its own exchanges.
+        criterion: a module or function: any loss of this library, or another one. Called once for each of the dims,
+            unless one sweep computes all (docs/large_batches.md); with ``gather`` each of them has its own exchanges.
         dims: the lengths of prefixes, at least one, each >= 1 and at most that of the rows. In any order.
         weights: a finite number >= 0 for each of the dims; None: 1 each.
 

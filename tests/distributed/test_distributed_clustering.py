@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fastcl import cluster_concentrations, kmeans
+from fastcl import KMeansResult, cluster_concentrations, kmeans
 from tests.support.distributed_cases import spread
 from tests.support.strategies import generator
 
@@ -42,6 +42,14 @@ def refused(own: Tensor, **options: Any) -> str:
     return "nothing"
 
 
+def concentrations_refused(own: Tensor, clusters: KMeansResult) -> str:
+    try:
+        cluster_concentrations(own, clusters, group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def work(rank: int, world: int) -> dict[str, Any]:
     group = dist.group.WORLD
     own = rows().split(SIZES)[rank]
@@ -54,6 +62,7 @@ def work(rank: int, world: int) -> dict[str, Any]:
         "k": refused(own[:1], group=group),
         "rank": refused(own if rank else own[0], group=group),
         "options": refused(own, tol=float(rank), group=group),
+        "rows of another call": concentrations_refused(own if rank else own[:1], shared),
     }
 
 
@@ -96,4 +105,6 @@ def test_errors_reach_every_process() -> None:
     assert all(result["k"] == "k: expected at most the number of rows, 2, got 5" for result in found())
     assert found()[0]["rank"].startswith("rows: expected shape [N, D]")
     assert all("error on rank 0: ValueError: rows" in result["rank"] for result in found()[1:])
+    assert found()[0]["rows of another call"].startswith("rows: expected the")
+    assert all("error on rank 0: ValueError: rows" in result["rows of another call"] for result in found()[1:])
     assert all("tol = [0.0, 1.0, 2.0]" in result["options"] for result in found())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcl
-from fastcl import prototype_cross_entropy
+from fastcl import functional, prototype_cross_entropy
 from tests.support.backends import QUICK, running
 from tests.support.sinkhorn_oracle import swav_loop
 from tests.support.strategies import generator
@@ -205,6 +205,14 @@ def test_state(loss: torch.nn.Module) -> None:
     assert "teacher_temperature" in repr(loss)
 
 
+def test_ibot_compiles_in_one_graph() -> None:
+    loss = fastcl.IBOTLoss(6, centering="sinkhorn")
+    student, teacher = torch.randn(4, 6, generator=generator(0)), torch.randn(4, 6, generator=generator(1))
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(student, teacher, mask), loss(student, teacher, mask))
+
+
 def test_no_rows_and_not_a_number() -> None:
     empty = torch.zeros(0, 5, requires_grad=True)
     for loss in (
@@ -213,6 +221,10 @@ def test_no_rows_and_not_a_number() -> None:
         fastcl.DINOLoss(5, centering="sinkhorn")([empty, empty], [empty]),
     ):
         assert float(loss.detach()) == 0
+    predicted = torch.zeros(3, 0, 5, requires_grad=True)
+    loss = functional.capi_loss(predicted, torch.zeros(3, 4, 5), torch.zeros(3, 0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
     scores = torch.zeros(3, 5)
     scores[1, 2] = torch.nan
     for pair in ((scores, torch.zeros(3, 5)), (torch.zeros(3, 5), scores)):
@@ -244,7 +256,12 @@ S = torch.zeros(4, 6)
         (lambda: fastcl.DINOLoss(6, centering="median"), ValueError, "centering: expected one of"),
         (lambda: fastcl.DINOLoss(6)(S, [S]), TypeError, "student: expected a list"),
         (lambda: fastcl.DINOLoss(7)([S, S], [S]), ValueError, r"student\[0\]: expected 7 prototypes"),
+        (lambda: fastcl.DINOLoss(6)([], [S]), ValueError, "student: expected at least one crop"),
+        (lambda: functional.dino_loss([S.long()] * 2, [S]), TypeError, r"student\[0\]: expected float64"),
+        (lambda: functional.dino_loss([(S, S)] * 2, [(S[:, :5], S)]), ValueError, r"teacher\[0\]\[1\]: expected rows"),
+        (lambda: functional.ibot_loss(S, None, S > 0), TypeError, "teacher: expected a tensor"),
         (lambda: fastcl.IBOTLoss(6)(S, S, S), TypeError, "mask: expected a bool tensor"),
+        (lambda: fastcl.IBOTLoss(6)(S, S, torch.ones(2, 3) > 0), ValueError, "mask: expected 4 masked patches, got 6"),
         (lambda: fastcl.CapiLoss(6)(S, S), ValueError, "student: expected shape"),
         (lambda: fastcl.sinkhorn_potentials(S, S[:, :5]), ValueError, "prototypes: expected rows of dimension 6"),
         (lambda: fastcl.MSNLoss(entropy_weight=-1), ValueError, "entropy_weight: expected"),

@@ -69,4 +69,46 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     """By case, what `run` finds in this process, the model wrapped for averaging."""
     counts = SAMPLES[world]
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-    return {name: run(name, mine, True, nn.parallel.DistributedDataParallel) for name in CASES}
+    found: dict[str, Any] = {name: run(name, mine, True, nn.parallel.DistributedDataParallel) for name in CASES}
+    if world == 2:
+        found |= {"errors": {name: error_of(call, rank) for name, call in REFUSED.items()}, "empty": nothing()}
+    return found
+
+
+def scores(rows: int = 3, columns: int = PROTOTYPES) -> Tensor:
+    return torch.randn(rows, columns, generator=generator(5))
+
+
+REFUSED: dict[str, Callable[[int], Any]] = {  # calls that are wrong on rank 0
+    "rows": lambda rank: fastcl.DINOLoss(PROTOTYPES, gather=True)([scores(), scores(3 if rank else 5)], [scores()]),
+    "kinds": lambda rank: fastcl.DINOLoss(PROTOTYPES, centering="sinkhorn", gather=True)(
+        [scores(), scores()], [scores() if rank else (scores(), scores(PROTOTYPES))]
+    ),
+    "prior": lambda rank: fastcl.CapiLoss(PROTOTYPES, prior=torch.ones(PROTOTYPES + 1 - rank), gather=True)(
+        scores()[None], scores()[None]
+    ),
+    "positions": lambda rank: fastcl.functional.capi_loss(
+        scores(12).view(3 + rank, 4 - rank, -1), scores(12).view(3 + rank, 4 - rank, -1), gather=True
+    ),
+    "center": lambda rank: fastcl.functional.dino_loss(
+        [scores(), scores()], [scores()], center=torch.zeros(PROTOTYPES + 1 - rank), gather=True
+    ),
+}
+
+
+def error_of(call: Callable[[int], Any], rank: int) -> str:
+    try:
+        call(rank)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def nothing() -> list[float]:
+    """Losses of no rows in any process."""
+    empty, options = scores(0), {"centering": "sinkhorn", "gather": True}
+    unmasked = torch.zeros(2, 3, dtype=torch.bool)
+    return [
+        float(fastcl.DINOLoss(PROTOTYPES, **options)([empty, empty], [empty])),
+        float(fastcl.IBOTLoss(PROTOTYPES, **options)(empty, empty, unmasked)),
+    ]

@@ -427,8 +427,10 @@ def _centres(rows: Tensor, prototypes: Tensor) -> Tensor:
 
 def _log_softmax_(logits: Tensor) -> Tensor:
     """In place, in blocks of rows: another N x K matrix would be as large as the targets."""
-    step = len(logits) if torch.compiler.is_compiling() else max(BLOCK // logits.shape[1], 1)
-    for start in range(0, len(logits), max(step, 1)):
+    if torch.compiler.is_compiling():  # the number of rows may be dynamic, and that of blocks would fix it
+        return logits.log_softmax(1)
+    step = max(BLOCK // logits.shape[1], 1)
+    for start in range(0, len(logits), step):
         part = logits[start : start + step]
         part.copy_(part.log_softmax(1))
     return logits

@@ -7,7 +7,8 @@ import torch
 
 from fastcl.train.__main__ import main
 from fastcl.train.loop import Run
-from fastcl.train.methods.contrastive import MOMENTUM, NNCLR, MoCo
+from fastcl.train.methods.contrastive import NNCLR, MoCo
+from fastcl.train.methods.method import MOMENTUM
 from tests.support.training import options, weights
 
 

@@ -98,7 +98,7 @@ def test_how_many_parts(n, m, expected, monkeypatch) -> None:
     monkeypatch.setattr(triton_rows.Launch, "tile", lambda *_: shape)
     monkeypatch.setattr(triton_rows, "programs", lambda device: 132)
     anchors, contrasts = (triton_rows.SortedRows(torch.empty(k, 64), *[None] * 6) for k in (n, m))
-    launch = triton_rows.Launch(anchors, contrasts, {})
+    launch = triton_rows.Launch(anchors, contrasts, {}, False)
     assert launch.column_parts("weighted") == expected
 
 

@@ -396,10 +396,12 @@ def dino_loss(
     center: ``[K]``, taken off the teacher's scores and not moved. None: Sinkhorn's assignments.
     """
     crop = next((crops[0] for crops in (teacher, student) if isinstance(crops, Sequence) and crops), None)
-    loss: Tensor = _stateless(
-        DINOLoss, crop, center, student_temperature, teacher_temperature, n_iters, prior, gather, group
-    )(student, teacher)
-    return loss
+    loss = _stateless(
+        DINOLoss, crop, gather, group, center,
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature, n_iters=n_iters, prior=prior,
+    )  # fmt: skip
+    found: Tensor = loss(student, teacher)
+    return found
 
 
 def ibot_loss(
@@ -419,10 +421,12 @@ def ibot_loss(
 
     center: as for `dino_loss`.
     """
-    loss: Tensor = _stateless(
-        IBOTLoss, teacher, center, student_temperature, teacher_temperature, n_iters, prior, gather, group
-    )(student, teacher, mask)
-    return loss
+    loss = _stateless(
+        IBOTLoss, teacher, gather, group, center,
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature, n_iters=n_iters, prior=prior,
+    )  # fmt: skip
+    found: Tensor = loss(student, teacher, mask)
+    return found
 
 
 def capi_loss(
@@ -438,46 +442,24 @@ def capi_loss(
     group: Any = None,
 ) -> Tensor:
     """The stateless form of :class:`CapiLoss`, which describes formula, shapes and errors."""
-    try:
-        loss = CapiLoss(
-            _count(teacher),
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            n_iters=n_iters,
-            prior=prior,
-            gather=gather,
-            group=group,
-        )
-    except Exception as error:
-        tell_others(gather, error, student, group=group)
-        raise
+    loss = _stateless(
+        CapiLoss, teacher, gather, group,
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature, n_iters=n_iters, prior=prior,
+    )  # fmt: skip
     found: Tensor = loss(student, teacher, index)
     return found
 
 
 def _stateless(
-    kind: type[DINOLoss] | type[IBOTLoss],
-    crop: Any,
-    center: Tensor | None,
-    student_temperature: float,
-    teacher_temperature: float,
-    n_iters: int,
-    prior: Prior | None,
-    gather: bool,
-    group: Any,
-) -> DINOLoss | IBOTLoss:
+    kind: type[_Distillation], crop: Any, gather: bool, group: Any, center: Tensor | None = None, **options: Any
+) -> Any:
     """A loss that is not in training, so that it does not move the centre."""
+    if center is not None:
+        options["centering"] = "mean"
+    elif kind is not CapiLoss:
+        options["centering"] = "sinkhorn"
     try:
-        loss = kind(
-            _count(crop),
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            centering="sinkhorn" if center is None else "mean",
-            n_iters=n_iters,
-            prior=prior,
-            gather=gather,
-            group=group,
-        )
+        loss = kind(_count(crop), gather=gather, group=group, **options)
         if center is not None:
             check_floating("center", center)
             if center.shape != (loss.num_prototypes,):

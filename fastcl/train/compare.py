@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -296,10 +296,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = dataclasses.replace(DEFAULT, **{**({"epochs": 2, "renew": 1} if quick else {}), **given})
     chosen = contestants(auxiliary, list(dict.fromkeys(counts)))
     folder = Path(out or f"runs/compare-{Path(base.data).stem}{'-quick' if quick else ''}")
-    try:
+
+    def work() -> None:
         _check(base, chosen, folder)
         with claimed(folder):
             _report(measure(base, chosen, range(seeds), folder), chosen, base, folder)
+
+    return concluded(parser, work)
+
+
+def concluded(parser: Parser, work: Callable[[], None]) -> int:
+    """The exit code of work that goes on from where it was interrupted."""
+    try:
+        work()
     except WriteError as error:
         parser.error(f"{error}. The same command goes on from here")
     except OptionError as error:

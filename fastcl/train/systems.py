@@ -5,13 +5,24 @@ standard deviation over seeds.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastcl.command import INTERRUPTED, Parser, run
-from fastcl.train import Config, OptionError, WriteError, counted
-from fastcl.train.compare import BASELINES, DEFAULT, OPTIONS, PROBES, Contestant, Rows, aligned, check, measure, spread
+from fastcl.command import Parser, run
+from fastcl.train import Config, counted
+from fastcl.train.compare import (
+    BASELINES,
+    DEFAULT,
+    OPTIONS,
+    PROBES,
+    Contestant,
+    Rows,
+    aligned,
+    check,
+    concluded,
+    measure,
+    spread,
+)
 from fastcl.train.options import add_options, at_least, require_packages
 
 PROG = "python -m fastcl.train.systems"
@@ -61,21 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = dataclasses.replace(DEFAULT, **{**({"epochs": 2, "renew": 1} if quick else {}), **given})
     chosen = {name: Contestant(name) for name in methods or METHODS}
     folder = Path(out or f"runs/systems-{Path(base.data).stem}{'-quick' if quick else ''}")
-    try:
+
+    def work() -> None:
         check(base, folder)
         with claimed(folder):
             rows = measure(base, chosen, range(seeds or (2 if quick else 3)), folder)
             text = table({name: rows[name] for name in (*BASELINES, *chosen)}, base)
             write(folder / "systems.md", text)
             print(f"\n{text}\nwrote {folder}/systems.md")
-    except WriteError as error:
-        parser.error(f"{error}. The same command goes on from here")
-    except OptionError as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+
+    return concluded(parser, work)
 
 
 if __name__ == "__main__":

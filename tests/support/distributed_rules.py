@@ -96,8 +96,12 @@ def gist(name: str, gather: Any, mine: slice) -> dict[str, Tensor]:
     loss = GISTEmbedLoss(torch.nn.Parameter(torch.tensor(0.3, dtype=F64)), gather=gather, **GISTS[name])
     value = loss(*rows[:2], *guides[:2], *rows[2:], *guides[2:])
     value.backward()
-    gradients = {name: leaf.grad for name, leaf in leaves.items()}
-    return {"loss": value.detach(), **gradients, "temperature": loss.temperature.grad}  # type: ignore[dict-item]
+    leaves["temperature"] = loss.temperature
+    found = {"loss": value.detach()}
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        found[name] = leaf.grad
+    return found
 
 
 def disagreement(rank: int, gather: Any) -> list[str]:

@@ -123,7 +123,7 @@ def test_the_loss_is_that_of_tensors_with_the_same_rows_and_tags(
     plainly = arguments | {"contrasts": torch.cat(parts), "contrast_clusters": torch.cat(found_tags)}
     if "ids" in arguments:
         plainly["contrast_ids"] = torch.cat(found_ids)
-    if beside:  # a contrast without tags is nobody's positive, but a pair of tensors is one
+    if beside:  # row i of the tensors is a positive of anchor i, with tags or without
         arguments, plainly = (given | {"clusters": given["clusters"].clone()} for given in (arguments, plainly))
         for given in (arguments, plainly):
             given["clusters"][:, 0] = True

@@ -123,7 +123,7 @@ def test_the_loss_is_that_of_tensors_with_the_same_rows_and_tags(
     plainly = arguments | {"contrasts": torch.cat(parts), "contrast_clusters": torch.cat(found_tags)}
     if "ids" in arguments:
         plainly["contrast_ids"] = torch.cat(found_ids)
-    if beside:  # row i of the tensors is a positive of anchor i, with tags or without
+    if beside:  # a pair of tensors is positive without tags too, which contrast_clusters cannot say
         arguments, plainly = (given | {"clusters": given["clusters"].clone()} for given in (arguments, plainly))
         for given in (arguments, plainly):
             given["clusters"][:, 0] = True

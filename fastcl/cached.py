@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .checks import check_count, check_flag
-
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-else:  # torch is built without torch.distributed
-
-    class FSDPModule:  # type: ignore[no-redef]
-        pass
-
 
 Encode = Callable[[Any], Tensor] | tuple[Callable[[Any], Tensor], ...]
 
@@ -153,7 +145,7 @@ class CachedStep(nn.Module):
     @staticmethod
     def _check(encoder: nn.Module) -> None:
         for module in encoder.modules():
-            if isinstance(module, (DistributedDataParallel, FSDPModule)) or hasattr(module, "no_sync"):
+            if isinstance(module, DistributedDataParallel) or _is_sharded(module) or hasattr(module, "no_sync"):
                 raise ValueError(
                     "encode: expected modules without DDP and FSDP (wrap the CachedStep in DDP, or use cached_step), "
                     f"got {type(module).__name__}"
@@ -450,7 +442,13 @@ def _sharded(encoder: Any) -> list[Any]:
     """The modules of `fully_shard`."""
     if not isinstance(encoder, nn.Module):
         return []
-    return [module for module in encoder.modules() if isinstance(module, FSDPModule)]
+    return [module for module in encoder.modules() if _is_sharded(module)]
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied. Importing its package here would double the time to import fastcl."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _owned_parameters(loss: Tensor, encoders: Sequence[Any]) -> list[Tensor]:

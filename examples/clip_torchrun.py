@@ -27,10 +27,7 @@ class TwoTowers(nn.Module):
         return self.loss(self.upper(upper), contrasts=self.lower(lower))  # both [rows of this process, 32]
 
 
-def main(steps: int = 60) -> float:
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        distributed.init_process_group("gloo")
+def train(steps: int, rank: int, size: int) -> float:
     torch.manual_seed(0)
     images = torch.tensor(load_digits().images, dtype=torch.float32).flatten(1) / 16
     model = towers = TwoTowers()
@@ -49,10 +46,20 @@ def main(steps: int = 60) -> float:
         if step % 20 == 0 and rank == 0:
             temperature = towers.loss.temperature.item()
             print(f"step {step:3d}  loss {loss.item():.4f}  temperature {temperature:.4f}", flush=True)
+    return loss.item()
+
+
+def main(steps: int = 60) -> float:
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        distributed.init_process_group("gloo")
+    loss = train(steps, rank, size)
+    # The model is gone by now. If it outlived the process group, PyTorch might hang: DistributedDataParallel would free
+    # the group while it holds Python's lock, and wait for a thread of the group that waits for the lock.
     if size > 1:
         distributed.barrier()  # no process may exit while another still receives from it
         distributed.destroy_process_group()
-    return loss.item()
+    return loss
 
 
 if __name__ == "__main__":

@@ -142,7 +142,10 @@ class _Distillation(ExactModule, GroupModule):
 
     @torch.no_grad()
     def _update(self, crops: Sequence[Crop]) -> None:
-        """Moves the centre towards the mean score of all crops and processes."""
+        """Moves the centre towards the mean score of all crops and processes, where the mean is finite.
+
+        One overflow must not make the centre NaN for good, nor a prototype that is masked with -inf.
+        """
         if self.centering != "mean" or not self.training:
             return
         total = torch.zeros(self.num_prototypes + 1, dtype=torch.float64, device=self.center.device)
@@ -154,9 +157,8 @@ class _Distillation(ExactModule, GroupModule):
         world = World.of(self.gather, self.group)
         if world is not None:
             dist.all_reduce(total, group=world.group)
-        mean = total[:-1] / total[-1].clamp(min=1)
-        moved = self.center.lerp(mean.to(self.center.dtype), 1 - self.center_momentum)
-        self.center = torch.where(total[-1] > 0, moved, self.center)
+        mean = (total[:-1] / total[-1]).to(self.center.dtype)  # NaN without rows
+        self.center = torch.where(mean.isfinite(), self.center.lerp(mean, 1 - self.center_momentum), self.center)
 
 
 def _rows(crop: Crop) -> Tensor:

@@ -200,8 +200,9 @@ class MoCoLoss(ClusterInfoNCE):
             if key.shape != query.shape:
                 raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
             if isinstance(queue, MemoryQueue):
-                if queue.cluster_ids is not None or queue.tag_words is not None:
-                    raise ValueError("queue: expected one without clusters, got a MemoryQueue that stores clusters")
+                for kind, stored in (("clusters", queue.cluster_ids), ("tags", queue.tag_words)):
+                    if stored is not None:
+                        raise ValueError(f"queue: expected one without {kind}, got a MemoryQueue that stores {kind}")
             elif not isinstance(queue, Tensor):
                 kind = type(queue).__name__
                 raise TypeError(f"queue: expected a tensor or a MemoryQueue without clusters, got {kind}")

@@ -247,7 +247,7 @@ def resident() -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.usefixtures("_threads_restored")
-def test_no_leak_over_a_thousand_calls(engine) -> None:
+def test_no_leak_over_many_calls(engine) -> None:
     """A call of this size arranges over 10 kB and works on more than 200 kB: a leak would show."""
     torch.set_num_threads(1)
     g = generator(0)
@@ -258,14 +258,14 @@ def test_no_leak_over_a_thousand_calls(engine) -> None:
         s = fastcl.contrastive_stats(x, y, a, c, anchor_ids=a, contrast_ids=c, both=True, want=FIELDS)
         torch.autograd.grad(s.lse_all.sum() + s.reverse.lse_neg.sum(), (x, y))
 
-    for _ in range(200):
+    for _ in range(100):
         call()
     gc.collect()
     before = resident()
-    for _ in range(1000):
+    for _ in range(500):
         call()
     gc.collect()
-    assert resident() - before < 4 * 2**20
+    assert resident() - before < 2 * 2**20
 
 
 def test_autograd_from_several_threads_at_once(engine) -> None:

@@ -34,7 +34,7 @@ def test_matches_the_formula(problem: LossProblem) -> None:
 
 
 @needs_interpreter
-@settings(max_examples=25)
+@settings(max_examples=12)  # each takes seconds
 @given(loss_problems(interpreted=True))
 def test_triton_matches_the_formula(problem: LossProblem) -> None:
     check_loss(problem.arguments(), problem.leaves, INTERPRETED)

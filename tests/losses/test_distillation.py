@@ -135,6 +135,20 @@ def test_dino_is_the_papers(centering: str, features: bool) -> None:
         assert torch.equal(loss.center, kept)
 
 
+def test_scores_that_are_not_finite_do_not_stay_in_the_centre() -> None:
+    """A prototype masked with -inf is as if it were not there; an overflow costs its step only."""
+    student, teacher = ([rows(N, K, seed).float() for seed in seeds] for seeds in ((1, 2), (3, 4)))
+    masked, less = fastcl.DINOLoss(K), fastcl.DINOLoss(K - 1)
+    for _ in range(2):
+        got = masked(*([crop.index_fill(1, torch.tensor([2]), -torch.inf) for crop in c] for c in (student, teacher)))
+        others = [column for column in range(K) if column != 2]
+        torch.testing.assert_close(got, less(*([crop[:, others] for crop in c] for c in (student, teacher))))
+    assert masked.center[2] == 0
+    kept = masked.center.clone()
+    assert masked(student, [torch.full_like(crop, torch.inf) for crop in teacher]).isnan()
+    assert torch.equal(masked.center, kept)
+
+
 def test_ibot_is_the_papers() -> None:
     mask = torch.rand(5, 3, 4, generator=generator(0)) < 0.4
     mask[2] = False

@@ -279,7 +279,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ClusterInfoNCE()(x, tags(N, 5, 0), contrasts=MemoryQueue(3, D, dtype=F64)),
         r"^positives: expected a tensor, .* without tags \(MemoryQueue\(tags=T\) stores them\), got None",
     ),
-    "moco": (lambda: MoCoLoss()(x, x, filled("queue")), "^queue: expected one without clusters"),
+    "moco": (lambda: MoCoLoss()(x, x, filled("queue")), "^queue: expected one without tags"),
     "pairs": (
         lambda: PairContrastiveLoss()(x, torch.arange(N), contrasts=filled("queue")),
         "^contrasts: expected a queue or bank that stores clusters, got one that stores tags",

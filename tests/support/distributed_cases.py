@@ -4,6 +4,7 @@ A process holds its share of the samples, and the contrasts that belong with the
 """
 
 import copy
+import gc
 import json
 import os
 import pickle
@@ -415,6 +416,7 @@ def _process(rank: int, world: int, folder: str, work: Callable[[int, int], Any]
             "gloo", f"file://{folder}/meeting", timedelta(seconds=seconds), rank=rank, world_size=world
         )
         torch.save(work(rank, world), Path(folder, f"{rank}.pt"))
+        gc.collect()  # a DistributedDataParallel that outlives its process group may wait for ever
         dist.barrier()
         dist.destroy_process_group()
     except BaseException as error:

@@ -8,7 +8,7 @@ Environment, read while fastcl is built and not when pip installs a wheel that w
     FASTCL_CUDA=auto, 1 or 0: whether the module has CUDA kernels, which take a minute or two to compile. auto, the
         default: if there are an NVIDIA driver and nvcc (on PATH, in CUDA_HOME or in /usr/local/cuda), and nvcc compiles
         them. 1: also without a driver; it is an error if there is no nvcc or it does not compile them.
-    CXX, CXXFLAGS, LDFLAGS, CMAKE_ARGS: as CMake takes them.
+    CXX, CXXFLAGS, LDFLAGS, CMAKE_ARGS: as CMake takes them. ARCHFLAGS, on a Mac: the one architecture.
 """
 
 import ctypes
@@ -57,6 +57,12 @@ def cuda_wanted() -> str:
     if value not in ("auto", "0", "1"):
         raise BaseError(f"FASTCL_CUDA: expected auto, 0 or 1, got {value!r}")
     return value
+
+
+def mac_architecture() -> list[str]:
+    """Of the module for a Mac: as in ARCHFLAGS, which pip and cibuildwheel set, else this machine's."""
+    named = re.findall(r"-arch\s+(\S+)", os.environ.get("ARCHFLAGS", "")) if sys.platform == "darwin" else []
+    return [f"-DCMAKE_OSX_ARCHITECTURES={';'.join(named)}"] if named else []
 
 
 def find_nvcc() -> str:
@@ -178,9 +184,8 @@ class BuildNative(build_ext):
     def build_module(self, module: Path, nvcc: str) -> None:
         # One folder for each Python: the module's name and headers are Python's, and CMake remembers them.
         folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
-        inputs = "\n".join(
-            [str(ROOT), sys.executable, find_nvcc(), *(os.environ.get(v, "") for v in ("CXX", "CXXFLAGS", "LDFLAGS"))]
-        )
+        variables = (os.environ.get(v, "") for v in ("CXX", "CXXFLAGS", "LDFLAGS", "ARCHFLAGS"))
+        inputs = "\n".join([str(ROOT), sys.executable, find_nvcc(), *variables])
         remembered = folder / "inputs.txt"
         if remembered.is_file() and remembered.read_text(encoding="utf-8") != inputs:
             shutil.rmtree(folder)
@@ -210,6 +215,7 @@ class BuildNative(build_ext):
             f"-DFASTCL_VERSION={self.distribution.get_version()}",
             f"-DFASTCL_CUDA={'ON' if nvcc else 'OFF'}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
+            *mac_architecture(),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         )
         run("compiling", cmake, "--build", str(folder))

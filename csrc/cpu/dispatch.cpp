@@ -13,17 +13,20 @@ bool supported(const Engine *engine) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   if (name == "avx512") return avx512;
   if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-  (void)engine;
   return false;
+#else
+  (void)engine;
+  return true; // every 64-bit ARM processor has NEON
+#endif
 }
 
 // On a Xeon with AVX-512-bf16, products of bfloat16 pairs ran at half the rate of FMA, so converting the rows to float is twice as
 // fast, and more exact. On Zen 5 pairs run at twice the rate of FMA.
-bool slow_pairs() {
+bool opt_in(const Engine *engine) {
 #if defined(__x86_64__)
-  return __builtin_cpu_is("intel");
+  return std::string(engine->name) == "avx512_bf16" && __builtin_cpu_is("intel");
 #else
+  (void)engine;
   return false;
 #endif
 }
@@ -32,11 +35,14 @@ bool slow_pairs() {
 
 std::vector<const Engine *> built_engines() {
   return {
-#if defined(FASTCL_ENGINES)
+#if !defined(FASTCL_ENGINES)
+#elif defined(__x86_64__)
       &baseline::engine,
       &avx2::engine,
       &avx512::engine,
       &avx512_bf16::engine,
+#else
+      &neon::engine,
 #endif
   };
 }
@@ -50,7 +56,7 @@ std::vector<const Engine *> supported_engines() {
 
 Choice choose_engine(const std::string &cap) {
   const auto built = built_engines();
-  if (built.empty()) return {nullptr, "this build carries no engine: it was not built for x86-64"};
+  if (built.empty()) return {nullptr, "this build carries no engine: it was not built for x86-64 or 64-bit ARM"};
   std::string names;
   for (const Engine *engine : built) names += (names.empty() ? "" : ", ") + std::string(engine->name);
   const Engine *last = nullptr;
@@ -59,7 +65,7 @@ Choice choose_engine(const std::string &cap) {
     if (reached) break;
     reached = engine->name == cap;
     if (!supported(engine)) continue;
-    if (engine == &avx512_bf16::engine && !reached && slow_pairs()) continue;
+    if (opt_in(engine) && !reached) continue;
     last = engine;
   }
   if (!cap.empty() && !reached) return {nullptr, "expected one of " + names + ", got '" + cap + "'"};

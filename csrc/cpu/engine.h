@@ -46,5 +46,8 @@ extern const Engine engine;
 namespace avx512_bf16 {
 extern const Engine engine;
 }
+namespace neon {
+extern const Engine engine;
+}
 
 } // namespace fastcl

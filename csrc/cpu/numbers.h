@@ -8,6 +8,13 @@ namespace fastcl::FASTCL_ISA {
 namespace {
 
 template <class T> FASTCL_INLINE T widened(uint16_t bits, bool bfloat) {
+#if defined(__aarch64__) // float16 is a type of the processor
+  if (!bfloat) {
+    __fp16 half;
+    memcpy(&half, &bits, 2);
+    return T(half);
+  }
+#endif
   uint32_t word;
   if (bfloat) word = uint32_t(bits) << 16;
   else {

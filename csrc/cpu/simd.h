@@ -9,6 +9,8 @@
 #include <utility> // index_sequence: a type, no code
 #if defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FASTCL_INLINE inline __attribute__((always_inline))
@@ -80,6 +82,9 @@ template <class T> FASTCL_INLINE V<T> fused(V<T> a, V<T> b, V<T> c) {
 #elif defined(__FMA__)
   if constexpr (sizeof(T) == 8) return (V<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
   else return (V<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 8) return (V<T>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+  else return (V<T>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -187,6 +192,30 @@ template <class Mul, long ROW, long STEP> FASTCL_INLINE void multiply(const type
   using T = typename Mul::Real;
   constexpr int W = Simd<T>::W;
   const char *ahead = (const char *)next;
+#if defined(__aarch64__)
+  // An instruction of NEON multiplies by one lane of a register. So factors that are adjacent in memory are loaded together, and are not
+  // spread over a register each.
+  for (; depth >= 2; depth -= 2, a += 2 * STEP, b += 2 * NV * W, ahead += 16) {
+    V<T> bv[2][NV];
+    EACH(k, 2) EACH(v, NV) bv[k][v] = load(b + (k * NV + v) * W);
+    __builtin_prefetch(b + 16 * NV * W, 0, 3);
+    __builtin_prefetch(ahead, 0, 2);
+    if constexpr (STEP == 1) {
+      typedef T Pair __attribute__((vector_size(2 * sizeof(T)), aligned(sizeof(T)), may_alias));
+      EACH(r, MR) {
+        Pair x = *(const Pair *)(a + r * ROW);
+        __asm__("" : "+w"(x)); // GCC would load the numbers one by one
+        EACH(k, 2) EACH(v, NV) acc[r][v] = Mul::multiply(acc[r][v], x[k], bv[k][v]);
+      }
+    } else {
+      static_assert(ROW == 1 && MR % W == 0, "whole vectors of rows");
+      EACH(k, 2) EACH(q, MR / W) {
+        const V<T> x = loadu(a + k * STEP + q * W);
+        EACH(l, W) EACH(v, NV) acc[q * W + l][v] = Mul::multiply(acc[q * W + l][v], x[l], bv[k][v]);
+      }
+    }
+  }
+#endif
   FASTCL_UNROLL(2) for (long k = 0; k < depth; k++) {
     V<T> bv[NV];
     EACH(v, NV) {

@@ -4,11 +4,16 @@
 
 // The functions that GCC calls for `omp parallel` and `omp barrier`. They are called directly because every OpenMP runtime that
 // torch may load has them, while another compiler would call functions that only its own runtime has.
+#if defined(__APPLE__)
+#define FASTCL_IF_LOADED __attribute__((weak_import)) // null if torch has loaded no runtime with this function
+#else
+#define FASTCL_IF_LOADED
+#endif
 extern "C" {
-void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
-void GOMP_barrier();
-int omp_get_thread_num();
-int omp_get_num_threads();
+FASTCL_IF_LOADED void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+FASTCL_IF_LOADED void GOMP_barrier();
+FASTCL_IF_LOADED int omp_get_thread_num();
+FASTCL_IF_LOADED int omp_get_num_threads();
 }
 
 namespace fastcl::FASTCL_ISA {
@@ -33,7 +38,11 @@ struct Team {
   }
 };
 template <class F> void with_team(int threads, F body) {
-  if (threads == 1) return body(Team{1, 0, 1}); // without OpenMP: a forked child must not use its parent's threads
+  bool alone = threads == 1; // without OpenMP: a forked child must not use its parent's threads
+#if defined(__APPLE__)
+  alone |= !GOMP_parallel || !GOMP_barrier || !omp_get_thread_num || !omp_get_num_threads;
+#endif
+  if (alone) return body(Team{threads, 0, 1}); // one member does the work of all planned threads
   struct Call {
     F &body;
     int threads;

@@ -142,6 +142,58 @@ def test_bit_identical_for_a_number_of_threads_and_near_for_any(engine, dtype, m
                 assert (got.double() - one_thread.double()).norm() <= (sums + stored) * size
 
 
+@pytest.mark.parametrize(("forward", "backward"), [(1, 3), (3, 1), (2, 5)])
+@pytest.mark.usefixtures("_threads_restored")
+def test_the_number_of_threads_may_change_before_the_backward(engine, forward, backward) -> None:
+    """The backward's sums depend on its own number of threads; what it reads of the forward is by row."""
+    g = generator(0)
+    x = torch.randn(400, 48, generator=g).requires_grad_()
+    y = torch.randn(300, 48, generator=g).requires_grad_()
+    scores = torch.randn(400, 300, generator=g).requires_grad_()
+    clusters = torch.arange(400) % 50
+
+    def gradients(first: int, second: int) -> list[Tensor]:
+        torch.set_num_threads(first)
+        s = fastcl.contrastive_stats(x, y, clusters, clusters[:300], normalize_anchors=True, both=True)
+        total = fastcl.ClusterInfoNCE(0.1)(x.reshape(200, 2, 48)) + s.lse_all.sum() + s.reverse.sum_pos.sum()
+        total = total + fastcl.sinkhorn(scores).assignments.square().sum()
+        torch.set_num_threads(second)
+        return list(torch.autograd.grad(total, (x, y, scores)))
+
+    assert 2 * native.PRODUCTS <= 400 * 300 * 48
+    assert 2 * native.SCORES <= 400 * 300
+    got = gradients(forward, backward)
+    for one, again, other in zip(got, gradients(forward, backward), gradients(1, 1), strict=True):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "expected"),
+    [
+        (16, 64, 1),
+        (64, 128, 1),
+        (128, 128, 1),
+        (255, 64, 1),
+        (256, 64, 2),
+        (256, 128, 4),
+        (512, 128, 16),
+        (4096, 128, 16),
+    ],
+)
+@pytest.mark.usefixtures("_threads_restored")
+def test_the_number_of_threads_follows_the_work(monkeypatch, n: int, d: int, expected: int) -> None:
+    torch.set_num_threads(16)
+    assert native.threads(n * n * d, native.PRODUCTS) == expected
+    described = []
+    monkeypatch.setattr(native.native_module(), "forward", lambda _, problem, *rest: described.append(problem))
+    monkeypatch.setattr(native, "run", lambda _: None)
+    fastcl.contrastive_stats(torch.ones(n, d))
+    assert described[0][-2:] == (expected, 0)  # no rules follow
+    torch.set_num_threads(3)
+    assert native.threads(n * n * d, native.PRODUCTS) == min(expected, 3)
+
+
 # The process around it
 
 

@@ -10,33 +10,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+from tests.support.native_program import build, exported, instructions, objects, run_engines
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+ARM = platform.machine() in ("aarch64", "arm64")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16") if X86 else ("neon",)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the engines are for x86-64"),
+    pytest.mark.skipif(not X86 and not ARM, reason="the engines are for x86-64 and 64-bit ARM"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into ELF objects and maps pages"),
 ]
-
-
-def tool(name: str) -> str:
-    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    found = shutil.which(name, path=os.pathsep.join(folders))
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def build(name: str, *options: str) -> Path:
-    """The native test program and its objects, in a folder that is reused while it is up to date."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("there is no C++ compiler")
-    folder = ROOT / "build" / name
-    common = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-DFASTCL_MODULE=OFF", "-DFASTCL_TESTS=ON")
-    for arguments in (("-S", ROOT, "-B", folder, *common, *options), ("--build", folder)):
-        done = subprocess.run([tool("cmake"), *map(str, arguments)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+needs_x86 = pytest.mark.skipif(not X86, reason="registers of x86-64")
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +44,6 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("native-test-sanitized", "-DFASTCL_SANITIZE=address,undefined")
 
 
-def run_engines(folder: Path, place: str, cases: int) -> None:
-    done = subprocess.run(
-        [folder / "engine_test", place, str(cases)],
-        # waiting threads do not spin: tests may run on fewer cores than threads
-        env=os.environ | {"OMP_WAIT_POLICY": "passive", "ASAN_OPTIONS": "detect_leaks=1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"{cases} cases agree") >= 1  # one line for each engine of this machine
-
-
 def test_engines_stay_within_their_buffers(built: Path) -> None:
     """All dtypes at every dimension from 1 to 70, three times; buffers lie next to inaccessible pages."""
     run_engines(built, "pages", 3 * 280)
@@ -85,30 +56,15 @@ def test_engines_under_sanitizers(sanitized: Path) -> None:
 # Symbols and instructions
 
 
-def objects(folder: Path, pattern: str) -> list[Path]:
-    found = sorted(folder.glob(f"CMakeFiles/{pattern}"))
-    assert found, pattern
-    return found
-
-
-def symbols(path: Path) -> list[tuple[str, str]]:
-    """(kind, name) of all symbols that the object defines."""
-    done = subprocess.run([tool("nm"), "-C", "--defined-only", path], capture_output=True, text=True, check=True)
-    return [tuple(line.split(maxsplit=2)[1:]) for line in done.stdout.splitlines()]  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_an_engine_shares_no_symbol_with_another(built: Path, isa: str) -> None:
     """The linker merges a weak or unique symbol with others of its name, so an old machine might run code for a newer
     one."""
     (path,) = objects(built, f"fastcl_{isa}.dir/**/*.o")
-    assert [name for kind, name in symbols(path) if kind.isupper() or kind in "wvu"] == [f"fastcl::{isa}::engine"]
+    assert exported(path) == [f"fastcl::{isa}::engine"]
 
 
-def instructions(path: Path) -> str:
-    return subprocess.run([tool("objdump"), "-d", "--no-show-raw-insn", path], capture_output=True, text=True).stdout
-
-
+@needs_x86
 def test_what_every_machine_runs_has_no_wide_instructions(built: Path) -> None:
     """Detection, arrangement, the baseline, and (compiled with the same flags) the module's own code have none."""
     for path in objects(built, "fastcl_cpu.dir/**/*.o") + objects(built, "fastcl_baseline.dir/**/*.o"):
@@ -118,6 +74,7 @@ def test_what_every_machine_runs_has_no_wide_instructions(built: Path) -> None:
         assert wide is None, f"{path.name}: {wide.group()}"
 
 
+@needs_x86
 @pytest.mark.parametrize(
     ("isa", "expected", "foreign"),
     [

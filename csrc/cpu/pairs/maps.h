@@ -13,6 +13,9 @@ template <class T> FASTCL_INLINE V<T> root(V<T> x) {
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 8) return (V<T>)_mm256_sqrt_pd((__m256d)x);
   else return (V<T>)_mm256_sqrt_ps((__m256)x);
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 8) return (V<T>)vsqrtq_f64((float64x2_t)x);
+  else return (V<T>)vsqrtq_f32((float32x4_t)x);
 #else
   EACH(l, Simd<T>::W) x[l] = sizeof(T) == 8 ? T(__builtin_sqrt(x[l])) : T(__builtin_sqrtf(float(x[l])));
   return x;

@@ -41,9 +41,9 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"reference"`` (the specification in code; stores every logit), ``"chunked"`` (plain PyTorch in blocks of
-            rows), ``"cpu"`` (C++ on x86-64), ``"triton"`` or ``"cuda"`` (GPUs; float64 rows use ``"chunked"``). With
-            ``"cuda"``, ``return_stats`` takes a second sweep by ``"chunked"``, and soft assignments are an error. The
-            environment variable ``FASTCL_BACKEND`` selects a backend for the process; this context overrides it.
+            rows), ``"cpu"`` (C++ on x86-64 and ARM), ``"triton"`` or ``"cuda"`` (GPUs; float64 rows use ``"chunked"``).
+            With ``"cuda"``, ``return_stats`` takes a second sweep by ``"chunked"``, and soft assignments are an error.
+            The environment variable ``FASTCL_BACKEND`` selects a backend for the process; this context overrides it.
 
     A backward runs on the backend of its forward. A function under ``torch.compile`` keeps the backend with which it
     was traced.

@@ -39,7 +39,7 @@ def engine() -> tuple[str | None, str]:
     """The name of the engine that is used and why it was chosen, or None and why there is no engine.
 
     The environment variable ``FASTCL_CPU_ISA``, read once, names the newest instruction set that may be used:
-    ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``.
+    ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16`` on x86-64, ``neon`` on ARM.
     """
     if _native is None:
         return None, build_failure() or f"the native module does not load ({_failure})"
@@ -68,6 +68,17 @@ def wrong_cap() -> str:
 def native_module() -> Any:
     """The module of ``csrc``, or None."""
     return _native
+
+
+# Work of one thread. A smaller call takes a single one: where other programs keep the cores busy, threads wait at each
+# barrier until the system runs them all.
+PRODUCTS = 1 << 21  # multiplications of the similarities; gradients add more
+SCORES = 1 << 15  # scores that Sinkhorn or a cross-entropy against prototypes reads
+
+
+def threads(work: int, of_one: int) -> int:
+    """How many threads a call takes: as many as have ``of_one`` of its work each, one at least, at most torch's."""
+    return max(1, min(torch.get_num_threads(), work // of_one))
 
 
 # Descriptions of calls: the numbers in the order in which csrc/bindings reads them.

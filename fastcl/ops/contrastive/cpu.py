@@ -257,8 +257,7 @@ def describe(p: Problem, depth: int | None = None, same_rows: bool = False) -> t
         contrasts is not None and contrasts.normalize,
         p.logit_scale.dtype == torch.float64,
         p.both,
-        # As many threads as have more work than waking them costs.
-        max(1, min(torch.get_num_threads(), n * m * (depth or d) >> 20)),
+        native.threads(n * m * (depth or d), native.PRODUCTS),
         *(_rules(p, same_rows) if p.ruled or same_rows else (0,)),
     )
 

@@ -10,8 +10,6 @@ from ..backends.native import address, describe_rows
 from . import chunked
 from .records import Crops, Incoming, Values, Wanted
 
-WORK = 1 << 15  # scores per thread: fewer do not pay for waking a thread
-
 
 def forward(p: Crops, wanted: Wanted) -> Values:
     n, k = p.sizes
@@ -51,7 +49,7 @@ def _call(
     numbers = (
         n, k, address(potentials), 1 if potentials is None else potentials.shape[1], pairs.data_ptr(),
         scales.data_ptr(), p.dtype == torch.float64,
-        max(1, min(torch.get_num_threads(), n * k * len(p.all) // WORK, n)),
+        min(native.threads(n * k * len(p.all), native.SCORES), n),
         address(given[0]), *map(address, results[1:]), *map(address, given[1:]),
     )  # fmt: skip
     call = native.native_module().prototypes(

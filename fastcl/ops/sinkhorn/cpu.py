@@ -16,8 +16,6 @@ from .reference import ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum
 if TYPE_CHECKING:
     from .solver import Problem, Solution
 
-WORK = 1 << 15  # scores per thread: fewer do not pay for waking a thread
-
 
 class Pass(IntEnum):
     """The values are those of csrc/cpu/sinkhorn/call.h."""
@@ -108,7 +106,7 @@ def solve(p: Problem) -> Solution | None:
             k,
             inverse_epsilon.data_ptr(),
             dtype == torch.float64,
-            _threads(n, k),
+            native.threads(n * k, native.SCORES),
             *(_of_batch(value, b) for value in (assignments, log_prior, log_mass, mass, start)),
             p.n_iters,
             address(kept.rows, b * n),
@@ -120,10 +118,6 @@ def solve(p: Problem) -> Solution | None:
         )
         run(native.native_module().sinkhorn_solve(native.engine()[0], float(p.exact), call))
     return Solution(assignments, f, g, mass.new_zeros(batch), torch.tensor(p.n_iters, device="cpu"), kept)
-
-
-def _threads(n: int, k: int) -> int:
-    return max(1, min(torch.get_num_threads(), n * k // WORK))
 
 
 _Term = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # SinkhornTerm in csrc/cpu/sinkhorn/call.h
@@ -178,7 +172,7 @@ def _call(
     inputs = [potential, *(rows or (None, None)), *(columns or (None, None)), above, mass, weights, less]
     inputs = [None if value is None else _plain(value).contiguous() for value in inputs]
     laid_out = [[None if part is None else _plain(part).contiguous() for part in term] for term in terms]
-    threads = _threads(n, k)
+    threads = native.threads(n * k, native.SCORES)
     inverse_epsilon = x.inverse_epsilon.contiguous()
     for b in range(batch):
         call = (

@@ -30,7 +30,7 @@ def topk(
             k,
             *(native.address(part) for part in names),
             dtype == torch.float64,
-            max(1, min(torch.get_num_threads(), n * m * d >> 20)),
+            native.threads(n * m * d, native.PRODUCTS),
             values.data_ptr(),
             indices.data_ptr(),
         ),

@@ -1,7 +1,8 @@
 // Runs forward, backward, Sinkhorn's passes and prototype losses on every engine that this machine supports, over sizes around the
 // register tiles and all dtypes and options, and compares with plain loops in double. Exits with 0 if all agree; else prints the first
 // case that fails.
-//   engine_test PLACE CASES [ENGINE]      PLACE: heap or pages, see memory.h; CASES: number of cases per engine
+//   engine_test PLACE CASES [ENGINE [STEP]]      PLACE: heap or pages, see memory.h; CASES: number of cases per engine; STEP: from
+//                                                a case to the next, where only some of them are to run
 #include "../cpu/contrastive/arrange.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/contrastive/mean.h"
@@ -330,17 +331,18 @@ Case case_number(int64_t k, Random &random) {
 
 int main(int count, char **arguments) {
   if (count < 3) {
-    std::fprintf(stderr, "usage: engine_test heap|pages CASES [ENGINE]\n");
+    std::fprintf(stderr, "usage: engine_test heap|pages CASES [ENGINE [STEP]]\n");
     return 2;
   }
   const bool pages = std::string(arguments[1]) == "pages";
   const int64_t cases = std::atoll(arguments[2]);
   const std::string only = count > 3 ? arguments[3] : "";
+  const int64_t step = count > 4 ? std::atoll(arguments[4]) : 1;
   for (const int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) std::signal(signal, crashed);
   if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(describe);
   for (const Engine *engine : supported_engines()) {
     if (!only.empty() && only != engine->name) continue;
-    for (int64_t k = 0; k < cases; k++) {
+    for (int64_t k = 0; k < cases; k += step) {
       Random random(k);
       const Case c = case_number(k, random);
       const Place place = !pages ? Place::HEAP : k % 2 ? Place::AFTER_A_PAGE : Place::BEFORE_A_PAGE;
@@ -357,7 +359,7 @@ int main(int count, char **arguments) {
       if (c.anchors == Dtype::float64) PrototypeCase<double>(*engine, c.n, c.d, c.anchors, c.threads, place, uint64_t(k)).run();
       else PrototypeCase<float>(*engine, c.n, c.d, c.anchors, c.threads, place, uint64_t(k)).run();
     }
-    std::printf("%s: %lld cases agree\n", engine->name, (long long)cases);
+    std::printf("%s: %lld cases agree\n", engine->name, (long long)((cases + step - 1) / step));
   }
   return 0;
 }

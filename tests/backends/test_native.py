@@ -46,11 +46,11 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_engines_stay_within_their_buffers(built: Path) -> None:
     """All dtypes at every dimension from 1 to 70, three times; buffers lie next to inaccessible pages."""
-    run_engines(built, "pages", 3 * 280)
+    assert "840 cases agree" in run_engines(built, "pages", "840")  # one line for each engine of this machine
 
 
 def test_engines_under_sanitizers(sanitized: Path) -> None:
-    run_engines(sanitized, "heap", 280)
+    assert "280 cases agree" in run_engines(sanitized, "heap", "280")
 
 
 # Symbols and instructions

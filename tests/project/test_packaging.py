@@ -206,6 +206,21 @@ print(any(name.split(".")[0] in ("torch", "fastcl") for name in sys.modules))
     assert run(sys.executable, "-c", code, cwd=source).splitlines()[-2:] == [fastcl.__version__, "False"]
 
 
+def test_setup_takes_the_architecture_of_a_mac_from_pip(tmp_path: Path) -> None:
+    source = copy_source(tmp_path / "source")
+    code = """
+import os, runpy, sys
+sys.argv = ["setup.py", "--version"]
+chosen = runpy.run_path("setup.py", run_name="__main__")["mac_architecture"]
+one, two = "-arch arm64", "-arch arm64 -arch x86_64"
+for sys.platform, os.environ["ARCHFLAGS"] in (("darwin", ""), ("darwin", one), ("darwin", two), ("linux", one)):
+    print(chosen())
+"""
+    one, two = "-DCMAKE_OSX_ARCHITECTURES=arm64", "-DCMAKE_OSX_ARCHITECTURES=arm64;x86_64"
+    printed = run(sys.executable, "-c", code, cwd=source).splitlines()
+    assert printed[-4:] == ["[]", f"['{one}']", f"['{two}']", "[]"]
+
+
 # The native module
 
 

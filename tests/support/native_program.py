@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,10 @@ def build(name: str, *options: str) -> Path:
     return folder
 
 
-def run_engines(folder: Path, place: str, cases: int, *emulator: str) -> None:
+def run_engines(folder: Path, *arguments: str, emulator: Sequence[str] = ()) -> str:
+    """What the program prints if all cases agree."""
     done = subprocess.run(
-        [*emulator, folder / "engine_test", place, str(cases)],
+        [*emulator, folder / "engine_test", *arguments],
         # waiting threads do not spin: tests may run on fewer cores than threads
         env=os.environ | {"OMP_WAIT_POLICY": "passive", "ASAN_OPTIONS": "detect_leaks=1"},
         capture_output=True,
@@ -42,7 +44,7 @@ def run_engines(folder: Path, place: str, cases: int, *emulator: str) -> None:
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"{cases} cases agree") >= 1  # one line for each engine of this machine
+    return done.stdout
 
 
 def objects(folder: Path, pattern: str) -> list[Path]:

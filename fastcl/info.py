@@ -39,7 +39,7 @@ _EXAMPLES = """\
 _PURPOSE = {
     "reference": "the specification in code; materialises every logit; by name only",
     "chunked": "plain PyTorch in blocks of rows; any device",
-    "cpu": "C++ SIMD, on x86-64 and 64-bit ARM",
+    "cpu": "C++ SIMD, on x86-64 and 64-bit ARM; not yet run on an ARM machine",
     "triton": "Triton kernels, on GPUs; float64 rows go through chunked; not yet measured on a GPU",
     "cuda": "CUDA C++ kernels, on NVIDIA GPUs; by name only: not yet measured on a GPU",
 }

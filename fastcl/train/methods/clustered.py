@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcl import ClusterInfoNCE, ProtoNCELoss, cluster_concentrations, kmeans
+from fastcl import ProtoNCELoss, cluster_concentrations, kmeans
 from fastcl.train.methods.contrastive import QueueMethod
-from fastcl.train.methods.method import Method
+from fastcl.train.methods.method import Method, share_of_mean
 
 FINER = (1, 2, 4)  # times --n-clusters
 
@@ -43,16 +43,16 @@ class DeepCluster(Clustered):
 
     def __init__(self, image_shape: torch.Size, temperature: float, images: int, n_clusters: int) -> None:
         super().__init__(image_shape, temperature)
-        self.loss = ClusterInfoNCE(temperature)
+        self.loss, self.temperature = ProtoNCELoss(), temperature
         self.add_clusterings(images, n_clusters)
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         rows, own = self.project(views).flatten(0, 1), index.repeat_interleave(views.shape[1])
         losses = []
         for assignments, centroids, _ in self.clusterings():
-            classes = torch.arange(len(centroids), device=rows.device)
-            losses.append(self.loss(rows, assignments[own], contrasts=centroids, contrast_clusters=classes))
-        return torch.stack(losses).mean()
+            temperatures = torch.full((len(centroids),), self.temperature, device=rows.device)
+            losses.append(self.loss(rows, assignments[own], centroids, temperatures))
+        return share_of_mean(torch.stack(losses).mean(), len(views), self.gather)
 
 
 class PCL(Clustered, QueueMethod):
@@ -71,4 +71,4 @@ class PCL(Clustered, QueueMethod):
         self.enqueue(keys, index)
         own = index.repeat_interleave(views.shape[1])
         terms = [self.prototypical(queries.flatten(0, 1), ids[own], *found) for ids, *found in self.clusterings()]
-        return loss + torch.stack(terms).mean()
+        return loss + share_of_mean(torch.stack(terms).mean(), len(views), self.gather)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from fastcl import ClusterInfoNCE
 from fastcl.train.methods.encoder import Encoder
 
+from ...distributed import World
+
 MOMENTUM = 0.95  # of a slow copy at a step; small, as the data is
 
 
@@ -21,6 +23,7 @@ class Method(nn.Module):
     needs_clusters = False
     takes_tags = False
     instances_first = True  # until the first k-means each image is its own cluster
+    gather = False  # whether the loss is that of all processes' rows
 
     def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
         super().__init__()
@@ -43,10 +46,12 @@ class Method(nn.Module):
         raise NotImplementedError
 
 
-def apart(projector: nn.Sequential, projection: int) -> nn.Sequential:
-    """With batch normalisation: projections of untrained weights nearly coincide, the batch's statistics part them."""
-    first, middle, last = projector
-    return nn.Sequential(first, nn.BatchNorm1d(256), middle, last, nn.BatchNorm1d(projection, affine=False))
+def share_of_mean(loss: Tensor, rows: int, gather: bool) -> Tensor:
+    """A mean over this process's rows -> its share of the mean over all rows, times the number of processes."""
+    world = World.of(gather)
+    if world is None:
+        return loss
+    return loss * (rows * world.size / world.total(loss.new_tensor(rows)))
 
 
 def slow_copy(*modules: nn.Module) -> nn.ModuleList:

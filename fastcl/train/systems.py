@@ -5,6 +5,7 @@ standard deviation over seeds.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from fastcl.command import Parser, run
 from fastcl.train import Config, counted
 from fastcl.train.compare import (
     BASELINES,
-    DEFAULT,
     OPTIONS,
     PROBES,
     Contestant,
@@ -26,6 +26,7 @@ from fastcl.train.compare import (
 from fastcl.train.options import add_options, at_least, require_packages
 
 PROG = "python -m fastcl.train.systems"
+DEFAULT = Config(epochs=10, batch_size=128, renew=2)
 EXAMPLES = """\
   python -m fastcl.train.systems --quick                            two epochs each, to see that all works
   python -m fastcl.train.systems                                    the digits, three seeds
@@ -77,9 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(base, folder)
         with claimed(folder):
             rows = measure(base, chosen, range(seeds or (2 if quick else 3)), folder)
-            text = table({name: rows[name] for name in (*BASELINES, *chosen)}, base)
+            rows = {name: rows[name] for name in (*BASELINES, *chosen)}
+            text = table(rows, base)
+            write(folder / "systems.json", json.dumps({"config": vars(base), "rows": rows}, indent=1) + "\n")
             write(folder / "systems.md", text)
-            print(f"\n{text}\nwrote {folder}/systems.md")
+            print(f"\n{text}\nwrote {folder}/systems.md and systems.json")
 
     return concluded(parser, work)
 

@@ -131,6 +131,7 @@ class PIRL(Method):
 
     def __init__(self, image_shape: torch.Size, temperature: float, images: int, projection: int = 128) -> None:
         super().__init__(image_shape, temperature, projection)
+        self.projector = apart(self.projector)  # without it ended below the untrained encoder on the digits
         self.bank = MemoryBank(images, projection)
         self.loss = SampledNCELoss(temperature, num_negatives=NEGATIVES, form="pirl")
 

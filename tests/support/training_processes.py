@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcl.train.methods import METHODS, kind_of
-from fastcl.train.methods.clustered import Clustered
+from fastcl.train.methods.clustered import SCAN, Clustered
 from fastcl.train.methods.contrastive import PIRL, ClusterPrediction
 from fastcl.train.methods.method import Method
 from fastcl.train.methods.prototypes import PrototypeMethod
@@ -23,16 +23,16 @@ def built(method: str, clusters: str | None) -> Method:
     options: dict[str, Any] = {}
     if issubclass(kind, ClusterPrediction):
         options["classes"] = 3
-    if issubclass(kind, (Clustered, PIRL)):
+    if issubclass(kind, (Clustered, SCAN, PIRL)):
         options["images"] = IMAGES
-    if issubclass(kind, Clustered):
+    if issubclass(kind, (Clustered, SCAN)):
         options["n_clusters"] = 2
     if issubclass(kind, PrototypeMethod):
         options["masses"] = torch.tensor([0.5, 0.25, 0.25])
     if clusters == "tags":
         options["tags"] = 4
     made = kind(SHAPE, 0.2, **options)
-    if isinstance(made, Clustered):
+    if isinstance(made, (Clustered, SCAN)):
         made.renew(torch.randn(IMAGES, 128), seed=0)
     return made
 

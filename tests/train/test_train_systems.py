@@ -2,20 +2,22 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fastcl
-from fastcl.train import Config, systems
+from fastcl.train import Config, loop, systems
+from fastcl.train.data import augment
 from fastcl.train.loop import Run
 from fastcl.train.methods import METHODS
-from fastcl.train.methods.clustered import PCL, DeepCluster
+from fastcl.train.methods.clustered import PCL, SCAN, DeepCluster
 from fastcl.train.methods.contrastive import PIRL
 from fastcl.train.methods.views import BYOL, SimSiam
 from fastcl.train.options import settle
 
 SHAPE = torch.Size((1, 8, 8))
-SYSTEMS = ["vicreg", "barlow", "wmse", "simsiam", "byol", "ldreg", "pirl", "ascl", "deepcluster", "pcl"]
+SYSTEMS = ["vicreg", "barlow", "wmse", "simsiam", "byol", "ldreg", "pirl", "ascl", "deepcluster", "pcl", "scan"]
 
 
 def short(npz: Path, folder: Path, **given: object) -> Run:
@@ -135,3 +137,37 @@ def test_pcl_is_moco_until_the_first_renewal() -> None:
         method.renew(torch.randn(12, 128), seed=0)
         assert method(views, None, index) > 0
         assert all(concentrations.mean() == pytest.approx(0.2) for *_, concentrations in method.clusterings())
+
+
+def test_scan_is_simclr_until_it_knows_the_neighbours() -> None:
+    torch.manual_seed(0)
+    method, views = SCAN(SHAPE, 0.1, images=12, n_clusters=3), torch.rand(4, 2, *SHAPE)
+    index = torch.tensor([2, 0, 7, 5])
+    torch.testing.assert_close(method(views, None, index), method.loss(method.project(views)))
+    assert torch.equal(method.partners(index), index)
+    rows = torch.randn(12, 128)
+    rows[:8] = rows[0]  # more equal rows than are searched for
+    method.renew(rows, seed=0)
+    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2).fill_diagonal_(-2)
+    torch.testing.assert_close(cosines.gather(1, method.neighbours), cosines.topk(5, dim=1).values)
+    assert not bool((method.neighbours == torch.arange(12)[:, None]).any())
+    drawn = torch.stack([method.partners(index) for _ in range(60)])
+    for column, image in zip(drawn.T, index, strict=True):
+        assert set(column.tolist()) == set(method.neighbours[image].tolist())
+    anchors, neighbours = (method.head(method.encoder(view)) for view in views.unbind(1))
+    torch.testing.assert_close(method(views, None, index), fastcl.SCANLoss(5.0)(anchors, neighbours))
+
+
+def test_scan_trains_beside_the_views_of_neighbours(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = short(npz, tmp_path / "run", method="scan", epochs=4)
+    seen = []
+
+    def watched(images: torch.Tensor, index: np.ndarray, *rest: int) -> torch.Tensor:
+        seen.append((index, *rest))
+        return augment(images, index, *rest)
+
+    monkeypatch.setattr(loop, "augment", watched)
+    run.train()
+    for (own, _, epoch, first), (other, _, _, second) in zip(seen[::2], seen[1::2], strict=True):
+        assert (first, second) == (0, 1)
+        assert np.array_equal(own, other) == (epoch < 2)

@@ -37,6 +37,18 @@ class Method(nn.Module):
         projections: Tensor = self.projector(self.encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
         return projections
 
+    def is_due(self, epoch: int, epochs: int, renew: int) -> bool:
+        """Whether `renew` is called before this epoch of so many. renew: the option, epochs between two renewals."""
+        return False
+
+    def renew(self, projections: Tensor, seed: int) -> None:
+        """Learn what is needed from the projections ``[n, D]`` of all training images."""
+        raise NotImplementedError
+
+    def partners(self, index: Tensor) -> Tensor:
+        """The images ``[B]`` whose second views come beside the first views of these."""
+        return index
+
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         """Loss (scalar) of views ``[B, V, C, H, W]``.
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastcl import ASCLLoss, MemoryBank, MemoryQueue, SampledNCELoss
 from fastcl.distributed import gather_rows
-from fastcl.train.methods.method import Method, follow, share_of_mean, slow_copy
+from fastcl.train.methods.method import Method, follow, slow_copy
 from fastcl.train.methods.normalisation import apart
 
 from ...distributed import World
@@ -123,7 +123,7 @@ class ASCL(QueueMethod):
         queries, keys = self.project(views), self.keys(views)
         loss: Tensor = self.loss(queries.flatten(0, 1), keys.flip(1).flatten(0, 1), self.queue)
         self.enqueue(keys, index)
-        return share_of_mean(loss, len(views), self.gather)
+        return loss
 
 
 class PIRL(Method):

@@ -1,5 +1,6 @@
 """The trainer's methods with banks, clusterings and momentum, and those of two views without negatives."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,15 @@ def test_the_table_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         }
 
     monkeypatch.setattr(systems, "measure", measure)
+    page = tmp_path / "page.md"
+    page.write_text(f"Before.\n{systems.START}\nold\n{systems.STOP}\nAfter.\n", encoding="utf-8")
     command = ["--methods", "simclr", "barlow", "--seeds", "2", "--epochs", "3", "--out", str(tmp_path / "systems")]
-    assert systems.main(command) == 0
+    assert systems.main([*command, "--page", str(page)]) == 0
     text = (tmp_path / "systems" / "systems.md").read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == f"Before.\n{systems.START}\n\n{text}\n{systems.STOP}\nAfter.\n"
+    page.write_text("no place for it", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        systems.main([*command, "--page", str(page)])
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line.startswith("| ")]
     assert cells[0] == ["method", "kNN"]
     assert cells[2:] == [
@@ -73,6 +80,14 @@ def test_the_table_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ["`simclr`", "25.0 ± 7.1"],
         ["`barlow`", "35.0 ± 7.1"],
     ]
+
+
+def test_the_documentation_has_the_table_of_the_committed_rows() -> None:
+    root = Path(__file__).parents[2]
+    stored = json.loads((root / "benchmarks" / "results" / "amd-epyc-2-threads" / "systems.json").read_text())
+    table = systems.table(stored["rows"], Config(**stored["config"]))
+    page = (root / "docs" / "trainer.md").read_text(encoding="utf-8")
+    assert f"{systems.START}\n\n{table}\n{systems.STOP}" in page
 
 
 def test_every_method_is_listed_in_the_documentation() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import check_count, check_option, check_rows, plain_number
+from ..checks import check_count, check_flag, check_option, check_rows, plain_number
+from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..memory import MemoryQueue
 from ..neighbors import topk_similarity
-from ..ops.backends.rows import unit
+from ..ops.backends.rows import accumulation_dtype, unit
 from ..statistics import contrastive_stats
-from .modules import reduced
+from .gathered import has_gradient
+from .modules import GroupModule, reduced
 from .options import REDUCTIONS
 from .prototype_cross_entropy import prototype_cross_entropy
 from .sampled import sampled_similarity
@@ -27,24 +30,47 @@ def ascl_loss(
     teacher_temperature: float = 0.05,
     neighbors: int = 1,
     reduction: str = "mean",
+    gather: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """The stateless form of :class:`ASCLLoss`, which describes formula, shapes and errors."""
-    temperature = plain_number("temperature", temperature)
-    teacher_temperature = plain_number("teacher_temperature", teacher_temperature)
-    neighbors = check_count("neighbors", neighbors)
-    check_option("reduction", reduction, REDUCTIONS)
-    check_rows("query", query)
-    check_rows("key", key, like=query)
-    if key.shape != query.shape:
-        raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
-    if not isinstance(queue, (Tensor, MemoryQueue)):
-        raise TypeError(f"queue: expected a tensor or a MemoryQueue, got {type(queue).__name__}")
-    rows = queue.embeddings if isinstance(queue, MemoryQueue) else queue.detach()
-    check_rows("queue", rows, like=query)
-    x, y = unit(query), unit(key.detach())
+    check_flag("gather", gather)
+    try:
+        temperature = plain_number("temperature", temperature)
+        teacher_temperature = plain_number("teacher_temperature", teacher_temperature)
+        neighbors = check_count("neighbors", neighbors)
+        check_option("reduction", reduction, REDUCTIONS)
+        check_rows("query", query)
+        check_rows("key", key, like=query)
+        if key.shape != query.shape:
+            raise ValueError(f"key: expected shape {list(query.shape)}, as query, got {list(key.shape)}")
+        if not isinstance(queue, (Tensor, MemoryQueue)):
+            raise TypeError(f"queue: expected a tensor or a MemoryQueue, got {type(queue).__name__}")
+        rows = queue.embeddings if isinstance(queue, MemoryQueue) else queue.detach()
+        check_rows("queue", rows, like=query)
+    except Exception as error:
+        tell_others(gather, error, query, group=group)
+        raise
+    world, n = World.of(gather, group), len(query)
+    if world is not None:
+        alike: dict[str, Property] = {"dimension": query.shape[1], "dtype": dtype_name(accumulation_dtype(query, rows))}
+        alike |= {"temperature": temperature, "teacher_temperature": teacher_temperature, "neighbors": neighbors}
+        alike |= {"reduction": reduction, "queue's rows": len(rows), "query with a gradient": has_gradient(query)}
+        n = sum(world.agree("ASCLLoss", {"rows": n}, alike, query.device)[0])
+    terms = _terms(query, key.detach(), rows, temperature, teacher_temperature, neighbors)
+    if world is None or reduction == "none":
+        return reduced(terms, reduction, query)
+    return reduced(terms, "sum", query) * world.size / (max(n, 1) if reduction == "mean" else 1)
+
+
+def _terms(
+    query: Tensor, key: Tensor, rows: Tensor, temperature: float, teacher_temperature: float, neighbors: int
+) -> Tensor:
+    """The loss [N] of each query."""
+    x, y = unit(query), unit(key)
     own = (x * y).sum(1) / temperature
     if len(rows) == 0:
-        return reduced(own * 0, reduction, query)
+        return own * 0
     lse = contrastive_stats(x, rows, logit_scale=1 / temperature, want=("lse_all",)).lse_all
     assert lse is not None
     # Of the labels min(1, c p) the part c p is a cross-entropy with p; what is above 1 are few of the largest.
@@ -52,8 +78,7 @@ def ascl_loss(
     factor, excess, nearest = _labels(y, rows, teacher_temperature, neighbors)
     above = (excess * sampled_similarity(x, rows, nearest)).sum(1) / temperature
     mass = 1 + factor - excess.sum(1)
-    terms = torch.logaddexp(lse, own) - (own + factor * expected - above) / mass
-    return reduced(terms, reduction, query)
+    return torch.logaddexp(lse, own) - (own + factor * expected - above) / mass
 
 
 def _cross_entropy(x: Tensor, y: Tensor, rows: Tensor, temperature: float, teacher_temperature: float) -> Tensor:
@@ -81,7 +106,7 @@ def _labels(y: Tensor, rows: Tensor, temperature: float, neighbors: int) -> tupl
         return factor, (factor[:, None] * shares - 1).clamp(min=0), nearest
 
 
-class ASCLLoss(nn.Module):
+class ASCLLoss(GroupModule):
     r"""Adaptive soft contrastive learning (Feng and Patras 2022): MoCo's loss with soft labels for the queue's rows.
 
     With the queue's rows :math:`u_j`, j = 1 to M, a query x, its key y and the temperatures T and T',
@@ -100,6 +125,10 @@ class ASCLLoss(nn.Module):
         teacher_temperature: T' > 0.
         neighbors: K >= 1, the largest sum of the labels of a query.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        gather: the mean over the queries of all processes of a group; no effect without a group. Each process returns W
+            times its share. Each process has its own queue. Queues that are filled with gathered rows are equal
+            (:func:`fastcl.distributed.gather_rows`): the neighbours are then among all processes' rows.
+        group: the process group of ``gather``; None: the default group.
 
     Shapes of ``forward(query, key, queue)``:
 
@@ -121,21 +150,26 @@ class ASCLLoss(nn.Module):
         teacher_temperature: float = 0.05,
         neighbors: int = 1,
         reduction: str = "mean",
+        gather: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.temperature = plain_number("temperature", temperature)
         self.teacher_temperature = plain_number("teacher_temperature", teacher_temperature)
         self.neighbors = check_count("neighbors", neighbors)
         check_option("reduction", reduction, REDUCTIONS)
-        self.reduction = reduction
+        check_flag("gather", gather)
+        check_group(group, gather)
+        self.reduction, self.gather, self.group = reduction, gather, group
 
     def forward(self, query: Tensor, key: Tensor, queue: Tensor | MemoryQueue) -> Tensor:
         """The loss. The class describes shapes and errors."""
         return ascl_loss(
             query, key, queue, temperature=self.temperature, teacher_temperature=self.teacher_temperature,
-            neighbors=self.neighbors, reduction=self.reduction,
+            neighbors=self.neighbors, reduction=self.reduction, gather=self.gather, group=self.group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         temperatures = f"temperature={self.temperature:g}, teacher_temperature={self.teacher_temperature:g}"
-        return f"{temperatures}, neighbors={self.neighbors}, reduction={self.reduction!r}"
+        gather = ", gather=True" if self.gather else ""
+        return f"{temperatures}, neighbors={self.neighbors}, reduction={self.reduction!r}{gather}"

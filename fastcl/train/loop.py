@@ -30,7 +30,7 @@ from fastcl.train.evaluate import (
 )
 from fastcl.train.files import append, load_checkpoint, save_checkpoint, write
 from fastcl.train.methods import kind_of
-from fastcl.train.methods.clustered import Clustered
+from fastcl.train.methods.clustered import SCAN, Clustered
 from fastcl.train.methods.clusterings import Clusters, cluster_ids, fixed_clusters, kmeans, renumbered
 from fastcl.train.methods.contrastive import PIRL, ClusterPrediction, MoCo
 from fastcl.train.methods.method import Method
@@ -120,9 +120,9 @@ class Run:
             options["classes"] = self._classes()
         if issubclass(kind, MoCo) and self.clusters is not None:
             options["tags"] = self.clusters.shape[1]
-        if issubclass(kind, (Clustered, PIRL)):
+        if issubclass(kind, (Clustered, SCAN, PIRL)):
             options["images"] = len(self.images.train_labels)
-        if issubclass(kind, Clustered):
+        if issubclass(kind, (Clustered, SCAN)):
             options["n_clusters"] = self.config.n_clusters
         if self.config.prior is not None:
             options["masses"] = prototype_masses(self.config.prior, self.config.n_clusters, self.images.train_labels)
@@ -242,7 +242,7 @@ class Run:
         ):
             found = self.processes.from_first(self._kmeans)
             self.clusters = found if self.clusters is None else renumbered(found, cluster_ids(self.clusters))
-        if isinstance(self.method, Clustered) and epoch % config.renew == 0 and (epoch or self.method.renews_first):
+        if self.method.is_due(epoch, config.epochs, config.renew):
             self.method.renew(
                 torch.from_numpy(self.processes.from_first(self._projections)).to(self.device), config.seed
             )
@@ -283,8 +283,11 @@ class Run:
 
     def _step(self, index: NDArray[np.int64], epoch: int, rate: float) -> float:
         index = self.processes.share(index)
-        chosen = self.images.train_images[torch.from_numpy(index)].to(self.device)
-        views = [augment(chosen, index, self.config.seed, epoch, view) for view in range(VIEWS)]
+        partners = self.method.partners(torch.from_numpy(index).to(self.device)).cpu().numpy()
+        views = []
+        for view, places in zip(range(VIEWS), (index, partners), strict=True):
+            chosen = self.images.train_images[torch.from_numpy(places)].to(self.device)
+            views.append(augment(chosen, places, self.config.seed, epoch, view))
         clusters: Tensor | None = None
         if self.clusters is not None:
             clusters = torch.from_numpy(self.clusters[index]).to(self.device)

@@ -71,13 +71,13 @@ class Processes(NamedTuple):
         if self.size == 1:
             return
         for module in method.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                raise OptionError(
-                    "--method must be one without batch normalisation, whose statistics would be each process's own, "
-                    "to run in several processes"
-                )
             if hasattr(module, "gather"):
                 module.gather = True  # type: ignore[assignment]
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                raise OptionError(
+                    "--method must be one with the BatchNorm of fastcl.train.methods.normalisation to run in several "
+                    f"processes; the statistics of {type(module).__name__} would be each process's own"
+                )
 
 
 @contextmanager

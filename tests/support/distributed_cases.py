@@ -252,6 +252,7 @@ def other_losses(gather: Any, rank: int | None, world: int, group: Any = None, s
         "Barlow Twins": lambda: fastcl.BarlowTwinsLoss(**flag)(z0, z1),
         "W-MSE": lambda: fastcl.WMSELoss(**flag)(z0, z1),
         "SCAN": lambda: fastcl.SCANLoss(**flag)(z0, z1),
+        "ASCL": lambda: fastcl.ASCLLoss(0.3, neighbors=3, **flag)(z0, z1, queue),
         "LDReg": lambda: fastcl.LDRegLoss(4, **flag)(z0),
         "LDReg, summed": lambda: fastcl.LDRegLoss(4, reduction="sum", **flag)(z0),
     }

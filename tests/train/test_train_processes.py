@@ -88,12 +88,13 @@ def test_shares_of_a_batch_are_the_batch(count: int) -> None:
 def test_methods_gather_or_refuse() -> None:
     shape = torch.Size([1, 8, 8])
     several = Processes(0, 2)
-    contrastive = METHODS["clinfonce"](shape, 0.1)
-    several.gathering(contrastive)
-    assert contrastive.loss.gather is True
-    Processes().gathering(METHODS["moco"](shape, 0.1))
-    with pytest.raises(OptionError, match="batch normalisation"):
-        several.gathering(METHODS["moco"](shape, 0.1))
+    method = METHODS["clinfonce"](shape, 0.1)
+    several.gathering(method)
+    assert method.loss.gather is True
+    method.projector.append(torch.nn.BatchNorm1d(128))
+    Processes().gathering(method)
+    with pytest.raises(OptionError, match="the statistics of BatchNorm1d would be each process's own"):
+        several.gathering(method)
 
 
 def test_predicting_clusters_is_averaged_over_all_processes(monkeypatch) -> None:

@@ -1,21 +1,24 @@
 """The trainer's methods with banks, clusterings and momentum, and those of two views without negatives."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fastcl
-from fastcl.train import Config, systems
+from fastcl.train import Config, loop, systems
+from fastcl.train.data import augment
 from fastcl.train.loop import Run
 from fastcl.train.methods import METHODS
-from fastcl.train.methods.clustered import PCL, DeepCluster
+from fastcl.train.methods.clustered import PCL, SCAN, DeepCluster
 from fastcl.train.methods.contrastive import PIRL
 from fastcl.train.methods.views import BYOL, SimSiam
 from fastcl.train.options import settle
 
 SHAPE = torch.Size((1, 8, 8))
-SYSTEMS = ["vicreg", "barlow", "wmse", "simsiam", "byol", "ldreg", "pirl", "ascl", "deepcluster", "pcl"]
+SYSTEMS = ["vicreg", "barlow", "wmse", "simsiam", "byol", "ldreg", "pirl", "ascl", "deepcluster", "pcl", "scan"]
 
 
 def short(npz: Path, folder: Path, **given: object) -> Run:
@@ -60,9 +63,15 @@ def test_the_table_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         }
 
     monkeypatch.setattr(systems, "measure", measure)
+    page = tmp_path / "page.md"
+    page.write_text(f"Before.\n{systems.START}\nold\n{systems.STOP}\nAfter.\n", encoding="utf-8")
     command = ["--methods", "simclr", "barlow", "--seeds", "2", "--epochs", "3", "--out", str(tmp_path / "systems")]
-    assert systems.main(command) == 0
+    assert systems.main([*command, "--page", str(page)]) == 0
     text = (tmp_path / "systems" / "systems.md").read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == f"Before.\n{systems.START}\n\n{text}\n{systems.STOP}\nAfter.\n"
+    page.write_text("no place for it", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        systems.main([*command, "--page", str(page)])
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line.startswith("| ")]
     assert cells[0] == ["method", "kNN"]
     assert cells[2:] == [
@@ -71,6 +80,14 @@ def test_the_table_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ["`simclr`", "25.0 ± 7.1"],
         ["`barlow`", "35.0 ± 7.1"],
     ]
+
+
+def test_the_documentation_has_the_table_of_the_committed_rows() -> None:
+    root = Path(__file__).parents[2]
+    stored = json.loads((root / "benchmarks" / "results" / "amd-epyc-2-threads" / "systems.json").read_text())
+    table = systems.table(stored["rows"], Config(**stored["config"]))
+    page = (root / "docs" / "trainer.md").read_text(encoding="utf-8")
+    assert f"{systems.START}\n\n{table}\n{systems.STOP}" in page
 
 
 def test_every_method_is_listed_in_the_documentation() -> None:
@@ -135,3 +152,37 @@ def test_pcl_is_moco_until_the_first_renewal() -> None:
         method.renew(torch.randn(12, 128), seed=0)
         assert method(views, None, index) > 0
         assert all(concentrations.mean() == pytest.approx(0.2) for *_, concentrations in method.clusterings())
+
+
+def test_scan_is_simclr_until_it_knows_the_neighbours() -> None:
+    torch.manual_seed(0)
+    method, views = SCAN(SHAPE, 0.1, images=12, n_clusters=3), torch.rand(4, 2, *SHAPE)
+    index = torch.tensor([2, 0, 7, 5])
+    torch.testing.assert_close(method(views, None, index), method.loss(method.project(views)))
+    assert torch.equal(method.partners(index), index)
+    rows = torch.randn(12, 128)
+    rows[:8] = rows[0]  # more equal rows than are searched for
+    method.renew(rows, seed=0)
+    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2).fill_diagonal_(-2)
+    torch.testing.assert_close(cosines.gather(1, method.neighbours), cosines.topk(5, dim=1).values)
+    assert not bool((method.neighbours == torch.arange(12)[:, None]).any())
+    drawn = torch.stack([method.partners(index) for _ in range(60)])
+    for column, image in zip(drawn.T, index, strict=True):
+        assert set(column.tolist()) == set(method.neighbours[image].tolist())
+    anchors, neighbours = (method.head(method.encoder(view)) for view in views.unbind(1))
+    torch.testing.assert_close(method(views, None, index), fastcl.SCANLoss(5.0)(anchors, neighbours))
+
+
+def test_scan_trains_beside_the_views_of_neighbours(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = short(npz, tmp_path / "run", method="scan", epochs=4)
+    seen = []
+
+    def watched(images: torch.Tensor, index: np.ndarray, *rest: int) -> torch.Tensor:
+        seen.append((index, *rest))
+        return augment(images, index, *rest)
+
+    monkeypatch.setattr(loop, "augment", watched)
+    run.train()
+    for (own, _, epoch, first), (other, _, _, second) in zip(seen[::2], seen[1::2], strict=True):
+        assert (first, second) == (0, 1)
+        assert np.array_equal(own, other) == (epoch < 2)

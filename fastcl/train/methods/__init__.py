@@ -1,7 +1,7 @@
 """The methods of the trainer. A method is a subclass of `Method` and a line in `METHODS`."""
 
 from fastcl.train import OptionError
-from fastcl.train.methods.clustered import PCL, DeepCluster
+from fastcl.train.methods.clustered import PCL, SCAN, DeepCluster
 from fastcl.train.methods.contrastive import ASCL, NNCLR, PIRL, ClInfoNCE, ClusterPrediction, MoCo, SimCLR, SupCon
 from fastcl.train.methods.method import Method
 from fastcl.train.methods.prototypes import DINO, MSN, PMSN, SinkhornClInfoNCE, SwAV
@@ -10,7 +10,7 @@ from fastcl.train.methods.views import BYOL, WMSE, BarlowTwins, LDReg, SimSiam, 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR, "clinfonce": ClInfoNCE, "supcon": SupCon, "cluster-ce": ClusterPrediction,
     "moco": MoCo, "nnclr": NNCLR, "swav": SwAV, "msn": MSN, "pmsn": PMSN, "dino": DINO,
-    "ascl": ASCL, "pirl": PIRL, "ldreg": LDReg, "deepcluster": DeepCluster, "pcl": PCL,
+    "ascl": ASCL, "pirl": PIRL, "ldreg": LDReg, "deepcluster": DeepCluster, "pcl": PCL, "scan": SCAN,
     "vicreg": VICReg, "barlow": BarlowTwins, "wmse": WMSE, "simsiam": SimSiam, "byol": BYOL,
 }  # fmt: skip
 

@@ -1,14 +1,15 @@
-"""Methods that cluster the images by their projections, at several granularities, every --renew epochs."""
+"""Methods that learn from the projections of all images: clusters at several granularities, or neighbours."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastcl import ClusterInfoNCE, ProtoNCELoss, cluster_concentrations, kmeans
+from fastcl import ProtoNCELoss, SCANLoss, cluster_concentrations, kmeans, topk_similarity
 from fastcl.train.methods.contrastive import QueueMethod
-from fastcl.train.methods.method import Method
+from fastcl.train.methods.method import Method, share_of_mean
 
 FINER = (1, 2, 4)  # times --n-clusters
+NEIGHBOURS = 5  # of an image in SCAN; few, as a class has few images
 
 
 class Clustered(Method):
@@ -29,6 +30,9 @@ class Clustered(Method):
         names = ("assignments", "centroids", "concentrations")
         return [(*(getattr(self, f"{name}_{k}") for name in names),) for k in self.counts]
 
+    def is_due(self, epoch: int, epochs: int, renew: int) -> bool:
+        return epoch % renew == 0 and (epoch > 0 or self.renews_first)
+
     def renew(self, projections: Tensor, seed: int) -> None:
         rows = F.normalize(projections, dim=1)
         for k, (assignments, centroids, concentrations) in zip(self.counts, self.clusterings(), strict=True):
@@ -43,16 +47,16 @@ class DeepCluster(Clustered):
 
     def __init__(self, image_shape: torch.Size, temperature: float, images: int, n_clusters: int) -> None:
         super().__init__(image_shape, temperature)
-        self.loss = ClusterInfoNCE(temperature)
+        self.loss, self.temperature = ProtoNCELoss(), temperature
         self.add_clusterings(images, n_clusters)
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         rows, own = self.project(views).flatten(0, 1), index.repeat_interleave(views.shape[1])
         losses = []
         for assignments, centroids, _ in self.clusterings():
-            classes = torch.arange(len(centroids), device=rows.device)
-            losses.append(self.loss(rows, assignments[own], contrasts=centroids, contrast_clusters=classes))
-        return torch.stack(losses).mean()
+            temperatures = torch.full((len(centroids),), self.temperature, device=rows.device)
+            losses.append(self.loss(rows, assignments[own], centroids, temperatures))
+        return share_of_mean(torch.stack(losses).mean(), len(views), self.gather)
 
 
 class PCL(Clustered, QueueMethod):
@@ -71,4 +75,48 @@ class PCL(Clustered, QueueMethod):
         self.enqueue(keys, index)
         own = index.repeat_interleave(views.shape[1])
         terms = [self.prototypical(queries.flatten(0, 1), ids[own], *found) for ids, *found in self.clusterings()]
-        return loss + torch.stack(terms).mean()
+        return loss + share_of_mean(torch.stack(terms).mean(), len(views), self.gather)
+
+
+class SCAN(Method):
+    """SimCLR for half of the epochs; then neighbours by its projections get the same cluster, and all are used."""
+
+    neighbours: Tensor
+
+    def __init__(self, image_shape: torch.Size, temperature: float, images: int, n_clusters: int) -> None:
+        super().__init__(image_shape, temperature)
+        self.head = nn.Linear(self.encoder.features, n_clusters)
+        self.clustering = SCANLoss(5.0)  # the weight of the authors' experiments
+        self.register_buffer("neighbours", torch.full((images, min(NEIGHBOURS, images - 1)), -1))
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the neighbours are known."""
+        return bool(self.neighbours[0, 0] >= 0)
+
+    def is_due(self, epoch: int, epochs: int, renew: int) -> bool:
+        return epoch == epochs // 2
+
+    def renew(self, projections: Tensor, seed: int) -> None:
+        rows = F.normalize(projections, dim=1)
+        count = self.neighbours.shape[1]
+        found = topk_similarity(rows, rows, count + 1)[1]
+        own = found == torch.arange(len(rows), device=rows.device)[:, None]
+        # Equal images may push the image itself out of its own list.
+        own[~own.any(1), -1] = True
+        self.neighbours.copy_(found[~own].view(-1, count))
+
+    def partners(self, index: Tensor) -> Tensor:
+        """A neighbour each. Drawn for all images, so that several processes draw what one does."""
+        if not self.pretrained:
+            return index
+        chosen = torch.randint(self.neighbours.shape[1], (len(self.neighbours),), device=index.device)
+        return self.neighbours[index, chosen[index]]
+
+    def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
+        if not self.pretrained:
+            loss: Tensor = self.loss(self.project(views))
+            return loss
+        anchors, neighbours = self.head(self.encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2]).unbind(1)
+        clustering: Tensor = self.clustering(anchors, neighbours)
+        return clustering

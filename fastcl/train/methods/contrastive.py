@@ -6,11 +6,14 @@ from torch import Tensor, nn
 
 from fastcl import ASCLLoss, MemoryBank, MemoryQueue, SampledNCELoss
 from fastcl.distributed import gather_rows
-from fastcl.train.methods.method import Method, apart, follow, slow_copy
+from fastcl.train.methods.method import Method, follow, slow_copy
+from fastcl.train.methods.normalisation import apart
 
 from ...distributed import World
+from ...losses.sampled import draw
 
 QUEUE = 2048  # rows; small, as the data is
+NEGATIVES = 256  # of PIRL, drawn for each view
 
 
 class SimCLR(Method):
@@ -54,7 +57,6 @@ class ClusterPrediction(Method):
     def __init__(self, image_shape: torch.Size, temperature: float, classes: int) -> None:
         super().__init__(image_shape, temperature)
         self.projector = nn.Sequential(nn.Linear(self.encoder.features, classes))
-        self.gather = False
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         assert clusters is not None
@@ -74,7 +76,7 @@ class QueueMethod(Method):
     ) -> None:
         super().__init__(image_shape, temperature, projection)
         # Else keys of one time coincide, and being of now or of then is all that tells a positive from the queue.
-        self.projector = apart(self.projector, projection)
+        self.projector = apart(self.projector)
         self.slow = slow_copy(self.encoder, self.projector)
         self.queue = MemoryQueue(QUEUE, projection, ids=True, tags=tags)
 
@@ -88,9 +90,11 @@ class QueueMethod(Method):
         return keys
 
     def enqueue(self, keys: Tensor, index: Tensor, tags: Tensor | None = None) -> None:
-        views = keys.shape[1]
-        tags = None if tags is None else tags.repeat_interleave(views, 0)
-        self.queue.enqueue(keys.flatten(0, 1), tags, index.repeat_interleave(views))
+        """The keys of all processes, so that their queues are the same."""
+        own = [keys, index] if tags is None else [keys, index, tags]
+        keys, index, *labels = gather_rows(*own)
+        ids, *labels = (rows.repeat_interleave(keys.shape[1], 0) for rows in (index, *labels))
+        self.queue.enqueue(keys.flatten(0, 1), labels[0] if labels else None, ids)
 
 
 class MoCo(QueueMethod):
@@ -127,15 +131,19 @@ class PIRL(Method):
 
     def __init__(self, image_shape: torch.Size, temperature: float, images: int, projection: int = 128) -> None:
         super().__init__(image_shape, temperature, projection)
+        self.projector = apart(self.projector)  # without it ended below the untrained encoder on the digits
         self.bank = MemoryBank(images, projection)
-        self.loss = SampledNCELoss(temperature, num_negatives=256, form="pirl")
+        self.loss = SampledNCELoss(temperature, num_negatives=NEGATIVES, form="pirl")
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         projections = self.project(views)
         rows, places = gather_rows(projections[:, 0].float(), index)
         if len(self.bank) == 0:  # there is nothing to contrast with yet
             self.bank.update(places, rows)
-        losses = [self.loss(view, index, self.bank) for view in projections.unbind(1)]
+        own, losses = torch.isin(places, index), []
+        for view in projections.unbind(1):
+            negatives = draw(self.bank, places, NEGATIVES)  # for all rows, as one process draws them
+            losses.append(self.loss(view, index, self.bank, negatives=negatives[own]))
         self.bank.update(places, rows)
         return torch.stack(losses).mean()
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from fastcl import ClusterInfoNCE
 from fastcl.train.methods.encoder import Encoder
 
+from ...distributed import World
+
 MOMENTUM = 0.95  # of a slow copy at a step; small, as the data is
 
 
@@ -21,6 +23,7 @@ class Method(nn.Module):
     needs_clusters = False
     takes_tags = False
     instances_first = True  # until the first k-means each image is its own cluster
+    gather = False  # whether the loss is that of all processes' rows
 
     def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
         super().__init__()
@@ -34,6 +37,18 @@ class Method(nn.Module):
         projections: Tensor = self.projector(self.encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
         return projections
 
+    def is_due(self, epoch: int, epochs: int, renew: int) -> bool:
+        """Whether `renew` is called before this epoch of so many. renew: the option, epochs between two renewals."""
+        return False
+
+    def renew(self, projections: Tensor, seed: int) -> None:
+        """Learn what is needed from the projections ``[n, D]`` of all training images."""
+        raise NotImplementedError
+
+    def partners(self, index: Tensor) -> Tensor:
+        """The images ``[B]`` whose second views come beside the first views of these."""
+        return index
+
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         """Loss (scalar) of views ``[B, V, C, H, W]``.
 
@@ -43,10 +58,12 @@ class Method(nn.Module):
         raise NotImplementedError
 
 
-def apart(projector: nn.Sequential, projection: int) -> nn.Sequential:
-    """With batch normalisation: projections of untrained weights nearly coincide, the batch's statistics part them."""
-    first, middle, last = projector
-    return nn.Sequential(first, nn.BatchNorm1d(256), middle, last, nn.BatchNorm1d(projection, affine=False))
+def share_of_mean(loss: Tensor, rows: int, gather: bool) -> Tensor:
+    """A mean over this process's rows -> its share of the mean over all rows, times the number of processes."""
+    world = World.of(gather)
+    if world is None:
+        return loss
+    return loss * (rows * world.size / world.total(loss.new_tensor(rows)))
 
 
 def slow_copy(*modules: nn.Module) -> nn.ModuleList:

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from fastcl import DINOLoss, MSNLoss, SwAVLoss, power_law_prior, prior_from_counts, sinkhorn, uniform_prior
 from fastcl.train import OptionError
-from fastcl.train.methods.method import Method, apart, follow, slow_copy
+from fastcl.train.methods.method import Method, follow, slow_copy
+from fastcl.train.methods.normalisation import apart
+
+from ...distributed import World
 
 PRIORS = ("uniform", "power_law", "counts")
 
@@ -22,7 +25,7 @@ class PrototypeMethod(Method):
     def __init__(self, image_shape: torch.Size, temperature: float, masses: Tensor, projection: int = 128) -> None:
         super().__init__(image_shape, temperature, projection)
         # All rows of scores would be alike at first, each assigned the prior, and predicting that is a fixed point.
-        self.projector = apart(self.projector, projection)
+        self.projector = apart(self.projector)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(len(masses), projection), dim=1))
         self.register_buffer("masses", masses)
 
@@ -107,7 +110,8 @@ class SinkhornClInfoNCE(PrototypeMethod):
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         projections = self.project(views)
         scores = self.scores(projections).mean(1)
-        assignments = sinkhorn(scores, prior=self.masses).assignments
+        world = World.of(self.gather)
+        assignments = sinkhorn(scores, prior=self.masses, group=world and world.group).assignments
         loss: Tensor = self.loss(projections, assignments=assignments)
         return loss
 

@@ -4,14 +4,22 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import BarlowTwinsLoss, LDRegLoss, NegativeCosineSimilarity, VICRegLoss, WMSELoss
-from fastcl.train.methods.method import Method, apart, follow, slow_copy
+from fastcl.train.methods.method import Method, follow, share_of_mean, slow_copy
+from fastcl.train.methods.normalisation import BatchNorm, apart, normalised
 
 
 class TwoViews(Method):
-    """A loss of the projections of the two views. It has no temperature."""
+    """A loss of the projections of the two views. It has no temperature.
 
-    def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
-        super().__init__(image_shape, temperature, projection)
+    As in the papers, the projector has batch normalisation. Without it, short trainings ended below the untrained
+    encoder.
+    """
+
+    projection = 128
+
+    def __init__(self, image_shape: torch.Size, temperature: float) -> None:
+        super().__init__(image_shape, temperature, self.projection)
+        self.projector = normalised(self.projector)
         self.loss = self.criterion()
 
     def criterion(self) -> nn.Module:
@@ -37,10 +45,12 @@ class BarlowTwins(TwoViews):
 
 
 class WMSE(TwoViews):
-    """Views agree after each is whitened."""
+    """Views agree after each is whitened. The smaller the projections, the better a batch tells their covariances."""
+
+    projection = 32
 
     def criterion(self) -> nn.Module:
-        return WMSELoss(eps=0.01)  # the last batch of an image set may have fewer rows than features
+        return WMSELoss(eps=1e-4)  # a batch may have fewer rows than features
 
 
 class SimSiam(Method):
@@ -48,9 +58,9 @@ class SimSiam(Method):
 
     def __init__(self, image_shape: torch.Size, temperature: float, projection: int = 128) -> None:
         super().__init__(image_shape, temperature, projection)
-        self.projector = apart(self.projector, projection)
+        self.projector = apart(self.projector)
         self.head = nn.Sequential(
-            nn.Linear(projection, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, projection)
+            nn.Linear(projection, 64), BatchNorm(64), nn.ReLU(), nn.Linear(64, projection)
         )  # fmt: skip
         self.loss = NegativeCosineSimilarity()
 
@@ -62,7 +72,7 @@ class SimSiam(Method):
         projections = self.project(views)
         targets = self.targets(views, projections).flip(1)
         loss: Tensor = self.loss(self.head(projections.flatten(0, 1)), targets.flatten(0, 1))
-        return loss
+        return share_of_mean(loss, len(views), self.gather)
 
 
 class BYOL(SimSiam):

@@ -33,7 +33,7 @@ def _draw_clusters(path: Path, title: str, rows: Sequence[Row]) -> None:
         ]
         captioned.append(place)
         side: dict[str, Any] = {"xytext": (8, -3 - 11 * len(near))}
-        if place[0] > furthest / 2:
+        if place[0] > 0.8 * furthest:
             side = {"xytext": (-8, -3 - 11 * len(near)), "ha": "right"}
         left.annotate(f"{what} {accuracy:.1f}", place, textcoords="offset points", fontsize=8, parse_math=False, **side)
     figure.colorbar(drawn, ax=left, label=PROBE_TITLE)

@@ -131,7 +131,8 @@ class SinkhornClInfoNCE(PrototypeMethod):
 def prototype_masses(prior: str, count: int, labels: NDArray[np.int64]) -> Tensor:
     """The prior ``[count]`` that --prior names, the largest mass first.
 
-    ``counts`` knows the labels' frequencies: prototypes are dealt out to the classes in turn, and share their mass.
+    ``counts`` knows the labels' frequencies: prototypes are dealt out to the classes in turn, and share their mass. One
+    with a mass below 1 / batch size gets less than an image of a batch, and may be the nearest of none.
     """
     if prior == "uniform":
         return uniform_prior(count)

@@ -20,11 +20,12 @@ PAGE, ROWS = DOCS / "evidence.md", DOCS / "evidence"
 
 
 def page(text: str) -> str:
-    """The page with the tables of the rows that are there, each between its two marks."""
+    """The page with tables and picture of the rows that are there, each between its two marks."""
     for name, study in STUDIES.items():
         path = ROWS / f"{name}.csv"
         if path.exists():
             made = tables(study, read_csv(path), headings()[name])
+            made += f"\n![{study.about}](evidence/{name}.png)\n"
             pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
             text, count = re.subn(pattern, lambda m, made=made: f"{m[1]}\n{made}{m[2]}", text, flags=re.DOTALL)
             assert count == 1, f"{PAGE} has no place for {name}"

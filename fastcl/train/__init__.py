@@ -30,6 +30,8 @@ class Config:
     prior: str | None = None
     data: str = "digits"
     root: str | None = None
+    glyphs: int | None = None
+    side: int | None = None
     long_tail: float | None = None
     epochs: int = 120
     batch_size: int = 1024

@@ -32,6 +32,8 @@ DEFAULT = Config(epochs=20, batch_size=256, renew=4)
 OPTIONS = (
     "data",
     "root",
+    "glyphs",
+    "side",
     "long-tail",
     "epochs",
     "batch-size",
@@ -155,41 +157,46 @@ def _outcome(config: Config, folder: Path, columns: Sequence[str]) -> Outcome:
 
 
 def measure(base: Config, chosen: dict[str, Contestant], seeds: Sequence[int], out: Path) -> dict[str, Rows]:
-    """Train and probe what is not done yet, seed by seed.
+    """Train and probe what is not done yet, seed by seed. What can be refused, be it the last seed's, is refused first.
 
     Returns the probes, a line a seed, under the contestants' names, ``raw`` (pixels) and ``untrained``.
     """
     from fastcl.train.batches import check_batch_classes
-    from fastcl.train.data import fingerprint, load, long_tailed
+    from fastcl.train.data import fingerprint, prepared
     from fastcl.train.loop import check_n_clusters
     from fastcl.train.methods.clusterings import fixed_clusters
 
-    rows: dict[str, Rows] = {name: [] for name in (*BASELINES, *chosen)}
+    plan = []
     for seed in seeds:
-        images = load(base.data, base.root, seed)
-        if base.long_tail is not None:
-            images = long_tailed(images, base.long_tail, seed)
+        images = prepared(dataclasses.replace(base, seed=seed))
         for contestant in chosen.values():
-            check_n_clusters(contestant.n_clusters or 0, images)
+            check_n_clusters(contestant.n_clusters or base.n_clusters, images)
         if base.batch_classes is not None:
             check_batch_classes(base.batch_classes, min(base.batch_size, len(images.train_labels)), images)
         if "auxiliary" in chosen:
+            auxiliary = str(chosen["auxiliary"].clusters)
             try:
-                fixed_clusters(str(chosen["auxiliary"].clusters), images)
+                clusters = fixed_clusters(auxiliary, images)
             except OptionError as error:
                 raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
+            if clusters.max() < 0:
+                raise OptionError(f"--auxiliary must give images a cluster; {auxiliary} has none")
         data = fingerprint(images)
-        for place, (name, contestant) in enumerate(chosen.items(), 1):
+        for name, contestant in chosen.items():
             folder = out / f"{contestant.folder}-seed{seed}"
             options = {option: value for option, value in vars(contestant).items() if value is not None}
             config = settle(dataclasses.replace(base, seed=seed, **options))
-            outcome = _known(folder, config, data)
-            print(f"seed {seed}, {place} of {len(chosen)}: {folder}{' is there' if outcome else ''}", flush=True)
-            if outcome is None:  # what training does not change is probed once a seed
-                outcome = _outcome(config, folder, (*BASELINES, "trained") if place == 1 else ("trained",))
-            rows[name].append(outcome["trained"])
-            for baseline in BASELINES if place == 1 else ():
-                rows[baseline].append(outcome[baseline])
+            plan.append((name, folder, config, _known(folder, config, data)))
+    rows: dict[str, Rows] = {name: [] for name in (*BASELINES, *chosen)}
+    for number, (name, folder, config, outcome) in enumerate(plan):
+        place = number % len(chosen) + 1
+        known = " is there" if outcome else ""
+        print(f"seed {config.seed}, {place} of {len(chosen)}: {folder}{known}", flush=True)
+        if outcome is None:  # what training does not change is probed once a seed
+            outcome = _outcome(config, folder, (*BASELINES, "trained") if place == 1 else ("trained",))
+        rows[name].append(outcome["trained"])
+        for baseline in BASELINES if place == 1 else ():
+            rows[baseline].append(outcome[baseline])
     return rows
 
 
@@ -258,14 +265,15 @@ def _check(base: Config, chosen: dict[str, Contestant], folder: Path) -> None:
     if auxiliary in ("kmeans", "tags", "labels", "sinkhorn"):
         raise OptionError(f"--auxiliary must be attributes or FILE.csv:COLUMN; got {auxiliary}")
     try:
-        check_clusters(auxiliary)
+        check_clusters(auxiliary, base.data)
     except OptionError as error:
         raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
     check(base, folder)
 
 
-def check(base: Config, folder: Path) -> None:
-    """Raise where the options do not go together, the device cannot be used, or the folder is no comparison's."""
+def check(base: Config, folder: Path, made: str = "*-seed*") -> None:
+    """Raise where the options do not go together, the device cannot be used, or the folder is no comparison's: one
+    holds what it `made`, a pattern."""
     from fastcl.train.files import LOCK, PART
     from fastcl.train.loop import usable_device
     from fastcl.train.processes import Processes
@@ -278,7 +286,7 @@ def check(base: Config, folder: Path) -> None:
         raise OptionError(f"--out must be a new folder or a comparison's; {folder} is a run of the trainer")
     if folder.exists():
         held = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not path.name.endswith(PART))
-        if held and not any(folder.glob("*-seed*")):
+        if held and not any(folder.glob(made)):
             raise OptionError(f"--out must be a new folder or a comparison's; {folder} holds {held[0]}")
 
 

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from fastcl.train import OptionError
+from fastcl.train import Config, OptionError
+from fastcl.train.glyphs import COUNT, FACTS, SIDE, glyphs
 from fastcl.train.image_folder import read_image_folder
+from fastcl.train.known import is_worse_labels
 
 HELD_OUT = 0.3  # the share of a source without a test set of its own
 VIEWS = 2
@@ -38,7 +41,8 @@ class ImageData:
 
     Images are ``[n, C, H, W]``, C = 1 or 3, uint8 in 0..255 or float32 in [0, 1] (see :func:`as_float`); labels are
     int64 ``[n]``, indices into ``classes``. ``source_index`` int64 ``[n]`` is each training image's place among the
-    ``source_size`` images of the file or data set it was taken from, before any split.
+    ``source_size`` images of the file or data set it was taken from, before any split. ``facts`` are ids int64 ``[n]``
+    of what is known of the training images besides, by name.
     """
 
     train_images: Tensor
@@ -48,12 +52,13 @@ class ImageData:
     classes: tuple[str, ...]
     source_index: NDArray[np.int64]
     source_size: int
+    facts: Mapping[str, NDArray[np.int64]] = dataclasses.field(default_factory=dict)
 
 
 def fingerprint(images: ImageData) -> str:
     """A hash of everything in it, by which a resumed run knows its data again."""
     pixels = [images.train_images.numpy(), images.test_images.numpy()]
-    numbers = [images.train_labels, images.test_labels, images.source_index]
+    numbers = [images.train_labels, images.test_labels, images.source_index, *images.facts.values()]
     digest = hashlib.sha256(repr((images.classes, images.source_size)).encode())
     for part in (*pixels, *numbers):
         digest.update(f"{part.dtype} {part.shape}".encode())
@@ -66,14 +71,26 @@ def as_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def load(data: str, root: str | None, seed: int) -> ImageData:
-    """Read ``digits``, ``cifar10``, ``cifar100``, ``imagefolder`` (the last three below ``root``) or an ``.npz`` file.
+def prepared(config: Config) -> ImageData:
+    """The images that a run of this config trains on and is probed with."""
+    glyphs_only = () if config.glyphs is None or config.side is None else (config.glyphs, config.side)
+    images = load(config.data, config.root, config.seed, *glyphs_only)
+    return images if config.long_tail is None else long_tailed(images, config.long_tail, config.seed)
+
+
+def load(data: str, root: str | None, seed: int, count: int = COUNT, side: int = SIDE) -> ImageData:
+    """Read ``digits``, ``cifar10``, ``cifar100``, ``imagefolder`` (the last three below ``root``) or an ``.npz`` file,
+    or draw ``glyphs``, so many of ``side`` pixels.
 
     A source without a test set is split by ``seed``, stratified by label, 30 % held out.
     """
     if data == "digits":
         digits = load_digits()
         return _assemble((digits.images / 16.0, digits.target), None, seed)
+    if data == "glyphs":
+        drawn = glyphs(count, side)
+        images = _assemble((drawn["images"], drawn["labels"]), None, seed)
+        return dataclasses.replace(images, facts={name: drawn[name][images.source_index] for name in FACTS})
     if data.endswith(".npz"):
         return _load_npz(Path(data), seed)
     if root is None or not Path(root).is_dir():
@@ -111,6 +128,7 @@ def long_tailed(images: ImageData, ratio: float, seed: int) -> ImageData:
         train_images=images.train_images[torch.from_numpy(kept)],
         train_labels=images.train_labels[kept],
         source_index=images.source_index[kept],
+        facts={name: values[kept] for name, values in images.facts.items()},
     )
 
 
@@ -202,10 +220,15 @@ def _assemble(
     )
 
 
-def check_clusters(option: str) -> None:
+def check_clusters(option: str, data: str) -> None:
     """Raise what is wrong with --clusters as far as it can be known without the images."""
-    if option not in ("kmeans", "attributes", "tags", "labels", "sinkhorn"):
-        _read_csv(option)
+    if option in ("kmeans", "attributes", "tags", "labels", "sinkhorn") or is_worse_labels(option):
+        return
+    if set(option.split("+")) <= set(FACTS):
+        if data != "glyphs":
+            raise OptionError(f"--clusters {option} is known of --data glyphs only; got --data {data}")
+        return
+    _read_csv(option)
 
 
 def _read_csv(option: str) -> tuple[str, list[str], list[list[str]], str]:

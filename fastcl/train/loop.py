@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fastcl.train import Config, OptionError, counted, report
 from fastcl.train.batches import batches_of_few_classes, check_batch_classes
-from fastcl.train.data import VIEWS, ImageData, augment, fingerprint, load, long_tailed
+from fastcl.train.data import VIEWS, ImageData, augment, fingerprint, prepared
 from fastcl.train.evaluate import (
     Labels,
     Representation,
@@ -78,9 +78,7 @@ class Run:
         self.device = usable_device(config.device, self.processes)
         # Without this a resumed run on a GPU could choose other convolution kernels, and other roundings.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        self.images = load(config.data, config.root, config.seed)
-        if config.long_tail is not None:
-            self.images = long_tailed(self.images, config.long_tail, config.seed)
+        self.images = prepared(config)
         count = len(self.images.train_labels)
         check_n_clusters(config.n_clusters, self.images)
         self.batch = min(config.batch_size, count)

@@ -36,7 +36,7 @@ def at_least(kind: type[Any], low: float, exclusive: bool = False, below: float 
 def add_options(parser: Parser, default: Config, only: Collection[str] | None = None) -> None:
     """Give the parser the trainer's options in groups, or `only` those of these names."""
     from fastcl.train.methods import METHODS
-    from fastcl.train.methods.prototypes import PRIORS
+    from fastcl.train.methods.prototypes import prior_name
 
     def group(title: str) -> Callable[..., None]:
         options = parser.add_argument_group(title)
@@ -55,23 +55,27 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
     # A metavar, because argparse never breaks its own list of choices.
     add("--method", f"what to train with: {', '.join(METHODS)}", choices=list(METHODS), metavar="METHOD")
     add("--clusters", "kmeans (default where the method needs clusters; supcon: labels), attributes, tags (clinfonce, "
-        "moco: images that share an attribute are positives), labels, sinkhorn (clinfonce: soft assignments to learned "
-        "prototypes) or FILE.csv:COLUMN: one row per image in the order of the data, before any split; blank: no "
-        "cluster")  # fmt: skip
+        "moco: images that share an attribute are positives), labels, labels made worse (merged4, split4, noisy30), "
+        "facts of glyphs (family, weight, slant, case, holes, strokes, joined by +), sinkhorn (clinfonce: soft "
+        "assignments to learned prototypes) or FILE.csv:COLUMN: one row per image in the order of the data, before any "
+        "split; blank: no cluster")  # fmt: skip
     add("--n-clusters", "clusters of k-means, in training and in the final probes; prototypes", type=at_least(int, 2))
     add("--renew", "epochs between two k-means; before the first, each image is its own cluster (cluster-ce: the first "
         "is of the untrained encoder)", type=at_least(int, 1))  # fmt: skip
     add(
         "--prior",
-        "masses of the prototypes: equal, falling as rank ** -0.25, or as large as the classes (default: power_law for "
-        "pmsn, else uniform)",
-        choices=PRIORS,
+        "masses of the prototypes: uniform, power_law (falling as rank ** -0.25), power_law:EXPONENT, or counts, as "
+        "large as the classes (default: power_law for pmsn, else uniform)",
+        type=prior_name,
     )
     add("--temperature", "of the loss; cluster-ce and methods without negatives have none",
         type=at_least(float, 1e-30, exclusive=True, below=1e30))  # fmt: skip
     add = group("images")
-    add("--data", "digits, cifar10, cifar100, imagefolder or FILE.npz with images [n, h, w(, c)], uint8 or float in "
-        "[0, 1], and labels [n]")  # fmt: skip
+    add("--data", "digits, glyphs (letters and digits drawn from fonts), cifar10, cifar100, imagefolder or FILE.npz "
+        "with images [n, h, w(, c)], uint8 or float in [0, 1], and labels [n]")  # fmt: skip
+    add("--glyphs", "images that --data glyphs draws, held-out ones included (default: 6200)", type=at_least(int, 2),
+        metavar="COUNT")  # fmt: skip
+    add("--side", "pixels of each glyph in height and width (default: 28)", type=at_least(int, 8), metavar="PIXELS")
     add("--root", "folder of the CIFAR files (never downloaded), or the image folder: a folder per class, or such "
         "folders in train and test (or val)", metavar="DIR")  # fmt: skip
     add("--long-tail", "thin the training classes to a power law, the largest so many times the smallest; the held-out "
@@ -134,11 +138,23 @@ def settle(config: Config) -> Config:
             f"--method {config.method}"
         )
     if config.clusters is not None:
-        check_clusters(config.clusters)
-    if config.data not in ("digits", "cifar10", "cifar100", "imagefolder") and not config.data.endswith(".npz"):
-        raise OptionError(f"--data must be digits, cifar10, cifar100, imagefolder or FILE.npz; got {config.data}")
+        check_clusters(config.clusters, config.data)
+    return _settle_images(config)
+
+
+def _settle_images(config: Config) -> Config:
+    from fastcl.train.glyphs import COUNT, SIDE
+
+    named = ("digits", "glyphs", "cifar10", "cifar100", "imagefolder")
+    if config.data not in named and not config.data.endswith(".npz"):
+        raise OptionError(f"--data must be {', '.join(named)} or FILE.npz; got {config.data}")
     if config.root is not None and config.data not in ("cifar10", "cifar100", "imagefolder"):
         raise OptionError(f"--root goes with --data cifar10, cifar100 or imagefolder; got --data {config.data}")
+    if config.data == "glyphs":
+        return dataclasses.replace(config, glyphs=config.glyphs or COUNT, side=config.side or SIDE)
+    for name in ("glyphs", "side"):
+        if getattr(config, name) is not None:
+            raise OptionError(f"--{name} goes with --data glyphs; got --data {config.data}")
     return config
 
 

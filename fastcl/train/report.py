@@ -77,7 +77,7 @@ def draw_prototypes(folder: Path, title: str, panels: list[dict[str, Any]], labe
 
     labels: shares of the classes, which a thin line shows, each spread over as many prototypes as fall to it.
     """
-    figure = _figure(5.2 * len(panels) + 0.6, 4.2, f"{title}: shares of training images by prototype")
+    figure = figure_of(5.2 * len(panels) + 0.6, 4.2, f"{title}: shares of training images by prototype")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, panel in zip(grid, panels, strict=True):
         sizes, prior = np.array(panel["sizes"]), np.array(panel["prior"])
@@ -105,7 +105,7 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
     are the seeds; a row of panels a probe.
     """
     probes = ("linear_5", "linear_all")
-    figure = _figure(5.6 * len(panels) + 1.2, 9.4, f"{title}: what clusters tell about labels, and what was learned")
+    figure = figure_of(5.6 * len(panels) + 1.2, 9.4, f"{title}: what clusters tell about labels, and what was learned")
     grid = figure.subplots(len(probes), len(panels), squeeze=False, sharex=True, sharey=True)
     everything = [lines for entries in panels.values() for lines in entries.values()]
     furthest = max(line["conditional_entropy"] for lines in everything for line in lines)
@@ -136,7 +136,8 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
     save_figure(figure, path)
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def figure_of(width: float, height: float, title: str) -> Figure:
+    """An empty figure with a title, in inches."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     # Names of files and classes may have dollar signs, between which matplotlib would read a formula.
@@ -152,7 +153,7 @@ def _colour_scale(low: float, high: float) -> Normalize:
 
 
 def _accuracy(title: str, history: list[dict[str, Any]], knn: dict[str, float]) -> Figure:
-    figure = _figure(10, 4.2, title)
+    figure = figure_of(10, 4.2, title)
     left, right = figure.subplots(1, 2)
     measured = [(line["step"], 100 * line["knn"]) for line in history if "knn" in line]
     left.plot(*zip(*measured, strict=True), marker="o", markersize=3.5, color="C0", label="trained encoder")
@@ -181,7 +182,7 @@ def _embedding(title: str, images: ImageData, rows: NDArray[np.float32], cluster
         perplexity = min(30.0, (len(chosen) - 1) / 3)
         how, axis = "t-SNE", "t-SNE"
         places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows[chosen])
-    figure = _figure(12, 5.6, f"{title}: {how} of {counted(len(chosen), 'held-out image')}")
+    figure = figure_of(12, 5.6, f"{title}: {how} of {counted(len(chosen), 'held-out image')}")
     names = [str(number) for number in range(clusters.max() + 1)]
     panels = (("label", images.test_labels, images.classes), ("k-means cluster", clusters, names))
     for axes, (what, ids, legend) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -221,7 +222,7 @@ def _neighbours(title: str, images: ImageData, rows: Representation) -> Figure:
     shown = min(SHOWN, len(rows.train))
     nearest = NearestNeighbors(n_neighbors=shown, metric="cosine").fit(rows.train)
     found = nearest.kneighbors(rows.test[queries], return_distance=False)
-    figure = _figure(
+    figure = figure_of(
         1 + shown, 0.6 + 1.1 * len(queries), f"{title}: held-out queries and their nearest training images"
     )
     grid = figure.subplots(len(queries), 1 + shown, squeeze=False)

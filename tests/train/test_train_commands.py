@@ -11,7 +11,7 @@ import pytest
 from fastcl import __main__ as listing
 from fastcl import command, info
 from fastcl.train import __main__ as trainer
-from fastcl.train import compare, systems
+from fastcl.train import compare, study, systems
 from fastcl.train.files import load_checkpoint
 from tests.support.training import metrics, options
 
@@ -37,6 +37,7 @@ command.run(cli.PROG, lambda: cli.main(sys.argv[1:]))
         (info, ["examples:", "FASTCL_BACKEND=chunked"]),
         (trainer, ["method:", "images:", "training:", "run folder:", "--batch-classes", "--tensorboard", "examples:"]),
         (compare, ["comparison:", "images:", "--auxiliary", "examples:"]),
+        (study, ["study:", "clusters:", "priors:", "batch:", "compare", "images:", "examples:"]),
         (systems, ["comparison:", "images:", "--methods", "examples:"]),
     ],
     ids=lambda value: value.__name__ if hasattr(value, "__name__") else "",
@@ -51,7 +52,9 @@ def test_help(module, shown, capsys) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("module", [listing, info, trainer, compare, systems], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [listing, info, trainer, compare, systems, study], ids=lambda module: module.__name__
+)
 def test_unknown_options_are_refused_in_one_line(module, capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         module.main(["--colour"])
@@ -62,7 +65,7 @@ def test_unknown_options_are_refused_in_one_line(module, capsys) -> None:
 
 
 def test_examples_in_the_help_are_commands_that_the_parsers_take() -> None:
-    for module in (trainer, compare):
+    for module in (trainer, compare, study):
         for line in module.EXAMPLES.splitlines():
             typed = line.strip().split("   ")[0]  # what follows says what it does
             arguments = typed.split("-m ", 1)[1].split()

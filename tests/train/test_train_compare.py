@@ -12,7 +12,7 @@ from fastcl.train import Config, compare, evaluate, report
 from fastcl.train.compare import COMPARISONS, INFORMATION, PROBES, contestants, main
 from fastcl.train.files import claimed
 from fastcl.train.loop import Run
-from tests.support.training import write_csv
+from tests.support.training import COUNT, write_csv
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,6 +136,24 @@ def test_damaged_numbers_and_folders_in_use_are_refused(finished, tmp_path, caps
     with pytest.raises(SystemExit):
         main(command)
     assert "supcon-seed1/probes.json, which cannot be used: ValueError: the file is damaged" in capsys.readouterr().err
+
+
+def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, capsys) -> None:
+    out, command = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "simclr-seed0")
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained before it was refused"))
+    config = copy / "cluster-ce-labels-seed1" / "config.json"  # the last
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lr": 0.5}))
+    with pytest.raises(SystemExit):
+        main([*command[:-1], str(copy)])
+    assert "cluster-ce-labels-seed1, trained with --lr 0.5: choose another folder" in capsys.readouterr().err
+    path = tmp_path / "none.csv"
+    path.write_text("kind\n" + '""\n' * COUNT)
+    with pytest.raises(SystemExit):
+        main([*command[:-1], str(tmp_path / "new"), "--auxiliary", f"{path}:kind"])
+    assert f"--auxiliary must give images a cluster; {path}:kind has none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_what_can_be_refused_early_is(command, arguments, message, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     if "nowhere" not in arguments:
         monkeypatch.setattr(data, "load", lambda *_: pytest.fail("read the images first"))
-        monkeypatch.setattr(loop, "load", lambda *_: pytest.fail("read the images first"))
+        monkeypatch.setattr(loop, "prepared", lambda *_: pytest.fail("read the images first"))
     option = "--auxiliary" if command is compare.main else "--clusters"
     path = write_csv(tmp_path / "c.csv", 3)
     given = [argument.replace("CLUSTERS", option).replace("FILE", str(path)) for argument in arguments]

@@ -28,7 +28,7 @@ def _no_pictures(monkeypatch) -> None:
             "--clusters must be kmeans, attributes, tags, labels, sinkhorn or FILE.csv",
         ),
         (["--method", "clinfonce", "--clusters", "none.csv:kind"], "none.csv cannot be read"),
-        (["--data", "mnist"], "--data must be digits, cifar10, cifar100, imagefolder or FILE.npz"),
+        (["--data", "mnist"], "--data must be digits, glyphs, cifar10, cifar100, imagefolder or FILE.npz"),
         (["--data", "none.npz"], "none.npz cannot be read"),
         (["--data", "cifar10"], "--data cifar10 needs --root"),
         (["--root", "."], "--root goes with"),

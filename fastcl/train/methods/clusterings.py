@@ -8,6 +8,8 @@ from scipy.optimize import linear_sum_assignment
 import fastcl
 from fastcl import KMeansResult
 from fastcl.train.data import ImageData, attribute_tags, attributes, read_csv_clusters
+from fastcl.train.glyphs import OF_CHARACTERS
+from fastcl.train.known import is_worse_labels, joined, tags_of, worse_labels
 
 Clusters = NDArray[np.int64] | NDArray[np.bool_]  # ids [n], negative: none; or tags [n, T]
 
@@ -18,10 +20,14 @@ def fixed_clusters(option: str, images: ImageData) -> Clusters:
     """The training clusters that are known beforehand: every kind of --clusters but kmeans and sinkhorn."""
     if option == "labels":
         return images.train_labels
+    if is_worse_labels(option):
+        return worse_labels(option, images.train_labels, images.source_index, images.source_size)
     if option == "attributes":
-        return attributes(images.train_images)
+        return joined(images.facts, OF_CHARACTERS) if images.facts else attributes(images.train_images)
     if option == "tags":
-        return attribute_tags(images.train_images)
+        return tags_of(images.facts) if images.facts else attribute_tags(images.train_images)
+    if set(option.split("+")) <= set(images.facts):
+        return joined(images.facts, option.split("+"))
     return read_csv_clusters(option, images.source_size)[images.source_index]
 
 

@@ -1,5 +1,10 @@
 """Methods with learned prototypes, and the priors of their sizes."""
 
+import argparse
+import contextlib
+import math
+import re
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +18,14 @@ from fastcl.train.methods.normalisation import apart
 
 from ...distributed import World
 
-PRIORS = ("uniform", "power_law", "counts")
+
+def prior_name(text: str) -> str:
+    """The type of --prior."""
+    match = re.fullmatch(r"uniform|counts|power_law(:[0-9.]+)?", text)
+    with contextlib.suppress(ValueError):
+        if match and (match[1] is None or math.isfinite(float(match[1][1:]))):
+            return text
+    raise argparse.ArgumentTypeError(f"expected uniform, power_law, power_law:EXPONENT or counts, got {text!r}")
 
 
 class PrototypeMethod(Method):
@@ -119,12 +131,14 @@ class SinkhornClInfoNCE(PrototypeMethod):
 def prototype_masses(prior: str, count: int, labels: NDArray[np.int64]) -> Tensor:
     """The prior ``[count]`` that --prior names, the largest mass first.
 
-    ``counts`` knows the labels' frequencies: prototypes are dealt out to the classes in turn, and share their mass.
+    ``counts`` knows the labels' frequencies: prototypes are dealt out to the classes in turn, and share their mass. One
+    with a mass below 1 / batch size gets less than an image of a batch, and may be the nearest of none.
     """
     if prior == "uniform":
         return uniform_prior(count)
-    if prior == "power_law":
-        return power_law_prior(count)
+    if prior.startswith("power_law"):
+        exponent = prior.partition(":")[2]
+        return power_law_prior(count, *([float(exponent)] if exponent else []))
     sizes = torch.from_numpy(np.bincount(labels)).sort(descending=True).values
     if count < len(sizes):
         raise OptionError(f"--prior counts needs --n-clusters of at least the number of classes, {len(sizes)}")

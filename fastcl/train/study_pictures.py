@@ -1,0 +1,121 @@
+"""A picture of each study, drawn from its rows."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcl.train.files import save_figure
+from fastcl.train.report import figure_of
+from fastcl.train.studies import Row, grouped
+
+PROBE, PROBE_TITLE = "linear_5", "held-out accuracy, 5 labels a class (%)"
+
+
+def _draw_clusters(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Accuracy on the plane of information, and contrasting beside predicting."""
+    figure = figure_of(13, 5.6, title)
+    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
+    found = grouped(rows)
+    contrast = {what: own for (group, what), own in found.items() if group == "contrast"}
+    names = (PROBE, "mutual_information", "conditional_entropy")
+    means = {what: {name: np.mean([row[name] for row in own]) for name in names} for what, own in contrast.items()}
+    accuracies = [100 * mean[PROBE] for mean in means.values()]
+    places = [(float(mean["conditional_entropy"]), float(mean["mutual_information"])) for mean in means.values()]
+    furthest, highest = np.max(places, axis=0)
+    drawn = left.scatter(*np.transpose(places), c=accuracies, s=100, cmap="viridis", edgecolors="black")
+    captioned: list[tuple[float, float]] = []
+    for what, place, accuracy in zip(means, places, accuracies, strict=True):
+        # Below the captions of points that are in the way.
+        near = [
+            p for p in captioned if abs(p[0] - place[0]) < 0.25 * furthest and abs(p[1] - place[1]) < 0.03 * highest
+        ]
+        captioned.append(place)
+        side: dict[str, Any] = {"xytext": (8, -3 - 11 * len(near))}
+        if place[0] > 0.8 * furthest:
+            side = {"xytext": (-8, -3 - 11 * len(near)), "ha": "right"}
+        left.annotate(f"{what} {accuracy:.1f}", place, textcoords="offset points", fontsize=8, parse_math=False, **side)
+    figure.colorbar(drawn, ax=left, label=PROBE_TITLE)
+    left.set(xlabel="H(cluster | label) (nats): what is in the clusters besides",
+             ylabel="I(label; cluster) (nats): what they tell about the label", title="contrasted")  # fmt: skip
+    left.margins(0.1)
+    left.grid(alpha=0.25)
+    kinds = [what for what in means if any((group, what) in found for group in ("PCL", "predict"))]
+    groups = list(dict.fromkeys(group for group, _ in found))
+    for number, group in enumerate(groups):
+        shown = [what for what in kinds if (group, what) in found]
+        _points(right, group, [(kinds.index(what) + 0.2 * (number - 1), found[group, what]) for what in shown], PROBE)
+    right.set_xticks(range(len(kinds)), kinds)
+    right.set(ylabel=PROBE_TITLE, title="contrasted and predicted")
+    right.legend(frameon=False)
+    right.grid(alpha=0.25, axis="y")
+    save_figure(figure, path)
+
+
+def _draw_priors(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """A panel for balanced data, head and tail, and batches of few classes."""
+    found = grouped(rows)
+    figure = figure_of(14, 5, title)
+    panels = figure.subplots(1, 4, sharey=True)
+    whats = list(dict.fromkeys(what for group, what in found if not group.startswith("batches")))
+    shown = (("balanced", PROBE, "balanced"), ("long tail", "head", "long tail, head"),
+             ("long tail", "tail", "long tail, tail"))  # fmt: skip
+    for axes, (kind, name, heading) in zip(panels, shown, strict=False):
+        for place, method in enumerate(("swav", "msn")):
+            points = [
+                (whats.index(what) + 0.16 * (2 * place - 1), found[f"{kind}, {method}", what])
+                for what in whats if (f"{kind}, {method}", what) in found
+            ]  # fmt: skip
+            _points(axes, method, points, name)
+        axes.set_xticks(range(len(whats)), whats, rotation=30)
+        axes.set(title=heading, xlabel="prior")
+    methods = [group.removeprefix("batches, ") for group in dict.fromkeys(g for g, _ in found) if "batches" in group]
+    kinds = list(dict.fromkeys(what for group, what in found if group.startswith("batches")))
+    for place, what in enumerate(kinds):
+        points = [
+            (number + 0.16 * (2 * place - 1), found[f"batches, {method}", what])
+            for number, method in enumerate(methods)
+        ]
+        _points(panels[3], what, points, PROBE, f"C{2 + place}")
+    panels[3].set_xticks(range(len(methods)), methods, rotation=30)
+    panels[3].set(title="classes a batch")
+    panels[0].set_ylabel(PROBE_TITLE)
+    for axes in panels:
+        axes.grid(alpha=0.25, axis="y")
+    panels[0].legend(frameon=False)
+    panels[3].legend(frameon=False)
+    save_figure(figure, path)
+
+
+def _draw_batch(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Accuracy and time."""
+    figure = figure_of(10, 4.4, title)
+    left, right = figure.subplots(1, 2)
+    found = {int(what): own for (_, what), own in grouped(rows).items()}
+    _points(left, "simclr", list(found.items()), PROBE, joined=True)
+    _points(right, "simclr", list(found.items()), "seconds", joined=True, scale=1)
+    for axes, label in ((left, PROBE_TITLE), (right, "seconds an epoch")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(found), list(map(str, found)))
+        axes.set(xlabel="images a step", ylabel=label)
+        axes.grid(alpha=0.25)
+    right.set_ylim(bottom=0)
+    save_figure(figure, path)
+
+
+def _points(
+    axes: Any, label: str, entries: list[tuple[float, list[Row]]], name: str, colour: str | None = None,
+    joined: bool = False, scale: float = 100,
+) -> None:  # fmt: skip
+    """Means with standard deviations over seeds."""
+    values = [(place, [scale * row[name] for row in own]) for place, own in entries]
+    means = [np.mean(own) for _, own in values]
+    deviations = [np.std(own, ddof=1) if len(own) > 1 else 0 for _, own in values]
+    axes.errorbar([place for place, _ in values], means, deviations, fmt="o-" if joined else "o", color=colour,
+                  capsize=3, label=label)  # fmt: skip
+
+
+PICTURES: dict[str, Callable[[Path, str, Sequence[Row]], None]] = {
+    "clusters": _draw_clusters, "priors": _draw_priors, "batch": _draw_batch
+}  # fmt: skip

@@ -86,10 +86,18 @@ struct WeightedSums {
   void *valid; // [1] real
 };
 
+// Products of all rows that the forward of two sets without groups may keep for the backward, which then computes none.
+struct KeptProducts {
+  void *of; // [N, stride] reals, by place; null: not kept
+  int64_t stride;
+  static int64_t stride_of(int64_t contrasts) { return (contrasts + 31) / 32 * 32 + 16; } // whole vectors; rows start in different cache sets
+};
+
 struct Forward {
   Problem problem;
   Statistics anchors, contrasts;
   WeightedSums weighted;
+  KeptProducts products = {};
 };
 
 struct Backward {
@@ -97,6 +105,7 @@ struct Backward {
   Statistics anchors, contrasts; // as saved, with the fields' gradients in `fields`
   WeightedSums weighted;         // from the forward
   bool single_positives;         // the counts include no extra positives, so they identify rows with a single positive
+  KeptProducts products = {};    // from the forward
   double factor = 1;             // multiplies all gradients, as the last step, so that none underflows before
   void *anchor_gradient;         // [N, D]; null: not needed, as below
   void *contrast_gradient;       // [M, D]

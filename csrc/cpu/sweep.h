@@ -10,6 +10,8 @@ namespace {
 constexpr int64_t BLOCK = 192;        // largest number of rows of a tile: its gradient stays in the second-level cache
 constexpr int64_t CHUNK = 128;        // units multiplied into one partial sum: bounds the rounding error of long rows
 constexpr int64_t A_ROW = CHUNK + 16; // stride of a chunk's rows: rows that are read together are in different cache sets
+constexpr int ROWS_AT_ONCE = 2;       // rows of a register tile whose exponentials are computed together
+static_assert(MR % ROWS_AT_ONCE == 0, "a register tile is whole groups of these rows");
 constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
 constexpr double NORM_FLOOR = 1e-12;
 constexpr double SHARED_LIMIT = 64; // for logits |t| below this, to base 2, the numbers 2^t, their sums and reciprocals fit a float
@@ -151,6 +153,16 @@ template <class Mul> struct Sweep {
       EACH(r, MR) EACH(v, NV) add_to(u[r][v], part[r][v]);
       settle(u);
     }
+  }
+  // Stores a register tile's products of the rows before `to`, and loads them again; the other rows become zero.
+  FASTCL_NOINLINE void keep_products(const Tile &u, const KeptProducts &kept, int64_t i0, int64_t j0, int64_t to) const {
+    T *const at = (T *)kept.of + i0 * kept.stride + j0;
+    const int64_t count = smaller(to - i0, int64_t(MR));
+    for (int64_t r = 0; r < count; r++) EACH(v, NV) store(at + r * kept.stride + v * W, load(u[r][v]));
+  }
+  FASTCL_NOINLINE void kept_products(Tile &u, const KeptProducts &kept, int64_t i0, int64_t j0, int64_t to) const {
+    const T *const at = (const T *)kept.of + i0 * kept.stride + j0;
+    for (int64_t r = 0; r < MR; r++) EACH(v, NV) store(u[r][v], i0 + r < to ? load(at + r * kept.stride + v * W) : all<T>(0));
   }
   static FASTCL_INLINE V<T> logits(V<T> similarity, Scale by) {
     return fused<T>(similarity, all<T>(by.whole), similarity * by.rest); // forward and backward round in the same way

@@ -243,7 +243,7 @@ private:
 
 public:
   template <Base BASE> void block(int t, Range rows) const {
-    s.pack_block(locals[t].a, rows.from, rows.to, t);
+    if (!out.products.of) s.pack_block(locals[t].a, rows.from, rows.to, t);
     guide.pack_block(rows, t);
   }
   // One tile: its gradient, then the products. A square on the diagonal of self-contrast is used only once.
@@ -292,7 +292,8 @@ private:
     const Local &local = pass.locals[thread];
     [[maybe_unused]] const auto *const cosines = MIXED ? pass.guide.cosines(thread, i0 - r0, i0, j0) : nullptr;
     typename Sweep<Mul>::Tile u __attribute__((aligned(64))), sum __attribute__((aligned(64)));
-    s.products(a, j0, u, next);
+    if (pass.out.products.of) s.kept_products(u, pass.out.products, i0, j0, to);
+    else s.products(a, j0, u, next);
     const T *const row_norms = s.anchors.inverse_norms + i0;
     V<T> norms[NV];
     EACH(v, NV) norms[v] = load(s.contrasts.inverse_norms + j0 + v * W);
@@ -310,14 +311,19 @@ private:
       };
       V<T> column_negative[NV], scale = all<T>(0);
       EACH(v, NV) column_negative[v] = other(column_weights.negative, v);
-      const auto row = [&](int r) {
+      constexpr bool TOGETHER = !MIXED && BASE != OWN; // exponentials of several rows are computed together
+      const auto row = [&](int r, [[maybe_unused]] const V<T> *powers) {
         V<T> g[NV];
         EACH(v, NV) {
           const V<T> norm = row_norms[r] * norms[v], similarity = load(u[r][v]) * norm;
-          V<T> t = s.logits(similarity, by);
-          if constexpr (MIXED) t = s.biased(t, j0 + v * W);
-          g[v] =
-              power(t, own(row_weights.negative_base, r), other(column_weights.negative_base, v), own(row_weights.negative, r), column_negative[v]);
+          [[maybe_unused]] V<T> t;
+          if constexpr (TOGETHER) g[v] = powers[v] * (own(row_weights.negative, r) + column_negative[v]);
+          else {
+            t = s.logits(similarity, by);
+            if constexpr (MIXED) t = s.biased(t, j0 + v * W);
+            g[v] =
+                power(t, own(row_weights.negative_base, r), other(column_weights.negative_base, v), own(row_weights.negative, r), column_negative[v]);
+          }
           if constexpr (MIXED) {
             const int64_t i = i0 + r, j = j0 + v * W;
             const auto masks = s.masks(i, j, to, false, cosines ? (*cosines)[r][v] : nullptr);
@@ -339,9 +345,19 @@ private:
         }
         if (last) s.store_row(local.g + (r0 + r) * G_ROW + c0 / Mul::PAIR, g);
       };
-      if constexpr (MIXED)
-        for (int r = 0; r < MR; r++) row(r);
-      else FASTCL_UNROLL(2) for (int r = 0; r < MR; r++) row(r);
+      if constexpr (TOGETHER)
+        for (int r = 0; r < MR; r += ROWS_AT_ONCE) {
+          V<T> powers[ROWS_AT_ONCE * NV];
+          EACH(q, ROWS_AT_ONCE) EACH(v, NV) {
+            const V<T> t = s.logits(load(u[r + q][v]) * (row_norms[r + q] * norms[v]), by);
+            powers[q * NV + v] = BASE == SHARED ? t - base : t;
+          }
+          if constexpr (BASE == SHARED) exp2_clamped<T, false>(powers);
+          else exp2<T, false>(powers);
+          EACH(q, ROWS_AT_ONCE) row(r + q, powers + q * NV);
+        }
+      else
+        for (int r = 0; r < MR; r++) row(r, nullptr);
       if (MIXED || !(DOT && s.self && j0 < i0)) add_wide(local.scale + k * W, scale); // tiles that are not mirrored were counted above the diagonal
     }
 #if FASTCL_DOT

@@ -55,6 +55,14 @@ template <class Real> void reduce(const MeanLoss &call, Field log_sum, const Sta
   *static_cast<Real *>(call.loss) = Real(loss);
 }
 
+// Whether one call for both passes keeps the products: memory stays proportional to that of the rows.
+bool keeps_products(const MeanLoss &call) {
+  const Problem &p = call.problem;
+  if (p.self_contrast() || p.rules.anchor_groups || !call.loss) return false;
+  const int64_t n = p.anchors.size, m = p.contrasts.size;
+  return n * m <= 2 * (n + m) * p.dimension;
+}
+
 } // namespace
 
 int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &arranged, void *workspace) {
@@ -76,11 +84,20 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   backward.scale_gradient = call.scale_gradient;
   backward.bias_gradient = call.bias_gradient;
   const bool differentiated = call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.bias_gradient;
-  const int64_t before = (memory.used + 63) / 64 * 64;
+  const auto align = [&] { memory.used = (memory.used + 63) / 64 * 64; };
+  align();
+  KeptProducts products{};
+  if (differentiated && keeps_products(call)) {
+    products.stride = KeptProducts::stride_of(p.contrasts.size);
+    products.of = memory.take(p.anchors.size * products.stride * real);
+    align();
+  }
+  backward.products = products;
+  const int64_t before = memory.used;
   void *const rest = workspace ? memory.base + before : nullptr; // used by the forward, then by the backward
   int64_t most = 0;
   if (call.loss) {
-    most = engine.forward({p, anchors, contrasts, call.weighted}, arranged, rest);
+    most = engine.forward({p, anchors, contrasts, call.weighted, products}, arranged, rest);
     if (workspace) (p.wide_reals ? reduce<double> : reduce<float>)(call, log_sum, anchors, contrasts);
   }
   if (differentiated) most = std::max(most, engine.backward(backward, arranged, rest));

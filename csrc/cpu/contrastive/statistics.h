@@ -216,6 +216,7 @@ private:
                                                              const void *next, int t, int64_t from) const {
     Tile products __attribute__((aligned(64)));
     s.products(a, j0, products, next);
+    if (out.products.of) s.keep_products(products, out.products, i0, j0, to);
     const Tile *const cosines = MIXED ? guide.cosines(t, from, i0, j0) : nullptr;
     for (int k = 0; k < s.scales; k++)
       add_tile<WIDE, MIXED>(products, s.scale[k], i0, j0, to, rows + k * fields * ROWS * W, cols + k * fields * NR, e, cosines);
@@ -231,16 +232,23 @@ private:
     if constexpr (!MIXED && !WIDE) {
       V<T> sums[NV];
       EACH(v, NV) sums[v] = all<T>(0);
-      FASTCL_UNROLL(2) for (int r = 0; r < MR; r++) {
-        V<T> x[NV];
-        EACH(v, NV) {
-          x[v] = exp2<T, false>(s.logits(load(products[r][v]) * (row_norms[r] * norms[v]), scale));
-          sums[v] += x[v];
+      for (int from = 0; from < MR; from += ROWS_AT_ONCE) {
+        V<T> powers[ROWS_AT_ONCE * NV];
+        EACH(q, ROWS_AT_ONCE) EACH(v, NV)
+        powers[q * NV + v] = s.logits(load(products[from + q][v]) * (row_norms[from + q] * norms[v]), scale);
+        exp2<T, false>(powers);
+        EACH(q, ROWS_AT_ONCE) {
+          const int r = from + q;
+          V<T> x[NV];
+          EACH(v, NV) {
+            x[v] = powers[q * NV + v];
+            sums[v] += x[v];
+          }
+          add_to(rows + r * W, x[0] + x[1]);
+          if (!e) continue;
+          EACH(v, NV) x[v] *= norms[v];
+          s.store_row(e + r * G_ROW, x);
         }
-        add_to(rows + r * W, x[0] + x[1]);
-        if (!e) continue;
-        EACH(v, NV) x[v] *= norms[v];
-        s.store_row(e + r * G_ROW, x);
       }
       if (columns) EACH(v, NV) add_to(cols + v * W, sums[v]);
       return;

@@ -9,10 +9,30 @@
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// 2^t for t <= 0, or slightly larger, with an error of one or two units in the last place; 0 instead of subnormal numbers. NaN stays.
+// e^(x / epsilon) for x <= 0, or slightly larger, with an error of one or two units in the last place; 0 instead of subnormal numbers,
+// except just below the smallest normal one. NaN stays.
+template <class T> struct Exponent {
+  static constexpr int BIAS = sizeof(T) == 8 ? 1023 : 127;
+  static constexpr T ROUND = Exponential<T>::ROUND + BIAS; // the low bits of the sum are an exponent with its bias
+  T to_base_2, least;                                      // whose power is 2^-BIAS, which the exponent's bits turn into 0
+
+  explicit Exponent(T to_base_2) : to_base_2(to_base_2), least(larger(T(-BIAS) / to_base_2, sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__))) {}
+  template <int COUNT> FASTCL_INLINE void of(V<T> *x) const { // of several vectors at once
+    using U = typename Simd<T>::U;
+    const V<T> factor = all<T>(to_base_2);
+    V<T> shifted[COUNT], f[COUNT], p[COUNT];
+    EACH(v, COUNT) x[v] = at_least<T>(x[v], all<T>(least));
+    EACH(v, COUNT) shifted[v] = fused<T>(x[v], factor, all<T>(ROUND));
+    EACH(v, COUNT) f[v] = fused<T>(x[v], factor, ROUND - shifted[v]);
+    polynomial<T, true>(f, p);
+    EACH(v, COUNT) x[v] = p[v] * (V<T>)((U)shifted[v] << Exponential<T>::MANTISSA);
+  }
+};
+
+// 2^t in the same way.
 template <class T> FASTCL_INLINE V<T> exp2_down(V<T> t) {
-  const V<T> zero = all<T>(0);
-  return where<T>(t >= all<T>(Exponential<T>::LEAST), exp2<T, true>(t), zero > t ? zero : t);
+  Exponent<T>(1).template of<1>(&t);
+  return t;
 }
 
 template <class T> FASTCL_INLINE uint16_t narrowed_bfloat(T x) {
@@ -44,6 +64,8 @@ template <class T> struct SinkhornRun {
   static constexpr int64_t W = Simd<T>::W;
   static constexpr int64_t GROUP = 4;       // rows that are added to the column sums together
   static constexpr int64_t LINES = 8;       // rows whose column maxima are updated before their exponentials
+  static constexpr int AT_ONCE = 6;         // vectors of exponentials of a row that are computed together
+  static constexpr int64_t AHEAD = 1024 / sizeof(T); // numbers from a row's element to the one that is prefetched
   static constexpr int64_t BLOCK_ROWS = 64; // rows summed before the sum is added to the thread's: bounds the rounding error
   static constexpr T ENOUGH = T(0x1p-24);   // smallest row sum for which terms flushed below 2^-126 are negligible
   static constexpr T NOTHING = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__);
@@ -55,7 +77,7 @@ template <class T> struct SinkhornRun {
     const T *whole, *tail;
   };
   struct Local {              // of a thread
-    T *scores, *gradient, *e; // [LINES or GROUP][padded]
+    T *scores, *gradient, *e; // [LINES or GROUP][line]
     T *tails;                 // [2][LINES][W]
     T *block, *total;         // [padded]
     T *shift;                 // [padded]
@@ -63,7 +85,9 @@ template <class T> struct SinkhornRun {
 
   const Sinkhorn &c;
   const int64_t n, k, whole, padded; // whole: number of columns in full vectors
+  const int64_t line;                // distance of the workspace's rows: rows of 4096 bytes would compete for the same cache lines
   T scale, to_base_2;
+  Exponent<T> exponent;
   Split potential;     // of columns
   T *weights, *shifts; // [padded]
   Split *term_potentials;
@@ -71,10 +95,11 @@ template <class T> struct SinkhornRun {
   Local *locals;
 
   SinkhornRun(const Sinkhorn &call, Arena &arena)
-      : c(call), n(call.scores.size), k(call.columns), whole(k / W * W), padded(round_up(k, W)), scale(0), to_base_2(0) {
+      : c(call), n(call.scores.size), k(call.columns), whole(k / W * W), padded(round_up(k, W)), line(padded + 16), scale(0), to_base_2(0),
+        exponent(1) {
     potential = by_columns() ? split_space(arena) : Split{nullptr, nullptr};
-    weights = c.weights ? arena.template take<T>(padded) : nullptr;
-    shifts = c.pass == SinkhornPass::column_products ? arena.template take<T>(padded) : nullptr;
+    weights = c.weights ? arena.template take<T>(line) : nullptr;
+    shifts = c.pass == SinkhornPass::column_products ? arena.template take<T>(line) : nullptr;
     const int64_t terms = c.term_count;
     term_potentials = arena.template take<Split>(terms);
     term_shifts = arena.template take<T *>(terms);
@@ -82,28 +107,29 @@ template <class T> struct SinkhornRun {
     for (int64_t t = 0; t < terms; t++) {
       const bool row_term = c.terms[t].p;
       const Split split = row_term ? split_space(arena) : Split{nullptr, nullptr};
-      T *const shift = row_term ? nullptr : arena.template take<T>(padded);
-      T *const weight = arena.template take<T>(padded);
+      T *const shift = row_term ? nullptr : arena.template take<T>(line);
+      T *const weight = arena.template take<T>(line);
       if (!arena.base) continue;
       term_potentials[t] = split, term_shifts[t] = shift, term_weights[t] = weight;
     }
     locals = arena.template take<Local>(c.threads);
     for (int t = 0; t < c.threads; t++) {
       Local local{};
-      if (!lies_so(c.scores)) local.scores = arena.template take<T>(LINES * padded);
-      if (c.gradient.data && !lies_so(c.gradient)) local.gradient = arena.template take<T>(GROUP * padded);
+      if (!lies_so(c.scores)) local.scores = arena.template take<T>(LINES * line);
+      if (c.gradient.data && !lies_so(c.gradient)) local.gradient = arena.template take<T>(GROUP * line);
       local.tails = arena.template take<T>(2 * LINES * W);
-      if (c.pass != SinkhornPass::column_sums) local.e = arena.template take<T>(GROUP * padded);
+      if (c.pass != SinkhornPass::column_sums) local.e = arena.template take<T>(GROUP * line);
       if (c.by_column || c.pass == SinkhornPass::column_sums) {
-        local.block = arena.template take<T>(padded);
-        local.total = arena.template take<T>(padded);
+        local.block = arena.template take<T>(line);
+        local.total = arena.template take<T>(line);
       }
-      if (c.pass == SinkhornPass::column_sums) local.shift = arena.template take<T>(padded);
+      if (c.pass == SinkhornPass::column_sums) local.shift = arena.template take<T>(line);
       if (arena.base) locals[t] = local;
     }
     if (!arena.base) return;
     scale = *(const T *)c.inverse_epsilon;
     to_base_2 = T(LOG2E * double(scale));
+    exponent = Exponent<T>(to_base_2);
     if (potential.high) split_columns(c.potential, potential);
     if (weights) pad((const T *)c.weights, weights, T(0));
     if (shifts) pad_shifts((const T *)c.column_shift, shifts);
@@ -140,8 +166,8 @@ private:
   bool by_columns() const { return c.pass != SinkhornPass::column_sums && c.pass != SinkhornPass::column_products; }
   static bool lies_so(const Rows &rows) { return rows.column_stride == 1 && rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32); }
   Split split_space(Arena &arena) const {
-    T *const high = arena.template take<T>(padded);
-    return {high, arena.template take<T>(padded)};
+    T *const high = arena.template take<T>(line);
+    return {high, arena.template take<T>(line)};
   }
   static void split_one(double x, T &high, T &low) {
     high = T(x);
@@ -169,19 +195,22 @@ private:
     for (int64_t j = k; j < padded; j++) buffer[j] = 0;
     return {buffer, buffer + whole};
   }
-  Row scores(int t, int64_t i, int64_t line) const {
+  Row scores(int t, int64_t i, int64_t which) const {
     const Local &l = locals[t];
-    return row(c.scores, i, l.scores + line * padded, l.tails + line * W);
+    return row(c.scores, i, l.scores + which * line, l.tails + which * W);
   }
-  Row gradient(int t, int64_t i, int64_t line) const {
+  Row gradient(int t, int64_t i, int64_t which) const {
     const Local &l = locals[t];
-    return row(c.gradient, i, l.gradient + line * padded, l.tails + (LINES + line) * W);
+    return row(c.gradient, i, l.gradient + which * line, l.tails + (LINES + which) * W);
   }
   template <class F> FASTCL_INLINE void each(F f) const { // calls f with the first column of each vector, and whether it is the last, partial one
     for (int64_t j = 0; j < whole; j += W) f(j, false);
     if (whole < padded) f(whole, true);
   }
-  static FASTCL_INLINE V<T> at(const Row &row, int64_t j, bool last) { return last ? load(row.tail) : loadu(row.whole + j); }
+  static FASTCL_INLINE V<T> at(const Row &row, int64_t j, bool last) {
+    __builtin_prefetch(row.whole + j + AHEAD, 0, 3); // a processor's own prefetches stop at the end of a page
+    return last ? load(row.tail) : loadu(row.whole + j);
+  }
 
   template <class F> void by_groups(int t, Range mine, F work) const {
     const Local &l = locals[t];
@@ -198,9 +227,9 @@ private:
   FASTCL_INLINE void add_columns(const Local &l, const T *factors, int64_t rows) const {
     for (int64_t j = 0; j < padded; j += W) {
       V<T> sum = load(l.block + j);
-      if (rows == GROUP) EACH(r, GROUP) sum += factors[r] * load(l.e + r * padded + j);
+      if (rows == GROUP) EACH(r, GROUP) sum += factors[r] * load(l.e + r * line + j);
       else
-        for (int64_t r = 0; r < rows; r++) sum += factors[r] * load(l.e + r * padded + j);
+        for (int64_t r = 0; r < rows; r++) sum += factors[r] * load(l.e + r * line + j);
       store(l.block + j, sum);
     }
   }
@@ -224,14 +253,17 @@ private:
         split_one(r < rows ? c.potential[i + r] : -__builtin_inf(), high[r], low[r]);
       }
       each([&](int64_t j, bool last) {
-        V<T> x[LINES], most = load(l.shift + j);
-        const V<T> before = most;
+        V<T> x[LINES + 1], most = load(l.shift + j);
+        x[LINES] = most;
         EACH(r, LINES) {
           x[r] = (at(lines[r], j, last) + high[r]) + low[r];
           most = x[r] > most ? x[r] : most;
         }
-        V<T> total = load(l.total + j) * exp2_down<T>((before - most) * to_base_2);
-        EACH(r, LINES) total += exp2_down<T>((x[r] - most) * to_base_2);
+        EACH(r, LINES + 1) x[r] -= most;
+        exponent.template of<5>(x);
+        exponent.template of<LINES + 1 - 5>(x + 5);
+        V<T> total = load(l.total + j) * x[LINES];
+        EACH(r, LINES) total += x[r];
         store(l.shift + j, most);
         store(l.total + j, total);
       });
@@ -247,12 +279,24 @@ private:
     }
   }
 
-  // Calls use(j, last, e_j) with e_j = exp((S_j + g_j - shift) / epsilon) of a row.
+  // Calls use(j, last, exp(x / epsilon)) with x = x(j, last) of each vector of columns.
+  template <class X, class F> FASTCL_INLINE void exponentials(X x, F use) const {
+    int64_t j = 0;
+    for (; j + AT_ONCE * W <= whole; j += AT_ONCE * W) {
+      V<T> e[AT_ONCE];
+      EACH(v, AT_ONCE) e[v] = x(j + v * W, false);
+      exponent.template of<AT_ONCE>(e);
+      EACH(v, AT_ONCE) use(j + v * W, false, e[v]);
+    }
+    for (; j < padded; j += W) {
+      V<T> e = x(j, j == whole);
+      exponent.template of<1>(&e);
+      use(j, j == whole, e);
+    }
+  }
+  // The same with x = S_j + g_j - shift of a row.
   template <class F> FASTCL_INLINE void exponentials(const Row &s, T shift, F use) const {
-    each([&](int64_t j, bool last) {
-      const V<T> x = (at(s, j, last) + load(potential.high + j)) + load(potential.low + j);
-      use(j, last, exp2_down<T>((x - shift) * to_base_2));
-    });
+    exponentials([&](int64_t j, bool last) { return ((at(s, j, last) + load(potential.high + j)) + load(potential.low + j)) - shift; }, use);
   }
   T largest(const Row &s) const {
     V<T> most[2] = {all<T>(NOTHING), all<T>(NOTHING)};
@@ -278,10 +322,12 @@ private:
     EACH(r, GROUP) sums[r] = all<T>(0);
     each([&](int64_t j, bool last) {
       const V<T> high = load(potential.high + j), low = load(potential.low + j);
+      V<T> x[GROUP];
+      EACH(r, GROUP) x[r] = ((at(s[r], j, last) + high) + low) - shifts[r];
+      exponent.template of<GROUP>(x);
       EACH(r, GROUP) {
-        const V<T> x = exp2_down<T>((((at(s[r], j, last) + high) + low) - shifts[r]) * to_base_2);
-        store(l.e + r * padded + j, x);
-        sums[r] += x;
+        store(l.e + r * line + j, x[r]);
+        sums[r] += x[r];
       }
     });
     EACH(r, GROUP) totals[r] = sum<T>(sums[r]);
@@ -299,7 +345,7 @@ private:
     group_exponentials(l, lines, shifts, totals);
     for (int64_t r = 0; r < rows; r++) {
       T shift = shifts[r], total = totals[r];
-      T *const e = l.e + r * padded;
+      T *const e = l.e + r * line;
       if (above && !(total > ENOUGH)) { // the bound is too far above the row's maximum, or not a bound
         shift = largest(lines[r]);
         V<T> sums = all<T>(0);
@@ -322,7 +368,7 @@ private:
     T factors[GROUP];
     for (int64_t r = 0; r < rows; r++) {
       V<T> sums = all<T>(0);
-      T *const e = l.e + r * padded;
+      T *const e = l.e + r * line;
       exponentials(scores(t, i + r, r), ((const T *)c.row_shift)[i + r], [&](int64_t j, bool, V<T> x) {
         store(e + j, x);
         sums += x * load(weights + j);
@@ -339,10 +385,8 @@ private:
     T high, low;
     split_one(c.potential[i], high, low);
     V<T> sums = all<T>(0);
-    each([&](int64_t j, bool last) {
-      const V<T> x = (at(s, j, last) + high) + low;
-      sums += exp2_down<T>((x - load(shifts + j)) * to_base_2) * load(weights + j);
-    });
+    exponentials([&](int64_t j, bool last) { return ((at(s, j, last) + high) + low) - load(shifts + j); },
+                 [&](int64_t j, bool, V<T> x) { sums += x * load(weights + j); });
     ((T *)c.by_row)[i] = sum<T>(sums);
   }
 
@@ -354,7 +398,7 @@ private:
       const bool given = c.gradient.data;
       if (given) gradients[r] = gradient(t, i + r, r);
       V<T> sums = all<T>(0);
-      T *const e = l.e + r * padded;
+      T *const e = l.e + r * line;
       exponentials(scores(t, i + r, r), ((const T *)c.row_shift)[i + r], [&](int64_t j, bool last, V<T> x) {
         store(e + j, x);
         if (given) sums += x * at(gradients[r], j, last);
@@ -370,7 +414,7 @@ private:
     }
     each([&](int64_t j, bool last) {
       V<T> sum = load(l.block + j);
-      for (int64_t r = 0; r < rows; r++) sum += load(l.e + r * padded + j) * factors[r] * (at(gradients[r], j, last) - taken[r]);
+      for (int64_t r = 0; r < rows; r++) sum += load(l.e + r * line + j) * factors[r] * (at(gradients[r], j, last) - taken[r]);
       store(l.block + j, sum);
     });
   }
@@ -390,17 +434,14 @@ private:
       if (term.p) {
         const Split &split = term_potentials[m];
         const T shift = ((const T *)term.shift)[i], p = ((const T *)term.p)[i], q = ((const T *)term.q)[i];
-        each([&](int64_t j, bool last) {
-          const V<T> x = (at(s, j, last) + load(split.high + j)) + load(split.low + j);
-          store(l.e + j, load(l.e + j) - exp2_down<T>((x - shift) * to_base_2) * (p + q * load(w + j)));
-        });
+        exponentials([&](int64_t j, bool last) { return ((at(s, j, last) + load(split.high + j)) + load(split.low + j)) - shift; },
+                     [&](int64_t j, bool, V<T> x) { store(l.e + j, load(l.e + j) - x * (p + q * load(w + j))); });
       } else {
         T high, low;
         split_one(term.potential[i], high, low);
-        each([&](int64_t j, bool last) {
-          const V<T> x = (at(s, j, last) + high) + low;
-          store(l.e + j, load(l.e + j) - exp2_down<T>((x - load(term_shifts[m] + j)) * to_base_2) * load(w + j));
-        });
+        const T *const shift = term_shifts[m];
+        exponentials([&](int64_t j, bool last) { return ((at(s, j, last) + high) + low) - load(shift + j); },
+                     [&](int64_t j, bool, V<T> x) { store(l.e + j, load(l.e + j) - x * load(w + j)); });
       }
     }
     each([&](int64_t j, bool last) {

@@ -133,6 +133,14 @@ def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | Non
     return loss, _mean(p, None, loss, None, seen, needs), torch.cat(seen, -1) if seen else None
 
 
+def keeps_products(p: Problem, needs: Needs) -> bool:
+    """Whether `mean_loss` keeps the products for both gradients of two sets (csrc/cpu/contrastive/mean.cpp)."""
+    if p.contrasts is None or not (needs.anchors and needs.contrasts) or p.anchors.groups is not None:
+        return False
+    _, n, m = p.sizes
+    return n * m <= 2 * (n + m) * p.anchors.values.shape[-1]
+
+
 def mean_forward(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
     """The mean, what `mean_backward` needs, and the observed statistics."""
     p = addressable(p)

@@ -40,7 +40,8 @@ WANT, BOTH = PLACES["want"], PLACES["both"]
 
 TAPES = not INTERPRETED  # whether calls are replayed; in the interpreter it would save nothing
 
-# Up to this N M D the forward computes the gradient as well: a second call would cost more.
+# Up to this N M D the forward computes the gradient as well: a second call would cost more. So it does if one call can
+# keep the products of all rows, which two calls compute twice.
 AT_ONCE = 1 << 25
 
 
@@ -90,9 +91,10 @@ class DirectMean(torch.autograd.Function):
             assert loss is not None
             ctx.save_for_backward(*args[:TENSORS], *kept)
             return _with(ctx, loss, observed)
-        ctx.at_once = not differentiated or problem.anchors.values.numel() * problem.sizes[2] <= AT_ONCE
+        needs = Needs(*[differentiated and ctx.needs_input_grad[place] for place in gradient_places(args)])
+        small = problem.anchors.values.numel() * problem.sizes[2] <= AT_ONCE
+        ctx.at_once = not differentiated or small or cpu.keeps_products(problem, needs)
         if ctx.at_once:
-            needs = Needs(*[differentiated and ctx.needs_input_grad[place] for place in gradient_places(args)])
             loss, kept, observed = cpu.mean_loss(problem, needs)
         else:
             loss, *kept, observed = cpu.mean_forward(problem)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fastcl
 from fastcl.functional import cluster_infonce
 from fastcl.ops.backends import choose, native
-from fastcl.ops.contrastive import direct
+from fastcl.ops.contrastive import cpu, direct
 from fastcl.ops.contrastive.records import Problem, Rows
 from tests.support.backends import VARIANTS
 from tests.support.pairs import pairs
@@ -21,6 +21,12 @@ WHEN = {"at once": 1 << 60, "when asked": 0}
 KINDS = ("self", "views", "two sets", "constant contrasts", "symmetric", "momentum key", "bias", "ids")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 DENOMINATORS = ("all", "negatives")
+
+
+def decide(monkeypatch, when: str) -> None:
+    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    if when == "when asked":
+        monkeypatch.setattr(cpu, "keeps_products", lambda problem, needs: False)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,7 +74,7 @@ def results(leaves: list[Tensor], options: dict[str, object], factor: float = 1.
 @pairs(kind_and_when=list(product(KINDS, WHEN)), denominator=DENOMINATORS, dtype=DTYPES, backend=VARIANTS)
 def test_one_node_is_the_formula(kind_and_when, dtype, denominator: str, backend: str, monkeypatch) -> None:
     kind, when = kind_and_when
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     leaves, options = case(kind, dtype)
     options["denominator"] = denominator
     got = results(leaves, options, factor=-3.5)
@@ -84,7 +90,7 @@ def test_one_node_is_the_formula(kind_and_when, dtype, denominator: str, backend
 
 @pytest.mark.parametrize("when", WHEN)
 def test_it_is_one_node(when: str, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     loss = cluster_infonce(leaf(6, 2, 3))
     assert loss.grad_fn is not None
     assert loss.grad_fn.name() == "DirectMeanBackward"
@@ -92,7 +98,7 @@ def test_it_is_one_node(when: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("when", WHEN)
 def test_backward_twice_and_without_gradients(when: str, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     z = leaf(6, 2, 3)
     loss = cluster_infonce(z)
     (first,) = torch.autograd.grad(loss, z, retain_graph=True)
@@ -107,7 +113,7 @@ def test_backward_twice_and_without_gradients(when: str, monkeypatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_whoever_looks_on_in_the_backward_alone(kind: str, when: str, monkeypatch) -> None:
     """The incoming gradient is then no plain tensor, or a mode records the operations on it."""
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     leaves, options = case(kind, torch.float64)
     loss = cluster_infonce(leaves[0], **options)
     expected = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -139,7 +145,7 @@ class _Names(TorchDispatchMode):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler reads .grad
 @pytest.mark.parametrize("when", WHEN)
 def test_compiled_autograd(when: str, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     z = leaf(16, 8)
     clusters = torch.arange(16) // 2
     (expected,) = torch.autograd.grad(cluster_infonce(z, clusters), z)
@@ -157,7 +163,7 @@ def test_compiled_autograd(when: str, monkeypatch) -> None:
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointed(kind: str, when: str, backend: str, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     leaves, options = case(kind, torch.float64)
     expected = torch.autograd.grad(cluster_infonce(leaves[0], **options), leaves)
     loss = checkpoint(lambda z: cluster_infonce(z, **options), leaves[0], use_reentrant=False)
@@ -167,7 +173,7 @@ def test_checkpointed(kind: str, when: str, backend: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("when", WHEN)
 def test_a_tiny_factor_takes_nothing_from_the_gradient(when: str, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     leaves, options = case("two sets", torch.float32)
     whole, small = results(leaves, options), results(leaves, options, factor=2.0**-100)
     for a, b in zip(whole[1:], small[1:], strict=True):
@@ -176,7 +182,7 @@ def test_a_tiny_factor_takes_nothing_from_the_gradient(when: str, monkeypatch) -
 
 @pytest.mark.parametrize("when", WHEN)
 def test_second_derivatives_raise(when: str, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     z = leaf(6, 2, 3)
     (gradient,) = torch.autograd.grad(cluster_infonce(z), z, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
@@ -185,13 +191,41 @@ def test_second_derivatives_raise(when: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("when", WHEN)
 def test_nobody_counts(when: str, backend: str, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     z = leaf(4, 3)
     loss = cluster_infonce(z, torch.arange(4))
     loss.backward()
     assert loss.item() == 0
     assert z.grad is not None
     assert torch.equal(z.grad, torch.zeros(4, 3))
+
+
+@pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_products_are_kept_while_they_are_few(symmetric: bool, monkeypatch) -> None:
+    """Two sets of 200 rows cross the edge of a block; 200 * 200 logits are 2 * 400 rows of dimension 50."""
+    monkeypatch.setattr(direct, "AT_ONCE", 0)
+    torch.manual_seed(0)
+    found = {}
+    for d in (49, 50):
+        x, y = leaf(200, d), leaf(200, d)
+        options = {
+            "contrasts": y,
+            "contrast_clusters": torch.arange(200) // 2,
+            "symmetric": symmetric,
+            "temperature": 0.2,
+        }
+        options["clusters"] = torch.arange(200) // 2
+        found[d] = [x, y], options
+        loss = cluster_infonce(x, **options)
+        assert loss.grad_fn.at_once == (d == 50)
+        (alone,) = torch.autograd.grad(loss, x, retain_graph=True)  # torch decides in the forward what is needed
+        assert alone.isfinite().all()
+    at_once = results(*found[50])
+    assert not cluster_infonce(found[50][0][0], **found[50][1] | {"contrasts": torch.ones(200, 50)}).grad_fn.at_once
+    decide(monkeypatch, "when asked")
+    for a, b in zip(at_once, results(*found[50]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
@@ -225,7 +259,7 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_read_that_was_not_written(kind: str, when: str, byte: int, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     leaves, options = case(kind, torch.float32)
     expected = results(leaves, options)
 
@@ -280,7 +314,7 @@ def test_large_batches_wait_for_the_backward() -> None:
 
 @pytest.mark.parametrize("when", WHEN)
 def test_torchs_conventions_do_not_depend_on_the_batch(when: str, monkeypatch) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    decide(monkeypatch, when)
     z = leaf(6, 2, 3)
     loss = cluster_infonce(z)
     loss.backward()

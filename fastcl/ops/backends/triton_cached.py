@@ -8,13 +8,12 @@ and alignments of tensors, classes of integers, constants.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
-from .triton_tape import recorder
+from .triton_tape import STREAM, recorder
 from .triton_tiles import Tile
 
 # For each version of Triton, whether the launcher of a compiled kernel takes the constants too.
@@ -57,12 +56,16 @@ class CachedLauncher:
         places = tuple(key)
         compiled = self._compiled.get(places)
         if compiled is None or self.watched():
-            compiled = self._compiled[places] = launched_by_triton(self._function, shape, grid, given)
+            found = launched_by_triton(self._function, shape, grid, given)
+            compiled = self._compiled.setdefault(places, found)  # the first one is kept, as tapes launch it
         else:
-            _run(compiled, grid, active.get_current_stream(device), values, constants[: self._passed])
+            stream = active.get_current_stream(device)
+            compiled.run(*_arguments(compiled, grid, stream, values, constants[: self._passed]))
         if (tape := recorder()) is not None:
             inputs = [given[name] for name in self._names]
-            tape.launched(partial(_replay, compiled, grid, constants[: self._passed]), inputs, tensors=False)
+            tape.launched(
+                compiled.run, _arguments(compiled, grid, STREAM, inputs, constants[: self._passed]), tensors=False
+            )
 
     def stream(self) -> int:
         """The current device's current stream."""
@@ -75,14 +78,12 @@ class CachedLauncher:
         return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
 
-def _run(compiled: Any, grid: Sequence[int], stream: int, values: Sequence[Any], constants: Sequence[Any]) -> None:
-    x, y, z = (*grid, 1, 1)[:3]
-    metadata = compiled.packed_metadata
-    compiled.run(x, y, z, stream, compiled.function, metadata, None, None, None, *values, *constants)
-
-
-def _replay(compiled: Any, grid: Sequence[int], constants: Sequence[Any], values: list[Any], stream: int) -> None:
-    _run(compiled, grid, stream, values, constants)
+def _arguments(
+    compiled: Any, grid: Sequence[int], stream: Any, values: Sequence[Any], constants: Sequence[Any]
+) -> list[Any]:
+    """What `compiled.run` takes; no hooks are called."""
+    places = (*grid, 1, 1)[:3]
+    return [*places, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants]
 
 
 def _runtime() -> Any:

@@ -113,9 +113,7 @@ def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -
         tape.launched(partial(_relaunch, name, shape, grid, tuple(given)), list(given.values()), tensors=True)
 
 
-def _relaunch(
-    name: str, shape: Tile, grid: Sequence[int], names: Sequence[str], values: Sequence[Any], stream: int
-) -> None:
+def _relaunch(name: str, shape: Tile, grid: Sequence[int], names: Sequence[str], *values: Any) -> None:
     launch(name, shape, grid, dict(zip(names, values, strict=True)))
 
 

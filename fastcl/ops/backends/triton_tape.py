@@ -2,8 +2,9 @@
 
 A function of tensors launches kernels and calls torch's operators on memory that it allocates. The second call with the
 same shapes, dtypes, alignments and options is recorded. Later calls replay the tape: one allocation in place of many,
-launches with addresses that are sums, and only those of torch's operators that compute something. The function must
-not depend on values of tensors: on a GPU, reading one would wait for the device.
+launches with addresses that are sums, and only those of torch's operators that compute something. The tape is a Python
+function that is written and compiled once. The recorded function must not depend on values of tensors: on a GPU,
+reading one would wait for the device.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ class Operation(NamedTuple):
 
 
 class Launch(NamedTuple):
-    launch: Callable[[list[Any], int], None]  # of values and a stream
-    values: list[Any]
-    moved: list[tuple[int, Place]]  # values that are tensors
-    tensors: bool  # whether the launch takes tensors; else it takes their addresses
+    function: Callable[..., None]
+    arguments: list[Any]  # with `Place`s for tensors, and `STREAM`
+    tensors: bool  # whether the function takes tensors; else it takes their addresses
+
+
+STREAM: Any = object()  # stands for the stream of a replay
 
 
 def recorder() -> Recorder | None:
@@ -150,10 +153,9 @@ class Recorder(TorchDispatchMode):
             self.failed = True
         return result
 
-    def launched(self, launch: Callable[..., None], values: Sequence[Any], tensors: bool) -> None:
-        moved = [(k, self.place(value)) for k, value in enumerate(values) if isinstance(value, Tensor)]
-        kept = [None if isinstance(value, Tensor) else value for value in values]
-        self.steps.append(Launch(launch, kept, moved, tensors))
+    def launched(self, function: Callable[..., None], arguments: Sequence[Any], tensors: bool) -> None:
+        places = [self.place(value) if isinstance(value, Tensor) else value for value in arguments]
+        self.steps.append(Launch(function, places, tensors))
 
 
 @contextmanager
@@ -170,92 +172,125 @@ class Tape:
     """What `Recorder` found, with the places of allocations in one block of memory."""
 
     def __init__(self, found: Recorder, inputs: int, outputs: Outputs, own: int, device: torch.device) -> None:
-        self._device, self._steps, self._count = device, found.steps, found.regions
-        self._outputs = [None if out is None else found.place(out) for out in outputs]
-        self._own = []
-        for place in self._outputs[:own]:
+        places = [None if out is None else found.place(out) for out in outputs]
+        owned = []
+        for place in places[:own]:
             if place is None:
                 continue
             contiguous = torch.empty(place.size, dtype=place.dtype, device="meta")
             if place.region in found.sizes:  # whole allocations are taken out of the block
                 whole = found.sizes.pop(place.region) == contiguous.nbytes and place.offset == 0
                 found.failed |= not whole or contiguous.stride() != place.stride
-                self._own.append(place)
+                owned.append(place)
             else:  # other outputs are results of operators
                 found.failed |= place.region < inputs
-        self._starts: dict[int, int] = {}
-        self._size = 0
-        for region, size in found.sizes.items():
-            self._starts[region] = self._size
-            self._size += -(-max(size, 1) // ALIGNED) * ALIGNED
+        self._device = device
+        if not found.failed:
+            self._run = _Writer(found, inputs, owned, device).function(places)
 
     def replay(self, inputs: Sequence[Tensor | None], stream: int) -> Outputs:
-        replayed = _Replay(self._count, self._size, self._starts, inputs, self._device)
-        for place in self._own:
-            replayed.hold(place.region, torch.empty(place.size, dtype=place.dtype, device=self._device))
         with on_device(self._device):
-            for step in self._steps:
-                if isinstance(step, Launch):
-                    values = step.values.copy()
-                    if step.tensors:
-                        for k, place in step.moved:
-                            values[k] = replayed.tensor(place)
-                    else:
-                        addresses = replayed.addresses
-                        for k, place in step.moved:
-                            values[k] = addresses[place.region] + place.offset
-                    step.launch(values, stream)
-                    continue
-                args, kwargs = step.positional.copy(), step.named.copy()
-                for named, which, places in step.moved:
-                    (kwargs if named else args)[which] = replayed.tensors(places)
-                result = step.operator(*args, **kwargs)
-                for k, region in step.results:
-                    replayed.hold(region, result if isinstance(result, Tensor) else result[k])
-        return tuple(None if place is None else replayed.tensor(place) for place in self._outputs)
+            return self._run(inputs, stream)
 
 
-class _Replay:
-    """The memory of one replay."""
+class _Writer:
+    """Writes a tape as a Python function without loops and look-ups, which would take longer than the launches."""
 
-    def __init__(
-        self, count: int, size: int, starts: dict[int, int], inputs: Sequence[Tensor | None], device: torch.device
-    ) -> None:
-        self.addresses = [0] * count
-        self._holders: list[Tensor | None] = [None] * count
-        self._starts = starts
-        for region, tensor in enumerate(inputs):
-            if tensor is not None:
-                self.hold(region, tensor)
-        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
-        base = self._memory.data_ptr()
-        for region, start in starts.items():
-            self.addresses[region] = base + start
-        self._typed: dict[torch.dtype, Tensor] = {torch.uint8: self._memory}
+    def __init__(self, found: Recorder, inputs: int, owned: Sequence[Place], device: torch.device) -> None:
+        self._found = found
+        self._names: dict[str, Any] = {"stream": None, "empty": torch.empty, "view": _view}
+        self._starts: dict[int, int] = {}  # in the block
+        self._addresses: set[int] = set()  # regions with a variable for their address
+        self._tensors: dict[Place, str] = {}  # variables for tensors in the block
+        self._typed: dict[torch.dtype, str] = {}  # variables for the block as numbers of this dtype
+        size = 0
+        for region, bytes_ in found.sizes.items():
+            self._starts[region] = size
+            size += -(-max(bytes_, 1) // ALIGNED) * ALIGNED
+        self._lines = [f"{''.join(f'r{region}, ' for region in range(inputs))} = inputs"]
+        for place in owned:
+            options = f"dtype={self._constant(place.dtype)}, device={self._constant(device)}"
+            self._lines.append(f"r{place.region} = empty({place.size}, {options})")
+        if self._starts:
+            options = f"dtype={self._constant(torch.uint8)}, device={self._constant(device)}"
+            self._lines += [f"block = empty({size}, {options})", "start = block.data_ptr()"]
 
-    def hold(self, region: int, tensor: Tensor) -> None:
-        self._holders[region] = tensor
-        self.addresses[region] = tensor.data_ptr()
+    def function(self, outputs: Sequence[Place | None]) -> Callable[[Sequence[Tensor | None], int], Outputs]:
+        for step in self._found.steps:
+            if isinstance(step, Launch):
+                self._launch(step)
+            else:
+                self._operation(step)
+        result = "".join(f"{self._tensor(place)}, " for place in outputs)  # may write lines
+        source = "\n    ".join(["def replay(inputs, stream):", *self._lines, f"return ({result})"])
+        exec(compile(source, "<tape>", "exec"), self._names)
+        written: Callable[[Sequence[Tensor | None], int], Outputs] = self._names["replay"]
+        return written
 
-    def tensors(self, places: Any) -> Any:
+    def _launch(self, step: Launch) -> None:
+        place_of = self._tensor if step.tensors else self._address
+        arguments = [place_of(value) if isinstance(value, Place) else self._constant(value) for value in step.arguments]
+        self._lines.append(f"{self._constant(step.function)}({', '.join(arguments)})")
+
+    def _operation(self, step: Operation) -> None:
+        arguments = {which: self._constant(value) for which, value in enumerate(step.positional)}
+        options = {which: self._constant(value) for which, value in step.named.items()}
+        for named, which, places in step.moved:
+            (options if named else arguments)[which] = self._nested(places)
+        given = [*arguments.values(), *(f"{name}={value}" for name, value in options.items())]
+        self._lines.append(f"result = {self._constant(step.operator)}({', '.join(given)})")
+        several = len(step.operator._schema.returns) > 1
+        for k, region in step.results:
+            self._lines.append(f"r{region} = result[{k}]" if several else f"r{region} = result")
+
+    def _constant(self, value: Any) -> str:
+        if value is STREAM:
+            return "stream"
+        if value is None or type(value) in (bool, int):
+            return repr(value)
+        name = f"c{len(self._names)}"
+        self._names[name] = value
+        return name
+
+    def _nested(self, places: Any) -> str:
         """A tensor, or a list of tensors and of other values."""
-        if isinstance(places, Place):
-            return self.tensor(places)
-        return [self.tensors(place) for place in places] if isinstance(places, (list, tuple)) else places
+        if isinstance(places, (list, tuple)) and not isinstance(places, Place):
+            return f"[{', '.join(map(self._nested, places))}]"
+        return self._tensor(places) if isinstance(places, Place) else self._constant(places)
 
-    def tensor(self, place: Place) -> Tensor:
+    def _address(self, place: Place) -> str:
+        start = self._starts.get(place.region)
+        if start is not None:
+            return f"start + {start + place.offset}"
+        if place.region not in self._addresses:
+            self._addresses.add(place.region)
+            self._lines.append(f"a{place.region} = r{place.region}.data_ptr()")
+        return f"a{place.region} + {place.offset}" if place.offset else f"a{place.region}"
+
+    def _tensor(self, place: Place | None) -> str:
+        if place is None:
+            return "None"
         region, offset, dtype, size, stride = place
-        holder = self._holders[region]
-        if holder is None:
-            holder = self._typed.get(dtype)
-            if holder is None:
-                holder = self._typed[dtype] = self._memory.view(dtype)
-            return holder.as_strided(size, stride, (self._starts[region] + offset) // dtype.itemsize)
-        if holder.dtype != dtype:
-            holder = holder.view(dtype)
-        elif holder.shape == size and holder.stride() == stride and offset == 0:
-            return holder
-        return holder.as_strided(size, stride, holder.storage_offset() + offset // dtype.itemsize)
+        if region not in self._starts:
+            return f"view(r{region}, {self._constant(place)})"
+        if place not in self._tensors:
+            if dtype not in self._typed:
+                self._typed[dtype] = f"typed{len(self._typed)}"
+                self._lines.append(f"{self._typed[dtype]} = block.view({self._constant(dtype)})")
+            self._tensors[place] = name = f"t{len(self._tensors)}"
+            first = (self._starts[region] + offset) // dtype.itemsize
+            self._lines.append(f"{name} = {self._typed[dtype]}.as_strided({size}, {stride}, {first})")
+        return self._tensors[place]
+
+
+def _view(holder: Tensor, place: Place) -> Tensor:
+    """The tensor at a place in an input or a result."""
+    _, offset, dtype, size, stride = place
+    if holder.dtype != dtype:
+        holder = holder.view(dtype)
+    elif holder.shape == size and holder.stride() == stride and offset == 0:
+        return holder
+    return holder.as_strided(size, stride, holder.storage_offset() + offset // dtype.itemsize)
 
 
 class Taped:

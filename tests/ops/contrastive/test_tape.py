@@ -175,7 +175,8 @@ def test_operators_views_and_memory() -> None:
         scratch[1].copy_(y.flatten().flip(0))
         torch.add(scratch[0].view_as(x), scratch[1].view_as(x), out=out)
         largest, places = scratch.max(1)
-        return out, None, largest[1:], places, scratch[1], x.sum(), scratch.view(torch.int32)[0, :2]
+        others = x.sum([0], dtype=torch.float64), x.clamp(min=0.25), torch.cat([x, out]).clamp(0.1, 0.9)
+        return out, None, largest[1:], places, scratch[1], x.sum(), scratch.view(torch.int32)[0, :2], *others
 
     taped = Taped(work, own=1)
     kept = []

@@ -195,10 +195,13 @@ def _named(rows: Sequence[Row]) -> str:
     return f"{rows[0]['group']}, {rows[0]['what']}"
 
 
-def heading(base: Config) -> str:
+def heading(study: Study, base: Config) -> str:
     """What was trained, in a few words."""
     data = f"{base.glyphs} glyphs of {base.side} pixels" if base.data == "glyphs" else base.data
-    return f"{data}, {counted(base.epochs, 'epoch')} of {base.batch_size} images a step"
+    text = f"{data}, {counted(base.epochs, 'epoch')}"
+    if any("batch_size" in entry.options for entry in study.entries(base)):
+        return text
+    return f"{text} of {base.batch_size} images a step"
 
 
 def settled(base: Config, entry: Entry, seed: int) -> Config:

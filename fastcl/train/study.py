@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             settled(base, entry, 0)
         with claimed(folder):
             rows = conduct(entries, base, range(seeds or (1 if quick else 3)), folder)
-            text = report(name, study, rows, heading(settled_base), folder)
+            text = report(name, study, rows, heading(study, settled_base), folder)
             print(f"\n{text}\nwrote {folder}/{name}.csv, {name}.md and {name}.png")
 
     return concluded(parser, work)

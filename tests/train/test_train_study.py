@@ -176,13 +176,13 @@ def test_tables_and_pictures_are_made_of_rows(name, tmp_path) -> None:
     path.write_text(as_csv(rows))
     assert [list(row) for row in read_csv(path)] == [list(row) for row in rows]
     assert read_csv(path)[5]["knn"] == pytest.approx(rows[5]["knn"], abs=1e-5)
-    text = tables(STUDIES[name], rows, heading(DEFAULT))
+    text = tables(STUDIES[name], rows, heading(STUDIES[name], DEFAULT))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     first = rows[0]
     (line,) = (line for line in lines if line[:2] == [first["group"], first["what"]])
     values = [100 * row["knn"] for row in rows if (row["group"], row["what"]) == (first["group"], first["what"])]
     assert line[2] == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-    assert "3 seeds; digits, 6 epochs of 64 images a step" in text
+    assert f"3 seeds; digits, 6 epochs{'' if name == 'batch' else ' of 64 images a step'}.\n" in text
     PICTURES[name](tmp_path / "picture.png", "title", rows)
     pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50

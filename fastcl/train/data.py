@@ -235,7 +235,10 @@ def _read_csv(option: str) -> tuple[str, list[str], list[list[str]], str]:
     """Path, header, rows and the chosen column of ``FILE.csv:COLUMN``."""
     match = re.fullmatch(r"(.+\.csv):(.+)", option)
     if match is None:
-        known = "kmeans, attributes, tags, labels, sinkhorn or FILE.csv:COLUMN"
+        known = (
+            "kmeans, attributes, tags, labels, sinkhorn, labels made worse (merged2, split4 up to "
+            "9999, noisy30 up to 100), facts of glyphs or FILE.csv:COLUMN"
+        )
         raise OptionError(f"--clusters must be {known}; got {option}")
     path, column = match.groups()
     try:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import string
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,12 @@ def glyphs(count: int, side: int) -> Arrays:
     path = cache() / f"glyphs-{count}-{side}-{RECIPE}.npz"
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in ("images", "labels", *FACTS)}
+            found = {name: stored[name] for name in ("images", "labels", *FACTS)}
+        if found["images"].shape == (count, side, side):
+            return found
     except Exception:  # not there, or damaged, which may raise anything on its way through zip, zlib and numpy
-        drawn = draw(count, side)
+        pass
+    drawn = draw(count, side)
     with contextlib.suppress(OSError):  # where it cannot be kept, it is drawn again
         _keep(path, drawn)
     return drawn
@@ -59,7 +61,7 @@ def glyphs(count: int, side: int) -> Arrays:
 def cache() -> Path:
     """$FASTCL_CACHE, else the folder ``fastcl`` among the user's caches."""
     own = os.environ.get("FASTCL_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastcl")
+    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastcl")
 
 
 def _keep(path: Path, drawn: Arrays) -> None:
@@ -67,13 +69,12 @@ def _keep(path: Path, drawn: Arrays) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **drawn)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(".part", dir=path.parent)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may read the file; mkstemp's could not be read
     try:
-        with open(descriptor, "wb") as file:
-            file.write(content.getbuffer())
+        part.write_bytes(content.getbuffer())
         os.replace(part, path)
     except BaseException:
-        os.unlink(part)
+        part.unlink(missing_ok=True)
         raise
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-_WORSE = re.compile(r"(merged|split|noisy)([1-9]\d*)")
+_WORSE = re.compile(r"(merged|split|noisy)([1-9]\d{0,3})")
 
 
 def is_worse_labels(option: str) -> bool:

@@ -73,7 +73,7 @@ def add_options(parser: Parser, default: Config, only: Collection[str] | None = 
     add = group("images")
     add("--data", "digits, glyphs (letters and digits drawn from fonts), cifar10, cifar100, imagefolder or FILE.npz "
         "with images [n, h, w(, c)], uint8 or float in [0, 1], and labels [n]")  # fmt: skip
-    add("--glyphs", "images that --data glyphs draws, held-out ones included (default: 6200)", type=at_least(int, 2),
+    add("--glyphs", "images that --data glyphs draws, held-out ones included (default: 6200)", type=at_least(int, 248),
         metavar="COUNT")  # fmt: skip
     add("--side", "pixels of each glyph in height and width (default: 28)", type=at_least(int, 8), metavar="PIXELS")
     add("--root", "folder of the CIFAR files (never downloaded), or the image folder: a folder per class, or such "

@@ -187,7 +187,7 @@ def _one(found: dict[tuple[str, str], list[Row]], group: str, what: str) -> list
     """The rows of an entry; a ``*`` at the end of `what` stands for the count in the middle of those that there are."""
     if what.endswith("*"):
         whats = [name for owner, name in found if owner == group and name.startswith(what[:-1])]
-        what = whats[len(whats) // 2] if whats else what
+        what = whats[(len(whats) - 1) // 2] if whats else what
     return found.get((group, what), [])
 
 
@@ -198,8 +198,10 @@ def _named(rows: Sequence[Row]) -> str:
 def heading(study: Study, base: Config) -> str:
     """What was trained, in a few words."""
     data = f"{base.glyphs} glyphs of {base.side} pixels" if base.data == "glyphs" else base.data
-    text = f"{data}, {counted(base.epochs, 'epoch')}"
-    if any("batch_size" in entry.options for entry in study.entries(base)):
+    entries = study.entries(base)
+    *fewer, most = sorted({entry.options.get("epochs", base.epochs) for entry in entries})
+    text = f"{data}, {''.join(f'{epochs} or ' for epochs in fewer)}{counted(most, 'epoch')}"
+    if any("batch_size" in entry.options for entry in entries):
         return text
     return f"{text} of {base.batch_size} images a step"
 

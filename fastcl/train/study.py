@@ -41,8 +41,8 @@ QUICK = {"epochs": 2, "renew": 1}
 THIRD = 3  # of the classes, by their size: head and tail
 
 
-def measured(run: "Run", seconds: float) -> Row:
-    """The numbers of a trained run."""
+def measured(run: "Run", seconds: float | None) -> Row:
+    """The numbers of a trained run. seconds: of an epoch; None where all epochs were trained before."""
     import numpy as np
 
     from fastcl.train.evaluate import cluster_information, knn_accuracy, linear_accuracy, linear_hits
@@ -54,8 +54,9 @@ def measured(run: "Run", seconds: float) -> Row:
     row: Row = {
         "knn": knn_accuracy(rows, images), "linear_5": float(hits.mean()),
         "linear_all": linear_accuracy(rows, images, None, seed),
-        "seconds": seconds,
     }  # fmt: skip
+    if seconds is not None:
+        row["seconds"] = seconds
     if not isinstance(run.method, Clustered):  # which has several clusterings of its own
         row.update(zip(INFORMATION, cluster_information(images.train_labels, clusters), strict=True))
     if run.config.long_tail is not None:
@@ -112,7 +113,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _trained(config: Config, folder: Path) -> Row:
-    """Train what is left to train, and measure it. The run's folder, no longer needed then, is removed."""
+    """Train what is left to train, and measure it."""
     from fastcl.train.files import claimed
     from fastcl.train.loop import Run
 
@@ -123,9 +124,7 @@ def _trained(config: Config, folder: Path) -> Row:
         left, begun = config.epochs - len(run.history), clock()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar goes to stderr
             run.train()
-        row = measured(run, (clock() - begun) / max(left, 1))
-    shutil.rmtree(folder)
-    return row
+        return measured(run, (clock() - begun) / left if left else None)
 
 
 def conduct(entries: Sequence[Entry], base: Config, seeds: Sequence[int], out: Path) -> list[Row]:
@@ -149,6 +148,8 @@ def conduct(entries: Sequence[Entry], base: Config, seeds: Sequence[int], out: P
                 data[config.long_tail] = images, fingerprint(images)
             images, digest = data[config.long_tail]
             check_n_clusters(config.n_clusters, images)
+            if (most := len(images.train_labels)) < config.batch_size:
+                raise OptionError(f"--batch-size: {most} images to train on are fewer than a step of {entry.what}")
             if config.batch_classes is not None:
                 check_batch_classes(config.batch_classes, min(config.batch_size, len(images.train_labels)), images)
             if config.clusters not in (None, "kmeans", "sinkhorn"):
@@ -164,6 +165,7 @@ def conduct(entries: Sequence[Entry], base: Config, seeds: Sequence[int], out: P
         if row is None:
             row = _trained(config, out / path.stem)
             kept.write(entry, config, digest, row)
+            shutil.rmtree(out / path.stem)
         rows.append({"group": entry.group, "what": entry.what, "seed": config.seed, **row})
     return rows
 
@@ -231,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected a study: {', '.join(STUDIES)} or compare")
     if name == "compare":
         parser.error("compare comes first, its options after it")
+    if "long_tail" in given and name != "priors":
+        parser.error("--long-tail goes with the study priors")
     base = dataclasses.replace(DEFAULT, **{**(QUICK if quick else {}), **given})
     folder = Path(out or f"runs/study-{name}-{Path(base.data).stem}{'-quick' if quick else ''}")
     study = STUDIES[name]
@@ -238,6 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         settled_base = settled(base, Entry("", "", {}), 0)
         check(settled_base, folder, "rows")
+        for other in STUDIES.keys() - {name}:
+            if (folder / f"{other}.csv").exists():
+                raise OptionError(f"--out must be a new folder or this study's; {folder} holds {other}.csv")
         entries = study.entries(base)
         for entry in entries:
             settled(base, entry, 0)

@@ -597,7 +597,7 @@ def test_threads_at_the_same_time_give_the_same_numbers(backend) -> None:
 
 
 def test_importing_and_using_fastcl_does_not_import_the_compiler() -> None:
-    """Nor FSDP, which brings SymPy. Each takes seconds."""
+    """Nor SymPy."""
     code = (
         "import sys, torch, fastcl; fastcl.ClusterInfoNCE()(torch.ones(2, 2, 2, requires_grad=True)).backward(); "
         "print({'torch._dynamo', 'sympy'} & sys.modules.keys())"

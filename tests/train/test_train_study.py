@@ -30,7 +30,7 @@ def _quick_probes():
 def finished(npz, tmp_path_factory):
     """The study of batch sizes, with its command."""
     out = tmp_path_factory.mktemp("study") / "out"
-    command = ["batch", "--quick", "--data", str(npz), "--epochs", "1", "--n-clusters", "5", "--batch-size", "40",
+    command = ["batch", "--quick", "--data", str(npz), "--epochs", "1", "--n-clusters", "5", "--batch-size", "6",
                "--out", str(out)]  # fmt: skip
     assert main(command) == 0
     return out, command
@@ -49,19 +49,19 @@ def made_up(name: str) -> list[dict]:
 
 def test_finished_runs_are_kept_as_rows_and_not_repeated(finished, tmp_path, monkeypatch, capsys) -> None:
     out, command = finished
-    entries = STUDIES["batch"].entries(Config(batch_size=40))
+    entries = STUDIES["batch"].entries(Config(batch_size=6))
     assert sorted(path.name for path in out.iterdir()) == ["batch.csv", "batch.md", "batch.png", "rows"]
     names = sorted(f"simclr-{entry.what}-seed0.json" for entry in entries)
     assert sorted(path.name for path in (out / "rows").iterdir()) == names
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    (copy / "rows" / "simclr-40-seed0.json").unlink()
+    (copy / "rows" / "simclr-24-seed0.json").unlink()
     (copy / "batch.md").unlink()
     went, train = [], Run.train
     monkeypatch.setattr(Run, "train", lambda self: went.append(self.folder.name) or train(self))
     assert main([*command[:-1], str(copy)]) == 0
-    assert went == ["simclr-40-seed0"]
-    assert "simclr-160-seed0 is there" in capsys.readouterr().out
+    assert went == ["simclr-24-seed0"]
+    assert "simclr-96-seed0 is there" in capsys.readouterr().out
 
     def accuracies(folder):
         rows = read_csv(folder / "batch.csv")
@@ -105,8 +105,8 @@ def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, 
 
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    path = copy / "rows" / "simclr-640-seed0.json"  # the last
-    (copy / "rows" / "simclr-10-seed0.json").unlink()
+    path = copy / "rows" / "simclr-96-seed0.json"  # the last
+    (copy / "rows" / "simclr-8-seed0.json").unlink()
     again = [*command[:-1], str(copy)]
     assert "trained with --temperature 0.1: choose another folder" in message(*again, "--temperature", "0.2")
     kept = json.loads(path.read_text())
@@ -122,6 +122,9 @@ def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, 
     )
     assert "--data must be digits" in message("clusters", "--data", "mnist")
     assert "--out must be a new folder or a comparison's" in message("batch", *new[:-1], __file__)
+    assert "images to train on are fewer than a step of 256" in message("batch", *new)
+    assert "new folder or this study's" in message("clusters", *new[:-1], str(out))
+    assert "--long-tail goes with the study priors" in message("clusters", *new, "--long-tail", "5")
     assert "compare comes first" in message("--seeds", "1", "compare")
     assert "invalid choice: 'cluster'" in message("cluster")
     assert "expected a study: clusters, priors, batch or compare" in message("--seeds", "2")
@@ -182,7 +185,12 @@ def test_tables_and_pictures_are_made_of_rows(name, tmp_path) -> None:
     (line,) = (line for line in lines if line[:2] == [first["group"], first["what"]])
     values = [100 * row["knn"] for row in rows if (row["group"], row["what"]) == (first["group"], first["what"])]
     assert line[2] == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-    assert f"3 seeds; digits, 6 epochs{'' if name == 'batch' else ' of 64 images a step'}.\n" in text
+    trained = {
+        "clusters": "6 epochs of 64 images a step",
+        "priors": "6 or 18 epochs of 64 images a step",
+        "batch": "6 epochs",
+    }
+    assert f"3 seeds; digits, {trained[name]}.\n" in text
     PICTURES[name](tmp_path / "picture.png", "title", rows)
     pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50

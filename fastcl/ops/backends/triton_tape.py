@@ -52,6 +52,7 @@ class Operation(NamedTuple):
     positional: list[Any]
     named: dict[str, Any]
     moved: list[tuple[bool, Any, Any]]  # arguments with tensors: whether named, which, `Place`s for the tensors
+    several: bool  # whether it returns a tuple or list
     results: list[tuple[int, int]]  # which output is which region
 
 
@@ -147,8 +148,9 @@ class Recorder(TorchDispatchMode):
             else:
                 results.append((k, self._add(out, out.data_ptr())))
         if results or func._schema.is_mutable:
-            self.failed |= isinstance(result, (tuple, list)) and len(result) != len(outputs)
-            self.steps.append(Operation(func, positional, named, moved, results))
+            several = isinstance(result, (tuple, list))
+            self.failed |= several and len(result) != len(outputs)
+            self.steps.append(Operation(func, positional, named, moved, several, results))
         elif tensors and not outputs:  # reads a value
             self.failed = True
         return result
@@ -239,9 +241,8 @@ class _Writer:
             (options if named else arguments)[which] = self._nested(places)
         given = [*arguments.values(), *(f"{name}={value}" for name, value in options.items())]
         self._lines.append(f"result = {self._constant(step.operator)}({', '.join(given)})")
-        several = len(step.operator._schema.returns) > 1
         for k, region in step.results:
-            self._lines.append(f"r{region} = result[{k}]" if several else f"r{region} = result")
+            self._lines.append(f"r{region} = result[{k}]" if step.several else f"r{region} = result")
 
     def _constant(self, value: Any) -> str:
         if value is STREAM:

@@ -138,7 +138,8 @@ def keeps_products(p: Problem, needs: Needs) -> bool:
     if p.contrasts is None or not (needs.anchors and needs.contrasts) or p.anchors.groups is not None:
         return False
     _, n, m = p.sizes
-    return n * m <= 2 * (n + m) * p.anchors.values.shape[-1]
+    stride = -(-m // 32) * 32 + 16  # KeptProducts::stride_of in csrc/problem.h
+    return n * stride <= 2 * (n + m) * p.anchors.values.shape[-1]
 
 
 def mean_forward(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:

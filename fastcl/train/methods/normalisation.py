@@ -7,7 +7,8 @@ from ...distributed import World
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """As its base class; with ``gather``, mean and variance are those of the rows of all processes."""
+    """As its base class, for rows ``[n, features]``; with ``gather``, mean and variance, computed in float32, are those
+    of the rows of all processes."""
 
     gather = False
 

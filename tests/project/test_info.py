@@ -8,6 +8,7 @@ import torch
 
 import fastcl
 from fastcl.info import facts, families_table, main, report
+from fastcl.ops.backends import native
 from fastcl.ops.backends.choose import AVAILABLE, MISSING
 
 
@@ -41,6 +42,18 @@ def test_says_why_nothing_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         f"FASTCL_BACKEND: expected one of {', '.join(map(repr, AVAILABLE))}, got 'cuda', "
         f"which is not available here: {MISSING['cuda']}" in report()
     )
+
+
+def test_a_folder_of_sources_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python prefers the working directory to an installed package."""
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(native, "import_module", missing)
+    module, reason = native._load()
+    assert module is None
+    assert reason == f"nothing is built in {Path(fastcl.__file__).parent}: pip install -e . builds there"
 
 
 def test_json_has_the_facts_of_the_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ def _load() -> tuple[Any, str]:
     try:  # after torch, whose OpenMP runtime it uses
         return import_module("fastcl._native"), ""
     except ImportError as error:
+        if error.name == "fastcl._native":  # a folder with the sources was found before an installed package
+            return None, f"nothing is built in {Path(__file__).parents[2]}: pip install -e . builds there"
         return None, str(error)
 
 

@@ -40,7 +40,6 @@ ALL = [
 SOME = {
     (90, "bfloat16", "ieee", 256, False): KINDS,
     (90, "bfloat16", "ieee", 128, True): KINDS,
-    (90, "bfloat16", "ieee", 128, False): ("forward",),  # with the fewest registers
     (90, "float32", "tf32x3", 128, False): ("forward", "backward"),
     (90, "float32", "tf32", 128, False): ("forward", "backward"),
     (100, "bfloat16", "ieee", 128, False): ("forward", "backward"),
@@ -63,7 +62,7 @@ def jobs(
     ]
     queue = {"flags": {"CLUSTERS": False, "SPLIT": True}, "absent": ["START", "END"]}
     variants = {
-        "forward": [{"flags": own_set}, {"flags": own_set | {"SPLIT": True}}],
+        "forward": [{"flags": own_set}],
         "running": [{"flags": own_set}],
         "two_way": [{}],
         "weighted": [{}, queue],

@@ -142,15 +142,6 @@ def sweep_rows(
     if CLUSTERS:
         start = tl.load(START + i, mask=is_row, other=0)
         end = tl.load(END + i, mask=is_row, other=0)
-    if (CLUSTERS and not IDS) and BIAS == 0:
-        if d0 == 0:  # stored before the loop, in which it would take registers
-            known = end - start
-            if SELF:
-                known -= 1  # a row lies in its own range
-            if SPLIT:
-                known *= (part == 0).to(tl.int32)  # counts once
-            places = STATISTICS + row_places(ORDER, i, N)
-            tl.store(places + 5 * tl.cast(N, tl.int64), known.to(tl.float32), mask=is_row)
     from_, to = share_of(mixed, part, parts, SPLIT)
     for step in tl.range(from_, to, num_stages=None if IDS else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
@@ -164,10 +155,7 @@ def sweep_rows(
         if IDS or BIAS == 1:
             num_inadmissible += tl.sum((is_column[None, :] & ~members).to(tl.int32), 1)
         if CLUSTERS:
-            if SELF:  # by places in the tile, which takes fewer registers
-                pairs = members & in_cluster(tl.arange(0, BLOCK_N), start - j0, end - j0)
-            else:
-                pairs = members & in_cluster(j, start, end)
+            pairs = members & in_cluster(j, start, end)
             members = members & ~pairs
             if IDS or BIAS != 0:
                 num_positive += tl.sum(pairs.to(tl.int32), 1)
@@ -193,6 +181,10 @@ def sweep_rows(
 
     if BIAS == 2:
         num_inadmissible = tl.where(row_bias == LEFT_OUT, M, num_inadmissible)
+    if (CLUSTERS and not IDS) and BIAS == 0:
+        num_positive = end - start
+        if SELF:
+            num_positive -= 1  # a row lies in its own range
     if RUNNING:
         base = tl.where(base > LOWEST, base, 0.0)
         positive_base = tl.where(positive_base > LOWEST, positive_base, 0.0)
@@ -201,6 +193,8 @@ def sweep_rows(
             num_inadmissible += 1
         if SPLIT:  # what follows from ranges and biases alone counts once
             if part > 0:
+                if (CLUSTERS and not IDS) and BIAS == 0:
+                    num_positive = tl.zeros([BLOCK_M], tl.int32)
                 if SELF:
                     num_inadmissible -= 1
                 if BIAS == 2:
@@ -212,8 +206,7 @@ def sweep_rows(
         tl.store(places + 2 * size, positive_base, mask=is_row)
         tl.store(places + 3 * size, positive, mask=is_row)
         tl.store(places + 4 * size, sum_positive * LN2, mask=is_row)
-        if (not CLUSTERS or IDS) or BIAS != 0:
-            tl.store(places + 5 * size, num_positive.to(tl.float32), mask=is_row)
+        tl.store(places + 5 * size, num_positive.to(tl.float32), mask=is_row)
         tl.store(places + 6 * size, num_inadmissible.to(tl.float32), mask=is_row)
     if WEIGHTED is not None:
         d = d0 + tl.arange(0, BLOCK_D)

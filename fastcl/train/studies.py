@@ -186,8 +186,8 @@ def tables(study: Study, rows: Sequence[Row], heading: str) -> str:
 def _one(found: dict[tuple[str, str], list[Row]], group: str, what: str) -> list[Row]:
     """The rows of an entry; a ``*`` at the end of `what` stands for the count in the middle of those that there are."""
     if what.endswith("*"):
-        whats = [name for owner, name in found if owner == group and name.startswith(what[:-1])]
-        what = whats[(len(whats) - 1) // 2] if whats else what
+        kinds = [name for owner, name in found if owner == group and name.startswith(what[:-1])]
+        what = kinds[(len(kinds) - 1) // 2] if kinds else what
     return found.get((group, what), [])
 
 

@@ -58,17 +58,17 @@ def _draw_priors(path: Path, title: str, rows: Sequence[Row]) -> None:
     found = grouped(rows)
     figure = figure_of(14, 5, title)
     panels = figure.subplots(1, 4, sharey=True)
-    whats = list(dict.fromkeys(what for group, what in found if not group.startswith("batches")))
+    kinds = list(dict.fromkeys(what for group, what in found if not group.startswith("batches")))
     shown = (("balanced", PROBE, "balanced"), ("long tail", "head", "long tail, head"),
              ("long tail", "tail", "long tail, tail"))  # fmt: skip
     for axes, (kind, name, heading) in zip(panels, shown, strict=False):
         for place, method in enumerate(("swav", "msn")):
             points = [
-                (whats.index(what) + 0.16 * (2 * place - 1), found[f"{kind}, {method}", what])
-                for what in whats if (f"{kind}, {method}", what) in found
+                (kinds.index(what) + 0.16 * (2 * place - 1), found[f"{kind}, {method}", what])
+                for what in kinds if (f"{kind}, {method}", what) in found
             ]  # fmt: skip
             _points(axes, method, points, name)
-        axes.set_xticks(range(len(whats)), whats, rotation=30)
+        axes.set_xticks(range(len(kinds)), kinds, rotation=30)
         axes.set(title=heading, xlabel="prior")
     methods = [group.removeprefix("batches, ") for group in dict.fromkeys(g for g, _ in found) if "batches" in group]
     kinds = list(dict.fromkeys(what for group, what in found if group.startswith("batches")))

@@ -161,7 +161,7 @@ def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, 
     [
         (["--auxiliary", "labels"], "--auxiliary must be attributes or FILE.csv:COLUMN; got labels"),
         (["--auxiliary", "tags"], "--auxiliary must be attributes or FILE.csv:COLUMN; got tags"),
-        (["--auxiliary", "colour"], "must be kmeans, attributes, tags, labels, sinkhorn or FILE.csv"),
+        (["--auxiliary", "colour"], "must be kmeans, attributes, tags, labels, sinkhorn, labels made worse"),
         (["--auxiliary", "nofile.csv:kind"], "--auxiliary nofile.csv"),
         (["--n-clusters", "1"], "expected an integer of at least 2, got '1'"),
         (["--n-clusters", "5", "100000"], "--n-clusters must be at most the number of training images"),

@@ -25,7 +25,7 @@ def _no_pictures(monkeypatch) -> None:
         (["--clusters", "labels"], "--clusters needs a method that uses them"),
         (
             ["--method", "clinfonce", "--clusters", "colour"],
-            "--clusters must be kmeans, attributes, tags, labels, sinkhorn or FILE.csv",
+            "--clusters must be kmeans, attributes, tags, labels, sinkhorn, labels made worse",
         ),
         (["--method", "clinfonce", "--clusters", "none.csv:kind"], "none.csv cannot be read"),
         (["--data", "mnist"], "--data must be digits, glyphs, cifar10, cifar100, imagefolder or FILE.npz"),

@@ -45,9 +45,7 @@ def test_results_in_an_emulator(built: Path) -> None:
 
 def test_products_take_less_than_two_instructions_for_each_of_their_multiplications(code: str) -> None:
     """The twelve rows and two vectors of a register tile stay in registers, and factors are multiplied from lanes."""
-    lane = re.compile(
-        r"fmla\s.*\.[sd]\[1\]"
-    )  # exponentials have loops of as many fmla, but multiply by whole registers
+    lane = re.compile(r"fmla\s.*\.[sd]\[1\]")  # loops of exponentials have as many fmla, but of whole registers
     counted = [(len(re.findall(r"\bfmla\b", "\n".join(loop))), loop) for loop in innermost_loops(code)]
     products = [(count, loop) for count, loop in counted if count == 48 and any(map(lane.search, loop))]
     assert len(products) >= 4

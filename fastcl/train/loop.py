@@ -281,7 +281,7 @@ class Run:
 
     def _step(self, index: NDArray[np.int64], epoch: int, rate: float) -> float:
         index = self.processes.share(index)
-        partners = self.method.partners(torch.from_numpy(index).to(self.device)).cpu().numpy()
+        partners = self.method.partners(torch.from_numpy(index)).numpy()
         views = []
         for view, places in zip(range(VIEWS), (index, partners), strict=True):
             chosen = self.images.train_images[torch.from_numpy(places)].to(self.device)

@@ -8,22 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcl.train import Config, compare, evaluate, report
+from fastcl.train import Config, compare, report
 from fastcl.train.compare import COMPARISONS, INFORMATION, PROBES, contestants, main
 from fastcl.train.files import claimed
 from fastcl.train.loop import Run
 from tests.support.training import COUNT, write_csv
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_probes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "DRAWS", 1)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_probes")
 
 
 @pytest.fixture(scope="module")
-def finished(npz, tmp_path_factory):
+def finished(quick_probes, npz, tmp_path_factory):
     """A comparison over two seeds, with its command."""
     out = tmp_path_factory.mktemp("compare") / "out"
     command = ["--quick", "--data", str(npz), "--epochs", "1", "--batch-size", "40", "--out", str(out)]

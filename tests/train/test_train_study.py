@@ -19,15 +19,11 @@ NUMBERS = ("knn", "linear_5", "linear_all", "mutual_information", "conditional_e
            "used")  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_probes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "DRAWS", 1)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_probes")
 
 
 @pytest.fixture(scope="module")
-def finished(npz, tmp_path_factory):
+def finished(quick_probes, npz, tmp_path_factory):
     """The study of batch sizes, with its command."""
     out = tmp_path_factory.mktemp("study") / "out"
     command = ["batch", "--quick", "--data", str(npz), "--epochs", "1", "--n-clusters", "5", "--batch-size", "6",

@@ -110,8 +110,8 @@ class SCAN(Method):
         """A neighbour each. Drawn for all images, so that several processes draw what one does."""
         if not self.pretrained:
             return index
-        chosen = torch.randint(self.neighbours.shape[1], (len(self.neighbours),), device=index.device)
-        return self.neighbours[index, chosen[index]]
+        chosen = torch.randint(self.neighbours.shape[1], (len(self.neighbours),))
+        return self.neighbours.cpu()[index, chosen[index]]
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:
         if not self.pretrained:

@@ -46,7 +46,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def partners(self, index: Tensor) -> Tensor:
-        """The images ``[B]`` whose second views come beside the first views of these."""
+        """The images ``[B]`` whose second views come beside the first views of these; both on the CPU."""
         return index
 
     def forward(self, views: Tensor, clusters: Tensor | None, index: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from ...distributed import World
 
 class BatchNorm(nn.BatchNorm1d):
     """As its base class, for rows ``[n, features]``; with ``gather``, mean and variance, computed in float32, are those
-    of the rows of all processes."""
+    of the rows of all processes. PyTorch's SyncBatchNorm has no kernels for the CPU."""
 
     gather = False
 

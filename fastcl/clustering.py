@@ -17,7 +17,7 @@ from .ops.library import without_autocast
 
 INITIALISATIONS = ("k-means||", "random")
 ROUNDS = 5  # of k-means||: "five rounds suffice" (Bahmani et al. 2012)
-BLOCK = {"cpu": 1 << 22}  # numbers in a block of rows, by device
+BLOCK = {"cpu": 1 << 20}  # numbers in a block of rows, by device
 LARGE_BLOCK = 1 << 25  # on the other devices
 
 
@@ -212,10 +212,11 @@ class _Data:
         """The first process's values."""
         return self.total(values if self.world is None or self.world.rank == 0 else torch.zeros_like(values))
 
-    def prepared(self, rows: Tensor) -> Tensor:
-        if self.spherical:
-            return unit_rows(rows, self.dtype)
-        return rows.to(self.dtype) - self.mean
+    def prepared(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        if not self.spherical:
+            return torch.sub(rows, self.mean, out=out)
+        found = unit_rows(rows, self.dtype)
+        return found if out is None else out.copy_(found)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.rows), self.block):
@@ -223,11 +224,13 @@ class _Data:
             yield place, self.prepared(self.rows[place])
 
     def search(self, centres: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each block its rows with a column of ones [b, D + 1], and their nearest centres [b]."""
+        """For each block its rows with a column of ones [b, D + 1], valid until the next, and their nearest centres."""
         offsets = centres.new_zeros(len(centres)) if self.spherical else centres.square().sum(1) / -2
         keys = torch.cat([centres, offsets[:, None]], 1)
-        for _, block in self.blocks():
-            extended = torch.cat([block, block.new_ones(len(block), 1)], 1)
+        memory = keys.new_ones(min(self.block, len(self.rows)), keys.shape[1])
+        for rows in self.rows.split(self.block):
+            extended = memory[: len(rows)]
+            self.prepared(rows, out=extended[:, :-1])
             yield extended, topk_similarity(extended, keys, 1)[1][:, 0]
 
     def nearest(self, centres: Tensor) -> Tensor:

@@ -1,60 +1,27 @@
 // Top-k. Keys are streamed in blocks. Tiles of their products with all queries are compared with each query's k-th best so far, and
-// better candidates go into the query's heap. Queries are the columns of the tiles, so one comparison handles all lanes.
+// better candidates are added to the query's collection. Queries are the columns of the tiles, so one comparison handles all lanes. The
+// best for k = 1 are in lanes too.
 #pragma once
 #include "call.h"
+#include "candidates.h"
 #include "cpu/sweep.h"
 #include <type_traits>
 
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// The k best candidates so far, the worst of them on top. NaN is better than any number, as in torch.topk; among equal values the
-// lower index is better.
-template <class T> struct Heap {
-  T *value;
-  int32_t *index;
-  int64_t count, k;
-
-  static FASTCL_INLINE bool better(T x, int32_t i, T y, int32_t j) {
-    if (x != x || y != y) return (x != x && y == y) || (x != x && i < j);
-    return x > y || (x == y && i < j);
-  }
-  FASTCL_INLINE bool below(int64_t a, int64_t b) const { return better(value[b], index[b], value[a], index[a]); }
-  void swap(int64_t a, int64_t b) const {
-    const T v = value[a];
-    const int32_t i = index[a];
-    value[a] = value[b], index[a] = index[b];
-    value[b] = v, index[b] = i;
-  }
-  void sift_down(int64_t size) const {
-    for (int64_t at = 0;;) {
-      int64_t worst = at;
-      for (int64_t child = 2 * at + 1; child <= 2 * at + 2 && child < size; child++)
-        if (below(child, worst)) worst = child;
-      if (worst == at) return;
-      swap(at, worst);
-      at = worst;
-    }
-  }
-  void push(T x, int32_t i) {
-    if (count < k) {
-      int64_t at = count++;
-      value[at] = x, index[at] = i;
-      for (; at && below(at, (at - 1) / 2); at = (at - 1) / 2) swap(at, (at - 1) / 2);
-    } else if (better(x, i, value[0], index[0])) {
-      value[0] = x, index[0] = i;
-      sift_down(count);
-    }
-  }
-  void sort() const { // best first
-    for (int64_t size = count; size > 1;) {
-      swap(0, --size);
-      sift_down(size);
-    }
-  }
-  // The value that a candidate must exceed; NaN while the heap is not full, because no value is <= NaN.
-  T threshold() const { return count < k ? T(__builtin_nan("")) : value[0]; }
-};
+// A bit for each lane whose mask is set.
+template <class T> FASTCL_INLINE uint32_t lanes(I<T> mask) {
+#if FASTCL_BYTES == 64
+  return sizeof(T) == 8 ? uint32_t(_mm512_movepi64_mask((__m512i)mask)) : uint32_t(_mm512_movepi32_mask((__m512i)mask));
+#elif FASTCL_BYTES == 32
+  return sizeof(T) == 8 ? uint32_t(_mm256_movemask_pd((__m256d)mask)) : uint32_t(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  EACH(l, Simd<T>::W) bits |= uint32_t(mask[l] & 1) << l;
+  return bits;
+#endif
+}
 
 // The sums of W vectors as the lanes of one vector. All sums add their terms in the same order.
 template <class T, int HALF = 1> FASTCL_INLINE V<T> sums(V<T> (&rows)[Simd<T>::W]) {
@@ -69,44 +36,66 @@ template <class T, int HALF = 1> FASTCL_INLINE V<T> sums(V<T> (&rows)[Simd<T>::W
 
 template <class T> struct TopKPass {
   using Mul = Plain<T>;
+  using Best = Collection<T>;
+  using Number = typename Best::Number;
+  using Int = typename Simd<T>::Int;
   static constexpr int W = Simd<T>::W;
   static constexpr int64_t NR = NV * W;
   static constexpr int64_t A_CHUNK = (BLOCK + MR) * A_ROW;
-  static constexpr int64_t FEW = 8;       // up to this many queries, the lanes hold keys
-  static constexpr int64_t QUERIES = 256; // smallest number per thread: with fewer, loading the keys from memory would dominate
+  static constexpr int64_t FEW = 8;               // up to this many queries, the lanes hold keys
+  static constexpr int64_t QUERIES = 256;         // smallest number per thread: with fewer, loading the keys from memory would dominate
+  static constexpr int64_t GROUP_BYTES = 1 << 20; // of packed queries, which stay in a cache
+  static constexpr int64_t PREFETCHED = 1024;     // beyond the last panel
+
+  // Queries that a thread searches for at a time, and what it has found for them.
+  struct Group {
+    int64_t first, count, panels;
+    T *columns;     // [panels][D][NR]: the queries; few: [count][D]
+    int32_t *ids;   // [panels][NR]
+    T *thresholds;  // [panels][NR]: products up to here do not matter; in lanes the best, NaN before there is one
+    Int *nearest;   // [panels][NR], in lanes: the indices of the best, -1 before there is one
+    Number *kept;   // [count][room]: collections
+    int64_t *sizes; // [count]: of the collections
+  };
 
   const TopK &call;
-  const int64_t n, m, d, chunks, panels, padded, query_parts, key_parts;
-  T *columns;        // [panels][D][NR]: queries; few: [n][D]
-  T *blocks;         // [threads][chunks * A_CHUNK]: keys
-  T *buffers;        // [threads][W][row]: buffers for converted rows
-  T *heap_values;    // [key_parts][n][k]
-  int32_t *heap_ids; // [key_parts][n][k]
-  int64_t *counts;   // [key_parts][n]
-  T *thresholds;     // [key_parts][padded]
-  int32_t *ids;      // [padded]
+  const int64_t n, m, d, chunks, query_parts, key_parts, panels, groups, width, room;
+  const bool in_lanes; // the best for k = 1 are in `thresholds` and `nearest`; only those of tiles with NaN or an edge in collections
+  T *blocks;           // [threads][chunks * A_CHUNK]: keys
+  T *buffers;          // [threads][W][row]: buffers for converted rows
+  Group *own;          // [threads]: the memory of their groups
 
+  // panels: of the largest part of the queries. width: panels of the largest group.
   TopKPass(const TopK &call, Arena &arena)
-      : call(call), n(call.queries.size), m(call.keys.size), d(call.dimension), chunks((d + CHUNK - 1) / CHUNK), panels((n + NR - 1) / NR),
-        padded(panels * NR), query_parts(parts(n, call.threads)), key_parts(call.threads / query_parts) {
-    columns = arena.take<T>(panels * d * NR + 1024); // prefetches read beyond the end
+      : call(call), n(call.queries.size), m(call.keys.size), d(call.dimension), chunks((d + CHUNK - 1) / CHUNK), query_parts(parts(n, call.threads)),
+        key_parts(call.threads / query_parts), panels(round_up(n, NR * query_parts) / NR / query_parts), groups(pieces(panels, d)),
+        width((panels + groups - 1) / groups), room(Best::room_for(call.k, m)), in_lanes(call.k == 1 && !few()) {
     blocks = arena.take<T>(call.threads * chunks * A_CHUNK);
     buffers = arena.take<T>(call.threads * W * row());
-    heap_values = arena.take<T>(key_parts * n * call.k);
-    heap_ids = arena.take<int32_t>(key_parts * n * call.k);
-    counts = arena.take<int64_t>(key_parts * n);
-    thresholds = arena.take<T>(key_parts * padded);
-    ids = arena.take<int32_t>(padded);
+    own = arena.take<Group>(call.threads);
+    const int64_t most = smaller(n, width * NR);
+    for (int t = 0; t < call.threads; t++) {
+      Group memory{};
+      memory.columns = arena.take<T>(few() ? n * d : width * d * NR + PREFETCHED);
+      memory.ids = arena.take<int32_t>(width * NR);
+      memory.thresholds = arena.take<T>(width * NR);
+      memory.nearest = arena.take<Int>(in_lanes ? width * NR : 0);
+      memory.kept = arena.take<Number>(most * room);
+      memory.sizes = arena.take<int64_t>(most);
+      if (arena.base) own[t] = memory;
+    }
   }
 
   void run() const {
     with_team(call.threads, [&](const Team &team) {
-      team.run([&](int t) { pack(t); });
-      team.run([&](int t) {
-        if (few()) search_few(t);
-        else if (t < query_parts * key_parts) search(t);
-      });
-      team.run([&](int t) { finish(t); });
+      if (key_parts == 1)
+        return team.run([&](int t) {
+          for (int64_t g = 0; g < groups; g++) search(t, g), finish(t);
+        });
+      for (int64_t g = 0; g < groups; g++) {
+        team.run([&](int t) { search(t, g); });
+        team.run([&](int t) { finish(t); });
+      }
     });
   }
 
@@ -118,82 +107,97 @@ private:
       if (threads % p == 0 && p * QUERIES <= n) best = p;
     return best;
   }
+  static int64_t pieces(int64_t panels, int64_t d) { // the number of groups
+    const int64_t most = larger<int64_t>(GROUP_BYTES / int64_t(d * NR * sizeof(T)), 1);
+    return (panels + most - 1) / most;
+  }
   bool few() const { return n <= FEW; }
   int64_t row() const { return round_up(d, 16); }
-  Heap<T> heap(int64_t part, int64_t query) const {
-    const int64_t at = part * n + query;
-    return {heap_values + at * call.k, heap_ids + at * call.k, counts[at], call.k};
+  static bool readable(const Rows &rows) { // whether they are contiguous rows of T
+    return rows.column_stride == 1 && rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
   }
 
-  void pack(int t) const {
-    const Range mine = share(padded, call.threads, t, NR);
-    T *const buffer = buffers + t * W * row();
-    for (int64_t i = mine.from; few() && i < smaller(mine.to, n); i++) read_row(call.queries, i, d, columns + i * d);
-    for (int64_t i = mine.from; !few() && i < mine.to; i += W) {
-      for (int64_t l = 0; l < W; l++) {
-        if (i + l < n) read_row(call.queries, i + l, d, buffer + l * row());
-        else memset(buffer + l * row(), 0, row() * sizeof(T));
-      }
-      T *out = columns + i / NR * NR * d + i % NR;
-      int64_t k = 0;
-      for (; k + W <= d; k += W, out += W * NR) {
-        V<T> tile[W];
-        EACH(l, W) tile[l] = loadu(buffer + l * row() + k);
-        transpose<T>(tile);
-        EACH(l, W) store(out + l * NR, tile[l]);
-      }
-      for (; k < d; k++, out += NR)
-        for (int64_t l = 0; l < W; l++) out[l] = buffer[l * row() + k];
+  // Group g of thread t, with nothing found yet.
+  Group begin(int t, int64_t g) const {
+    const Range mine = share(n, int(query_parts), int(t / key_parts), NR);
+    Group group = own[t];
+    group.first = smaller(mine.from + g * width * NR, mine.to);
+    group.count = smaller(mine.to - group.first, width * NR);
+    group.panels = (group.count + NR - 1) / NR;
+    for (int64_t i = 0; i < group.panels * NR; i++) {
+      group.ids[i] = call.query_ids && i < group.count ? call.query_ids[group.first + i] : 0;
+      group.thresholds[i] = i < group.count ? T(__builtin_nan("")) : T(__builtin_inf());
+      if (in_lanes) group.nearest[i] = -1;
     }
-    for (int64_t i = mine.from; i < mine.to; i++) {
-      ids[i] = call.query_ids && i < n ? call.query_ids[i] : 0;
-      for (int64_t part = 0; part < key_parts; part++) {
-        thresholds[part * padded + i] = i < n ? T(__builtin_nan("")) : T(__builtin_inf());
-        if (i < n) counts[part * n + i] = 0;
-      }
-    }
+    for (int64_t i = 0; i < group.count; i++) group.sizes[i] = 0;
+    return own[t] = group;
   }
 
-  void search(int t) const {
-    const int64_t part = t % key_parts;
-    const Range mine = share(panels, int(query_parts), int(t / key_parts)), keys = share(m, int(key_parts), int(part));
+  void search(int t, int64_t g) const {
+    const Group group = begin(t, g);
+    const Range keys = share(m, int(key_parts), int(t % key_parts));
+    if (few()) return search_few(group, keys, t);
+    for (int64_t p = 0; p < group.panels; p++) pack(group, p, t);
     T *const a = blocks + t * chunks * A_CHUNK;
     const bool in_one_piece = call.keys.column_stride == 1 && call.keys.row_stride == d;
     const int64_t bytes = d * (call.keys.dtype == Dtype::float64 ? 8 : call.keys.dtype == Dtype::float32 ? 4 : 2);
-    for (int64_t from = keys.from; from < keys.to; from += BLOCK) {
+    for (int64_t from = keys.from; from < keys.to && group.count; from += BLOCK) {
       const int64_t to = smaller(from + BLOCK, keys.to), rows = round_up(to - from, MR);
       // With few queries the rows are multiplied in place, because copying them would take as long.
-      const bool in_place = readable() && mine.to - mine.from <= 4 && to - from == rows;
+      const bool in_place = readable(call.keys) && group.panels <= 4 && to - from == rows;
       const T *const first = in_place ? (const T *)call.keys.data + from * call.keys.row_stride : a;
       if (!in_place) block(a, from, to, rows, t);
       // Meanwhile the next block is prefetched into the second-level cache, a few lines with each tile.
       const char *ahead = (const char *)call.keys.data + to * bytes;
       const int64_t next = in_one_piece ? (smaller(to + BLOCK, keys.to) - to) * bytes : 0;
-      const int64_t step = round_up(next / (rows / MR * (mine.to - mine.from)) + 1, 64);
+      const int64_t step = round_up(next / (rows / MR * group.panels) + 1, 64);
       int64_t fetched = 0;
-      for (int64_t p = mine.from; p < mine.to; p++)
+      for (int64_t p = 0; p < group.panels; p++)
         for (int64_t i = 0; i < rows; i += MR) {
           for (const int64_t end = smaller(fetched + step, next); fetched < end; fetched += 64) __builtin_prefetch(ahead + fetched, 0, 2);
-          if (in_place) tile(first + i * call.keys.row_stride, call.keys.row_stride, CHUNK, p, from + i, to, part);
-          else tile(first + i * A_ROW, std::integral_constant<int64_t, A_ROW>(), A_CHUNK, p, from + i, to, part);
+          if (in_place) tile(first + i * call.keys.row_stride, call.keys.row_stride, CHUNK, group, p, {from + i, to});
+          else tile(first + i * A_ROW, std::integral_constant<int64_t, A_ROW>(), A_CHUNK, group, p, {from + i, to});
         }
     }
   }
 
-  void search_few(int t) const {
-    const Range keys = share(m, int(key_parts), t);
+  // Packs panel p of the queries: [D][NR], zeros beyond the last query.
+  void pack(const Group &group, int64_t p, int t) const {
+    T *const buffer = buffers + t * W * row(), *out = group.columns + p * d * NR;
+    for (int64_t i = p * NR; i < (p + 1) * NR; i += W, out += W) {
+      const T *x[W];
+      for (int64_t l = 0; l < W; l++) {
+        x[l] = buffer + l * row();
+        if (i + l >= group.count) memset(buffer + l * row(), 0, row() * sizeof(T));
+        else if (readable(call.queries)) x[l] = (const T *)call.queries.data + (group.first + i + l) * call.queries.row_stride;
+        else read_row(call.queries, group.first + i + l, d, buffer + l * row());
+      }
+      int64_t k = 0;
+      for (; k + W <= d; k += W) {
+        V<T> tile[W];
+        EACH(l, W) tile[l] = loadu(x[l] + k);
+        transpose<T>(tile);
+        EACH(l, W) store(out + (k + l) * NR, tile[l]);
+      }
+      for (; k < d; k++)
+        for (int64_t l = 0; l < W; l++) out[k * NR + l] = x[l][k];
+    }
+  }
+
+  void search_few(const Group &group, Range keys, int t) const {
+    for (int64_t i = 0; i < n; i++) read_row(call.queries, i, d, group.columns + i * d);
     for (int64_t from = keys.from; from < keys.to; from += W) {
-      const int64_t count = smaller(int64_t(W), keys.to - from);
-      const bool in_place = readable() && count == W;
+      const int64_t count = smaller(keys.to - from, int64_t(W));
+      const bool in_place = readable(call.keys) && count == W;
       T *const buffer = buffers + t * W * row();
       for (int64_t r = 0; !in_place && r < W; r++) read_row(call.keys, smaller(from + r, keys.to - 1), d, buffer + r * row());
       const T *const rows = in_place ? (const T *)call.keys.data + from * call.keys.row_stride : buffer;
-      for (int64_t query = 0; query < n; query++) {
-        const V<T> x = products(rows, in_place ? call.keys.row_stride : row(), columns + query * d);
-        if (!any<T>(~(I<T>)(x <= all<T>(thresholds[t * padded + query])))) continue;
-        T found[W] __attribute__((aligned(64)));
-        store(found, x);
-        offer(t, query, found, 1, from, count);
+      for (int64_t i = 0; i < n; i++) {
+        const V<T> x = products(rows, in_place ? call.keys.row_stride : row(), group.columns + i * d);
+        const I<T> found = ~(I<T>)(x <= all<T>(group.thresholds[i])); // NaN passes
+        if (!any<T>(found)) continue;
+        for (int64_t r = 0; r < count; r++)
+          if (found[r] && !(call.key_ids && call.key_ids[from + r] == group.ids[i])) add(group, i, x[r], from + r);
       }
     }
   }
@@ -223,17 +227,13 @@ private:
     return load(values);
   }
 
-  bool readable() const { // whether keys are contiguous rows of T
-    return call.keys.column_stride == 1 && call.keys.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
-  }
-
   // Packs keys, row-major within chunks: a[chunk][row][A_ROW]; zeros from `to` on.
   void block(T *a, int64_t from, int64_t to, int64_t rows, int t) const {
     T *const buffer = buffers + t * W * row();
     for (int64_t r = 0; r < rows; r++) {
       const T *x = nullptr;
       if (from + r < to) {
-        if (readable()) x = (const T *)call.keys.data + (from + r) * call.keys.row_stride;
+        if (readable(call.keys)) x = (const T *)call.keys.data + (from + r) * call.keys.row_stride;
         else read_row(call.keys, from + r, d, buffer), x = buffer;
       }
       for (int64_t c = 0; c < chunks; c++) {
@@ -245,14 +245,15 @@ private:
     }
   }
 
-  // row: distance of keys. chunk: distance from a chunk of a key to the next.
-  template <class Row> FASTCL_INLINE void tile(const T *a, Row row, int64_t chunk, int64_t p, int64_t first, int64_t to, int64_t part) const {
+  // The tile of panel p of the queries and of MR keys. row: distance of keys. chunk: distance from a chunk of a key to the next. places:
+  // of the first key, and of the end of all.
+  template <class Row> FASTCL_INLINE void tile(const T *keys, Row row, int64_t chunk, const Group &group, int64_t p, Range places) const {
     T u[MR][NV][W] __attribute__((aligned(64)));
-    const T *const b = columns + p * d * NR;
+    const T *const queries = group.columns + p * d * NR;
     for (int64_t c = 0; c < chunks; c++) {
       V<T> x[MR][NV];
       EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
-      const T *rows = a + c * chunk, *query = b + c * CHUNK * NR;
+      const T *rows = keys + c * chunk, *query = queries + c * CHUNK * NR;
       const int64_t depth = smaller(CHUNK, d - c * CHUNK), stride = row;
       if constexpr (std::is_same<Row, int64_t>::value) {
         for (int64_t k = 0; k < depth; k++) {
@@ -267,59 +268,85 @@ private:
       if (c == 0) EACH(r, MR) EACH(v, NV) store(u[r][v], x[r][v]);
       else EACH(r, MR) EACH(v, NV) add_to(u[r][v], x[r][v]);
     }
-    const T *const least = thresholds + part * padded + p * NR;
-    I<T> candidates[NV];
+    I<T> candidates = all_int<T>(0);
     EACH(v, NV) {
-      const V<T> threshold = load(least + v * W);
-      candidates[v] = all_int<T>(0);
-      for (int r = 0; r < MR; r++) candidates[v] |= passes(load(u[r][v]), threshold, p * NR + v * W, first + r);
+      const int64_t i = p * NR + v * W;
+      const V<T> threshold = load(group.thresholds + i);
+      for (int r = 0; r < MR; r++) candidates |= passes(load(u[r][v]), threshold, group, i, places.from + r);
     }
-    static_assert(NV == 2, "two vectors");
-    if (any<T>(candidates[0] | candidates[1])) insert(u, candidates, p, first, to, part);
+    if (!any<T>(candidates)) return;
+    if (in_lanes && places.from + MR <= places.to && compare(u, group, p, places.from)) return;
+    collect(u, group, p, places);
   }
-  FASTCL_INLINE I<T> passes(V<T> x, V<T> threshold, int64_t query, int64_t key) const {
-    I<T> mask = ~(I<T>)(x <= threshold);
-    if (call.key_ids) mask &= load_ids<T>(ids + query) != all_int<T>(key < m ? call.key_ids[key] : 0);
+  // Which of the products of W queries, the i-th of the group and those after it, with a key matter.
+  FASTCL_INLINE I<T> passes(V<T> x, V<T> threshold, const Group &group, int64_t i, int64_t key) const {
+    I<T> mask = ~(I<T>)(x <= threshold); // NaN passes
+    if (call.key_ids) mask &= load_ids<T>(group.ids + i) != all_int<T>(key < m ? call.key_ids[key] : 0);
     return mask;
   }
 
-  // Offers all keys of the tile, in ascending order, to each query that has a candidate.
-  FASTCL_NOINLINE void insert(const T (&u)[MR][NV][W], const I<T> (&candidates)[NV], int64_t p, int64_t first, int64_t to, int64_t part) const {
-    const int64_t rows = smaller(int64_t(MR), to - first);
-    for (int64_t v = 0; v < NV; v++) {
-      typename Simd<T>::Int mask[W] __attribute__((aligned(64)));
-      memcpy(mask, &candidates[v], sizeof(mask));
-      for (int64_t l = 0; l < W; l++) {
-        const int64_t query = p * NR + v * W + l;
-        if (mask[l] && query < n) offer(part, query, &u[0][v][l], NV * W, first, rows);
+  // Compares the tile's products with the best so far. Returns false, having done nothing, if some are NaN.
+  FASTCL_INLINE bool compare(const T (&u)[MR][NV][W], const Group &group, int64_t p, int64_t key) const {
+    I<T> nan = all_int<T>(0);
+    for (int r = 0; r < MR; r++) EACH(v, NV) nan |= load(u[r][v]) != load(u[r][v]);
+    if (any<T>(nan)) return false;
+    EACH(v, NV) {
+      const int64_t i = p * NR + v * W;
+      V<T> best = load(group.thresholds + i);
+      I<T> index = *(const I<T> *)(group.nearest + i);
+      for (int r = 0; r < MR; r++) {
+        const V<T> x = load(u[r][v]);
+        const I<T> better = passes(x, best, group, i, key + r);
+        best = where<T>(better, x, best);
+        index = better ? all_int<T>(key + r) : index;
       }
+      store(group.thresholds + i, best);
+      *(I<T> *)(group.nearest + i) = index;
     }
-  }
-  // Offers `count` keys to a query, in ascending order; its products are `stride` apart.
-  void offer(int64_t part, int64_t query, const T *products, int64_t stride, int64_t first, int64_t count) const {
-    T &threshold = thresholds[part * padded + query];
-    Heap<T> best = heap(part, query);
-    for (int64_t r = 0; r < count; r++) {
-      const T x = products[r * stride];
-      if (x <= threshold || (call.key_ids && call.key_ids[first + r] == ids[query])) continue; // NaN passes
-      best.push(x, int32_t(first + r));
-      threshold = best.threshold();
-    }
-    counts[part * n + query] = best.count;
+    return true;
   }
 
-  void finish(int t) const {
-    const Range mine = share(n, call.threads, t);
-    for (int64_t i = mine.from; i < mine.to; i++) {
-      Heap<T> best = heap(0, i);
-      for (int64_t part = 1; part < key_parts; part++) {
-        const Heap<T> other = heap(part, i);
-        for (int64_t q = 0; q < other.count; q++) best.push(other.value[q], other.index[q]);
+  // Adds the tile's candidates to the collections.
+  FASTCL_NOINLINE void collect(const T (&u)[MR][NV][W], const Group &group, int64_t p, Range places) const {
+    static_assert(NR <= 32, "a bit for each query");
+    const int64_t rows = smaller(places.to - places.from, int64_t(MR)), first = p * NR;
+    for (int64_t r = 0; r < rows; r++) {
+      uint32_t found = 0;
+      EACH(v, NV) {
+        const int64_t i = first + v * W;
+        found |= lanes<T>(passes(load(u[r][v]), load(group.thresholds + i), group, i, places.from + r)) << (v * W);
       }
-      best.sort();
-      for (int64_t q = 0; q < call.k; q++) {
-        ((T *)call.values)[i * call.k + q] = q < best.count ? best.value[q] : T(-__builtin_inf());
-        call.indices[i * call.k + q] = q < best.count ? best.index[q] : -1;
+      for (; found; found &= found - 1) {
+        const int64_t q = __builtin_ctz(found);
+        if (first + q < group.count) add(group, first + q, u[r][q / W][q % W], places.from + r); // beyond: infinity times a row of zeros
+      }
+    }
+  }
+  Best collection(const Group &group, int64_t i) const { return {group.kept + i * room, group.sizes[i], call.k, room}; }
+  FASTCL_INLINE void add(const Group &group, int64_t i, T product, int64_t key) const {
+    Best best = collection(group, i);
+    const bool reduced = best.add(Best::C::of(product, int32_t(key)));
+    group.sizes[i] = best.count;
+    if (reduced && !in_lanes) group.thresholds[i] = best.worst();
+  }
+
+  // Writes thread t's share of the results for the present groups, which several threads have searched for, each among other keys.
+  void finish(int t) const {
+    const Group *const found = own + t / key_parts * key_parts;
+    const Range mine = share(found->count, int(key_parts), int(t % key_parts));
+    for (int64_t i = mine.from; i < mine.to; i++) {
+      Best best = collection(found[0], i);
+      for (int64_t part = 1; part < key_parts; part++) {
+        const Best other = collection(found[part], i);
+        for (int64_t q = 0; q < other.count; q++) best.add(other.kept[q]);
+      }
+      for (int64_t part = 0; in_lanes && part < key_parts; part++)
+        if (found[part].nearest[i] >= 0) best.add(Best::C::of(found[part].thresholds[i], int32_t(found[part].nearest[i])));
+      best.reduce();
+      sort(best.kept, best.count);
+      for (int64_t q = 0, at = (found->first + i) * call.k; q < call.k; q++, at++) {
+        ((T *)call.values)[at] = q < best.count ? Best::C::value(best.kept[q]) : T(-__builtin_inf());
+        call.indices[at] = q < best.count ? Best::C::index(best.kept[q]) : -1;
       }
     }
   }

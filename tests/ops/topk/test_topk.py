@@ -169,6 +169,44 @@ def test_numbers_that_are_none(backend, dtype) -> None:
     assert values[0, 2:].tolist() == [-inf] * 7
 
 
+@pytest.mark.parametrize("k", [1, 2, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", ["any", "ascending", "descending"])
+def test_numbers_that_are_none_among_many(backend, dtype, k, order) -> None:
+    """Wherever NaN, infinities and equal numbers come among the keys, and for queries that fill no group."""
+    n, m = (19, 80) if backend == "triton" else (83, 411)
+    g = generator(k)
+    keys = torch.randint(-9, 10, (m,), generator=g).to(dtype)
+    if order != "any":
+        keys = keys.sort(descending=order == "descending").values
+    for value, count in ((torch.nan, 3), (torch.inf, 4), (-torch.inf, 4), (-0.0, 20)):
+        keys[torch.randint(0, m, (count,), generator=g)] = value
+    ids = torch.randint(0, 4, (n,), generator=g), torch.randint(0, 4, (m,), generator=g)
+    queries = torch.tensor([1.0, -1.0, 0.5], dtype=dtype)[torch.arange(n) % 3]
+    for finite in (False, True):
+        if finite:
+            keys = keys.nan_to_num(3, 5, -5)
+        products = queries[:, None] * keys
+        for given_ids in ({}, {"query_ids": ids[0], "key_ids": ids[1]}):
+            values, indices = topk_similarity(queries[:, None], keys[:, None], k, **given_ids)
+            for i in range(n):
+                admissible = torch.arange(m) if not given_ids else (ids[1] != ids[0][i]).nonzero()[:, 0]
+                expected = products[i, admissible].sort(descending=True, stable=True)
+                assert torch.equal(indices[i], admissible[expected.indices[:k]])
+                torch.testing.assert_close(values[i], expected.values[:k], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_groups_of_queries(backend, k) -> None:
+    """Of wide rows a cache holds few."""
+    n, m, d = (20, 30, 150) if backend == "triton" else (331, 203, 3000)
+    queries, keys = whole(n, d, 0), whole(m, d, 1)
+    values, indices = topk_similarity(queries, keys, k)
+    expected = (queries @ keys.T).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(indices, expected.indices[:, :k])
+    assert torch.equal(values, expected.values[:, :k])
+
+
 def test_any_strides(backend) -> None:
     queries, keys = whole(10, 14, 0), whole(50, 14, 1)
     expected = topk_similarity(queries, keys, 6)

@@ -60,7 +60,7 @@ bool keeps_products(const MeanLoss &call) {
   const Problem &p = call.problem;
   if (p.self_contrast() || p.rules.anchor_groups || !call.loss) return false;
   const int64_t n = p.anchors.size, m = p.contrasts.size;
-  return n * KeptProducts::stride_of(m) <= 2 * (n + m) * p.dimension;
+  return n * m <= 2 * (n + m) * p.dimension;
 }
 
 } // namespace

@@ -138,8 +138,7 @@ def keeps_products(p: Problem, needs: Needs) -> bool:
     if p.contrasts is None or not (needs.anchors and needs.contrasts) or p.anchors.groups is not None:
         return False
     _, n, m = p.sizes
-    stride = -(-m // 32) * 32 + 16  # KeptProducts::stride_of in csrc/problem.h
-    return n * stride <= 2 * (n + m) * p.anchors.values.shape[-1]
+    return n * m <= 2 * (n + m) * p.anchors.values.shape[-1]
 
 
 def mean_forward(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:

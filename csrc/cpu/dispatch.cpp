@@ -35,13 +35,19 @@ bool opt_in(const Engine *engine) {
 
 std::vector<const Engine *> built_engines() {
   return {
-#if !defined(FASTCL_ENGINES)
-#elif defined(__x86_64__)
+#if defined(FASTCL_ENGINE_baseline)
       &baseline::engine,
+#endif
+#if defined(FASTCL_ENGINE_avx2)
       &avx2::engine,
+#endif
+#if defined(FASTCL_ENGINE_avx512)
       &avx512::engine,
+#endif
+#if defined(FASTCL_ENGINE_avx512_bf16)
       &avx512_bf16::engine,
-#else
+#endif
+#if defined(FASTCL_ENGINE_neon)
       &neon::engine,
 #endif
   };

@@ -88,20 +88,30 @@ template <class Number> void sort(Number *x, int64_t count) { // the largest fir
   }
 }
 
-// Keeps the k best of all candidates that it is given. It collects some more than k before it selects the k best, because that takes less
-// time than to find each candidate's rank.
+// Keeps the k best of all candidates that it is given. A few are kept in order. Of many it collects more than k before it selects the k
+// best, because that takes less time than to find each candidate's rank.
 template <class T> struct Collection {
   using C = Candidate<T>;
   using Number = typename C::Number;
+  static constexpr int64_t FEW = 32;
   Number *kept; // [room]
   int64_t count, k, room;
 
   // m: number of all candidates
-  static int64_t room_for(int64_t k, int64_t m) { return k == 1 ? 2 : smaller(larger(2 * k, k + 64), m); }
-  // Whether there are now k candidates and no more, after which only better ones than `worst` matter.
+  static int64_t room_for(int64_t k, int64_t m) { return k <= FEW ? k : smaller(larger(2 * k, k + 16), m); }
+  // Whether `worst` has changed, and there are k.
   FASTCL_INLINE bool add(Number candidate) {
+    if (k <= FEW) return insert(candidate);
     kept[count++] = candidate;
     return count == room && reduce();
+  }
+  FASTCL_INLINE bool insert(Number candidate) {
+    int64_t at = count;
+    if (count < k) count++;
+    else if (kept[--at] > candidate) return false;
+    for (; at && kept[at - 1] < candidate; at--) kept[at] = kept[at - 1];
+    kept[at] = candidate;
+    return count == k;
   }
   FASTCL_NOINLINE bool reduce() {
     if (count <= k) return false; // there are no others

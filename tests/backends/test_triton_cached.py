@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcl.ops.backends import triton_launch
+from fastcl.ops.backends import native, triton_launch
 from fastcl.ops.backends.triton_cached import KNOWN
 
 ROOT = Path(__file__).parents[2]
@@ -75,31 +75,70 @@ print("hooked")
 
 
 REPLAYED = """
+import ctypes
 import torch
 import fastcl
 from benchmarks.host_time import cases, pretending
 from fastcl.ops.backends.triton_tape import Tape
-from fastcl.ops.contrastive import direct
+from fastcl.ops.contrastive import direct, replayed
 
-def alike(value, other):
+C = {
+    "i1": ctypes.c_int8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64,
+    "u32": ctypes.c_uint32, "u64": ctypes.c_uint64, "fp32": ctypes.c_float, "fp64": ctypes.c_double,
+}
+
+def expected(source, values):
+    # Of the arguments that Triton's launcher gets, those that are parameters, and their types.
+    constants = {key[0] if isinstance(key, tuple) else key for key in source.constants}
+    names = list(source.signature)
+    for k, (name, kind) in enumerate(source.signature.items()):
+        if kind != "constexpr" and k not in constants and name not in constants:
+            yield kind, values[k] if len(values) == len(names) else dict(zip(names, values))[name]
+
+def read(kind, address):
+    return (C[kind] if kind[0] != "*" else ctypes.c_uint64).from_address(address).value
+
+def alike(kind, value, other):
     if isinstance(value, torch.Tensor):
         value = value.data_ptr()
-    if isinstance(value, int) and value > 1 << 32:  # an address
+    if kind == "fp32":
+        value = ctypes.c_float(value).value
+    if kind[0] == "*" and value:  # of other memory, with the same alignment
         return other > 1 << 32 and value % 16 == other % 16
-    return value == other
+    return (value or 0) == other
+
+native = []
+plain = []
+
+def seen(name, grid, threads, shared, parameters):
+    launch = plain[len(native)]
+    (other, other_grid, values), (source, metadata) = launch
+    assert (name, grid) == (other, other_grid), (name, other)
+    assert (threads, shared) == (32 * metadata.num_warps, metadata.shared), name
+    parameters = (ctypes.c_void_p * 64).from_address(parameters)
+    count = 0
+    for kind, value in expected(source, values):
+        found = read(kind, parameters[count])
+        assert alike(kind, value, found), (name, count, kind, value, found)
+        count += 1
+    assert read("u64", parameters[count]) == read("u64", parameters[count + 1]) == 0, "scratch memory"
+    native.append(name)
 
 with pretending() as launches, fastcl.use_backend("triton"):
     for name, step in cases(64, 32).items():
-        found = []
-        for _ in range(4):
-            launches.arguments.clear()
-            step()
-            found.append(list(launches.arguments))
-        for plain, replayed in zip(found[1], found[3], strict=True):
-            assert plain[:2] == replayed[:2], name
-            assert len(plain[2]) == len(replayed[2])
-            assert all(map(alike, plain[2], replayed[2])), (name, plain, replayed)
-tapes = [tape for taped in (direct._FORWARD, direct._BACKWARD) for tape in taped._tapes.values()]
+        step()
+        launches.arguments.clear(), launches.sources.clear()
+        step()
+        plain = list(zip(launches.arguments, launches.sources))
+        step(), step()
+        launches.arguments.clear()
+        native.clear()
+        launches.seen = seen
+        step()
+        launches.seen = None
+        assert len(native) == len(plain) > 10, (name, len(native), len(plain))
+        assert not launches.arguments, name
+tapes = [tape for taped in (replayed.FORWARD, replayed.BACKWARD) for tape in taped._tapes.values()]
 assert len(tapes) >= 6
 assert all(isinstance(tape, Tape) for tape in tapes)
 print("replayed")
@@ -128,5 +167,6 @@ def test_hooks_of_a_profiler_are_called() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(native.native_module() is None, reason="the native module is not built")
 def test_a_tape_repeats_the_launches() -> None:
     assert "replayed" in ran(REPLAYED)

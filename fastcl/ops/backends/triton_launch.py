@@ -76,6 +76,11 @@ MODULES = {
     "ruled_gradient_kernel": "contrastive.triton.ruled_kernels",
     "ruled_observation_kernel": "contrastive.triton.ruled_kernels",
     "mean_kernel": "contrastive.triton.mean_kernels",
+    "scaled_kernel": "contrastive.triton.mean_kernels",
+    "longest_kernel": "contrastive.triton.joining_kernels",
+    "total_kernel": "contrastive.triton.joining_kernels",
+    "first_kernel": "contrastive.triton.order_kernels",
+    "order_kernel": "contrastive.triton.order_kernels",
     "topk_kernel": "topk.triton_kernels",
     "soft_statistics_kernel": "soft.triton_kernels",
     "soft_gradient_kernel": "soft.triton_kernels",
@@ -110,7 +115,7 @@ def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -
     with unrecorded(), _interpreting():
         launched_by_triton(kernel_named(name), shape, grid, given)
     if (tape := recorder()) is not None:
-        tape.launched(partial(_relaunch, name, shape, grid, tuple(given)), list(given.values()), tensors=True)
+        tape.launched(partial(_relaunch, name, shape, grid, tuple(given)), list(given.values()), True)
 
 
 def _relaunch(name: str, shape: Tile, grid: Sequence[int], names: Sequence[str], *values: Any) -> None:

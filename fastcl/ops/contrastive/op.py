@@ -78,7 +78,7 @@ def gradients(
 
 def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
     """All wanted fields, without the anchors' own contrasts."""
-    if backend is not cpu or linear.FIELD in problem.want:  # the engine of `cpu` knows infinite rows itself
+    if backend not in (cpu, triton) or linear.FIELD in problem.want:  # these two know infinite rows themselves
         problem = infinite.as_nan(problem)
     return linear.add(problem, one_way.forward(_swept(problem, backend), backend))
 

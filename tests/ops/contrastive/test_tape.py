@@ -12,26 +12,37 @@ from torch import Tensor
 import fastcl
 from fastcl.functional import cluster_infonce
 from fastcl.ops.backends.triton_tape import Tape, Taped
-from fastcl.ops.contrastive import direct
+from fastcl.ops.contrastive import direct, replayed
 from tests.ops.contrastive.test_direct import KINDS, case
 from tests.support.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
 
 
+Tapeds = tuple[Taped, ...]
+
+
 @pytest.fixture(autouse=True)
-def tapes(monkeypatch) -> Iterator[tuple[Taped, Taped]]:
-    """New tapes of forward and backward, which are used on backend `triton`."""
-    forward, backward = Taped(direct._forward, own=2), Taped(direct._backward, own=7)
-    monkeypatch.setattr(direct, "_FORWARD", forward)
-    monkeypatch.setattr(direct, "_BACKWARD", backward)
-    monkeypatch.setattr(direct, "TAPES", True)
+def tapes(monkeypatch) -> Iterator[tuple[Tapeds, Tapeds]]:
+    """New tapes of forwards and backwards, which are used on backend `triton`: from the caller's tensors, and from the
+    operator's arguments."""
+    forwards = Taped(replayed._forward, own=1), Taped(direct.mean_forward, own=2)
+    backwards = Taped(replayed._backward, own=5), Taped(direct.mean_backward, own=8)
+    for module, names, k in ((replayed, ("FORWARD", "BACKWARD"), 0), (direct, ("_FORWARD", "_BACKWARD"), 1)):
+        monkeypatch.setattr(module, names[0], forwards[k])
+        monkeypatch.setattr(module, names[1], backwards[k])
+    monkeypatch.setattr(direct, "TAPED", "cpu")
     with fastcl.use_backend("triton"):
-        yield forward, backward
+        yield forwards, backwards
 
 
-def recorded(taped: Taped) -> list[bool]:
-    return [isinstance(tape, Tape) for tape in taped._tapes.values()]
+def recorded(tapeds: Tapeds) -> list[bool]:
+    return [isinstance(tape, Tape) for taped in tapeds for tape in taped._tapes.values()]
+
+
+def outputs(taped: Taped, options: object, *inputs: Tensor) -> list[Tensor | None]:
+    found, tape = taped(options, (), 0, *inputs)
+    return [*found] if tape is None else [*found[: taped._own], *tape.outputs(found[taped._own :])]
 
 
 def gradients(leaves: list[Tensor], options: dict[str, object], factor: float = -3.5) -> list[Tensor]:
@@ -50,9 +61,9 @@ def test_replays_give_the_same_bits(kind: str, denominator: str, tapes, monkeypa
             for leaf in leaves:
                 leaf.add_(0.1 * torch.randn_like(leaf)) if leaf.dim() else leaf.mul_(1.1)
         got = gradients(leaves, options)
-        monkeypatch.setattr(direct, "TAPES", False)
+        monkeypatch.setattr(direct, "TAPED", "none")
         expected = gradients(leaves, options)
-        monkeypatch.setattr(direct, "TAPES", True)
+        monkeypatch.setattr(direct, "TAPED", "cpu")
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b), call
             assert (a.dtype, a.stride()) == (b.dtype, b.stride())
@@ -65,7 +76,7 @@ def test_other_dtypes_and_layouts_have_tapes_of_their_own(dtype, tapes) -> None:
     layouts = [
         plain,
         plain.to(dtype),
-        plain.transpose(0, 1).contiguous().transpose(0, 1),  # is copied, and then of the first one's kind
+        plain.transpose(0, 1).contiguous().transpose(0, 1),  # is copied
         torch.cat((torch.zeros(1), plain.flatten()))[1:].view_as(plain),  # at an address of its own kind
         plain[:8],
     ]
@@ -76,15 +87,15 @@ def test_other_dtypes_and_layouts_have_tapes_of_their_own(dtype, tapes) -> None:
             direct_loss, direct_grad = _without_tape(leaf)
             assert torch.equal(loss, direct_loss)
             assert torch.equal(grad, direct_grad)
-    assert recorded(tapes[0]) == [True] * 4
+    assert recorded(tapes[0]) == [True] * 5
 
 
 def _without_tape(leaf: Tensor) -> list[Tensor]:
-    before, direct.TAPES = direct.TAPES, False
+    before, direct.TAPED = direct.TAPED, "none"
     try:
         return gradients([leaf], {"temperature": 0.3})
     finally:
-        direct.TAPES = before
+        direct.TAPED = before
 
 
 def test_the_precision_of_products_is_part_of_the_kind(tapes) -> None:
@@ -154,18 +165,18 @@ def test_a_function_that_reads_a_value_is_called_each_time() -> None:
 
     taped = Taped(doubled_unless_zero, own=1)
     for value in (1.0, 2.0, 3.0, 0.0):
-        (found,) = taped((), (), 0, torch.full((3,), value))
+        (found,) = outputs(taped, (), torch.full((3,), value))
         assert torch.equal(found, torch.full((3,), 2 * value or 1))
     assert len(calls) == 4
-    assert recorded(taped) == [False]
+    assert recorded((taped,)) == [False]
 
 
 def test_a_function_that_returns_its_input_is_called_each_time() -> None:
     taped = Taped(lambda _, x: (x,), own=1)
     for _ in range(4):
         x = torch.randn(3)
-        assert taped((), (), 0, x)[0] is x
-    assert recorded(taped) == [False]
+        assert outputs(taped, (), x)[0] is x
+    assert recorded((taped,)) == [False]
 
 
 def test_operators_views_and_memory() -> None:
@@ -182,15 +193,15 @@ def test_operators_views_and_memory() -> None:
     kept = []
     for _ in range(5):
         x, y = torch.randn(3, 4), torch.randn(4, 3).T
-        got, expected = taped("kind", (), 0, x, y), work("kind", x, y)
+        got, expected = outputs(taped, "kind", x, y), work("kind", x, y)
         kept.append((got, expected))
         same = torch.randn(3, 4)
-        kept.append((taped("other", (), 0, same, same), work("other", same, same)))
+        kept.append((outputs(taped, "other", same, same), work("other", same, same)))
     for got, expected in kept:
         for a, b in zip(got, expected, strict=True):
             assert (a is None) == (b is None)
             assert a is None or (torch.equal(a, b) and a.stride() == b.stride())
-    assert recorded(taped) == [True, True]
+    assert recorded((taped,)) == [True, True]
 
 
 def test_a_tape_keeps_no_tensor_alive() -> None:
@@ -205,8 +216,8 @@ def test_a_tape_keeps_no_tensor_alive() -> None:
 
     taped = Taped(work, own=1)
     for _ in range(3):
-        assert torch.equal(taped((), (), 0, torch.ones(3))[0], torch.full((3,), 2.0))
+        assert torch.equal(outputs(taped, (), torch.ones(3))[0], torch.full((3,), 2.0))
     gc.collect()
-    assert recorded(taped) == [True]
+    assert recorded((taped,)) == [True]
     assert len(alive) == 4
     assert not any(reference() is not None for reference in alive)

@@ -79,6 +79,8 @@ MODULES = {
     "scaled_kernel": "contrastive.triton.mean_kernels",
     "longest_kernel": "contrastive.triton.joining_kernels",
     "total_kernel": "contrastive.triton.joining_kernels",
+    "positive_kernel": "contrastive.triton.positive_kernels",
+    "positive_gradient_kernel": "contrastive.triton.positive_kernels",
     "first_kernel": "contrastive.triton.order_kernels",
     "order_kernel": "contrastive.triton.order_kernels",
     "topk_kernel": "topk.triton_kernels",

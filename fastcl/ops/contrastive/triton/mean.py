@@ -18,7 +18,7 @@ MOST_ROWS = 1 << 14  # one program visits all rows; with more rows PyTorch's ope
 def scaled(values: Tensor, factor: Tensor) -> Tensor:
     """values * factor; the factor is []."""
     result, block = torch.empty_like(values), ROWS_AT_ONCE.block_m
-    given = {"VALUES": values, "FACTOR": factor, "SCALED": result, "SIZE": values.numel(), "BLOCK": block}
+    given = {"DERIVATIVES": values, "FACTOR": factor, "PRODUCTS": result, "SIZE": values.numel(), "BLOCK": block}
     with on_device(values.device):
         triton_launch.launch("scaled_kernel", ROWS_AT_ONCE, (triton_launch.blocks(values.numel(), block),), given)
     return result

@@ -25,11 +25,11 @@ def log1p(x):
 
 
 @triton.jit(do_not_specialize=["SIZE"])
-def scaled_kernel(VALUES, FACTOR, SCALED, SIZE, BLOCK: tl.constexpr):
-    """SCALED [SIZE]: VALUES [SIZE] times FACTOR []."""
+def scaled_kernel(DERIVATIVES, FACTOR, PRODUCTS, SIZE, BLOCK: tl.constexpr):
+    """PRODUCTS [SIZE]: DERIVATIVES [SIZE] times FACTOR []."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(VALUES + i, mask=i < SIZE, other=0.0)
-    tl.store(SCALED + i, values * tl.load(FACTOR), mask=i < SIZE)
+    values = tl.load(DERIVATIVES + i, mask=i < SIZE, other=0.0)
+    tl.store(PRODUCTS + i, values * tl.load(FACTOR), mask=i < SIZE)
 
 
 @triton.jit(do_not_specialize=["N"])

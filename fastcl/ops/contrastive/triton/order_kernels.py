@@ -10,14 +10,14 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["N", "M"])
-def first_kernel(IDS, KNOWN, LABELS, N, M, OWN: tl.constexpr, BLOCK: tl.constexpr):
-    """LABELS [N] int32: for each of IDS [N] the first place in KNOWN [M] that has it, else M. -1 equals nothing.
+def first_kernel(VALUES, KNOWN, LABELS, N, M, OWN: tl.constexpr, BLOCK: tl.constexpr):
+    """LABELS [N] int32: for each of VALUES [N] the first place in KNOWN [M] that has it, else M. -1 equals nothing.
 
     OWN: both are the same; an id of -1 then gets its own place.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = i < N
-    ids = tl.load(IDS + i, mask=is_row, other=-1)
+    ids = tl.load(VALUES + i, mask=is_row, other=-1)
     first = tl.zeros([BLOCK], tl.int32) + M
     for start in range(0, M, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -28,8 +28,8 @@ def first_kernel(IDS, KNOWN, LABELS, N, M, OWN: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit(do_not_specialize=["N"])
-def order_kernel(LABELS, SORTED, ORDER, N, BLOCK: tl.constexpr):
-    """LABELS [N] in ascending order: SORTED [N], and where each was: ORDER [N] int64. Equal ones keep their order."""
+def order_kernel(LABELS, NUMBERS, ORDER, N, BLOCK: tl.constexpr):
+    """LABELS [N] in ascending order: NUMBERS [N], and where each was: ORDER [N] int64. Equal ones keep their order."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = i < N
     label = tl.load(LABELS + i, mask=is_row, other=0)
@@ -39,5 +39,5 @@ def order_kernel(LABELS, SORTED, ORDER, N, BLOCK: tl.constexpr):
         other = tl.load(LABELS + j, mask=j < N, other=2147483647)[None, :]
         before = (other < label[:, None]) | ((other == label[:, None]) & (j[None, :] < i[:, None]))
         place += tl.sum(before.to(tl.int32), 1)
-    tl.store(SORTED + place, label, mask=is_row)
+    tl.store(NUMBERS + place, label, mask=is_row)
     tl.store(ORDER + place, i.to(tl.int64), mask=is_row)

@@ -21,7 +21,7 @@ from ...backends.triton_launch import (
     precision_of,
     programs,
 )
-from ...backends.triton_tiles import ROWS_AT_ONCE, Tile, guide_width, padded, row_tile, tile
+from ...backends.triton_tiles import COMPARED, ROWS_AT_ONCE, Tile, guide_width, padded, row_tile, tile
 from ..kept import Layout, Store, sums_are_kept
 from ..records import Problem, Rows
 
@@ -30,7 +30,6 @@ FEWEST_TILES = 64  # of a program; fewer would not pay for joining the parts
 
 # Up to this many rows are sorted by comparing each with all.
 MOST_COMPARED = 1 << 13
-SQUARE_TILE = Tile(512, 512, 32, 32, 4, 1) if INTERPRETED else Tile(64, 64, 32, 32, 4, 1)
 
 # Data of rows that the kernels with rules compare, as int32 names, and their arguments ROW_* and COLUMN_*.
 NAMED = ("clusters", "ids", "samples")
@@ -185,7 +184,6 @@ def _rows(
     """clusters: of these rows and of the other set's rows. norms: [n], filled in, or [0].
 
     first: in a forward, where rows with infinite numbers become NaN unless they are normalised (see `infinite`).
-
     leave_out: rows whose bias is -inf become zeros: as anchors of the other direction they are left out too.
     """
     n, d = source.shape
@@ -213,43 +211,56 @@ def _rows(
     )
     if as_it_is and not normed and own is None and names is None and bias is None:
         return rows
-    shape = row_tile(width, INTERPRETED)
-    triton_launch.launch(
-        "rows_kernel",
-        shape,
-        (blocks(n, shape.block_m),),
-        {
-            "SOURCE": source,
-            "ORDER": order,
-            "NUMBERS": own,
-            "OTHER_NUMBERS": other,
-            "SOURCE_NAMES": names,
-            "SOURCE_BIAS": None if bias is None else bias.resolve_neg().contiguous(),
-            "ROWS": None if as_it_is else rows.rows,
-            "NORMS": norms if norms.numel() else None,
-            "ROW_NORMS": rows.inverse_norms,
-            "LENGTHS": rows.lengths,
-            "START": start,
-            "END": end,
-            "ROW_NAMES": rows.names,
-            "ROW_BIAS": rows.bias,
-            "N": n,
-            "M": 0 if other is None else len(other),
-            "WIDTH": d,
-            "ROW_STRIDE": source.stride(0),
-            "COLUMN_STRIDE": source.stride(1),
-            "STEPS": 0 if other is None else len(other).bit_length(),
-            "NORMALIZE": normalize,
-            "SCALED": scaled,
-            "LEAVE_OUT": leave_out,
-            "FLOOR": NORM_FLOOR,
-            "D": width,
-            "BLOCK_M": shape.block_m,
-            "BLOCK_D": shape.block_d,
-            "INTERPRETED": INTERPRETED,
-        },
-    )
+    given = {
+        "ORDER": order,
+        "NUMBERS": own,
+        "OTHER_NUMBERS": other,
+        "SOURCE_NAMES": names,
+        "SOURCE_BIAS": None if bias is None else bias.resolve_neg().contiguous(),
+        "ROWS": None if as_it_is else rows.rows,
+        "NORMS": norms if norms.numel() else None,
+        "ROW_NORMS": rows.inverse_norms,
+        "LENGTHS": rows.lengths,
+        "START": start,
+        "END": end,
+        "ROW_NAMES": rows.names,
+        "ROW_BIAS": rows.bias,
+        "M": 0 if other is None else len(other),
+        "STEPS": 0 if other is None else len(other).bit_length(),
+        "NORMALIZE": normalize,
+        "SCALED": scaled,
+        "LEAVE_OUT": leave_out,
+    }
+    _launch_rows(source, given)
     return rows
+
+
+def new_inverse_norms(source: Tensor) -> Tensor:
+    """The inverse norms [n] of rows."""
+    norms = torch.empty(len(source), dtype=torch.float32, device=source.device)
+    tensors = "ORDER NUMBERS OTHER_NUMBERS SOURCE_NAMES SOURCE_BIAS ROWS ROW_NORMS LENGTHS START END ROW_NAMES ROW_BIAS"
+    numbers = {"M": 0, "STEPS": 0, "SCALED": False, "LEAVE_OUT": False, "NORMALIZE": True}
+    _launch_rows(source, dict.fromkeys(tensors.split()) | numbers | {"NORMS": norms})
+    return norms
+
+
+def _launch_rows(source: Tensor, given: dict[str, Any]) -> None:
+    n, d = source.shape
+    width = padded(d, INTERPRETED)
+    shape = row_tile(width, INTERPRETED)
+    given = given | {
+        "SOURCE": source,
+        "N": n,
+        "WIDTH": d,
+        "ROW_STRIDE": source.stride(0),
+        "COLUMN_STRIDE": source.stride(1),
+        "FLOOR": NORM_FLOOR,
+        "D": width,
+        "BLOCK_M": shape.block_m,
+        "BLOCK_D": shape.block_d,
+        "INTERPRETED": INTERPRETED,
+    }
+    triton_launch.launch("rows_kernel", shape, (blocks(n, shape.block_m),), given)
 
 
 # Rules about pairs.
@@ -334,11 +345,11 @@ def number_clusters(anchors: Tensor | None, contrasts: Tensor | None, parts: dic
 
 def _sort_few(ids: Tensor, known: Tensor, labels: Tensor, clusters: Tensor, order: Tensor, own: bool) -> None:
     """Fills in the cluster number of each id, these in ascending order, and the order."""
-    n, block = len(ids), SQUARE_TILE.block_m
-    given: dict[str, Any] = {"IDS": ids.contiguous(), "KNOWN": known, "LABELS": labels, "N": n, "M": len(known)}
-    given |= {"OWN": own, "BLOCK": block, "SORTED": clusters, "ORDER": order}
+    n, block = len(ids), 512 if INTERPRETED else COMPARED.block_m
+    given: dict[str, Any] = {"VALUES": ids.contiguous(), "KNOWN": known, "LABELS": labels, "N": n, "M": len(known)}
+    given |= {"OWN": own, "BLOCK": block, "NUMBERS": clusters, "ORDER": order}
     for kernel in ("first_kernel", "order_kernel"):
-        triton_launch.launch(kernel, SQUARE_TILE, (blocks(n, block),), given)
+        triton_launch.launch(kernel, COMPARED, (blocks(n, block),), given)
 
 
 def name_ids(left: Tensor | None, right: Tensor | None, parts: dict[str, Tensor]) -> None:

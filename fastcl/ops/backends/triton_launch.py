@@ -16,7 +16,7 @@ from . import triton_interpreter, triton_tuning
 from .devices import on_device as on_device
 from .rows import tf32_allowed
 from .triton_cached import KNOWN, CachedLauncher, launched_by_triton
-from .triton_tape import recorder, unrecorded
+from .triton_tape import hooks_active, recorder, unrecorded
 from .triton_tiles import Tile
 
 FLOOR = (3, 2)  # the version that torch 2.6 includes
@@ -127,10 +127,10 @@ def _relaunch(name: str, shape: Tile, grid: Sequence[int], names: Sequence[str],
 def tape_setting(device: torch.device) -> tuple[tuple[Hashable, ...], int] | None:
     """What launches on `device` depend on besides their arguments, and its current stream; None: no tape may be used.
 
-    A tape calls none of a profiler's hooks.
+    A tape calls none of a profiler's hooks, and its outputs are not what a checkpoint expects.
     """
     launcher = _launcher("rows_kernel")
-    if launcher is not None and launcher.watched():
+    if (launcher is not None and launcher.watched()) or hooks_active():
         return None
     with on_device(device):
         return (tf32_allowed(), triton_tuning.mode()), 0 if launcher is None else launcher.stream()

@@ -88,6 +88,18 @@ class Launch(NamedTuple):
 STREAM: Any = object()  # stands for the stream of a replay
 
 
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
+SEES_HOOKS = _top_hooks is not None  # otherwise every call of a function has to save the same tensors for its backward
+
+
+def hooks_active() -> bool:
+    """Whether hooks pack the tensors that are saved for a backward.
+
+    `torch.utils.checkpoint` requires that a forward and its repetition save the same ones, which tapes do not.
+    """
+    return _top_hooks is not None and _top_hooks(True) is not None
+
+
 def recorder() -> Recorder | None:
     """The recorder of this thread, which launches report to."""
     return getattr(_state, "recorder", None)
@@ -295,6 +307,11 @@ class Tape:
             holder = None if place is None else holders[place.region]
             found.append(None if place is None or holder is None else _view(holder, place))
         return found
+
+
+def comparable(found: Sequence[Tensor | None], tape: Tape | None) -> tuple[Sequence[Tensor | None], Tape | None]:
+    """What a call saves for its backward: with a tape its `holders`, or, unless `SEES_HOOKS`, what they hold."""
+    return (found, tape) if tape is None or SEES_HOOKS else (tape.outputs(found), None)
 
 
 class _Writer:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...checks import values_visible
 from ..backends.triton_launch import tape_setting
-from ..backends.triton_tape import Tape, Taped
+from ..backends.triton_tape import SEES_HOOKS, Tape, Taped, comparable
 from ..library import intercepted, once_differentiable, without_autocast
 from . import cpu, triton
 from .backend import Backend
@@ -87,7 +87,8 @@ class DirectMean(torch.autograd.Function):
         kept: Sequence[Tensor | None]
         if not ctx.native:
             options = (*hashable(ctx.options), differentiated)
-            (loss, observed, *kept), ctx.tape = _taped(_FORWARD, problem, backend, options, *args[:TENSORS])
+            (loss, observed, *kept), tape = _taped(_FORWARD, problem, backend, options, *args[:TENSORS])
+            kept, ctx.tape = comparable(kept, tape)
             assert loss is not None
             ctx.save_for_backward(*args[:TENSORS], *kept)
             return _with(ctx, loss, observed)
@@ -177,7 +178,7 @@ def _taped(
         setting = tape_setting(problem.device)
         if setting is not None:
             with without_autocast(problem.device):  # a tape holds operators as they run without it
-                return taped(options, *setting, *tensors, at_once=taped is _BACKWARD)
+                return taped(options, *setting, *tensors, at_once=taped is _BACKWARD and SEES_HOOKS)
     return taped.function(options, *tensors), None
 
 
@@ -234,7 +235,7 @@ def derived(
         ]
         return differentiate_saved(rest, options, needs, *of_fields, *[None] * (2 - len(of_fields)))
     kinds = (*hashable(options), tuple(needs), tape)
-    if tape is None:  # of a call that is not replayed
+    if tape is None and SEES_HOOKS:  # of a call that is not replayed
         return by_argument(saved, mean_backward(kinds, *saved, grad))
     problem, backend = parsed((*saved[:TENSORS], *options))
     found, _ = _taped(_BACKWARD, problem, backend, kinds, *saved, grad)

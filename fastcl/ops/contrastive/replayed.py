@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends.choose import choose_backend
 from ..backends.triton_launch import tape_setting
-from ..backends.triton_tape import Taped
+from ..backends.triton_tape import SEES_HOOKS, Taped, comparable
 from ..library import intercepted, without_autocast
 from . import direct
 from .records import TENSORS, Gradients, gradient_places
@@ -63,10 +63,11 @@ class _Mean(torch.autograd.Function):
         needs = ctx.needs_input_grad[2 : 2 + len(GRADIENTS)]
         ctx.options = build, call, grad_mode and needs[0] and not any(needs[1:3])
         differentiated = grad_mode and any(needs)
-        (loss, *kept), ctx.tape = FORWARD((*ctx.options, differentiated), *setting, *tensors)
+        (loss, *kept), tape = FORWARD((*ctx.options, differentiated), *setting, *tensors)
+        saved, ctx.tape = comparable(kept, tape)
         assert loss is not None
         ctx.count, ctx.needs = len(tensors), needs
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*tensors, *saved)
         return loss
 
     @staticmethod
@@ -77,11 +78,11 @@ class _Mean(torch.autograd.Function):
         options = (*ctx.options, ctx.count, ctx.needs, tape)
         if torch.is_grad_enabled() or intercepted(own[0], grad):  # run the operator, which a tracer sees
             return None, None, *_by_operator(options, saved, grad), *rest
-        setting = None if tape is None else tape_setting(own[0].device)
+        setting = None if tape is None and SEES_HOOKS else tape_setting(own[0].device)
         if setting is None:
             return None, None, *_backward(options, *saved, grad), *rest
         with without_autocast(own[0].device):
-            found, _ = BACKWARD(options, *setting, *saved, grad, at_once=True)
+            found, _ = BACKWARD(options, *setting, *saved, grad, at_once=tape is not None)
         return None, None, *found, *rest
 
 

@@ -8,9 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastcl
 from fastcl.functional import cluster_infonce
+from fastcl.ops.backends import triton_tape
 from fastcl.ops.backends.triton_tape import Tape, Taped
 from fastcl.ops.contrastive import direct, replayed
 from tests.ops.contrastive.test_direct import KINDS, case
@@ -151,6 +153,92 @@ def test_tracers_do_not_meet_tapes(tapes) -> None:
             (found,) = torch.autograd.grad(cluster_infonce(leaf), leaf)
             torch.testing.assert_close(found, expected)
     assert recorded(tapes[0]) == [False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_begins_at_the_callers_tensors(kind: str, tapes) -> None:
+    leaves, options = case(kind, torch.float32)
+    for _ in range(3):
+        gradients(leaves, options)
+    assert [len(taped._tapes) for taped in (*tapes[0], *tapes[1])] == [1, 0, 1, 0]
+
+
+def test_clip_loss_and_calls_without_gradients(tapes) -> None:
+    image, text = (torch.randn(9, 5).requires_grad_() for _ in range(2))
+    scale, loss = torch.tensor(7.0, requires_grad=True), fastcl.ClipLoss()
+    found = [torch.autograd.grad(loss(image, text, scale), (image, text, scale)) for _ in range(4)]
+    direct.TAPED = "none"
+    expected = torch.autograd.grad(loss(image, text, scale), (image, text, scale))
+    direct.TAPED = "cpu"
+    for each in found:
+        assert all(torch.equal(a, b) for a, b in zip(each, expected, strict=True))
+    with torch.no_grad():
+        values = [loss(image, text, 7.0) for _ in range(4)]
+    assert len({value.item() for value in values}) == 1
+    assert not values[-1].requires_grad
+    assert recorded(tapes[0]) == [True, True]
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_checkpoints_save_the_same_tensors_each_time(sees, monkeypatch) -> None:
+    """The first forward of a kind, its repetition in the backward, and so on: not all of them would be replayed."""
+    if not sees:  # as before torch 2.8
+        monkeypatch.setattr(triton_tape, "_top_hooks", None)
+        for module in (triton_tape, replayed, direct):
+            monkeypatch.setattr(module, "SEES_HOOKS", False)
+    leaf = torch.randn(10, 2, 6).requires_grad_()
+    expected = _without_tape(leaf)[1]
+    for _ in range(4):
+        loss = checkpoint(lambda: cluster_infonce(leaf, temperature=0.3) * -3.5, use_reentrant=False)
+        assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected)
+    for _ in range(4):
+        loss = cluster_infonce(leaf, temperature=0.3) * -3.5
+        assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected)
+
+
+WRONG = {
+    "clusters: expected shape": {"clusters": torch.zeros(3, dtype=torch.int64)},
+    "clusters: expected integers": {"clusters": torch.zeros(10)},
+    "clusters: expected a tensor": {"clusters": [0] * 10},
+    "contrasts: expected rows of dimension": {"contrasts": torch.randn(20, 3)},
+    "symmetric: expected False": {"symmetric": True},
+    "ids: expected a tensor": {"contrasts": torch.randn(20, 6), "contrast_ids": torch.arange(20)},
+    "temperature: expected a positive number": {"temperature": -1.0},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_errors_are_those_of_other_calls(message: str) -> None:
+    leaf = torch.randn(10, 2, 6).requires_grad_()
+    gradients([leaf], {"temperature": 0.3})
+    for _ in range(3):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            cluster_infonce(leaf, **WRONG[message])
+
+
+def test_constants_are_used_on_other_streams_once_they_are_there(tapes, monkeypatch) -> None:
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    class Event:
+        there = False
+
+        def query(self) -> bool:
+            return self.there
+
+    leaf = torch.randn(10, 2, 6).requires_grad_()
+    for _ in range(3):
+        gradients([leaf], {"temperature": 0.3})
+    (tape,) = tapes[0][0]._tapes.values()
+    assert tape.ready(0)
+    tape._constants_there = event = Event()
+    assert tape.ready(tape._stream)
+    assert not tape.ready(17)
+    event.there = True
+    assert not tape.ready(17)  # no event may be asked then
+    capturing = False
+    assert tape.ready(17)
+    assert tape._constants_there is None
 
 
 # Functions that a tape cannot repeat

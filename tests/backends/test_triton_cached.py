@@ -145,6 +145,35 @@ print("replayed")
 """
 
 
+WITHOUT_NATIVE = """
+import torch
+import fastcl
+from benchmarks.host_time import cases, pretending
+from fastcl.ops.backends import triton_series
+
+def alike(value, other):
+    if isinstance(value, torch.Tensor):
+        value = value.data_ptr()
+    if isinstance(value, int) and value > 1 << 32:  # an address
+        return other > 1 << 32 and value % 16 == other % 16
+    return value == other
+
+with pretending() as launches, fastcl.use_backend("triton"):
+    triton_series.driver = lambda: None
+    for name, step in cases(64, 32).items():
+        found = []
+        for _ in range(5):
+            launches.arguments.clear()
+            step()
+            found.append(list(launches.arguments))
+        for plain, replayed in zip(found[1], found[4], strict=True):
+            assert plain[:2] == replayed[:2], name
+            assert len(plain[2]) == len(replayed[2])
+            assert all(map(alike, plain[2], replayed[2])), (name, plain, replayed)
+print("replayed")
+"""
+
+
 def ran(code: str) -> str:
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTCL_BACKEND")
@@ -164,6 +193,11 @@ def test_arguments_are_those_that_triton_passes() -> None:
 @pytest.mark.slow
 def test_hooks_of_a_profiler_are_called() -> None:
     assert "hooked" in ran(HOOK)
+
+
+@pytest.mark.slow
+def test_without_the_native_module_a_tape_calls_tritons_launcher() -> None:
+    assert "replayed" in ran(WITHOUT_NATIVE)
 
 
 @pytest.mark.slow

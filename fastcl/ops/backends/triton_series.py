@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
+
 from .native import native_module
 
 LARGEST_SHARED = 228 << 10  # bytes; beyond it Triton's launcher sets an attribute
@@ -49,10 +51,14 @@ def driver() -> Any:
     return found and found(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names))
 
 
-def context() -> int:
-    """The current CUDA context."""
-    found = ctypes.c_void_p()
-    ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(found))
+def context(device: torch.device) -> int:
+    """The CUDA context that torch and Triton use on `device`: the primary one, which lives as long as the process."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    library, number, found = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+    if library.cuDeviceGet(ctypes.byref(number), index) or library.cuDevicePrimaryCtxRetain(
+        ctypes.byref(found), number
+    ):
+        raise RuntimeError(f"fastcl: {device} has no CUDA context")
     return found.value or 0
 
 
@@ -97,6 +103,6 @@ def zeros(base: int, offset: int, size: int) -> tuple[Any, ...]:
     return (0, 0, 0, 0, 0, 0, ((base, offset), (-1, size)))
 
 
-def series(launches: Sequence[tuple[Any, ...]]) -> Any:
+def series(launches: Sequence[tuple[Any, ...]], device: torch.device) -> Any:
     """An object whose `run(driver(), stream, *addresses)` makes the launches."""
-    return native_module().Launches(context(), list(launches))
+    return native_module().Launches(context(device), list(launches))

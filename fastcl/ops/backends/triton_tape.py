@@ -318,7 +318,7 @@ class _Writer:
     """Writes a tape as a Python function without loops and look-ups, which would take longer than the launches."""
 
     def __init__(self, found: Recorder, inputs: int, owned: Sequence[Place], device: torch.device) -> None:
-        self._found = found
+        self._found, self._device = found, device
         self._names: dict[str, Any] = {"stream": None, "empty": torch.empty, "view": _view, "series": triton_series}
         self._names |= {f"r{region}": tensor for region, tensor in found.constants.items()}
         self._starts: dict[int, int] = {}  # in the block
@@ -395,7 +395,7 @@ class _Writer:
                 launches.append(
                     triton_series.launch_of(step.kernel, step.grid, [based(value) for value in step.values])
                 )
-        run = self._constant(triton_series.series(launches).run)
+        run = self._constant(triton_series.series(launches, self._device).run)
         self._lines.append(f"{run}({', '.join(('series.driver()', 'stream', *bases))})")
 
     def _operation(self, step: Operation) -> None:

@@ -4,6 +4,7 @@ Runs in a process of its own, in which Triton is not interpreted.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,11 +175,76 @@ print("replayed")
 """
 
 
-def ran(code: str) -> str:
+# Triton's own launcher and the native module, both on a driver of tests/support/fake_cuda.c.
+FAKE = """import ctypes
+import torch
+from unittest import mock
+import fastcl
+from benchmarks.host_time import cases, pretending
+from fastcl.ops.backends import triton_series
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+from triton.runtime import driver as runtime_driver
+
+fake = ctypes.CDLL("libcuda.so.1")
+C = {"i1": ctypes.c_int8, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+seen, sources = [], {}
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_uint] * 5, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+def recorder(function, x, y, z, threads, shared, stream, parameters):
+    source = sources[function]
+    constants = {key[0] if isinstance(key, tuple) else key for key in source.constants}
+    kinds = [
+        kind for k, (name, kind) in enumerate(source.signature.items())
+        if kind != "constexpr" and k not in constants and name not in constants
+    ]
+    values = [
+        (kind, (ctypes.c_uint64 if kind[0] == "*" else C[kind]).from_address(parameters[k]).value)
+        for k, kind in enumerate(kinds)
+    ]
+    seen.append((function, source.fn.__name__, (x, y, z), threads, shared, stream, values))
+
+ctypes.c_void_p.in_dll(fake, "fake_recorder").value = ctypes.cast(recorder, ctypes.c_void_p).value
+
+class Launcher(CudaLauncher):
+    def __init__(self, source, metadata):
+        super().__init__(source, metadata)
+        self.source = source
+    def __call__(self, x, y, z, stream, function, *rest):
+        sources[function] = self.source
+        by_triton.append(0)
+        values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in rest]
+        return super().__call__(x, y, z, stream, function, *values)
+
+by_triton = []
+originals = triton_series.driver, triton_series.context
+with pretending(), fastcl.use_backend("triton"), mock.patch.object(torch.cuda, "current_device", return_value=0):
+    active = runtime_driver.active
+    active.utils, active.launcher_cls = CudaUtils(), Launcher
+    triton_series.driver, triton_series.context = originals
+    active.get_current_stream = lambda device: 4096
+    for name, step in cases(64, 32).items():
+        step(), seen.clear(), step()
+        plain = list(seen)
+        step(), step(), seen.clear(), by_triton.clear(), step()
+        assert not by_triton, "Triton's launcher was called"
+        assert len(plain) == len(seen) > 10, (len(plain), len(seen))
+        for a, b in zip(plain, seen):
+            assert a[:6] == b[:6], (a, b)
+            for (kind, x), (other, y) in zip(a[6], b[6], strict=True):
+                same = (x % 16, x > 0) == (y % 16, y > 0) if kind[0] == "*" else x == y
+                assert same, (a[1], kind, x, y)
+        assert all(launch[5] == 4096 for launch in seen), "another stream"
+print("the same")
+"""
+
+
+def ran(code: str, **others: str) -> str:
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTCL_BACKEND")
     }
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment | others, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -204,3 +270,16 @@ def test_without_the_native_module_a_tape_calls_tritons_launcher() -> None:
 @pytest.mark.skipif(native.native_module() is None, reason="the native module is not built")
 def test_a_tape_repeats_the_launches() -> None:
     assert "replayed" in ran(REPLAYED)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.native_module() is None, reason="the native module is not built")
+@pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="no C compiler, or no Linux")
+def test_the_driver_gets_what_tritons_launcher_passes(tmp_path) -> None:
+    """Function, grid, threads, shared memory, stream and parameters; the context is made current first."""
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, ROOT / "tests" / "support" / "fake_cuda.c"], check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)  # Triton 3.2 links with it
+    folder = str(tmp_path)
+    others = {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    assert "the same" in ran(FAKE, **others)

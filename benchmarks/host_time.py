@@ -179,7 +179,7 @@ def pretending() -> Iterator[Launches]:
         # Values of tensors on a GPU are not looked at, because that would wait for the device.
         stack.enter_context(_code_of(checks.values_visible, _never))
         stack.enter_context(mock.patch.dict(choose.AVAILABLE, {"triton": "a stub", "cuda": "a stub"}))
-        stack.enter_context(mock.patch.object(cuda_runtime, "kernels", return_value=_Kernels(launches)))
+        stack.enter_context(mock.patch.object(cuda_runtime, "kernels", _constant(_Kernels(launches))))
         stack.enter_context(mock.patch.object(triton_launch, "unsupported_reason", _supported))
         stack.enter_context(mock.patch.object(direct, "TAPED", "cpu"))
         stack.enter_context(mock.patch.object(triton_series, "driver", _driver(launches)))
@@ -194,6 +194,11 @@ def pretending() -> Iterator[Launches]:
 
 def _never(tensor: Tensor) -> bool:
     return False
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    """A function; a mock would take longer than a launch."""
+    return lambda: value
 
 
 def _supported(device: torch.device) -> str:

@@ -133,7 +133,7 @@ def tape_setting(device: torch.device) -> tuple[tuple[Hashable, ...], int] | Non
     if (launcher is not None and launcher.watched()) or hooks_active():
         return None
     with on_device(device):
-        return (tf32_allowed(), triton_tuning.mode()), 0 if launcher is None else launcher.stream()
+        return ("triton", tf32_allowed(), triton_tuning.mode()), 0 if launcher is None else launcher.stream()
 
 
 @contextmanager

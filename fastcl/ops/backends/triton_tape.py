@@ -25,6 +25,7 @@ from . import triton_series
 from .devices import on_device
 
 ALIGNED = 512  # bytes, as torch's allocator aligns memory on a GPU
+LEAST_ADDRESS = 1 << 32  # smaller numbers of a description are sizes
 MOST_TAPES = 256  # of one function; no more are recorded
 
 _ALLOCATIONS = {
@@ -78,7 +79,7 @@ class Zeros(NamedTuple):
 
 class Launch(NamedTuple):
     function: Callable[..., None]
-    arguments: list[Any]  # with `Place`s for tensors, and `STREAM`
+    arguments: list[Any]  # with `Place`s for tensors, and `STREAM`; may have tuples of them
     tensors: bool  # whether the function takes tensors; else it takes their addresses
     kernel: triton_series.Kernel | None  # for the native module
     grid: Sequence[int]
@@ -236,6 +237,22 @@ class Recorder(TorchDispatchMode):
 
         self.steps.append(Launch(function, places(arguments), tensors, kernel, grid, places(values)))
 
+    def called(self, function: Callable[..., None], arguments: Sequence[Any]) -> None:
+        """A replay calls function(*arguments) with other addresses: numbers that are addresses in known memory."""
+        self.steps.append(Launch(function, [self._located(value) for value in arguments], False, None, (), []))
+
+    def _located(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._located(part) for part in value)
+        if type(value) is not int or value < LEAST_ADDRESS:
+            return value
+        for tensor in self._alive:
+            region, size = self._regions[id(tensor)], tensor.untyped_storage().nbytes()
+            if 0 <= value - self._bases[region] < size:
+                return Place(region, value - self._bases[region], torch.uint8, (), ())
+        self.failed = True
+        return value
+
 
 def _places_in(values: Any) -> Iterator[Place]:
     if isinstance(values, Place):
@@ -374,8 +391,16 @@ class _Writer:
 
     def _launch(self, step: Launch) -> None:
         place_of = self._tensor if step.tensors else self._address
-        arguments = [place_of(value) if isinstance(value, Place) else self._constant(value) for value in step.arguments]
-        self._lines.append(f"{self._constant(step.function)}({', '.join(arguments)})")
+
+        def written(value: Any) -> str:
+            if isinstance(value, Place):
+                return place_of(value)
+            if type(value) is tuple:
+                return f"({''.join(f'{written(part)}, ' for part in value)})"
+            return self._constant(value)
+
+        arguments = ", ".join([written(value) for value in step.arguments])  # may write lines
+        self._lines.append(f"{self._constant(step.function)}({arguments})")
 
     def _series(self, steps: Sequence[Launch | Zeros]) -> None:
         bases: dict[str, int] = {}  # variables that hold addresses

@@ -6,17 +6,17 @@ longer than the sweep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...checks import values_visible
-from ..backends.triton_launch import tape_setting
+from ..backends import cuda_runtime, triton_launch
 from ..backends.triton_tape import SEES_HOOKS, Tape, Taped, comparable
 from ..library import intercepted, once_differentiable, without_autocast
-from . import cpu, triton
+from . import cpu, cuda, triton
 from .backend import Backend
 from .fields import LOG_SUMS
 from .op import (
@@ -169,13 +169,21 @@ _FORWARD, _BACKWARD = Taped(mean_forward, own=2), Taped(mean_backward, own=len(G
 MOST_ON_TAPE = 1 << 22
 
 
+# By backend: what a tape depends on, and the stream; None: no tape may be used.
+TAPE_SETTINGS: dict[Backend, Callable[[torch.device], tuple[tuple[Hashable, ...], int] | None]] = {
+    triton: triton_launch.tape_setting,
+    cuda: cuda_runtime.tape_setting,
+}
+
+
 def _taped(
     taped: Taped, problem: Problem, backend: Backend, options: Any, *tensors: Tensor | None
 ) -> tuple[Any, Tape | None]:
     """The function of `taped`, replayed from its tape where launches take the host longer than the device."""
     _, n, m = problem.sizes
-    if backend is triton and problem.device.type == TAPED and (n + m) * problem.anchors.values.shape[1] <= MOST_ON_TAPE:
-        setting = tape_setting(problem.device)
+    few = (n + m) * problem.anchors.values.shape[1] <= MOST_ON_TAPE
+    if few and backend in TAPE_SETTINGS and problem.device.type == TAPED:
+        setting = TAPE_SETTINGS[backend](problem.device)
         if setting is not None:
             with without_autocast(problem.device):  # a tape holds operators as they run without it
                 return taped(options, *setting, *tensors, at_once=taped is _BACKWARD and SEES_HOOKS)

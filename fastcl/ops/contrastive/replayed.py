@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..backends.choose import choose_backend
-from ..backends.triton_launch import tape_setting
 from ..backends.triton_tape import SEES_HOOKS, Taped, comparable
 from ..library import intercepted, without_autocast
 from . import direct
+from .backend import Backend
+from .op import BACKENDS
 from .records import TENSORS, Gradients, gradient_places
 
 # From what the caller describes the call by, whether of both sets and the scale only the anchors need a gradient, and
@@ -58,9 +59,9 @@ FORWARD, BACKWARD = Taped(_forward, own=1), Taped(_backward, own=len(GRADIENTS))
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: Any, setting: Any, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, options: Any, backend: Backend, setting: Any, *tensors: Tensor | None) -> Tensor:
         build, call, grad_mode = options
-        needs = ctx.needs_input_grad[2 : 2 + len(GRADIENTS)]
+        ctx.backend, needs = backend, ctx.needs_input_grad[3 : 3 + len(GRADIENTS)]
         ctx.options = build, call, grad_mode and needs[0] and not any(needs[1:3])
         differentiated = grad_mode and any(needs)
         (loss, *kept), tape = FORWARD((*ctx.options, differentiated), *setting, *tensors)
@@ -77,13 +78,13 @@ class _Mean(torch.autograd.Function):
         rest = (None,) * (ctx.count - len(GRADIENTS))
         options = (*ctx.options, ctx.count, ctx.needs, tape)
         if torch.is_grad_enabled() or intercepted(own[0], grad):  # run the operator, which a tracer sees
-            return None, None, *_by_operator(options, saved, grad), *rest
-        setting = None if tape is None and SEES_HOOKS else tape_setting(own[0].device)
+            return None, None, None, *_by_operator(options, saved, grad), *rest
+        setting = None if tape is None and SEES_HOOKS else direct.TAPE_SETTINGS[ctx.backend](own[0].device)
         if setting is None:
-            return None, None, *_backward(options, *saved, grad), *rest
+            return None, None, None, *_backward(options, *saved, grad), *rest
         with without_autocast(own[0].device):
             found, _ = BACKWARD(options, *setting, *saved, grad, at_once=tape is not None)
-        return None, None, *found, *rest
+        return None, None, None, *found, *rest
 
 
 def _by_operator(options: Any, saved: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,11 +118,10 @@ def mean_loss(build: Build, call: Hashable, *tensors: Tensor | None) -> Tensor |
     if not 0 < size <= direct.MOST_ON_TAPE or empty or anchors.numel() == 0 or intercepted(*tensors):
         return None
     device = anchors.device
-    if choose_backend(device, torch.float32, "contrastive_stats") != "triton":
-        return None
-    setting = tape_setting(device)
+    backend = BACKENDS[choose_backend(device, torch.float32, "contrastive_stats")]
+    setting = direct.TAPE_SETTINGS[backend](device) if backend in direct.TAPE_SETTINGS else None
     if setting is None:
         return None
     with without_autocast(device):  # a tape holds operators as they run without it
-        loss: Tensor = _Mean.apply((build, call, torch.is_grad_enabled()), setting, *tensors)
+        loss: Tensor = _Mean.apply((build, call, torch.is_grad_enabled()), backend, setting, *tensors)
     return loss

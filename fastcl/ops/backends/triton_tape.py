@@ -297,10 +297,8 @@ class Tape:
         self._device, self._stream = device, stream
         self._constants_there: torch.cuda.Event | None = None  # of the stream on which they are computed
         if found.constants and device.type == "cuda":
-            found.failed |= torch.cuda.is_current_stream_capturing()
-            if not found.failed:
-                self._constants_there = torch.cuda.Event()
-                self._constants_there.record()
+            self._constants_there = torch.cuda.Event()
+            self._constants_there.record()
         if not found.failed:
             self._run, self._places = _Writer(found, inputs, owned, device).function(places, own)
 
@@ -518,6 +516,8 @@ class Taped:
         if not tape:
             return self.function(options, *inputs), None
         device = next(t.device for t in inputs if t is not None)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # constants would be the graph's
+            return self.function(options, *inputs), None
         with _recording(inputs) as found:
             outputs = self.function(options, *inputs)
         new = Tape(found, len(inputs), outputs, self._own, device, stream)

@@ -487,7 +487,7 @@ def _view(holder: Tensor, place: Place) -> Tensor:
 
 
 class Taped:
-    """A function of (options, tensors ...), replayed from a tape from the third call of a kind on.
+    """A function of (options, tensors ...), replayed from a tape from the third call of a kind on, or the second.
 
     own: how many of its first outputs have memory of their own; the others share one block, which lives as long as
         one of them.

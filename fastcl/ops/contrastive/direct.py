@@ -165,8 +165,9 @@ def mean_backward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tens
 
 KEPT = 7  # number of tensors of `of_backward`
 _FORWARD, _BACKWARD = Taped(mean_forward, own=2), Taped(mean_backward, own=len(Gradients._fields))
-# A tape keeps all that the forward allocates until the backward; for more numbers than this, that is too much.
-MOST_ON_TAPE = 1 << 22
+# A tape keeps all that the forward allocates until the backward; for more numbers of rows than this, that is too much.
+# Few anchors may have longer queues: with so few multiplications the host takes longer than the device.
+MOST_ON_TAPE, MOST_OF_QUEUES, FEW_PRODUCTS = 1 << 22, 1 << 24, 1 << 33
 
 
 # By backend: what a tape depends on, and the stream; None: no tape may be used.
@@ -176,13 +177,18 @@ TAPE_SETTINGS: dict[Backend, Callable[[torch.device], tuple[tuple[Hashable, ...]
 }
 
 
+def few(n: int, m: int, d: int) -> bool:
+    """Whether a problem of N x M x D is small enough for a tape."""
+    size = (n + m) * d
+    return size <= MOST_ON_TAPE or (size <= MOST_OF_QUEUES and n * m * d <= FEW_PRODUCTS)
+
+
 def _taped(
     taped: Taped, problem: Problem, backend: Backend, options: Any, *tensors: Tensor | None
 ) -> tuple[Any, Tape | None]:
     """The function of `taped`, replayed from its tape where launches take the host longer than the device."""
     _, n, m = problem.sizes
-    few = (n + m) * problem.anchors.values.shape[1] <= MOST_ON_TAPE
-    if few and backend in TAPE_SETTINGS and problem.device.type == TAPED:
+    if few(n, m, problem.anchors.values.shape[1]) and backend in TAPE_SETTINGS and problem.device.type == TAPED:
         setting = TAPE_SETTINGS[backend](problem.device)
         if setting is not None:
             with without_autocast(problem.device):  # a tape holds operators as they run without it

@@ -113,9 +113,9 @@ def mean_loss(build: Build, call: Hashable, *tensors: Tensor | None) -> Tensor |
     """
     anchors, contrasts = tensors[0], tensors[1]
     assert anchors is not None
-    size = anchors.numel() + (anchors if contrasts is None else contrasts).numel()
-    empty = contrasts is not None and contrasts.numel() == 0
-    if not 0 < size <= direct.MOST_ON_TAPE or empty or anchors.numel() == 0 or intercepted(*tensors):
+    d = anchors.shape[-1] if anchors.dim() else 0
+    n, m = (tensor.numel() // max(d, 1) for tensor in (anchors, anchors if contrasts is None else contrasts))
+    if 0 in (n, m, d) or not direct.few(n, m, d) or intercepted(*tensors):
         return None
     device = anchors.device
     backend = BACKENDS[choose_backend(device, torch.float32, "contrastive_stats")]

@@ -196,6 +196,15 @@ def test_checkpoints_save_the_same_tensors_each_time(sees, monkeypatch) -> None:
         assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "few"),
+    [((64, 64, 128), True), ((16384, 16384, 128), True), ((16385, 16385, 128), False), ((256, 65536, 128), True),
+     ((4096, 65536, 128), False), ((64, 1 << 18, 128), False)],
+)  # fmt: skip
+def test_which_sizes_are_replayed(sizes: tuple[int, int, int], few: bool) -> None:
+    assert direct.few(*sizes) == few
+
+
 WRONG = {
     "clusters: expected shape": {"clusters": torch.zeros(3, dtype=torch.int64)},
     "clusters: expected integers": {"clusters": torch.zeros(10)},

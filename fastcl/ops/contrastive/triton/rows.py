@@ -113,7 +113,7 @@ class Arranged:
 def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[Arranged, Tensor, Tensor]:
     """The problem's rows, and the inverse norms in the caller's order, [0] without normalisation.
 
-    parts: `KEPT.parts`, which are filled in. again: the backward, where they are filled in and no norms are returned.
+    parts: `KEPT.parts`, which are filled in. again: the backward, where they are filled in.
     """
     if not again:
         number_clusters(sorted_by(p, p.anchors), None if p.contrasts is None else sorted_by(p, p.contrasts), parts)
@@ -127,7 +127,8 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     normed = p.anchors.normalize or p.others.normalize
 
     def inverse_norms(rows: Tensor, normalize: bool) -> Tensor:
-        return rows.new_empty(len(rows) if normalize and not again else 0, dtype=torch.float32)
+        # The backward drops them, but so one compiled kernel serves both.
+        return rows.new_empty(len(rows) if normalize else 0, dtype=torch.float32)
 
     a, c = inverse_norms(p.anchors.values, p.anchors.normalize), inverse_norms(p.anchors.values, False)
     other = "clusters" if p.contrasts is None else "contrast_clusters"

@@ -47,8 +47,8 @@ SOME = {
 }
 ENTRIES = dict.fromkeys(ALL, KINDS) if os.environ.get("FASTCL_COMPILE_ALL") else SOME
 PER_ROW = (
-    "labels", "rows", "fields", "weights", "side", "finish", "join", "first", "order", "longest", "total", "mean",
-    "scaled", "positive", "positive_gradient",
+    "labels", "rows", "fields", "weights", "side", "finish", "join", "first", "order", "longest", "total", "scale",
+    "mean", "scaled", "positive", "positive_gradient",
 )  # fmt: skip
 TILES = dict.fromkeys(("first", "order"), COMPARED)  # of those that do not take their family's
 

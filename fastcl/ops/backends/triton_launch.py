@@ -79,6 +79,7 @@ MODULES = {
     "scaled_kernel": "contrastive.triton.mean_kernels",
     "longest_kernel": "contrastive.triton.joining_kernels",
     "total_kernel": "contrastive.triton.joining_kernels",
+    "scale_kernel": "contrastive.triton.joining_kernels",
     "positive_kernel": "contrastive.triton.positive_kernels",
     "positive_gradient_kernel": "contrastive.triton.positive_kernels",
     "first_kernel": "contrastive.triton.order_kernels",

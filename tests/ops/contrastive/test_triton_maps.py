@@ -235,6 +235,7 @@ OUTPUTS = {
     "order_kernel": {"NUMBERS", "ORDER"},
     "longest_kernel": {"LONGEST"},
     "total_kernel": {"TOTAL"},
+    "scale_kernel": {"GRADIENT"},
     "rows_kernel": {"ROWS", "NORMS", "ROW_NORMS", "LENGTHS", "START", "END", "ROW_NAMES", "ROW_BIAS"},
     "statistics_kernel": {"STATISTICS"},
     "two_way_kernel": {"STATISTICS", "PARTIAL_SUMS"},

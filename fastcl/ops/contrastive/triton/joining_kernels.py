@@ -1,4 +1,4 @@
-"""Triton kernels between the sweeps: bounds of the logits, and sums of the programs of a sweep."""
+"""Triton kernels around the sweeps: bounds of the logits, sums of the programs of a sweep, the scale's gradient."""
 
 from __future__ import annotations
 
@@ -46,3 +46,16 @@ def total_kernel(SUMS, ORDER, TOTAL, N, COUNT, BLOCK: tl.constexpr):
     if ORDER is not None:
         place = tl.load(ORDER + i, mask=is_row, other=0)
     tl.store(TOTAL + place, total, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["LIFT"])
+def scale_kernel(SIMILARITY_SUMS, LIFT, GRADIENT, N, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """GRADIENT [1], of the logit scale: the sum of SIMILARITY_SUMS [N] over LIFT [1], HALF of it. One program."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(SIMILARITY_SUMS + i, mask=i < N, other=0.0)
+    gradient = tl.sum(total, 0) / tl.load(LIFT)
+    if HALF:
+        gradient = gradient / 2.0
+    tl.store(GRADIENT, gradient)

@@ -8,6 +8,7 @@ work of these operators on the CPU, so the default size is small; no other part 
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,8 @@ from torch import Tensor
 import fastcl
 from fastcl import checks
 from fastcl.command import Parser, run
-from fastcl.ops.backends import choose, cuda_runtime, triton_launch
+from fastcl.ops.backends import choose, cuda_runtime, native, triton_launch, triton_series
+from fastcl.ops.contrastive import direct
 
 _PROG = "python -m benchmarks.host_time"
 _EXAMPLES = """\
@@ -34,26 +36,45 @@ BATCHES, STEPS = 15, 20
 Step = Callable[[], None]
 
 
+# Handle of the k-th kernel, as k * HANDLES: `int abs(int)` takes its lower 32 bits and returns 0, which means success.
+HANDLES = 1 << 32
+
+
 class Launches:
     """What has been launched."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.arguments: list[tuple[str, tuple[int, int, int], list[Any]]] = []  # kernel, grid, values
+        self.arguments: list[tuple[str, tuple[int, int, int], list[Any]]] = []  # by Triton: kernel, grid, values
+        self.sources: list[tuple[Any, Any]] = []  # of the same launches: what Triton compiled, and its metadata
         self.hooked: list[str] = []  # kernels whose launch came with a profiler's hooks
-        self.compiled = 0
+        self.compiled: list[str] = []  # the k-th has the handle k * HANDLES
+        self.quiet = False  # the native module's launches are not recorded, which would take time
+        # Called for each recorded one: kernel, grid, threads, shared memory, addresses of its parameters.
+        self.seen: Callable[[str, tuple[int, int, int], int, int, int], None] | None = None
+
+    def name_of(self, handle: int) -> str:
+        return self.compiled[handle // HANDLES - 1]
+
+
+_LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_uint64, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3
+)  # `cuLaunchKernel`
+_FILL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p)
+_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 
 
 class _Utils:
     def __init__(self, launches: Launches) -> None:
         self.launches = launches
 
-    def load_binary(self, name: str, *_: Any) -> tuple[int | str, ...]:
+    def load_binary(self, name: str, *_: Any) -> tuple[int, ...]:
         from triton.compiler import CompiledKernel
 
-        self.launches.compiled += 1
+        self.launches.compiled.append(name)
+        handle = len(self.launches.compiled) * HANDLES
         newer = "n_max_threads" in CompiledKernel._init_handles.__code__.co_names  # than Triton 3.2
-        return (0, name, 0, 0, 1024) if newer else (0, name, 0, 0)
+        return (0, handle, 0, 0, 1024) if newer else (0, handle, 0, 0)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132}
@@ -70,12 +91,14 @@ class _Driver:
         self.utils, self.target = _Utils(launches), GPUTarget("cuda", 90, 32)
 
         def launcher(source: Any, metadata: Any) -> Callable[..., None]:
-            def launch(x: int, y: int, z: int, stream: int, function: str, *others: Any) -> None:
+            def launch(x: int, y: int, z: int, stream: int, function: int, *others: Any) -> None:
                 _, _, enter, _, *values = others
-                launches.names.append(function)
-                launches.arguments.append((function, (x, y, z), values))
+                name = launches.name_of(function)
+                launches.names.append(name)
+                launches.arguments.append((name, (x, y, z), values))
+                launches.sources.append((source, metadata))
                 if getattr(enter, "calls", enter):
-                    launches.hooked.append(function)
+                    launches.hooked.append(name)
 
             return launch
 
@@ -114,6 +137,40 @@ class _Kernels:
         return -(-rows // 1024)
 
 
+def _driver(launches: Launches) -> Callable[[], Any]:
+    """Stands for `triton_series.driver`."""
+    module = native.native_module()
+    if module is None:
+        return lambda: None
+
+    @_LAUNCH
+    def launch(handle: int, x: int, y: int, z: int, threads: int, _: int, __: int, shared: int, *rest: Any) -> int:
+        name, (_, parameters, _) = launches.name_of(handle), rest
+        launches.names.append(name)
+        if launches.seen is not None:
+            launches.seen(name, (x, y, z), threads, shared, parameters)
+        return 0
+
+    @_FILL
+    def fill(*_: Any) -> int:
+        return 0
+
+    @_CONTEXT
+    def context(_: int) -> int:
+        return 0
+
+    def made(launch: Any) -> Any:
+        return module.Driver(*(ctypes.cast(each, ctypes.c_void_p).value for each in (launch, fill, context, context)))
+
+    recording, quiet = made(launch), made(ctypes.CDLL(None).abs)
+    kept = launch, fill, context  # the driver knows only their addresses
+
+    def driver() -> Any:
+        return quiet if launches.quiet and kept else recording
+
+    return driver
+
+
 @contextmanager
 def pretending() -> Iterator[Launches]:
     """Inside, tensors on the CPU are taken for tensors on a GPU whose driver does nothing."""
@@ -122,8 +179,11 @@ def pretending() -> Iterator[Launches]:
         # Values of tensors on a GPU are not looked at, because that would wait for the device.
         stack.enter_context(_code_of(checks.values_visible, _never))
         stack.enter_context(mock.patch.dict(choose.AVAILABLE, {"triton": "a stub", "cuda": "a stub"}))
-        stack.enter_context(mock.patch.object(cuda_runtime, "kernels", return_value=_Kernels(launches)))
-        stack.enter_context(mock.patch.object(triton_launch, "unsupported_reason", return_value=""))
+        stack.enter_context(mock.patch.object(cuda_runtime, "kernels", _constant(_Kernels(launches))))
+        stack.enter_context(mock.patch.object(triton_launch, "unsupported_reason", _supported))
+        stack.enter_context(mock.patch.object(direct, "TAPED", "cpu"))
+        stack.enter_context(mock.patch.object(triton_series, "driver", _driver(launches)))
+        stack.enter_context(mock.patch.object(triton_series, "context", return_value=0))
         if triton_launch.availability()[1] != "Triton is not installed":
             from triton.runtime import driver
 
@@ -134,6 +194,15 @@ def pretending() -> Iterator[Launches]:
 
 def _never(tensor: Tensor) -> bool:
     return False
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    """A function; a mock would take longer than a launch."""
+    return lambda: value
+
+
+def _supported(device: torch.device) -> str:
+    return ""
 
 
 @contextmanager
@@ -212,16 +281,19 @@ def measure(step: Step, launches: Launches) -> tuple[float, list[str], int]:
         step()
     names = list(launches.names)
     launches.arguments.clear()
+    launches.sources.clear()
     operators = sum(
         event.name.startswith("aten::") and (event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::"))
         for event in profile.function_events
     )
     times = []
+    launches.quiet = True
     for _ in range(BATCHES):
         start = time.thread_time()
         for _ in range(STEPS):
             step()
         times.append((time.thread_time() - start) / STEPS * 1e3)
+    launches.quiet = False
     return min(times), names, operators
 
 
@@ -244,9 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for backend in (options.backend,) if options.backend else ("triton", "cuda"):
             for name, step in cases(options.rows, options.dimension).items():
                 with fastcl.use_backend(backend):
-                    before = launches.compiled
+                    before = len(launches.compiled)
                     step()
-                    compiled = launches.compiled - before
+                    compiled = len(launches.compiled) - before
                     milliseconds, kernels, operators = measure(step, launches)
                 print(f"{backend:<8}{name:<28}{milliseconds:>7.3f}{len(kernels):>10}{compiled:>18}{operators:>20}")
     return 0

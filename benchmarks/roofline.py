@@ -101,7 +101,7 @@ def recording(architecture: int) -> Iterator[list[Recorded]]:
 
     changes: list[tuple[Any, str, Any]] = [
         (triton_launch, "launch", record),
-        (direct, "TAPES", False),
+        (direct, "TAPED", "none"),
         (triton_launch, "unsupported_reason", lambda device: ""),
         (triton_launch, "programs", lambda device: MULTIPROCESSORS),
         *((module, "architecture", lambda device: architecture) for module in (triton_rows, topk_triton)),

@@ -95,13 +95,13 @@ def statistics(p: Problem, exact: bool = False, quotients: bool = False) -> tupl
     if p.anchors.assignments is not None:
         return _soft_statistics(p, quotients), None
     order = [field for field in FIELDS if field in p.want]
-    arguments = _arguments(p, order)
+    args = arguments(p, order, only_anchors(p))
     one_scale = p.logit_scale.dim() == 0
     if _is_intercepted(p):
-        *outputs, observed = forward_op(*arguments)
+        *outputs, observed = forward_op(*args)
         values = taken_apart(outputs, one_scale, order, p.both, exact)
     else:
-        *values, observed = DirectStats.apply(*arguments, one_scale, exact)
+        *values, observed = DirectStats.apply(*args, one_scale, exact)
     if not p.observe:
         return named(p, values), None
     return named(p, values, observed), observed
@@ -114,7 +114,7 @@ def mean_loss(p: Problem) -> tuple[Tensor, Tensor | None] | None:
     """
     if 0 in (p.anchors.values.shape[0], p.others.values.shape[0]) or _is_intercepted(p):
         return None
-    found = DirectMean.apply(*_arguments(p, list(p.want)), torch.is_grad_enabled())
+    found = DirectMean.apply(*arguments(p, list(p.want), only_anchors(p)), torch.is_grad_enabled())
     return found if p.observe else (found, None)
 
 
@@ -165,7 +165,13 @@ def _soft_statistics(p: Problem, quotients: bool) -> ContrastiveStats:
     return side(own, side(other, None) if p.both else None)
 
 
-def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
+def only_anchors(p: Problem) -> bool:
+    """Whether of both sets and the scale only the anchors need a gradient."""
+    others = p.logit_scale.requires_grad or (p.contrasts is not None and p.contrasts.values.requires_grad)
+    return torch.is_grad_enabled() and p.anchors.values.requires_grad and not others
+
+
+def arguments(p: Problem, want: list[str], only_anchors: bool) -> tuple[Any, ...]:
     """The operator's arguments."""
     anchors, contrasts = p.anchors, p.contrasts
     dtype = p.dtype
@@ -173,12 +179,7 @@ def _arguments(p: Problem, want: list[str]) -> tuple[Any, ...]:
     # If only the anchors need a gradient, as with a queue, the forward can save the backward its sweep.
     family = p.family
     unusual = family == "pair_rules" or p.hard_negatives is not None
-    anchors_only = (
-        contrasts is not None
-        and torch.is_grad_enabled()
-        and anchors.values.requires_grad
-        and not (unusual or p.both or contrasts.values.requires_grad or scales.requires_grad or bias is not None)
-    )
+    anchors_only = only_anchors and contrasts is not None and not (unusual or p.both or bias is not None)
     if bias is not None and bias.dtype != dtype:  # torch 2.6 cannot compile _replace
         values, clusters, ids, _, _, *rules, normalize = p.others
         others = Rows(values, clusters, ids, bias.to(dtype), None, *rules, normalize)  # type: ignore[arg-type, call-arg]

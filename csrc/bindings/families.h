@@ -10,6 +10,7 @@ void bind_pairs(pybind11::module_ &m);
 void bind_prototypes(pybind11::module_ &m);
 void bind_sinkhorn(pybind11::module_ &m);
 void bind_topk(pybind11::module_ &m);
+void bind_launches(pybind11::module_ &m);
 
 void bind_cuda(pybind11::module_ m); // calls the functions below
 void bind_cuda_contrastive(pybind11::module_ &m);

@@ -34,6 +34,7 @@ PYBIND11_MODULE(_native, m) {
   bind_prototypes(m);
   bind_sinkhorn(m);
   bind_topk(m);
+  bind_launches(m);
   m.def("built_engines", [] { return names(built_engines()); }, "instruction sets that this build has an engine for");
   m.def("supported_engines", [] { return names(supported_engines()); }, "those that this machine runs, slowest first");
   m.def(

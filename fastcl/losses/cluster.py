@@ -16,6 +16,7 @@ from .options import LossOptions, OptionKeywords, options_of, parse_options, sho
 from .pair_form import pair_form_loss
 from .reduce import LossResult, inverse_temperature, reduced_loss
 from .rules import RULES, check_rules, has_rules, ruled, with_thresholds
+from .small import small_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -94,6 +95,10 @@ def loss_of(
     try:
         temperature = positive_number("temperature", temperature)
         options = options.checked()
+        if weights is None and return_stats is False:
+            loss = small_mean(given, options, temperature, "temperature")
+            if loss is not None:
+                return loss
         formula: InfoNCE | Weighted
         if given.assignments is None and given.contrast_assignments is None:
             formula = infonce(options)

@@ -26,6 +26,7 @@ from .options import (
     takes_options,
 )
 from .reduce import LossResult, reduced_loss, scalar
+from .small import small_mean
 from .summary import LossStats
 
 if TYPE_CHECKING:
@@ -149,9 +150,12 @@ class ClipLoss(GroupModule):
                 label_smoothing=self.label_smoothing, symmetric=True, normalize=False, gather=self.gather,
                 group=self.group,
             ).checked()  # fmt: skip
-            rows = batch(Tensors(image_features, contrasts=text_features), options.normalize)
-            formula = infonce(options)
-            scale = scalar("logit_scale", logit_scale, rows)
+            given = Tensors(image_features, contrasts=text_features)
+            found: LossResult | None
+            found = None if return_stats is not False else small_mean(given, options, logit_scale, "logit_scale")
+            if found is None:
+                rows = batch(given, options.normalize)
+                scale = scalar("logit_scale", logit_scale, rows)
         except Exception as error:
             tell_others(self.gather, error, image_features, group=self.group)
             raise
@@ -162,7 +166,8 @@ class ClipLoss(GroupModule):
                 "softmaxes. This is CLIP's softmax loss; SigLIP's sigmoid loss is fastcl.SigLipLoss.",
                 stacklevel=4,  # the line that called the module
             )
-        found = reduced_loss(rows, scale, formula, options, return_stats=return_stats)
+        if found is None:
+            found = reduced_loss(rows, scale, infonce(options), options, return_stats=return_stats)
         if not output_dict:
             return found
         if isinstance(found, Tensor):

@@ -304,6 +304,32 @@ def test_a_graph_replays_with_other_rows_and_another_scale() -> None:
             assert torch.equal(got, expected)
 
 
+@smoke
+@pytest.mark.usefixtures("_kernels")
+def test_replays_from_a_tape_give_the_same_bits() -> None:
+    """Native launches on memory of their own, on another stream, in a graph, and from autograd's thread."""
+    z = torch.randn(64, 2, 32, device="cuda").requires_grad_()
+
+    def step() -> list[torch.Tensor]:
+        loss = cluster_infonce(z, temperature=0.2)
+        return [loss.detach(), *torch.autograd.grad(loss, z)]
+
+    expected = step()  # without a tape
+    found = [step() for _ in range(4)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found.append(step())
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for results in (*found, captured):
+        for got, value in zip(results, expected, strict=True):
+            assert torch.equal(got, value)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 @pytest.mark.usefixtures("_kernels")
 def test_on_a_device_that_is_not_the_current_one() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl.ops.backends.triton_tiles import ARCHITECTURES, KINDS, WHOLE, padded, tile
+from fastcl.ops.backends.triton_tiles import ARCHITECTURES, COMPARED, KINDS, WHOLE, padded, tile
 from tests.support.compiling import environment
 
 pytest.importorskip("triton")
@@ -46,7 +46,11 @@ SOME = {
     (80, "float16", "ieee", 512, False): ("forward", "weighted"),
 }
 ENTRIES = dict.fromkeys(ALL, KINDS) if os.environ.get("FASTCL_COMPILE_ALL") else SOME
-PER_ROW = ("labels", "rows", "fields", "weights", "side", "finish", "join")
+PER_ROW = (
+    "labels", "rows", "fields", "weights", "side", "finish", "join", "first", "order", "longest", "total", "scale",
+    "mean", "scaled", "positive", "positive_gradient",
+)  # fmt: skip
+TILES = dict.fromkeys(("first", "order"), COMPARED)  # of those that do not take their family's
 
 
 def jobs(
@@ -91,7 +95,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Futu
     cache = tmp_path_factory.mktemp("compiled")
     asked = {entry: jobs(*entry, kinds) for entry, kinds in ENTRIES.items()}
     common = {"architecture": 90, "dtype": "float16", "d": 128, "careful": True}
-    asked["per row"] = [common | {"kind": kind} for kind in PER_ROW]
+    asked["per row"] = [common | {"kind": kind} | ({"tile": TILES[kind]} if kind in TILES else {}) for kind in PER_ROW]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {entry: pool.submit(compiled, these, cache) for entry, these in asked.items()}
         pool.shutdown(cancel_futures=True)

@@ -33,6 +33,7 @@ POINTERS = {
     "START": "*i32", "END": "*i32", "ROW_NAMES": "*i32", "COLUMN_NAMES": "*i32", "ORDER": "*i64", "ONE": "*i32",
     "N": "i32", "M": "i32", "WIDTH": "i32",
     "VALUES": "*i64", "SORTED": "*i64", "LABELS": "*i32", "NUMBERS": "*i32",
+    "KNOWN": "*i64", "SIZE": "i32", **{f"{side}_{of}STRIDE": "i32" for side in "XY" for of in ("", "COLUMN_")},
     "OTHER_NUMBERS": "*i32", "SOURCE_NAMES": "*i32",
     "STEPS": "i32", "ROW_STRIDE": "i32", "PAIRS": "i32", "COUNT": "i32", "OTHER_COUNT": "i32",
     **{f"{side}_{name}": "*i32" for side in ("ROW", "COLUMN") for name in ("CLUSTERS", "IDS", "SAMPLES")},
@@ -55,6 +56,15 @@ KERNELS = {
     "side": "side_kernel",
     "finish": "finish_kernel",
     "join": "join_kernel",
+    "first": "first_kernel",
+    "order": "order_kernel",
+    "longest": "longest_kernel",
+    "total": "total_kernel",
+    "scale": "scale_kernel",
+    "mean": "mean_kernel",
+    "scaled": "scaled_kernel",
+    "positive": "positive_kernel",
+    "positive_gradient": "positive_gradient_kernel",
     "topk": "topk_kernel",
     "soft_forward": "soft_statistics_kernel",
     "soft_backward": "soft_gradient_kernel",
@@ -65,7 +75,7 @@ KERNELS = {
     "prototype_forward": "prototype_forward_kernel",
     "prototype_backward": "prototype_backward_kernel",
 }
-WHOLE_ROWS = ("rows", "finish", "join")
+WHOLE_ROWS = ("rows", "finish", "join", "positive", "positive_gradient")
 OBSERVING = {"observation": "running", "ruled_observation": "ruled_forward"}  # and the kernel whose tile each takes
 SCORES = ("STUDENT", "FIRST", "SECOND", "GRADIENT")  # of the kernels of prototypes
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -102,7 +112,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
         "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "LEAVE_OUT": careful,
         "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
-        "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
+        "RATIO": True, "SIDES": 2, "HALF": True, "ADD": True, "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
         "COLUMNS": shape.block_n, "STUDENT_COLUMN": 1, "FIRST_COLUMN": 1, "SECOND_COLUMN": 1,
         "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
         "GUIDE": 512, "BLOCK_G": triton_tiles.guide_width(getattr(torch, job.get("guide", "float32"))),

@@ -6,7 +6,8 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Hashable
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from . import native
 from .devices import on_device
+from .rows import tf32_allowed
+from .triton_tape import STREAM, hooks_active, recorder
 
 OLDEST_DEVICE = (8, 0)
 
@@ -108,7 +111,22 @@ def architecture(device: torch.device) -> int:
 def run(function: str, device: torch.device, *description: Any) -> None:
     """Calls a function of the module that launches kernels on `device` and its current stream."""
     with on_device(device):
-        getattr(kernels(), function)(where(device), *description)
+        index, stream = where(device)
+        _run(function, index, stream, *description)
+    if (tape := recorder()) is not None:
+        tape.called(partial(_run, function, index), (STREAM, *description))
+
+
+def _run(function: str, index: int, stream: int, *description: Any) -> None:
+    getattr(kernels(), function)((index, stream), *description)
+
+
+def tape_setting(device: torch.device) -> tuple[tuple[Hashable, ...], int] | None:
+    """As `triton_launch.tape_setting`."""
+    if hooks_active():
+        return None
+    with on_device(device):
+        return ("cuda", tf32_allowed()), where(device)[1]
 
 
 def where(device: torch.device) -> tuple[int, int]:

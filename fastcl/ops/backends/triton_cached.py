@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .triton_series import described
 from .triton_tape import STREAM, recorder
 from .triton_tiles import Tile
 
@@ -63,9 +64,8 @@ class CachedLauncher:
             compiled.run(*_arguments(compiled, grid, stream, values, constants[: self._passed]))
         if (tape := recorder()) is not None:
             inputs = [given[name] for name in self._names]
-            tape.launched(
-                compiled.run, _arguments(compiled, grid, STREAM, inputs, constants[: self._passed]), tensors=False
-            )
+            arguments = _arguments(compiled, grid, STREAM, inputs, constants[: self._passed])
+            tape.launched(compiled.run, arguments, False, described(compiled, self._names), _three(grid), inputs)
 
     def stream(self) -> int:
         """The current device's current stream."""
@@ -82,8 +82,11 @@ def _arguments(
     compiled: Any, grid: Sequence[int], stream: Any, values: Sequence[Any], constants: Sequence[Any]
 ) -> list[Any]:
     """What `compiled.run` takes; no hooks are called."""
-    places = (*grid, 1, 1)[:3]
-    return [*places, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants]
+    return [*_three(grid), stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *constants]
+
+
+def _three(grid: Sequence[int]) -> tuple[int, ...]:
+    return (*grid, 1, 1)[:3]
 
 
 def _runtime() -> Any:

@@ -16,7 +16,7 @@ from . import triton_interpreter, triton_tuning
 from .devices import on_device as on_device
 from .rows import tf32_allowed
 from .triton_cached import KNOWN, CachedLauncher, launched_by_triton
-from .triton_tape import recorder, unrecorded
+from .triton_tape import hooks_active, recorder, unrecorded
 from .triton_tiles import Tile
 
 FLOOR = (3, 2)  # the version that torch 2.6 includes
@@ -76,6 +76,14 @@ MODULES = {
     "ruled_gradient_kernel": "contrastive.triton.ruled_kernels",
     "ruled_observation_kernel": "contrastive.triton.ruled_kernels",
     "mean_kernel": "contrastive.triton.mean_kernels",
+    "scaled_kernel": "contrastive.triton.mean_kernels",
+    "longest_kernel": "contrastive.triton.joining_kernels",
+    "total_kernel": "contrastive.triton.joining_kernels",
+    "scale_kernel": "contrastive.triton.joining_kernels",
+    "positive_kernel": "contrastive.triton.positive_kernels",
+    "positive_gradient_kernel": "contrastive.triton.positive_kernels",
+    "first_kernel": "contrastive.triton.order_kernels",
+    "order_kernel": "contrastive.triton.order_kernels",
     "topk_kernel": "topk.triton_kernels",
     "soft_statistics_kernel": "soft.triton_kernels",
     "soft_gradient_kernel": "soft.triton_kernels",
@@ -110,7 +118,7 @@ def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -
     with unrecorded(), _interpreting():
         launched_by_triton(kernel_named(name), shape, grid, given)
     if (tape := recorder()) is not None:
-        tape.launched(partial(_relaunch, name, shape, grid, tuple(given)), list(given.values()), tensors=True)
+        tape.launched(partial(_relaunch, name, shape, grid, tuple(given)), list(given.values()), True)
 
 
 def _relaunch(name: str, shape: Tile, grid: Sequence[int], names: Sequence[str], *values: Any) -> None:
@@ -120,13 +128,13 @@ def _relaunch(name: str, shape: Tile, grid: Sequence[int], names: Sequence[str],
 def tape_setting(device: torch.device) -> tuple[tuple[Hashable, ...], int] | None:
     """What launches on `device` depend on besides their arguments, and its current stream; None: no tape may be used.
 
-    A tape calls none of a profiler's hooks.
+    A tape calls none of a profiler's hooks, and its outputs are not what a checkpoint expects.
     """
     launcher = _launcher("rows_kernel")
-    if launcher is not None and launcher.watched():
+    if (launcher is not None and launcher.watched()) or hooks_active():
         return None
     with on_device(device):
-        return (tf32_allowed(), triton_tuning.mode()), 0 if launcher is None else launcher.stream()
+        return ("triton", tf32_allowed(), triton_tuning.mode()), 0 if launcher is None else launcher.stream()
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 A function of tensors launches kernels and calls torch's operators on memory that it allocates. The second call with the
 same shapes, dtypes, alignments and options is recorded. Later calls replay the tape: one allocation in place of many,
 launches with addresses that are sums, and only those of torch's operators that compute something. The tape is a Python
-function that is written and compiled once. The recorded function must not depend on values of tensors: on a GPU,
-reading one would wait for the device.
+function that is written and compiled once; launches without an operator in between are one call of the native module
+(`triton_series`). The recorded function must not depend on values of tensors: on a GPU, reading one would wait for the
+device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +21,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from . import triton_series
 from .devices import on_device
 
 ALIGNED = 512  # bytes, as torch's allocator aligns memory on a GPU
+LEAST_ADDRESS = 1 << 32  # smaller numbers of a description are sizes
 MOST_TAPES = 256  # of one function; no more are recorded
 
 _ALLOCATIONS = {
@@ -31,6 +35,16 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+
+# Allocations of zeros, and what makes a tensor zero.
+_ZEROS = {
+    torch.ops.aten.zeros.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_zeros.default,
+}
+_ZERO = torch.ops.aten.zero_.default
+# What depends on nothing is computed once, as is what operators make of it. (`full` may be memory that a kernel fills.)
+_CONSTANT = torch.ops.aten.arange.default
 
 Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
@@ -56,13 +70,35 @@ class Operation(NamedTuple):
     results: list[tuple[int, int]]  # which output is which region
 
 
+class Zeros(NamedTuple):
+    """Contiguous memory that becomes zero."""
+
+    place: Place
+    size: int  # bytes
+
+
 class Launch(NamedTuple):
     function: Callable[..., None]
-    arguments: list[Any]  # with `Place`s for tensors, and `STREAM`
+    arguments: list[Any]  # with `Place`s for tensors, and `STREAM`; may have tuples of them
     tensors: bool  # whether the function takes tensors; else it takes their addresses
+    kernel: triton_series.Kernel | None  # for the native module
+    grid: Sequence[int]
+    values: list[Any]  # of the kernel's arguments, with `Place`s for tensors
 
 
 STREAM: Any = object()  # stands for the stream of a replay
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
+SEES_HOOKS = _top_hooks is not None  # otherwise every call of a function has to save the same tensors for its backward
+
+
+def hooks_active() -> bool:
+    """Whether hooks pack the tensors that are saved for a backward.
+
+    `torch.utils.checkpoint` requires that a forward and its repetition save the same ones, which tapes do not.
+    """
+    return _top_hooks is not None and _top_hooks(True) is not None
 
 
 def recorder() -> Recorder | None:
@@ -88,9 +124,10 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         super().__init__()
-        self.steps: list[Operation | Launch] = []
+        self.steps: list[Operation | Zeros | Launch] = []
         self.sizes: dict[int, int] = {}  # of regions that the function allocates, in bytes
         self.regions = 0
+        self.constants: dict[int, Tensor] = {}  # by region
         self._bases: list[int] = []
         self._regions: dict[int, int] = {}  # by the tensor's id
         self._alive: list[Tensor] = []  # so that no id is used twice
@@ -124,10 +161,13 @@ class Recorder(TorchDispatchMode):
         if self.paused:
             return result
         outputs = [out for out in tree_flatten(result)[0] if isinstance(out, Tensor)]
-        if func in _ALLOCATIONS:
+        if func in _ALLOCATIONS or func in _ZEROS:
             (out,) = outputs
             storage = out.untyped_storage()
             self.sizes[self._add(out, storage.data_ptr())] = storage.nbytes()
+        if (func in _ZEROS or (func is _ZERO and args[0].is_contiguous())) and outputs[0].numel():
+            self.steps.append(Zeros(self.place(outputs[0]), outputs[0].nbytes))
+        if func in _ALLOCATIONS or func in _ZEROS or (func is _ZERO and args[0].is_contiguous()):
             return result
         positional, named = list(args), dict(kwargs or {})
         tensors, moved = [], []
@@ -139,6 +179,12 @@ class Recorder(TorchDispatchMode):
                     moved.append((arguments is named, which, tree_map_only(Tensor, self.place, arguments[which])))
                     arguments[which] = None  # a tape keeps no tensor alive
         results = []
+        constant = func is _CONSTANT or (
+            bool(tensors)
+            and all(self._regions.get(id(t)) in self.constants for t in tensors)
+            and not func._schema.is_mutable
+            and torch.Tag.nondeterministic_seeded not in func.tags
+        )
         for k, out in enumerate(outputs):
             if id(out) in self._regions:
                 continue
@@ -147,7 +193,9 @@ class Recorder(TorchDispatchMode):
                 self._know(out, self.place(owner).region)
             else:
                 results.append((k, self._add(out, out.data_ptr())))
-        if results or func._schema.is_mutable:
+        if constant:
+            self.constants |= {region: outputs[k] for k, region in results}
+        elif results or func._schema.is_mutable:
             several = isinstance(result, (tuple, list))
             self.failed |= several and len(result) != len(outputs)
             self.steps.append(Operation(func, positional, named, moved, several, results))
@@ -155,9 +203,63 @@ class Recorder(TorchDispatchMode):
             self.failed = True
         return result
 
-    def launched(self, function: Callable[..., None], arguments: Sequence[Any], tensors: bool) -> None:
-        places = [self.place(value) if isinstance(value, Tensor) else value for value in arguments]
-        self.steps.append(Launch(function, places, tensors))
+    def needed(self, outputs: Sequence[Place | None]) -> list[Operation | Zeros | Launch]:
+        """The steps without operators whose results are not used."""
+        used = {place.region for place in outputs if place is not None}
+        kept = []
+        for step in reversed(self.steps):
+            results = {region for _, region in step.results} if isinstance(step, Operation) else set()
+            if isinstance(step, Operation) and not step.operator._schema.is_mutable and not results & used:
+                continue
+            kept.append(step)
+            if isinstance(step, Operation):
+                values: list[Any] = [places for _, _, places in step.moved]
+            else:
+                values = [step.place] if isinstance(step, Zeros) else [*step.arguments, *step.values]
+            used |= {value.region for value in _places_in(values)}
+        self.constants = {region: tensor for region, tensor in self.constants.items() if region in used}
+        return kept[::-1]
+
+    def launched(
+        self,
+        function: Callable[..., None],
+        arguments: Sequence[Any],
+        tensors: bool,
+        kernel: triton_series.Kernel | None = None,
+        grid: Sequence[int] = (),
+        values: Sequence[Any] = (),
+    ) -> None:
+        """A replay calls function(*arguments), with `tensors` or with their addresses; or the native module launches
+        the kernel with the values of its arguments."""
+
+        def places(values: Sequence[Any]) -> list[Any]:
+            return [self.place(value) if isinstance(value, Tensor) else value for value in values]
+
+        self.steps.append(Launch(function, places(arguments), tensors, kernel, grid, places(values)))
+
+    def called(self, function: Callable[..., None], arguments: Sequence[Any]) -> None:
+        """A replay calls function(*arguments) with other addresses: numbers that are addresses in known memory."""
+        self.steps.append(Launch(function, [self._located(value) for value in arguments], False, None, (), []))
+
+    def _located(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._located(part) for part in value)
+        if type(value) is not int or value < LEAST_ADDRESS:
+            return value
+        for tensor in self._alive:
+            region, size = self._regions[id(tensor)], tensor.untyped_storage().nbytes()
+            if 0 <= value - self._bases[region] < size:
+                return Place(region, value - self._bases[region], torch.uint8, (), ())
+        self.failed = True
+        return value
+
+
+def _places_in(values: Any) -> Iterator[Place]:
+    if isinstance(values, Place):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _places_in(value)
 
 
 @contextmanager
@@ -171,10 +273,16 @@ def _recording(inputs: Sequence[Tensor | None]) -> Iterator[Recorder]:
 
 
 class Tape:
-    """What `Recorder` found, with the places of allocations in one block of memory."""
+    """What `Recorder` found, with the places of allocations in one block of memory.
 
-    def __init__(self, found: Recorder, inputs: int, outputs: Outputs, own: int, device: torch.device) -> None:
+    A replay returns the first `own` outputs, and then the tensors that hold the others: see `outputs`.
+    """
+
+    def __init__(
+        self, found: Recorder, inputs: int, outputs: Outputs, own: int, device: torch.device, stream: int
+    ) -> None:
         places = [None if out is None else found.place(out) for out in outputs]
+        found.steps = found.needed(places)
         owned = []
         for place in places[:own]:
             if place is None:
@@ -186,21 +294,48 @@ class Tape:
                 owned.append(place)
             else:  # other outputs are results of operators
                 found.failed |= place.region < inputs
-        self._device = device
+        self._device, self._stream = device, stream
+        self._constants_there: torch.cuda.Event | None = None  # of the stream on which they are computed
+        if found.constants and device.type == "cuda":
+            self._constants_there = torch.cuda.Event()
+            self._constants_there.record()
         if not found.failed:
-            self._run = _Writer(found, inputs, owned, device).function(places)
+            self._run, self._places = _Writer(found, inputs, owned, device).function(places, own)
+
+    def ready(self, stream: int) -> bool:
+        """Whether constants are there for launches on this stream. Nothing waits for them."""
+        if self._constants_there is None or stream == self._stream:
+            return True
+        if torch.cuda.is_current_stream_capturing() or not self._constants_there.query():
+            return False
+        self._constants_there = None
+        return True
 
     def replay(self, inputs: Sequence[Tensor | None], stream: int) -> Outputs:
         with on_device(self._device):
             return self._run(inputs, stream)
+
+    def outputs(self, holders: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The outputs after the first `own`, as views of the tensors that a replay returned in their place."""
+        found = []
+        for place in self._places:
+            holder = None if place is None else holders[place.region]
+            found.append(None if place is None or holder is None else _view(holder, place))
+        return found
+
+
+def comparable(found: Sequence[Tensor | None], tape: Tape | None) -> tuple[Sequence[Tensor | None], Tape | None]:
+    """What a call saves for its backward: with a tape its `holders`, or, unless `SEES_HOOKS`, what they hold."""
+    return (found, tape) if tape is None or SEES_HOOKS else (tape.outputs(found), None)
 
 
 class _Writer:
     """Writes a tape as a Python function without loops and look-ups, which would take longer than the launches."""
 
     def __init__(self, found: Recorder, inputs: int, owned: Sequence[Place], device: torch.device) -> None:
-        self._found = found
-        self._names: dict[str, Any] = {"stream": None, "empty": torch.empty, "view": _view}
+        self._found, self._device = found, device
+        self._names: dict[str, Any] = {"stream": None, "empty": torch.empty, "view": _view, "series": triton_series}
+        self._names |= {f"r{region}": tensor for region, tensor in found.constants.items()}
         self._starts: dict[int, int] = {}  # in the block
         self._addresses: set[int] = set()  # regions with a variable for their address
         self._tensors: dict[Place, str] = {}  # variables for tensors in the block
@@ -217,22 +352,74 @@ class _Writer:
             options = f"dtype={self._constant(torch.uint8)}, device={self._constant(device)}"
             self._lines += [f"block = empty({size}, {options})", "start = block.data_ptr()"]
 
-    def function(self, outputs: Sequence[Place | None]) -> Callable[[Sequence[Tensor | None], int], Outputs]:
-        for step in self._found.steps:
-            if isinstance(step, Launch):
-                self._launch(step)
-            else:
-                self._operation(step)
-        result = "".join(f"{self._tensor(place)}, " for place in outputs)  # may write lines
+    def function(
+        self, outputs: Sequence[Place | None], own: int
+    ) -> tuple[Callable[[Sequence[Tensor | None], int], Outputs], list[Place | None]]:
+        """The function, and the places of outputs in the tensors that it returns after the first `own` outputs."""
+        native = any(isinstance(step, Launch) and step.kernel for step in self._found.steps)
+
+        def in_series(step: Operation | Zeros | Launch) -> bool:
+            return native and (isinstance(step, Zeros) or (isinstance(step, Launch) and step.kernel is not None))
+
+        for several, steps in groupby(self._found.steps, in_series):
+            if several:
+                self._series(list(steps))  # type: ignore[arg-type]
+                continue
+            for step in steps:
+                if isinstance(step, Launch):
+                    self._launch(step)
+                elif isinstance(step, Zeros):
+                    self._lines.append(f"{self._tensor(step.place)}.zero_()")
+                else:
+                    self._operation(step)
+        result = "".join(f"{self._tensor(place)}, " for place in outputs[:own])  # may write lines
+        holders: dict[str, int] = {}
+        places = []
+        for place in outputs[own:]:
+            if place is not None:
+                start = self._starts.get(place.region)
+                holder = holders.setdefault(f"r{place.region}" if start is None else "block", len(holders))
+                place = place._replace(region=holder, offset=place.offset + (start or 0))
+            places.append(place)
+        result += "".join(f"{holder}, " for holder in holders)
         source = "\n    ".join(["def replay(inputs, stream):", *self._lines, f"return ({result})"])
         exec(compile(source, "<tape>", "exec"), self._names)
         written: Callable[[Sequence[Tensor | None], int], Outputs] = self._names["replay"]
-        return written
+        return written, places
 
     def _launch(self, step: Launch) -> None:
         place_of = self._tensor if step.tensors else self._address
-        arguments = [place_of(value) if isinstance(value, Place) else self._constant(value) for value in step.arguments]
-        self._lines.append(f"{self._constant(step.function)}({', '.join(arguments)})")
+
+        def written(value: Any) -> str:
+            if isinstance(value, Place):
+                return place_of(value)
+            if type(value) is tuple:
+                return f"({''.join(f'{written(part)}, ' for part in value)})"
+            return self._constant(value)
+
+        arguments = ", ".join([written(value) for value in step.arguments])  # may write lines
+        self._lines.append(f"{self._constant(step.function)}({arguments})")
+
+    def _series(self, steps: Sequence[Launch | Zeros]) -> None:
+        bases: dict[str, int] = {}  # variables that hold addresses
+
+        def based(value: Any) -> tuple[int, Any]:
+            if not isinstance(value, Place):
+                return -1, value
+            base, offset = self._base(value)
+            return bases.setdefault(base, len(bases)), offset
+
+        launches = []
+        for step in steps:
+            if isinstance(step, Zeros):
+                launches.append(triton_series.zeros(*based(step.place), step.size))
+            else:
+                assert step.kernel is not None
+                launches.append(
+                    triton_series.launch_of(step.kernel, step.grid, [based(value) for value in step.values])
+                )
+        run = self._constant(triton_series.series(launches, self._device).run)
+        self._lines.append(f"{run}({', '.join(('series.driver()', 'stream', *bases))})")
 
     def _operation(self, step: Operation) -> None:
         arguments = {which: self._constant(value) for which, value in enumerate(step.positional)}
@@ -260,13 +447,18 @@ class _Writer:
         return self._tensor(places) if isinstance(places, Place) else self._constant(places)
 
     def _address(self, place: Place) -> str:
+        base, offset = self._base(place)
+        return f"{base} + {offset}" if offset else base
+
+    def _base(self, place: Place) -> tuple[str, int]:
+        """The variable that holds an address, and the distance from it."""
         start = self._starts.get(place.region)
         if start is not None:
-            return f"start + {start + place.offset}"
+            return "start", start + place.offset
         if place.region not in self._addresses:
             self._addresses.add(place.region)
             self._lines.append(f"a{place.region} = r{place.region}.data_ptr()")
-        return f"a{place.region} + {place.offset}" if place.offset else f"a{place.region}"
+        return f"a{place.region}", place.offset
 
     def _tensor(self, place: Place | None) -> str:
         if place is None:
@@ -295,7 +487,7 @@ def _view(holder: Tensor, place: Place) -> Tensor:
 
 
 class Taped:
-    """A function of (options, tensors ...), replayed from a tape from the third call of a kind on.
+    """A function of (options, tensors ...), replayed from a tape from the third call of a kind on, or the second.
 
     own: how many of its first outputs have memory of their own; the others share one block, which lives as long as
         one of them.
@@ -305,20 +497,29 @@ class Taped:
         self.function, self._own = function, own
         self._tapes: dict[Hashable, Tape | bool] = {}  # or whether the next call is to be recorded
 
-    def __call__(self, options: Hashable, setting: Hashable, stream: int, *inputs: Tensor | None) -> Outputs:
-        """setting: whatever else the function depends on. stream: that of the launches."""
+    def __call__(
+        self, options: Hashable, setting: Hashable, stream: int, *inputs: Tensor | None, at_once: bool = False
+    ) -> tuple[Outputs, Tape | None]:
+        """The first `own` outputs, then all others, or, with a tape, what `Tape.outputs` makes them of.
+
+        setting: whatever else the function depends on. stream: that of the launches. at_once: record the first call.
+        """
         kinds = [t if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device) for t in inputs]
         key = (options, setting, *kinds)
         tape = self._tapes.get(key)
         if isinstance(tape, Tape):
-            return tape.replay(inputs, stream)
+            if tape.ready(stream):
+                return tape.replay(inputs, stream), tape
+            return self.function(options, *inputs), None
+        if tape is None and len(self._tapes) < MOST_TAPES:
+            tape, self._tapes[key] = at_once, True
         if not tape:
-            if tape is None and len(self._tapes) < MOST_TAPES:
-                self._tapes[key] = True
-            return self.function(options, *inputs)
+            return self.function(options, *inputs), None
         device = next(t.device for t in inputs if t is not None)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # constants would be the graph's
+            return self.function(options, *inputs), None
         with _recording(inputs) as found:
             outputs = self.function(options, *inputs)
-        tape = Tape(found, len(inputs), outputs, self._own, device)
-        self._tapes[key] = False if found.failed else tape
-        return outputs
+        new = Tape(found, len(inputs), outputs, self._own, device, stream)
+        self._tapes[key] = False if found.failed else new
+        return outputs, None

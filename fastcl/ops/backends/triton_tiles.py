@@ -107,6 +107,8 @@ def row_tile(d: int, interpreted: bool = False) -> Tile:
 
 # The shape for kernels that visit each row once and read a few numbers of each.
 ROWS_AT_ONCE = Tile(1024, 0, 0, 0, 4, 1)
+# The shape for kernels that compare each row with all.
+COMPARED = Tile(64, 64, 0, 0, 4, 1)
 
 
 def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:

@@ -6,17 +6,17 @@ longer than the sweep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...checks import values_visible
-from ..backends.triton_launch import INTERPRETED, tape_setting
-from ..backends.triton_tape import Taped
+from ..backends import cuda_runtime, triton_launch
+from ..backends.triton_tape import SEES_HOOKS, Tape, Taped, comparable
 from ..library import intercepted, once_differentiable, without_autocast
-from . import cpu, triton
+from . import cpu, cuda, triton
 from .backend import Backend
 from .fields import LOG_SUMS
 from .op import (
@@ -38,7 +38,7 @@ from .triton import mean as triton_mean
 
 WANT, BOTH = PLACES["want"], PLACES["both"]
 
-TAPES = not INTERPRETED  # whether calls are replayed; in the interpreter it would save nothing
+TAPED = "cuda"  # the type of the devices on which calls are replayed; in the interpreter it would save nothing
 
 # Up to this N M D the forward computes the gradient as well: a second call would cost more. So it does if one call can
 # keep the products of all rows, which two calls compute twice.
@@ -86,8 +86,9 @@ class DirectMean(torch.autograd.Function):
         differentiated = grad_mode and any(ctx.needs_input_grad)
         kept: Sequence[Tensor | None]
         if not ctx.native:
-            options = tuple(tuple(option) if isinstance(option, list) else option for option in ctx.options)
-            loss, observed, *kept = _taped(_FORWARD, problem, backend, (*options, differentiated), *args[:TENSORS])
+            options = (*hashable(ctx.options), differentiated)
+            (loss, observed, *kept), tape = _taped(_FORWARD, problem, backend, options, *args[:TENSORS])
+            kept, ctx.tape = comparable(kept, tape)
             assert loss is not None
             ctx.save_for_backward(*args[:TENSORS], *kept)
             return _with(ctx, loss, observed)
@@ -108,19 +109,20 @@ class DirectMean(torch.autograd.Function):
         saved, options = ctx.saved_tensors, ctx.options  # read once: under checkpointing a second read fails
         needs = [ctx.needs_input_grad[place] for place in gradient_places(saved)]
         if not ctx.native:
-            return *_derived(saved, options, needs, grad), None
+            return *derived(saved, options, needs, grad, ctx.tape), None
         if not ctx.at_once and intercepted(saved[0], grad):  # run the operators, which a tracer sees
             with torch.no_grad():
                 *outputs, _ = forward_op(*saved[:TENSORS], *options)
             sides = [Side(*outputs[:3]), Side(*outputs[3:6])][: 2 if options[BOTH - TENSORS] else 1]
             rows = [rows_of(side, options[WANT - TENSORS], False) for side in sides]
             derivatives = [_of_mean(side.counts, those, len(sides)) for side, those in zip(sides, rows, strict=True)]
-            return *_derived((*saved[:TENSORS], *of_backward(outputs), *derivatives), options, needs, grad), None
+            kept = (*saved[:TENSORS], *of_backward(outputs), *derivatives)
+            return *derived(kept, options, needs, grad, None), None
         arguments = (_scaled if ctx.at_once else _gradients, options, needs, grad, *saved)
         return *by_argument(saved, once_differentiable("contrastive_stats", *arguments)), None
 
 
-def _forward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def mean_forward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The mean, the observed statistics, what the operator's backward needs, and the derivatives of each side's fields.
 
     options: those of the operator, and whether the derivatives are needed.
@@ -141,16 +143,18 @@ def _forward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | 
     return loss, observed, *of_backward(as_outputs(found)), *derivatives
 
 
-def _backward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the arguments, from what `_forward` returned and the gradient of the mean.
+def mean_backward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments, from what `mean_forward` returned and the gradient of the mean.
 
-    options: those of the operator, and which gradients are needed.
+    options: those of the operator, which gradients are needed, and the forward's tape.
     """
-    *rest, needs = options
-    *saved, grad = tensors
+    *rest, needs, tape = options
+    *given, grad = tensors
+    saved = unpacked(given, tape)
     derivatives = saved[TENSORS + KEPT :]
     assert grad is not None
-    of_fields = [derivative * grad for derivative in derivatives if derivative is not None]
+    times = triton_mean.scaled if rest[-1] == "triton" and grad.dtype == torch.float32 else torch.mul
+    of_fields = [times(derivative, grad) for derivative in derivatives if derivative is not None]
     counts, _, contrast_counts = saved[TENSORS : TENSORS + 3]
     assert counts is not None
     assert contrast_counts is not None
@@ -160,20 +164,45 @@ def _backward(options: Sequence[Any], *tensors: Tensor | None) -> tuple[Tensor |
 
 
 KEPT = 7  # number of tensors of `of_backward`
-_FORWARD, _BACKWARD = Taped(_forward, own=2), Taped(_backward, own=len(Gradients._fields))
-# A tape keeps all that the forward allocates until the backward; for more numbers than this, that is too much.
-MOST_ON_TAPE = 1 << 22
+_FORWARD, _BACKWARD = Taped(mean_forward, own=2), Taped(mean_backward, own=len(Gradients._fields))
+# A tape keeps all that the forward allocates until the backward; for more numbers of rows than this, that is too much.
+# Few anchors may have longer queues: with so few multiplications the host takes longer than the device.
+MOST_ON_TAPE, MOST_OF_QUEUES, FEW_PRODUCTS = 1 << 22, 1 << 24, 1 << 33
 
 
-def _taped(taped: Taped, problem: Problem, backend: Backend, options: Any, *tensors: Tensor | None) -> Any:
+# By backend: what a tape depends on, and the stream; None: no tape may be used.
+TAPE_SETTINGS: dict[Backend, Callable[[torch.device], tuple[tuple[Hashable, ...], int] | None]] = {
+    triton: triton_launch.tape_setting,
+    cuda: cuda_runtime.tape_setting,
+}
+
+
+def few(n: int, m: int, d: int) -> bool:
+    """Whether a problem of N x M x D is small enough for a tape."""
+    size = (n + m) * d
+    return size <= MOST_ON_TAPE or (size <= MOST_OF_QUEUES and n * m * d <= FEW_PRODUCTS)
+
+
+def _taped(
+    taped: Taped, problem: Problem, backend: Backend, options: Any, *tensors: Tensor | None
+) -> tuple[Any, Tape | None]:
     """The function of `taped`, replayed from its tape where launches take the host longer than the device."""
     _, n, m = problem.sizes
-    if backend is triton and TAPES and (n + m) * problem.anchors.values.shape[1] <= MOST_ON_TAPE:
-        setting = tape_setting(problem.device)
+    if few(n, m, problem.anchors.values.shape[1]) and backend in TAPE_SETTINGS and problem.device.type == TAPED:
+        setting = TAPE_SETTINGS[backend](problem.device)
         if setting is not None:
             with without_autocast(problem.device):  # a tape holds operators as they run without it
-                return taped(options, *setting, *tensors)
-    return taped.function(options, *tensors)
+                return taped(options, *setting, *tensors, at_once=taped is _BACKWARD and SEES_HOOKS)
+    return taped.function(options, *tensors), None
+
+
+def unpacked(saved: Sequence[Tensor | None], tape: Tape | None) -> Sequence[Tensor | None]:
+    """The arguments and what `mean_forward` keeps, from what its replay from a tape returned in place of the latter."""
+    return saved if tape is None else (*saved[:TENSORS], *tape.outputs(saved[TENSORS:]))
+
+
+def hashable(options: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(option) if isinstance(option, list) else option for option in options)
 
 
 def _with(ctx: Any, loss: Tensor, observed: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -209,17 +238,22 @@ class _Rows(NamedTuple):
     log_ratio: Tensor | None  # [N]: log(neg / pos), of single positives; None: lse is lse_neg
 
 
-def _derived(
-    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor
+def derived(
+    saved: Sequence[Any], options: Sequence[Any], needs: list[bool], grad: Tensor, tape: Tape | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the arguments from the gradient of the mean. saved: arguments, and what `_forward` keeps."""
-    *rest, first = saved[: TENSORS + KEPT + 1]
+    """Gradients of the arguments from the gradient of the mean. saved: arguments, and what `mean_forward` returns."""
     if torch.is_grad_enabled() or intercepted(saved[0], grad):  # run the operator, which a tracer sees
-        of_fields: list[Tensor | None] = [derivative * grad for derivative in (first, *saved[TENSORS + KEPT + 1 :])]
+        *rest, first = (saved := unpacked(saved, tape))[: TENSORS + KEPT + 1]
+        of_fields: list[Tensor | None] = [
+            each * grad for each in (first, *saved[TENSORS + KEPT + 1 :]) if each is not None
+        ]
         return differentiate_saved(rest, options, needs, *of_fields, *[None] * (2 - len(of_fields)))
+    kinds = (*hashable(options), tuple(needs), tape)
+    if tape is None and SEES_HOOKS:  # of a call that is not replayed
+        return by_argument(saved, mean_backward(kinds, *saved, grad))
     problem, backend = parsed((*saved[:TENSORS], *options))
-    kinds = tuple(tuple(option) if isinstance(option, list) else option for option in options)
-    return by_argument(saved, _taped(_BACKWARD, problem, backend, (*kinds, tuple(needs)), *saved, grad))
+    found, _ = _taped(_BACKWARD, problem, backend, kinds, *saved, grad)
+    return by_argument(saved, found)
 
 
 def rows_of(side: Side, want: Sequence[str], look: bool) -> _Rows:

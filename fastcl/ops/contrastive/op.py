@@ -29,6 +29,7 @@ from .records import (
     gradient_places,
     unflatten,
 )
+from .triton import positives
 
 BACKENDS: dict[str, Backend] = {
     "reference": reference,
@@ -64,7 +65,9 @@ def parsed(args: Sequence[Any]) -> tuple[Problem, Backend]:
 def statistics(problem: Problem, backend: Backend) -> Statistics:
     """All wanted statistics."""
     with without_autocast(problem.device):
-        return own_contrasts.join(problem, swept_statistics(problem, backend))
+        swept = swept_statistics(problem, backend)
+        join = positives.join if _by_kernels(problem, backend) else own_contrasts.join
+        return join(problem, swept)
 
 
 def gradients(
@@ -73,12 +76,18 @@ def gradients(
     """The needed gradients, from those of the fields: `grad` [W, S, N], `grad_contrasts` [W, S, M]."""
     with without_autocast(problem.device):
         swept = swept_gradients(problem, backend, saved, grad, grad_contrasts, needs)
-        return own_contrasts.add_gradients(problem, saved, grad, needs, swept)
+        add = positives.add_gradients if _by_kernels(problem, backend) else own_contrasts.add_gradients
+        return add(problem, saved, grad, needs, swept)
+
+
+def _by_kernels(problem: Problem, backend: Backend) -> bool:
+    """Whether Triton kernels compute the anchors' own contrasts."""
+    return backend is triton and positives.takes(problem)
 
 
 def swept_statistics(problem: Problem, backend: Backend) -> Statistics:
     """All wanted fields, without the anchors' own contrasts."""
-    if backend is not cpu or linear.FIELD in problem.want:  # the engine of `cpu` knows infinite rows itself
+    if backend not in (cpu, triton) or linear.FIELD in problem.want:  # these two know infinite rows themselves
         problem = infinite.as_nan(problem)
     return linear.add(problem, one_way.forward(_swept(problem, backend), backend))
 

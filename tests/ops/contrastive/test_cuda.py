@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import fastcl
+from fastcl.ops.backends.triton_tape import Tape, Taped
 from fastcl.ops.contrastive import cuda as contrastive_cuda
-from fastcl.ops.contrastive import cuda_rows, op
+from fastcl.ops.contrastive import cuda_rows, direct, op, replayed
 from fastcl.ops.contrastive.records import Rows
+from tests.ops.contrastive.test_direct import case
 from tests.support.emulated import emulating, module
 from tests.support.oracle import differentiate
 from tests.support.stats_checks import check_stats, library_stats, objective, simple_problem
@@ -185,6 +187,7 @@ def test_logits_are_those_of_the_exchanged_sets_to_the_bit(dtype) -> None:
 
 ORDERS = """
 import sys, torch
+from tests.ops.contrastive.test_direct import case
 from tests.support.emulated import emulating
 from tests.support.oracle import differentiate
 from tests.ops.contrastive.test_cuda import DTYPES, FIELDS, problem
@@ -328,3 +331,33 @@ def test_float32_numbers_are_split_into_tf32_numbers(tmp_path) -> None:
     assert built.returncode == 0, built.stderr
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+# Tapes
+
+
+@pytest.mark.parametrize("kind", ["self", "views", "symmetric", "momentum key", "bias", "ids"])
+def test_replays_give_the_same_bits(kind: str, monkeypatch) -> None:
+    """Addresses in the descriptions of calls are found, and other ones take their place."""
+    leaves, options = case(kind, torch.float32)
+    forward, backward = Taped(replayed._forward, own=1), Taped(replayed._backward, own=5)
+    monkeypatch.setattr(replayed, "FORWARD", forward)
+    monkeypatch.setattr(replayed, "BACKWARD", backward)
+    monkeypatch.setattr(direct, "values_visible", lambda tensor: False)  # as on a GPU
+
+    def results() -> list[Tensor]:
+        loss = fastcl.functional.cluster_infonce(leaves[0], **options)
+        return [loss.detach(), *torch.autograd.grad(loss * -3.5, leaves)]
+
+    with fastcl.use_backend("cuda"):
+        for call in range(5):
+            with torch.no_grad():
+                for leaf in leaves:
+                    leaf.add_(0.1 * torch.randn_like(leaf)) if leaf.dim() else leaf.mul_(1.1)
+            monkeypatch.setattr(direct, "TAPED", "cpu")
+            got = results()
+            monkeypatch.setattr(direct, "TAPED", "none")
+            for a, b in zip(got, results(), strict=True):
+                assert torch.equal(a, b), call
+    for taped in (forward, backward):
+        assert [isinstance(tape, Tape) for tape in taped._tapes.values()] == [True]

@@ -231,7 +231,12 @@ CALLS: dict[str, dict[str, Any]] = {
 
 OUTPUTS = {
     "labels_kernel": {"LABELS"},
-    "rows_kernel": {"ROWS", "NORMS", "ROW_NORMS", "START", "END", "ROW_NAMES", "ROW_BIAS"},
+    "first_kernel": {"LABELS"},
+    "order_kernel": {"NUMBERS", "ORDER"},
+    "longest_kernel": {"LONGEST"},
+    "total_kernel": {"TOTAL"},
+    "scale_kernel": {"GRADIENT"},
+    "rows_kernel": {"ROWS", "NORMS", "ROW_NORMS", "LENGTHS", "START", "END", "ROW_NAMES", "ROW_BIAS"},
     "statistics_kernel": {"STATISTICS"},
     "two_way_kernel": {"STATISTICS", "PARTIAL_SUMS"},
     "running_kernel": {"STATISTICS"},
@@ -280,7 +285,10 @@ def test_each_output_has_one_writer_and_nobody_else_reads_it(call, dtype) -> Non
         total.backward()
     names = [name for name, _ in watch.launches]
     first = {"queue": "weighted_kernel"}.get(call, "two_way_kernel" if options["both"] else "statistics_kernel")
-    assert next(name for name in names if name not in ("labels_kernel", "rows_kernel")) == first
+    assert (
+        next(name for name in names if name not in ("labels_kernel", "first_kernel", "order_kernel", "rows_kernel"))
+        == first
+    )
     assert names[-1] == "finish_kernel"
     for name, written in watch.launches:
         runs = any(written.values())

@@ -13,6 +13,7 @@ from ...backends.triton_launch import INTERPRETED, blocks, on_device
 from ...backends.triton_tiles import ROWS_AT_ONCE, row_tile
 from .. import chunked
 from ..records import Gradients, Needs, Problem, Side, Statistics
+from .mean import MOST_ROWS
 from .rows import KEPT, Arranged, Launch, SortedRows, arrange, fields_wanted
 
 
@@ -58,9 +59,7 @@ def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tenso
 
     rows = columns = scale = bias = None
     if needs.logit_scale:
-        scale = sweeps[0].similarity_sums.sum(1) / lifts.lift
-        if arranged.self_contrast:
-            scale = scale / 2
+        scale = _of_scale(sweeps[0].similarity_sums, lifts.lift, arranged.self_contrast)
     if needs.bias and arranged.biased:
         sums = (sweeps[-1].sums / lifts.lift[:, None]).sum(0)
         order = arranged.contrasts.order
@@ -76,6 +75,18 @@ def _backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tenso
         norms = saved.contrast_inverse_norms if p.contrasts.normalize else None
         columns = finish(p, p.contrasts.values, arranged.contrasts, last.gradient, last.factor, norms)
     return Gradients(rows, columns, scale, bias)
+
+
+def _of_scale(similarity_sums: Tensor, lift: Tensor, half: bool) -> Tensor:
+    """The gradient of the logit scales [S], from sums [S, n] that are `lift` [S] times too large."""
+    s, n = similarity_sums.shape
+    if s > 1 or n > MOST_ROWS:
+        scale = similarity_sums.sum(1) / lift
+        return scale / 2 if half else scale
+    scale = torch.empty_like(lift)
+    given = {"SIMILARITY_SUMS": similarity_sums, "LIFT": lift, "GRADIENT": scale, "N": n, "HALF": half}
+    triton_launch.launch("scale_kernel", ROWS_AT_ONCE, (1,), given | {"BLOCK": ROWS_AT_ONCE.block_m})
+    return scale
 
 
 class _Weights:
@@ -167,7 +178,8 @@ class _Sweep:
     @property
     def similarity_sums(self) -> Tensor:
         """[S, n]"""
-        return torch.stack(self._similarity_sums)
+        sums = self._similarity_sums
+        return sums[0][None] if len(sums) == 1 else torch.stack(sums)
 
     @property
     def sums(self) -> Tensor:

@@ -15,6 +15,15 @@ from ..records import Side
 MOST_ROWS = 1 << 14  # one program visits all rows; with more rows PyTorch's operators take no longer
 
 
+def scaled(values: Tensor, factor: Tensor) -> Tensor:
+    """values * factor; the factor is []."""
+    result, block = torch.empty_like(values), ROWS_AT_ONCE.block_m
+    given = {"DERIVATIVES": values, "FACTOR": factor, "PRODUCTS": result, "SIZE": values.numel(), "BLOCK": block}
+    with on_device(values.device):
+        triton_launch.launch("scaled_kernel", ROWS_AT_ONCE, (triton_launch.blocks(values.numel(), block),), given)
+    return result
+
+
 def mean_loss(sides: Sequence[Side], want: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
     """The mean of `direct.DirectMean` over one or two sides, and its derivatives in the fields [W, 1, N] of each."""
     loss = torch.empty((), dtype=torch.float32, device=sides[0].counts.device)

@@ -24,6 +24,14 @@ def log1p(x):
     return 2.0 * (z + z * square * series)
 
 
+@triton.jit(do_not_specialize=["SIZE"])
+def scaled_kernel(DERIVATIVES, FACTOR, PRODUCTS, SIZE, BLOCK: tl.constexpr):
+    """PRODUCTS [SIZE]: DERIVATIVES [SIZE] times FACTOR []."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(DERIVATIVES + i, mask=i < SIZE, other=0.0)
+    tl.store(PRODUCTS + i, values * tl.load(FACTOR), mask=i < SIZE)
+
+
 @triton.jit(do_not_specialize=["N"])
 def mean_kernel(
     FIELDS, COUNTS, PARTS, LOSS, DERIVATIVES, N,

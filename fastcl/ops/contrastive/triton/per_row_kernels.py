@@ -78,7 +78,7 @@ def labels_kernel(
 )
 def rows_kernel(
     SOURCE, ORDER, NUMBERS, OTHER_NUMBERS, SOURCE_NAMES, SOURCE_BIAS,
-    ROWS, NORMS, ROW_NORMS, START, END, ROW_NAMES, ROW_BIAS, N, M, WIDTH, ROW_STRIDE, COLUMN_STRIDE, STEPS,
+    ROWS, NORMS, ROW_NORMS, LENGTHS, START, END, ROW_NAMES, ROW_BIAS, N, M, WIDTH, ROW_STRIDE, COLUMN_STRIDE, STEPS,
     NORMALIZE: tl.constexpr, SCALED: tl.constexpr, LEAVE_OUT: tl.constexpr, FLOOR: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +86,7 @@ def rows_kernel(
 
     NORMS      1 / max(|x|, FLOOR), in the caller's order; 0 for a row of zeros
     ROW_NORMS  the same for the row as it is stored in ROWS; 1 for rows that are taken as they are
+    LENGTHS    |x|, of rows that are not normalised; one with an infinite number is then stored as NaN
     START, END the range of OTHER_NUMBERS [M] that equals NUMBERS [N]
     ROW_NAMES, ROW_BIAS  SOURCE_NAMES and SOURCE_BIAS log2(e), of -inf LEFT_OUT
 
@@ -146,6 +147,17 @@ def rows_kernel(
             power = (inverse.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             factor = tl.where((inverse > 0.0) & (inverse < INF), power, 1.0)
             row_inverse = inverse / factor
+    if LENGTHS is not None:
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        infinite = tl.zeros([BLOCK_M], tl.int32)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            x = tl.load(from_[:, None] + d[None, :] * stride, mask=is_read[:, None] & (d < WIDTH)[None, :], other=0.0)
+            x = x.to(tl.float32)
+            squares += tl.sum(x * x, 1)
+            infinite = tl.maximum(infinite, tl.max((tl.abs(x) == INF).to(tl.int32), 1))
+        factor = tl.where(infinite != 0, float("nan"), factor)
+        tl.store(LENGTHS + i, tl.sqrt_rn(squares) * factor, mask=is_row)
     if ROW_NORMS is not None:
         tl.store(ROW_NORMS + i, row_inverse, mask=is_row)
     if ROWS is not None:
@@ -153,7 +165,7 @@ def rows_kernel(
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             x = tl.load(from_[:, None] + d[None, :] * stride, mask=is_read[:, None] & (d < WIDTH)[None, :], other=0.0)
-            if NORMALIZE:
+            if NORMALIZE or LENGTHS is not None:
                 x = x.to(tl.float32) * factor[:, None]
             places = ROWS + i.to(tl.int64)[:, None] * D + d[None, :]
             tl.store(places, rounded(x, dtype, "ieee", INTERPRETED), mask=is_row[:, None])

@@ -21,12 +21,15 @@ from ...backends.triton_launch import (
     precision_of,
     programs,
 )
-from ...backends.triton_tiles import ROWS_AT_ONCE, Tile, guide_width, padded, row_tile, tile
+from ...backends.triton_tiles import COMPARED, ROWS_AT_ONCE, Tile, guide_width, padded, row_tile, tile
 from ..kept import Layout, Store, sums_are_kept
 from ..records import Problem, Rows
 
 PROGRAMS_AT_ONCE = 2  # on a multiprocessor
 FEWEST_TILES = 64  # of a program; fewer would not pay for joining the parts
+
+# Up to this many rows are sorted by comparing each with all.
+MOST_COMPARED = 1 << 13
 
 # Data of rows that the kernels with rules compare, as int32 names, and their arguments ROW_* and COLUMN_*.
 NAMED = ("clusters", "ids", "samples")
@@ -92,6 +95,7 @@ class SortedRows:
     end: Tensor | None
     names: Tensor | None  # [n] int32, of sample ids: equal for equal ids, 0 for none
     bias: Tensor | None  # [n], times log2(e)
+    lengths: Tensor | None = None  # [n], in a forward: norms of rows that are not normalised
     rules: dict[str, Tensor | None] = field(default_factory=dict)  # the arguments of the kernels with rules, by name
 
 
@@ -109,7 +113,7 @@ class Arranged:
 def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[Arranged, Tensor, Tensor]:
     """The problem's rows, and the inverse norms in the caller's order, [0] without normalisation.
 
-    parts: `KEPT.parts`, which are filled in. again: the backward, where they are filled in and no norms are returned.
+    parts: `KEPT.parts`, which are filled in. again: the backward, where they are filled in.
     """
     if not again:
         number_clusters(sorted_by(p, p.anchors), None if p.contrasts is None else sorted_by(p, p.contrasts), parts)
@@ -123,7 +127,8 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     normed = p.anchors.normalize or p.others.normalize
 
     def inverse_norms(rows: Tensor, normalize: bool) -> Tensor:
-        return rows.new_empty(len(rows) if normalize and not again else 0, dtype=torch.float32)
+        # The backward drops them, but so one compiled kernel serves both.
+        return rows.new_empty(len(rows) if normalize else 0, dtype=torch.float32)
 
     a, c = inverse_norms(p.anchors.values, p.anchors.normalize), inverse_norms(p.anchors.values, False)
     other = "clusters" if p.contrasts is None else "contrast_clusters"
@@ -133,7 +138,9 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
         names = torch.arange(1, len(p.anchors.values) + 1, dtype=torch.int32, device=p.device)
     clusters = parts.get("clusters"), parts.get(other)
     bias = p.anchors.bias if p.contrasts is None else None
-    anchors = _rows(p.anchors.values, dtype, order, clusters, names, bias, False, p.anchors.normalize, normed, a)
+    anchors = _rows(
+        p.anchors.values, dtype, order, clusters, names, bias, False, p.anchors.normalize, normed, a, not again
+    )
     others = anchors
     if p.contrasts is not None:
         c = inverse_norms(p.contrasts.values, p.contrasts.normalize)
@@ -148,17 +155,18 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
             p.contrasts.normalize,
             normed,
             c,
+            not again,
         )
     elif not self_contrast:
         anchors = replace(anchors, bias=None)
-    flags = None
+    rule_flags = None
     if ruled:
-        anchors, others, flags = with_rules(p, parts, anchors, others)
+        anchors, others, rule_flags = with_rules(p, parts, anchors, others)
     biased = p.others.bias is not None
     # The tiles of soft assignments are those for products in float32.
     hard = p.anchors.assignments is None
     precision = fast_precision_of(dtype, architecture(p.device)) if hard else precision_of(dtype)
-    return Arranged(anchors, others, self_contrast, normed, biased, precision, flags), a, c
+    return Arranged(anchors, others, self_contrast, normed, biased, precision, rule_flags), a, c
 
 
 def _rows(
@@ -172,9 +180,11 @@ def _rows(
     normalize: bool,
     normed: bool,
     norms: Tensor,
+    first: bool,
 ) -> SortedRows:
     """clusters: of these rows and of the other set's rows. norms: [n], filled in, or [0].
 
+    first: in a forward, where rows with infinite numbers become NaN unless they are normalised (see `infinite`).
     leave_out: rows whose bias is -inf become zeros: as anchors of the other direction they are left out too.
     """
     n, d = source.shape
@@ -182,7 +192,8 @@ def _rows(
     source = source.detach().resolve_neg()
     scaled = normalize and dtype == torch.float16
     as_it_is = order is None and width == d and source.dtype == dtype and source.is_contiguous()
-    as_it_is = as_it_is and not (normalize or leave_out)  # a row out of range is multiplied by a power of two
+    # A normalised row out of range is multiplied by a power of two.
+    as_it_is = as_it_is and not (normalize or leave_out or first)
     own, other = clusters
 
     def new(dtype: torch.dtype, there: bool) -> Tensor | None:
@@ -197,45 +208,60 @@ def _rows(
         end,
         new(torch.int32, names is not None),
         new(torch.float32, bias is not None),
+        new(torch.float32, first and not normalize),
     )
     if as_it_is and not normed and own is None and names is None and bias is None:
         return rows
-    shape = row_tile(width, INTERPRETED)
-    triton_launch.launch(
-        "rows_kernel",
-        shape,
-        (blocks(n, shape.block_m),),
-        {
-            "SOURCE": source,
-            "ORDER": order,
-            "NUMBERS": own,
-            "OTHER_NUMBERS": other,
-            "SOURCE_NAMES": names,
-            "SOURCE_BIAS": None if bias is None else bias.resolve_neg().contiguous(),
-            "ROWS": None if as_it_is else rows.rows,
-            "NORMS": norms if norms.numel() else None,
-            "ROW_NORMS": rows.inverse_norms,
-            "START": start,
-            "END": end,
-            "ROW_NAMES": rows.names,
-            "ROW_BIAS": rows.bias,
-            "N": n,
-            "M": 0 if other is None else len(other),
-            "WIDTH": d,
-            "ROW_STRIDE": source.stride(0),
-            "COLUMN_STRIDE": source.stride(1),
-            "STEPS": 0 if other is None else len(other).bit_length(),
-            "NORMALIZE": normalize,
-            "SCALED": scaled,
-            "LEAVE_OUT": leave_out,
-            "FLOOR": NORM_FLOOR,
-            "D": width,
-            "BLOCK_M": shape.block_m,
-            "BLOCK_D": shape.block_d,
-            "INTERPRETED": INTERPRETED,
-        },
-    )
+    given = {
+        "ORDER": order,
+        "NUMBERS": own,
+        "OTHER_NUMBERS": other,
+        "SOURCE_NAMES": names,
+        "SOURCE_BIAS": None if bias is None else bias.resolve_neg().contiguous(),
+        "ROWS": None if as_it_is else rows.rows,
+        "NORMS": norms if norms.numel() else None,
+        "ROW_NORMS": rows.inverse_norms,
+        "LENGTHS": rows.lengths,
+        "START": start,
+        "END": end,
+        "ROW_NAMES": rows.names,
+        "ROW_BIAS": rows.bias,
+        "M": 0 if other is None else len(other),
+        "STEPS": 0 if other is None else len(other).bit_length(),
+        "NORMALIZE": normalize,
+        "SCALED": scaled,
+        "LEAVE_OUT": leave_out,
+    }
+    _launch_rows(source, given)
     return rows
+
+
+def new_inverse_norms(source: Tensor) -> Tensor:
+    """The inverse norms [n] of rows."""
+    norms = torch.empty(len(source), dtype=torch.float32, device=source.device)
+    tensors = "ORDER NUMBERS OTHER_NUMBERS SOURCE_NAMES SOURCE_BIAS ROWS ROW_NORMS LENGTHS START END ROW_NAMES ROW_BIAS"
+    numbers = {"M": 0, "STEPS": 0, "SCALED": False, "LEAVE_OUT": False, "NORMALIZE": True}
+    _launch_rows(source, dict.fromkeys(tensors.split()) | numbers | {"NORMS": norms})
+    return norms
+
+
+def _launch_rows(source: Tensor, given: dict[str, Any]) -> None:
+    n, d = source.shape
+    width = padded(d, INTERPRETED)
+    shape = row_tile(width, INTERPRETED)
+    given = given | {
+        "SOURCE": source,
+        "N": n,
+        "WIDTH": d,
+        "ROW_STRIDE": source.stride(0),
+        "COLUMN_STRIDE": source.stride(1),
+        "FLOOR": NORM_FLOOR,
+        "D": width,
+        "BLOCK_M": shape.block_m,
+        "BLOCK_D": shape.block_d,
+        "INTERPRETED": INTERPRETED,
+    }
+    triton_launch.launch("rows_kernel", shape, (blocks(n, shape.block_m),), given)
 
 
 # Rules about pairs.
@@ -280,7 +306,7 @@ def with_rules(
 
         def arranged(rows: Tensor, like: SortedRows) -> dict[str, Tensor | None]:
             rows = rows.to(dtype)
-            unit = _rows(rows, dtype, like.order, (None, None), None, None, False, True, True, nothing)
+            unit = _rows(rows, dtype, like.order, (None, None), None, None, False, True, True, nothing, False)
             return {"GUIDE": unit.rows, "GUIDE_NORMS": unit.inverse_norms}
 
         left_guide = arranged(own.guide, anchors)
@@ -305,12 +331,26 @@ def number_clusters(anchors: Tensor | None, contrasts: Tensor | None, parts: dic
     """
     if anchors is None:
         return
-    known, order = torch.sort(anchors, stable=True)
+    few = max(len(anchors), 0 if contrasts is None else len(contrasts)) <= MOST_COMPARED
+    known, order = (anchors.contiguous(), None) if few else torch.sort(anchors, stable=True)
     for ids, prefix in ((anchors, ""), (contrasts, "contrast_")):
         if ids is not None:
             labels = torch.empty(len(ids), dtype=torch.int32, device=ids.device)
-            _label(ids, known, order, labels, ids is anchors)
-            torch.sort(labels, stable=True, out=(parts[prefix + "clusters"], parts[prefix + "order"]))
+            clusters, places = parts[prefix + "clusters"], parts[prefix + "order"]
+            if order is None:
+                _sort_few(ids, known, labels, clusters, places, ids is anchors)
+            else:
+                _label(ids, known, order, labels, ids is anchors)
+                torch.sort(labels, stable=True, out=(clusters, places))
+
+
+def _sort_few(ids: Tensor, known: Tensor, labels: Tensor, clusters: Tensor, order: Tensor, own: bool) -> None:
+    """Fills in the cluster number of each id, these in ascending order, and the order."""
+    n, block = len(ids), 512 if INTERPRETED else COMPARED.block_m
+    given: dict[str, Any] = {"VALUES": ids.contiguous(), "KNOWN": known, "LABELS": labels, "N": n, "M": len(known)}
+    given |= {"OWN": own, "BLOCK": block, "NUMBERS": clusters, "ORDER": order}
+    for kernel in ("first_kernel", "order_kernel"):
+        triton_launch.launch(kernel, COMPARED, (blocks(n, block),), given)
 
 
 def name_ids(left: Tensor | None, right: Tensor | None, parts: dict[str, Tensor]) -> None:

@@ -15,10 +15,10 @@ from ...backends import triton_launch
 from ...backends.triton_launch import INTERPRETED, blocks, on_device, programs
 from ...backends.triton_tiles import ROWS_AT_ONCE, row_tile
 from .. import chunked
-from ..kept import logit_bounds
 from ..observed import PARTS
-from ..records import Problem, Side, Statistics, empty_side, merge_bases, new_side
-from .rows import KEPT, Launch, arrange, fields_wanted
+from ..records import Problem, Side, Statistics, empty_side, largest_bias, merge_bases, new_side
+from .mean import MOST_ROWS
+from .rows import KEPT, Launch, SortedRows, arrange, fields_wanted
 
 saved_size, planes, merge_planes = KEPT.size, KEPT.planes, merge_bases
 
@@ -65,8 +65,9 @@ def _forward(p: Problem) -> Statistics:
                 for k in range(s):
                     _ruled(launch, p.logit_scale[k : k + 1], found[k])
         return _joined(p, statistics, others, parts, rows, columns, a, c, saved)
-    longest, largest_bias = logit_bounds(p)
-    bounds = {"LONGEST": longest, "LARGEST_BIAS": largest_bias}
+    longest = _longest(p, arranged.anchors, arranged.contrasts)
+    bias = None if p.others.bias is None else largest_bias(p.others.bias)
+    bounds = {"LONGEST": longest, "LARGEST_BIAS": bias}
     for k in range(s):
         scalars: dict[str, Any] = bounds | {"SCALE": p.logit_scale[k : k + 1]}
         if columns is None:
@@ -96,6 +97,21 @@ def _joined(
     _, n, m = p.sizes
     contrasts = empty_side(p) if columns is None else _side(p, others, n, parts["contrast_bases"], columns)
     return Statistics(_side(p, statistics, m, parts["bases"], rows), contrasts, a, c, saved)
+
+
+def _longest(p: Problem, rows: SortedRows, columns: SortedRows) -> Tensor | None:
+    """The product of both sides' largest norms, [1]: a bound of |similarity|. None if both are normalised."""
+    lengths, other = rows.lengths, columns.lengths
+    if lengths is None and other is None:
+        return None
+    lengths, other = (
+        each if each is None or len(each) <= MOST_ROWS else each.amax(0, keepdim=True) for each in (lengths, other)
+    )
+    longest = p.logit_scale.new_empty(1)
+    n, m = (0 if each is None else len(each) for each in (lengths, other))
+    given = {"LENGTHS": lengths, "OTHER_LENGTHS": other, "LONGEST": longest, "N": n, "M": m}
+    triton_launch.launch("longest_kernel", ROWS_AT_ONCE, (1,), given | {"BLOCK": ROWS_AT_ONCE.block_m})
+    return longest
 
 
 def _ruled(rows: Launch, scale: Tensor, statistics: Tensor) -> None:
@@ -158,12 +174,9 @@ def _two_ways(rows: Launch, columns: Launch, scalars: dict[str, Any], statistics
     shape = columns.tile("forward")
     arguments = scalars | {"STATISTICS": others, "MIXED_ONLY": True, "SPLIT": False}
     columns.run("statistics_kernel", shape, columns.row_blocks(shape), arguments)
-    total = sums.sum(0)
-    order = columns.rows.order
-    if order is None:
-        others[1].copy_(total)
-    else:
-        others[1].index_copy_(0, order, total)
+    n, block = columns.size, ROWS_AT_ONCE.block_m
+    given = {"SUMS": sums, "ORDER": columns.rows.order, "TOTAL": others[1], "N": n, "COUNT": number, "BLOCK": block}
+    triton_launch.launch("total_kernel", ROWS_AT_ONCE, (blocks(n, block),), given)
 
 
 def _side(p: Problem, statistics: Tensor, pairs: int, bases: Tensor, rows: Launch) -> Side:

@@ -31,20 +31,31 @@ Sinkhorn read_sinkhorn(const py::tuple &numbers) {
   s.by_column = in.address();
   s.gradient = in.rows();
   s.matrix = in.address();
+  s.plan = in.address<const void>();
+  s.row_factors = in.address<const void>();
+  s.column_factors = in.address<const void>();
+  s.factor_count = in.integer();
   in.end();
   using P = SinkhornPass;
   const P pass = s.pass;
-  require(pass >= P::column_sums && pass <= P::score_gradient, "an unknown pass");
-  require(s.scores.data && s.inverse_epsilon && s.potential, "scores, inverse_epsilon or potential: a null pointer");
+  const bool columns = pass == P::column_sums || pass == P::column_products;
+  const bool of_plan = pass == P::plan_products || pass == P::plan_gradient; // plan_update is only called by solve
+  require(of_plan || (pass >= P::column_sums && pass <= P::score_gradient), "an unknown pass");
+  require(s.scores.data && s.inverse_epsilon, "scores or inverse_epsilon: a null pointer");
+  require(of_plan ? s.plan != nullptr : s.potential && !s.plan, "potential or plan: a null pointer, or one too many");
   require(s.scores.size >= 1 && s.columns >= 1 && s.threads >= 1, "sizes and threads must be positive");
-  const bool columns = pass == P::column_sums || pass == P::column_products, weighted = pass == P::products || pass == P::column_products;
-  require(columns ? s.column_shift && s.column_sum : s.row_shift && s.row_sum, "a normalizer: a null pointer");
-  require(!weighted || s.weights, "weights: a null pointer");
-  require((pass == P::row_pass) || columns || s.less || pass == P::products, "less: a null pointer");
-  require(pass != P::products || s.mass, "mass: a null pointer");
-  require(pass == P::column_sums || pass == P::row_pass || s.by_row, "by_row: a null pointer");
-  require((pass == P::row_pass ? !s.mass : columns || pass == P::score_gradient) == !s.by_column, "by_column: a null pointer, or one too many");
-  require(pass != P::score_gradient || s.matrix, "matrix: a null pointer");
+  require(columns ? s.column_shift && s.column_sum : s.row_sum && (of_plan || s.row_shift), "a normalizer: a null pointer");
+  require(s.weights || (pass != P::products && pass != P::column_products), "weights: a null pointer");
+  require(s.less || (pass != P::assignment_gradient && pass != P::score_gradient && pass != P::plan_gradient), "less: a null pointer");
+  require(s.mass || (pass != P::products && pass != P::plan_products), "mass: a null pointer");
+  require(s.by_row || pass == P::column_sums || pass == P::row_pass || pass == P::plan_gradient, "by_row: a null pointer");
+  require((pass == P::row_pass ? !s.mass : columns || pass == P::score_gradient || pass == P::plan_gradient) == !s.by_column,
+          "by_column: a null pointer, or one too many");
+  require(s.matrix || (pass != P::score_gradient && pass != P::plan_gradient), "matrix: a null pointer");
+  require(s.factor_count >= 0 && s.factor_count % 2 == 0 && (pass != P::plan_products || s.factor_count == 2), "factor_count: unexpected");
+  require(!s.factor_count || (s.column_factors && (s.row_factors || pass == P::plan_products)), "row_factors or column_factors: a null pointer");
+  require(s.scores.dtype == (s.wide_reals ? Dtype::float64 : Dtype::float32) || !(of_plan || (pass == P::assignment_gradient && s.matrix)),
+          "a plan: only of scores in the dtype of the reals");
   require(!s.gradient.data || s.gradient.size == s.scores.size, "gradient: not of the scores' size");
   return s;
 }

@@ -3,7 +3,7 @@
 #include "cpu/contrastive/statistics.h"
 #include "cpu/pairs/sums.h"
 #include "cpu/prototypes/rows.h"
-#include "cpu/sinkhorn/passes.h"
+#include "cpu/sinkhorn/plan.h"
 #include "cpu/soft/sweeps.h"
 #include "cpu/topk/search.h"
 

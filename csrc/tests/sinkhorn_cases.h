@@ -57,6 +57,11 @@ public:
     column_products();
     assignment_gradient();
     score_gradient();
+    if (call_.scores.dtype != (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32)) return; // only these are kept
+    kept_exponentials();
+    plan_update();
+    plan_products();
+    plan_gradient();
   }
 
 private:
@@ -239,6 +244,115 @@ private:
       }
     compare<T>("moment", moment, moments, &size, tolerance_);
     compare_matrix("gradient of scores", (const char *)call.matrix, expected, 5 * scale_);
+  }
+  const T *exponentials() {
+    std::vector<T> e(n_ * k_);
+    for (int64_t i = 0; i < n_; i++)
+      for (int64_t j = 0; j < k_; j++) e[i * k_ + j] = T(row_e(i, j));
+    return pool_.copy(e);
+  }
+  void kept_exponentials() {
+    Reals expected(n_ * k_);
+    for (int64_t i = 0; i < n_; i++)
+      for (int64_t j = 0; j < k_; j++) expected[i * k_ + j] = r(i, j);
+    const auto compare_kept = [&](const char *what, T *matrix, const T *sums) {
+      for (int64_t at = 0; at < n_ * k_; at++) matrix[at] /= sums[at / k_];
+      compare_matrix(what, (const char *)matrix, expected, 0);
+    };
+    Sinkhorn call = pass(SinkhornPass::row_pass, g_at_);
+    T *const shift = out(n_), *const sum = out(n_), *const matrix = out(n_ * k_), *const columns = out(k_);
+    call.row_shift = shift, call.row_sum = sum, call.mass = mass_at_, call.by_column = columns, call.matrix = matrix, call.keep = true;
+    finish(call);
+    Reals masses(k_);
+    for (int64_t i = 0; i < n_; i++)
+      for (int64_t j = 0; j < k_; j++) masses[j] += mass_[i] * r(i, j);
+    compare_logs("row sums", shift, sum, row_shift_, row_sum_);
+    compare<T>("column masses", columns, masses, nullptr, tolerance_);
+    compare_kept("kept exponentials", matrix, sum);
+
+    call = pass(SinkhornPass::assignment_gradient, g_at_);
+    given_rows(call);
+    T *const again = out(n_ * k_), *const own = out(n_);
+    call.less = less_at_, call.by_row = out(n_), call.by_column = out(k_), call.matrix = again, call.row_sum = own;
+    finish(call);
+    compare<T>("sums of a gradient's exponentials", own, row_sum_, nullptr, tolerance_);
+    compare_kept("exponentials of a gradient", again, own);
+  }
+  void plan_update() {
+    const T *const e = exponentials(), *w;
+    const Reals weights = reals(k_, &w, 0);
+    Sinkhorn call = pass(SinkhornPass::plan_update, nullptr);
+    T *const sum = out(n_), *const matrix = out(n_ * k_), *const columns = out(k_);
+    std::memcpy(matrix, e, n_ * k_ * sizeof(T));
+    const bool masses = random_.coin(), written = !masses || random_.coin();
+    call.plan = matrix, call.weights = w, call.row_sum = sum;
+    if (masses) call.mass = mass_at_, call.by_column = columns;
+    if (written) call.matrix = matrix; // in place
+    finish(call);
+    Reals sums(n_), by_column(k_), plan(n_ * k_);
+    for (int64_t i = 0; i < n_; i++) {
+      for (int64_t j = 0; j < k_; j++) sums[i] += double(e[i * k_ + j]) * weights[j];
+      for (int64_t j = 0; j < k_; j++) by_column[j] += mass_[i] / sums[i] * double(e[i * k_ + j]);
+      for (int64_t j = 0; j < k_; j++) plan[i * k_ + j] = written ? double(e[i * k_ + j]) * weights[j] / sums[i] : double(e[i * k_ + j]);
+    }
+    compare<T>("sums of a plan's rows", sum, sums, nullptr, tolerance_);
+    if (masses) compare<T>("column masses of a plan", columns, by_column, nullptr, tolerance_);
+    compare_matrix("plan", (const char *)matrix, plan, 0);
+  }
+  void plan_products() {
+    const T *const e = exponentials();
+    T *const of_column = pool_.template array<T>(2 * k_);
+    for (int64_t j = 0; j < k_; j++) of_column[j] = T(std::fabs(random_.real()) + 0.1), of_column[k_ + j] = T(random_.real());
+    Sinkhorn call = pass(SinkhornPass::plan_products, nullptr);
+    T *const sums = out(n_), *const y = out(n_), *const columns = out(k_);
+    call.plan = e, call.column_factors = of_column, call.factor_count = 2, call.mass = mass_at_;
+    call.row_sum = sums, call.by_row = y, call.by_column = columns;
+    finish(call);
+    Reals total(n_), by_row(n_), by_column(k_), size(k_, 0), row_size(n_, 0);
+    for (int64_t i = 0; i < n_; i++) {
+      for (int64_t j = 0; j < k_; j++) total[i] += double(e[i * k_ + j]) * of_column[j];
+      for (int64_t j = 0; j < k_; j++) {
+        const double share = double(e[i * k_ + j]) / total[i];
+        by_row[i] += share * of_column[k_ + j], row_size[i] += share * std::fabs(of_column[k_ + j]);
+      }
+      for (int64_t j = 0; j < k_; j++) {
+        const double share = mass_[i] * double(e[i * k_ + j]) / total[i];
+        by_column[j] += share * by_row[i], size[j] += share * row_size[i];
+      }
+    }
+    compare<T>("sums of a plan's rows", sums, total, nullptr, tolerance_);
+    compare<T>("products of a plan by row", y, by_row, &row_size, tolerance_);
+    compare<T>("products of a plan by column", columns, by_column, &size, tolerance_);
+  }
+  void plan_gradient() {
+    const T *const e = exponentials();
+    Sinkhorn call = pass(SinkhornPass::plan_gradient, nullptr);
+    Reals gradient(n_ * k_);
+    if (random_.coin()) call.gradient = rows(call_.scores.dtype, gradient);
+    const int64_t count = random_.below(4);
+    const T *u, *v;
+    const Reals of_row = reals(3 * count * n_ + 1, &u, 1), of_column = reals(2 * count * k_ + 1, &v, 1);
+    const bool moments = random_.coin();
+    T *const moment = moments ? out(n_) : nullptr, *const matrix = out(n_ * k_);
+    std::memcpy(matrix, e, n_ * k_ * sizeof(T));
+    call.plan = matrix, call.matrix = matrix, call.row_sum = (void *)row_sum_at_, call.less = less_at_, call.by_row = moment;
+    if (count) call.row_factors = u, call.column_factors = v, call.factor_count = 2 * count;
+    finish(call);
+    Reals expected(n_ * k_), by_row(n_), size(n_, 1);
+    for (int64_t i = 0; i < n_; i++)
+      for (int64_t j = 0; j < k_; j++) {
+        double total = (gradient[i * k_ + j] - less_[i]) / row_sum_[i];
+        for (int64_t m = 0; m < count; m++) {
+          const double *const row = &of_row[3 * m * n_ + i], *const column = &of_column[2 * m * k_ + j];
+          total -= row[0] * column[0] * (row[n_] + row[2 * n_] * column[k_]);
+        }
+        total *= double(e[i * k_ + j]);
+        expected[i * k_ + j] = scale_ * total;
+        by_row[i] += total * s(i, j);
+        size[i] += (2 * r(i, j) + 2 * count * row_e(i, j)) * std::fabs(s(i, j));
+      }
+    if (moments) compare<T>("moment of a plan", moment, by_row, &size, tolerance_);
+    compare_matrix("gradient by a plan", (const char *)matrix, expected, 8 * scale_);
   }
 };
 

@@ -2,7 +2,8 @@
 // first-level cache: all teachers' pieces first, then each student's. A thread owns a range of rows.
 #pragma once
 #include "call.h"
-#include "cpu/sinkhorn/passes.h"
+#include "cpu/sinkhorn/exponent.h"
+#include "cpu/sweep.h"
 
 namespace fastcl::FASTCL_ISA {
 namespace {

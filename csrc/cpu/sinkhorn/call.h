@@ -5,7 +5,21 @@
 
 namespace fastcl {
 
-enum class SinkhornPass : int { column_sums, row_pass, products, column_products, assignment_gradient, score_gradient };
+// The last three take no exponentials: they read e_ij from a matrix, where a row_pass with `keep` or an assignment_gradient wrote them. The
+// latter then also writes row_sum.
+enum class SinkhornPass : int {
+  column_sums,
+  row_pass,
+  products,
+  column_products,
+  assignment_gradient,
+  score_gradient,
+  plan_update,   // s_i = sum_j e_ij w_j, to row_sum; by_column_j = sum_i mass_i / s_i e_ij; matrix_ij = e_ij w_j / s_i
+  plan_products, // v and w' of column_factors: s_i = sum_j e_ij v_j, to row_sum; by_row_i = y_i = sum_j e_ij w'_j / s_i;
+                 // by_column_j = sum_i mass_i y_i / s_i e_ij
+  plan_gradient  // matrix_ij = G_ij / epsilon, G_ij = e_ij ((gradient_ij - less_i) / row_sum_i - sum_m u_mi v_mj (p_mi + q_mi w_mj));
+                 // by_row_i = sum_j G_ij S_ij, if it is asked for
+};
 
 // A term that is subtracted from the gradient of the scores, in units of 1 / epsilon. It is already divided by its sums.
 struct SinkhornTerm {
@@ -32,6 +46,11 @@ struct Sinkhorn {
   void *by_row, *by_column;        // [N], [K]: results of the pass
   Rows gradient;                   // [N, K]: gradient of the assignments; data null: none
   void *matrix;                    // [N, K] in the scores' dtype, contiguous: assignments or the scores' gradient
+  bool keep;                       // row_pass writes e_ij = exp((S_ij + g_j - row_shift_i) / epsilon) into the matrix, whose dtype is the reals'
+  const void *plan;                // e [N, K] in reals, contiguous, may be the matrix; null for passes over the scores
+  const void *row_factors;         // u, p and q of each term, [3 / 2 factor_count][N]
+  const void *column_factors;      // v and w of each term, [factor_count][K]
+  int64_t factor_count;
   const SinkhornTerm *terms;
   int64_t term_count;
 };

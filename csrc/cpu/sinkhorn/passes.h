@@ -1,73 +1,28 @@
-// Sinkhorn's passes. Each reads the scores once, a few rows at a time, and takes one exponential per score.
+// Sinkhorn's passes. Each reads the scores once, a few rows at a time, and takes one exponential per score. After a row update, passes over
+// the plan that it left take none: a later plan is the same matrix with other factors for its rows and columns.
 //
 // A thread owns a range of rows. Sums over rows are formed for a few rows, then for a block, a thread, and all threads, always in
 // this order: the same number of threads gives the same bits.
 #pragma once
 #include "call.h"
+#include "cpu/pages.h"
 #include "cpu/sweep.h"
+#include "exponent.h"
 
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// e^(x / epsilon) for x <= 0, or slightly larger, with an error of one or two units in the last place; 0 instead of subnormal numbers,
-// except just below the smallest normal one. NaN stays.
-template <class T> struct Exponent {
-  static constexpr int BIAS = sizeof(T) == 8 ? 1023 : 127;
-  static constexpr T ROUND = Exponential<T>::ROUND + BIAS; // the low bits of the sum are an exponent with its bias
-  T to_base_2, least;                                      // whose power is 2^-BIAS, which the exponent's bits turn into 0
-
-  explicit Exponent(T to_base_2) : to_base_2(to_base_2), least(larger(T(-BIAS) / to_base_2, sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__))) {}
-  template <int COUNT> FASTCL_INLINE void of(V<T> *x) const { // of several vectors at once
-    using U = typename Simd<T>::U;
-    const V<T> factor = all<T>(to_base_2);
-    V<T> shifted[COUNT], f[COUNT], p[COUNT];
-    EACH(v, COUNT) x[v] = at_least<T>(x[v], all<T>(least));
-    EACH(v, COUNT) shifted[v] = fused<T>(x[v], factor, all<T>(ROUND));
-    EACH(v, COUNT) f[v] = fused<T>(x[v], factor, ROUND - shifted[v]);
-    polynomial<T, true>(f, p);
-    EACH(v, COUNT) x[v] = p[v] * (V<T>)((U)shifted[v] << Exponential<T>::MANTISSA);
-  }
-};
-
-// 2^t in the same way.
-template <class T> FASTCL_INLINE V<T> exp2_down(V<T> t) {
-  Exponent<T>(1).template of<1>(&t);
-  return t;
-}
-
-template <class T> FASTCL_INLINE uint16_t narrowed_bfloat(T x) {
-  const float value = float(x);
-  uint32_t word;
-  memcpy(&word, &value, 4);
-  const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-  return uint16_t((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-template <class T> FASTCL_INLINE uint16_t narrowed_half(T x) {
-  const float value = float(x);
-  uint32_t word;
-  memcpy(&word, &value, 4);
-  const uint32_t sign = (word >> 16) & 0x8000, magnitude = word & 0x7fffffff;
-  // subnormal: adding 1/2 aligns the last place with that of float16, and rounds
-  float aligned;
-  memcpy(&aligned, &magnitude, 4);
-  aligned += 0.5f;
-  uint32_t subnormal;
-  memcpy(&subnormal, &aligned, 4);
-  subnormal -= 0x3f000000;
-  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-  const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00; // NaN, or infinity for numbers beyond the largest
-  return uint16_t(sign | (magnitude >= 0x477ff000 ? large : finite));
-}
+template <class T> struct PlanPasses; // in plan.h
 
 template <class T> struct SinkhornRun {
   static constexpr int64_t W = Simd<T>::W;
-  static constexpr int64_t GROUP = 4;       // rows that are added to the column sums together
-  static constexpr int64_t LINES = 8;       // rows whose column maxima are updated before their exponentials
-  static constexpr int AT_ONCE = 6;         // vectors of exponentials of a row that are computed together
+  static constexpr int64_t GROUP = 4;                // rows that are added to the column sums together
+  static constexpr int64_t LINES = 8;                // rows whose column maxima are updated before their exponentials
+  static constexpr int AT_ONCE = 6;                  // vectors of exponentials of a row that are computed together
   static constexpr int64_t AHEAD = 1024 / sizeof(T); // numbers from a row's element to the one that is prefetched
-  static constexpr int64_t BLOCK_ROWS = 64; // rows summed before the sum is added to the thread's: bounds the rounding error
-  static constexpr T ENOUGH = T(0x1p-24);   // smallest row sum for which terms flushed below 2^-126 are negligible
+  static constexpr int64_t BLOCK_ROWS = 64;          // rows summed before the sum is added to the thread's: bounds the rounding error
+  static constexpr T ENOUGH = T(0x1p-24);            // smallest row sum for which terms flushed below 2^-126 are negligible
+  static constexpr T SLACK = 20;                     // see column_sums
   static constexpr T NOTHING = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__);
 
   struct Split { // a potential in two parts, each padded
@@ -76,11 +31,19 @@ template <class T> struct SinkhornRun {
   struct Row { // whole vectors are read in place, the last few numbers are in `tail`
     const T *whole, *tail;
   };
+  struct Out { // where a row is written, in the same way
+    T *whole, *tail;
+    FASTCL_INLINE void put(int64_t j, bool last, V<T> x) const {
+      if (last) store(tail, x);
+      else storeu(whole + j, x);
+    }
+  };
   struct Local {              // of a thread
     T *scores, *gradient, *e; // [LINES or GROUP][line]
-    T *tails;                 // [2][LINES][W]
+    T *tails;                 // [3][LINES][W]
     T *block, *total;         // [padded]
     T *shift;                 // [padded]
+    FreshPages pages;         // of the matrix
   };
 
   const Sinkhorn &c;
@@ -90,6 +53,7 @@ template <class T> struct SinkhornRun {
   Exponent<T> exponent;
   Split potential;     // of columns
   T *weights, *shifts; // [padded]
+  T *factors;          // [factor_count][line]
   Split *term_potentials;
   T **term_shifts, **term_weights;
   Local *locals;
@@ -100,6 +64,7 @@ template <class T> struct SinkhornRun {
     potential = by_columns() ? split_space(arena) : Split{nullptr, nullptr};
     weights = c.weights ? arena.template take<T>(line) : nullptr;
     shifts = c.pass == SinkhornPass::column_products ? arena.template take<T>(line) : nullptr;
+    factors = c.column_factors ? arena.template take<T>(c.factor_count * line) : nullptr;
     const int64_t terms = c.term_count;
     term_potentials = arena.template take<Split>(terms);
     term_shifts = arena.template take<T *>(terms);
@@ -115,10 +80,10 @@ template <class T> struct SinkhornRun {
     locals = arena.template take<Local>(c.threads);
     for (int t = 0; t < c.threads; t++) {
       Local local{};
-      if (!lies_so(c.scores)) local.scores = arena.template take<T>(LINES * line);
+      if (c.scores.data && !lies_so(c.scores)) local.scores = arena.template take<T>(LINES * line);
       if (c.gradient.data && !lies_so(c.gradient)) local.gradient = arena.template take<T>(GROUP * line);
-      local.tails = arena.template take<T>(2 * LINES * W);
-      if (c.pass != SinkhornPass::column_sums) local.e = arena.template take<T>(GROUP * line);
+      local.tails = arena.template take<T>(3 * LINES * W);
+      if (c.pass != SinkhornPass::column_sums && !c.plan) local.e = arena.template take<T>(GROUP * line);
       if (c.by_column || c.pass == SinkhornPass::column_sums) {
         local.block = arena.template take<T>(line);
         local.total = arena.template take<T>(line);
@@ -133,6 +98,7 @@ template <class T> struct SinkhornRun {
     if (potential.high) split_columns(c.potential, potential);
     if (weights) pad((const T *)c.weights, weights, T(0));
     if (shifts) pad_shifts((const T *)c.column_shift, shifts);
+    for (int64_t m = 0; factors && m < c.factor_count; m++) pad((const T *)c.column_factors + m * k, factors + m * line, T(0));
     for (int64_t t = 0; t < terms; t++) {
       pad((const T *)c.terms[t].w, term_weights[t], T(0));
       if (term_shifts[t]) pad_shifts((const T *)c.terms[t].shift, term_shifts[t]);
@@ -144,6 +110,7 @@ template <class T> struct SinkhornRun {
     with_team(c.threads, [&](const Team &team) {
       team.run([&](int t) {
         const Range mine = share(n, c.threads, t, LINES);
+        if (c.matrix && c.matrix != c.plan) locals[t].pages.begin((char *)c.matrix + mine.from * row_bytes(), (mine.to - mine.from) * row_bytes());
         switch (c.pass) {
         case SinkhornPass::column_sums: return column_sums(t, mine);
         case SinkhornPass::row_pass: return by_groups(t, mine, [&](int64_t i, int64_t rows) { row_pass(t, i, rows); });
@@ -155,6 +122,7 @@ template <class T> struct SinkhornRun {
         case SinkhornPass::score_gradient:
           for (int64_t i = mine.from; i < mine.to; i++) score_gradient(t, i);
           return;
+        default: return PlanPasses<T>{*this}.run(t, mine);
         }
       });
       if (c.pass == SinkhornPass::column_sums) team.run([&](int t) { merge_column_sums(share(padded, c.threads, t, W)); });
@@ -163,7 +131,10 @@ template <class T> struct SinkhornRun {
   }
 
 private:
-  bool by_columns() const { return c.pass != SinkhornPass::column_sums && c.pass != SinkhornPass::column_products; }
+  friend struct PlanPasses<T>;
+
+  bool by_columns() const { return c.pass != SinkhornPass::column_sums && c.pass != SinkhornPass::column_products && !c.plan; }
+  int64_t row_bytes() const { return k * (c.scores.dtype == Dtype::float64 ? 8 : c.scores.dtype == Dtype::float32 ? 4 : 2); }
   static bool lies_so(const Rows &rows) { return rows.column_stride == 1 && rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32); }
   Split split_space(Arena &arena) const {
     T *const high = arena.template take<T>(line);
@@ -204,6 +175,7 @@ private:
     return row(c.gradient, i, l.gradient + which * line, l.tails + (LINES + which) * W);
   }
   template <class F> FASTCL_INLINE void each(F f) const { // calls f with the first column of each vector, and whether it is the last, partial one
+    const int64_t whole = this->whole, padded = this->padded;
     for (int64_t j = 0; j < whole; j += W) f(j, false);
     if (whole < padded) f(whole, true);
   }
@@ -241,31 +213,39 @@ private:
     }
   }
 
+  // A column's shift is its largest number up to some row. It is raised only when a number exceeds it by a factor of 2^SLACK.
   void column_sums(int t, Range mine) const {
     const Local &l = locals[t];
-    for (int64_t j = 0; j < padded; j++) l.shift[j] = NOTHING, l.total[j] = 0;
-    for (int64_t i = mine.from; i < mine.to; i += LINES) {
-      const int64_t rows = smaller(mine.to - i, LINES);
-      Row lines[LINES];
-      T high[LINES], low[LINES];
-      for (int64_t r = 0; r < LINES; r++) { // missing lines repeat the first, with weight 0
+    const Exponent<T> exponent = this->exponent;
+    const V<T> slack = all<T>(SLACK / to_base_2);
+    T *const shifts = l.shift, *const totals = l.total;
+    for (int64_t j = 0; j < padded; j++) shifts[j] = NOTHING, totals[j] = 0;
+    for (int64_t i = mine.from; i < mine.to; i += GROUP) {
+      const int64_t rows = smaller(mine.to - i, GROUP);
+      Row lines[GROUP];
+      T high[GROUP], low[GROUP];
+      for (int64_t r = 0; r < GROUP; r++) { // missing lines repeat the first, with weight 0
         lines[r] = r < rows ? scores(t, i + r, r) : lines[0];
         split_one(r < rows ? c.potential[i + r] : -__builtin_inf(), high[r], low[r]);
       }
       each([&](int64_t j, bool last) {
-        V<T> x[LINES + 1], most = load(l.shift + j);
-        x[LINES] = most;
-        EACH(r, LINES) {
+        V<T> x[GROUP], most, shift = load(shifts + j), total = load(totals + j);
+        EACH(r, GROUP) {
           x[r] = (at(lines[r], j, last) + high[r]) + low[r];
-          most = x[r] > most ? x[r] : most;
+          most = r == 0 ? x[0] : x[r] > most ? x[r] : most;
         }
-        EACH(r, LINES + 1) x[r] -= most;
-        exponent.template of<5>(x);
-        exponent.template of<LINES + 1 - 5>(x + 5);
-        V<T> total = load(l.total + j) * x[LINES];
-        EACH(r, LINES) total += x[r];
-        store(l.shift + j, most);
-        store(l.total + j, total);
+        if (__builtin_expect(any<T>(most - shift > slack), false)) {
+          most = most > shift ? most : shift;
+          V<T> kept = shift - most;
+          exponent.template of<1>(&kept);
+          total *= kept;
+          store(shifts + j, shift = most);
+        }
+        EACH(r, GROUP) x[r] -= shift;
+        exponent.template of<GROUP / 2>(x);
+        exponent.template of<GROUP / 2>(x + GROUP / 2);
+        EACH(r, GROUP) total += x[r];
+        store(totals + j, total);
       });
     }
   }
@@ -316,17 +296,20 @@ private:
     return result;
   }
 
-  // The exponentials of a group of rows, and their sums. Each part of the potential is loaded once for the group.
-  void group_exponentials(const Local &l, const Row (&s)[GROUP], const T (&shifts)[GROUP], T (&totals)[GROUP]) const {
+  // The exponentials of a group of rows, and their sums. Each part of the potential is loaded once for the group. What the loop reads is
+  // copied: a store could change members, for all that the compiler knows.
+  void group_exponentials(const Out (&e)[GROUP], const Row (&s)[GROUP], const T (&shifts)[GROUP], T (&totals)[GROUP]) const {
+    const Exponent<T> exponent = this->exponent;
+    const T *const high = potential.high, *const low = potential.low;
     V<T> sums[GROUP];
     EACH(r, GROUP) sums[r] = all<T>(0);
     each([&](int64_t j, bool last) {
-      const V<T> high = load(potential.high + j), low = load(potential.low + j);
+      const V<T> h = load(high + j), l = load(low + j);
       V<T> x[GROUP];
-      EACH(r, GROUP) x[r] = ((at(s[r], j, last) + high) + low) - shifts[r];
+      EACH(r, GROUP) x[r] = ((at(s[r], j, last) + h) + l) - shifts[r];
       exponent.template of<GROUP>(x);
       EACH(r, GROUP) {
-        store(l.e + r * line + j, x[r]);
+        e[r].put(j, last, x[r]);
         sums[r] += x[r];
       }
     });
@@ -336,21 +319,24 @@ private:
   void row_pass(int t, int64_t i, int64_t rows) const {
     const Local &l = locals[t];
     const T *const above = (const T *)c.above;
-    T factors[GROUP], shifts[GROUP], totals[GROUP];
+    T factors[GROUP] = {}, shifts[GROUP], totals[GROUP];
     Row lines[GROUP];
+    Out e[GROUP];
+    if (c.keep) locals[t].pages.map((char *)c.matrix + (i + rows) * row_bytes());
     for (int64_t r = 0; r < GROUP; r++) { // missing rows repeat the first
       lines[r] = r < rows ? scores(t, i + r, r) : lines[0];
       shifts[r] = r < rows ? above ? above[i + r] : largest(lines[r]) : shifts[0];
+      T *const to = l.e + (r < rows ? r : 0) * line;
+      e[r] = {to, to + whole};
     }
-    group_exponentials(l, lines, shifts, totals);
+    group_exponentials(e, lines, shifts, totals);
     for (int64_t r = 0; r < rows; r++) {
       T shift = shifts[r], total = totals[r];
-      T *const e = l.e + r * line;
       if (above && !(total > ENOUGH)) { // the bound is too far above the row's maximum, or not a bound
         shift = largest(lines[r]);
         V<T> sums = all<T>(0);
-        exponentials(lines[r], shift, [&](int64_t j, bool, V<T> x) {
-          store(e + j, x);
+        exponentials(lines[r], shift, [&](int64_t j, bool last, V<T> x) {
+          e[r].put(j, last, x);
           sums += x;
         });
         total = sum<T>(sums);
@@ -358,9 +344,27 @@ private:
       ((T *)c.row_shift)[i + r] = shift;
       ((T *)c.row_sum)[i + r] = total;
       factors[r] = c.mass ? ((const T *)c.mass)[i + r] / total : T(0);
-      if (c.matrix) write_row(i + r, e, 1 / total);
+      if (c.matrix && !c.keep) write_row(t, i + r, e[r].whole, 1 / total);
     }
-    if (c.mass) add_columns(l, factors, rows);
+    if (!c.mass) return;
+    if (c.keep && rows == GROUP) {
+      T *const to = (T *)c.matrix + i * k;
+      each([&](int64_t j, bool last) {
+        V<T> x[GROUP], sum = load(l.block + j);
+        EACH(r, GROUP) {
+          x[r] = load(e[r].whole + j);
+          sum = fused<T>(x[r], all<T>(factors[r]), sum);
+          if (!last) storeu(to + r * k + j, x[r]);
+          else
+            for (int64_t q = whole; q < k; q++) to[r * k + q] = e[r].tail[q - whole];
+        }
+        store(l.block + j, sum);
+      });
+    } else {
+      if (c.keep)
+        for (int64_t r = 0; r < rows; r++) write_row(t, i + r, e[r].whole, 1);
+      add_columns(l, factors, rows);
+    }
   }
 
   void products(int t, int64_t i, int64_t rows) const {
@@ -397,16 +401,19 @@ private:
     for (int64_t r = 0; r < rows; r++) {
       const bool given = c.gradient.data;
       if (given) gradients[r] = gradient(t, i + r, r);
-      V<T> sums = all<T>(0);
+      V<T> sums = all<T>(0), totals = all<T>(0);
       T *const e = l.e + r * line;
       exponentials(scores(t, i + r, r), ((const T *)c.row_shift)[i + r], [&](int64_t j, bool last, V<T> x) {
         store(e + j, x);
+        totals += x;
         if (given) sums += x * at(gradients[r], j, last);
       });
+      if (c.matrix) ((T *)c.row_sum)[i + r] = sum<T>(totals);
       const T total = ((const T *)c.row_sum)[i + r], d = sum<T>(sums) / total;
       ((T *)c.by_row)[i + r] = d;
       factors[r] = 1 / total;
       taken[r] = d + ((const T *)c.less)[i + r];
+      if (c.matrix) write_row(t, i + r, e, 1);
     }
     if (!c.gradient.data) {
       for (int64_t r = 0; r < rows; r++) factors[r] *= -taken[r];
@@ -449,11 +456,12 @@ private:
       moment += where<T>(x == all<T>(0), all<T>(0), product); // a score of -inf has weight 0
     });
     ((T *)c.by_row)[i] = sum<T>(moment);
-    write_row(i, l.e, scale);
+    write_row(t, i, l.e, scale);
   }
 
   // Writes matrix_i = factor * x in the scores' dtype.
-  void write_row(int64_t i, const T *x, T factor) const {
+  void write_row(int t, int64_t i, const T *x, T factor) const {
+    locals[t].pages.map((char *)c.matrix + (i + 1) * row_bytes());
     switch (c.scores.dtype) {
     case Dtype::float64: return write_as<double>(i, x, factor, [](T y) { return double(y); });
     case Dtype::float32: return write_as<float>(i, x, factor, [](T y) { return float(y); });
@@ -472,18 +480,6 @@ private:
       for (int64_t j = 0; j < k; j++) to[j] = convert(x[j] * factor);
   }
 };
-
-int64_t sinkhorn(const Sinkhorn &call, void *workspace) {
-  Arena arena{(char *)workspace};
-  if (call.wide_reals) {
-    const SinkhornRun<double> run(call, arena);
-    if (workspace) run.run();
-  } else {
-    const SinkhornRun<float> run(call, arena);
-    if (workspace) run.run();
-  }
-  return arena.used;
-}
 
 } // namespace
 } // namespace fastcl::FASTCL_ISA

@@ -18,14 +18,15 @@ public:
   int64_t workspace() const {
     Sinkhorn most = row_pass(nullptr, 0, true), first = column_sums();
     most.by_column = &most; // any non-null address: a pass with column masses needs the most workspace
-    return aligned(n_ * int64_t(sizeof(double))) + aligned(n_ * int64_t(sizeof(T))) + aligned(3 * k_ * int64_t(sizeof(T))) +
+    most.weights = &most;   // as a pass over the plan
+    return aligned(n_ * int64_t(sizeof(double))) + aligned(3 * n_ * int64_t(sizeof(T))) + aligned(4 * k_ * int64_t(sizeof(T))) +
            std::max(engine_.sinkhorn(most, nullptr), engine_.sinkhorn(first, nullptr)) + 64;
   }
 
   void run(char *place) {
     f_ = (double *)place, place += aligned(n_ * int64_t(sizeof(double)));
-    above_ = (T *)place, place += aligned(n_ * int64_t(sizeof(T)));
-    shift_ = (T *)place, sum_ = shift_ + k_, masses_ = sum_ + k_, place += aligned(3 * k_ * int64_t(sizeof(T)));
+    above_ = (T *)place, dots_ = above_ + n_, shifts_ = dots_ + n_, place += aligned(3 * n_ * int64_t(sizeof(T)));
+    shift_ = (T *)place, sum_ = shift_ + k_, masses_ = sum_ + k_, weights_ = masses_ + k_, place += aligned(4 * k_ * int64_t(sizeof(T)));
     passes_ = place;
     for (int64_t i = 0; i < n_; i++) f_[i] = log_mass_[i] == -T(INFINITE) ? -INFINITE : 0;
     if (c_.init) {
@@ -36,13 +37,17 @@ public:
     for (int64_t t = 0; t < c_.iterations; t++) {
       const bool last = t + 1 == c_.iterations;
       double *const g = kept(2 + t);
-      // After a column update no entry of the plan exceeds its column's mass, so none exceeds 1: S + g <= -f.
-      for (int64_t i = 0; i < n_; i++) above_[i] = T(-f_[i]);
-      Sinkhorn pass = row_pass(g, t + 1, last);
-      pass.above = above_;
+      const double most = plan_at_ < 0 ? NAN : weigh(g, kept(2 + plan_at_));
+      Sinkhorn pass = most == most ? over_plan(last) : over_scores(g, t + 1, last);
       if (!last) pass.mass = c_.mass, pass.by_column = masses_;
       engine_.sinkhorn(pass, passes_);
-      update_rows(t + 1);
+      if (most == most) {
+        update_rows(t + 1, most);
+        for (int64_t j = 0; !last && j < k_; j++) masses_[j] *= weights_[j];
+      } else {
+        update_rows(t + 1);
+        plan_at_ = pass.keep ? t : -1;
+      }
       if (!last) update_columns(t, g);
     }
     const double *const g = kept(1 + c_.iterations);
@@ -70,10 +75,57 @@ private:
     return pass;
   }
 
+  Sinkhorn over_scores(const double *g, int64_t update, bool last) {
+    // After a column update no entry of the plan exceeds its column's mass, so none exceeds 1: S + g <= -f.
+    for (int64_t i = 0; i < n_; i++) above_[i] = T(-f_[i]);
+    Sinkhorn pass = row_pass(g, update, last || has_plan());
+    pass.above = above_;
+    pass.keep = !last && has_plan();
+    return pass;
+  }
+  Sinkhorn over_plan(bool last) const {
+    Sinkhorn pass = c_.pass;
+    pass.pass = SinkhornPass::plan_update;
+    pass.plan = c_.pass.matrix;
+    if (!last) pass.matrix = nullptr;
+    pass.weights = weights_, pass.row_sum = dots_;
+    return pass;
+  }
+
+  // The matrix of the assignments can hold an iteration's exponentials e_ij = exp((S_ij + g_j - shift_i) / epsilon) where they have its
+  // dtype. Those of a later iteration are e_ij w_j, with w_j = exp((g_j - g_j of e) / epsilon).
+  bool has_plan() const { return c_.pass.scores.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32); }
+  // Writes w, divided by its largest element, and returns epsilon times that one's logarithm. Exponentials below the smallest normal
+  // number, 2^-126, are missing from e, whose rows sum to 2^-24 at least (ENOUGH in passes.h). So if w is within a factor of 2^24, what is
+  // missing from a row of the later plan is below 2^-78 an entry. Otherwise NaN: that iteration reads the scores.
+  double weigh(const double *g, const double *of_plan) {
+    double most = -INFINITE, least = INFINITE;
+    for (int64_t j = 0; j < k_; j++) {
+      if (without_mass(j)) continue;
+      const double difference = g[j] - of_plan[j];
+      if (!std::isfinite(difference)) return NAN;
+      most = std::max(most, difference), least = std::min(least, difference);
+    }
+    if (!(most - least <= 24 * std::log(2.) * c_.epsilon)) return NAN;
+    const double inverse = double(*(const T *)c_.pass.inverse_epsilon); // as the passes round it
+    for (int64_t j = 0; j < k_; j++) weights_[j] = without_mass(j) ? T(0) : T(std::exp((g[j] - of_plan[j] - most) * inverse));
+    return most;
+  }
+
   void update_rows(int64_t update) {
     const T *const shift = row_shift(update), *const sum = shift + c_.row_step;
     for (int64_t i = 0; i < n_; i++) {
-      const double total = double(shift[i]) + c_.epsilon * std::log(double(sum[i]));
+      shifts_[i] = shift[i];
+      f_[i] = double(T(c_.epsilon) * log_mass_[i]) - (double(shift[i]) + c_.epsilon * std::log(double(sum[i])));
+    }
+  }
+  // The same after a pass over the plan. The shift is the whole normalizer, rounded; the sum is what it lacks.
+  void update_rows(int64_t update, double most) {
+    T *const shift = row_shift(update), *const sum = shift + c_.row_step;
+    for (int64_t i = 0; i < n_; i++) {
+      const double total = double(shifts_[i]) + most + c_.epsilon * std::log(double(dots_[i]));
+      shift[i] = T(total);
+      sum[i] = T(std::exp((total - double(shift[i])) / c_.epsilon));
       f_[i] = double(T(c_.epsilon) * log_mass_[i]) - total;
     }
   }
@@ -100,9 +152,11 @@ private:
   const SinkhornSolve &c_;
   const int64_t n_, k_;
   const T *const log_prior_, *const log_mass_;
-  double *f_ = nullptr;                                                        // [N]
-  T *above_ = nullptr, *shift_ = nullptr, *sum_ = nullptr, *masses_ = nullptr; // [N], [K], [K], [K]
-  char *passes_ = nullptr;                                                     // workspace of a pass
+  int64_t plan_at_ = -1;                                                         // iteration whose plan is in the matrix; -1: none
+  double *f_ = nullptr;                                                          // [N]
+  T *above_ = nullptr, *dots_ = nullptr, *shifts_ = nullptr;                     // [N]; shifts: of the kept exponentials
+  T *shift_ = nullptr, *sum_ = nullptr, *masses_ = nullptr, *weights_ = nullptr; // [K]
+  char *passes_ = nullptr;                                                       // workspace of a pass
 };
 
 template <class T> int64_t solved(const Engine &engine, const SinkhornSolve &call, void *workspace) {

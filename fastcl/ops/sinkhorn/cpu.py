@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from ..backends.native import DTYPES, address, run
 from .reference import ColumnTerm, Normalizer, RowTerm, Scores, finite, per_sum
 
 if TYPE_CHECKING:
-    from .solver import Problem, Solution
+    from .solver import Passes, Problem, Solution
 
 
 class Pass(IntEnum):
@@ -26,6 +28,8 @@ class Pass(IntEnum):
     COLUMN_PRODUCTS = 3
     ASSIGNMENT_GRADIENT = 4
     SCORE_GRADIENT = 5
+    PLAN_PRODUCTS = 7
+    PLAN_GRADIENT = 8
 
 
 def column_sums(x: Scores, f: Tensor) -> Normalizer:
@@ -60,8 +64,15 @@ def column_products(x: Scores, f: Tensor, columns: Normalizer, w: Tensor) -> Ten
 def assignment_gradient(
     x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor
 ) -> tuple[Tensor, Tensor]:
+    return _assignment_gradient(x, g, rows, grad, less, None)
+
+
+def _assignment_gradient(
+    x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """kept [B, N, K]: is filled with the exponentials."""
     d, columns = _new(x, _n(x)), _new(x, _k(x))
-    _call(Pass.ASSIGNMENT_GRADIENT, x, g, rows=rows, less=less, gradient=grad, by_row=d, by_column=columns)
+    _call(Pass.ASSIGNMENT_GRADIENT, x, g, rows=rows, less=less, gradient=grad, by_row=d, by_column=columns, matrix=kept)
     return d, columns
 
 
@@ -82,6 +93,129 @@ def score_gradient(
         terms=[_divided(term) for term in terms],
     )
     return matrix, moment
+
+
+def backward(p: Problem, moments: bool) -> Passes:
+    """The passes of one backward, with exponentials in the gradient's memory. Without `moments` those are zeros."""
+    from .solver import Passes
+
+    keeps = p.scores.dtype == p.epsilon.dtype and p.scores.numel() > 0
+    return Backward(p.exact, moments) if keeps else cast(Passes, sys.modules[__name__])
+
+
+class Backward:
+    """The passes of one backward. The first one writes its exponentials where the gradient of the scores will be.
+
+    With e the exponentials, shift and g of that pass, the plan of another row update (g', normalizer') is
+
+        R'_ij = e_ij u_i v_j,      v_j = exp((g'_j - g_j) / epsilon),      1 / u_i = sum_j e_ij v_j,
+
+    so later passes take no exponentials. e lacks entries below the smallest normal number; where v varies too much for
+    these to be negligible, a pass reads the scores instead.
+    """
+
+    column_sums = staticmethod(column_sums)
+    row_pass = staticmethod(row_pass)
+    column_products = staticmethod(column_products)
+
+    def __init__(self, epsilon: Tensor, moments: bool) -> None:
+        self._epsilon = epsilon
+        self._moments = moments
+        self._plan: Tensor | None = None  # e [B, N, K]
+        self._g: Tensor  # [B, K]
+        self._rows: Normalizer  # [B, N]; its sum is that of e
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # u [B, N] and v [B, K] by the address of g'
+
+    def assignment_gradient(
+        self, x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self._plan is not None:  # the row update of a warm start
+            return assignment_gradient(x, g, rows, grad, less)
+        self._plan = torch.empty(x.values.shape, dtype=x.dtype)
+        self._g, self._rows = g, Normalizer(rows.shift, torch.empty_like(rows.sum))
+        return _assignment_gradient(x, g, self._rows, grad, less, self._plan)
+
+    def products(self, x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        v = self._column_factors(x, g)
+        if v is None:
+            return products(x, g, rows, mass, w)
+        totals, y, columns = _new(x, _n(x)), _new(x, _n(x)), _new(x, _k(x))
+        _call(
+            Pass.PLAN_PRODUCTS,
+            x,
+            None,
+            rows=Normalizer(totals, totals),
+            mass=mass,
+            by_row=y,
+            by_column=columns,
+            plan=self._plan,
+            column_factors=torch.stack((v, v * w), 1),
+        )
+        self._known[g.data_ptr()] = totals.reciprocal(), v
+        return y, columns.mul_(v)
+
+    def score_gradient(
+        self,
+        x: Scores,
+        g: Tensor,
+        rows: Normalizer,
+        grad: Tensor | None,
+        less: Tensor,
+        terms: Sequence[RowTerm | ColumnTerm],
+    ) -> tuple[Tensor, Tensor]:
+        factors = [self._factors(x, term) for term in terms]
+        matrix, self._plan = self._plan, None
+        if matrix is None or None in factors:
+            return score_gradient(x, g, rows, grad, less, terms)
+        moment = _new(x, _n(x)) if self._moments else None
+        of_rows, of_columns = zip(*(f for f in factors if f is not None), strict=True)
+        _call(
+            Pass.PLAN_GRADIENT,
+            x,
+            None,
+            rows=self._rows,
+            less=less,
+            gradient=grad,
+            by_row=moment,
+            matrix=matrix,
+            plan=matrix,
+            row_factors=torch.cat(of_rows, 1),
+            column_factors=torch.cat(of_columns, 1),
+        )
+        return matrix, torch.zeros_like(less) if moment is None else moment
+
+    def _column_factors(self, x: Scores, g: Tensor) -> Tensor | None:
+        """v [B, K], divided by its largest element, or None if it is not within a factor of 2^24."""
+        if g.data_ptr() == self._g.data_ptr():
+            return torch.ones_like(g, dtype=x.dtype)
+        massless = self._g == -torch.inf
+        v = (g - self._g).mul_(x.inverse_epsilon.double())
+        v -= v.masked_fill(massless, -torch.inf).amax(-1, keepdim=True)
+        if not bool((v.masked_fill_(massless, 0) >= -24 * math.log(2)).all()):  # NaN too
+            return None
+        return v.exp_().masked_fill_(massless, 0).to(x.dtype)
+
+    def _factors(self, x: Scores, term: RowTerm | ColumnTerm) -> tuple[Tensor, Tensor] | None:
+        """(u, p, q) [B, 3, N] and (v, w) [B, 2, K]: the term is e_ij u_i v_j (p_i + q_i w_j)."""
+        if isinstance(term, RowTerm):
+            if term.g.data_ptr() not in self._known:  # the row update of a warm start
+                self.products(x, term.g, term.rows, torch.zeros_like(term.p), torch.zeros_like(term.w))
+            known = self._known.get(term.g.data_ptr())
+            if known is None:
+                return None
+            u, v = known
+            return torch.stack((u, term.p, term.q), 1), torch.stack((v, term.w), 1)
+        # C_ij = exp((S_ij + f_i - shift_j) / epsilon) / sum_j
+        w = per_sum(term.w, term.columns)
+        of_row = (self._rows.shift.double() + term.f).div_(self._epsilon)
+        of_column = (self._g + finite(term.columns.shift)).div_(-self._epsilon).masked_fill_(w == 0, -torch.inf)
+        most = of_row.amax(-1, keepdim=True)
+        of_row, of_column = of_row - most, of_column + most
+        if not bool((of_column <= 60 * math.log(2)).all()):
+            return None
+        u = of_row.exp_().to(x.dtype)
+        v = of_column.exp_().to(x.dtype) * w
+        return torch.stack((u, torch.ones_like(u), torch.zeros_like(u)), 1), torch.stack((v, torch.zeros_like(v)), 1)
 
 
 def solve(p: Problem) -> Solution | None:
@@ -148,7 +282,7 @@ def _normalizer(x: Scores, size: int) -> Normalizer:
 def _call(
     which: Pass,
     x: Scores,
-    potential: Tensor,
+    potential: Tensor | None,
     *,
     rows: Normalizer | None = None,
     columns: Normalizer | None = None,
@@ -161,8 +295,14 @@ def _call(
     by_column: Tensor | None = None,
     matrix: Tensor | None = None,
     terms: Sequence[_Term] = (),
+    plan: Tensor | None = None,
+    row_factors: Tensor | None = None,
+    column_factors: Tensor | None = None,
 ) -> None:
-    """Runs a pass, with its arguments in the order that csrc/bindings reads. Outputs must be contiguous."""
+    """Runs a pass, with its arguments in the order that csrc/bindings reads. Outputs must be contiguous.
+
+    row_factors: [B, 3 M, N], column_factors: [B, 2 M, K], of M terms.
+    """
     batch, n, k = x.values.shape
     if batch == 0 or n == 0:
         _of_nothing(which, columns, by_column)
@@ -171,6 +311,7 @@ def _call(
     # Contiguous, and in variables, so that the tensors live until the calls end.
     inputs = [potential, *(rows or (None, None)), *(columns or (None, None)), above, mass, weights, less]
     inputs = [None if value is None else _plain(value).contiguous() for value in inputs]
+    row_factors, column_factors = (None if f is None else f.contiguous() for f in (row_factors, column_factors))
     laid_out = [[None if part is None else _plain(part).contiguous() for part in term] for term in terms]
     threads = native.threads(n * k, native.SCORES)
     inverse_epsilon = x.inverse_epsilon.contiguous()
@@ -184,7 +325,8 @@ def _call(
             threads,
             *(_of_batch(value, b) for value in (*inputs, by_row, by_column)),
             *_rows(gradient, b),
-            _of_batch(matrix, b),
+            *(_of_batch(value, b) for value in (matrix, plan, row_factors, column_factors)),
+            0 if column_factors is None else column_factors.shape[1],
         )
         described = tuple(tuple(_of_batch(part, b) for part in term) for term in laid_out)
         run(native.native_module().sinkhorn(native.engine()[0], call, described))

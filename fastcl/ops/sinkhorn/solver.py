@@ -31,7 +31,9 @@ class Passes(Protocol):
     """The passes of a backend; `reference` describes them.
 
     A backend may also define `solve(problem) -> Solution | None`: all of `pass_by_pass` in one call, or None for a
-    problem that it does not support.
+    problem that it does not support. And `backward(problem, moments) -> Passes`: the passes of one backward, for which
+    they may keep numbers from one to the next in the memory of the scores' gradient; without `moments` that result of
+    `score_gradient` is not needed.
     """
 
     def column_sums(self, x: Scores, f: Tensor) -> Normalizer: ...
@@ -268,12 +270,14 @@ def differentiate(passes: Passes, p: Problem, kept: Kept, error: Tensor, grad: I
     """Gradients: implicit if a tolerance was met, else exact for the iterations that ran."""
     log_mass = p.log_row_mass()
     if p.tol is not None and not bool((error >= p.tol).any()):  # the condition of `pass_by_pass`: NaN counts as met
+        passes = _of_backward(passes, p, needs)
         adjoint = _implicit(passes, p, kept, grad, log_mass)
     else:
         if p.tol is not None:
             # With a tolerance the forward saves only the last iteration, so the iterations run again.
             p = replace(p, tol=None)
             kept = solve(passes, p).kept
+        passes = _of_backward(passes, p, needs)
         adjoint = _unrolled(passes, p, kept, grad, log_mass)
     scores = epsilon = None
     if needs.scores or needs.epsilon:
@@ -286,6 +290,12 @@ def differentiate(passes: Passes, p: Problem, kept: Kept, error: Tensor, grad: I
     over_all = p.over_processes(adjoint.log_mass.sum(-1))
     log_row_marginal = adjoint.log_mass - log_mass.exp() * over_all[:, None]
     return Gradients(scores, epsilon, adjoint.log_prior, log_row_marginal)
+
+
+def _of_backward(passes: Passes, p: Problem, needs: Needs) -> Passes:
+    own = getattr(passes, "backward", None) if needs.scores else None
+    result: Passes = passes if own is None else own(p, needs.epsilon)
+    return result
 
 
 def _product(grad: Tensor, potential: Tensor) -> Tensor:

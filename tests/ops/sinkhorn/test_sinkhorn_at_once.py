@@ -42,7 +42,7 @@ def problem(n: int, k: int, seed: int, dtype: torch.dtype, n_iters: int, init: b
     ],
 )
 def test_the_same_as_pass_by_pass(variant, dtype, n, k, n_iters, init, epsilon) -> None:
-    """The same to the bit, except for logarithms between the passes, whose last place PyTorch may round differently."""
+    """The same but for roundings: float32 and float64 scores keep exponentials from one pass to the next."""
     p = problem(n, k, n + k, dtype, n_iters, init, epsilon)
     with running(variant):
         once = PASSES["cpu"].solve(p)
@@ -50,17 +50,27 @@ def test_the_same_as_pass_by_pass(variant, dtype, n, k, n_iters, init, epsilon) 
     assert once.n_iters == parts.n_iters
     assert once.assignments.dtype == p.scores.dtype
     assert not once.error.any()
-    # The last place of a float64 potential is lost in float32; in float64, differences are divided by epsilon.
-    tolerance = (
-        {"rtol": 1e-6, "atol": 1e-7} if p.epsilon.dtype == torch.float32 else {"rtol": 1e-14 / epsilon, "atol": 1e-15}
-    )
+    # In float64 the potentials' roundings are divided by epsilon.
+    tolerance = 1e-6 if p.epsilon.dtype == torch.float32 else 1e-14 / epsilon
     for name in ("assignments", "row_potential", "col_potential"):
         one, other = (getattr(s, name) for s in (once, parts))
         assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, **tolerance, msg=name)
-    for name in ("rows", "columns"):
-        one, other = (getattr(s.kept, name) for s in (once, parts))
-        torch.testing.assert_close(one, other, **tolerance)
+        assert near(one, other, tolerance), name
+    assert near(once.kept.columns, parts.kept.columns, tolerance)
+    # Shift and sum of a row update may differ, if the log-sum-exp that they stand for is the same.
+    first = 0 if init else 1  # without `init`, the first row update does not take place
+    one, other = (
+        s.kept.rows[first:, 0].double() + p.exact * s.kept.rows[first:, 1].double().log() for s in (once, parts)
+    )
+    assert near(one, other, tolerance)
+
+
+def near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Whether the norm of the difference is small relative to that of `other`. Infinities must be the same."""
+    one, other = one.double(), other.double()
+    same = (one == other) & other.isinf()
+    one, other = one.masked_fill(same, 0), other.masked_fill(same, 0)
+    return bool((one - other).norm() <= tolerance * other.norm())
 
 
 def test_what_is_not_for_it() -> None:

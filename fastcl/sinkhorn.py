@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,7 +182,8 @@ def sinkhorn(
     outputs = _solve(*solved)
     if group is None:
         _check_finite(s, log_prior, log_rows, outputs[2])
-    assignments, rows, columns, error = outputs[:4] if batched else (output[0] for output in outputs[:4])
+    # The derivative of `[0]` would copy the gradient into a matrix of zeros; that of `squeeze` is a view.
+    assignments, rows, columns, error = outputs[:4] if batched else (output.squeeze(0) for output in outputs[:4])
     if tol is None:
         return SinkhornResult(assignments, rows, columns, None, count, solved)
     return SinkhornResult(assignments, rows, columns, error, outputs[4], solved)
@@ -212,10 +214,13 @@ def _options(
         if value is not None:
             check_masses(what, value, lengths[what], batch, rows.device)
     problems = 1 if batch is None else batch
-    log_prior = _log_masses("prior", prior, (problems, k), dtype, rows.device, alone=True)
     log_rows = _log_masses("row_marginal", row_marginal, (problems, n), dtype, rows.device, alone=group is None)
     start = None if init is None else _start(init, dtype).expand(problems, k)
-    log_prior = log_prior - log_prior.logsumexp(-1, keepdim=True)
+    if prior is None and not torch.compiler.is_compiling():  # the logarithm of a symbolic size would fix it
+        log_prior = torch.full((problems, k), -math.log(k), dtype=dtype, device=rows.device)
+    else:
+        log_prior = _log_masses("prior", prior, (problems, k), dtype, rows.device, alone=True)
+        log_prior = log_prior - log_prior.logsumexp(-1, keepdim=True)
     return scale, log_prior, log_rows, start, count, tolerance, _group_name(group)
 
 
@@ -355,7 +360,7 @@ def _epsilon(epsilon: Any) -> Any:
 
 def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, potential: Tensor) -> None:
     """Raises ValueError if the result is not finite because there is no solution; NaN in the scores is no error."""
-    if not values_visible(scores) or not bool((potential.isnan() | (potential == torch.inf)).any()):
+    if not values_visible(scores) or bool((potential < torch.inf).all()):
         return
     nothing = scores.detach() == -torch.inf
     without_mass = (log_rows == -torch.inf)[..., None]

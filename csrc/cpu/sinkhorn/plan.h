@@ -68,9 +68,10 @@ private:
       const T sum = sums[0][r];
       ((T *)c.row_sum)[i + r] = sum;
       if (c.mass) factors[r] = ((const T *)c.mass)[i + r] / sum;
-      if (c.matrix) write(i + r, lines[r], 1 / sum);
     }
     if (c.mass) add_columns(t, lines, factors);
+    if (c.matrix) // last: it may take the place of e
+      for (int64_t r = 0; r < rows; r++) write(i + r, lines[r], 1 / sums[0][r]);
   }
   void write(int64_t i, const Row &line, T factor) const {
     const T *const weights = all_.weights;

@@ -123,6 +123,7 @@ class Backward:
         self._moments = moments
         self._plan: Tensor | None = None  # e [B, N, K]
         self._g: Tensor  # [B, K]
+        self._massless: Tensor  # [B, K]
         self._rows: Normalizer  # [B, N]; its sum is that of e
         self._known: dict[int, tuple[Tensor, Tensor]] = {}  # u [B, N] and v [B, K] by the address of g'
 
@@ -133,6 +134,7 @@ class Backward:
             return assignment_gradient(x, g, rows, grad, less)
         self._plan = torch.empty(x.values.shape, dtype=x.dtype)
         self._g, self._rows = g, Normalizer(rows.shift, torch.empty_like(rows.sum))
+        self._massless = g == -torch.inf
         return _assignment_gradient(x, g, self._rows, grad, less, self._plan)
 
     def products(self, x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,7 @@ class Backward:
             by_row=y,
             by_column=columns,
             plan=self._plan,
-            column_factors=torch.stack((v, v * w), 1),
+            column_factors=torch.cat((v, v * w), 1),
         )
         self._known[g.data_ptr()] = totals.reciprocal(), v
         return y, columns.mul_(v)
@@ -168,7 +170,7 @@ class Backward:
         if matrix is None or None in factors:
             return score_gradient(x, g, rows, grad, less, terms)
         moment = _new(x, _n(x)) if self._moments else None
-        of_rows, of_columns = zip(*(f for f in factors if f is not None), strict=True)
+        of_rows, of_columns = ([t for f in factors if f is not None for t in f[side]] for side in (0, 1))
         _call(
             Pass.PLAN_GRADIENT,
             x,
@@ -188,15 +190,14 @@ class Backward:
         """v [B, K], divided by its largest element, or None if it is not within a factor of 2^24."""
         if g.data_ptr() == self._g.data_ptr():
             return torch.ones_like(g, dtype=x.dtype)
-        massless = self._g == -torch.inf
-        v = (g - self._g).mul_(x.inverse_epsilon.double())
-        v -= v.masked_fill(massless, -torch.inf).amax(-1, keepdim=True)
-        if not bool((v.masked_fill_(massless, 0) >= -24 * math.log(2)).all()):  # NaN too
+        v = (g - self._g).div_(self._epsilon).masked_fill_(self._massless, -torch.inf)
+        v -= v.amax(-1, keepdim=True)
+        if not v.masked_fill(self._massless, 0).amin().item() >= -24 * math.log(2):  # NaN too
             return None
-        return v.exp_().masked_fill_(massless, 0).to(x.dtype)
+        return v.exp_().to(x.dtype)
 
-    def _factors(self, x: Scores, term: RowTerm | ColumnTerm) -> tuple[Tensor, Tensor] | None:
-        """(u, p, q) [B, 3, N] and (v, w) [B, 2, K]: the term is e_ij u_i v_j (p_i + q_i w_j)."""
+    def _factors(self, x: Scores, term: RowTerm | ColumnTerm) -> tuple[list[Tensor], list[Tensor]] | None:
+        """[u, p, q], each [B, N], and [v, w], each [B, K]: the term is e_ij u_i v_j (p_i + q_i w_j)."""
         if isinstance(term, RowTerm):
             if term.g.data_ptr() not in self._known:  # the row update of a warm start
                 self.products(x, term.g, term.rows, torch.zeros_like(term.p), torch.zeros_like(term.w))
@@ -204,18 +205,19 @@ class Backward:
             if known is None:
                 return None
             u, v = known
-            return torch.stack((u, term.p, term.q), 1), torch.stack((v, term.w), 1)
+            return [u, term.p, term.q], [v, term.w]
         # C_ij = exp((S_ij + f_i - shift_j) / epsilon) / sum_j
         w = per_sum(term.w, term.columns)
         of_row = (self._rows.shift.double() + term.f).div_(self._epsilon)
         of_column = (self._g + finite(term.columns.shift)).div_(-self._epsilon).masked_fill_(w == 0, -torch.inf)
         most = of_row.amax(-1, keepdim=True)
-        of_row, of_column = of_row - most, of_column + most
-        if not bool((of_column <= 60 * math.log(2)).all()):
+        of_row -= most
+        of_column += most
+        if not of_column.amax().item() <= 60 * math.log(2):
             return None
         u = of_row.exp_().to(x.dtype)
         v = of_column.exp_().to(x.dtype) * w
-        return torch.stack((u, torch.ones_like(u), torch.zeros_like(u)), 1), torch.stack((v, torch.zeros_like(v)), 1)
+        return [u, torch.ones_like(u), torch.zeros_like(u)], [v, torch.zeros_like(v)]
 
 
 def solve(p: Problem) -> Solution | None:
@@ -301,7 +303,7 @@ def _call(
 ) -> None:
     """Runs a pass, with its arguments in the order that csrc/bindings reads. Outputs must be contiguous.
 
-    row_factors: [B, 3 M, N], column_factors: [B, 2 M, K], of M terms.
+    row_factors: [B, 3 M N], column_factors: [B, 2 M K], of M terms.
     """
     batch, n, k = x.values.shape
     if batch == 0 or n == 0:
@@ -326,7 +328,7 @@ def _call(
             *(_of_batch(value, b) for value in (*inputs, by_row, by_column)),
             *_rows(gradient, b),
             *(_of_batch(value, b) for value in (matrix, plan, row_factors, column_factors)),
-            0 if column_factors is None else column_factors.shape[1],
+            0 if column_factors is None else column_factors.shape[1] // k,
         )
         described = tuple(tuple(_of_batch(part, b) for part in term) for term in laid_out)
         run(native.native_module().sinkhorn(native.engine()[0], call, described))

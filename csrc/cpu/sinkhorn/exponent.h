@@ -5,9 +5,9 @@
 namespace fastcl::FASTCL_ISA {
 namespace {
 
-// e^(x / epsilon) for x <= 0, or slightly larger; 0 instead of subnormal numbers, except just below the smallest normal one. NaN stays. The
-// error of float is 2e-7 (CAREFUL: 1e-7) at most, which is less than that of its argument.
-template <class T, bool CAREFUL = false> struct Exponent {
+// e^(x / epsilon) for x <= 0, or slightly larger, with an error of one or two units in the last place; 0 instead of subnormal numbers,
+// except just below the smallest normal one. NaN stays.
+template <class T> struct Exponent {
   static constexpr int BIAS = sizeof(T) == 8 ? 1023 : 127;
   static constexpr T ROUND = Exponential<T>::ROUND + BIAS; // the low bits of the sum are an exponent with its bias
   T to_base_2, least;                                      // whose power is 2^-BIAS, which the exponent's bits turn into 0
@@ -20,14 +20,14 @@ template <class T, bool CAREFUL = false> struct Exponent {
     EACH(v, COUNT) x[v] = at_least<T>(x[v], all<T>(least));
     EACH(v, COUNT) shifted[v] = fused<T>(x[v], factor, all<T>(ROUND));
     EACH(v, COUNT) f[v] = fused<T>(x[v], factor, ROUND - shifted[v]);
-    polynomial<T, CAREFUL>(f, p);
+    polynomial<T, true>(f, p);
     EACH(v, COUNT) x[v] = p[v] * (V<T>)((U)shifted[v] << Exponential<T>::MANTISSA);
   }
 };
 
 // 2^t in the same way.
 template <class T> FASTCL_INLINE V<T> exp2_down(V<T> t) {
-  Exponent<T, true>(1).template of<1>(&t);
+  Exponent<T>(1).template of<1>(&t);
   return t;
 }
 

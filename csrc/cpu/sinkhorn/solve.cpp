@@ -94,7 +94,8 @@ private:
 
   // The matrix of the assignments can hold an iteration's exponentials e_ij = exp((S_ij + g_j - shift_i) / epsilon) where they have its
   // dtype. Those of a later iteration are e_ij w_j, with w_j = exp((g_j - g_j of e) / epsilon).
-  bool has_plan() const { return c_.pass.scores.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32); }
+  bool has_plan() const { return !c_.init && c_.pass.scores.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32); }
+  double passes_inverse() const { return double(*(const T *)c_.pass.inverse_epsilon); } // of epsilon, as the passes round it
   // Writes w, divided by its largest element, and returns epsilon times that one's logarithm. Exponentials below the smallest normal
   // number, 2^-126, are missing from e, whose rows sum to 2^-24 at least (ENOUGH in passes.h). So if w is within a factor of 2^24, what is
   // missing from a row of the later plan is below 2^-78 an entry. Otherwise NaN: that iteration reads the scores.
@@ -107,7 +108,7 @@ private:
       most = std::max(most, difference), least = std::min(least, difference);
     }
     if (!(most - least <= 24 * std::log(2.) * c_.epsilon)) return NAN;
-    const double inverse = double(*(const T *)c_.pass.inverse_epsilon); // as the passes round it
+    const double inverse = passes_inverse();
     for (int64_t j = 0; j < k_; j++) weights_[j] = without_mass(j) ? T(0) : T(std::exp((g[j] - of_plan[j] - most) * inverse));
     return most;
   }
@@ -119,14 +120,16 @@ private:
       f_[i] = double(T(c_.epsilon) * log_mass_[i]) - (double(shift[i]) + c_.epsilon * std::log(double(sum[i])));
     }
   }
-  // The same after a pass over the plan. The shift is the whole normalizer, rounded; the sum is what it lacks.
+  // The same after a pass over the plan. The shift is the whole normalizer, rounded, and the sum what is left, so that the exponentials of
+  // this update, which passes over the scores form again, have this sum.
   void update_rows(int64_t update, double most) {
     T *const shift = row_shift(update), *const sum = shift + c_.row_step;
+    const double inverse = passes_inverse();
     for (int64_t i = 0; i < n_; i++) {
-      const double total = double(shifts_[i]) + most + c_.epsilon * std::log(double(dots_[i]));
-      shift[i] = T(total);
-      sum[i] = T(std::exp((total - double(shift[i])) / c_.epsilon));
-      f_[i] = double(T(c_.epsilon) * log_mass_[i]) - total;
+      const double offset = double(shifts_[i]) + most;
+      shift[i] = T(offset + c_.epsilon * std::log(double(dots_[i])));
+      sum[i] = T(double(dots_[i]) * std::exp((offset - double(shift[i])) * inverse));
+      f_[i] = double(T(c_.epsilon) * log_mass_[i]) - (double(shift[i]) + c_.epsilon * std::log(double(sum[i])));
     }
   }
   void first_columns() {

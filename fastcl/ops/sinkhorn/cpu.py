@@ -99,8 +99,8 @@ def backward(p: Problem, moments: bool) -> Passes:
     """The passes of one backward, with exponentials in the gradient's memory. Without `moments` those are zeros."""
     from .solver import Passes
 
-    keeps = p.scores.dtype == p.epsilon.dtype and p.scores.numel() > 0
-    return Backward(p.exact, moments) if keeps else cast(Passes, sys.modules[__name__])
+    keeps = p.init is None and p.scores.dtype == p.epsilon.dtype and p.scores.numel() > 0
+    return Backward(p.x, p.group, moments) if keeps else cast(Passes, sys.modules[__name__])
 
 
 class Backward:
@@ -111,27 +111,27 @@ class Backward:
         R'_ij = e_ij u_i v_j,      v_j = exp((g'_j - g_j) / epsilon),      1 / u_i = sum_j e_ij v_j,
 
     so later passes take no exponentials. e lacks entries below the smallest normal number; where v varies too much for
-    these to be negligible, a pass reads the scores instead.
+    these to be negligible, a pass reads the scores instead. Not for a warm start (README.md).
     """
 
     column_sums = staticmethod(column_sums)
     row_pass = staticmethod(row_pass)
     column_products = staticmethod(column_products)
 
-    def __init__(self, epsilon: Tensor, moments: bool) -> None:
-        self._epsilon = epsilon
+    def __init__(self, x: Scores, group: str, moments: bool) -> None:
+        self._inverse = x.inverse_epsilon.double()  # as the passes round it
+        self._group = group
         self._moments = moments
         self._plan: Tensor | None = None  # e [B, N, K]
         self._g: Tensor  # [B, K]
         self._massless: Tensor  # [B, K]
         self._rows: Normalizer  # [B, N]; its sum is that of e
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # u [B, N] and v [B, K] by the address of g'
+        # u [B, N] and v [B, K] by the address of g'; None: out of range
+        self._known: dict[int, tuple[Tensor, Tensor] | None] = {}
 
     def assignment_gradient(
         self, x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if self._plan is not None:  # the row update of a warm start
-            return assignment_gradient(x, g, rows, grad, less)
         self._plan = torch.empty(x.values.shape, dtype=x.dtype)
         self._g, self._rows = g, Normalizer(rows.shift, torch.empty_like(rows.sum))
         self._massless = g == -torch.inf
@@ -140,19 +140,9 @@ class Backward:
     def products(self, x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         v = self._column_factors(x, g)
         if v is None:
+            self._known[g.data_ptr()] = None
             return products(x, g, rows, mass, w)
-        totals, y, columns = _new(x, _n(x)), _new(x, _n(x)), _new(x, _k(x))
-        _call(
-            Pass.PLAN_PRODUCTS,
-            x,
-            None,
-            rows=Normalizer(totals, totals),
-            mass=mass,
-            by_row=y,
-            by_column=columns,
-            plan=self._plan,
-            column_factors=torch.cat((v, v * w), 1),
-        )
+        totals, y, columns = self._plan_products(x, mass, v, w * v)
         self._known[g.data_ptr()] = totals.reciprocal(), v
         return y, columns.mul_(v)
 
@@ -190,7 +180,7 @@ class Backward:
         """v [B, K], divided by its largest element, or None if it is not within a factor of 2^24."""
         if g.data_ptr() == self._g.data_ptr():
             return torch.ones_like(g, dtype=x.dtype)
-        v = (g - self._g).div_(self._epsilon).masked_fill_(self._massless, -torch.inf)
+        v = (g - self._g).mul_(self._inverse).masked_fill_(self._massless, -torch.inf)
         v -= v.amax(-1, keepdim=True)
         if not v.masked_fill(self._massless, 0).amin().item() >= -24 * math.log(2):  # NaN too
             return None
@@ -199,25 +189,42 @@ class Backward:
     def _factors(self, x: Scores, term: RowTerm | ColumnTerm) -> tuple[list[Tensor], list[Tensor]] | None:
         """[u, p, q], each [B, N], and [v, w], each [B, K]: the term is e_ij u_i v_j (p_i + q_i w_j)."""
         if isinstance(term, RowTerm):
-            if term.g.data_ptr() not in self._known:  # the row update of a warm start
-                self.products(x, term.g, term.rows, torch.zeros_like(term.p), torch.zeros_like(term.w))
-            known = self._known.get(term.g.data_ptr())
+            known = self._known[term.g.data_ptr()]
             if known is None:
                 return None
             u, v = known
             return [u, term.p, term.q], [v, term.w]
-        # C_ij = exp((S_ij + f_i - shift_j) / epsilon) / sum_j
-        w = per_sum(term.w, term.columns)
-        of_row = (self._rows.shift.double() + term.f).div_(self._epsilon)
-        of_column = (self._g + finite(term.columns.shift)).div_(-self._epsilon).masked_fill_(w == 0, -torch.inf)
+        # C_ij = e_ij u_i / sum_i e_ij u_i
+        w = torch.where(term.columns.sum > 0, term.w, 0)
+        of_row = (self._rows.shift.double() + term.f).mul_(self._inverse)
         most = of_row.amax(-1, keepdim=True)
-        of_row -= most
-        of_column += most
-        if not of_column.amax().item() <= 60 * math.log(2):
+        of_column = (self._g + finite(term.columns.shift)).mul_(-self._inverse).masked_fill_(w == 0, -torch.inf)
+        if not (of_column + most).amax().item() <= 60 * math.log(2):
             return None
-        u = of_row.exp_().to(x.dtype)
-        v = of_column.exp_().to(x.dtype) * w
+        u = (of_row - most).exp_().to(x.dtype)
+        if self._group:  # the rows are not all here
+            v = (of_column + most).exp_().to(x.dtype) * per_sum(w, term.columns)
+        else:  # sums that are formed anew have the same roundings of e
+            ones = torch.ones_like(w)
+            _, _, sums = self._plan_products(x, u * self._rows.sum, ones, ones)
+            v = torch.where(w == 0, 0, w / sums)
         return [u, torch.ones_like(u), torch.zeros_like(u)], [v, torch.zeros_like(v)]
+
+    def _plan_products(self, x: Scores, mass: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """1 / u_i = sum_j e_ij v_j, y_i = u_i sum_j e_ij w_j and sum_i mass_i u_i y_i e_ij."""
+        totals, y, columns = _new(x, _n(x)), _new(x, _n(x)), _new(x, _k(x))
+        _call(
+            Pass.PLAN_PRODUCTS,
+            x,
+            None,
+            rows=Normalizer(totals, totals),
+            mass=mass,
+            by_row=y,
+            by_column=columns,
+            plan=self._plan,
+            column_factors=torch.cat((v, w), 1),
+        )
+        return totals, y, columns
 
 
 def solve(p: Problem) -> Solution | None:

@@ -63,7 +63,7 @@ CASES = {
     "near": (NEAR, {}, {Pass.PLAN_PRODUCTS, Pass.PLAN_GRADIENT}),
     "batch": (NEAR, {"batch": 3}, {Pass.PLAN_PRODUCTS, Pass.PLAN_GRADIENT}),
     "one": (NEAR, {"n_iters": 1}, {Pass.PLAN_GRADIENT}),
-    "warm": (NEAR, {"init": True}, {Pass.PLAN_PRODUCTS, Pass.PLAN_GRADIENT}),
+    "warm": (NEAR, {"init": True}, {Pass.PRODUCTS, Pass.SCORE_GRADIENT}),
     "implicit": (NEAR, {"n_iters": 500, "tol": 1e-6}, {Pass.PLAN_PRODUCTS, Pass.PLAN_GRADIENT}),
     "far": (FAR, {}, {Pass.PRODUCTS, Pass.SCORE_GRADIENT}),
 }

@@ -46,7 +46,7 @@ public:
         for (int64_t j = 0; !last && j < k_; j++) masses_[j] *= weights_[j];
       } else {
         update_rows(t + 1);
-        plan_at_ = pass.keep ? t : -1;
+        plan_at_ = pass.keep && rows_are_near() ? t : -1;
       }
       if (!last) update_columns(t, g);
     }
@@ -95,6 +95,13 @@ private:
   // The matrix of the assignments can hold an iteration's exponentials e_ij = exp((S_ij + g_j - shift_i) / epsilon) where they have its
   // dtype. Those of a later iteration are e_ij w_j, with w_j = exp((g_j - g_j of e) / epsilon).
   bool has_plan() const { return !c_.init && c_.pass.scores.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32); }
+  // S + g is rounded at the size of the rows' shifts. Where that is much larger than epsilon, the rounding differs from one iteration to the
+  // next by more than the exponentials' own error, and each iteration must form its own, which its normalizers then fit.
+  bool rows_are_near() const {
+    bool near = true;
+    for (int64_t i = 0; i < n_; i++) near &= std::fabs(double(shifts_[i])) <= 32 * c_.epsilon;
+    return near;
+  }
   double passes_inverse() const { return double(*(const T *)c_.pass.inverse_epsilon); } // of epsilon, as the passes round it
   // Writes w, divided by its largest element, and returns epsilon times that one's logarithm. Exponentials below the smallest normal
   // number, 2^-126, are missing from e, whose rows sum to 2^-24 at least (ENOUGH in passes.h). So if w is within a factor of 2^24, what is

@@ -132,13 +132,15 @@ class Backward:
     def assignment_gradient(
         self, x: Scores, g: Tensor, rows: Normalizer, grad: Tensor | None, less: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if not rows.shift.abs().amax().item() * self._inverse.item() <= 32:  # as in csrc/cpu/sinkhorn/solve.cpp
+            return assignment_gradient(x, g, rows, grad, less)
         self._plan = torch.empty(x.values.shape, dtype=x.dtype)
         self._g, self._rows = g, Normalizer(rows.shift, torch.empty_like(rows.sum))
         self._massless = g == -torch.inf
         return _assignment_gradient(x, g, self._rows, grad, less, self._plan)
 
     def products(self, x: Scores, g: Tensor, rows: Normalizer, mass: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        v = self._column_factors(x, g)
+        v = None if self._plan is None else self._column_factors(x, g)
         if v is None:
             self._known[g.data_ptr()] = None
             return products(x, g, rows, mass, w)
@@ -155,7 +157,7 @@ class Backward:
         less: Tensor,
         terms: Sequence[RowTerm | ColumnTerm],
     ) -> tuple[Tensor, Tensor]:
-        factors = [self._factors(x, term) for term in terms]
+        factors = [None if self._plan is None else self._factors(x, term) for term in terms]
         matrix, self._plan = self._plan, None
         if matrix is None or None in factors:
             return score_gradient(x, g, rows, grad, less, terms)

@@ -91,6 +91,16 @@ def test_gradients_are_those_of_passes_over_the_scores(
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_rows_far_from_zero_read_the_scores(offset: float, ran: list[Pass]) -> None:
+    """S + g is rounded at the size of a row's offset, anew in each iteration."""
+    scores = scores_of(0, torch.float32)
+    scores[:, 3] += offset
+    gradients(scores, masses_of(torch.float32, 0), 0.5, n_iters=3)
+    assert (Pass.PLAN_GRADIENT in ran) == (offset == 0)
+    assert (Pass.SCORE_GRADIENT in ran) == (offset != 0)
+
+
 def test_without_a_gradient_of_the_scores_there_is_no_matrix(ran: list[Pass]) -> None:
     prior = torch.rand(21, generator=generator(1)).requires_grad_()
     with fastcl.use_backend("cpu"):

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from fastcl import knn_predict, rankme
+from fastcl import knn_predict, rankme, sinkhorn
 from fastcl.train.data import ImageData, as_float
 from fastcl.train.methods.clusterings import kmeans, nearest
 from fastcl.train.methods.prototypes import PrototypeMethod
@@ -43,13 +43,37 @@ def represent(encoder: nn.Module, images: ImageData, device: torch.device) -> Re
     return Representation(*(embed(encoder, part, device) for part in (images.train_images, images.test_images)))
 
 
-def assigned(method: PrototypeMethod, images: Tensor, device: torch.device) -> Labels:
-    """The nearest prototype ``[n]`` of un-augmented images ``[n, C, H, W]``."""
+def scores(method: PrototypeMethod, images: Tensor, device: torch.device) -> Tensor:
+    """Cosine similarities ``[n, K]`` of un-augmented images ``[n, C, H, W]`` with the prototypes."""
     rows = torch.from_numpy(embed(method.encoder, images, device)).to(device)
     method.eval()
     with torch.no_grad():
-        nearest: Labels = method.scores(method.projector(rows)).argmax(1).cpu().numpy()
+        return method.scores(method.projector(rows))
+
+
+def assigned(method: PrototypeMethod, images: Tensor, device: torch.device) -> Labels:
+    """The nearest prototype ``[n]`` of un-augmented images ``[n, C, H, W]``."""
+    nearest: Labels = scores(method, images, device).argmax(1).cpu().numpy()
     return nearest
+
+
+def prototype_use(cosines: Tensor, masses: Tensor, batch: int, temperature: float) -> dict[str, float]:
+    """How a prior, the masses ``[K]``, rules prototypes, from cosines ``[n, K]`` of all training images.
+
+    ``share``: prototypes whose mass of a batch is an image or more; ``assigned``: those that are the largest in an
+    image's assignment, Sinkhorn's with the prior; ``nearest``: those that are the nearest of an image. ``variation``:
+    the total variation between the prior and the mean prediction, the softmax of cosines over the temperature;
+    ``lead``: by how much the best cosine is above the second, on average.
+    """
+    best = cosines.topk(2, dim=1).values
+    mean = (cosines / temperature).softmax(1).mean(0)
+    return {
+        "share": int((batch * masses > 1 - 1e-4).sum()),  # of an image, but for the rounding of masses
+        "assigned": len(sinkhorn(cosines, prior=masses).assignments.argmax(1).unique()),
+        "nearest": len(cosines.argmax(1).unique()),
+        "variation": float(0.5 * (mean - masses).abs().sum()),
+        "lead": float((best[:, 0] - best[:, 1]).mean()),
+    }
 
 
 def knn_accuracy(rows: Representation, images: ImageData) -> float:

@@ -2,38 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastcl.train import Config, counted
-from fastcl.train.compare import INFORMATION, PROBES, aligned, spread
+from fastcl.train.compare import comparison
+from fastcl.train.study_tables import ACCURACY, INFORMATION, PARTS, USE, Entry, Study, of_groups
 
-ACCURACY = {"knn": "kNN", "linear_5": "5 labels a class", "linear_all": "all labels"}
-PARTS = {"head": "head", "tail": "tail"}  # accuracy with 5 labels a class on the largest and smallest third of classes
 FEW = 2  # classes a batch
-
-Row = dict[str, Any]  # group, what, seed, and numbers by name
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is trained once a seed: options of the trainer, and the two names that it has in the table."""
-
-    group: str
-    what: str
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Study:
-    """about: a line for the help. columns: numbers in the table, with their headings. pairs: group and what of two
-    entries whose difference, seed by seed, answers a question."""
-
-    about: str
-    entries: Callable[[Config], list[Entry]]
-    columns: dict[str, str]
-    pairs: tuple[tuple[str, tuple[str, str], tuple[str, str]], ...]
 
 
 def _clusters(base: Config) -> list[Entry]:
@@ -88,6 +65,17 @@ def _batch(base: Config) -> list[Entry]:
     ]  # fmt: skip
 
 
+def _prototypes(base: Config) -> list[Entry]:
+    return [
+        Entry(f"{count} prototypes", what, {
+            "method": "swav", "prior": prior, "n_clusters": count, "long_tail": base.long_tail,
+            "epochs": 3 * base.epochs,
+        })
+        for count in (base.n_clusters, 5 * base.n_clusters // 2)
+        for what, prior in (("uniform", "uniform"), ("rank^-0.25", "power_law:0.25"), ("counts", "counts"))
+    ]  # fmt: skip
+
+
 def _law(kind: str, method: str, prior: str) -> tuple[str, tuple[str, str], tuple[str, str]]:
     return (f"{prior} prior, {method}, {kind}", (f"{kind}, {method}", prior), (f"{kind}, {method}", "uniform"))
 
@@ -128,82 +116,58 @@ STUDIES = {
             ),
         ),
     ),
+    "prototypes": Study(
+        "how many prototypes are in use on long-tailed data, by their number and prior",
+        _prototypes,
+        {**USE, "variation": "predictions' total variation from the prior", "lead": "best cosine above the second",
+         "linear_5": ACCURACY["linear_5"]},
+        (),
+    ),
     "batch": Study(
         "accuracy and time over the batch size",
         _batch,
         {**ACCURACY, "seconds": "seconds an epoch"},
         (),
     ),
+    "compare": comparison(),
 }  # fmt: skip
 
 
-def _shown(values: Sequence[float], name: str, sign: bool = False) -> str:
-    accuracies = {*PROBES, *PARTS, "used"}
-    return spread(values, 100 if name in accuracies else 1, sign) if values else ""
+@dataclass(frozen=True)
+class Plan:
+    """A study as it is conducted. heading: what is trained, in a few words."""
+
+    study: Study
+    base: Config
+    entries: list[Entry]
+    heading: str
 
 
-def _numbers(rows: Sequence[Row], name: str) -> list[float]:
-    return [row[name] for row in rows if row.get(name) is not None]
+def planned(name: str, about: dict[str, Any]) -> Plan:
+    """The plan of a study.
+
+    about: ``options`` of the trainer that differ from the study's defaults; ``only``, beginnings of the groups that are
+    trained, where these are not all; of ``compare`` its ``auxiliary`` and ``counts``. OptionError on what cannot be.
+    """
+    study = STUDIES[name]
+    if name == "compare":
+        study = comparison(**{option: about[option] for option in ("auxiliary", "counts") if option in about})
+    base = dataclasses.replace(study.default, **about.get("options", {}))
+    only = about.get("only", [])
+    entries = of_groups(study.entries(base), only)
+    settled_base = settled(base, Entry("", "", {}), 0)
+    return Plan(study, base, entries, _heading(entries, settled_base) + (f"; only {', '.join(only)}" if only else ""))
 
 
-def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by group and what, in the order in which these first come."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row["group"], row["what"]), []).append(row)
-    return found
-
-
-def tables(study: Study, rows: Sequence[Row], heading: str) -> str:
-    """The report in Markdown: every entry, then the differences, seed by seed."""
-    found = grouped(rows)
-    every = [["", "", *study.columns.values()]]
-    for (group, what), own in found.items():
-        every.append([group, what, *(_shown(_numbers(own, name), name) for name in study.columns)])
-    seeds = len({row["seed"] for row in rows})
-    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    text = f"Held-out accuracy in %; {over}; {heading}.\n\n{aligned(every)}\n"
-    compared = {name: title for name, title in study.columns.items() if name in {*PROBES, *PARTS}}
-    differences = [["question", *compared.values()]]
-    for question, one, other in study.pairs:
-        first, second = (_one(found, *key) for key in (one, other))
-        cells = []
-        for name in compared:
-            second_by_seed = {row["seed"]: row.get(name) for row in second}
-            points = [
-                row[name] - second_by_seed[row["seed"]]
-                for row in first
-                if row.get(name) is not None and second_by_seed.get(row["seed"]) is not None
-            ]
-            cells.append(_shown(points, name, sign=True))
-        if any(cells):
-            differences.append([f"{question}: {_named(first)} minus {_named(second)}", *cells])
-    if len(differences) > 1:
-        text += f"\nDifferences in points of accuracy, each of the same seed's two runs.\n\n{aligned(differences)}\n"
-    return text
-
-
-def _one(found: dict[tuple[str, str], list[Row]], group: str, what: str) -> list[Row]:
-    """The rows of an entry; a ``*`` at the end of `what` stands for the count in the middle of those that there are."""
-    if what.endswith("*"):
-        kinds = [name for owner, name in found if owner == group and name.startswith(what[:-1])]
-        what = kinds[(len(kinds) - 1) // 2] if kinds else what
-    return found.get((group, what), [])
-
-
-def _named(rows: Sequence[Row]) -> str:
-    return f"{rows[0]['group']}, {rows[0]['what']}"
-
-
-def heading(study: Study, base: Config) -> str:
-    """What was trained, in a few words."""
+def _heading(entries: Sequence[Entry], base: Config) -> str:
     data = f"{base.glyphs} glyphs of {base.side} pixels" if base.data == "glyphs" else base.data
-    entries = study.entries(base)
     *fewer, most = sorted({entry.options.get("epochs", base.epochs) for entry in entries})
     text = f"{data}, {''.join(f'{epochs} or ' for epochs in fewer)}{counted(most, 'epoch')}"
-    if any("batch_size" in entry.options for entry in entries):
-        return text
-    return f"{text} of {base.batch_size} images a step"
+    if not any("batch_size" in entry.options for entry in entries):
+        text += f" of {base.batch_size} images a step"
+    if any(entry.options.get("prior") and "n_clusters" not in entry.options for entry in entries):
+        text += f", {base.n_clusters} prototypes"
+    return text
 
 
 def settled(base: Config, entry: Entry, seed: int) -> Config:

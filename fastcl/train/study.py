@@ -2,7 +2,8 @@
 
 A study trains many small runs over several seeds, and makes a table (mean and standard deviation), differences seed by
 seed, and a picture. It keeps each finished run as a row, a file, and goes on with what is there when it was
-interrupted. ``compare`` has options of its own: ``python -m fastcl.train.study compare --help``.
+interrupted. compare has defaults of its own: 20 epochs, 256 images a step, k-means every 4 epochs. --long-tail goes
+with priors, prototypes and compare; --batch-classes and --auxiliary with compare.
 """
 
 import contextlib
@@ -16,16 +17,16 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcl.command import Parser, run
-from fastcl.train import Config, OptionError
-from fastcl.train.compare import INFORMATION, OPTIONS, check, concluded
-from fastcl.train.compare import main as compare
-from fastcl.train.options import add_options, at_least, require_packages
-from fastcl.train.studies import STUDIES, Entry, Row, Study, heading, settled, tables
+from fastcl.command import INTERRUPTED, Parser, run
+from fastcl.train import Config, OptionError, WriteError
+from fastcl.train.compare import AUXILIARY, COUNTS, check_auxiliary
+from fastcl.train.options import add_options, at_least, require_packages, settle
+from fastcl.train.studies import STUDIES, Plan, planned, settled
+from fastcl.train.study_tables import DEFAULT, INFORMATION, Entry, Row, tables
 
 if TYPE_CHECKING:
     from fastcl.train.loop import Run
@@ -35,26 +36,55 @@ EXAMPLES = """\
   python -m fastcl.train.study clusters --quick                     to see that all works
   python -m fastcl.train.study clusters                             scanned digits, three seeds, minutes
   python -m fastcl.train.study priors --seeds 5
+  python -m fastcl.train.study priors --only batches                a part of it: the groups that begin so
+  python -m fastcl.train.study compare --data photographs.npz --auxiliary tags.csv:camera --n-clusters 50
   python -m fastcl.train.study clusters --data glyphs --side 16 --epochs 30"""
-DEFAULT = Config(epochs=6, batch_size=64, renew=2, long_tail=20.0)
-QUICK = {"epochs": 2, "renew": 1}
+OPTIONS = (
+    "data",
+    "root",
+    "glyphs",
+    "side",
+    "long-tail",
+    "epochs",
+    "batch-size",
+    "batch-classes",
+    "temperature",
+    "lr",
+    "renew",
+    "device",
+    "precision",
+)
+QUICK, QUICK_COUNTS = {"epochs": 2, "renew": 1}, (5,)
+GOES_WITH = {
+    "long_tail": ("priors", "prototypes", "compare"), "batch_classes": ("compare",), "auxiliary": ("compare",)
+}  # fmt: skip
 THIRD = 3  # of the classes, by their size: head and tail
 
 
-def measured(run: "Run", seconds: float | None) -> Row:
-    """The numbers of a trained run. seconds: of an epoch; None where all epochs were trained before."""
+def measured(run: "Run", seconds: float | None, representation: str = "trained") -> Row:
+    """The numbers of a run. seconds: of an epoch; None where all epochs were trained before, or none is."""
     import numpy as np
 
-    from fastcl.train.evaluate import cluster_information, knn_accuracy, linear_accuracy, linear_hits
+    from fastcl.train.evaluate import (
+        cluster_information,
+        knn_accuracy,
+        linear_accuracy,
+        linear_hits,
+        prototype_use,
+        scores,
+    )
     from fastcl.train.methods.clustered import Clustered
+    from fastcl.train.methods.prototypes import PrototypeMethod
 
-    rows, images, seed = run.representation("trained"), run.images, run.config.seed
+    rows, images, seed = run.representation(representation), run.images, run.config.seed
     hits = linear_hits(rows, images, 5, seed)
-    clusters = run.last_clusters()
     row: Row = {
-        "knn": knn_accuracy(rows, images), "linear_5": float(hits.mean()),
-        "linear_all": linear_accuracy(rows, images, None, seed),
+        "knn": knn_accuracy(rows, images), "linear_1": linear_accuracy(rows, images, 1, seed),
+        "linear_5": float(hits.mean()), "linear_all": linear_accuracy(rows, images, None, seed),
     }  # fmt: skip
+    if representation != "trained":
+        return row
+    clusters = run.last_clusters()
     if seconds is not None:
         row["seconds"] = seconds
     if not isinstance(run.method, Clustered):  # which has several clusterings of its own
@@ -64,8 +94,10 @@ def measured(run: "Run", seconds: float | None) -> Row:
         order, part = np.argsort(-sizes, kind="stable"), -(-len(sizes) // THIRD)
         for name, classes in (("head", order[:part]), ("tail", order[-part:])):
             row[name] = float(hits[np.isin(images.test_labels, classes)].mean())
-    if run.config.prior is not None:
+    if isinstance(run.method, PrototypeMethod):
         row["used"] = len(np.unique(clusters)) / run.config.n_clusters
+        cosines = scores(run.method, images.train_images, run.device)
+        row.update(prototype_use(cosines, run.method.masses, run.batch, run.config.temperature))
     return row
 
 
@@ -76,7 +108,7 @@ class Rows:
         self.folder = folder
 
     def path(self, entry: Entry, seed: int) -> Path:
-        name = re.sub(r"[^\w.]+", "-", f"{entry.group}-{entry.what}")
+        name = re.sub(r"[^\w.]+", "-", f"{entry.group}-{entry.what}").strip("-")
         return self.folder / f"{name}-seed{seed}.json"
 
     def read(self, entry: Entry, config: Config, data: str) -> Row | None:
@@ -93,12 +125,7 @@ class Rows:
                 raise ValueError("the file is damaged: its numbers do not have the hash that is beside them")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OptionError(f"--out holds {path}, which cannot be used: {type(error).__name__}: {error}") from error
-        differ = [name for name, value in vars(config).items() if name != "device" and stored[name] != value]
-        if differ:
-            option = "--" + differ[0].replace("_", "-")
-            raise OptionError(f"--out holds {path}, trained with {option} {stored[differ[0]]}: choose another folder")
-        if kept["data"] != data:
-            raise OptionError(f"--out holds {path}, trained on other images: choose another folder")
+        _check_same(path, config, stored, data, kept["data"])
         return row
 
     def write(self, entry: Entry, config: Config, data: str, row: Row) -> None:
@@ -108,11 +135,37 @@ class Rows:
         write(self.path(entry, config.seed), json.dumps({**kept, "sha256": _digest(kept)}, indent=1) + "\n")
 
 
+def check_begun(folder: Path, config: Config, data: str) -> None:
+    """Raise where a folder holds a half-trained run that cannot go on with this config and these images."""
+    from fastcl.train.files import load_checkpoint
+
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return
+    try:
+        state = load_checkpoint(path)
+        stored, images = vars(Config(**state["config"])), str(state["data"])
+    except Exception as error:  # a damaged file may raise anything on its way through zip, pickle and torch
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise OptionError(f"--out holds {path}, which cannot be used: {what}") from error
+    _check_same(folder, config, stored, data, images)
+
+
+def _check_same(path: Path, config: Config, stored: dict[str, Any], data: str, images: str) -> None:
+    """Raise where what a path holds is of another config, or of images of another fingerprint."""
+    differ = [name for name, value in vars(config).items() if name != "device" and stored[name] != value]
+    if differ:
+        option = "--" + differ[0].replace("_", "-")
+        raise OptionError(f"--out holds {path}, trained with {option} {stored[differ[0]]}: choose another folder")
+    if data != images:
+        raise OptionError(f"--out holds {path}, trained on other images: choose another folder")
+
+
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _trained(config: Config, folder: Path) -> Row:
+def _trained(entry: Entry, config: Config, folder: Path) -> Row:
     """Train what is left to train, and measure it."""
     from fastcl.train.files import claimed
     from fastcl.train.loop import Run
@@ -121,6 +174,8 @@ def _trained(config: Config, folder: Path) -> Row:
         run = Run(config, folder, resumed=(folder / "checkpoint.pt").exists())
         # On the CPU the process's own time, to which other processes add little.
         clock = time.process_time if run.device.type == "cpu" else time.perf_counter
+        if entry.representation != "trained":
+            return measured(run, None, entry.representation)
         left, begun = config.epochs - len(run.history), clock()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar goes to stderr
             run.train()
@@ -153,17 +208,22 @@ def conduct(entries: Sequence[Entry], base: Config, seeds: Sequence[int], out: P
             if config.batch_classes is not None:
                 check_batch_classes(config.batch_classes, min(config.batch_size, len(images.train_labels)), images)
             if config.clusters not in (None, "kmeans", "sinkhorn"):
-                fixed_clusters(config.clusters, images)
+                clusters = fixed_clusters(config.clusters, images)
+                if config.method == "cluster-ce" and clusters.max() < 0:
+                    raise OptionError(f"--clusters must give images a cluster; {config.clusters} has none")
             if config.prior is not None:
                 prototype_masses(config.prior, config.n_clusters, images.train_labels)
-            plan.append((entry, config, digest, kept.read(entry, config, digest)))
+            row = kept.read(entry, config, digest)
+            if row is None:
+                check_begun(out / kept.path(entry, seed).stem, config, digest)
+            plan.append((entry, config, digest, row))
     kept.folder.mkdir(exist_ok=True)  # by which the folder is known as a study's from now on
     rows = []
     for place, (entry, config, digest, row) in enumerate(plan, 1):
         path = kept.path(entry, config.seed)
         print(f"{place} of {len(plan)}: {path.stem}{' is there' if row else ''}", flush=True)
         if row is None:
-            row = _trained(config, out / path.stem)
+            row = _trained(entry, config, out / path.stem)
             kept.write(entry, config, digest, row)
             shutil.rmtree(out / path.stem)
         rows.append({"group": entry.group, "what": entry.what, "seed": config.seed, **row})
@@ -182,40 +242,128 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def read_csv(path: Path) -> list[Row]:
     """The rows that :func:`as_csv` wrote."""
-    words = {"group", "what"}
+
+    def value(name: str, text: str) -> str | int | float:
+        return text if name in ("group", "what") else int(text) if name == "seed" else float(text)
+
     with open(path, newline="", encoding="utf-8") as file:
         return [
-            {k: v if k in words else int(v) if k == "seed" else float(v) for k, v in line.items() if v != ""}
+            {name: value(name, text) for name, text in line.items() if text != "" or name == "group"}
             for line in csv.DictReader(file)
         ]
 
 
-def report(name: str, study: Study, rows: Sequence[Row], what: str, folder: Path) -> str:
-    """Write NAME.csv, NAME.md and NAME.png into the folder; returns the tables."""
+def report(name: str, plan: Plan, rows: Sequence[Row], about: dict[str, Any], folder: Path) -> str:
+    """Write the rows and how to plan them again (.csv, .json), tables and picture into the folder; returns the tables.
+
+    The files of a part are named NAME-part, so that none takes them for those of the whole study.
+    """
     from fastcl.train.files import write
     from fastcl.train.study_pictures import PICTURES
 
-    write(folder / f"{name}.csv", as_csv(rows))
-    rows = read_csv(folder / f"{name}.csv")  # so that the file and the tables agree to the last digit
-    text = tables(study, rows, what)
-    write(folder / f"{name}.md", f"{text}\n![{study.about}]({name}.png)\n")
-    PICTURES[name](folder / f"{name}.png", f"{name}: {what}", rows)
+    stem = part_or_whole(name, about)
+    write(folder / f"{stem}.csv", as_csv(rows))
+    write(folder / f"{stem}.json", json.dumps({"study": name, **about}, indent=1) + "\n")
+    rows = read_csv(folder / f"{stem}.csv")  # so that the file and the tables agree to the last digit
+    text = tables(plan.study, rows, plan.heading)
+    write(folder / f"{stem}.md", f"{text}\n![{plan.study.about}]({stem}.png)\n")
+    PICTURES[name](folder / f"{stem}.png", f"{name}: {plan.heading}", rows)
     return text
+
+
+def part_or_whole(name: str, about: dict[str, Any]) -> str:
+    """The name of the files."""
+    return f"{name}-part" if about.get("only") else name
+
+
+def check_folder(base: Config, folder: Path) -> None:
+    """Raise where the options do not go together, the device cannot be used, or the folder is no comparison's."""
+    from fastcl.train.files import LOCK, PART
+    from fastcl.train.loop import usable_device
+    from fastcl.train.processes import Processes
+
+    settle(base)
+    usable_device(base.device, Processes())
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"--out must be a new folder or a comparison's; {folder} is a file")
+    if (folder / "config.json").exists():
+        raise OptionError(f"--out must be a new folder or a comparison's; {folder} is a run of the trainer")
+    if folder.exists() and not (folder / "rows").is_dir():
+        held = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not path.name.endswith(PART))
+        if held:
+            raise OptionError(f"--out must be a new folder or a comparison's; {folder} holds {held[0]}")
+
+
+def concluded(parser: Parser, work: Callable[[], None]) -> int:
+    """The exit code of work that goes on from where it was interrupted."""
+    try:
+        work()
+    except WriteError as error:
+        parser.error(f"{error}. The same command goes on from here")
+    except OptionError as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+@contextlib.contextmanager
+def _auxiliary_named(name: str) -> Iterator[None]:
+    """Errors about --clusters name the option that compare has for it."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OptionError as error:
+        if name != "compare":
+            raise
+        raise OptionError(str(error).replace("--clusters", "--auxiliary")) from error
 
 
 def _parser() -> Parser:
     listed = "; ".join(f"{name}: {study.about}" for name, study in STUDIES.items())
     parser = Parser(PROG, str(__doc__), EXAMPLES)
     group = parser.add_argument_group("study")
-    group.add_argument("name", help=f"{listed}; compare", choices=[*STUDIES, "compare"], metavar="NAME",
-                       nargs="?")  # fmt: skip
-    group.add_argument("--seeds", help="runs of each (default: 3)", type=at_least(int, 1), metavar="COUNT")
-    group.add_argument("--quick", help="2 epochs, 1 seed unless said otherwise: to see that all works",
-                       action="store_true")  # fmt: skip
-    group.add_argument("--out", help="the same command goes on with what it holds (default: runs/study-NAME-DATA, with "
-                       "--quick runs/study-NAME-DATA-quick)", metavar="DIR")  # fmt: skip
-    add_options(parser, DEFAULT, [*(name for name in OPTIONS if name != "batch-classes"), "n-clusters"])
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        group.add_argument(name, help=text, **settings)
+
+    add("name", listed, choices=list(STUDIES), metavar="NAME", nargs="?")
+    add("--seeds", "runs of each (default: 3)", type=at_least(int, 1), metavar="COUNT")
+    add("--only", "train only the groups of the study's table that begin so; the files are NAME-part", nargs="+",
+        default=[], metavar="GROUP")  # fmt: skip
+    add("--n-clusters", "clusters of k-means; prototypes (default: 20). With compare several, of which the first is "
+        f"compared (default: {' '.join(map(str, COUNTS))})", nargs="+", type=at_least(int, 2),
+        metavar="COUNT")  # fmt: skip
+    add("--auxiliary", "with compare: attributes or FILE.csv:COLUMN, as the trainer's --clusters (default: "
+        f"{AUXILIARY})", metavar="CLUSTERS")  # fmt: skip
+    add("--quick", "2 epochs, 1 seed unless said otherwise: to see that all works", action="store_true")
+    add("--out", "the same command goes on with what it holds (default: runs/study-NAME-DATA, with --quick "
+        "runs/study-NAME-DATA-quick)", metavar="DIR")  # fmt: skip
+    add_options(parser, DEFAULT, OPTIONS)
     return parser
+
+
+def _about(parser: Parser, given: dict[str, Any], quick: bool) -> dict[str, Any]:
+    """What :func:`~fastcl.train.studies.planned` takes, of the options that were given. Takes them out of `given`."""
+    name, counts, only, auxiliary = (given.pop(option) for option in ("name", "n_clusters", "only", "auxiliary"))
+    if name is None:
+        parser.error(f"expected a study: {', '.join(STUDIES)}")
+    for option, takers in GOES_WITH.items():
+        if (option in given or (option == "auxiliary" and auxiliary)) and name not in takers:
+            parser.error(f"--{option.replace('_', '-')} goes with {' and '.join(takers)}; got {name}")
+    if name != "compare" and counts and len(counts) > 1:
+        parser.error(f"--n-clusters takes several with compare; got {name}")
+    options = {**(QUICK if quick else {}), **given}
+    about: dict[str, Any] = {"only": only} if only else {}
+    if name == "compare":
+        counts = counts or (QUICK_COUNTS if quick else COUNTS)
+        about |= {"auxiliary": auxiliary or AUXILIARY, "counts": list(counts)}
+    if counts:
+        options["n_clusters"] = counts[0]
+    default = vars(STUDIES[name].default)
+    return about | {"options": {option: value for option, value in options.items() if default[option] != value}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,37 +371,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_packages()
     from fastcl.train.files import claimed
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["compare"]:
-        return compare(argv[1:])
     parser = _parser()
     given = vars(parser.parse_args(argv))
-    name, seeds, quick, out = (given.pop(option) for option in ("name", "seeds", "quick", "out"))
-    if name is None:
-        parser.error(f"expected a study: {', '.join(STUDIES)} or compare")
-    if name == "compare":
-        parser.error("compare comes first, its options after it")
-    if "long_tail" in given and name != "priors":
-        parser.error("--long-tail goes with the study priors")
-    base = dataclasses.replace(DEFAULT, **{**(QUICK if quick else {}), **given})
-    folder = Path(out or f"runs/study-{name}-{Path(base.data).stem}{'-quick' if quick else ''}")
-    study = STUDIES[name]
+    name, seeds, quick, out = given["name"], *(given.pop(option) for option in ("seeds", "quick", "out"))
+    about = _about(parser, given, quick)
 
     def work() -> None:
-        settled_base = settled(base, Entry("", "", {}), 0)
-        check(settled_base, folder, "rows")
+        data = about["options"].get("data", DEFAULT.data)
+        folder = Path(out or f"runs/study-{name}-{Path(data).stem}{'-quick' if quick else ''}")
+        if name == "compare":
+            check_auxiliary(about["auxiliary"], data)
+        plan = planned(name, about)
+        check_folder(settled(plan.base, Entry("", "", {}), 0), folder)
         for other in STUDIES.keys() - {name}:
-            if (folder / f"{other}.csv").exists():
-                raise OptionError(f"--out must be a new folder or this study's; {folder} holds {other}.csv")
-        entries = study.entries(base)
-        for entry in entries:
-            settled(base, entry, 0)
+            for path in (folder / f"{other}.csv", folder / f"{other}-part.csv"):
+                if path.exists():
+                    raise OptionError(f"--out must be a new folder or this study's; {folder} holds {path.name}")
+        for entry in plan.entries:
+            settled(plan.base, entry, 0)
         with claimed(folder):
-            rows = conduct(entries, base, range(seeds or (1 if quick else 3)), folder)
-            text = report(name, study, rows, heading(study, settled_base), folder)
-            print(f"\n{text}\nwrote {folder}/{name}.csv, {name}.md and {name}.png")
+            rows = conduct(plan.entries, plan.base, range(seeds or (1 if quick else 3)), folder)
+            text = report(name, plan, rows, about, folder)
+            print(f"\n{text}\nwrote {folder}/{part_or_whole(name, about)}.csv, .json, .md and .png")
 
-    return concluded(parser, work)
+    def named() -> None:
+        with _auxiliary_named(name):
+            work()
+
+    return concluded(parser, named)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fastcl.train.files import save_figure
-from fastcl.train.report import figure_of
-from fastcl.train.studies import Row, grouped
+from fastcl.train.report import draw_information, figure_of
+from fastcl.train.study_tables import USE, Row, grouped
 
 PROBE, PROBE_TITLE = "linear_5", "held-out accuracy, 5 labels a class (%)"
 
@@ -19,12 +19,33 @@ def _draw_clusters(path: Path, title: str, rows: Sequence[Row]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     found = grouped(rows)
     contrast = {what: own for (group, what), own in found.items() if group == "contrast"}
+    if contrast:  # a part of the study may have none
+        figure.colorbar(_plane(left, contrast), ax=left, label=PROBE_TITLE)
+    left.set(xlabel="H(cluster | label) (nats): what is in the clusters besides",
+             ylabel="I(label; cluster) (nats): what they tell about the label", title="contrasted")  # fmt: skip
+    left.margins(0.1)
+    left.grid(alpha=0.25)
+    predicted = [what for group, what in found if group in ("PCL", "predict")]
+    kinds = [what for what in contrast if what in predicted] or list(dict.fromkeys(predicted))
+    groups = list(dict.fromkeys(group for group, _ in found))
+    for number, group in enumerate(groups):
+        shown = [what for what in kinds if (group, what) in found]
+        _points(right, group, [(kinds.index(what) + 0.2 * (number - 1), found[group, what]) for what in shown], PROBE)
+    right.set_xticks(range(len(kinds)), kinds)
+    right.set(ylabel=PROBE_TITLE, title="contrasted and predicted")
+    right.legend(frameon=False)
+    right.grid(alpha=0.25, axis="y")
+    save_figure(figure, path)
+
+
+def _plane(axes: Any, contrast: dict[str, list[Row]]) -> Any:
+    """Points with captions; returns what a colour bar is made of."""
     names = (PROBE, "mutual_information", "conditional_entropy")
     means = {what: {name: np.mean([row[name] for row in own]) for name in names} for what, own in contrast.items()}
     accuracies = [100 * mean[PROBE] for mean in means.values()]
     places = [(float(mean["conditional_entropy"]), float(mean["mutual_information"])) for mean in means.values()]
     furthest, highest = np.max(places, axis=0)
-    drawn = left.scatter(*np.transpose(places), c=accuracies, s=100, cmap="viridis", edgecolors="black")
+    drawn = axes.scatter(*np.transpose(places), c=accuracies, s=100, cmap="viridis", edgecolors="black")
     captioned: list[tuple[float, float]] = []
     for what, place, accuracy in zip(means, places, accuracies, strict=True):
         # Below the captions of points that are in the way.
@@ -35,22 +56,8 @@ def _draw_clusters(path: Path, title: str, rows: Sequence[Row]) -> None:
         side: dict[str, Any] = {"xytext": (8, -3 - 11 * len(near))}
         if place[0] > 0.8 * furthest:
             side = {"xytext": (-8, -3 - 11 * len(near)), "ha": "right"}
-        left.annotate(f"{what} {accuracy:.1f}", place, textcoords="offset points", fontsize=8, parse_math=False, **side)
-    figure.colorbar(drawn, ax=left, label=PROBE_TITLE)
-    left.set(xlabel="H(cluster | label) (nats): what is in the clusters besides",
-             ylabel="I(label; cluster) (nats): what they tell about the label", title="contrasted")  # fmt: skip
-    left.margins(0.1)
-    left.grid(alpha=0.25)
-    kinds = [what for what in means if any((group, what) in found for group in ("PCL", "predict"))]
-    groups = list(dict.fromkeys(group for group, _ in found))
-    for number, group in enumerate(groups):
-        shown = [what for what in kinds if (group, what) in found]
-        _points(right, group, [(kinds.index(what) + 0.2 * (number - 1), found[group, what]) for what in shown], PROBE)
-    right.set_xticks(range(len(kinds)), kinds)
-    right.set(ylabel=PROBE_TITLE, title="contrasted and predicted")
-    right.legend(frameon=False)
-    right.grid(alpha=0.25, axis="y")
-    save_figure(figure, path)
+        axes.annotate(f"{what} {accuracy:.1f}", place, textcoords="offset points", fontsize=8, parse_math=False, **side)
+    return drawn
 
 
 def _draw_priors(path: Path, title: str, rows: Sequence[Row]) -> None:
@@ -83,9 +90,37 @@ def _draw_priors(path: Path, title: str, rows: Sequence[Row]) -> None:
     panels[0].set_ylabel(PROBE_TITLE)
     for axes in panels:
         axes.grid(alpha=0.25, axis="y")
-    panels[0].legend(frameon=False)
-    panels[3].legend(frameon=False)
+        if axes.containers and axes in (panels[0], panels[3]):
+            axes.legend(frameon=False)
     save_figure(figure, path)
+
+
+def _draw_prototypes(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """A panel for each number of prototypes: how many are in use, by three measures."""
+    found = grouped(rows)
+    groups = list(dict.fromkeys(group for group, _ in found))
+    figure = figure_of(4.6 * len(groups) + 1, 4.4, title)
+    grid = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(grid, groups, strict=True):
+        kinds = [what for owner, what in found if owner == group]
+        for number, (name, label) in enumerate(USE.items()):
+            points = [(place + 0.16 * (number - 1), found[group, what]) for place, what in enumerate(kinds)]
+            _points(axes, label, points, name, scale=1)
+        axes.set_xticks(range(len(kinds)), kinds)
+        axes.set(title=group, xlabel="prior", ylabel="prototypes")
+        axes.set_ylim(0, 1.05 * int(group.split()[0]))
+        axes.grid(alpha=0.25, axis="y")
+    grid[0].legend(frameon=False)
+    save_figure(figure, path)
+
+
+def _draw_compare(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """A panel for each loss; what is not trained is on no plane."""
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for (group, what), own in grouped(rows).items():
+        if group:
+            panels.setdefault(group, {})[what] = own
+    draw_information(path, title, panels)
 
 
 def _draw_batch(path: Path, title: str, rows: Sequence[Row]) -> None:
@@ -117,5 +152,6 @@ def _points(
 
 
 PICTURES: dict[str, Callable[[Path, str, Sequence[Row]], None]] = {
-    "clusters": _draw_clusters, "priors": _draw_priors, "batch": _draw_batch
+    "clusters": _draw_clusters, "priors": _draw_priors, "prototypes": _draw_prototypes, "batch": _draw_batch,
+    "compare": _draw_compare,
 }  # fmt: skip

@@ -36,8 +36,8 @@ command.run(cli.PROG, lambda: cli.main(sys.argv[1:]))
         (listing, ["python -m fastcl.train.compare", "--help"]),
         (info, ["examples:", "FASTCL_BACKEND=chunked"]),
         (trainer, ["method:", "images:", "training:", "run folder:", "--batch-classes", "--tensorboard", "examples:"]),
-        (compare, ["comparison:", "images:", "--auxiliary", "examples:"]),
-        (study, ["study:", "clusters:", "priors:", "batch:", "compare", "images:", "examples:"]),
+        (compare, ["study:", "images:", "--auxiliary", "examples:"]),
+        (study, ["study:", "clusters:", "priors:", "batch:", "compare:", "images:", "examples:"]),
         (systems, ["comparison:", "images:", "--methods", "examples:"]),
     ],
     ids=lambda value: value.__name__ if hasattr(value, "__name__") else "",
@@ -65,7 +65,7 @@ def test_unknown_options_are_refused_in_one_line(module, capsys) -> None:
 
 
 def test_examples_in_the_help_are_commands_that_the_parsers_take() -> None:
-    for module in (trainer, compare, study):
+    for module in (trainer, study):
         for line in module.EXAMPLES.splitlines():
             typed = line.strip().split("   ")[0]  # what follows says what it does
             arguments = typed.split("-m ", 1)[1].split()

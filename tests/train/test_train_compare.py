@@ -1,4 +1,4 @@
-"""The comparison of methods: what is trained, what the table says, and that finished runs are not repeated."""
+"""The study of Cl-InfoNCE's comparisons: what is trained, what the table says, and what is refused before training."""
 
 import json
 import shutil
@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcl.train import Config, compare, report
-from fastcl.train.compare import COMPARISONS, INFORMATION, PROBES, contestants, main
+from fastcl.train import Config, compare, report, study
+from fastcl.train.compare import comparison, main
 from fastcl.train.files import claimed
 from fastcl.train.loop import Run
+from fastcl.train.studies import settled
+from fastcl.train.study import read_csv
+from fastcl.train.study_tables import INFORMATION, PROBES, grouped, tables
 from tests.support.training import COUNT, write_csv
 
 pytestmark = pytest.mark.usefixtures("quick_probes")
@@ -21,134 +24,103 @@ pytestmark = pytest.mark.usefixtures("quick_probes")
 def finished(quick_probes, npz, tmp_path_factory):
     """A comparison over two seeds, with its command."""
     out = tmp_path_factory.mktemp("compare") / "out"
-    command = ["--quick", "--data", str(npz), "--epochs", "1", "--batch-size", "40", "--out", str(out)]
+    command = ["--quick", "--data", str(npz), "--epochs", "1", "--batch-size", "40", "--seeds", "2", "--out", str(out)]
     assert main(command) == 0
     return out, command
 
 
+def refused(capsys, *arguments: str) -> str:
+    """The one line with which the command refuses its arguments."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    assert exit_.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    return errors
+
+
 def test_the_folder_of_a_comparison(finished) -> None:
     out, _ = finished
-    runs = sorted(path.name for path in out.iterdir() if path.is_dir())
-    kinds = ["simclr", "clinfonce-kmeans-5", "clinfonce-sinkhorn-5", "clinfonce-attributes", "cluster-ce-kmeans-5",
-             "cluster-ce-attributes", "supcon", "cluster-ce-labels"]  # fmt: skip
-    assert runs == sorted(f"{kind}-seed{seed}" for kind in kinds for seed in (0, 1))
-    for run in runs:
-        outcome = json.loads((out / run / "probes.json").read_text())
-        trained = outcome["trained"]
-        assert all(0 < trained[probe] <= 1 for probe in PROBES)
-        assert 0 <= trained["mutual_information"] <= np.log(10) + 1e-9
-        assert ("raw" in outcome) == run.startswith("simclr")
-        if run.startswith(("supcon", "cluster-ce-labels")):
-            assert trained["conditional_entropy"] == pytest.approx(0, abs=1e-9)
-        if run.startswith("simclr"):  # each of 105 images a cluster of its own
-            total = trained["mutual_information"] + trained["conditional_entropy"]
-            assert total == pytest.approx(np.log(105))
+    kinds = ["raw-pixels", "untrained-encoder", "contrastive-instances-SimCLR", "contrastive-k-means-5",
+             "contrastive-Sinkhorn-5", "contrastive-attributes", "cross-entropy-k-means-5", "cross-entropy-attributes",
+             "contrastive-labels-SupCon", "cross-entropy-labels"]  # fmt: skip
+    rows = sorted(path.name for path in (out / "rows").iterdir())
+    assert rows == sorted(f"{kind}-seed{seed}.json" for kind in kinds for seed in (0, 1))
+    files = [f"compare.{kind}" for kind in ("csv", "json", "md", "png")]
+    assert sorted(path.name for path in out.iterdir()) == [*files, "rows"]
+    found = grouped(read_csv(out / "compare.csv"))
+    assert all(0 < row[probe] <= 1 for own in found.values() for row in own for probe in PROBES)
+    for (group, what), own in found.items():
+        for row in own:
+            assert ("mutual_information" in row) == bool(group)
+            if what.startswith("labels"):
+                assert row["conditional_entropy"] == pytest.approx(0, abs=1e-9)
+            if what.startswith("instances"):  # each of 105 images a cluster of its own
+                total = row["mutual_information"] + row["conditional_entropy"]
+                assert total == pytest.approx(np.log(105), abs=1e-4)
     text = (out / "compare.md").read_text()
-    trained = [
-        json.loads((out / f"clinfonce-attributes-seed{seed}" / "probes.json").read_text())["trained"] for seed in (0, 1)
-    ]
-    knn = [100 * line["knn"] for line in trained]
-    row = next(line for line in text.splitlines() if line.startswith("| contrastive   | attributes"))
-    assert f"| {statistics.mean(knn):.1f} ± {statistics.stdev(knn):.1f}" in row
-    pixels = np.asarray(Image.open(out / "information.png").convert("RGB"))
+    knn = [100 * row["knn"] for row in found["contrastive", "attributes"]]
+    line = next(line for line in text.splitlines() if line.startswith("| contrastive   | attributes"))
+    assert f"| {statistics.mean(knn):.1f} ± {statistics.stdev(knn):.1f}" in line
+    pixels = np.asarray(Image.open(out / "compare.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    about = json.loads((out / "compare.json").read_text())
+    assert (about["study"], about["auxiliary"], about["counts"]) == ("compare", "attributes", [5])
 
 
-def test_finished_runs_are_not_repeated(finished, tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_is_the_study_of_that_name(finished, tmp_path, monkeypatch) -> None:
     out, command = finished
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    command = [*command[:-1], str(copy)]
     (copy / "compare.md").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "train", lambda self: pytest.fail("trained again"))
-        assert main(command) == 0
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained again"))
+    assert study.main(["compare", *command[:-1], str(copy)]) == 0
     assert (copy / "compare.md").read_text() == (out / "compare.md").read_text()
+    given = []
+    monkeypatch.setattr(study, "main", lambda argv: given.append(argv) or 0)
+    monkeypatch.setattr("sys.argv", ["compare.py", "--quick"])
+    assert main() == 0
+    assert given == [["compare", "--quick"]]
 
-    # One that was interrupted after its first epoch, and one before its first checkpoint: only these go on.
-    before = (copy / "supcon-seed1" / "probes.json").read_text()
-    (copy / "supcon-seed1" / "probes.json").unlink()
-    shutil.rmtree(copy / "simclr-seed0")
-    (copy / "simclr-seed0").mkdir()
-    (copy / "simclr-seed0" / "config.json").write_text("{}")
-    went, train = [], Run.train
-    monkeypatch.setattr(Run, "train", lambda self: went.append((self.folder.name, len(self.history))) or train(self))
-    assert main(command) == 0
-    assert went == [("simclr-seed0", 0), ("supcon-seed1", 1)]
-    assert (copy / "supcon-seed1" / "probes.json").read_text() == before
+
+def test_baselines_are_measured_without_training(finished, tmp_path, monkeypatch, capsys) -> None:
+    out, command = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    for name in ("raw-pixels", "untrained-encoder"):
+        (copy / "rows" / f"{name}-seed1.json").unlink()
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained"))
+    assert main([*command[:-1], str(copy)]) == 0
     assert (copy / "compare.md").read_text() == (out / "compare.md").read_text()
-    assert "seed 1, 8 of 8" in capsys.readouterr().out
-
-
-def test_an_interruption_says_how_to_go_on(npz, tmp_path, monkeypatch, capsys) -> None:
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "train", interrupted)
-    assert main(["--quick", "--data", str(npz), "--out", str(tmp_path / "out")]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "20 of 20: cross-entropy-labels-seed1 is there" in capsys.readouterr().out
 
 
 def test_folders_of_other_runs_are_refused(finished, npz, tmp_path, capsys) -> None:
     out, command = finished
-    data = tmp_path / "few.npz"
-
-    def message(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        assert exit_.value.code == 2
-        errors = capsys.readouterr().err
-        assert errors.count("\n") == 1
-        return errors
-
-    assert "trained with --temperature 0.1: choose another folder" in message(*command, "--temperature", "0.2")
-    with np.load(npz) as arrays:
-        np.savez(data, images=255 - arrays["images"], labels=arrays["labels"])
+    assert "trained with --temperature 0.1: choose another folder" in refused(capsys, *command, "--temperature", "0.2")
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    config = copy / "simclr-seed0" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"data": str(data)}))
-    other = ["--quick", "--data", str(data), "--epochs", "1", "--batch-size", "40", "--out", str(copy)]
-    assert "trained on other images" in message(*other)
-    (copy / "simclr-seed0" / "probes.json").write_text("no json")
-    assert "simclr-seed0/probes.json, which cannot be used" in message(*other)
-    config.write_text("[]")
-    assert "simclr-seed0/config.json, which cannot be used" in message(*other)
-
-
-def test_damaged_numbers_and_folders_in_use_are_refused(finished, tmp_path, capsys) -> None:
-    out, command = finished
-    copy = tmp_path / "copy"
-    shutil.copytree(out, copy)
+    path = copy / "rows" / "raw-pixels-seed0.json"
+    kept = json.loads(path.read_text())
+    del kept["sha256"]
+    path.write_text(json.dumps({**kept, "data": "other", "sha256": study._digest({**kept, "data": "other"})}))
     command = [*command[:-1], str(copy)]
-    with claimed(copy), pytest.raises(SystemExit):
-        main(command)
-    assert f"--out {copy} is in use by another process" in capsys.readouterr().err
-    path = copy / "supcon-seed1" / "probes.json"
-    content = json.loads(path.read_text())
-    content["trained"]["knn"] /= 2
-    path.write_text(json.dumps(content))
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "supcon-seed1/probes.json, which cannot be used: ValueError: the file is damaged" in capsys.readouterr().err
+    assert "trained on other images" in refused(capsys, *command)
+    path.write_text("[]")
+    assert "raw-pixels-seed0.json, which cannot be used" in refused(capsys, *command)
+    with claimed(copy):
+        assert f"--out {copy} is in use by another process" in refused(capsys, *command)
 
 
 def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, capsys) -> None:
-    out, command = finished
-    copy = tmp_path / "copy"
-    shutil.copytree(out, copy)
-    shutil.rmtree(copy / "simclr-seed0")
+    _, command = finished
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained before it was refused"))
-    config = copy / "cluster-ce-labels-seed1" / "config.json"  # the last
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"lr": 0.5}))
-    with pytest.raises(SystemExit):
-        main([*command[:-1], str(copy)])
-    assert "cluster-ce-labels-seed1, trained with --lr 0.5: choose another folder" in capsys.readouterr().err
     path = tmp_path / "none.csv"
     path.write_text("kind\n" + '""\n' * COUNT)
-    with pytest.raises(SystemExit):
-        main([*command[:-1], str(tmp_path / "new"), "--auxiliary", f"{path}:kind"])
-    assert f"--auxiliary must give images a cluster; {path}:kind has none" in capsys.readouterr().err
+    new = [*command[:-1], str(tmp_path / "new")]
+    line = refused(capsys, *new, "--auxiliary", f"{path}:kind")
+    assert f"--auxiliary must give images a cluster; {path}:kind has none" in line
+    assert "--batch-classes" in refused(capsys, *new, "--batch-classes", "11")
 
 
 @pytest.mark.parametrize(
@@ -166,48 +138,58 @@ def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, 
 )
 def test_bad_options_end_in_one_line(arguments, message, npz, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained before it was refused"))
-    with pytest.raises(SystemExit) as exit_:
-        main(["--quick", "--data", str(npz), "--out", str(tmp_path / "out"), *arguments])
-    assert exit_.value.code == 2
-    errors = capsys.readouterr().err
-    assert message in errors
-    assert errors.count("\n") == 1
+    line = refused(capsys, "--quick", "--data", str(npz), "--batch-size", "40", "--out", str(tmp_path / "out"),
+                   *arguments)  # fmt: skip
+    assert message in line
 
 
-def test_contestants_and_comparisons(tmp_path) -> None:
+def test_what_is_trained(tmp_path) -> None:
     auxiliary = f"{write_csv(tmp_path / 'c.csv', 5)}:kind"
-    chosen = contestants(auxiliary, [20, 10])
-    assert {name for pairs in COMPARISONS.values() for pair in pairs for name in pair} <= chosen.keys()
-    assert chosen["auxiliary"].clusters == auxiliary
-    assert chosen["auxiliary"].folder == "clinfonce-c.csv_kind"
-    assert chosen["kmeans"].title == "k-means 20"
-    assert len({contestant.folder for contestant in chosen.values()}) == len(chosen) == 9
-    assert len({(contestant.loss, contestant.title) for contestant in chosen.values()}) == len(chosen)
+    chosen = comparison(auxiliary, [20, 10, 20])
+    base = Config(long_tail=3.0, batch_classes=4, data=str(tmp_path / "images.npz"))
+    entries = {(entry.group, entry.what): entry for entry in chosen.entries(base)}
+    assert len(entries) == len(chosen.entries(base)) == 11
+    assert {key for _, *pair in chosen.pairs for key in pair} <= entries.keys()
+    configs = {key: settled(base, entry, 1) for key, entry in entries.items()}
+    assert all((config.long_tail, config.batch_classes, config.seed) == (3.0, 4, 1) for config in configs.values())
+    assert configs["contrastive", "c.csv:kind"].clusters == auxiliary
+    assert configs["cross-entropy", "c.csv:kind"].method == "cluster-ce"
+    assert configs["contrastive", "k-means 10"].n_clusters == 10
+    sinkhorn = configs["contrastive", "Sinkhorn 20"]
+    assert (sinkhorn.clusters, sinkhorn.n_clusters, sinkhorn.prior) == ("sinkhorn", 20, "uniform")
+    assert configs["contrastive", "labels (SupCon)"].clusters == "labels"
+    trained = [entry.what for entry in entries.values() if entry.representation == "trained"]
+    assert len(trained) == 9
+    assert compare.baselines(base) == [entries["", "raw pixels"], entries["", "untrained encoder"]]
 
 
 def test_the_table_has_means_spreads_and_differences_of_pairs() -> None:
     g = np.random.default_rng(0)
-    chosen = contestants("attributes", [4])
-    rows = {
-        name: [dict(zip((*PROBES, *INFORMATION), g.random(6), strict=True)) for _ in range(3)]
-        for name in ("raw", "untrained", *chosen)
-    }
-    text = compare.tables(rows, chosen, Config())
+    chosen = comparison("attributes", [4])
+    names = (*PROBES, *INFORMATION)
+    rows = [
+        {"group": entry.group, "what": entry.what, "seed": seed, **{name: g.random() for name in names}}
+        for seed in range(3)
+        for entry in chosen.entries(chosen.default)
+    ]
+    text = tables(chosen, rows, "what")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert all(len(line) in (8, 6) for line in lines)
+    assert all(len(line) in (8, 5) for line in lines)
+    found = grouped(rows)
 
     def shown(values, places, sign=""):
         return f"{statistics.mean(values):{sign}.{places}f} ± {statistics.stdev(values):.{places}f}"
 
     (kmeans,) = (line for line in lines if line[:2] == ["contrastive", "k-means 4"])
+    own = found["contrastive", "k-means 4"]
     for place, probe in enumerate(PROBES, 2):
-        assert kmeans[place] == shown([100 * line[probe] for line in rows["kmeans"]], 1)
-    assert kmeans[6] == shown([line["mutual_information"] for line in rows["kmeans"]], 2)
-    (against,) = (line for line in lines if line[1] == "contrastive, attributes minus cross-entropy, attributes")
-    pairs = zip(rows["auxiliary"], rows["predicted auxiliary"], strict=True)
-    assert against[0] == "contrasting against predicting"
-    assert against[2] == shown([100 * (a["knn"] - b["knn"]) for a, b in pairs], 1, "+")
-    one = compare.tables({name: lines[:1] for name, lines in rows.items()}, chosen, Config())
+        assert kmeans[place] == shown([100 * row[probe] for row in own], 1)
+    assert kmeans[6] == shown([row["mutual_information"] for row in own], 2)
+    question = "contrasting against predicting: contrastive, attributes minus cross-entropy, attributes"
+    (against,) = (line for line in lines if line[0] == question)
+    pairs = zip(found["contrastive", "attributes"], found["cross-entropy", "attributes"], strict=True)
+    assert against[1] == shown([100 * (a["knn"] - b["knn"]) for a, b in pairs], 1, "+")
+    one = tables(chosen, [row for row in rows if row["seed"] == 0], "what")
     assert "±" not in one
     assert "one seed" in one
 

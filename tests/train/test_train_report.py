@@ -6,12 +6,13 @@ import torch
 from matplotlib.collections import PathCollection
 from scipy.spatial.distance import pdist
 
-from fastcl.train import compare, counted, report
+from fastcl.train import counted, report
 from fastcl.train.data import ImageData
 from fastcl.train.evaluate import Representation
+from fastcl.train.study_tables import INFORMATION, PROBES
 
 CLASSES = ("$x_$", "_background_noise_", "a$b", "")
-NUMBERS = dict.fromkeys((*compare.PROBES, *compare.INFORMATION), 0.5)
+NUMBERS = dict.fromkeys((*PROBES, *INFORMATION), 0.5)
 
 
 def few(count: int) -> tuple[ImageData, np.ndarray]:

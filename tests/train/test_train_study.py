@@ -6,17 +6,20 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fastcl.train import Config, OptionError, compare, evaluate, study
+from fastcl.train import Config, OptionError, evaluate, study
+from fastcl.train.files import load_checkpoint, save_checkpoint
 from fastcl.train.loop import Run
 from fastcl.train.options import settle
-from fastcl.train.studies import STUDIES, Entry, heading, settled, tables
-from fastcl.train.study import DEFAULT, as_csv, main, read_csv
+from fastcl.train.studies import STUDIES, planned, settled
+from fastcl.train.study import as_csv, main, read_csv
 from fastcl.train.study_pictures import PICTURES
+from fastcl.train.study_tables import DEFAULT, PROBES, USE, Entry, of_groups, tables
 
-NUMBERS = ("knn", "linear_5", "linear_all", "mutual_information", "conditional_entropy", "seconds", "head", "tail",
-           "used")  # fmt: skip
+NUMBERS = (*PROBES, "mutual_information", "conditional_entropy", "seconds", "head", "tail", "used", *USE, "variation",
+           "lead")  # fmt: skip
 
 
 pytestmark = pytest.mark.usefixtures("quick_probes")
@@ -35,9 +38,9 @@ def finished(quick_probes, npz, tmp_path_factory):
 def made_up(name: str) -> list[dict]:
     """Rows of three seeds for every entry of a study."""
     g = np.random.default_rng(0)
-    entries = STUDIES[name].entries(DEFAULT)
+    entries = STUDIES[name].entries(STUDIES[name].default)
     return [
-        {"group": entry.group, "what": entry.what, "seed": seed, **dict(zip(NUMBERS, g.random(9), strict=True))}
+        {"group": entry.group, "what": entry.what, "seed": seed, **{number: g.random() for number in NUMBERS}}
         for seed in range(3)
         for entry in entries
     ]
@@ -46,7 +49,7 @@ def made_up(name: str) -> list[dict]:
 def test_finished_runs_are_kept_as_rows_and_not_repeated(finished, tmp_path, monkeypatch, capsys) -> None:
     out, command = finished
     entries = STUDIES["batch"].entries(Config(batch_size=6))
-    assert sorted(path.name for path in out.iterdir()) == ["batch.csv", "batch.md", "batch.png", "rows"]
+    assert sorted(path.name for path in out.iterdir()) == ["batch.csv", "batch.json", "batch.md", "batch.png", "rows"]
     names = sorted(f"simclr-{entry.what}-seed0.json" for entry in entries)
     assert sorted(path.name for path in (out / "rows").iterdir()) == names
     copy = tmp_path / "copy"
@@ -120,33 +123,93 @@ def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, 
     assert "--out must be a new folder or a comparison's" in message("batch", *new[:-1], __file__)
     assert "images to train on are fewer than a step of 256" in message("batch", *new)
     assert "new folder or this study's" in message("clusters", *new[:-1], str(out))
-    assert "--long-tail goes with the study priors" in message("clusters", *new, "--long-tail", "5")
-    assert "compare comes first" in message("--seeds", "1", "compare")
+    assert "--long-tail goes with priors and prototypes and compare; got clusters" in message(
+        "clusters", *new, "--long-tail", "5"
+    )
+    assert "--batch-classes goes with compare; got batch" in message("batch", *new, "--batch-classes", "2")
+    assert "--auxiliary goes with compare; got batch" in message("batch", *new, "--auxiliary", "attributes")
+    assert "--n-clusters takes several with compare; got batch" in message("batch", *new, "--n-clusters", "5", "6")
+    assert "--only must be the beginning of one of: contrast; PCL; predict; got 'swav'" in message(
+        "clusters", *new, "--only", "contrast", "swav"
+    )
     assert "invalid choice: 'cluster'" in message("cluster")
-    assert "expected a study: clusters, priors, batch or compare" in message("--seeds", "2")
+    assert "expected a study: clusters, priors, prototypes, batch, compare" in message("--seeds", "2")
     assert not (tmp_path / "new").exists()
 
 
-def test_compare_is_a_study(monkeypatch) -> None:
-    given = []
-    monkeypatch.setattr(study, "compare", lambda argv: given.append(argv) or 0)
-    assert main(["compare", "--quick", "--auxiliary", "attributes"]) == 0
-    assert given == [["--quick", "--auxiliary", "attributes"]]
-    assert compare.main is not study.compare
+def test_a_half_trained_run_of_other_options_is_refused_before_training(finished, npz, tmp_path, monkeypatch, capsys):
+    out, command = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    for size in (8, 96):  # the first is to be trained, the last was begun
+        (copy / "rows" / f"simclr-{size}-seed0.json").unlink()
+    last = {entry.what: entry for entry in STUDIES["batch"].entries(Config(batch_size=6))}["96"]
+    config = settled(Config(data=str(npz), epochs=1, n_clusters=5, renew=1, batch_size=6), last, 0)
+    run = Run(config, copy / "simclr-96-seed0", False)
+    again = [*command[:-1], str(copy)]
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained before it was refused"))
+
+    def message(*more: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*again, *more])
+        return capsys.readouterr().err
+
+    checkpoint = run.folder / "checkpoint.pt"
+    state = load_checkpoint(checkpoint)
+    save_checkpoint({**state, "config": {**state["config"], "lr": 0.5}}, checkpoint)
+    assert "simclr-96-seed0, trained with --lr 0.5: choose another folder" in message()
+    save_checkpoint({**state, "data": "other"}, checkpoint)
+    assert "simclr-96-seed0, trained on other images: choose another folder" in message()
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-5])
+    assert "checkpoint.pt, which cannot be used: ValueError" in message()
+    save_checkpoint(state, checkpoint)
+    monkeypatch.undo()
+    assert main(again) == 0
+
+
+def test_a_part_of_a_study_is_not_taken_for_the_whole(npz, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    command = ["prototypes", "--quick", "--data", str(npz), "--epochs", "1", "--n-clusters", "10", "--batch-size", "10",
+               "--long-tail", "2", "--out", str(out)]  # fmt: skip
+    assert main([*command, "--only", "10"]) == 0
+    names = [f"prototypes-part.{kind}" for kind in ("csv", "json", "md", "png")]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "rows"]
+    rows = read_csv(out / "prototypes-part.csv")
+    assert {row["group"] for row in rows} == {"10 prototypes"}
+    assert "10 images a step; only 10.\n" in (out / "prototypes-part.md").read_text()
+    about = json.loads((out / "prototypes-part.json").read_text())
+    plan = planned(about.pop("study"), about)
+    assert [(row["group"], row["what"]) for row in rows] == [(entry.group, entry.what) for entry in plan.entries]
+    assert plan.base.epochs == 1
+    # The whole study goes on with the rows of its part.
+    went, train = [], Run.train
+    monkeypatch.setattr(Run, "train", lambda self: went.append(self.folder.name) or train(self))
+    assert main(command) == 0
+    assert [name.split("-")[0] for name in went] == ["25"] * 3
+    assert len(read_csv(out / "prototypes.csv")) == 6
+
+
+def test_groups_are_known_by_their_beginning() -> None:
+    entries = STUDIES["priors"].entries(DEFAULT)
+    found = of_groups(entries, ["long tail", "batches, s"])
+    assert {entry.group for entry in found} == {"long tail, swav", "long tail, msn", "batches, simclr", "batches, swav"}
+    assert found == [entry for entry in entries if entry in found]
+    assert of_groups(entries, []) == entries
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_entries_are_runs_of_the_trainer(name, tmp_path) -> None:
-    entries = STUDIES[name].entries(DEFAULT)
+    default = STUDIES[name].default
+    entries = STUDIES[name].entries(default)
     rows = study.Rows(tmp_path)
     assert len({(entry.group, entry.what) for entry in entries}) == len(entries)
     assert len({rows.path(entry, 0) for entry in entries}) == len(entries)
-    configs = [settled(DEFAULT, entry, 1) for entry in entries]
+    configs = [settled(default, entry, 1) for entry in entries]
     assert all(config.seed == 1 for config in configs)
-    assert (settle(configs[0]), len({repr(config) for config in configs})) == (
-        configs[0],
-        len(entries) - (name == "priors"),
-    )
+    assert settle(configs[0]) == configs[0]
+    # SwAV with a uniform prior is in two groups; baselines are measured beside the first that is trained.
+    repeated = {"priors": 1, "compare": 2}
+    assert len({repr(config) for config in configs}) == len(entries) - repeated.get(name, 0)
     known = {(entry.group, entry.what.split(" ")[0] + " *") for entry in entries}
     known |= {(entry.group, entry.what) for entry in entries}
     assert all(key in known for _, *pair in STUDIES[name].pairs for key in pair)
@@ -158,14 +221,33 @@ def test_a_row_has_head_tail_and_prototypes(npz, tmp_path) -> None:
     run.train()
     row = study.measured(run, 0.5)
     assert set(row) == set(NUMBERS)
-    assert 0 < row["used"] <= 1
+    assert row["used"] == row["nearest"] / 10
+    assert 1 <= row["nearest"] <= row["assigned"] <= row["share"] == 10 or row["assigned"] <= 10
     assert row["seconds"] == 0.5
     sizes = np.bincount(run.images.train_labels)
     hits = evaluate.linear_hits(run.representation("trained"), run.images, 5, config.seed)
     largest = np.argsort(-sizes, kind="stable")[:4]
     assert row["head"] == pytest.approx(hits[np.isin(run.images.test_labels, largest)].mean())
     plain = settle(Config(method="pcl", data=str(npz), epochs=1, batch_size=20, n_clusters=5, renew=1))
-    assert set(study.measured(Run(plain, tmp_path / "pcl", False), 0.5)) == {"knn", "linear_5", "linear_all", "seconds"}
+    untrained = Run(plain, tmp_path / "pcl", False)
+    assert set(study.measured(untrained, 0.5)) == {*PROBES, "seconds"}
+    raw = study.measured(untrained, None, "raw")
+    assert set(raw) == set(PROBES)
+    assert raw["knn"] == evaluate.knn_accuracy(evaluate.raw_pixels(untrained.images), untrained.images)
+
+
+def test_the_use_of_prototypes() -> None:
+    # Three images, the third nearly as near to the third prototype, which the prior gives half of all.
+    cosines = torch.tensor([[0.9, 0.1, 0.0, -1.0], [0.8, 0.1, 0.0, -1.0], [0.0, 0.31, 0.3, -1.0]])
+    masses = torch.tensor([0.25, 0.2, 0.5, 0.05])
+    use = evaluate.prototype_use(cosines, masses, 5, 0.1)
+    assert use["share"] == 3  # 1.25, 1.0 and 2.5 of 5 images, but 0.25
+    assert use["nearest"] == 2
+    assert use["assigned"] == 2  # the first and, by the prior, the third
+    assert use["lead"] == pytest.approx((0.8 + 0.7 + 0.01) / 3)
+    predicted = np.exp(cosines.double().numpy() / 0.1)
+    mean = (predicted / predicted.sum(1, keepdims=True)).mean(0)
+    assert use["variation"] == pytest.approx(0.5 * np.abs(mean - masses.numpy()).sum(), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -175,22 +257,29 @@ def test_tables_and_pictures_are_made_of_rows(name, tmp_path) -> None:
     path.write_text(as_csv(rows))
     assert [list(row) for row in read_csv(path)] == [list(row) for row in rows]
     assert read_csv(path)[5]["knn"] == pytest.approx(rows[5]["knn"], abs=1e-5)
-    text = tables(STUDIES[name], rows, heading(STUDIES[name], DEFAULT))
+    plan = planned(name, {})
+    text = tables(plan.study, rows, plan.heading)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     first = rows[0]
     (line,) = (line for line in lines if line[:2] == [first["group"], first["what"]])
-    values = [100 * row["knn"] for row in rows if (row["group"], row["what"]) == (first["group"], first["what"])]
+    number = next(iter(plan.study.columns))
+    scale = 1 if number in USE else 100
+    values = [scale * row[number] for row in rows if (row["group"], row["what"]) == (first["group"], first["what"])]
     assert line[2] == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
     trained = {
         "clusters": "6 epochs of 64 images a step",
-        "priors": "6 or 18 epochs of 64 images a step",
+        "priors": "6 or 18 epochs of 64 images a step, 20 prototypes",
+        "prototypes": "18 epochs of 64 images a step",
         "batch": "6 epochs",
+        "compare": "20 epochs of 256 images a step",
     }
     assert f"3 seeds; digits, {trained[name]}.\n" in text
     PICTURES[name](tmp_path / "picture.png", "title", rows)
     pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
     PICTURES[name](tmp_path / "one.png", "title", [row for row in rows if row["seed"] == 0])
+    for group in {row["group"] for row in rows if row["group"]}:  # as --only leaves them
+        PICTURES[name](tmp_path / "part.png", "title", [row for row in rows if row["group"] == group])
 
 
 def test_differences_are_taken_seed_by_seed() -> None:

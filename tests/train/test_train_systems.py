@@ -54,20 +54,25 @@ def test_trains_and_resumes_to_the_same_numbers(npz: Path, tmp_path: Path, metho
 
 
 def test_the_table_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(base: Config, chosen: dict, seeds: range, folder: Path) -> dict[str, list[dict[str, float]]]:
+    def conduct(entries: list, base: Config, seeds: range, folder: Path) -> list[dict[str, object]]:
         assert base.epochs == 3
-        assert all(contestant.method == name for name, contestant in chosen.items())
-        names = ["raw", "untrained", *chosen]
-        return {
-            name: [dict.fromkeys(systems.PROBES, (k + seed) / 10) for seed in seeds] for k, name in enumerate(names)
-        }
+        assert [entry.options["method"] for entry in entries] == ["simclr", "simclr", "simclr", "barlow"]
+        assert [entry.representation for entry in entries] == ["raw", "untrained", "trained", "trained"]
+        return [
+            {"group": "", "what": entry.what, "seed": seed, **dict.fromkeys(systems.PROBES, (k + seed) / 10)}
+            for seed in seeds
+            for k, entry in enumerate(entries)
+        ]
 
-    monkeypatch.setattr(systems, "measure", measure)
+    monkeypatch.setattr(systems, "conduct", conduct)
     page = tmp_path / "page.md"
     page.write_text(f"Before.\n{systems.START}\nold\n{systems.STOP}\nAfter.\n", encoding="utf-8")
     command = ["--methods", "simclr", "barlow", "--seeds", "2", "--epochs", "3", "--out", str(tmp_path / "systems")]
     assert systems.main([*command, "--page", str(page)]) == 0
     text = (tmp_path / "systems" / "systems.md").read_text(encoding="utf-8")
+    stored = json.loads((tmp_path / "systems" / "systems.json").read_text(encoding="utf-8"))
+    assert list(stored["rows"]) == ["raw", "untrained", "simclr", "barlow"]
+    assert stored["rows"]["raw"][1] == dict.fromkeys(systems.PROBES, 0.1)
     assert page.read_text(encoding="utf-8") == f"Before.\n{systems.START}\n\n{text}\n{systems.STOP}\nAfter.\n"
     page.write_text("no place for it", encoding="utf-8")
     with pytest.raises(SystemExit, match="2"):

@@ -13,7 +13,7 @@ COMMANDS = {
     "fastcl.train": "train an encoder on images with any of the losses, probe it, draw what it learned",
     "fastcl.train.systems": "every method of the trainer, as a table over seeds",
     "fastcl.train.study": "the papers' claims put to the test, as tables and pictures over seeds",
-    "fastcl.train.compare": "Cl-InfoNCE's comparisons of clusters and losses, as a table over seeds",
+    "fastcl.train.compare": "Cl-InfoNCE's comparisons of clusters and losses: the study compare",
 }
 
 

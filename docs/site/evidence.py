@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/evidence.md, from the rows in docs/evidence: ``python docs/site/evidence.py``.
+"""The tables and pictures of docs/evidence, from the rows in its folders: ``python docs/site/evidence.py``.
 
 ``python docs/site/evidence.py FOLDER...`` takes the rows of finished studies first, from the folders that they wrote.
 """
@@ -11,44 +11,55 @@ import shutil
 import sys
 from pathlib import Path
 
-from fastcl.train.studies import STUDIES, tables
+from fastcl.train.studies import Plan, planned
 from fastcl.train.study import read_csv
 from fastcl.train.study_pictures import PICTURES
+from fastcl.train.study_tables import tables
 
-DOCS = Path(__file__).parents[1]
-PAGE, ROWS = DOCS / "evidence.md", DOCS / "evidence"
+EVIDENCE = Path(__file__).parents[1] / "evidence"
 
 
-def page(text: str) -> str:
-    """The page with tables and picture of the rows that are there, each between its two marks."""
-    for name, study in STUDIES.items():
-        path = ROWS / f"{name}.csv"
-        if path.exists():
-            made = tables(study, read_csv(path), headings()[name])
-            made += f"\n![{study.about}](evidence/{name}.png)\n"
-            pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-            text, count = re.subn(pattern, lambda m, made=made: f"{m[1]}\n{made}{m[2]}", text, flags=re.DOTALL)
-            assert count == 1, f"{PAGE} has no place for {name}"
+def plan_of(rows: Path) -> tuple[str, Plan]:
+    """The study that wrote the rows, and what it planned."""
+    about = json.loads(rows.with_suffix(".json").read_text(encoding="utf-8"))
+    name = about.pop("study")
+    return name, planned(name, about)
+
+
+def page(text: str, folder: Path) -> str:
+    """The page with tables and picture of the rows in a folder, each between its two marks."""
+    for rows in sorted(folder.glob("*.csv")):
+        name, plan = plan_of(rows)
+        made = tables(plan.study, read_csv(rows), plan.heading)
+        made += f"\n![{plan.study.about}]({folder.name}/{rows.stem}.png)\n"
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, made=made: f"{m[1]}\n{made}{m[2]}", text, flags=re.DOTALL)
+        assert count == 1, f"{folder}.md has no place for {name}"
     return text
 
 
-def headings() -> dict[str, str]:
-    """What each study trained, in a few words."""
-    found: dict[str, str] = json.loads((ROWS / "headings.json").read_text(encoding="utf-8"))
-    return found
+def taken(folder: Path) -> None:
+    """Copy the rows of a study, and how to plan it; those of the whole take the place of a part's."""
+    for rows in sorted(folder.glob("*.csv"), key=lambda path: len(path.stem)):
+        name, plan = plan_of(rows)
+        kept = EVIDENCE / Path(plan.base.data).stem
+        kept.mkdir(exist_ok=True)
+        for old in kept.glob(f"{name}*"):
+            old.unlink()
+        for kind in (".csv", ".json"):
+            shutil.copy(rows.with_suffix(kind), kept)
+        return
 
 
 def main(folders: list[str]) -> None:
-    known = headings() if (ROWS / "headings.json").exists() else {}
     for folder in map(Path, folders):
-        (path,) = folder.glob("*.csv")
-        shutil.copy(path, ROWS / path.name)
-        first = (folder / f"{path.stem}.md").read_text(encoding="utf-8").partition(".\n")[0]
-        known[path.stem] = first.rpartition("; ")[2]
-    (ROWS / "headings.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    for name in known:
-        PICTURES[name](ROWS / f"{name}.png", f"{name}: {known[name]}", read_csv(ROWS / f"{name}.csv"))
+        taken(folder)
+    for path in sorted(EVIDENCE.glob("*.md")):
+        kept = path.with_suffix("")
+        path.write_text(page(path.read_text(encoding="utf-8"), kept), encoding="utf-8")
+        for rows in sorted(kept.glob("*.csv")):
+            name, plan = plan_of(rows)
+            PICTURES[name](rows.with_suffix(".png"), f"{name}: {plan.heading}", read_csv(rows))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ STUDIES = {
     "prototypes": Study(
         "how many prototypes are in use on long-tailed data, by their number and prior",
         _prototypes,
-        {**USE, "variation": "predictions' total variation from the prior", "lead": "best cosine above the second",
+        {**USE, "variation": "total variation from the prior", "lead": "best cosine above the second",
          "linear_5": ACCURACY["linear_5"]},
         (),
     ),

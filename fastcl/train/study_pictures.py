@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from fastcl.train.files import save_figure
 from fastcl.train.report import draw_information, figure_of
@@ -109,6 +110,7 @@ def _draw_prototypes(path: Path, title: str, rows: Sequence[Row]) -> None:
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set(title=group, xlabel="prior", ylabel="prototypes")
         axes.set_ylim(0, 1.05 * int(group.split()[0]))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, axis="y")
     grid[0].legend(frameon=False)
     save_figure(figure, path)

@@ -14,8 +14,9 @@ PROBES = {
 ACCURACY = {name: title for name, title in PROBES.items() if name != "linear_1"}
 PARTS = {"head": "head", "tail": "tail"}  # accuracy with 5 labels a class on the largest and smallest third of classes
 INFORMATION = {"mutual_information": "I(label; cluster)", "conditional_entropy": "H(cluster given label)"}
-USE = {"share": "at least an image of a batch", "assigned": "largest of an image's assignment",
-       "nearest": "nearest of an image"}  # fmt: skip
+USE = {  # numbers of prototypes
+    "share": "with an image of a batch", "assigned": "largest of an assignment", "nearest": "nearest of an image"
+}  # fmt: skip
 PERCENT = {*PROBES, *PARTS, "used"}
 COUNTS = {*USE}
 DEFAULT = Config(epochs=6, batch_size=64, renew=2, long_tail=20.0)

@@ -67,6 +67,7 @@ def comparison(auxiliary: str = AUXILIARY, counts: Sequence[int] = COUNTS) -> St
             (labels, contrasted, ("cross-entropy", "labels")),
         ),
         DEFAULT,
+        whole=False,
     )
 
 

@@ -182,10 +182,11 @@ def _trained(entry: Entry, config: Config, folder: Path) -> Row:
         return measured(run, (clock() - begun) / left if left else None)
 
 
-def conduct(entries: Sequence[Entry], base: Config, seeds: Sequence[int], out: Path) -> list[Row]:
+def conduct(entries: Sequence[Entry], base: Config, seeds: Sequence[int], out: Path, whole: bool = False) -> list[Row]:
     """Train what is not done yet, seed by seed; returns all rows.
 
-    What can be refused, be it the last seed's, is refused before anything is trained.
+    What can be refused, be it the last seed's, is refused before anything is trained. whole: also data of fewer images
+    than a step.
     """
     from fastcl.train.batches import check_batch_classes
     from fastcl.train.data import fingerprint, prepared
@@ -203,7 +204,7 @@ def conduct(entries: Sequence[Entry], base: Config, seeds: Sequence[int], out: P
                 data[config.long_tail] = images, fingerprint(images)
             images, digest = data[config.long_tail]
             check_n_clusters(config.n_clusters, images)
-            if (most := len(images.train_labels)) < config.batch_size:
+            if whole and (most := len(images.train_labels)) < config.batch_size:
                 raise OptionError(f"--batch-size: {most} images to train on are fewer than a step of {entry.what}")
             if config.batch_classes is not None:
                 check_batch_classes(config.batch_classes, min(config.batch_size, len(images.train_labels)), images)
@@ -390,7 +391,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for entry in plan.entries:
             settled(plan.base, entry, 0)
         with claimed(folder):
-            rows = conduct(plan.entries, plan.base, range(seeds or (1 if quick else 3)), folder)
+            counted = range(seeds or (1 if quick else 3))
+            rows = conduct(plan.entries, plan.base, counted, folder, plan.study.whole)
             text = report(name, plan, rows, about, folder)
             print(f"\n{text}\nwrote {folder}/{part_or_whole(name, about)}.csv, .json, .md and .png")
 

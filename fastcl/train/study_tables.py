@@ -40,13 +40,15 @@ class Entry:
 @dataclass(frozen=True)
 class Study:
     """about: a line for the help. columns: numbers in the table, with their headings. pairs: group and what of two
-    entries whose difference, seed by seed, answers a question. default: the options where none are given."""
+    entries whose difference, seed by seed, answers a question. default: the options where none are given. whole: refuse
+    data of fewer images than a step, which else takes all of them."""
 
     about: str
     entries: Callable[[Config], list[Entry]]
     columns: dict[str, str]
     pairs: tuple[tuple[str, tuple[str, str], tuple[str, str]], ...]
     default: Config = DEFAULT
+    whole: bool = True
 
 
 def spread(values: Sequence[float], scale: float, sign: bool = False, places: int | None = None) -> str:

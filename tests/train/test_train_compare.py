@@ -95,6 +95,13 @@ def test_baselines_are_measured_without_training(finished, tmp_path, monkeypatch
     assert "20 of 20: cross-entropy-labels-seed1 is there" in capsys.readouterr().out
 
 
+def test_a_step_takes_all_images_where_they_are_few(npz, tmp_path) -> None:
+    command = ["--quick", "--data", str(npz), "--epochs", "1", "--batch-size", "500", "--only", "cross-entropy"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    rows = read_csv(tmp_path / "out" / "compare-part.csv")
+    assert [row["what"] for row in rows] == ["k-means 5", "attributes", "labels"]
+
+
 def test_folders_of_other_runs_are_refused(finished, npz, tmp_path, capsys) -> None:
     out, command = finished
     assert "trained with --temperature 0.1: choose another folder" in refused(capsys, *command, "--temperature", "0.2")

@@ -32,6 +32,7 @@ POINTS = 2000  # shown in the embedding, at most
 LEAST = 4  # points that t-SNE can place
 FEW = 25  # epochs, each of which gets a dot
 QUERIES, SHOWN = 10, 8
+Place = tuple[float, float]
 _COLOURS = [colormaps["tab20"](place) for place in range(20)]
 
 
@@ -108,11 +109,15 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
     figure = figure_of(5.6 * len(panels) + 1.2, 9.4, f"{title}: what clusters tell about labels, and what was learned")
     grid = figure.subplots(len(probes), len(panels), squeeze=False, sharex=True, sharey=True)
     everything = [lines for entries in panels.values() for lines in entries.values()]
-    furthest = max(line["conditional_entropy"] for lines in everything for line in lines)
+    furthest, highest = (
+        max(line[name] for lines in everything for line in lines)
+        for name in ("conditional_entropy", "mutual_information")
+    )
     for row, probe in zip(grid, probes, strict=True):
         means = [100 * np.mean([line[probe] for line in lines]) for lines in everything]
         scale = {"cmap": "viridis", "norm": _colour_scale(min(means), max(means))}
         for axes, (loss, entries) in zip(row, panels.items(), strict=True):
+            captioned: list[Place] = []
             for what, lines in entries.items():
                 x, y = (
                     np.array([line[name] for line in lines]) for name in ("conditional_entropy", "mutual_information")
@@ -121,10 +126,7 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
                 place = x.mean(), y.mean()
                 axes.scatter(x, y, c=accuracy, s=14, **scale)
                 drawn = axes.scatter(*place, c=[accuracy.mean()], s=100, edgecolors="black", **scale)
-                # Beside the point, on the side that has room.
-                side = {"xytext": (8, -3)} if place[0] < furthest / 2 else {"xytext": (-8, -3), "ha": "right"}
-                caption = f"{what}: {accuracy.mean():.1f}"
-                axes.annotate(caption, place, textcoords="offset points", fontsize=8, parse_math=False, **side)
+                write_caption(axes, f"{what}: {accuracy.mean():.1f}", place, (furthest, highest), captioned)
             axes.set_title(f"{loss}, {ROWS[probe][0]}", fontsize=10, parse_math=False)
             axes.grid(alpha=0.25)
             axes.margins(0.08)
@@ -134,6 +136,15 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
     for axes in grid[:, 0]:
         axes.set_ylabel("I(label; cluster) (nats): what they tell about the label")
     save_figure(figure, path)
+
+
+def write_caption(axes: Any, text: str, place: Place, ends: Place, captioned: list[Place]) -> None:
+    """Write beside a point, on the side that has room, below the captions that are in the way. ends: of both axes."""
+    near = [p for p in captioned if abs(p[0] - place[0]) < 0.25 * ends[0] and abs(p[1] - place[1]) < 0.03 * ends[1]]
+    captioned.append(place)
+    down = -3 - 11 * len(near)
+    side: dict[str, Any] = {"xytext": (8, down)} if place[0] <= 0.8 * ends[0] else {"xytext": (-8, down), "ha": "right"}
+    axes.annotate(text, place, textcoords="offset points", fontsize=8, parse_math=False, **side)
 
 
 def figure_of(width: float, height: float, title: str) -> Figure:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcl.train import Config, counted
-from fastcl.train.compare import comparison
+from fastcl.train.comparison import comparison
 from fastcl.train.study_tables import ACCURACY, INFORMATION, PARTS, USE, Entry, Study, of_groups
 
 FEW = 2  # classes a batch

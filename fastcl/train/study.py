@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcl.command import INTERRUPTED, Parser, run
 from fastcl.train import Config, OptionError, WriteError
-from fastcl.train.compare import AUXILIARY, COUNTS, check_auxiliary
+from fastcl.train.comparison import AUXILIARY, COUNTS, check_auxiliary
 from fastcl.train.options import add_options, at_least, require_packages, settle
 from fastcl.train.studies import STUDIES, Plan, planned, settled
 from fastcl.train.study_tables import DEFAULT, INFORMATION, Entry, Row, tables

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from fastcl.train.files import save_figure
-from fastcl.train.report import draw_information, figure_of
+from fastcl.train.report import draw_information, figure_of, write_caption
 from fastcl.train.study_tables import USE, Row, grouped
 
 PROBE, PROBE_TITLE = "linear_5", "held-out accuracy, 5 labels a class (%)"
@@ -45,19 +45,11 @@ def _plane(axes: Any, contrast: dict[str, list[Row]]) -> Any:
     means = {what: {name: np.mean([row[name] for row in own]) for name in names} for what, own in contrast.items()}
     accuracies = [100 * mean[PROBE] for mean in means.values()]
     places = [(float(mean["conditional_entropy"]), float(mean["mutual_information"])) for mean in means.values()]
-    furthest, highest = np.max(places, axis=0)
+    ends = (max(x for x, _ in places), max(y for _, y in places))
     drawn = axes.scatter(*np.transpose(places), c=accuracies, s=100, cmap="viridis", edgecolors="black")
     captioned: list[tuple[float, float]] = []
     for what, place, accuracy in zip(means, places, accuracies, strict=True):
-        # Below the captions of points that are in the way.
-        near = [
-            p for p in captioned if abs(p[0] - place[0]) < 0.25 * furthest and abs(p[1] - place[1]) < 0.03 * highest
-        ]
-        captioned.append(place)
-        side: dict[str, Any] = {"xytext": (8, -3 - 11 * len(near))}
-        if place[0] > 0.8 * furthest:
-            side = {"xytext": (-8, -3 - 11 * len(near)), "ha": "right"}
-        axes.annotate(f"{what} {accuracy:.1f}", place, textcoords="offset points", fontsize=8, parse_math=False, **side)
+        write_caption(axes, f"{what} {accuracy:.1f}", place, ends, captioned)
     return drawn
 
 

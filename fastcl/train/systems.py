@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastcl.command import Parser, run
 from fastcl.train import Config, OptionError, counted
-from fastcl.train.compare import baselines
+from fastcl.train.comparison import baselines
 from fastcl.train.options import add_options, at_least, require_packages
 from fastcl.train.study import OPTIONS, check_folder, concluded, conduct
 from fastcl.train.study_tables import PROBES, Entry, aligned, grouped, spread

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcl.train import Config, compare, report, study
-from fastcl.train.compare import comparison, main
+from fastcl.train import Config, report, study
+from fastcl.train.compare import main
+from fastcl.train.comparison import baselines, comparison
 from fastcl.train.files import claimed
 from fastcl.train.loop import Run
 from fastcl.train.studies import settled
@@ -167,7 +168,7 @@ def test_what_is_trained(tmp_path) -> None:
     assert configs["contrastive", "labels (SupCon)"].clusters == "labels"
     trained = [entry.what for entry in entries.values() if entry.representation == "trained"]
     assert len(trained) == 9
-    assert compare.baselines(base) == [entries["", "raw pixels"], entries["", "untrained encoder"]]
+    assert baselines(base) == [entries["", "raw pixels"], entries["", "untrained encoder"]]
 
 
 def test_the_table_has_means_spreads_and_differences_of_pairs() -> None:

@@ -54,37 +54,33 @@ def _plane(axes: Any, contrast: dict[str, list[Row]]) -> Any:
 
 
 def _draw_priors(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """A panel for balanced data, head and tail, and batches of few classes."""
+    """A panel for balanced data, head and tail, and batches of few classes; a part of the study may have fewer."""
     found = grouped(rows)
-    figure = figure_of(14, 5, title)
-    panels = figure.subplots(1, 4, sharey=True)
-    kinds = list(dict.fromkeys(what for group, what in found if not group.startswith("batches")))
-    shown = (("balanced", PROBE, "balanced"), ("long tail", "head", "long tail, head"),
-             ("long tail", "tail", "long tail, tail"))  # fmt: skip
-    for axes, (kind, name, heading) in zip(panels, shown, strict=False):
-        for place, method in enumerate(("swav", "msn")):
+    laws = list(dict.fromkeys(what for group, what in found if not group.startswith("batches")))
+    wanted = (("balanced", PROBE, "balanced"), ("long tail", "head", "long tail, head"),
+              ("long tail", "tail", "long tail, tail"), ("batches", PROBE, "classes a batch"))  # fmt: skip
+    shown = [part for part in wanted if any(group.startswith(part[0]) for group, _ in found)]
+    figure = figure_of(max(10, 3.4 * len(shown) + 0.4), 5, title)
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axes, (kind, name, heading) in zip(panels, shown, strict=True):
+        own = {key: lines for key, lines in found.items() if key[0].startswith(kind)}
+        methods = list(dict.fromkeys(group.rpartition(", ")[2] for group, _ in own))
+        whats = list(dict.fromkeys(what for _, what in own))
+        batches = kind == "batches"
+        ticks, legend = (methods, whats) if batches else (laws, methods)
+        for place, label in enumerate(legend):
             points = [
-                (kinds.index(what) + 0.16 * (2 * place - 1), found[f"{kind}, {method}", what])
-                for what in kinds if (f"{kind}, {method}", what) in found
+                (ticks.index(method if batches else what) + 0.16 * (2 * place - 1), own[f"{kind}, {method}", what])
+                for method in methods for what in whats
+                if (f"{kind}, {method}", what) in own and label == (what if batches else method)
             ]  # fmt: skip
-            _points(axes, method, points, name)
-        axes.set_xticks(range(len(kinds)), kinds, rotation=30)
-        axes.set(title=heading, xlabel="prior")
-    methods = [group.removeprefix("batches, ") for group in dict.fromkeys(g for g, _ in found) if "batches" in group]
-    kinds = list(dict.fromkeys(what for group, what in found if group.startswith("batches")))
-    for place, what in enumerate(kinds):
-        points = [
-            (number + 0.16 * (2 * place - 1), found[f"batches, {method}", what])
-            for number, method in enumerate(methods)
-        ]
-        _points(panels[3], what, points, PROBE, f"C{2 + place}")
-    panels[3].set_xticks(range(len(methods)), methods, rotation=30)
-    panels[3].set(title="classes a batch")
-    panels[0].set_ylabel(PROBE_TITLE)
-    for axes in panels:
+            _points(axes, label, points, name, f"C{place + 2 * batches}")
+        axes.set_xticks(range(len(ticks)), ticks, rotation=30)
+        axes.set(title=heading, xlabel="" if batches else "prior")
         axes.grid(alpha=0.25, axis="y")
-        if axes.containers and axes in (panels[0], panels[3]):
+        if batches or axes is panels[0]:
             axes.legend(frameon=False)
+    panels[0].set_ylabel(PROBE_TITLE)
     save_figure(figure, path)
 
 

@@ -140,7 +140,7 @@ def draw_information(path: Path, title: str, panels: dict[str, dict[str, list[di
 
 def write_caption(axes: Any, text: str, place: Place, ends: Place, captioned: list[Place]) -> None:
     """Write beside a point, on the side that has room, below the captions that are in the way. ends: of both axes."""
-    near = [p for p in captioned if abs(p[0] - place[0]) < 0.25 * ends[0] and abs(p[1] - place[1]) < 0.03 * ends[1]]
+    near = [p for p in captioned if abs(p[0] - place[0]) < 0.3 * ends[0] and abs(p[1] - place[1]) < 0.03 * ends[1]]
     captioned.append(place)
     down = -3 - 11 * len(near)
     side: dict[str, Any] = {"xytext": (8, down)} if place[0] <= 0.8 * ends[0] else {"xytext": (-8, down), "ha": "right"}

@@ -65,13 +65,13 @@ def _draw_priors(path: Path, title: str, rows: Sequence[Row]) -> None:
     for axes, (kind, name, heading) in zip(panels, shown, strict=True):
         own = {key: lines for key, lines in found.items() if key[0].startswith(kind)}
         methods = list(dict.fromkeys(group.rpartition(", ")[2] for group, _ in own))
-        whats = list(dict.fromkeys(what for _, what in own))
+        kinds = list(dict.fromkeys(what for _, what in own))
         batches = kind == "batches"
-        ticks, legend = (methods, whats) if batches else (laws, methods)
+        ticks, legend = (methods, kinds) if batches else (laws, methods)
         for place, label in enumerate(legend):
             points = [
                 (ticks.index(method if batches else what) + 0.16 * (2 * place - 1), own[f"{kind}, {method}", what])
-                for method in methods for what in whats
+                for method in methods for what in kinds
                 if (f"{kind}, {method}", what) in own and label == (what if batches else method)
             ]  # fmt: skip
             _points(axes, label, points, name, f"C{place + 2 * batches}")

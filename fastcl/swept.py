@@ -171,8 +171,8 @@ def only_anchors(p: Problem) -> bool:
     return torch.is_grad_enabled() and p.anchors.values.requires_grad and not others
 
 
-def arguments(p: Problem, want: list[str], only_anchors: bool) -> tuple[Any, ...]:
-    """The operator's arguments."""
+def arguments(p: Problem, want: list[str], only_anchors: bool, backend: str | None = None) -> tuple[Any, ...]:
+    """The operator's arguments. backend: None: the chosen one."""
     anchors, contrasts = p.anchors, p.contrasts
     dtype = p.dtype
     scales, bias = p.logit_scale.to(dtype).reshape(-1), p.others.bias
@@ -188,7 +188,7 @@ def arguments(p: Problem, want: list[str], only_anchors: bool) -> tuple[Any, ...
     problem = Problem(
         anchors, contrasts, p.positives, scales, want, p.both, anchors_only, p.observe, hard_negatives=hard
     )
-    return *flatten(problem), choose_backend(p.device, dtype, family)
+    return *flatten(problem), backend or choose_backend(p.device, dtype, family)
 
 
 def _is_intercepted(p: Problem) -> bool:

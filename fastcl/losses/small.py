@@ -45,11 +45,11 @@ def small_mean(given: Tensors, options: LossOptions, scale: float | Tensor, name
     return replayed.mean_loss(_build, options, own, other, scale, *rest)  # type: ignore[arg-type]
 
 
-def _build(options: LossOptions, only_anchors: bool, *tensors: Any) -> tuple[Any, ...]:
+def _build(options: LossOptions, only_anchors: bool, backend: str, *tensors: Any) -> tuple[Any, ...]:
     """`replayed.Build`, with all checks."""
     embeddings, contrasts, scale, bias, positives, clusters, contrast_clusters, ids, contrast_ids = tensors
     given = Tensors(embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, bias)
     rows = batch(given, options.normalize)
     want = infonce(options).wanted()
     problem = Problem(rows.anchors, rows.contrasts, rows.positives, scale, want, options.symmetric)
-    return arguments(problem, list(want), only_anchors)
+    return arguments(problem, list(want), only_anchors, backend)

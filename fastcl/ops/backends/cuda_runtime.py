@@ -16,7 +16,8 @@ import torch
 from . import native
 from .devices import on_device
 from .rows import tf32_allowed
-from .triton_tape import STREAM, hooks_active, recorder
+from .triton_recorder import STREAM, recorder
+from .triton_tape import hooks_active
 
 OLDEST_DEVICE = (8, 0)
 

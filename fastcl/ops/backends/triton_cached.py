@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .triton_recorder import STREAM, recorder
 from .triton_series import described
-from .triton_tape import STREAM, recorder
 from .triton_tiles import Tile
 
 # For each version of Triton, whether the launcher of a compiled kernel takes the constants too.

@@ -16,7 +16,8 @@ from . import triton_interpreter, triton_tuning
 from .devices import on_device as on_device
 from .rows import tf32_allowed
 from .triton_cached import KNOWN, CachedLauncher, launched_by_triton
-from .triton_tape import hooks_active, recorder, unrecorded
+from .triton_recorder import recorder, unrecorded
+from .triton_tape import hooks_active
 from .triton_tiles import Tile
 
 FLOOR = (3, 2)  # the version that torch 2.6 includes

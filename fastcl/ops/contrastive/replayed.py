@@ -16,30 +16,30 @@ from ..backends.choose import choose_backend
 from ..backends.triton_tape import SEES_HOOKS, Taped, comparable
 from ..library import intercepted, without_autocast
 from . import direct
-from .backend import Backend
 from .op import BACKENDS
 from .records import TENSORS, Gradients, gradient_places
 
-# From what the caller describes the call by, whether of both sets and the scale only the anchors need a gradient, and
-# tensors: the arguments of the forward operator. The first of the tensors are those that have `GRADIENTS`, in order.
+# From what the caller describes the call by, whether of both sets and the scale only the anchors need a gradient, the
+# backend (a backward runs on that of its forward, whichever is chosen then), and tensors: the arguments of the forward
+# operator. The first of the tensors are those that have `GRADIENTS`, in order.
 Build = Callable[..., tuple[Any, ...]]
 GRADIENTS = Gradients._fields[:5]
 
 
 def _forward(options: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The mean loss, and what the backward needs of `direct.mean`."""
-    build, call, only_anchors, differentiated = options
-    args = build(call, only_anchors, *tensors)
+    build, call, only_anchors, backend, differentiated = options
+    args = build(call, only_anchors, backend, *tensors)
     loss, _, *kept = direct.mean_forward((*direct.hashable(args[TENSORS:]), differentiated), *args[:TENSORS])
     return loss, *kept
 
 
 def _backward(options: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of the first tensors, from what `_forward` returned and the gradient of the mean."""
-    build, call, only_anchors, count, needs, tape = options
+    build, call, only_anchors, backend, count, needs, tape = options
     *given, grad = tensors
     own, kept = given[:count], given[count:]
-    args = build(call, only_anchors, *own)
+    args = build(call, only_anchors, backend, *own)
     kept = kept if tape is None else tape.outputs(kept)
     flags = tuple(needs) + (False,) * (len(Gradients._fields) - len(GRADIENTS))
     found = direct.mean_backward((*direct.hashable(args[TENSORS:]), flags, None), *args[:TENSORS], *kept, grad)
@@ -59,10 +59,10 @@ FORWARD, BACKWARD = Taped(_forward, own=1), Taped(_backward, own=len(GRADIENTS))
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: Any, backend: Backend, setting: Any, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, options: Any, backend: str, setting: Any, *tensors: Tensor | None) -> Tensor:
         build, call, grad_mode = options
         ctx.backend, needs = backend, ctx.needs_input_grad[3 : 3 + len(GRADIENTS)]
-        ctx.options = build, call, grad_mode and needs[0] and not any(needs[1:3])
+        ctx.options = build, call, grad_mode and needs[0] and not any(needs[1:3]), backend
         differentiated = grad_mode and any(needs)
         (loss, *kept), tape = FORWARD((*ctx.options, differentiated), *setting, *tensors)
         saved, ctx.tape = comparable(kept, tape)
@@ -79,7 +79,7 @@ class _Mean(torch.autograd.Function):
         options = (*ctx.options, ctx.count, ctx.needs, tape)
         if torch.is_grad_enabled() or intercepted(own[0], grad):  # run the operator, which a tracer sees
             return None, None, None, *_by_operator(options, saved, grad), *rest
-        setting = None if tape is None and SEES_HOOKS else direct.TAPE_SETTINGS[ctx.backend](own[0].device)
+        setting = None if tape is None and SEES_HOOKS else direct.TAPE_SETTINGS[BACKENDS[ctx.backend]](own[0].device)
         if setting is None:
             return None, None, None, *_backward(options, *saved, grad), *rest
         with without_autocast(own[0].device):
@@ -88,9 +88,9 @@ class _Mean(torch.autograd.Function):
 
 
 def _by_operator(options: Any, saved: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
-    build, call, only_anchors, count, needs, tape = options
+    build, call, only_anchors, backend, count, needs, tape = options
     own, kept = saved[:count], saved[count:]
-    args = build(call, only_anchors, *own)
+    args = build(call, only_anchors, backend, *own)
     kept = kept if tape is None else tape.outputs(kept)
     flags = [*needs, *[False] * (len(Gradients._fields) - len(GRADIENTS))]
     found = direct.derived((*args[:TENSORS], *kept), args[TENSORS:], flags, grad, None)
@@ -118,8 +118,9 @@ def mean_loss(build: Build, call: Hashable, *tensors: Tensor | None) -> Tensor |
     if 0 in (n, m, d) or not direct.few(n, m, d) or intercepted(*tensors):
         return None
     device = anchors.device
-    backend = BACKENDS[choose_backend(device, torch.float32, "contrastive_stats")]
-    setting = direct.TAPE_SETTINGS[backend](device) if backend in direct.TAPE_SETTINGS else None
+    backend = choose_backend(device, torch.float32, "contrastive_stats")
+    setting_of = direct.TAPE_SETTINGS.get(BACKENDS[backend])
+    setting = None if setting_of is None else setting_of(device)
     if setting is None:
         return None
     with without_autocast(device):  # a tape holds operators as they run without it

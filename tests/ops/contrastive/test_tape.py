@@ -1,8 +1,10 @@
 """The mean loss replayed from a tape: the same bits as without one, in Triton's interpreter."""
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastcl
 from fastcl.functional import cluster_infonce
-from fastcl.ops.backends import triton_tape
+from fastcl.ops.backends import triton_recorder, triton_tape
 from fastcl.ops.backends.triton_tape import Tape, Taped
 from fastcl.ops.contrastive import direct, replayed
 from tests.ops.contrastive.test_direct import KINDS, case
@@ -318,3 +320,81 @@ def test_a_tape_keeps_no_tensor_alive() -> None:
     assert recorded((taped,)) == [True]
     assert len(alive) == 4
     assert not any(reference() is not None for reference in alive)
+
+
+def test_a_backward_runs_on_the_backend_of_its_forward(tapes) -> None:
+    """Whichever is chosen when it runs, or in whichever thread."""
+    leaves, options = case("clusters", torch.float32)
+
+    def elsewhere(loss: Tensor) -> list[Tensor]:
+        with fastcl.use_backend("reference"):
+            return list(torch.autograd.grad(loss, leaves))
+
+    def in_a_thread(loss: Tensor) -> list[Tensor]:
+        with ThreadPoolExecutor(1) as pool:  # where no backend is chosen
+            return list(pool.submit(torch.autograd.grad, loss, leaves).result())
+
+    expected = gradients(leaves, options, 1.0)[1:]
+    for call in range(5):
+        for backward in (elsewhere, in_a_thread):
+            got = backward(cluster_infonce(leaves[0], **options))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), call
+
+
+def test_a_tensor_in_two_places_has_a_tape_of_its_own(tapes) -> None:
+    x, y, scale = torch.randn(6, 5), torch.randn(6, 5), torch.tensor(3.0)
+    loss = fastcl.ClipLoss()
+    with torch.no_grad():
+        for _ in range(3):
+            loss(x, x, scale)
+        assert torch.equal(loss(x, y, scale), expected_of(loss, x, y, scale))
+        clusters, others = torch.arange(6) // 2, torch.arange(6) % 2
+        for other in (clusters, clusters, clusters, others, others, others):
+            options = {"contrasts": y, "clusters": clusters, "contrast_clusters": other}
+            got = cluster_infonce(x, **options)
+            assert torch.equal(got, expected_of(cluster_infonce, x, **options))
+
+
+def expected_of(function, *arguments, **options) -> Tensor:
+    """Without a tape."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "TAPED", "none")
+        return function(*arguments, **options)
+
+
+def test_addresses_belong_to_the_tensor_that_they_lie_in() -> None:
+    """Halves of one tensor lie in one storage, and a view may end where its storage does."""
+    pair = torch.arange(8.0)
+    read: list[tuple[float, float]] = []
+
+    def work(first: int, second: int) -> None:
+        read.append(tuple(ctypes.c_float.from_address(place).value for place in (first, second)))
+
+    def function(_: object, a: Tensor, b: Tensor) -> tuple[Tensor]:
+        work(a.data_ptr(), b.data_ptr())
+        if (found := triton_recorder.recorder()) is not None:
+            found.called(work, (a.data_ptr(), b.data_ptr()))
+        return (a + b,)
+
+    taped = Taped(function, own=1)
+    for _ in range(3):
+        outputs(taped, "halves", *pair.chunk(2))
+    outputs(taped, "halves", torch.full((4,), 5.0), torch.full((4,), 6.0))
+    assert read == [(0, 4)] * 3 + [(5, 6)]
+    assert recorded((taped,)) == [True]
+    with triton_recorder.recording([pair[6:]]) as found:
+        found.called(work, (pair[6:].data_ptr() + 8,))
+    assert found.failed  # the end of the storage
+    with triton_recorder.recording([pair, pair[2:]]) as found:
+        found.called(work, (pair[3:].data_ptr(),))
+    assert found.failed  # in both
+
+
+def test_kinds_that_came_once_are_forgotten(monkeypatch) -> None:
+    monkeypatch.setattr(triton_tape, "MOST_TAPES", 4)
+    taped = Taped(lambda _, x: (x * 2,), own=1)
+    for size in range(1, 9):
+        outputs(taped, "", torch.ones(size))
+    for _ in range(3):
+        outputs(taped, "", torch.ones(20))
+    assert recorded((taped,)).count(True) == 1

@@ -11,13 +11,14 @@ from ...backends import triton_launch
 from ...backends.rows import LARGEST_INVERSE
 from ...backends.triton_launch import INTERPRETED, blocks, on_device
 from ...backends.triton_tiles import padded, row_tile
+from .. import own_contrasts
 from ..records import Gradients, Needs, Problem, Side, Statistics
 from .rows import fields_wanted, new_inverse_norms
 
 
 def takes(p: Problem) -> bool:
     """Whether the kernels compute the problem's own contrasts."""
-    alone = p.positives is not None and p.hard_negatives is None and not p.observe
+    alone = p.positives is not None and p.hard_negatives is None
     wanted = {"lse_all", "lse_pos", "lse_neg", "sum_pos"}.issuperset(p.want)
     return alone and wanted and p.sizes[0] == 1 and p.sizes[1] > 0 and p.dtype == torch.float32
 
@@ -25,7 +26,9 @@ def takes(p: Problem) -> bool:
 def join(p: Problem, statistics: Statistics) -> Statistics:
     """The statistics with the positives' logits."""
     side = statistics.anchors
-    joined = Side(*(torch.empty_like(part) for part in side[:3]))
+    # Statistics for monitoring come from torch's operators, so that with them the fields have the same bits.
+    observed = own_contrasts.join(p, statistics).anchors.observed if p.observe else None
+    joined = Side(*(torch.empty_like(part) for part in side[:3]))._replace(observed=observed)
     given: dict[str, Any] = {"FIELDS": side.fields, "COUNTS": side.counts, "PARTS": side.parts}
     given |= {"NEW_FIELDS": joined.fields, "NEW_COUNTS": joined.counts, "NEW_PARTS": joined.parts}
     _launch("positive_kernel", p, statistics, given)

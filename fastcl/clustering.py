@@ -19,6 +19,7 @@ INITIALISATIONS = ("k-means||", "random")
 ROUNDS = 5  # of k-means||: "five rounds suffice" (Bahmani et al. 2012)
 BLOCK = {"cpu": 1 << 20}  # numbers in a block of rows, by device
 LARGE_BLOCK = 1 << 25  # on the other devices
+KEPT = 1 << 23  # numbers: up to so many are prepared once
 
 
 class KMeansResult(NamedTuple):
@@ -189,6 +190,7 @@ class _Data:
         # The sums of a block are [k, D], so blocks of fewer rows than k would save no memory.
         self.block = max(BLOCK.get(rows.device.type, LARGE_BLOCK) // rows.shape[1], k)
         n = max(sum(sizes), 1)
+        self._kept: Tensor | None = None  # all rows as `extended` makes them
         self.mean = rows.new_zeros(rows.shape[1], dtype=dtype)
         mean = self._sum(lambda block: block) / n
         if not spherical:
@@ -227,11 +229,21 @@ class _Data:
         """For each block its rows with a column of ones [b, D + 1], valid until the next, and their nearest centres."""
         offsets = centres.new_zeros(len(centres)) if self.spherical else centres.square().sum(1) / -2
         keys = torch.cat([centres, offsets[:, None]], 1)
-        memory = keys.new_ones(min(self.block, len(self.rows)), keys.shape[1])
-        for rows in self.rows.split(self.block):
-            extended = memory[: len(rows)]
-            self.prepared(rows, out=extended[:, :-1])
+        for extended in self.extended():
             yield extended, topk_similarity(extended, keys, 1)[1][:, 0]
+
+    def extended(self) -> Iterator[Tensor]:
+        """For each block its rows with a column of ones [b, D + 1], valid until the next. Few rows are kept so."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        n, d = self.rows.shape
+        few = n * (d + 1) <= KEPT
+        memory = self.rows.new_ones(n if few else min(self.block, n), d + 1, dtype=self.dtype)
+        for rows in [self.rows] if few else self.rows.split(self.block):
+            self.prepared(rows, out=memory[: len(rows), :-1])
+            yield memory[: len(rows)]
+        self._kept = memory if few else None
 
     def nearest(self, centres: Tensor) -> Tensor:
         """The nearest centre [N] of each row."""
@@ -248,7 +260,9 @@ class _Data:
         sums = torch.zeros(len(centres), centres.shape[1] + 1, dtype=torch.float64, device=centres.device)
         found = []
         for extended, nearest in self.search(centres):
-            sums += _summed(extended, nearest, len(centres))
+            # In parts, because a part's sums are in the dtype of the rows.
+            for part, own in zip(extended.split(self.block), nearest.split(self.block), strict=True):
+                sums += _summed(part, own, len(centres))
             found.append(nearest)
         sums = self.total(sums)
         empty = (sums[:, -1] == 0).nonzero()[:, 0]

@@ -52,7 +52,8 @@ def kmeans(
 
     An iteration finds the nearest centroid of each row, the largest of :math:`\langle x_i, c_j \rangle - |c_j|^2 / 2`,
     by :func:`topk_similarity`, and moves each centroid to the mean of its rows. No N x k matrix is stored: beside the
-    rows, memory is O(N + k D) and blocks of rows. The rows' mean is subtracted before any product.
+    rows, memory is O(N + k D) and blocks of rows; up to 2^23 numbers are one block, which is prepared once. The rows'
+    mean is subtracted before any product.
 
     Args:
         rows: ``[N, D]``; float64, float32, bfloat16 or float16. Computation is in float32, or float64.

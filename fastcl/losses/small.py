@@ -26,7 +26,7 @@ def small_mean(given: Tensors, options: LossOptions, scale: float | Tensor, name
     options: checked. scale: positive. name: what the scale is: "logit_scale", or "temperature", which is 1 / scale.
     """
     embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, bias, *others = given
-    tensors = (embeddings, contrasts, bias, positives, clusters, contrast_clusters, ids, contrast_ids)
+    tensors: tuple[Any, ...] = (embeddings, contrasts, bias, positives, clusters, contrast_clusters, ids, contrast_ids)
     if not replayed.takes(*tensors) or any(other is not None and other is not False for other in others):
         return None
     if options.reduction != "mean" or options.gather is not False or not infonce(options).mean_of_differences():
@@ -42,7 +42,7 @@ def small_mean(given: Tensors, options: LossOptions, scale: float | Tensor, name
     scale = scalar_tensor(name, scale, embeddings.device, torch.float32)
     scale = 1 / scale if inverted and number else scale
     own, other, *rest = tensors
-    return replayed.mean_loss(_build, options, own, other, scale, *rest)  # type: ignore[arg-type]
+    return replayed.mean_loss(_build, options, own, other, scale, *rest)
 
 
 def _build(options: LossOptions, only_anchors: bool, backend: str, *tensors: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 COUNT = 150  # images in the fixture `npz`
@@ -28,3 +29,13 @@ def write_csv(path: Path, rows: int) -> Path:
         writer.writerow(["name", "kind"])
         writer.writerows([f"image{i}", ("", "cat", "dog", "7")[i % 4]] for i in range(rows))
     return path
+
+
+def refused(capsys, command, *arguments) -> str:
+    """The one line with which a command refuses its arguments."""
+    with pytest.raises(SystemExit) as exit_:
+        command([str(argument) for argument in arguments])
+    assert exit_.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    return errors

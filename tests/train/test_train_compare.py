@@ -16,7 +16,7 @@ from fastcl.train.loop import Run
 from fastcl.train.studies import settled
 from fastcl.train.study import read_csv
 from fastcl.train.study_tables import INFORMATION, PROBES, grouped, tables
-from tests.support.training import COUNT, write_csv
+from tests.support.training import COUNT, refused, write_csv
 
 pytestmark = pytest.mark.usefixtures("quick_probes")
 
@@ -28,16 +28,6 @@ def finished(quick_probes, npz, tmp_path_factory):
     command = ["--quick", "--data", str(npz), "--epochs", "1", "--batch-size", "40", "--seeds", "2", "--out", str(out)]
     assert main(command) == 0
     return out, command
-
-
-def refused(capsys, *arguments: str) -> str:
-    """The one line with which the command refuses its arguments."""
-    with pytest.raises(SystemExit) as exit_:
-        main(list(arguments))
-    assert exit_.value.code == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    return errors
 
 
 def test_the_folder_of_a_comparison(finished) -> None:
@@ -105,7 +95,9 @@ def test_a_step_takes_all_images_where_they_are_few(npz, tmp_path) -> None:
 
 def test_folders_of_other_runs_are_refused(finished, npz, tmp_path, capsys) -> None:
     out, command = finished
-    assert "trained with --temperature 0.1: choose another folder" in refused(capsys, *command, "--temperature", "0.2")
+    assert "trained with --temperature 0.1: choose another folder" in refused(
+        capsys, main, *command, "--temperature", "0.2"
+    )
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     path = copy / "rows" / "raw-pixels-seed0.json"
@@ -113,11 +105,11 @@ def test_folders_of_other_runs_are_refused(finished, npz, tmp_path, capsys) -> N
     del kept["sha256"]
     path.write_text(json.dumps({**kept, "data": "other", "sha256": study._digest({**kept, "data": "other"})}))
     command = [*command[:-1], str(copy)]
-    assert "trained on other images" in refused(capsys, *command)
+    assert "trained on other images" in refused(capsys, main, *command)
     path.write_text("[]")
-    assert "raw-pixels-seed0.json, which cannot be used" in refused(capsys, *command)
+    assert "raw-pixels-seed0.json, which cannot be used" in refused(capsys, main, *command)
     with claimed(copy):
-        assert f"--out {copy} is in use by another process" in refused(capsys, *command)
+        assert f"--out {copy} is in use by another process" in refused(capsys, main, *command)
 
 
 def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, capsys) -> None:
@@ -126,9 +118,9 @@ def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, 
     path = tmp_path / "none.csv"
     path.write_text("kind\n" + '""\n' * COUNT)
     new = [*command[:-1], str(tmp_path / "new")]
-    line = refused(capsys, *new, "--auxiliary", f"{path}:kind")
+    line = refused(capsys, main, *new, "--auxiliary", f"{path}:kind")
     assert f"--auxiliary must give images a cluster; {path}:kind has none" in line
-    assert "--batch-classes" in refused(capsys, *new, "--batch-classes", "11")
+    assert "--batch-classes" in refused(capsys, main, *new, "--batch-classes", "11")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +138,7 @@ def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, 
 )
 def test_bad_options_end_in_one_line(arguments, message, npz, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained before it was refused"))
-    line = refused(capsys, "--quick", "--data", str(npz), "--batch-size", "40", "--out", str(tmp_path / "out"),
+    line = refused(capsys, main, "--quick", "--data", str(npz), "--batch-size", "40", "--out", str(tmp_path / "out"),
                    *arguments)  # fmt: skip
     assert message in line
 

@@ -11,20 +11,10 @@ from PIL import Image
 from fastcl.train import compare, data, evaluate, loop, report
 from fastcl.train.__main__ import main
 from fastcl.train.files import save_figure
-from tests.support.training import metrics, options, write_csv
+from tests.support.training import metrics, options, refused, write_csv
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 8, 8))
 LABELS = np.arange(20) % 2
-
-
-def refused(capsys, command, *arguments) -> str:
-    """The one line with which a command refuses its arguments."""
-    with pytest.raises(SystemExit) as exit_:
-        command([str(argument) for argument in arguments])
-    assert exit_.value.code == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    return errors
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fastcl.train.studies import STUDIES, planned, settled
 from fastcl.train.study import as_csv, main, read_csv
 from fastcl.train.study_pictures import PICTURES
 from fastcl.train.study_tables import DEFAULT, PROBES, USE, Entry, of_groups, tables
+from tests.support.training import refused
 
 NUMBERS = (*PROBES, "mutual_information", "conditional_entropy", "seconds", "head", "tail", "used", *USE, "variation",
            "lead")  # fmt: skip
@@ -95,12 +96,7 @@ def test_what_would_fail_late_fails_first(finished, npz, tmp_path, monkeypatch, 
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trained before it was refused"))
 
     def message(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        assert exit_.value.code == 2
-        errors = capsys.readouterr().err
-        assert errors.count("\n") == 1
-        return errors
+        return refused(capsys, main, *arguments)
 
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)

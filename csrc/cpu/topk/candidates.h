@@ -53,7 +53,7 @@ template <class Number> int64_t partition(Number *x, int64_t count, uint32_t &ch
   const Number pivot = x[middle];
   x[middle] = x[--count];
   int64_t above = 0;
-  for (int64_t i = 0; i < count; i++) { // without branches, which nobody could predict
+  for (int64_t i = 0; i < count; i++) { // without a branch: a processor would mispredict every other one
     const Number y = x[i];
     x[i] = x[above];
     x[above] = y;
@@ -93,15 +93,15 @@ template <class Number> void sort(Number *x, int64_t count) { // the largest fir
 template <class T> struct Collection {
   using C = Candidate<T>;
   using Number = typename C::Number;
-  static constexpr int64_t FEW = 32;
-  Number *kept; // [room]
+  static constexpr int64_t ORDERED = 32; // up to so many are kept in order
+  Number *kept;                          // [room]
   int64_t count, k, room;
 
   // m: number of all candidates
-  static int64_t room_for(int64_t k, int64_t m) { return k <= FEW ? k : smaller(larger(2 * k, k + 16), m); }
+  static int64_t room_for(int64_t k, int64_t m) { return k <= ORDERED ? k : smaller(larger(2 * k, k + 16), m); }
   // Whether `worst` has changed, and there are k.
   FASTCL_INLINE bool add(Number candidate) {
-    if (k <= FEW) return insert(candidate);
+    if (k <= ORDERED) return insert(candidate);
     kept[count++] = candidate;
     return count == room && reduce();
   }

@@ -22,7 +22,7 @@ from .devices import on_device
 from .triton_recorder import STREAM, Launch, Operation, Place, Recorder, Zeros, recording
 
 ALIGNED = 512  # bytes, as torch's allocator aligns memory on a GPU
-MOST_TAPES = 256  # of one function; no more are recorded
+MOST_TAPES = 256  # of one function; beyond, kinds that came once are forgotten, and no others are recorded
 
 Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
@@ -130,7 +130,7 @@ class _Writer:
 
         for several, steps in groupby(self._found.steps, in_series):
             if several:
-                self._series(list(steps))  # type: ignore[arg-type]
+                self._series([step for step in steps if not isinstance(step, Operation)])
                 continue
             for step in steps:
                 if isinstance(step, Launch):

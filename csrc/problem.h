@@ -86,7 +86,7 @@ struct WeightedSums {
   void *valid; // [1] real
 };
 
-// Products of all rows that the forward of two sets without groups may keep for the backward, which then computes none.
+// Products of all rows that the forward without groups may keep for the backward, which then computes none.
 struct KeptProducts {
   void *of; // [N, stride] reals, by place; null: not kept
   int64_t stride;

@@ -78,11 +78,14 @@ template <class Mul> struct Sweep {
 
   // If the arena only counts, pointers are null and the bias is the only array that is read.
   // anchor_bias: bias of anchors that are contrasts of the original problem; it only tells which of them are left out.
-  Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts, const void *anchor_bias = nullptr)
+  // multiplied: whether similarities are computed; false if their products were kept.
+  Sweep(const Problem &p, const Arranged &at, Arena &arena, bool sum_over_anchors, bool sum_over_contrasts, const void *anchor_bias = nullptr,
+        bool multiplied = true)
       : d(p.dimension), units((d + Mul::PAIR - 1) / Mul::PAIR), chunks((units + CHUNK - 1) / CHUNK), threads(p.threads), scales(p.scales),
-        self(p.self_contrast()),
-        anchors(side(p.anchors, at.anchors, p.normalize_anchors, -3, anchor_bias, arena, self, sum_over_anchors || (self && sum_over_contrasts))),
-        contrasts(self ? anchors : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, p.contrast_bias, arena, true, sum_over_contrasts)),
+        self(p.self_contrast()), anchors(side(p.anchors, at.anchors, p.normalize_anchors, -3, anchor_bias, arena, self && multiplied,
+                                              sum_over_anchors || (self && sum_over_contrasts))),
+        contrasts(self ? anchors
+                       : side(p.contrasts, at.contrasts, p.normalize_contrasts, -4, p.contrast_bias, arena, multiplied, sum_over_contrasts)),
         rules(p, at, anchors.padded, contrasts.padded, arena), restricted(anchors.id || anchors.present || contrasts.present || rules.any) {
     bias = p.contrast_bias ? arena.template take<T>(contrasts.padded) : nullptr;
     largest = arena.template take<T>(2 * threads);
@@ -154,7 +157,8 @@ template <class Mul> struct Sweep {
       settle(u);
     }
   }
-  // Stores a register tile's products of the rows before `to`, and loads them again; the other rows become zero.
+  // Stores a register tile's products of the rows before `to`, and loads them again; the other rows become zero. In self-contrast
+  // those of pairs i <= j are stored.
   FASTCL_NOINLINE void keep_products(const Tile &u, const KeptProducts &kept, int64_t i0, int64_t j0, int64_t to) const {
     T *const at = (T *)kept.of + i0 * kept.stride + j0;
     const int64_t count = smaller(to - i0, int64_t(MR));
@@ -163,6 +167,9 @@ template <class Mul> struct Sweep {
   FASTCL_NOINLINE void kept_products(Tile &u, const KeptProducts &kept, int64_t i0, int64_t j0, int64_t to) const {
     const T *const at = (const T *)kept.of + i0 * kept.stride + j0;
     for (int64_t r = 0; r < MR; r++) EACH(v, NV) store(u[r][v], i0 + r < to ? load(at + r * kept.stride + v * W) : all<T>(0));
+    if (!self || i0 + MR <= j0 + 1) return;
+    for (int64_t r = 0; r < MR && i0 + r < to; r++) // the pairs below the diagonal, from their mirror images
+      for (int64_t l = 0; l < smaller(i0 + r - j0, NR); l++) ((T *)u[r])[l] = ((const T *)kept.of)[(j0 + l) * kept.stride + i0 + r];
   }
   static FASTCL_INLINE V<T> logits(V<T> similarity, Scale by) {
     return fused<T>(similarity, all<T>(by.whole), similarity * by.rest); // forward and backward round in the same way

@@ -53,8 +53,8 @@ template <class Mul> struct GradientPass {
   Local *const locals;
 
   GradientPass(const Backward &call, const Arranged &at, Arena &arena)
-      : p(call.problem), out(call), s(p, at, arena, call.contrast_gradient != nullptr, call.anchor_gradient != nullptr), guide(p, at, arena),
-        rows_needed(call.anchor_gradient), columns_needed(s.self ? rows_needed : call.contrast_gradient != nullptr),
+      : p(call.problem), out(call), s(p, at, arena, call.contrast_gradient != nullptr, call.anchor_gradient != nullptr, nullptr, !call.products.of),
+        guide(p, at, arena), rows_needed(call.anchor_gradient), columns_needed(s.self ? rows_needed : call.contrast_gradient != nullptr),
         continued(call.weighted.sums && arena.base && *(const T *)call.weighted.valid == 1), row(weights(arena, s.anchors.padded)),
         column(s.self ? row : weights(arena, s.contrasts.padded)), bases(arena.take<T>(s.scales)),
         bias_gradient(call.bias_gradient ? arena.take<T>(s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
@@ -253,10 +253,10 @@ public:
     const Local &local = locals[t];
     const bool diagonal = s.self && rows.from == cols.from, mirrored = diagonal && !DOT;
     for (int64_t j = cols.from; j < cols.to; j += NR) {
-      const Unit *next = s.contrasts.columns + (j + NR) * s.units;
+      const char *next = out.products.of ? nullptr : (const char *)(s.contrasts.columns + (j + NR) * s.units);
       for (int64_t i = rows.from; i < rows.to && !(mirrored && j + NR <= i); i += MR) {
         const Unit *a = local.a + (i - rows.from) * A_ROW;
-        const char *ahead = (const char *)next + (i - rows.from) / MR * 8 * s.units;
+        const char *ahead = next ? next + (i - rows.from) / MR * 8 * s.units : nullptr;
         const int64_t i1 = smaller(i + MR, rows.to), j1 = smaller(j + NR, cols.to);
         if ((continued && !s.clustered(i, i1, j, j1)) || (!DOT && s.rules.apart(i, i1, j, j1))) {
           s.store_zeros(local.g + (i - rows.from) * G_ROW + (j - cols.from) / Mul::PAIR, MR);

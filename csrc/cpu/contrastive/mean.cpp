@@ -58,8 +58,8 @@ template <class Real> void reduce(const MeanLoss &call, Field log_sum, const Sta
 // Whether one call for both passes keeps the products: memory stays proportional to that of the rows.
 bool keeps_products(const MeanLoss &call) {
   const Problem &p = call.problem;
-  if (p.self_contrast() || p.rules.anchor_groups || !call.loss) return false;
-  const int64_t n = p.anchors.size, m = p.contrasts.size;
+  if (p.rules.anchor_groups || !call.loss) return false;
+  const int64_t n = p.anchors.size, m = p.column_rows().size;
   return n * m <= 2 * (n + m) * p.dimension;
 }
 
@@ -88,7 +88,7 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   align();
   KeptProducts products{};
   if (differentiated && keeps_products(call)) {
-    products.stride = KeptProducts::stride_of(p.contrasts.size);
+    products.stride = KeptProducts::stride_of(p.column_rows().size);
     products.of = memory.take(p.anchors.size * products.stride * real);
     align();
   }

@@ -134,8 +134,8 @@ def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | Non
 
 
 def keeps_products(p: Problem, needs: Needs) -> bool:
-    """Whether `mean_loss` keeps the products for both gradients of two sets (csrc/cpu/contrastive/mean.cpp)."""
-    if p.contrasts is None or not (needs.anchors and needs.contrasts) or p.anchors.groups is not None:
+    """Whether `mean_loss` keeps the products for the gradients of all rows (csrc/cpu/contrastive/mean.cpp)."""
+    if not needs.anchors or (p.contrasts is not None and not needs.contrasts) or p.anchors.groups is not None:
         return False
     _, n, m = p.sizes
     return n * m <= 2 * (n + m) * p.anchors.values.shape[-1]

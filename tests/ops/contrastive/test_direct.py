@@ -229,6 +229,44 @@ def test_products_are_kept_while_they_are_few(symmetric: bool, monkeypatch) -> N
 
 
 @pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
+@pytest.mark.parametrize("temperature", [0.2, 0.005])
+@pytest.mark.parametrize(
+    ("n", "kind"), [(61, "clusters"), (203, "clusters"), (397, "clusters"), (401, "ids"), (399, "tags")]
+)
+def test_products_of_pairs_are_kept_once(n: int, kind: str, temperature: float, monkeypatch) -> None:
+    """In self-contrast those above the diagonal. The sizes cross edges of register tiles, blocks, threads' groups."""
+    torch.manual_seed(0)
+    d = (n + 3) // 4
+    z, scale = leaf(n, d), torch.tensor(temperature, requires_grad=True)
+    options: dict[str, object] = {"clusters": torch.arange(n) % (n // 3), "temperature": scale}
+    if kind == "ids":
+        options["ids"] = torch.arange(n) // 2 * (torch.arange(n) % 5 > 0) - 1
+    if kind == "tags":
+        options["clusters"] = torch.arange(n)[:, None] % 64 == torch.arange(64)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (z, scale)]
+    with fastcl.use_backend("reference"):
+        truth = results(exact, options | {"temperature": exact[1]})
+    monkeypatch.setattr(direct, "AT_ONCE", 0)
+    assert cluster_infonce(z, **options).grad_fn.at_once
+    assert not cluster_infonce(leaf(n, d - 1), **options).grad_fn.at_once
+    wide = leaf(n, d, dtype=torch.float64)
+    assert cluster_infonce(wide, **options | {"temperature": exact[1]}).grad_fn.at_once
+
+    def filled(call) -> None:
+        workspace = torch.full((call.workspace,), 0xFF, dtype=torch.uint8)
+        call.run(workspace.data_ptr())
+
+    monkeypatch.setattr(native, "run", filled)
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(native, "threads", lambda work, each=None, threads=threads: threads)
+        for found, expected in zip(results([z, scale], options), truth, strict=True):
+            error = (found.double() - expected).norm() / expected.norm()
+            assert error < 2e-5 * max(1, 0.02 / temperature), (threads, error)
+        for found, expected in zip(results(exact, options | {"temperature": exact[1]}), truth, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
 def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
     calls = []
 
@@ -246,7 +284,7 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
     assert calls.pop() == [False] * 8
     cluster_infonce(z.detach())
     assert calls.pop() == [False] * 8
-    monkeypatch.setattr(direct, "AT_ONCE", 0)
+    decide(monkeypatch, "when asked")
     cluster_infonce(z)
     assert not calls
     with torch.no_grad():  # nothing is kept for a backward, whatever the size

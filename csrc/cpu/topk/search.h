@@ -2,10 +2,7 @@
 // better candidates are added to the query's collection. Queries are the columns of the tiles, so one comparison handles all lanes. The
 // best for k = 1 are in lanes too.
 #pragma once
-#include "call.h"
-#include "candidates.h"
-#include "cpu/sweep.h"
-#include <type_traits>
+#include "nearest.h"
 
 namespace fastcl::FASTCL_ISA {
 namespace {
@@ -113,9 +110,6 @@ private:
   }
   bool few() const { return n <= FEW; }
   int64_t row() const { return round_up(d, 16); }
-  static bool readable(const Rows &rows) { // whether they are contiguous rows of T
-    return rows.column_stride == 1 && rows.dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
-  }
 
   // Group g of thread t, with nothing found yet.
   Group begin(int t, int64_t g) const {
@@ -137,16 +131,17 @@ private:
     const Group group = begin(t, g);
     const Range keys = share(m, int(key_parts), int(t % key_parts));
     if (few()) return search_few(group, keys, t);
-    for (int64_t p = 0; p < group.panels; p++) pack(group, p, t);
+    for (int64_t p = 0; p < group.panels; p++)
+      pack_panel(call.queries, group.first + p * NR, group.first + group.count, d, buffers + t * W * row(), group.columns + p * d * NR);
     T *const a = blocks + t * chunks * A_CHUNK;
     const bool in_one_piece = call.keys.column_stride == 1 && call.keys.row_stride == d;
     const int64_t bytes = d * (call.keys.dtype == Dtype::float64 ? 8 : call.keys.dtype == Dtype::float32 ? 4 : 2);
     for (int64_t from = keys.from; from < keys.to && group.count; from += BLOCK) {
       const int64_t to = smaller(from + BLOCK, keys.to), rows = round_up(to - from, MR);
       // With few queries the rows are multiplied in place, because copying them would take as long.
-      const bool in_place = readable(call.keys) && group.panels <= 4 && to - from == rows;
+      const bool in_place = readable<T>(call.keys) && group.panels <= 4 && to - from == rows;
       const T *const first = in_place ? (const T *)call.keys.data + from * call.keys.row_stride : a;
-      if (!in_place) block(a, from, to, rows, t);
+      if (!in_place) pack_rows(call.keys, from, to, rows, d, buffers + t * W * row(), a);
       // Meanwhile the next block is prefetched into the second-level cache, a few lines with each tile.
       const char *ahead = (const char *)call.keys.data + to * bytes;
       const int64_t next = in_one_piece ? (smaller(to + BLOCK, keys.to) - to) * bytes : 0;
@@ -161,34 +156,11 @@ private:
     }
   }
 
-  // Packs panel p of the queries: [D][NR], zeros beyond the last query.
-  void pack(const Group &group, int64_t p, int t) const {
-    T *const buffer = buffers + t * W * row(), *out = group.columns + p * d * NR;
-    for (int64_t i = p * NR; i < (p + 1) * NR; i += W, out += W) {
-      const T *x[W];
-      for (int64_t l = 0; l < W; l++) {
-        x[l] = buffer + l * row();
-        if (i + l >= group.count) memset(buffer + l * row(), 0, row() * sizeof(T));
-        else if (readable(call.queries)) x[l] = (const T *)call.queries.data + (group.first + i + l) * call.queries.row_stride;
-        else read_row(call.queries, group.first + i + l, d, buffer + l * row());
-      }
-      int64_t k = 0;
-      for (; k + W <= d; k += W) {
-        V<T> tile[W];
-        EACH(l, W) tile[l] = loadu(x[l] + k);
-        transpose<T>(tile);
-        EACH(l, W) store(out + (k + l) * NR, tile[l]);
-      }
-      for (; k < d; k++)
-        for (int64_t l = 0; l < W; l++) out[k * NR + l] = x[l][k];
-    }
-  }
-
   void search_few(const Group &group, Range keys, int t) const {
     for (int64_t i = 0; i < n; i++) read_row(call.queries, i, d, group.columns + i * d);
     for (int64_t from = keys.from; from < keys.to; from += W) {
       const int64_t count = smaller(keys.to - from, int64_t(W));
-      const bool in_place = readable(call.keys) && count == W;
+      const bool in_place = readable<T>(call.keys) && count == W;
       T *const buffer = buffers + t * W * row();
       for (int64_t r = 0; !in_place && r < W; r++) read_row(call.keys, smaller(from + r, keys.to - 1), d, buffer + r * row());
       const T *const rows = in_place ? (const T *)call.keys.data + from * call.keys.row_stride : buffer;
@@ -227,47 +199,11 @@ private:
     return load(values);
   }
 
-  // Packs keys, row-major within chunks: a[chunk][row][A_ROW]; zeros from `to` on.
-  void block(T *a, int64_t from, int64_t to, int64_t rows, int t) const {
-    T *const buffer = buffers + t * W * row();
-    for (int64_t r = 0; r < rows; r++) {
-      const T *x = nullptr;
-      if (from + r < to) {
-        if (readable(call.keys)) x = (const T *)call.keys.data + (from + r) * call.keys.row_stride;
-        else read_row(call.keys, from + r, d, buffer), x = buffer;
-      }
-      for (int64_t c = 0; c < chunks; c++) {
-        T *const out = a + c * A_CHUNK + r * A_ROW;
-        const int64_t count = smaller(CHUNK, d - c * CHUNK);
-        if (x) memcpy(out, x + c * CHUNK, count * sizeof(T));
-        else memset(out, 0, count * sizeof(T));
-      }
-    }
-  }
-
   // The tile of panel p of the queries and of MR keys. row: distance of keys. chunk: distance from a chunk of a key to the next. places:
   // of the first key, and of the end of all.
   template <class Row> FASTCL_INLINE void tile(const T *keys, Row row, int64_t chunk, const Group &group, int64_t p, Range places) const {
     T u[MR][NV][W] __attribute__((aligned(64)));
-    const T *const queries = group.columns + p * d * NR;
-    for (int64_t c = 0; c < chunks; c++) {
-      V<T> x[MR][NV];
-      EACH(r, MR) EACH(v, NV) x[r][v] = all<T>(0);
-      const T *rows = keys + c * chunk, *query = queries + c * CHUNK * NR;
-      const int64_t depth = smaller(CHUNK, d - c * CHUNK), stride = row;
-      if constexpr (std::is_same<Row, int64_t>::value) {
-        for (int64_t k = 0; k < depth; k++) {
-          V<T> y[NV];
-          EACH(v, NV) y[v] = load(query + k * NR + v * W);
-          EACH(r, MR) {
-            const T z = rows[r * stride + k];
-            EACH(v, NV) x[r][v] = Mul::multiply(x[r][v], z, y[v]);
-          }
-        }
-      } else multiply<Mul, A_ROW, 1>(rows, query, depth, x, rows + MR * A_ROW);
-      if (c == 0) EACH(r, MR) EACH(v, NV) store(u[r][v], x[r][v]);
-      else EACH(r, MR) EACH(v, NV) add_to(u[r][v], x[r][v]);
-    }
+    multiply_panel<T>(keys, row, chunk, group.columns + p * d * NR, d, u);
     I<T> candidates = all_int<T>(0);
     EACH(v, NV) {
       const int64_t i = p * NR + v * W;
@@ -358,7 +294,12 @@ int64_t topk(const TopK &call, void *workspace) {
     if (workspace) pass.run();
     return arena.used;
   };
-  return call.wide_reals ? with(TopKPass<double>(call, arena)) : with(TopKPass<float>(call, arena));
+  const auto of = [&](auto zero) {
+    using T = decltype(zero);
+    if (!few_keys<T>(call)) return with(TopKPass<T>(call, arena));
+    return call.k == 1 ? with(NearestPass<T, 1>(call, arena)) : with(NearestPass<T, 2>(call, arena));
+  };
+  return call.wide_reals ? of(double()) : of(float());
 }
 
 } // namespace

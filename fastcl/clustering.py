@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import check_count, check_flag, check_option, check_rows, finite_number, plain_number, shown
+from .clustered_rows import BLOCK, LARGE_BLOCK, ClusteredRows
 from .distributed import Property, World, check_group, dtype_name, tell_others
-from .neighbors import topk_similarity
-from .ops.backends.rows import accumulation_dtype, unit_rows
+from .lloyd import Lloyd, summed
+from .ops.backends.rows import accumulation_dtype
 from .ops.library import without_autocast
 
 INITIALISATIONS = ("k-means||", "random")
 ROUNDS = 5  # of k-means||: "five rounds suffice" (Bahmani et al. 2012)
-BLOCK = {"cpu": 1 << 20}  # numbers in a block of rows, by device
-LARGE_BLOCK = 1 << 25  # on the other devices
-KEPT = 1 << 23  # numbers: up to so many are prepared once
 
 
 class KMeansResult(NamedTuple):
@@ -51,9 +48,10 @@ def kmeans(
     .. math:: \min_{c_1, \dots, c_k} \sum_i \min_j |x_i - c_j|^2
 
     An iteration finds the nearest centroid of each row, the largest of :math:`\langle x_i, c_j \rangle - |c_j|^2 / 2`,
-    by :func:`topk_similarity`, and moves each centroid to the mean of its rows. No N x k matrix is stored: beside the
-    rows, memory is O(N + k D) and blocks of rows; up to 2^23 numbers are one block, which is prepared once. The rows'
-    mean is subtracted before any product.
+    by :func:`topk_similarity`, and moves each centroid to the mean of its rows. Rows whose nearest centroid cannot have
+    changed, by bounds on their distances (Hamerly 2010), are left out; the assignments are those of a search for all
+    rows. No N x k matrix is stored: beside the rows, memory is O(N + k D) and blocks of rows; up to 2^23 numbers are
+    one block, which is prepared once. The rows' mean is subtracted before any product.
 
     Args:
         rows: ``[N, D]``; float64, float32, bfloat16 or float16. Computation is in float32, or float64.
@@ -106,20 +104,21 @@ def kmeans(
     if n_iters == 0 and isinstance(init, str):
         raise ValueError(f"init: expected a tensor of centroids with n_iters=0, got {init!r}")
     with torch.no_grad(), without_autocast(rows.device):
-        data = _Data(rows.detach(), k, spherical, dtype, world, sizes)
+        data = ClusteredRows(rows.detach(), k, spherical, dtype, world, sizes)
         if isinstance(init, Tensor):
             centres = data.shared(data.prepared(init.detach()))
         else:
             centres = _initial(data, k, init, _seed(generator))
-        count = 0
+        clusters, count = Lloyd(data), 0
         while count < n_iters:
             count += 1
-            moved = data.means(centres)
+            moved = clusters.means(centres)
             movement = float((moved - centres).square().sum(dtype=torch.float64))
             centres = moved
             if movement <= tol * data.variance:
                 break
-        assignments = data.nearest(centres)
+        clusters.move(centres)
+        assignments = clusters.assignments
         inertia = float(data.total(data.distances(assignments, centres).sum(dtype=torch.float64)))
         return KMeansResult(centres + data.mean, assignments, inertia, count)
 
@@ -170,7 +169,7 @@ def cluster_concentrations(
     parts = zip(rows.detach().split(block), assignments.split(block), strict=True)
     distances = torch.cat([torch.linalg.vector_norm(part - centroids[own], dim=1) for part, own in parts])
     of_rows = torch.stack([distances, torch.ones_like(distances)], 1).double()
-    sums = _summed(of_rows, assignments, len(centroids))
+    sums = summed(of_rows, assignments, len(centroids))
     total, counts = (sums if world is None else world.total(sums)).unbind(1)
     found = total / (counts.clamp(min=1) * (counts + alpha).log())
     several = counts > 1
@@ -181,140 +180,12 @@ def cluster_concentrations(
     return found.masked_fill(mean.isnan(), torch.nan).to(centroids.dtype)
 
 
-class _Data:
-    """The rows of all processes in the metric's coordinates: less their mean, or divided by their norms."""
-
-    def __init__(
-        self, rows: Tensor, k: int, spherical: bool, dtype: torch.dtype, world: World | None, sizes: list[int]
-    ) -> None:
-        self.rows, self.spherical, self.dtype, self.world, self.sizes = rows, spherical, dtype, world, sizes
-        # The sums of a block are [k, D], so blocks of fewer rows than k would save no memory.
-        self.block = max(BLOCK.get(rows.device.type, LARGE_BLOCK) // rows.shape[1], k)
-        n = max(sum(sizes), 1)
-        self._kept: Tensor | None = None  # all rows as `extended` makes them
-        self.mean = rows.new_zeros(rows.shape[1], dtype=dtype)
-        mean = self._sum(lambda block: block) / n
-        if not spherical:
-            self.mean = mean.to(dtype)
-            self.variance = float(self._sum(torch.square).mean() / n)
-        else:
-            self.variance = float((self._sum(torch.square) / n - mean.square()).mean())
-        if not self.variance < torch.inf:  # NaN too
-            raise ValueError("rows: expected finite numbers whose squares are finite, got others")
-
-    def _sum(self, function: Any) -> Tensor:
-        """The sum [D] of a function of the rows, in float64."""
-        own = [function(block).sum(0, dtype=torch.float64) for _, block in self.blocks()]
-        return self.total(torch.stack(own).sum(0) if own else self.mean.double() * 0)
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        return values if self.world is None else self.world.total(values)
-
-    def shared(self, values: Tensor) -> Tensor:
-        """The first process's values."""
-        return self.total(values if self.world is None or self.world.rank == 0 else torch.zeros_like(values))
-
-    def prepared(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        if not self.spherical:
-            return torch.sub(rows, self.mean, out=out)
-        found = unit_rows(rows, self.dtype)
-        return found if out is None else out.copy_(found)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(self.rows), self.block):
-            place = slice(start, start + self.block)
-            yield place, self.prepared(self.rows[place])
-
-    def search(self, centres: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each block its rows with a column of ones [b, D + 1], valid until the next, and their nearest centres."""
-        offsets = centres.new_zeros(len(centres)) if self.spherical else centres.square().sum(1) / -2
-        keys = torch.cat([centres, offsets[:, None]], 1)
-        for extended in self.extended():
-            yield extended, topk_similarity(extended, keys, 1)[1][:, 0]
-
-    def extended(self) -> Iterator[Tensor]:
-        """For each block its rows with a column of ones [b, D + 1], valid until the next. Few rows are kept so."""
-        if self._kept is not None:
-            yield self._kept
-            return
-        n, d = self.rows.shape
-        few = n * (d + 1) <= KEPT
-        memory = self.rows.new_ones(n if few else min(self.block, n), d + 1, dtype=self.dtype)
-        for rows in [self.rows] if few else self.rows.split(self.block):
-            self.prepared(rows, out=memory[: len(rows), :-1])
-            yield memory[: len(rows)]
-        self._kept = memory if few else None
-
-    def nearest(self, centres: Tensor) -> Tensor:
-        """The nearest centre [N] of each row."""
-        found = [nearest for _, nearest in self.search(centres)]
-        return torch.cat(found) if found else self.rows.new_zeros(0, dtype=torch.int64)
-
-    def distances(self, assignments: Tensor, centres: Tensor) -> Tensor:
-        """The squared distance [N] of each row from its centre, of differences: 0 exactly where they are equal."""
-        found = [(block - centres[assignments[place]]).square_().sum(1) for place, block in self.blocks()]
-        return torch.cat(found) if found else self.rows.new_zeros(0, dtype=self.dtype)
-
-    def means(self, centres: Tensor) -> Tensor:
-        """The means [k, D] of the rows nearest to each centre."""
-        sums = torch.zeros(len(centres), centres.shape[1] + 1, dtype=torch.float64, device=centres.device)
-        found = []
-        for extended, nearest in self.search(centres):
-            # In parts, because a part's sums are in the dtype of the rows.
-            for part, own in zip(extended.split(self.block), nearest.split(self.block), strict=True):
-                sums += _summed(part, own, len(centres))
-            found.append(nearest)
-        sums = self.total(sums)
-        empty = (sums[:, -1] == 0).nonzero()[:, 0]
-        if len(empty):
-            self._refill(sums, empty, torch.cat([*found, empty[:0]]), centres)
-        counts = sums[:, -1:]
-        means = sums[:, :-1] / counts.clamp(min=1)
-        if self.spherical:
-            means = unit_rows(means)
-            counts = counts * means.any(1, keepdim=True)  # rows may cancel out
-        return torch.where(counts > 0, means.to(self.dtype), centres)
-
-    def _refill(self, sums: Tensor, empty: Tensor, assignments: Tensor, centres: Tensor) -> None:
-        """Gives each empty cluster one of the rows that are farthest from their centres."""
-        distances, rows, former = self.largest(self.distances(assignments, centres), len(empty), assignments)
-        apart = distances > 0
-        rows, former, empty = rows[apart], former[apart], empty[apart]
-        extended = torch.cat([rows, rows.new_ones(len(rows), 1)], 1).double()
-        sums -= _summed(extended, former, len(sums))
-        sums[empty] = extended
-
-    def largest(self, keys: Tensor, count: int, values: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The `count` largest keys of all processes, with their rows and their values [N] (zeros if None)."""
-        values = torch.zeros_like(keys, dtype=torch.int64) if values is None else values
-        chosen = keys.argsort(descending=True, stable=True)[:count]
-        if self.world is None:
-            return keys[chosen], self.prepared(self.rows[chosen]), values[chosen]
-        offered = [min(size, count) for size in self.sizes]
-        everyone = self.world.all_rows(keys[chosen], offered)
-        order = everyone.argsort(descending=True, stable=True)[:count]
-        limits = torch.tensor(offered, device=keys.device).cumsum(0)
-        rank = torch.searchsorted(limits, order, right=True)
-        taken = rank.bincount(minlength=len(offered)).tolist()
-        chosen = chosen[: taken[self.world.rank]]  # of equal keys the first come first, here and in `order`
-        place = order.argsort().argsort()  # from the order of ranks to the order of keys
-        found = [self.world.all_rows(part, taken)[place] for part in (self.prepared(self.rows[chosen]), values[chosen])]
-        return everyone[order], found[0], found[1]
-
-
-def _summed(rows: Tensor, clusters: Tensor, k: int) -> Tensor:
-    """The sums [k, D] of the rows of each cluster, by an embedding's backward: threaded, and deterministic on a GPU."""
-    sums: Tensor = torch.ops.aten.embedding_dense_backward(rows, clusters, k, -1, False)
-    return sums
-
-
 def _seed(generator: torch.Generator | None) -> int:
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
-def _initial(data: _Data, k: int, init: str, seed: int) -> Tensor:
+def _initial(data: ClusteredRows, k: int, init: str, seed: int) -> Tensor:
     """The first centres [k, D], the same on all processes."""
     rank = 0 if data.world is None else data.world.rank
     own = torch.Generator(data.rows.device).manual_seed(seed + rank)

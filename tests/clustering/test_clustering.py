@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcl
-from fastcl import clustering, kmeans
+from fastcl import clustered_rows, clustering, kmeans
+from fastcl.lloyd import Lloyd
 from tests.support.strategies import generator
 
 
@@ -72,6 +73,74 @@ def test_ends_like_scikit_learn(tol: float) -> None:
     assert found.n_iters == theirs.n_iter_ < 100
     assert found.inertia == pytest.approx(theirs.inertia_, rel=1e-9)
     assert (found.assignments.numpy() == theirs.labels_).all()
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kept", [True, False])
+def test_rows_that_keep_their_centroid_are_left_out(
+    spherical: bool, dtype: torch.dtype, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which leaves every iteration as it is, with separate clusters, with one cloud, with equal rows, far from 0."""
+    if not kept:
+        monkeypatch.setattr(clustered_rows, "KEPT", 0)
+        monkeypatch.setitem(clustering.BLOCK, "cpu", 7 * 211)
+    searched: list[int] = []
+    search, bounded = clustered_rows.ClusteredRows.search, Lloyd._doubtful
+
+    def counting(self, centres: Tensor, k: int, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if k == 2:
+            searched.append((len(self.rows) if places is None else len(places)) * len(centres))
+        return search(self, centres, k, places)
+
+    monkeypatch.setattr(clustered_rows.ClusteredRows, "search", counting)
+    separate = blobs(1500, 7, 12, 0.2, dtype)
+    cases = {
+        "separate": (separate, separate[:12]),
+        "a cloud": (torch.randn(900, 7, generator=generator(0)).to(dtype), None),
+        "equal rows": (blobs(40, 7, dtype=dtype).repeat(9, 1), None),
+        "far": (separate + 100, separate[:40] + 100),
+        "one cluster": (separate, separate[:1]),
+        "far movers": (separate, torch.cat([separate[:60], separate[:4] + 50])),
+    }
+    for name, (rows, init) in cases.items():
+        init = rows[::45] if init is None else init
+        searched.clear()
+        found = kmeans(rows, len(init), init=init, n_iters=25, tol=0, spherical=spherical)
+        least = sum(searched)
+        with monkeypatch.context() as all_of_them:
+            all_of_them.setattr(Lloyd, "_doubtful", lambda self, *args: bounded(self, *args).fill_(True))
+            searched.clear()
+            every = kmeans(rows, len(init), init=init, n_iters=25, tol=0, spherical=spherical)
+        assert torch.equal(found.assignments, every.assignments), name
+        assert torch.equal(found.centroids, every.centroids), name
+        assert (found.n_iters, found.inertia) == (every.n_iters, every.inertia)
+        if name in ("separate", "far movers"):
+            assert least < 0.6 * (found.n_iters + 1) * len(rows) * len(init), name
+
+
+def test_bounds_hold_in_every_iteration() -> None:
+    """Also where centroids move anywhere, and where many move far."""
+    g = generator(5)
+    rows = torch.randn(400, 5, generator=g)
+    data = clustered_rows.ClusteredRows(rows, 50, False, torch.float32, None, [400])
+    clusters = Lloyd(data)
+    centres = torch.randn(50, 5, generator=g)
+    for step in range(12):
+        clusters.move(centres)
+        distances = torch.cdist(rows.double() - data.mean.double(), centres.double())
+        own = distances.gather(1, clusters.assignments[:, None])[:, 0]
+        others = distances.scatter(1, clusters.assignments[:, None], torch.inf).amin(1)
+        assert (own <= clusters._upper).all()
+        assert (others >= clusters._lower).all()
+        assert torch.equal(clusters.assignments, distances.argmin(1))
+        torch.testing.assert_close(
+            clusters._sums[:, :-1],
+            torch.zeros(50, 5).double().index_add_(0, clusters.assignments, data._kept[:, :-1].double()),
+        )
+        assert torch.equal(clusters._sums[:, -1], clusters.assignments.bincount(minlength=50).double())
+        movement = torch.randn(50, 5, generator=g) * (0.01 + (torch.arange(50) % 9 == step)[:, None])
+        centres = centres + movement
 
 
 def test_the_initialisation_finds_separate_clusters() -> None:

@@ -24,6 +24,8 @@ LAYERS = (
     ("fastcl.guide", "fastcl.tags"),
     ("fastcl.statistics", "fastcl.sinkhorn", "fastcl.neighbors", "fastcl.memory_state"),
     ("fastcl.memory", "fastcl.distributed", "fastcl.quality"),
+    ("fastcl.clustered_rows",),
+    ("fastcl.lloyd",),
     ("fastcl.clustering", "fastcl.exchange"),
     ("fastcl.losses",),
     ("fastcl.functional", "fastcl.metric_learning"),

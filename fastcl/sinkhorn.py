@@ -360,7 +360,7 @@ def _epsilon(epsilon: Any) -> Any:
 
 def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, potential: Tensor) -> None:
     """Raises ValueError if the result is not finite because there is no solution; NaN in the scores is no error."""
-    if not values_visible(scores) or bool((potential < torch.inf).all()):
+    if not values_visible(scores) or potential.sum().item() < torch.inf or bool((potential < torch.inf).all()):
         return
     nothing = scores.detach() == -torch.inf
     without_mass = (log_rows == -torch.inf)[..., None]

@@ -93,13 +93,11 @@ std::unique_ptr<Call> sinkhorn_solve(const std::string &engine, double epsilon, 
   s.epsilon = epsilon;
   s.pass.scores = in.rows();
   s.pass.columns = in.integer();
-  s.pass.inverse_epsilon = in.address<const void>();
   s.pass.wide_reals = in.integer();
   s.pass.threads = int(in.integer());
   s.pass.matrix = in.address();
   s.log_prior = in.address<const void>();
-  s.log_mass = in.address<const void>();
-  s.mass = in.address<const void>();
+  s.log_row_marginal = in.address<const void>();
   s.init = in.address<const double>();
   s.iterations = in.integer();
   s.rows = in.address();
@@ -111,8 +109,9 @@ std::unique_ptr<Call> sinkhorn_solve(const std::string &engine, double epsilon, 
   in.end();
   require(s.pass.scores.size >= 1 && s.pass.columns >= 1 && s.pass.threads >= 1 && s.iterations >= 1,
           "sizes, threads and iterations must be positive");
-  require(s.pass.scores.data && s.pass.inverse_epsilon && s.pass.matrix, "scores, inverse_epsilon or matrix: a null pointer");
-  require(s.log_prior && s.log_mass && s.mass, "log_prior, log_mass or mass: a null pointer");
+  require(epsilon > 0, "epsilon must be positive");
+  require(s.pass.scores.data && s.pass.matrix, "scores or matrix: a null pointer");
+  require(s.log_prior && s.log_row_marginal, "log_prior or log_row_marginal: a null pointer");
   require(s.rows && s.columns && s.row_potential && s.col_potential, "an output: a null pointer");
   const Engine *const chosen = engine_named(engine);
   return std::make_unique<Call>([=](void *workspace) { return solve(*chosen, s, workspace); });

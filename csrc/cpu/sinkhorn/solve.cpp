@@ -12,22 +12,25 @@ constexpr double INFINITE = std::numeric_limits<double>::infinity();
 template <class T> class Solver {
 public:
   Solver(const Engine &engine, const SinkhornSolve &call)
-      : engine_(engine), c_(call), n_(call.pass.scores.size), k_(call.pass.columns), log_prior_((const T *)call.log_prior),
-        log_mass_((const T *)call.log_mass) {}
+      : engine_(engine), c_(call), n_(call.pass.scores.size), k_(call.pass.columns), inverse_epsilon_(T(1 / call.epsilon)),
+        log_prior_((const T *)call.log_prior) {}
+  Solver(const Solver &) = delete; // passes read a member by its address
 
   int64_t workspace() const {
     Sinkhorn most = row_pass(nullptr, 0, true), first = column_sums();
     most.by_column = &most; // any non-null address: a pass with column masses needs the most workspace
     most.weights = &most;   // as a pass over the plan
-    return aligned(n_ * int64_t(sizeof(double))) + aligned(3 * n_ * int64_t(sizeof(T))) + aligned(4 * k_ * int64_t(sizeof(T))) +
+    return aligned(n_ * int64_t(sizeof(double))) + aligned(5 * n_ * int64_t(sizeof(T))) + aligned(4 * k_ * int64_t(sizeof(T))) +
            std::max(engine_.sinkhorn(most, nullptr), engine_.sinkhorn(first, nullptr)) + 64;
   }
 
   void run(char *place) {
     f_ = (double *)place, place += aligned(n_ * int64_t(sizeof(double)));
-    above_ = (T *)place, dots_ = above_ + n_, shifts_ = dots_ + n_, place += aligned(3 * n_ * int64_t(sizeof(T)));
+    above_ = (T *)place, dots_ = above_ + n_, shifts_ = dots_ + n_, log_mass_ = shifts_ + n_, mass_ = log_mass_ + n_,
+    place += aligned(5 * n_ * int64_t(sizeof(T)));
     shift_ = (T *)place, sum_ = shift_ + k_, masses_ = sum_ + k_, weights_ = masses_ + k_, place += aligned(4 * k_ * int64_t(sizeof(T)));
     passes_ = place;
+    normalize_rows();
     for (int64_t i = 0; i < n_; i++) f_[i] = log_mass_[i] == -T(INFINITE) ? -INFINITE : 0;
     if (c_.init) {
       engine_.sinkhorn(row_pass(c_.init, 0, false), passes_);
@@ -39,7 +42,7 @@ public:
       double *const g = kept(2 + t);
       const double most = plan_at_ < 0 ? NAN : weigh(g, kept(2 + plan_at_));
       Sinkhorn pass = most == most ? over_plan(last) : over_scores(g, t + 1, last);
-      if (!last) pass.mass = c_.mass, pass.by_column = masses_;
+      if (!last) pass.mass = mass_, pass.by_column = masses_;
       engine_.sinkhorn(pass, passes_);
       if (most == most) {
         update_rows(t + 1, most);
@@ -60,15 +63,33 @@ private:
   double *kept(int64_t which) const { return c_.columns + which * c_.column_step; }
   T *row_shift(int64_t update) const { return (T *)c_.rows + 2 * update * c_.row_step; }
 
-  Sinkhorn column_sums() const {
+  Sinkhorn any_pass() const {
     Sinkhorn pass = c_.pass;
+    pass.inverse_epsilon = &inverse_epsilon_;
+    return pass;
+  }
+  void normalize_rows() {
+    const T *const marginal = (const T *)c_.log_row_marginal;
+    bool uniform = true;
+    for (int64_t i = 1; i < n_; i++) uniform &= marginal[i] == marginal[0];
+    double total = 0;
+    for (int64_t i = 0; i < n_ && !uniform; i++) total += std::exp(double(marginal[i]));
+    const double log_total = uniform ? double(marginal[0]) + std::log(double(n_)) : std::log(total);
+    for (int64_t i = 0; i < n_; i++) {
+      const bool known = uniform && i > 0;
+      log_mass_[i] = known ? log_mass_[0] : T(double(marginal[i]) - log_total);
+      mass_[i] = known ? mass_[0] : T(std::exp(double(log_mass_[i])));
+    }
+  }
+  Sinkhorn column_sums() const {
+    Sinkhorn pass = any_pass();
     pass.pass = SinkhornPass::column_sums;
     pass.matrix = nullptr;
     pass.potential = f_, pass.column_shift = shift_, pass.column_sum = sum_;
     return pass;
   }
   Sinkhorn row_pass(const double *g, int64_t update, bool assignments) const {
-    Sinkhorn pass = c_.pass;
+    Sinkhorn pass = any_pass();
     pass.pass = SinkhornPass::row_pass;
     if (!assignments) pass.matrix = nullptr;
     pass.potential = g, pass.row_shift = row_shift(update), pass.row_sum = row_shift(update) + c_.row_step;
@@ -84,7 +105,7 @@ private:
     return pass;
   }
   Sinkhorn over_plan(bool last) const {
-    Sinkhorn pass = c_.pass;
+    Sinkhorn pass = any_pass();
     pass.pass = SinkhornPass::plan_update;
     pass.plan = c_.pass.matrix;
     if (!last) pass.matrix = nullptr;
@@ -102,7 +123,7 @@ private:
     for (int64_t i = 0; i < n_; i++) near &= std::fabs(double(shifts_[i])) <= 32 * c_.epsilon;
     return near;
   }
-  double passes_inverse() const { return double(*(const T *)c_.pass.inverse_epsilon); } // of epsilon, as the passes round it
+  double passes_inverse() const { return double(inverse_epsilon_); } // of epsilon, as the passes round it
   // Writes w, divided by its largest element, and returns epsilon times that one's logarithm. Exponentials below the smallest normal
   // number, 2^-126, are missing from e, whose rows sum to 2^-24 at least (ENOUGH in passes.h). So if w is within a factor of 2^24, what is
   // missing from a row of the later plan is below 2^-78 an entry. Otherwise NaN: that iteration reads the scores.
@@ -133,10 +154,11 @@ private:
     T *const shift = row_shift(update), *const sum = shift + c_.row_step;
     const double inverse = passes_inverse();
     for (int64_t i = 0; i < n_; i++) {
-      const double offset = double(shifts_[i]) + most;
-      shift[i] = T(offset + c_.epsilon * std::log(double(dots_[i])));
-      sum[i] = T(double(dots_[i]) * std::exp((offset - double(shift[i])) * inverse));
-      f_[i] = double(T(c_.epsilon) * log_mass_[i]) - (double(shift[i]) + c_.epsilon * std::log(double(sum[i])));
+      const double log_dot = std::log(double(dots_[i])), offset = double(shifts_[i]) + most, whole = offset + c_.epsilon * log_dot;
+      shift[i] = T(whole);
+      const double left = log_dot + (offset - double(shift[i])) * inverse; // below 2^-17, as the rows are near
+      sum[i] = T(1 + left + left * left / 2);
+      f_[i] = double(T(c_.epsilon) * log_mass_[i]) - whole;
     }
   }
   void first_columns() {
@@ -161,10 +183,12 @@ private:
   const Engine &engine_;
   const SinkhornSolve &c_;
   const int64_t n_, k_;
-  const T *const log_prior_, *const log_mass_;
+  const T inverse_epsilon_;
+  const T *const log_prior_;
   int64_t plan_at_ = -1;                                                         // iteration whose plan is in the matrix; -1: none
   double *f_ = nullptr;                                                          // [N]
   T *above_ = nullptr, *dots_ = nullptr, *shifts_ = nullptr;                     // [N]; shifts: of the kept exponentials
+  T *log_mass_ = nullptr, *mass_ = nullptr;                                      // [N]
   T *shift_ = nullptr, *sum_ = nullptr, *masses_ = nullptr, *weights_ = nullptr; // [K]
   char *passes_ = nullptr;                                                       // workspace of a pass
 };

@@ -7,10 +7,10 @@ namespace fastcl {
 
 // One problem of a batch. `pass_by_pass` in fastcl/ops/sinkhorn/solver.py defines the computation. Reals are as in Sinkhorn.
 struct SinkhornSolve {
-  Sinkhorn pass; // only scores, columns, inverse_epsilon, wide_reals, threads and matrix (for the assignments) are set
+  Sinkhorn pass; // only scores, columns, wide_reals, threads and matrix (for the assignments) are set
   double epsilon;
   const void *log_prior;               // [K] reals; -inf: no mass
-  const void *log_mass, *mass;         // [N] reals
+  const void *log_row_marginal;        // [N] reals, not normalised; -inf: no mass
   const double *init;                  // g [K], -inf for columns without mass; null: none
   int64_t iterations;                  // T
   void *rows;                          // [T + 1][2][N] reals, saved for the backward: shift and sum of each row update

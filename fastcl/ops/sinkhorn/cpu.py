@@ -239,20 +239,21 @@ def solve(p: Problem) -> Solution | None:
     batch, n, k = p.scores.shape
     if p.tol is not None or p.group or n == 0:
         return None
-    x, log_mass, dtype = p.x, p.log_row_mass().contiguous(), p.epsilon.dtype
-    mass, start, log_prior = log_mass.exp(), p.start_columns(), p.log_prior.contiguous()
-    start = None if start is None else start.contiguous()
-    scores, kept, inverse_epsilon = _plain(p.scores), Kept.like(p), x.inverse_epsilon.contiguous()
+    dtype, epsilon = p.epsilon.dtype, p.epsilon.item()
+    start = p.start_columns()
+    scores, log_prior, log_rows = _plain(p.scores), p.log_prior.contiguous(), p.log_row_marginal.contiguous()
+    start, kept = None if start is None else start.contiguous(), Kept.like(p)
+    new = p.epsilon.new_empty
     assignments = torch.empty(p.scores.shape, dtype=p.scores.dtype, device="cpu")
-    f, g = (torch.empty(batch, size, dtype=dtype, device="cpu") for size in (n, k))
+    f, g = new(batch, n), new(batch, k)
+    module, engine = native.native_module(), native.engine()[0]
     for b in range(batch):
         call = (
             *_rows(scores, b),
             k,
-            inverse_epsilon.data_ptr(),
             dtype == torch.float64,
             native.threads(n * k, native.SCORES),
-            *(_of_batch(value, b) for value in (assignments, log_prior, log_mass, mass, start)),
+            *(_of_batch(value, b) for value in (assignments, log_prior, log_rows, start)),
             p.n_iters,
             address(kept.rows, b * n),
             batch * n,
@@ -261,8 +262,9 @@ def solve(p: Problem) -> Solution | None:
             _of_batch(f, b),
             _of_batch(g, b),
         )
-        run(native.native_module().sinkhorn_solve(native.engine()[0], float(p.exact), call))
-    return Solution(assignments, f, g, mass.new_zeros(batch), torch.tensor(p.n_iters, device="cpu"), kept)
+        run(module.sinkhorn_solve(engine, epsilon, call))
+    steps = torch.full((), p.n_iters, dtype=torch.int64, device="cpu")
+    return Solution(assignments, f, g, p.epsilon.new_zeros(batch), steps, kept)
 
 
 _Term = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # SinkhornTerm in csrc/cpu/sinkhorn/call.h

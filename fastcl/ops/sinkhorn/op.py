@@ -5,6 +5,7 @@ As for the contrastive statistics, the operators are opaque to torch.compile, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..backends.choose import choose_backend
-from ..library import LIBRARY, register, without_autocast
+from ..library import LIBRARY, intercepted, register, without_autocast
 from . import chunked, cpu, cuda, reference, triton
 from .solver import Incoming, Kept, Needs, Passes, Problem, differentiate, named, solve
 
@@ -85,7 +86,7 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = _forward(*args)
+            outputs: tuple[Tensor, ...] = (_forward if intercepted(*args[:_TENSORS]) else _forward_impl)(*args)
         ctx.mark_non_differentiable(*outputs[3:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:_TENSORS], outputs[3], *outputs[5:])
@@ -124,10 +125,12 @@ def sinkhorn(
     The arguments are those of `Problem`, already checked.
     """
     backend = choose_backend(scores.device, epsilon.dtype, "sinkhorn")
-    outputs: tuple[Tensor, ...] = _forward(
-        scores, epsilon, log_prior, log_row_marginal, init, n_iters, tol, group, backend
-    )
-    return outputs[:5]
+    tensors = scores, epsilon, log_prior, log_row_marginal, init
+    run: Callable[..., tuple[Tensor, ...]] = _forward
+    if not intercepted(*tensors):  # past the dispatcher, which for few scores takes as long as a pass
+        needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        run = _Sinkhorn.apply if needed else _forward_impl
+    return run(*tensors, n_iters, tol, group, backend)[:5]
 
 
 class _SumOver(torch.autograd.Function):

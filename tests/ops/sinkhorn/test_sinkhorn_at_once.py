@@ -84,6 +84,6 @@ def test_null_pointers_are_refused() -> None:
     native = native_module()
     engine = native.supported_engines()[0]
     with pytest.raises(ValueError, match="null pointer"):
-        native.sinkhorn_solve(engine, 0.1, (1, 8, 2, 3, 1, 3, 8, False, 1, 0, 8, 8, 8, 0, 1, 8, 2, 8, 3, 8, 8))
+        native.sinkhorn_solve(engine, 0.1, (1, 8, 2, 3, 1, 3, False, 1, 0, 8, 8, 0, 1, 8, 2, 8, 3, 8, 8))
     with pytest.raises(ValueError, match="must be positive"):
-        native.sinkhorn_solve(engine, 0.1, (1, 8, 2, 3, 1, 3, 8, False, 1, 8, 8, 8, 8, 0, 0, 8, 2, 8, 3, 8, 8))
+        native.sinkhorn_solve(engine, 0.1, (1, 8, 2, 3, 1, 3, False, 1, 8, 8, 8, 0, 0, 8, 2, 8, 3, 8, 8))

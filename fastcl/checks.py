@@ -236,7 +236,7 @@ def positive_number(name: str, value: Any) -> Any:
             )
         if not values_visible(value):
             return value
-        number = float(value.detach())
+        number = float(value.item())
     if not SMALLEST <= number <= LARGEST:
         raise ValueError(f"{name}: expected a positive number in the range of float32, got {number}")
     return value if isinstance(value, Tensor) else number

@@ -30,6 +30,23 @@ private:
 
 const Engine *engine_named(const std::string &name);
 
+// Engines add gradients of single numbers in double; `narrow` writes them as reals of the call once it has run.
+struct Narrowed {
+  double wide = 0;
+  void *to = nullptr;
+  // The address for the engine: of `wide`, or the caller's own.
+  void *in_place_of(void *address, bool narrow) {
+    if (!narrow || !address) return address;
+    to = address;
+    return &wide;
+  }
+  void write(bool wide_reals) const {
+    if (!to) return;
+    if (wide_reals) *static_cast<double *>(to) = wide;
+    else *static_cast<float *>(to) = float(wide);
+  }
+};
+
 // A call of an engine's entry that takes only the description.
 template <class Description>
 std::unique_ptr<Call> call_of(const std::string &engine, int64_t (*Engine::*entry)(const Description &, void *), const Description &call) {

@@ -2,6 +2,8 @@
 #include "bindings/contrastive.h"
 #include "bindings/families.h"
 #include "cpu/contrastive/mean.h"
+#include <algorithm>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -68,6 +70,16 @@ Problem read_problem(const py::tuple &numbers) {
     require(!r.thresholds || !p.columns, "a guide: of one direction only");
   }
   return p;
+}
+
+std::shared_ptr<const void> with_negatives_alone(Problem &p) {
+  require(p.self_contrast(), "negatives_alone: of self-contrast");
+  const int64_t *const clusters = p.anchor_clusters, size = p.anchors.size;
+  if (!clusters || std::none_of(clusters, clusters + size, [](int64_t c) { return c < -1; })) return nullptr;
+  const auto copy = std::make_shared<std::vector<int64_t>>(clusters, clusters + size);
+  for (int64_t &cluster : *copy) cluster = std::max<int64_t>(cluster, -1);
+  p.anchor_clusters = copy->data();
+  return copy;
 }
 
 namespace {
@@ -138,7 +150,7 @@ std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &probl
   return arranged_call(call, engine_named(engine)->backward);
 }
 
-std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, const py::tuple &outputs) {
+std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, const py::tuple &outputs, bool narrow, bool negatives_alone) {
   Reader in(outputs);
   MeanLoss call{};
   call.problem = read_problem(problem);
@@ -160,9 +172,16 @@ std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, 
   require(!call.weighted.sums || call.kept, "weighted sums: between two calls only");
   if (!call.loss) require_anchors_only(call);
   require(call.problem.scales == 1, "a mean loss: of one scale only");
+  const auto clusters = negatives_alone ? with_negatives_alone(call.problem) : nullptr;
+  const auto scale = std::make_shared<Narrowed>();
+  call.scale_gradient = scale->in_place_of(call.scale_gradient, narrow);
   const Engine *const chosen = engine_named(engine);
-  return arranged_call(call,
-                       [=](const MeanLoss &c, const Arranged &arranged, void *workspace) { return mean_loss(*chosen, c, arranged, workspace); });
+  return arranged_call(call, [=](const MeanLoss &c, const Arranged &arranged, void *workspace) {
+    const int64_t size = mean_loss(*chosen, c, arranged, workspace);
+    if (workspace) scale->write(c.problem.wide_reals);
+    (void)clusters; // alive as long as the call
+    return size;
+  });
 }
 
 } // namespace
@@ -170,7 +189,10 @@ std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, 
 void bind_contrastive(py::module_ &m) {
   m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
   m.def("backward", &backward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
-  m.def("mean", &mean, py::arg("engine"), py::arg("problem"), py::arg("outputs"));
+  m.def("mean", &mean, py::arg("engine"), py::arg("problem"), py::arg("outputs"), py::arg("narrow") = false,
+        py::arg("negatives_alone") = false,
+        "narrow: the scale's gradient is a real, not a double; negatives_alone: rows with any negative cluster have none, not only those "
+        "with -1");
 }
 
 } // namespace fastcl

@@ -7,6 +7,9 @@ namespace fastcl {
 
 Problem read_problem(const pybind11::tuple &numbers);
 
+// Makes every negative cluster of a self-contrast mean none, not only -1. The result owns the copy that this may take.
+std::shared_ptr<const void> with_negatives_alone(Problem &p);
+
 template <class Description> void read_gradients(Reader &outputs, Description &call) {
   call.anchor_gradient = outputs.address();
   call.contrast_gradient = outputs.address();

@@ -2,6 +2,7 @@
 // the workspace that it needs, and runs on it with the interpreter's lock released. Each family has a file that reads its descriptions.
 #include "bindings/call.h"
 #include "bindings/families.h"
+#include <cstdlib>
 #include <pybind11/stl.h>
 
 namespace py = pybind11;
@@ -47,6 +48,13 @@ PYBIND11_MODULE(_native, m) {
 #ifdef FASTCL_CUDA
   bind_cuda(m.def_submodule("cuda"));
 #endif
+  m.def(
+      "environment",
+      [](const char *name) {
+        const char *const value = std::getenv(name);
+        return std::string(value ? value : "");
+      },
+      py::arg("name"), "an environment variable, or an empty string; faster than os.environ, which raises and catches an error inside");
   m.attr("compiler") = FASTCL_COMPILER;
   m.attr("version") = FASTCL_VERSION;
 }

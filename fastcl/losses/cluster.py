@@ -16,7 +16,7 @@ from .options import LossOptions, OptionKeywords, options_of, parse_options, sho
 from .pair_form import pair_form_loss
 from .reduce import LossResult, inverse_temperature, reduced_loss
 from .rules import RULES, check_rules, has_rules, ruled, with_thresholds
-from .small import small_mean
+from .small import mean_on_cpu, small_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,8 +93,11 @@ def loss_of(
 ) -> LossResult:
     """`cluster_infonce` from its tensors and options, which this function checks."""
     try:
-        temperature = positive_number("temperature", temperature)
         options = options.checked()
+        quick = mean_on_cpu(given, options, temperature, True, weights, return_stats)
+        if quick is not None:
+            return quick
+        temperature = positive_number("temperature", temperature)
         if weights is None and return_stats is False:
             loss = small_mean(given, options, temperature, "temperature")
             if loss is not None:

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
+import torch
+
 from ..checks import check_flag, check_option, finite_number
 from ..distributed import MODES, check_group
 
@@ -33,6 +35,14 @@ class LossOptions(NamedTuple):
 
     def checked(self) -> LossOptions:
         """The options with numbers as floats. ValueError or TypeError names an option that is not valid."""
+        if self.group is None and not torch.compiler.is_compiling():  # the compiler warns of caches
+            try:
+                return _checked(*self)
+            except TypeError:
+                pass  # not hashable, or refused below
+        return self._checked()
+
+    def _checked(self) -> LossOptions:
         check_option("form", self.form, FORMS)
         check_option("denominator", self.denominator, DENOMINATORS)
         if self.form == "pairs" and self.denominator != "all":
@@ -59,6 +69,12 @@ class LossOptions(NamedTuple):
             self.form, self.denominator, margin, smoothing, self.symmetric, self.normalize, self.reduction,
             self.gather, self.group,
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=128, typed=True)
+def _checked(*options: Any) -> LossOptions:
+    """`LossOptions.checked` without a group: a small loss takes little longer than the checks."""
+    return LossOptions(*options)._checked()
 
 
 # The options that losses take, as keywords for type checkers. A loss's names and its signature follow from its class.

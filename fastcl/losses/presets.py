@@ -26,7 +26,7 @@ from .options import (
     takes_options,
 )
 from .reduce import LossResult, reduced_loss, scalar
-from .small import small_mean
+from .small import mean_on_cpu, same_shape, small_mean
 from .summary import LossStats
 
 if TYPE_CHECKING:
@@ -139,6 +139,15 @@ class ClipLoss(GroupModule):
         return_stats: bool = False,
     ) -> LossResult | dict[str, Tensor] | tuple[dict[str, Tensor], LossStats]:
         try:
+            options = LossOptions(
+                label_smoothing=self.label_smoothing, symmetric=True, normalize=False, gather=self.gather,
+                group=self.group,
+            ).checked()  # fmt: skip
+            given = Tensors(image_features, contrasts=text_features)
+            if logit_bias is None and type(output_dict) is bool and same_shape(image_features, text_features):
+                quick = mean_on_cpu(given, options, logit_scale, False, return_stats=return_stats)
+                if quick is not None:
+                    return {"contrastive_loss": quick} if output_dict else quick
             check_flag("output_dict", output_dict)
             logit_scale = positive_number("logit_scale", logit_scale)
             check_rows("image_features", image_features)
@@ -146,11 +155,6 @@ class ClipLoss(GroupModule):
             if text_features.shape[0] != image_features.shape[0]:
                 expected = f"{image_features.shape[0]} rows, as in image_features"
                 raise ValueError(f"text_features: expected {expected}, got {text_features.shape[0]}")
-            options = LossOptions(
-                label_smoothing=self.label_smoothing, symmetric=True, normalize=False, gather=self.gather,
-                group=self.group,
-            ).checked()  # fmt: skip
-            given = Tensors(image_features, contrasts=text_features)
             found: LossResult | None
             found = None if return_stats is not False else small_mean(given, options, logit_scale, "logit_scale")
             if found is None:

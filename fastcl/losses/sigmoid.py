@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..checks import check_flag, check_rows, finite_scalar, positive_number, scalar_tensor
 from ..distributed import Property, World, tell_others
+from ..ops.backends import small
 from ..ops.backends.rows import accumulation_dtype
 from ..ops.contrastive.records import Rows
-from ..ops.library import uncompiled
+from ..ops.library import intercepted, uncompiled
 from ..ops.pairs.op import pair_total
 from ..ops.pairs.records import Pairs
+from ..ops.pairs.small import total_of
 from ..swept import statistics
 from .batch import Batch, Contrasts, Tensors, batch
 from .gathered import gathered_statistics, has_gradient
@@ -22,6 +24,7 @@ from .modules import GroupModule, shown_number, shown_temperature
 from .options import LossOptions, refuses_renamed
 from .pair_sums import Swept, share_of_all, swept
 from .reduce import LossResult, inverse_temperature, opened, posed, scalar, summary_of
+from .small import clusters_on_cpu
 
 MAPS = Maps("softplus")
 
@@ -55,9 +58,15 @@ def sigmoid_loss(
         embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, contrast_bias
     )  # fmt: skip
     try:
+        options = LossOptions(normalize=normalize, reduction=reduction, gather=gather, group=group).checked()
+        if (
+            weights is None
+            and return_stats is False
+            and (loss := _small(given, options, temperature, bias)) is not None
+        ):
+            return loss
         temperature = positive_number("temperature", temperature)
         bias = finite_scalar("bias", bias)
-        options = LossOptions(normalize=normalize, reduction=reduction, gather=gather, group=group).checked()
         rows = batch(given, options.normalize)
         scale = inverse_temperature(temperature, rows)
         offset = scalar("bias", bias, rows)
@@ -186,6 +195,10 @@ class SigLipLoss(GroupModule):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        if not torch.compiler.is_compiling() and self.gather is False and self.group is None:
+            loss = _small_siglip(image_features, text_features, logit_scale, logit_bias)
+            if loss is not None and type(output_dict) is bool:
+                return {"contrastive_loss": loss} if output_dict else loss
         try:
             check_flag("output_dict", output_dict)
             logit_scale = positive_number("logit_scale", logit_scale)
@@ -207,18 +220,53 @@ class SigLipLoss(GroupModule):
             tell_others(self.gather, error, image_features, group=self.group)
             raise
         if rows is None:
-            loss: LossResult = _siglip(image_features, text_features, scale, offset)
+            loss = _siglip(image_features, text_features, scale, offset)
         else:
-            loss = _reduced(
-                rows, scale, offset, LossOptions(normalize=False, gather=self.gather, group=self.group), None, False,
-                "SigLip",
-            )  # fmt: skip
-        assert isinstance(loss, Tensor)
+            options = LossOptions(normalize=False, gather=self.gather, group=self.group)
+            found = _reduced(rows, scale, offset, options, None, False, "SigLip")
+            assert isinstance(found, Tensor)
+            loss = found
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
         shown = {"gather": self.gather, "group": self.group}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value)
+
+
+def _small(given: Tensors, options: LossOptions, temperature: Any, bias: Any) -> Tensor | None:
+    """The mean or sum of a valid small call on a CPU, by `total_of`; None for other calls, which are then checked."""
+    if torch.compiler.is_compiling() or options.reduction == "none" or options.gather is not False:
+        return None
+    clusters = clusters_on_cpu(given, options, temperature, bias)
+    if clusters is None:
+        return None
+    embeddings = given.embeddings
+    rows = embeddings.numel() // embeddings.shape[-1]
+    if rows == 1 and given.contrasts is None:  # it has no contrast, and does not count
+        return None
+    return total_of(
+        embeddings, given.contrasts, *clusters, temperature, bias, inverted=True,  # type: ignore[arg-type]
+        normalize=options.normalize, kind=MAPS.kind, weight=1 / rows if options.reduction == "mean" else 1.0,
+    )  # fmt: skip
+
+
+def _small_siglip(image: Any, text: Any, logit_scale: Any, logit_bias: Any) -> Tensor | None:
+    """`SigLipLoss` of a valid small call on a CPU, by `total_of`; None for other calls, which are then checked."""
+    logit_bias = 0.0 if logit_bias is None else logit_bias
+    if not (small.are_rows(image, text) and small.is_number(logit_scale) and small.is_number(logit_bias)):
+        return None
+    if image.shape != text.shape or image.dim() != 2:
+        return None
+    learned = [value for value in (logit_scale, logit_bias) if isinstance(value, Tensor)]
+    if intercepted(image, text, *learned):
+        return None
+    if not (small.in_range(logit_scale, positive=True) and small.in_range(logit_bias, positive=False)):
+        return None
+    n = image.shape[0]
+    own = small.places(n, 1, n)
+    return total_of(
+        image, text, own, own, logit_scale, logit_bias, inverted=False, normalize=False, kind=MAPS.kind, weight=1 / n
+    )
 
 
 def _siglip(image: Tensor, text: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

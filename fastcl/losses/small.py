@@ -1,18 +1,22 @@
-"""The mean of `cluster_infonce` for few rows on a GPU: checks and views are part of what a tape replays.
+"""The mean of `cluster_infonce` for few rows, where checks and views would take longer than the sweep.
 
-`loss_of` and `ClipLoss` try it first; every other call, and the first two of a kind, take the usual way.
+`loss_of` and `ClipLoss` try `mean_on_cpu` and `small_mean` first. A call for which they return None takes the usual
+way: on a GPU also the first two of a kind, on a CPU also each that is refused.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import scalar_tensor
-from ..ops.contrastive import replayed
+from ..ops.backends.small import are_ids, are_rows, in_range, is_number, places
+from ..ops.contrastive import replayed, small
 from ..ops.contrastive.records import Problem
+from ..ops.library import intercepted
 from ..swept import arguments
 from ..tags import are_tags
 from .batch import Tensors, batch
@@ -21,7 +25,7 @@ from .options import LossOptions
 
 
 def small_mean(given: Tensors, options: LossOptions, scale: float | Tensor, name: str) -> Tensor | None:
-    """The loss, or None where it is not replayed.
+    """The loss on a GPU, where checks and views are part of what a tape replays; None where it is not replayed.
 
     options: checked. scale: positive. name: what the scale is: "logit_scale", or "temperature", which is 1 / scale.
     """
@@ -53,3 +57,92 @@ def _build(options: LossOptions, only_anchors: bool, backend: str, *tensors: Any
     want = infonce(options).wanted()
     problem = Problem(rows.anchors, rows.contrasts, rows.positives, scale, want, options.symmetric)
     return arguments(problem, list(want), only_anchors, backend)
+
+
+def mean_on_cpu(
+    given: Tensors, options: LossOptions, scale: Any, inverted: bool, weights: Any = None, return_stats: Any = False
+) -> Tensor | None:
+    """The loss of a valid small call on a CPU, in one call of the engine; None for other calls.
+
+    options: checked. scale: unchecked. inverted: it is the temperature.
+    """
+    if torch.compiler.is_compiling() or weights is not None or return_stats is not False or not _is_mean(options):
+        return None
+    clusters = clusters_on_cpu(given, options, scale)
+    if clusters is None:
+        return None
+    return small.mean_loss(
+        given.embeddings, given.contrasts, *clusters, scale, inverted=inverted, normalize=options.normalize,  # type: ignore[arg-type]
+        symmetric=options.symmetric, negatives_only=options.denominator == "negatives",
+    )  # fmt: skip
+
+
+def same_shape(left: Any, right: Any) -> bool:
+    """Whether both are tensors, of the same shape, outside of a compiler."""
+    if torch.compiler.is_compiling() or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return False
+    return left.shape == right.shape
+
+
+@lru_cache(maxsize=128)
+def _is_mean(options: LossOptions) -> bool:
+    return options.reduction == "mean" and options.gather is False and infonce(options).mean_of_differences()
+
+
+def clusters_on_cpu(
+    given: Tensors, options: LossOptions, scale: Any, offset: Any = 0.0
+) -> tuple[Tensor, Tensor | None] | None:
+    """The clusters of anchors [N * V] and of contrasts [M] of a valid call on a CPU; None for other calls.
+
+    int64 and contiguous; in self-contrast negative clusters mean none, of two sets only -1. Only calls of tensors whose
+    clusters are cheap to find. Not under a compiler.
+
+    scale, offset: what else the call needs: a positive and a finite number.
+    """
+    (
+        embeddings, clusters, positives, contrasts, contrast_clusters, ids, contrast_ids, bias,
+        assignments, contrast_assignments, groups, contrast_groups, guide, hard_negatives, keep_pairs,
+    ) = given  # fmt: skip
+    if guide is not None or keep_pairs is not False or not (positives is ids is contrast_ids is bias is None):
+        return None
+    if not assignments is contrast_assignments is groups is contrast_groups is hard_negatives is None:
+        return None
+    if not (are_rows(embeddings) and is_number(scale) and is_number(offset)):
+        return None
+    shape = embeddings.shape
+    n, views = shape[0], shape[1] if len(shape) == 3 else 1
+    count = rows = n * views
+    if contrasts is not None:
+        if not isinstance(contrasts, Tensor) or not are_rows(contrasts):
+            return None
+        if contrasts.dim() != 2 or contrasts.shape[1] != shape[-1]:
+            return None
+        count = contrasts.shape[0]
+    elif contrast_clusters is not None or options.symmetric or (clusters is None and views == 1):
+        return None
+    if clusters is not None and not are_ids(clusters, n):
+        return None
+    if contrast_clusters is None:
+        if count < rows:
+            return None
+    elif clusters is None or not are_ids(contrast_clusters, count):
+        return None
+    numbers = [value for value in (scale, offset) if isinstance(value, Tensor)]
+    if intercepted(embeddings, contrasts, clusters, contrast_clusters, *numbers):
+        return None
+    if not (in_range(scale, positive=True) and in_range(offset, positive=False)):
+        return None
+    if clusters is None:
+        return places(n, views, rows), None if contrasts is None else places(n, views, count)
+    dense = clusters.dtype == torch.int64 and clusters.is_contiguous()
+    own = clusters if dense else clusters.to(torch.int64).contiguous()
+    if contrasts is None and views == 1:
+        return own, None
+    if int(own.amin()) < 0:  # a row in no cluster is a positive of its sample's other rows
+        return None
+    own = own if views == 1 else own.repeat_interleave(views)
+    if contrasts is None:
+        return own, None
+    if contrast_clusters is not None:
+        return own, contrast_clusters.to(torch.int64).clamp(min=-1).contiguous()
+    return own, own if count == rows else torch.cat((own, own.new_full((count - rows,), -1)))

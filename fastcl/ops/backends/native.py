@@ -7,6 +7,7 @@ the package was built.
 from __future__ import annotations
 
 import os
+import threading
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -95,6 +96,25 @@ def describe_rows(rows: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0, 0) if rows is None else (DTYPES[rows.dtype], rows.data_ptr(), rows.shape[0], *rows.stride())
 
 
+# Workspace up to this many bytes stays with its thread: for a small call fresh memory would take longer than many sums.
+KEPT_WORKSPACE = 1 << 21
+
+
+class _Workspace(threading.local):
+    room: Tensor | None = None
+    size = address = 0
+
+
+_workspace = _Workspace()
+
+
 def run(call: Any) -> None:
-    workspace = torch.empty(call.workspace, dtype=torch.uint8, device="cpu")  # a variable keeps it alive until the end
-    call.run(workspace.data_ptr())
+    size = call.workspace
+    if size > KEPT_WORKSPACE:
+        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")  # a variable keeps it alive until the end
+        call.run(workspace.data_ptr())
+        return
+    if size > _workspace.size:
+        room = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _workspace.room, _workspace.size, _workspace.address = room, size, room.data_ptr()
+    call.run(_workspace.address)

@@ -12,19 +12,21 @@ from torch.utils.checkpoint import checkpoint
 import fastcl
 from fastcl.functional import cluster_infonce
 from fastcl.ops.backends import choose, native
-from fastcl.ops.contrastive import cpu, direct
+from fastcl.ops.contrastive import cpu, direct, small
 from fastcl.ops.contrastive.records import Problem, Rows
 from tests.support.backends import VARIANTS
 from tests.support.pairs import pairs
 
-WHEN = {"at once": 1 << 60, "when asked": 0}
+WHEN = {"small": (1 << 60, 1 << 60), "at once": (0, 1 << 60), "when asked": (0, 0)}  # `small.MOST`, `direct.AT_ONCE`
 KINDS = ("self", "views", "two sets", "constant contrasts", "symmetric", "momentum key", "bias", "ids")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 DENOMINATORS = ("all", "negatives")
 
 
 def decide(monkeypatch, when: str) -> None:
-    monkeypatch.setattr(direct, "AT_ONCE", WHEN[when])
+    most, at_once = WHEN[when]
+    monkeypatch.setattr(small, "MOST", most)
+    monkeypatch.setattr(direct, "AT_ONCE", at_once)
     if when == "when asked":
         monkeypatch.setattr(cpu, "keeps_products", lambda problem, needs: False)
 
@@ -93,7 +95,7 @@ def test_it_is_one_node(when: str, monkeypatch) -> None:
     decide(monkeypatch, when)
     loss = cluster_infonce(leaf(6, 2, 3))
     assert loss.grad_fn is not None
-    assert loss.grad_fn.name() == "DirectMeanBackward"
+    assert loss.grad_fn.name() == ("SmallMeanBackward" if when == "small" else "DirectMeanBackward")
 
 
 @pytest.mark.parametrize("when", WHEN)
@@ -129,7 +131,8 @@ def test_whoever_looks_on_in_the_backward_alone(kind: str, when: str, monkeypatc
         again = torch.autograd.grad(loss, leaves)
     for a, b in zip(again, expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert ("fastcl.contrastive_stats_bwd.default" in seen.names) == (when == "when asked" or not loss.grad_fn.native)
+    native = getattr(loss.grad_fn, "native", True)  # `SmallMean` always is
+    assert ("fastcl.contrastive_stats_bwd.default" in seen.names) == (when == "when asked" or not native)
 
 
 class _Names(TorchDispatchMode):
@@ -274,6 +277,7 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch) -> None:
         calls.append(list(needs))
         return native_mean_loss(problem, needs)
 
+    monkeypatch.setattr(small, "MOST", 0)
     native_mean_loss = direct.cpu.mean_loss
     monkeypatch.setattr(direct.cpu, "mean_loss", mean_loss)
     z = leaf(4, 2, 3)

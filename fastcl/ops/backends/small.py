@@ -1,0 +1,116 @@
+"""Shared by the direct paths of small calls on the CPU: which tensors they take, and tensors that are made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checks import INTEGER_DTYPES, LARGEST, SMALLEST
+from ..library import intercepted, once_differentiable
+from .native import DTYPES
+
+MOST_ROWS = 1 << 13  # tensors of their length stay in memory
+_TYPES = Tensor, torch.nn.Parameter
+_IDS = frozenset(INTEGER_DTYPES) - {torch.uint64}
+
+
+def are_rows(*values: Any) -> bool:
+    """Whether all are tensors of few rows [N, D] or [N, V, D] on the CPU, of torch's own types."""
+    for value in values:
+        if type(value) not in _TYPES or not value.is_cpu or value.dtype not in DTYPES:
+            return False
+        if not 2 <= value.dim() <= 3 or not 0 < value.numel() <= MOST_ROWS * value.shape[-1]:
+            return False
+    return True
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a Python number, or a floating tensor of one element on the CPU, of torch's own types."""
+    if type(value) in _TYPES:
+        return bool(value.is_cpu and value.numel() == 1 and value.dtype in DTYPES)
+    return type(value) is float or type(value) is int
+
+
+def in_range(value: float | Tensor, *, positive: bool) -> bool:
+    """Whether `checks.positive_number`, or else `checks.finite_number`, accepts it. Tensors are not `intercepted`."""
+    number = value.item() if isinstance(value, Tensor) else value
+    return SMALLEST <= number <= LARGEST if positive else abs(number) <= LARGEST
+
+
+def are_ids(value: Any, count: int) -> bool:
+    """Whether it is a tensor [count] of integers on the CPU. uint64 is none here, as its values may be too large."""
+    if type(value) is not Tensor or value.dtype not in _IDS or not value.is_cpu:
+        return False
+    return bool(value.shape == (count,))
+
+
+@lru_cache(maxsize=64)
+def constant(value: float, dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Tensor:
+    """A tensor of equal numbers. It is only read."""
+    with torch.inference_mode(False):  # later calls may have to save it
+        return torch.full(shape, value, dtype=dtype, device="cpu")
+
+
+@lru_cache(maxsize=64)
+def places(samples: int, views: int, count: int) -> Tensor:
+    """[count] int64: the sample of each of `samples` * `views` rows, -1 for further rows. It is only read."""
+    with torch.inference_mode(False):
+        rows = torch.arange(samples, device="cpu").repeat_interleave(views)[:count]
+        return torch.cat((rows, rows.new_full((count - len(rows),), -1)))
+
+
+def rows_of(values: Tensor) -> tuple[int, ...]:
+    """`native.describe_rows` of rows [N, D], or of contiguous views [N, V, D] as N * V rows."""
+    shape: Sequence[int] = values.shape
+    if len(shape) == 2:
+        return DTYPES[values.dtype], values.data_ptr(), shape[0], *values.stride()
+    return DTYPES[values.dtype], values.data_ptr(), shape[0] * shape[1], shape[2], 1
+
+
+def number_of(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of one element as a tensor [], detached."""
+    value = value.detach()
+    value = value if value.dtype == dtype else value.to(dtype)
+    return value.reshape(()) if value.dim() else value
+
+
+def gradient_of(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the gradient of rows, contiguous."""
+    if values.dtype == dtype and values.is_contiguous():
+        return torch.empty_like(values)  # takes half the time of the following
+    return torch.empty(values.shape, dtype=dtype, device="cpu")
+
+
+def scaled(grad: Tensor, sources: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients times `grad`, in the dtypes and shapes of their sources; overwrites them. For use in a backward."""
+    if torch.is_grad_enabled():
+        result: tuple[Tensor | None, ...] = once_differentiable(
+            "contrastive_stats", _kept, grad, len(sources), *sources, *found
+        )
+        return result
+    return _scaled(grad, sources, found, False)
+
+
+def _scaled(
+    grad: Tensor, sources: Sequence[Tensor | None], found: Sequence[Tensor | None], keep: bool
+) -> tuple[Tensor | None, ...]:
+    if keep or intercepted(grad):
+        found = [None if gradient is None else gradient * grad for gradient in found]
+    elif grad.item() != 1:
+        found = [None if gradient is None else gradient.mul_(grad) for gradient in found]
+    return tuple(map(_like, found, sources))
+
+
+def _like(gradient: Tensor | None, source: Tensor | None) -> Tensor | None:
+    if gradient is None or source is None:
+        return None
+    gradient = gradient if gradient.dtype is source.dtype else gradient.to(source.dtype)
+    return gradient if gradient.dim() == source.dim() else gradient.reshape(source.shape)
+
+
+def _kept(grad: Tensor, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _scaled(grad, tensors[:count], tensors[count:], True)

@@ -1,0 +1,128 @@
+"""The mean loss of small calls on a CPU as one node of autograd's graph that begins at the caller's tensors.
+
+For few rows operators, records and arguments would take longer than the engine. Here one call of it computes the loss
+and all gradients. `replayed` is the same for GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import native
+from ..backends.choose import chooses_cpu
+from ..backends.small import constant, gradient_of, number_of, rows_of, scaled
+from . import direct
+
+MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
+
+
+class _Call(NamedTuple):
+    """What the engine needs besides rows."""
+
+    clusters: Tensor  # [N] int64, contiguous; in self-contrast negative numbers mean none, else only -1
+    contrast_clusters: Tensor | None  # [M]
+    scale: Tensor  # []
+    inverted: bool  # gradients are those of the temperature
+    normalize: bool
+    symmetric: bool
+    negatives_only: bool
+
+
+class SmallMean(torch.autograd.Function):
+    """The loss of `direct.DirectMean`. learned: the tensor of the scale or temperature.
+
+    The first backward gives the gradients away that the forward has computed; another one calls the engine again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, anchors: Tensor, contrasts: Tensor | None, learned: Tensor | None) -> Tensor:
+        loss, ctx.ready = _run(call, ctx.needs_input_grad, anchors, contrasts)
+        ctx.call = call
+        ctx.save_for_backward(anchors, contrasts, learned, *call[:2])  # torch checks that they are unchanged
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        ready, ctx.ready = ctx.ready, None
+        if ready is None:
+            _, ready = _run(ctx.call, ctx.needs_input_grad, *saved[:2])
+        return None, *scaled(grad, saved[:3], ready)
+
+
+# Without what `apply` does for functorch and for default arguments: `intercepted` has seen that there is neither.
+_apply = super(torch.autograd.Function, SmallMean).apply
+
+
+def _run(
+    call: _Call, needs: Sequence[bool], anchors: Tensor, contrasts: Tensor | None
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss, and the needed gradients of anchors, contrasts and what is learned."""
+    clusters, contrast_clusters, scale, inverted, normalize, symmetric, negatives_only = call
+    own, other = rows_of(anchors), (0, 0, 0, 0, 0) if contrasts is None else rows_of(contrasts)
+    dtype, d, two = scale.dtype, anchors.shape[-1], contrasts is not None
+    threads = native.threads(own[2] * (other[2] if two else own[2]) * d * (2 if any(needs) else 1), native.PRODUCTS)
+    address = native.address
+    described = (
+        *own, *other, d, clusters.data_ptr(), address(contrast_clusters), 0, 0, scale.data_ptr(), 1, 0,
+        normalize, normalize and two, dtype == torch.float64, symmetric, threads, 0,
+    )  # fmt: skip
+    loss = torch.empty_like(scale)
+    of_own = gradient_of(anchors, dtype) if needs[1] else None
+    of_other = gradient_of(contrasts, dtype) if needs[2] and contrasts is not None else None
+    of_scale = torch.empty_like(scale) if needs[3] else None
+    outputs = (
+        negatives_only, 0, 0, 0, loss.data_ptr(), 0, 0, 0, address(of_own), address(of_other), address(of_scale), 0
+    )  # fmt: skip
+    native.run(native.native_module().mean(native.engine()[0], described, outputs, True, not two))
+    if of_scale is not None and inverted:
+        of_scale.mul_(scale * scale).neg_()
+    return loss, (of_own, of_other, of_scale)
+
+
+def mean_loss(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    clusters: Tensor,
+    contrast_clusters: Tensor | None,
+    scale: float | Tensor,
+    *,
+    inverted: bool,
+    normalize: bool,
+    symmetric: bool,
+    negatives_only: bool,
+) -> Tensor | None:
+    """The loss of `direct.DirectMean`; None if the call is not small, or if the engine is not to compute it.
+
+    Tensors are on the CPU and not `intercepted`.
+
+    anchors: [N, D], or [N, V, D] as N * V rows. clusters, contrast_clusters: [N * V] and [M], as in `_Call`. scale:
+    positive; a tensor has one element. inverted: it is the temperature. negatives_only: sums are over the negatives.
+    """
+    if anchors.dim() == 3 and not anchors.is_contiguous():
+        return None
+    numbers, width = anchors.numel(), anchors.shape[-1]
+    products = numbers * (numbers if contrasts is None else contrasts.numel()) // width
+    learned = scale if isinstance(scale, Tensor) else None
+    if not 0 < products <= min(MOST, direct.AT_ONCE) or not chooses_cpu():
+        return None
+    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    if contrasts is not None and (dtype == torch.float64) != (contrasts.dtype == torch.float64):
+        return None
+    if learned is None:
+        number = constant(1 / scale if inverted else scale, dtype)
+    else:
+        number = number_of(learned, dtype)
+        number = number.reciprocal() if inverted else number
+    call = _Call(clusters, contrast_clusters, number, inverted, normalize, symmetric, negatives_only)
+    learns = learned is not None and learned.requires_grad
+    if torch.is_grad_enabled() and (
+        anchors.requires_grad or learns or (contrasts is not None and contrasts.requires_grad)
+    ):
+        loss: Tensor = _apply(call, anchors, contrasts, learned)
+        return loss
+    return _run(call, (False,) * 4, anchors, contrasts)[0]

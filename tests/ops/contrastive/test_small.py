@@ -1,0 +1,320 @@
+"""The direct paths of small calls on a CPU: which calls they take, and what torch and users may do around them.
+
+Values and gradients: `test_direct.py` compares them with the formula, and the tests of the losses with the oracle.
+"""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastcl
+from fastcl.functional import cluster_infonce, sigmoid_loss
+from fastcl.ops.backends import choose, native
+from fastcl.ops.contrastive import small as small_mean
+from fastcl.ops.pairs import small as small_total
+from tests.support.strategies import generator
+
+pytestmark = pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
+
+LOSSES = {
+    "infonce": (partial(cluster_infonce, temperature=0.3), "SmallMean"),
+    "decoupled": (partial(cluster_infonce, temperature=0.3, denominator="negatives"), "SmallMean"),
+    "sigmoid": (partial(sigmoid_loss, temperature=0.3, bias=-2.0), "SmallTotal"),
+    "sigmoid, sum": (partial(sigmoid_loss, temperature=0.3, bias=-2.0, reduction="sum"), "SmallTotal"),
+}
+N, M, D = 9, 12, 5
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed)).to(dtype).requires_grad_()
+
+
+def labels(*dtype: torch.dtype) -> Tensor:
+    return torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, 3]).to(*dtype)
+
+
+def loners() -> Tensor:
+    """Rows 5 and 6 are in no cluster, although their numbers are equal."""
+    return torch.tensor([0, 0, 1, 1, 1, -7, -7, -1, 3])
+
+
+CASES = {
+    "labels": lambda: (x(N, D), {"clusters": labels()}),
+    "no cluster": lambda: (x(N, D), {"clusters": loners()}),
+    "int32 labels": lambda: (x(N, D), {"clusters": labels(torch.int32)}),
+    "strided labels": lambda: (x(N, D), {"clusters": labels().repeat_interleave(2)[::2]}),
+    "strided rows": lambda: (x(D, 2 * N).detach().T[::2].requires_grad_(), {"clusters": labels()}),
+    "double": lambda: (x(N, D, dtype=torch.float64), {"clusters": labels()}),
+    "half": lambda: (x(N, D, dtype=torch.bfloat16), {"clusters": labels()}),
+    "views": lambda: (x(N, 3, D), {}),
+    "views with labels": lambda: (x(N, 2, D), {"clusters": labels()}),
+    "one number": lambda: (x(N, 1), {"clusters": labels()}),
+    "two sets": lambda: (x(N, D), {"contrasts": x(N, D, seed=1)}),
+    "more contrasts": lambda: (x(N, D), {"contrasts": x(M, D, seed=1)}),
+    "views and contrasts": lambda: (x(3, 2, D), {"contrasts": x(M, D, seed=1)}),
+    "labelled contrasts": lambda: (
+        x(N, D),
+        {"clusters": labels(), "contrasts": x(M, D, seed=1), "contrast_clusters": torch.arange(-2, M - 2) // 2},
+    ),
+    "labels for contrasts too": lambda: (x(N, D), {"clusters": labels(), "contrasts": x(M, D, seed=1)}),
+    "two dtypes": lambda: (x(N, D), {"contrasts": x(N, D, dtype=torch.float16, seed=1)}),
+    "raw rows": lambda: (x(N, D), {"clusters": labels(), "normalize": False}),
+}
+
+
+def off(monkeypatch) -> None:
+    for module in (small_mean, small_total):
+        monkeypatch.setattr(module, "MOST", 0)
+
+
+def name_of(loss: Tensor) -> str:
+    assert loss.grad_fn is not None
+    return loss.grad_fn.name()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("learned", ["number", "parameter", "exact parameter", "vector", "half"])
+def test_results_are_those_of_the_usual_way(case: str, name: str, learned: str, monkeypatch) -> None:
+    loss, node = LOSSES[name]
+    z, options = CASES[case]()
+    leaves = [z, *(v for v in options.values() if isinstance(v, Tensor) and v.requires_grad)]
+    if learned != "number":
+        dtype = {"exact parameter": torch.float64, "half": torch.bfloat16}.get(learned, torch.float32)
+        temperature = Parameter(torch.full((1,) if learned == "vector" else (), 0.37, dtype=dtype))
+        options["temperature"] = temperature
+        leaves.append(temperature)
+        if node == "SmallTotal":
+            options["bias"] = Parameter(torch.full((), -1.5, dtype=dtype))
+            leaves.append(options["bias"])
+    got = loss(z, **options)
+    assert name_of(got) == f"{node}Backward"
+    with torch.no_grad():
+        assert torch.equal(loss(z, **options), got)
+    gradients = torch.autograd.grad(got * -2.5, leaves)
+    off(monkeypatch)
+    usual = loss(z, **options)
+    assert node not in name_of(usual)
+    assert got.dtype == usual.dtype
+    torch.testing.assert_close(got, usual, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients, torch.autograd.grad(usual * -2.5, leaves), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        slack = 2.0**-7 if a.dtype.itemsize == 2 else 3e-6
+        torch.testing.assert_close(a, b, rtol=0, atol=slack * max(1e-3, b.abs().max().item()))
+
+
+USUAL = {
+    "weights": {"weights": torch.ones(N)},
+    "terms": {"reduction": "none"},
+    "ids": {"contrasts": torch.ones(N, D), "ids": torch.arange(N), "contrast_ids": torch.arange(N)},
+    "bias": {"contrast_bias": torch.zeros(N)},
+    "momentum key": {"positives": torch.ones(N, D)},
+    "stats": {"return_stats": True},
+    "unsigned labels": {"clusters": labels().to(torch.uint64)},
+    "queue": {"contrasts": [torch.ones(N, D)]},
+}
+
+
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("case", USUAL)
+def test_other_calls_take_the_usual_way(name: str, case: str) -> None:
+    loss, node = LOSSES[name]
+    found = loss(x(N, D), **{"clusters": labels(), **USUAL[case]})
+    assert node not in name_of(found[0] if case == "stats" else found)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_sizes_and_backends(name: str, monkeypatch) -> None:
+    loss, node = LOSSES[name]
+    call = partial(loss, x(N, D), labels())
+    small = [small_mean, small_total][node == "SmallTotal"]
+    monkeypatch.setattr(small, "MOST", N * N * D - 1)
+    assert node not in name_of(call())
+    monkeypatch.setattr(small, "MOST", N * N * D)
+    assert node in name_of(call())
+    with fastcl.use_backend("chunked"):
+        assert node not in name_of(call())
+        monkeypatch.setenv("FASTCL_BACKEND", "reference")
+    assert node not in name_of(call())
+    with fastcl.use_backend("cpu"):
+        assert node in name_of(call())
+    monkeypatch.setenv("FASTCL_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        call()
+    monkeypatch.setenv("FASTCL_BACKEND", "")
+    assert node in name_of(call())
+
+
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+def test_subclasses_and_what_is_intercepted_take_the_usual_way(name: str) -> None:
+    class Rows(Tensor):
+        pass
+
+    loss, node = LOSSES[name]
+    z = x(N, D)
+    expected = loss(z, labels())
+    assert node in name_of(expected)
+    negated = torch.complex(torch.zeros(N, D), -z.detach()).conj().imag.requires_grad_()
+    for rows in (z.detach().as_subclass(Rows).requires_grad_(), negated):
+        got = loss(rows, labels())
+        assert node not in name_of(got)
+        torch.testing.assert_close(torch.as_tensor(got), expected)
+    batched = torch.func.vmap(lambda c: loss(z.detach(), c))(labels().expand(2, N))
+    torch.testing.assert_close(batched, expected.detach().expand(2))
+    with pytest.raises(TypeError, match="clusters: expected a dense tensor"):
+        loss(z, labels().to_sparse())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_refusals_are_those_of_the_usual_way(name: str) -> None:
+    loss, _ = LOSSES[name]
+    for wrong, message in (
+        ({"temperature": 0.0}, "temperature: expected a positive number"),
+        ({"temperature": float("nan")}, "temperature: expected a "),
+        ({"temperature": torch.tensor(-1.0)}, "temperature: expected a positive number"),
+        ({"clusters": labels()[1:]}, "clusters: expected shape"),
+        ({"contrasts": torch.ones(N, D + 1)}, "contrasts: expected rows of dimension"),
+        ({"contrasts": torch.ones(N - 1, D)}, "contrasts: expected at least"),
+        ({"contrast_clusters": labels()}, "contrast_clusters: expected None"),
+        ({"clusters": None}, "clusters: expected cluster ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss(x(N, D), **{"clusters": labels(), **wrong})
+    if "sigmoid" in name:
+        with pytest.raises(ValueError, match="bias: expected a finite number"):
+            loss(x(N, D), labels(), bias=torch.tensor(torch.inf))
+
+
+def test_options_are_checked_by_type_although_equal_ones_are_known() -> None:
+    z = x(N, D)
+    cluster_infonce(z, labels(), symmetric=False)
+    with pytest.raises(TypeError, match="symmetric: expected True or False, got 0"):
+        cluster_infonce(z, labels(), symmetric=0)
+    with pytest.raises(ValueError, match=r"reduction: expected one of .*, got \['mean'\]"):
+        cluster_infonce(z, labels(), reduction=["mean"])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_belong_to_the_caller(name: str) -> None:
+    """A second backward computes them again, so what the caller does to the first ones does not reach it."""
+    z = x(N, D)
+    loss = LOSSES[name][0](z, labels())
+    (first,) = torch.autograd.grad(loss, z, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, z, retain_graph=True)
+    assert torch.equal(second, kept)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, 2 * kept)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("changed", ["rows", "labels", "temperature"])
+def test_changes_before_the_backward_are_noticed(name: str, changed: str) -> None:
+    given = {"rows": x(N, D) * 1, "labels": labels(), "temperature": torch.tensor(0.3, requires_grad=True) * 1}
+    loss = LOSSES[name][0](given["rows"], given["labels"], temperature=given["temperature"])
+    given[changed].add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_backward_reads_rows_where_they_are_then(name: str) -> None:
+    z = x(N, D)
+    loss = LOSSES[name][0](z, labels())
+    (first,) = torch.autograd.grad(loss, z, retain_graph=True)
+    z.data = z.data.clone()
+    assert torch.equal(torch.autograd.grad(loss, z)[0], first)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_derivatives_raise(name: str) -> None:
+    z = x(N, D)
+    (gradient,) = torch.autograd.grad(LOSSES[name][0](z, labels()), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_inference_mode_leaves_nothing_behind(name: str) -> None:
+    """What is made once for all calls may be made there."""
+    loss = partial(LOSSES[name][0], temperature=0.731)
+    z = torch.randn(N, 2, D)
+    with torch.inference_mode():
+        expected = loss(z)
+        assert expected.is_inference()
+    z.requires_grad_()
+    got = loss(z)
+    got.backward()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("byte", [0xFF, 0x7F])  # NaN; 3e38 as float32
+def test_nothing_is_read_that_was_not_written(name: str, byte: int, monkeypatch) -> None:
+    z = x(N, D)
+    expected = LOSSES[name][0](z, labels())
+    (gradient,) = torch.autograd.grad(expected, z)
+
+    def filled(call) -> None:
+        workspace = torch.full((call.workspace,), byte, dtype=torch.uint8)
+        call.run(workspace.data_ptr())
+
+    monkeypatch.setattr(native, "run", filled)
+    got = LOSSES[name][0](z, labels())
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.autograd.grad(got, z)[0], gradient)
+
+
+def test_threads_do_not_share_their_workspace() -> None:
+    problems = [(x(40 + k, D, seed=k), torch.arange(40 + k) // 2) for k in range(6)]
+    expected = [cluster_infonce(*problem).item() for problem in problems]
+    found: list[list[float]] = [[] for _ in problems]
+
+    def work(k: int) -> None:
+        found[k] = [cluster_infonce(*problems[k]).item() for _ in range(50)]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[value] * 50 for value in expected]
+
+
+def test_no_rows_and_one_row() -> None:
+    empty, one = x(0, D), x(1, D)
+    for loss in (cluster_infonce, sigmoid_loss):
+        assert loss(empty, torch.zeros(0, dtype=torch.int64)).item() == 0
+        assert loss(one, torch.zeros(1, dtype=torch.int64)).item() == 0
+    assert fastcl.SigLipLoss()(empty, empty, 1.0).item() == 0
+
+
+@pytest.mark.parametrize("call", [fastcl.ClipLoss(), fastcl.SigLipLoss()])
+def test_losses_of_image_and_text(call, monkeypatch) -> None:
+    image, text = x(N, D), x(N, D, seed=1)
+    scale = Parameter(torch.tensor(3.0))
+    got = call(image, text, scale)
+    assert "Small" in name_of(got)
+    assert torch.equal(call(image, text, scale, output_dict=True)["contrastive_loss"], got)
+    found = torch.autograd.grad(got, (image, text, scale))
+    off(monkeypatch)
+    usual = call(image, text, scale)
+    assert "Small" not in name_of(usual)
+    torch.testing.assert_close(got, usual)
+    for a, b in zip(found, torch.autograd.grad(usual, (image, text, scale)), strict=True):
+        torch.testing.assert_close(a, b)
+    for wrong, error, message in (
+        ({"output_dict": 1}, TypeError, "output_dict: expected True or False"),
+        ({"text_features": x(N + 1, D)}, ValueError, f"text_features: expected {N} rows"),
+        ({"image_features": x(N, 2, D), "text_features": x(N, 2, D)}, ValueError, "image_features: expected shape"),
+        ({"logit_scale": -1.0}, ValueError, "logit_scale: expected a positive number"),
+    ):
+        with pytest.raises(error, match=message):
+            call(**{"image_features": image, "text_features": text, "logit_scale": scale, **wrong})

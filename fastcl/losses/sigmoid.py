@@ -59,11 +59,8 @@ def sigmoid_loss(
     )  # fmt: skip
     try:
         options = LossOptions(normalize=normalize, reduction=reduction, gather=gather, group=group).checked()
-        if (
-            weights is None
-            and return_stats is False
-            and (loss := _small(given, options, temperature, bias)) is not None
-        ):
+        loss = _small(given, options, temperature, bias) if weights is None else None
+        if loss is not None and return_stats is False:
             return loss
         temperature = positive_number("temperature", temperature)
         bias = finite_scalar("bias", bias)
@@ -73,7 +70,7 @@ def sigmoid_loss(
     except Exception as error:
         tell_others(gather, error, embeddings, group=group)
         raise
-    return _reduced(rows, scale, offset, options, weights, return_stats, "SigmoidLoss")
+    return _reduced(rows, scale, offset, options, weights, return_stats, "SigmoidLoss", loss)
 
 
 class SigmoidLoss(GroupModule):
@@ -286,12 +283,14 @@ def _reduced(
     weights: Tensor | None,
     return_stats: bool,
     call: str,
+    loss: Tensor | None = None,
 ) -> LossResult:
+    """loss: where it is known. It has the same bits with `return_stats` and without."""
     world, rows, weights, unit = opened(rows, options, weights, return_stats)
     if world is not None:
         share: LossResult = _of_all(world, rows, scale, offset, options, weights, unit, call, return_stats)
         return share
-    loss = _loss(Swept(rows), scale, offset, options.reduction, weights)
+    loss = _loss(Swept(rows), scale, offset, options.reduction, weights) if loss is None else loss
     if not return_stats:
         return loss
     problem = posed(rows, scale, (), options, observe=True)

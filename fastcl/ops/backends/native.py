@@ -80,9 +80,12 @@ PRODUCTS = 1 << 21  # multiplications of the similarities; gradients add more
 SCORES = 1 << 15  # scores that Sinkhorn or a cross-entropy against prototypes reads
 
 
-def threads(work: int, of_one: int) -> int:
-    """How many threads a call takes: as many as have ``of_one`` of its work each, one at least, at most torch's."""
-    return max(1, min(torch.get_num_threads(), work // of_one))
+def threads(work: int, of_one: int, twice: bool = False) -> int:
+    """How many threads a call takes: as many as have ``of_one`` of its work each, one at least, at most torch's.
+
+    twice: the call also computes gradients, which are at least as much work again.
+    """
+    return max(1, min(torch.get_num_threads(), work * (1 + twice) // of_one))
 
 
 # Descriptions of calls: the numbers in the order in which csrc/bindings reads them.

@@ -180,7 +180,8 @@ def _mean(
         *(p.want[0] == "lse_neg", address(kept), *weighted, address(loss), address(grad), *observed),
         *map(address, (rows, columns, scale, bias)),
     )
-    native.run(native.native_module().mean(native.engine()[0], describe(p), outputs))
+    described = describe(p, differentiated=loss is not None and any(needs))
+    native.run(native.native_module().mean(native.engine()[0], described, outputs))
     return Gradients(rows, columns, scale, bias)
 
 
@@ -245,8 +246,13 @@ def _new_observed(p: Problem, size: int) -> Tensor:
     return p.logit_scale.new_empty(len(PARTS), p.sizes[0], size)
 
 
-def describe(p: Problem, depth: int | None = None, same_rows: bool = False) -> tuple[int, ...]:
-    """depth: numbers multiplied per pair; None: D. same_rows: two sets that are the same rows, without the diagonal."""
+def describe(
+    p: Problem, depth: int | None = None, same_rows: bool = False, differentiated: bool = False
+) -> tuple[int, ...]:
+    """depth: numbers multiplied per pair; None: D. same_rows: two sets that are the same rows, without the diagonal.
+
+    differentiated: the call also computes gradients of rows.
+    """
     anchors, contrasts = p.anchors, p.contrasts
     n, d = anchors.values.shape
     m = n if contrasts is None else contrasts.values.shape[0]
@@ -265,7 +271,7 @@ def describe(p: Problem, depth: int | None = None, same_rows: bool = False) -> t
         contrasts is not None and contrasts.normalize,
         p.logit_scale.dtype == torch.float64,
         p.both,
-        native.threads(n * m * (depth or d), native.PRODUCTS),
+        native.threads(n * m * (depth or d), native.PRODUCTS, differentiated),
         *(_rules(p, same_rows) if p.ruled or same_rows else (0,)),
     )
 

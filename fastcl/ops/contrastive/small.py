@@ -65,7 +65,7 @@ def _run(
     clusters, contrast_clusters, scale, inverted, normalize, symmetric, negatives_only = call
     own, other = rows_of(anchors), (0, 0, 0, 0, 0) if contrasts is None else rows_of(contrasts)
     dtype, d, two = scale.dtype, anchors.shape[-1], contrasts is not None
-    threads = native.threads(own[2] * (other[2] if two else own[2]) * d * (2 if any(needs) else 1), native.PRODUCTS)
+    threads = native.threads(own[2] * (other[2] if two else own[2]) * d, native.PRODUCTS, any(needs))
     address = native.address
     described = (
         *own, *other, d, clusters.data_ptr(), address(contrast_clusters), 0, 0, scale.data_ptr(), 1, 0,

@@ -13,8 +13,8 @@ from ..pair_maps import KINDS
 from .records import Gradients, Needs, Pairs, Sums
 
 
-def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradients]:
-    """The sums and, with weights [2, N], the needed gradients of ``sum(weights * values)``."""
+def sweep(p: Pairs, weights: Tensor | None, needs: Needs, total: Tensor | None = None) -> tuple[Sums, Gradients]:
+    """The sums and, with weights [2, N], the needed gradients of ``sum(weights * values)``, which `total` receives."""
     # Named, so that its tensors stay alive during the call.
     problem = contrastive_cpu.addressable(Problem(p.anchors, p.contrasts, None, p.logit_scale.reshape(1), ()))
     (n, m), dtype = p.sizes, p.dtype
@@ -38,7 +38,8 @@ def sweep(p: Pairs, weights: Tensor | None, needs: Needs) -> tuple[Sums, Gradien
         KINDS[p.kind].number, p.only_positives, address(offset), offset is not None and offset.dim() == 1,
         address(weights), *map(address, sums), *map(address, found),
     )  # fmt: skip
-    described = contrastive_cpu.describe(problem)
-    call = native.native_module().pairs(native.engine()[0], described, numbers, p.pos_margin, p.neg_margin)
+    described = contrastive_cpu.describe(problem, differentiated=any(needs))
+    of_engine = native.native_module().pairs
+    call = of_engine(native.engine()[0], described, numbers, p.pos_margin, p.neg_margin, address(total))
     native.run(call)
     return sums, found

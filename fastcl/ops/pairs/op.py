@@ -56,10 +56,13 @@ def sweep(p: Pairs, backend: str, weights: Tensor | None = None, needs: Needs = 
     if backend != "cpu":  # its engine knows infinite rows itself
         p = replace(p, anchors=rows_as_nan(p.anchors), contrasts=p.contrasts and rows_as_nan(p.contrasts))
     with without_autocast(p.device):
-        (values, active, counts), found = (chunked if 0 in p.sizes else BACKENDS[backend]).sweep(p, weights, needs)
-    if not KINDS[p.kind].margins:
-        active = counts  # a softplus that underflows to 0 is active too
-    return Sums(values, active, counts), found
+        return _counted(p, *(chunked if 0 in p.sizes else BACKENDS[backend]).sweep(p, weights, needs))
+
+
+def _counted(p: Pairs, sums: Sums, found: Gradients) -> tuple[Sums, Gradients]:
+    """A softplus that underflows to 0 is active too."""
+    values, active, counts = sums
+    return Sums(values, active if KINDS[p.kind].margins else counts, counts), found
 
 
 # The sums of each row.
@@ -136,8 +139,11 @@ def _total_forward(*args: Any) -> tuple[Tensor, ...]:
 
 def _total_of(args: Sequence[Any]) -> tuple[Tensor, Sums, Gradients]:
     *problem, weights, flags = args
-    needs = Needs(*flags)
-    sums, found = sweep(unflatten(problem), problem[-1], weights.contiguous() if any(flags) else None, needs)
+    needs, p, backend = Needs(*flags), unflatten(problem), problem[-1]
+    if backend == "cpu" and 0 not in p.sizes:  # its engine adds up as well
+        total = torch.empty((), dtype=p.dtype, device=p.device)
+        return total, *_counted(p, *cpu.sweep(p, weights, needs, total))
+    sums, found = sweep(p, backend, weights.contiguous() if any(flags) else None, needs)
     return weighted_total(weights, sums), sums, found
 
 

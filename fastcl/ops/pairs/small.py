@@ -67,7 +67,7 @@ def _run(
     clusters, contrast_clusters, scale, inverted, offset, normalize, kind, weight = call
     own, other = rows_of(anchors), (0, 0, 0, 0, 0) if contrasts is None else rows_of(contrasts)
     dtype, n, d, two = scale.dtype, own[2], anchors.shape[-1], contrasts is not None
-    threads = native.threads(n * (other[2] if two else n) * d * (2 if any(needs) else 1), native.PRODUCTS)
+    threads = native.threads(n * (other[2] if two else n) * d, native.PRODUCTS, any(needs))
     address = native.address
     described = (
         *own, *other, d, clusters.data_ptr(), address(contrast_clusters), 0, 0, scale.data_ptr(), 1, 0,

@@ -113,7 +113,6 @@ USUAL = {
     "ids": {"contrasts": torch.ones(N, D), "ids": torch.arange(N), "contrast_ids": torch.arange(N)},
     "bias": {"contrast_bias": torch.zeros(N)},
     "momentum key": {"positives": torch.ones(N, D)},
-    "stats": {"return_stats": True},
     "unsigned labels": {"clusters": labels().to(torch.uint64)},
     "queue": {"contrasts": [torch.ones(N, D)]},
 }
@@ -124,7 +123,23 @@ USUAL = {
 def test_other_calls_take_the_usual_way(name: str, case: str) -> None:
     loss, node = LOSSES[name]
     found = loss(x(N, D), **{"clusters": labels(), **USUAL[case]})
-    assert node not in name_of(found[0] if case == "stats" else found)
+    assert node not in name_of(found)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("n", [9, 130])
+def test_statistics_change_no_bit(name: str, n: int) -> None:
+    """Another number of threads would: that of a call depends on N and D."""
+    z, clusters = x(n, 128), torch.arange(n) // 2
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = LOSSES[name][0](z, clusters)
+        both, _ = LOSSES[name][0](z, clusters, return_stats=True)
+        assert torch.equal(alone, both)
+        assert torch.equal(torch.autograd.grad(alone, z)[0], torch.autograd.grad(both, z)[0])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", LOSSES)

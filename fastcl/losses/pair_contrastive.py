@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from ..checks import check_flag, check_ids, check_option, check_rows, finite_number
 from ..memory_state import Memory
+from ..ops.pairs.small import means_of
 from .batch import Batch, Tensors, batch
 from .gathered_pairs import Maps
+from .options import LossOptions
 from .pair_sums import Swept
 from .reduce import scalar
+from .small import clusters_on_cpu
 
 DISTANCES = ("euclidean", "cosine")
 REDUCTIONS = ("active", "mean", "sum", "none")
@@ -37,6 +40,11 @@ def pair_contrastive_loss(
     result is a scalar, or ``[N]`` with ``reduction="none"``.
     """
     maps = _maps(pos_margin, neg_margin, distance, squared, reduction)
+    given = Tensors(
+        embeddings, labels, contrasts=contrasts, contrast_clusters=contrast_labels, ids=ids, contrast_ids=contrast_ids
+    )
+    if (loss := _small(given, maps, reduction)) is not None:
+        return loss
     check_rows("embeddings", embeddings, dims=(2, 3))
     check_ids("labels", labels, embeddings.shape[0], embeddings.device)
     if contrast_labels is not None and contrasts is None:
@@ -53,9 +61,6 @@ def pair_contrastive_loss(
         if contrast_labels is None:
             raise ValueError("contrast_labels: expected a tensor, as contrasts is one, got None")
         check_ids("contrast_labels", contrast_labels, contrasts.shape[0], embeddings.device)
-    given = Tensors(
-        embeddings, labels, contrasts=contrasts, contrast_clusters=contrast_labels, ids=ids, contrast_ids=contrast_ids
-    )
     rows = batch(given, not squared)
     return _reduced(rows, maps, reduction)
 
@@ -146,6 +151,24 @@ def _maps(pos_margin: float, neg_margin: float, distance: str, squared: bool, re
         raise ValueError("squared: expected False with distance='cosine', got True")
     kind = "hinge" if distance == "cosine" else "squared" if squared else "distance"
     return Maps(kind, finite_number("pos_margin", pos_margin), finite_number("neg_margin", neg_margin))
+
+
+_OPTIONS = LossOptions()
+
+
+def _small(given: Tensors, maps: Maps, reduction: str) -> Tensor | None:
+    """The means of a valid small call on a CPU, by `means_of`; None for other calls, which are then checked."""
+    if torch.compiler.is_compiling() or reduction not in ("active", "mean") or given.clusters is None:
+        return None
+    if (given.contrasts is None) != (given.contrast_clusters is None):
+        return None
+    clusters = clusters_on_cpu(given, _OPTIONS, 1.0)
+    if clusters is None:
+        return None
+    return means_of(
+        given.embeddings, given.contrasts, *clusters, normalize=maps.kind != "squared", kind=maps.kind,  # type: ignore[arg-type]
+        margins=(maps.pos_margin, maps.neg_margin), active=reduction == "active",
+    )  # fmt: skip
 
 
 def _reduced(rows: Batch, maps: Maps, reduction: str) -> Tensor:

@@ -5,6 +5,7 @@ Values and gradients: `test_direct.py` compares them with the formula, and the t
 
 import threading
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastcl
-from fastcl.functional import cluster_infonce, sigmoid_loss
+from fastcl.functional import cluster_infonce, pair_contrastive_loss, sigmoid_loss
 from fastcl.ops.backends import choose, native
 from fastcl.ops.contrastive import small as small_mean
 from fastcl.ops.pairs import small as small_total
@@ -27,6 +28,14 @@ LOSSES = {
     "sigmoid, sum": (partial(sigmoid_loss, temperature=0.3, bias=-2.0, reduction="sum"), "SmallTotal"),
 }
 N, M, D = 9, 12, 5
+# The same with labels, and with two sweeps.
+MEANS = {
+    "contrastive": pair_contrastive_loss,
+    "cosine": partial(pair_contrastive_loss, distance="cosine", pos_margin=0.9, neg_margin=0.1),
+    "squared": partial(pair_contrastive_loss, squared=True, pos_margin=2.0, neg_margin=3.0),
+    "all pairs": partial(pair_contrastive_loss, reduction="mean", neg_margin=1.2),
+}
+ALL = {**LOSSES, **{name: (loss, "SmallMeans") for name, loss in MEANS.items()}}
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -105,6 +114,41 @@ def test_results_are_those_of_the_usual_way(case: str, name: str, learned: str, 
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         slack = 2.0**-7 if a.dtype.itemsize == 2 else 3e-6
         torch.testing.assert_close(a, b, rtol=0, atol=slack * max(1e-3, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("case", [name for name, make in CASES.items() if "clusters" in make()[1]])
+@pytest.mark.parametrize("name", MEANS)
+def test_means_over_pairs_are_those_of_the_usual_way(case: str, name: str, monkeypatch) -> None:
+    z, options = CASES[case]()
+    options.pop("normalize", None)
+    leaves = [z, *(v for v in options.values() if isinstance(v, Tensor) and v.requires_grad)]
+    names = {"clusters": "labels", "contrast_clusters": "contrast_labels"}
+    options = {names.get(key, key): value for key, value in options.items()}
+    if "contrasts" in options:
+        options.setdefault("contrast_labels", torch.arange(len(options["contrasts"])) % 4 - 1)
+    got = MEANS[name](z, **options)
+    assert name_of(got) == "SmallMeansBackward"
+    with torch.no_grad():
+        assert torch.equal(MEANS[name](z, **options), got)
+    gradients = torch.autograd.grad(got * -2.5, leaves)
+    off(monkeypatch)
+    usual = MEANS[name](z, **options)
+    assert "SmallMeans" not in name_of(usual)
+    assert got.dtype == usual.dtype
+    torch.testing.assert_close(got, usual, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients, torch.autograd.grad(usual * -2.5, leaves), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        slack = 2.0**-7 if a.dtype.itemsize == 2 else 3e-6
+        torch.testing.assert_close(a, b, rtol=0, atol=slack * max(1e-3, b.abs().max().item()))
+
+
+def test_a_mean_over_no_pairs_is_zero() -> None:
+    z = x(N, D)
+    for clusters in (torch.arange(N), torch.zeros(N, dtype=torch.int64)):
+        loss = pair_contrastive_loss(z, clusters, pos_margin=9.0, neg_margin=-9.0)
+        assert name_of(loss) == "SmallMeansBackward"
+        assert loss.item() == 0
+        assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros(N, D))
 
 
 USUAL = {
@@ -213,11 +257,11 @@ def test_options_are_checked_by_type_although_equal_ones_are_known() -> None:
         cluster_infonce(z, labels(), reduction=["mean"])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALL)
 def test_gradients_belong_to_the_caller(name: str) -> None:
     """A second backward computes them again, so what the caller does to the first ones does not reach it."""
     z = x(N, D)
-    loss = LOSSES[name][0](z, labels())
+    loss = ALL[name][0](z, labels())
     (first,) = torch.autograd.grad(loss, z, retain_graph=True)
     kept = first.clone()
     first.zero_()
@@ -229,29 +273,31 @@ def test_gradients_belong_to_the_caller(name: str) -> None:
     torch.testing.assert_close(z.grad, 2 * kept)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("changed", ["rows", "labels", "temperature"])
+@pytest.mark.parametrize(
+    ("name", "changed"), [*product(ALL, ("rows", "labels")), *((name, "temperature") for name in LOSSES)]
+)
 def test_changes_before_the_backward_are_noticed(name: str, changed: str) -> None:
     given = {"rows": x(N, D) * 1, "labels": labels(), "temperature": torch.tensor(0.3, requires_grad=True) * 1}
-    loss = LOSSES[name][0](given["rows"], given["labels"], temperature=given["temperature"])
+    options = {} if name in MEANS else {"temperature": given["temperature"]}
+    loss = ALL[name][0](given["rows"], given["labels"], **options)
     given[changed].add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_second_backward_reads_rows_where_they_are_then(name: str) -> None:
     z = x(N, D)
-    loss = LOSSES[name][0](z, labels())
+    loss = ALL[name][0](z, labels())
     (first,) = torch.autograd.grad(loss, z, retain_graph=True)
     z.data = z.data.clone()
     assert torch.equal(torch.autograd.grad(loss, z)[0], first)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALL)
 def test_second_derivatives_raise(name: str) -> None:
     z = x(N, D)
-    (gradient,) = torch.autograd.grad(LOSSES[name][0](z, labels()), z, create_graph=True)
+    (gradient,) = torch.autograd.grad(ALL[name][0](z, labels()), z, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         gradient.sum().backward()
 
@@ -270,11 +316,11 @@ def test_inference_mode_leaves_nothing_behind(name: str) -> None:
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("byte", [0xFF, 0x7F])  # NaN; 3e38 as float32
 def test_nothing_is_read_that_was_not_written(name: str, byte: int, monkeypatch) -> None:
     z = x(N, D)
-    expected = LOSSES[name][0](z, labels())
+    expected = ALL[name][0](z, labels())
     (gradient,) = torch.autograd.grad(expected, z)
 
     def filled(call) -> None:
@@ -282,7 +328,7 @@ def test_nothing_is_read_that_was_not_written(name: str, byte: int, monkeypatch)
         call.run(workspace.data_ptr())
 
     monkeypatch.setattr(native, "run", filled)
-    got = LOSSES[name][0](z, labels())
+    got = ALL[name][0](z, labels())
     assert torch.equal(got, expected)
     assert torch.equal(torch.autograd.grad(got, z)[0], gradient)
 

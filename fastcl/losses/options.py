@@ -37,7 +37,7 @@ class LossOptions(NamedTuple):
         """The options with numbers as floats. ValueError or TypeError names an option that is not valid."""
         if self.group is None and not torch.compiler.is_compiling():  # the compiler warns of caches
             try:
-                return _checked(*self)
+                return _known(*self)
             except TypeError:
                 pass  # not hashable, or refused below
         return self._checked()
@@ -72,7 +72,7 @@ class LossOptions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=128, typed=True)
-def _checked(*options: Any) -> LossOptions:
+def _known(*options: Any) -> LossOptions:
     """`LossOptions.checked` without a group: a small loss takes little longer than the checks."""
     return LossOptions(*options)._checked()
 

@@ -66,7 +66,9 @@ def mean_on_cpu(
 
     options: checked. scale: unchecked. inverted: it is the temperature.
     """
-    if torch.compiler.is_compiling() or weights is not None or return_stats is not False or not _is_mean(options):
+    if torch.compiler.is_compiling() or weights is not None or return_stats is not False:
+        return None
+    if options.gather is not False or not _is_mean(options):  # in this order: what is known keeps no group alive
         return None
     clusters = clusters_on_cpu(given, options, scale)
     if clusters is None:
@@ -86,7 +88,7 @@ def same_shape(left: Any, right: Any) -> bool:
 
 @lru_cache(maxsize=128)
 def _is_mean(options: LossOptions) -> bool:
-    return options.reduction == "mean" and options.gather is False and infonce(options).mean_of_differences()
+    return options.reduction == "mean" and infonce(options).mean_of_differences()
 
 
 def clusters_on_cpu(

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 import fastcl
 from fastcl.functional import cluster_infonce, pair_contrastive_loss, sigmoid_loss
-from fastcl.ops.backends import choose, native
+from fastcl.ops.backends import choose, native, small
 from fastcl.ops.contrastive import small as small_mean
 from fastcl.ops.pairs import small as small_total
 from tests.support.strategies import generator
@@ -379,3 +379,32 @@ def test_losses_of_image_and_text(call, monkeypatch) -> None:
     ):
         with pytest.raises(error, match=message):
             call(**{"image_features": image, "text_features": text, "logit_scale": scale, **wrong})
+
+
+def test_the_native_calls_refuse_what_makes_no_sense() -> None:
+    z, clusters, scale = torch.randn(N, D), labels(), torch.tensor([2.0])
+    rows = small.rows_of(z)
+    room = torch.zeros(1000).data_ptr()
+
+    def described(two: bool) -> tuple[int, ...]:
+        other = rows if two else (0,) * 5
+        address = clusters.data_ptr()
+        return *rows, *other, D, address, address if two else 0, 0, 0, scale.data_ptr(), 1, 0, 0, 0, 0, 0, 1, 0
+
+    def pairs(two: bool, *options: object, weights: int = room, sums: int = 0, of_rows: bool = False) -> None:
+        numbers = (0, False, room, of_rows, weights, sums, sums, sums, 0, 0, 0, 0, 0)
+        native.native_module().pairs(native.engine()[0], described(two), numbers, 0.0, 0.0, *options)
+
+    pairs(True, room, True)
+    pairs(False, room, False, True)
+    for wrong, said in (
+        (lambda: pairs(True), "sums: a null pointer"),
+        (lambda: pairs(True, room, weights=0), "total: without weights"),
+        (lambda: pairs(True, room, True, of_rows=True), "narrow: of single numbers only"),
+        (lambda: pairs(True, room, False, True), "negatives_alone: of self-contrast"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            wrong()
+    outputs = (False, 0, 0, 0, room, 0, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="negatives_alone: of self-contrast"):
+        native.native_module().mean(native.engine()[0], described(True), outputs, False, True)

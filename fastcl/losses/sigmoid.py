@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_flag, check_rows, finite_scalar, positive_number, scalar_tensor
 from ..distributed import Property, World, tell_others
-from ..ops.backends import small
+from ..ops import small
 from ..ops.backends.rows import accumulation_dtype
 from ..ops.contrastive.records import Rows
 from ..ops.library import intercepted, uncompiled

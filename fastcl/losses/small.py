@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..checks import scalar_tensor
-from ..ops.backends.small import are_ids, are_rows, in_range, is_number, places
 from ..ops.contrastive import replayed, small
 from ..ops.contrastive.records import Problem
 from ..ops.library import intercepted
+from ..ops.small import are_ids, are_rows, in_range, is_number, places
 from ..swept import arguments
 from ..tags import are_tags
 from .batch import Tensors, batch

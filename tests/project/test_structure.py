@@ -16,6 +16,7 @@ LAYERS = (
     ("fastcl.cached",),
     ("fastcl.ops.backends",),
     ("fastcl.ops.library",),
+    ("fastcl.ops.small",),
     ("fastcl.ops.products", "fastcl.ops.pair_maps"),
     ("fastcl.ops.contrastive",),
     ("fastcl.ops.soft", "fastcl.ops.pairs", "fastcl.ops.sinkhorn", "fastcl.ops.topk", "fastcl.ops.sampled"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import native
 from ..backends.choose import chooses_cpu
-from ..backends.small import constant, gradient_of, number_of, rows_of, scaled
+from ..small import constant, gradient_of, number_of, rows_of, scaled
 from . import direct
 
 MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it

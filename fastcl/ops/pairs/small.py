@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..backends import native
 from ..backends.choose import chooses_cpu
-from ..backends.small import constant, gradient_of, number_of, rows_of, scaled
 from ..pair_maps import KINDS
+from ..small import constant, gradient_of, number_of, rows_of, scaled
 
 MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
 

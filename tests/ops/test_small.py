@@ -14,7 +14,8 @@ from torch.nn import Parameter
 
 import fastcl
 from fastcl.functional import cluster_infonce, pair_contrastive_loss, sigmoid_loss
-from fastcl.ops.backends import choose, native, small
+from fastcl.ops import small
+from fastcl.ops.backends import choose, native
 from fastcl.ops.contrastive import small as small_mean
 from fastcl.ops.pairs import small as small_total
 from tests.support.strategies import generator

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import INTEGER_DTYPES, LARGEST, SMALLEST
-from ..library import intercepted, once_differentiable
-from .native import DTYPES
+from ..checks import INTEGER_DTYPES, LARGEST, SMALLEST
+from .backends.native import DTYPES
+from .library import intercepted, once_differentiable
 
 MOST_ROWS = 1 << 13  # tensors of their length stay in memory
 _TYPES = Tensor, torch.nn.Parameter

@@ -189,8 +189,7 @@ std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, 
 void bind_contrastive(py::module_ &m) {
   m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
   m.def("backward", &backward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
-  m.def("mean", &mean, py::arg("engine"), py::arg("problem"), py::arg("outputs"), py::arg("narrow") = false,
-        py::arg("negatives_alone") = false,
+  m.def("mean", &mean, py::arg("engine"), py::arg("problem"), py::arg("outputs"), py::arg("narrow") = false, py::arg("negatives_alone") = false,
         "narrow: the scale's gradient is a real, not a double; negatives_alone: rows with any negative cluster have none, not only those "
         "with -1");
 }

@@ -83,7 +83,9 @@ class Recorded:
     given: dict[str, Any]
 
 
-SWEEPS = ("statistics_kernel", "two_way_kernel", "weighted_kernel", "gradient_kernel", "topk_kernel")
+SWEEPS = ("statistics_kernel", "triangle_kernel", "two_way_kernel", "weighted_kernel", "gradient_kernel", "topk_kernel")
+# These kernels' programs go on from block to block; the first visits half of the tiles, and reads a tile's rows anew.
+HALF, PERSISTENT = "triangle_kernel", ("triangle_kernel", "two_way_kernel")
 
 
 @contextmanager
@@ -246,17 +248,18 @@ def analysed(one: Recorded, shape: Any = None) -> Found:
     masked = bool(given.get("IDS")) and one.kernel != "topk_kernel"
     loop = (max if masked else min)(loops, key=lambda loop: loop.issued)
     rows, columns = -(-given["N"] // shape.block_m), -(-given["M"] // shape.block_n)
-    parts = d // shape.block_d if of_sums else 1
+    parts = d // shape.block_d if of_sums else 0.5 if one.kernel == HALF else 1
+    read = shape.block_m if one.kernel == HALF else shape.block_n
     grid = one.grid
     if shape != one.shape:  # with one program per row block, as the library would launch it
-        grid = (rows, *grid[1:]) if one.kernel != "two_way_kernel" else grid
+        grid = (rows, *grid[1:]) if one.kernel not in PERSISTENT else grid
     programs = 1
     for size in grid:
         programs *= size
     size = given["Y"].element_size()
     program = Program(
         shape.warps, usage["reg"], binary.shared, programs, rows * columns * parts / programs,
-        shape.block_n * numbers * size if d > shape.block_k else shape.block_n * d * size,
+        read * numbers * size if d > shape.block_k else read * d * size,
     )  # fmt: skip
     return Found(replace(one, shape=shape), loop, program, usage)
 

@@ -190,7 +190,7 @@ class Cycles:
 def cycles(loop: Loop, program: Program) -> Cycles:
     products = behind = 0.0  # behind: products since the last wait for one
     waits = copies = 0.0
-    exposed = loading = False
+    exposed = loading = stored = False
     for one, weight in loop.code:
         before = products
         if one.name.startswith("LDGSTS"):
@@ -199,7 +199,7 @@ def cycles(loop: Loop, program: Program) -> Cycles:
             loading = True
         elif one.name.startswith("STS") and loading:
             waits += LATENCY * weight
-            loading = False
+            loading, stored = False, True
         elif one.name.startswith("DEPBAR") and re.search(r"SB\d, 0x0\b", one.text):
             exposed = True  # no copy may be under way
         elif one.name.startswith("WARPGROUP.DEPBAR"):
@@ -222,6 +222,8 @@ def cycles(loop: Loop, program: Program) -> Cycles:
     shared = loop.count("LDS", "LDSM", "STS", "STSM") * 512 / SHARED_PER_CYCLE * program.warps
     rest = max(special, issue, conversions, shared, loop.stalls if program.warps <= SCHEDULERS else 0.0)
     waits += loop.count("BAR") * BARRIER
+    if stored:
+        waits += program.loaded / LOAD_PER_CYCLE
     if exposed and copies:
         waits += max(0.0, LATENCY + program.loaded / LOAD_PER_CYCLE - behind)
     return Cycles(products, special, issue, program.loaded / L2_PER_CYCLE, products + rest + waits)

@@ -17,6 +17,7 @@ from ...backends.triton_tiles import ROWS_AT_ONCE, row_tile
 from .. import chunked
 from ..observed import PARTS
 from ..records import Problem, Side, Statistics, empty_side, largest_bias, merge_bases, new_side
+from . import triangle
 from .mean import MOST_ROWS
 from .rows import KEPT, Launch, SortedRows, arrange, fields_wanted
 
@@ -125,6 +126,9 @@ def _ruled(rows: Launch, scale: Tensor, statistics: Tensor) -> None:
 
 
 def _one_way(rows: Launch, scalars: dict[str, Any], statistics: Tensor) -> None:
+    if (found := triangle.shape_of(rows)) is not None:
+        triangle.sweep(rows, scalars, statistics, *found)
+        return
     count = rows.column_parts("forward")
     parts = statistics if count == 1 else statistics.new_empty(count, *statistics.shape)
     arguments = scalars | {"STATISTICS": parts, "MIXED_ONLY": False, "SPLIT": count > 1}

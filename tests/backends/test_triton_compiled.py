@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-from fastcl.ops.backends.triton_tiles import ARCHITECTURES, COMPARED, KINDS, WHOLE, padded, tile
+from fastcl.ops.backends.triton_tiles import (
+    ARCHITECTURES,
+    COMPARED,
+    KINDS,
+    WHOLE,
+    Tile,
+    padded,
+    square_tile,
+    tile,
+    triangle_tile,
+)
 from tests.support.compiling import environment
 
 pytest.importorskip("triton")
@@ -48,9 +58,13 @@ SOME = {
 ENTRIES = dict.fromkeys(ALL, KINDS) if os.environ.get("FASTCL_COMPILE_ALL") else SOME
 PER_ROW = (
     "labels", "rows", "fields", "weights", "side", "finish", "join", "first", "order", "longest", "total", "scale",
-    "mean", "scaled", "positive", "positive_gradient",
+    "mean", "scaled", "positive", "positive_gradient", "triangle_total",
 )  # fmt: skip
-TILES = dict.fromkeys(("first", "order"), COMPARED)  # of those that do not take their family's
+TILES = {
+    "first": COMPARED,
+    "order": COMPARED,
+    "triangle_total": Tile(64, 128, 128, 128, 4, 2, 168),
+}  # of those that do not take their family's
 
 
 def jobs(
@@ -139,6 +153,32 @@ def test_observation_compiles_without_spills(entry, tmp_path) -> None:
     for result in compiled([{"kind": "observation"} | dict(zip(names, entry, strict=True))], tmp_path):
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[result["architecture"]], result
+
+
+# The forward in which two blocks meet once. The table has it for sm_90 only; elsewhere it is tried with one stage.
+MEETINGS = [(architecture, d) for architecture in ARCHITECTURES for d in (32, 64, 128, 256)]
+SOME_MEETINGS = [(80, 128), (90, 128), (90, 256), (100, 256)]
+
+
+@pytest.mark.parametrize(("architecture", "d"), MEETINGS if os.environ.get("FASTCL_COMPILE_ALL") else SOME_MEETINGS)
+def test_blocks_that_meet_once_compile_without_spills(architecture, d, tmp_path) -> None:
+    found = triangle_tile(architecture, torch.bfloat16, d)
+    shape, at_once = found or (Tile(64, 128, d, d, 4, 1), 1)
+    common = {"architecture": architecture, "dtype": "bfloat16", "d": d}
+    own = common | {"tile": tuple(shape)}
+    asked = [own | {"kind": "triangle"}, own | {"kind": "remainder"}]
+    if found is not None:
+        square = {"tile": tuple(square_tile(shape)), "flags": {"SELF": True, "MIXED_ONLY": True}}
+        plain = {"absent": ["START", "END", "ORDER"], "flags": {"CLUSTERS": False, "NORMED": False}}
+        asked += [common | square | {"kind": "forward"}, own | {"kind": "triangle"} | plain]
+    for result in compiled(asked, tmp_path):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["shared"] <= SHARED[architecture], result
+        assert result["fusible"] == result["multiply_adds"] == 0, result
+        assert PRODUCT[architecture] in result["products"], result
+        if result["kind"] == "triangle":  # as many programs fit on a multiprocessor as the library launches for it
+            assert result["registers"] * 32 * shape.warps * at_once <= 65536
+            assert (result["shared"] + 1024) * at_once <= SHARED[architecture] + 1024
 
 
 def test_all_kernels_form_logits_in_one_way() -> None:

@@ -39,11 +39,15 @@ POINTERS = {
     **{f"{side}_{name}": "*i32" for side in ("ROW", "COLUMN") for name in ("CLUSTERS", "IDS", "SAMPLES")},
     "ROW_TAGS": "*i64", "COLUMN_TAGS": "*i64", "WORDS": "i32",
     "SCALES": "*fp64", "POSITIONS": "i32", "STUDENT_ROW": "i32", "FIRST_ROW": "i32", "SECOND_ROW": "i32",
+    "GROUPS": "i32", "HELD": "i32", "PROGRAMS": "i32",
     "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
 }  # fmt: skip
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
     "forward": "statistics_kernel",
+    "triangle": "triangle_kernel",
+    "remainder": "remainder_kernel",
+    "triangle_total": "triangle_total_kernel",
     "running": "running_kernel",
     "two_way": "two_way_kernel",
     "weighted": "weighted_kernel",
@@ -145,6 +149,11 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
             "K",
             "POS_MARGIN",
             "NEG_MARGIN",
+            "GROUPS",
+            "HELD",
+            "PROGRAMS",
+        ) and not (
+            name == "WIDTH" and "PARTIAL_SUMS" in kernel.arg_names
         ):  # as at run time: torch's memory is aligned to 16 bytes
             attributes[(place,)] = [["tt.divisibility", 16]]
     return built(job, kernel, shape, signature, constexprs, attributes)

@@ -190,7 +190,7 @@ class Cycles:
 def cycles(loop: Loop, program: Program) -> Cycles:
     products = behind = 0.0  # behind: products since the last wait for one
     waits = copies = 0.0
-    exposed = loading = stored = False
+    exposed = loading = stored = ahead = False
     for one, weight in loop.code:
         before = products
         if one.name.startswith("LDGSTS"):
@@ -200,6 +200,8 @@ def cycles(loop: Loop, program: Program) -> Cycles:
         elif one.name.startswith("STS") and loading:
             waits += LATENCY * weight
             loading, stored = False, True
+        elif one.name.startswith(("HGMMA", "HMMA")) and loading:  # rows of the next tile
+            loading, ahead = False, True
         elif one.name.startswith("DEPBAR") and re.search(r"SB\d, 0x0\b", one.text):
             exposed = True  # no copy may be under way
         elif one.name.startswith("WARPGROUP.DEPBAR"):
@@ -224,6 +226,8 @@ def cycles(loop: Loop, program: Program) -> Cycles:
     waits += loop.count("BAR") * BARRIER
     if stored:
         waits += program.loaded / LOAD_PER_CYCLE
+    if ahead:
+        waits += max(0.0, LATENCY + program.loaded / LOAD_PER_CYCLE - products)
     if exposed and copies:
         waits += max(0.0, LATENCY + program.loaded / LOAD_PER_CYCLE - behind)
     return Cycles(products, special, issue, program.loaded / L2_PER_CYCLE, products + rest + waits)

@@ -115,7 +115,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "APART": True, "OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "SOME": False, "SPLIT": False,
         "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
         "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "LEAVE_OUT": careful,
-        "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12,
+        "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12, "AHEAD": shape.stages == 1,
         "RATIO": True, "SIDES": 2, "HALF": True, "ADD": True, "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
         "COLUMNS": shape.block_n, "STUDENT_COLUMN": 1, "FIRST_COLUMN": 1, "SECOND_COLUMN": 1,
         "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),

@@ -62,7 +62,7 @@ def sweep(rows: Launch, scalars: dict[str, Any], statistics: Tensor, shape: Tile
         "GROUPS": division.groups,
         "HELD": division.held,
     }
-    rows.run("triangle_kernel", shape, (number,), shared)
+    rows.run("triangle_kernel", shape, (number,), shared | {"AHEAD": shape.stages == 1})
     if left := n % block:
         rows.run("remainder_kernel", shape, (number, blocks(left, shape.block_m)), shared)
     square = square_tile(shape)

@@ -45,20 +45,18 @@ def share_of_circle(program, programs, groups, full):
 
 
 @triton.jit
+def met_rows(nearest, step, full, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first row of a step: BLOCK_M rows of the blocks from `nearest` on, which go around the circle."""
+    i0 = nearest * BLOCK_N + step * BLOCK_M
+    return tl.where(i0 >= full * BLOCK_N, i0 - full * BLOCK_N, i0)
+
+
+@triton.jit
 def exponentials(
-    X, A, y, c, scale, base, i0, N,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    x, y, a, c, scale, base, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NORMED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """2^(t_ij - base) [BLOCK_M, BLOCK_N] of the rows from i0 on with the rows of y [D, BLOCK_N], whose norms are c."""
-    x = load_rows(X, i0, 0, N, D, BLOCK_M, D, MASKED, PRECISION, INTERPRETED)
-    a = 0.0
-    if NORMED:
-        i = i0 + tl.arange(0, BLOCK_M)
-        if MASKED:
-            a = load_or(A, i, i < N, 0.0)
-        else:
-            a = tl.load(A + i)
+    """2^(t_ij - base) [BLOCK_M, BLOCK_N] of x [BLOCK_M, D] and y [D, BLOCK_N], with inverse norms a and c."""
     dots = product(x, y, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, INTERPRETED)
     return tl.exp2(base2_logits(similarities(dots, a, c, NORMED), scale, 0.0, 0.0, 0) - base)
 
@@ -73,7 +71,7 @@ def halved(e, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def triangle_kernel(
     X, A, START, END, SCALE, LONGEST, PARTIAL_SUMS, WIDTH, GROUPS, HELD, N,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CLUSTERS: tl.constexpr, NORMED: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """PARTIAL_SUMS [programs, WIDTH], zeroed: the sums of 2^(t - shift) of each program's meetings, by row.
 
@@ -81,7 +79,8 @@ def triangle_kernel(
     `remainder_kernel`. Only the program writes to its part, in a fixed order.
 
     A held block's rows are the columns of its tiles: their sums stay in registers until it has met all. The others are
-    the tiles' rows, BLOCK_M at a time: as a warp holds whole rows, their sums need two shuffles.
+    the tiles' rows, BLOCK_M at a time: as a warp holds whole rows, their sums need two shuffles. AHEAD: registers hold
+    the rows of the next tile, for which shared memory has no room.
     """
     scale = tl.load(SCALE) * LOG2E
     shift, narrow = fixed_shift(scale, LONGEST, None)
@@ -107,19 +106,27 @@ def triangle_kernel(
                 from_ = tl.maximum(from_, tl.minimum(high, full) - nearest)
                 to = tl.minimum(to, full + low - nearest)
             y = tl.trans(load_rows(X, j0, 0, N, D, BLOCK_N, D, False, PRECISION, INTERPRETED))
-            c = 0.0
-            if NORMED:
-                c = tl.load(A + j0 + columns)
             sums = tl.zeros([BLOCK_M // 16, 8, BLOCK_N], tl.float32)
             met = own + (HELD + block - first) * BLOCK_N
+            if AHEAD:
+                i0 = met_rows(nearest, from_ * ratio, full, BLOCK_M, BLOCK_N)
+                following = load_rows(X, i0, 0, N, D, BLOCK_M, D, False, PRECISION, INTERPRETED)
             for step in range(from_ * ratio, to * ratio):
-                i0 = nearest * BLOCK_N + step * BLOCK_M
-                i0 = tl.where(i0 >= full * BLOCK_N, i0 - full * BLOCK_N, i0)
+                i0 = met_rows(nearest, step, full, BLOCK_M, BLOCK_N)
+                if AHEAD:
+                    x = following
+                    i1 = met_rows(nearest, step + 1, full, BLOCK_M, BLOCK_N)
+                    following = load_rows(X, i1, 0, N, D, BLOCK_M, D, False, PRECISION, INTERPRETED)
+                else:
+                    x = load_rows(X, i0, 0, N, D, BLOCK_M, D, False, PRECISION, INTERPRETED)
                 place = met + step * BLOCK_M + rows
                 before = tl.load(place)
-                e = exponentials(
-                    X, A, y, c, scale, shift, i0, N, D, BLOCK_M, BLOCK_N, False, NORMED, PRECISION, INTERPRETED
-                )
+                a = 0.0
+                c = 0.0
+                if NORMED:
+                    a = tl.load(A + i0 + rows)
+                    c = tl.load(A + j0 + columns)  # each time: it would take 32 registers
+                e = exponentials(x, y, a, c, scale, shift, BLOCK_M, BLOCK_N, NORMED, PRECISION, INTERPRETED)
                 sums += halved(e, BLOCK_M, BLOCK_N)
                 tl.store(place, before + tl.sum(e, 1))
             tl.store(own + (block - first) * BLOCK_N + columns, tl.sum(tl.sum(sums, 0), 0))
@@ -145,7 +152,12 @@ def remainder_kernel(
             last = tl.load(START + full * BLOCK_N) // BLOCK_N
         inside = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         i0 = full * BLOCK_N + tl.program_id(1) * BLOCK_M
-        base = tl.where(full * BLOCK_N + inside < N, shift, INF)[:, None]
+        is_row = full * BLOCK_N + inside < N
+        base = tl.where(is_row, shift, INF)[:, None]
+        x = load_rows(X, i0, 0, N, D, BLOCK_M, D, True, PRECISION, INTERPRETED)
+        a = 0.0
+        if NORMED:
+            a = load_or(A, full * BLOCK_N + inside, is_row, 0.0)
         sums = tl.zeros([BLOCK_M], tl.float32)
         for block in tl.range(tl.program_id(0), last, tl.num_programs(0), num_stages=1):
             j0 = block * BLOCK_N
@@ -153,7 +165,7 @@ def remainder_kernel(
             c = 0.0
             if NORMED:
                 c = tl.load(A + j0 + tl.arange(0, BLOCK_N))
-            e = exponentials(X, A, y, c, scale, base, i0, N, D, BLOCK_M, BLOCK_N, True, NORMED, PRECISION, INTERPRETED)
+            e = exponentials(x, y, a, c, scale, base, BLOCK_M, BLOCK_N, NORMED, PRECISION, INTERPRETED)
             sums += tl.sum(e, 1)
         tl.store(PARTIAL_SUMS + tl.program_id(0).to(tl.int64) * WIDTH + (WIDTH - BLOCK_N) + inside, sums)
 

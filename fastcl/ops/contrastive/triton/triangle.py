@@ -5,12 +5,13 @@ The kernels are in `triangle_kernels.py`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...backends import triton_launch
-from ...backends.triton_launch import INTERPRETED, architecture, blocks, programs
+from ...backends.triton_launch import INTERPRETED, architecture, blocks, programs, triton_version
 from ...backends.triton_tiles import Tile, square_tile, triangle_tile
 from .rows import Launch
 
@@ -41,10 +42,17 @@ class Division(NamedTuple):
         return cls(number, groups, held, (2 * held + span) * block)
 
 
+@cache
+def compiles() -> bool:
+    """Whether this version of Triton compiles the kernels without spills: 3.2 does not."""
+    return INTERPRETED or tuple(int(part) for part in triton_version().split(".")[:2]) >= (3, 6)
+
+
 def shape_of(rows: Launch) -> tuple[Tile, int] | None:
     """The tile and the number of programs on a multiprocessor; None if `statistics_kernel` does all tiles."""
     flags = rows.flags
-    if rows.size < FEWEST_ROWS or not flags["SELF"] or flags["IDS"] or flags["BIAS"] != 0 or rows.ruled:
+    plain = flags["SELF"] and not flags["IDS"] and flags["BIAS"] == 0 and not rows.ruled
+    if rows.size < FEWEST_ROWS or not plain or not compiles():
         return None
     values = rows.rows.rows
     found = triangle_tile(architecture(values.device), values.dtype, values.shape[1], INTERPRETED)

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastcl
 from fastcl.functional import cluster_infonce
 from fastcl.ops.backends import choose, cuda_runtime, triton_launch
+from fastcl.ops.contrastive.triton import triangle
 from tests.support.oracle import CONSTANT_NORMS, TRUTH, differentiate, eager_evaluations
 from tests.support.oracle import contrastive_stats as plain_stats
 from tests.support.smoke import marked, named
@@ -302,6 +303,30 @@ def test_a_graph_replays_with_other_rows_and_another_scale() -> None:
         graph.replay()
         for got, expected in zip(captured, training_step(*arguments), strict=True):
             assert torch.equal(got, expected)
+
+
+@smoke
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("left", [0, 77])
+def test_each_logit_once_in_the_forward(d, left, monkeypatch) -> None:
+    """The same statistics as with each logit twice, up to the order of additions, and the same bits on every run."""
+    n, g = triangle.FEWEST_ROWS + left, generator(0)
+    clusters = torch.randint(0, n // 3, (n,), generator=g)
+    z = torch.randn(n, d, generator=g).to(DEVICE, torch.bfloat16)
+
+    def fields() -> dict[str, Tensor]:
+        return as_dict(
+            fastcl.contrastive_stats(
+                z, anchor_clusters=clusters.to(DEVICE), normalize_anchors=True, logit_scale=20.0, want=FIELDS[:4]
+            )
+        )
+
+    once, again = fields(), fields()
+    monkeypatch.setattr(triangle, "FEWEST_ROWS", n + 1)
+    for name, expected in fields().items():
+        assert torch.equal(once[name], again[name]), name
+        torch.testing.assert_close(once[name], expected, rtol=1e-5, atol=1e-4)
 
 
 @smoke

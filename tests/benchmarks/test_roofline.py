@@ -67,6 +67,31 @@ def test_cycles_of_a_tile() -> None:
     assert milliseconds(together, program) == pytest.approx(1000 * 2 * 150 * 10 / 1.755e9)
 
 
+LOAD = "LDG.E.128 R4, desc[UR4][R2.64] ;"
+STORE = "STS.128 [R9], R4 ;"
+PRODUCT = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;"
+
+
+@pytest.mark.parametrize(
+    ("body", "waits"),
+    [
+        ([PRODUCT], 0),
+        ([LOAD, STORE, PRODUCT], 300 + 6400 / 64),  # latency and transfer
+        ([STORE, LOAD, PRODUCT], 300 + 6400 / 64 - 64),  # of the next tile, behind the product
+    ],
+)
+def test_rows_through_registers(body, waits) -> None:
+    lines = [*body, "MUFU.EX2 R24, R24 ;", "@P3 BRA 0x0 ;", "EXIT ;"]
+    word = "/* 0x000fe20000000000 */"
+    code = "\n".join(f"/*{16 * k:04x}*/ {line} {word}\n {word}" for k, line in enumerate(lines))
+    (loop,) = tile_loops(instructions(code), "MUFU.EX2", FLOPS)
+    program = Program(warps=4, registers=128, shared=0, programs=132, tiles=1, loaded=6400)
+    found = cycles(loop, program)
+    assert found.products == 64
+    shared = 16 * loop.count("STS")
+    assert found.alone - found.products - max(loop.stalls, found.issue, found.special, shared) == waits
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_a_compiled_kernel() -> None:

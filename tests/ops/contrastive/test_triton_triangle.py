@@ -69,7 +69,7 @@ def test_against_the_formula(n, changes, few) -> None:
     assert [name for name in few if name in KERNELS] == expected * len(problem.scales)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     n=st.integers(64, 300),
     programs=st.integers(1, 9),

@@ -15,6 +15,7 @@ from ...backends.triton_launch import INTERPRETED, architecture, blocks, program
 from ...backends.triton_tiles import Tile, square_tile, triangle_tile
 from .rows import Launch
 
+OLDEST_TRITON = (3, 6)  # 3.2 spills registers
 # With fewer rows, three launches more take as long as what they save.
 FEWEST_ROWS = 1 << 14
 # A program meets blocks at this many offsets, so that loading its own block hardly counts. More groups of offsets than
@@ -44,8 +45,8 @@ class Division(NamedTuple):
 
 @cache
 def compiles() -> bool:
-    """Whether this version of Triton compiles the kernels without spills: 3.2 does not."""
-    return INTERPRETED or tuple(int(part) for part in triton_version().split(".")[:2]) >= (3, 6)
+    """Whether this version of Triton compiles the kernels without spills."""
+    return INTERPRETED or tuple(int(part) for part in triton_version().split(".")[:2]) >= OLDEST_TRITON
 
 
 def shape_of(rows: Launch) -> tuple[Tile, int] | None:

@@ -52,6 +52,8 @@ ALL = [
 SOME = {
     (90, "bfloat16", "ieee", 256, False): KINDS,
     (90, "bfloat16", "ieee", 128, True): KINDS,
+    (90, "bfloat16", "ieee", 128, False): ("forward",),
+    (90, "bfloat16", "ieee", 512, False): KINDS,
     (90, "float32", "tf32x3", 128, False): ("forward", "backward"),
     (90, "float32", "tf32", 128, False): ("forward", "backward"),
     (100, "bfloat16", "ieee", 128, False): ("forward", "backward"),
@@ -82,10 +84,10 @@ def jobs(
     ]
     queue = {"flags": {"CLUSTERS": False, "SPLIT": True}, "absent": ["START", "END"]}
     variants = {
-        "forward": [{"flags": own_set}],
+        "forward": [{"flags": own_set}, {"flags": own_set | {"SPLIT": True}}, {"flags": {"MIXED_ONLY": True}}],
         "running": [{"flags": own_set}],
         "two_way": [{}],
-        "weighted": [{}, queue],
+        "weighted": [{}, {"flags": {"SPLIT": True}}, queue],
         "backward": both,
     }
     return [common | {"kind": kind} | variant for kind in kinds for variant in variants[kind]]

@@ -109,6 +109,9 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         of_masks = careful or job["kind"] in OBSERVING
         tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
         shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split)
+        if job["kind"] == "backward":
+            of_both = {"OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1}
+            shape = triton_tiles.for_variant(shape, of_both | job.get("flags", {}))
     constants = {
         "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
         "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,

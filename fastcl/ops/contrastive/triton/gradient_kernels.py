@@ -114,6 +114,7 @@ def sweep_gradient(
     part = tl.program_id(2)
     parts = tl.num_programs(2)
     dtype: tl.constexpr = Y.dtype.element_ty
+    half: tl.constexpr = dtype.primitive_bitwidth == 16
     i0 = tl.program_id(0) * BLOCK_M
     d0 = tl.program_id(1) * BLOCK_D
     i = i0 + tl.arange(0, BLOCK_M)
@@ -184,7 +185,8 @@ def sweep_gradient(
         positive_weight = load_side(SIDE, 3, N, i, is_row, True)
         extra = load_side(SIDE, 4, N, i, is_row, True)
     from_, to = share_of(mixed, part, parts, SPLIT)
-    for step in tl.range(from_, to, num_stages=None if IDS else 1):
+    # Whole 16-bit rows are copied ahead: on their way through registers they would spill.
+    for step in tl.range(from_, to, num_stages=None if IDS or (BLOCK_K == D and half) else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M
@@ -215,13 +217,15 @@ def sweep_gradient(
     if SPLIT:
         first_row = part.to(tl.int64) * N
     d = d0 + tl.arange(0, BLOCK_D)
-    places = GRADIENT + (first_row + i0) * D + (tl.arange(0, BLOCK_M)[:, None] * D + d[None, :])
-    tl.store(places, gradient, mask=is_row[:, None])
+    r = tl.arange(0, BLOCK_M)
+    places = GRADIENT + (first_row + i0) * D + (r[:, None] * D + d[None, :])
+    # Not `is_row`: the compiler would keep what it compared for the load of x, and spill it.
+    tl.store(places, gradient, mask=(r < N - i0)[:, None])
     if d0 == 0:
         if SIMILARITY_SUMS is not None:
-            tl.store(SIMILARITY_SUMS + first_row + i, similarity_sums, mask=is_row)
+            tl.store(SIMILARITY_SUMS + first_row + i0 + r, similarity_sums, mask=r < N - i0)
         if SUMS is not None:
-            tl.store(SUMS + first_row + i, sums, mask=is_row)
+            tl.store(SUMS + first_row + i0 + r, sums, mask=r < N - i0)
 
 
 @triton.jit(do_not_specialize=["N", "M"])

@@ -21,7 +21,7 @@ from ...backends.triton_launch import (
     precision_of,
     programs,
 )
-from ...backends.triton_tiles import COMPARED, ROWS_AT_ONCE, Tile, guide_width, padded, row_tile, tile
+from ...backends.triton_tiles import COMPARED, ROWS_AT_ONCE, Tile, for_variant, guide_width, padded, row_tile, tile
 from ..kept import Layout, Store, sums_are_kept
 from ..records import Problem, Rows
 
@@ -464,7 +464,7 @@ class Launch:
             if cleared is not None:
                 cleared.zero_()
             for given in arguments:
-                self.run(kernel, shape, grid(shape), given)
+                self.run(kernel, shape if INTERPRETED else for_variant(shape, given), grid(shape), given)
 
         launch(self.tile(kind, launch))
 

@@ -88,6 +88,7 @@ def sweep_rows(
     row_bias = load_or(ROW_BIAS, i, is_row, 0.0)
     row_names = load_names(ROW_NAMES, i, is_row, IDS)
     interior, mixed, first, hole, last, full = column_walk(START, END, i0, N, M, BLOCK_M, BLOCK_N, SELF, CLUSTERS, IDS)
+    half: tl.constexpr = X.dtype.element_ty.primitive_bitwidth == 16
     x = 0.0
     if BLOCK_K == D:
         x = load_rows(X, i0, 0, N, D, BLOCK_M, BLOCK_K, True, PRECISION, INTERPRETED)
@@ -143,7 +144,8 @@ def sweep_rows(
         start = tl.load(START + i, mask=is_row, other=0)
         end = tl.load(END + i, mask=is_row, other=0)
     from_, to = share_of(mixed, part, parts, SPLIT)
-    for step in tl.range(from_, to, num_stages=None if IDS else 1):
+    # Whole 16-bit rows are copied ahead: on their way through registers they would spill.
+    for step in tl.range(from_, to, num_stages=None if IDS or (BLOCK_K == D and half) else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M
@@ -182,7 +184,12 @@ def sweep_rows(
     if BIAS == 2:
         num_inadmissible = tl.where(row_bias == LEFT_OUT, M, num_inadmissible)
     if (CLUSTERS and not IDS) and BIAS == 0:
-        num_positive = end - start
+        # Loaded again, as rows are stored: kept through the loop over mixed tiles, they would spill.
+        again = i
+        if WEIGHTED is not None:
+            again = i.to(tl.uint32).to(tl.int64)  # other addresses to the compiler, which would keep these too
+        num_positive = tl.load(END + again, mask=is_row, other=0, volatile=True)
+        num_positive -= tl.load(START + again, mask=is_row, other=0, volatile=True)
         if SELF:
             num_positive -= 1  # a row lies in its own range
     if RUNNING:
@@ -210,9 +217,10 @@ def sweep_rows(
         tl.store(places + 6 * size, num_inadmissible.to(tl.float32), mask=is_row)
     if WEIGHTED is not None:
         d = d0 + tl.arange(0, BLOCK_D)
-        numbers = tl.arange(0, BLOCK_M)[:, None] * WIDTH + d[None, :]
-        weights = WEIGHTED + tl.cast(i0, tl.int64) * WIDTH + numbers
-        tl.store(weights, weighted / LIFT, mask=is_row[:, None] & (d < WIDTH)[None, :])
+        r = tl.arange(0, BLOCK_M)
+        weights = WEIGHTED + tl.cast(i0, tl.int64) * WIDTH + (r[:, None] * WIDTH + d[None, :])
+        # Not `is_row`: the compiler would keep what it compared for the load of x, and spill it.
+        tl.store(weights, weighted / LIFT, mask=(r < N - i0)[:, None] & (d < WIDTH)[None, :])
 
 
 @triton.jit

@@ -19,6 +19,8 @@ INF = tl.constexpr(float("inf"))
 LEFT_OUT = tl.constexpr(float("inf"))
 # To base 2. HEADROOM: largest logit after the shift. WIDE: bound on logits above which running maxima are used at once.
 HEADROOM, WIDE = tl.constexpr(64.0), tl.constexpr(150.0)
+# Stages of a loop that is pipelined as the kernel says; Triton before 3.3 takes no None.
+AS_THE_KERNEL = tl.constexpr(None if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) else 2)
 LOWEST = tl.constexpr(-1e38)  # initial running maximum: finite, so that differences are never NaN
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...backends.triton_kernels import (
+    AS_THE_KERNEL,
     LOG2E,
     admissible_pairs,
     base2_logits,
@@ -114,7 +115,7 @@ def sweep_gradient(
     part = tl.program_id(2)
     parts = tl.num_programs(2)
     dtype: tl.constexpr = Y.dtype.element_ty
-    half: tl.constexpr = dtype.primitive_bitwidth == 16
+    bits: tl.constexpr = dtype.primitive_bitwidth
     i0 = tl.program_id(0) * BLOCK_M
     d0 = tl.program_id(1) * BLOCK_D
     i = i0 + tl.arange(0, BLOCK_M)
@@ -186,7 +187,7 @@ def sweep_gradient(
         extra = load_side(SIDE, 4, N, i, is_row, True)
     from_, to = share_of(mixed, part, parts, SPLIT)
     # Whole 16-bit rows are copied ahead: on their way through registers they would spill.
-    for step in tl.range(from_, to, num_stages=None if IDS or (BLOCK_K == D and half) else 1):
+    for step in tl.range(from_, to, num_stages=AS_THE_KERNEL if IDS or (BLOCK_K == D and bits == 16) else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M

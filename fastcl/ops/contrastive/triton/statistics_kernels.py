@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ...backends.triton_kernels import (
+    AS_THE_KERNEL,
     INF,
     LEFT_OUT,
     LN2,
@@ -88,7 +89,7 @@ def sweep_rows(
     row_bias = load_or(ROW_BIAS, i, is_row, 0.0)
     row_names = load_names(ROW_NAMES, i, is_row, IDS)
     interior, mixed, first, hole, last, full = column_walk(START, END, i0, N, M, BLOCK_M, BLOCK_N, SELF, CLUSTERS, IDS)
-    half: tl.constexpr = X.dtype.element_ty.primitive_bitwidth == 16
+    bits: tl.constexpr = X.dtype.element_ty.primitive_bitwidth
     x = 0.0
     if BLOCK_K == D:
         x = load_rows(X, i0, 0, N, D, BLOCK_M, BLOCK_K, True, PRECISION, INTERPRETED)
@@ -145,7 +146,7 @@ def sweep_rows(
         end = tl.load(END + i, mask=is_row, other=0)
     from_, to = share_of(mixed, part, parts, SPLIT)
     # Whole 16-bit rows are copied ahead: on their way through registers they would spill.
-    for step in tl.range(from_, to, num_stages=None if IDS or (BLOCK_K == D and half) else 1):
+    for step in tl.range(from_, to, num_stages=AS_THE_KERNEL if IDS or (BLOCK_K == D and bits == 16) else 1):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M

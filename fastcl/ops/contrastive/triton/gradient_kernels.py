@@ -115,7 +115,7 @@ def sweep_gradient(
     part = tl.program_id(2)
     parts = tl.num_programs(2)
     dtype: tl.constexpr = Y.dtype.element_ty
-    bits: tl.constexpr = dtype.primitive_bitwidth
+    bits: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth
     i0 = tl.program_id(0) * BLOCK_M
     d0 = tl.program_id(1) * BLOCK_D
     i = i0 + tl.arange(0, BLOCK_M)
@@ -187,7 +187,9 @@ def sweep_gradient(
         extra = load_side(SIDE, 4, N, i, is_row, True)
     from_, to = share_of(mixed, part, parts, SPLIT)
     # Whole 16-bit rows are copied ahead: on their way through registers they would spill.
-    for step in tl.range(from_, to, num_stages=AS_THE_KERNEL if IDS or (BLOCK_K == D and bits == 16) else 1):
+    for step in tl.range(
+        from_, to, num_stages=AS_THE_KERNEL if IDS or (BLOCK_K == D and (D > 256 and bits == 16)) else 1
+    ):
         j0 = mixed_tile(step, first, last, full) * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         is_column = j < M
@@ -219,14 +221,16 @@ def sweep_gradient(
         first_row = part.to(tl.int64) * N
     d = d0 + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_M)
+    stored = is_row
+    if D > 256:  # the compiler would keep what it compared for the load of x, and spill it
+        stored = r < N - i0
     places = GRADIENT + (first_row + i0) * D + (r[:, None] * D + d[None, :])
-    # Not `is_row`: the compiler would keep what it compared for the load of x, and spill it.
-    tl.store(places, gradient, mask=(r < N - i0)[:, None])
+    tl.store(places, gradient, mask=stored[:, None])
     if d0 == 0:
         if SIMILARITY_SUMS is not None:
-            tl.store(SIMILARITY_SUMS + first_row + i0 + r, similarity_sums, mask=r < N - i0)
+            tl.store(SIMILARITY_SUMS + first_row + i0 + r, similarity_sums, mask=stored)
         if SUMS is not None:
-            tl.store(SUMS + first_row + i0 + r, sums, mask=r < N - i0)
+            tl.store(SUMS + first_row + i0 + r, sums, mask=stored)
 
 
 @triton.jit(do_not_specialize=["N", "M"])

@@ -33,11 +33,10 @@ class ClusteredRows:
         mean = self.total(torch.stack(sums).sum(0) if sums else self.mean.double() * 0) / n
         if not spherical:
             self.mean = mean.to(dtype)
-        self._kept: Tensor | None = None  # all rows as `extended` makes them
-        self._gathered: Tensor | None = None  # memory for some of them
+        self._memory: Tensor | None = None  # for a block of rows as `extended` makes them
+        self._kept: Tensor | None = None  # all rows so
         if 0 < own * (d + 1) <= KEPT:
-            self._kept = rows.new_empty(own, d + 1, dtype=dtype)
-            self._kept[:, -1] = 1
+            self._kept = self._new(own)
             self.prepared(rows, out=self._kept[:, :-1])
         squares = [torch.linalg.vector_norm(part[:, :-1], dim=1).double().square() for part in self.extended()]
         self.squares = torch.cat(squares) if squares else rows.new_zeros(0, dtype=torch.float64)
@@ -70,23 +69,32 @@ class ClusteredRows:
             yield place, self.prepared(self.rows[place])
 
     def extended(self, places: Tensor | None = None) -> Iterator[Tensor]:
-        """Blocks of rows with a column of ones [b, D + 1], each valid until the next. Few rows are one block.
+        """Blocks of rows with a column of ones [b, D + 1], each valid until the next. Few rows are one block, if all
+        are asked for.
 
         places: indices of the rows; None: all.
         """
-        if self._kept is not None:
-            if places is None:
-                yield self._kept
-                return
-            if self._gathered is None:
-                self._gathered = torch.empty_like(self._kept)
-            yield torch.index_select(self._kept, 0, places, out=self._gathered[: len(places)])
+        if self._kept is not None and places is None:
+            yield self._kept
             return
-        count, d = len(self.rows) if places is None else len(places), self.rows.shape[1]
-        memory = self.rows.new_ones(min(self.block, count), d + 1, dtype=self.dtype)
-        for part in (self.rows if places is None else places).split(self.block) if count else ():
-            self.prepared(part if places is None else self.rows[part], out=memory[: len(part), :-1])
-            yield memory[: len(part)]
+        count = len(self.rows) if places is None else len(places)
+        if not count:
+            return
+        if self._memory is None:  # new memory for each call would take as long as the rows
+            self._memory = self._new(min(self.block, len(self.rows)))
+        for part in (self.rows if places is None else places).split(self.block):
+            found = self._memory[: len(part)]
+            if self._kept is not None:
+                torch.index_select(self._kept, 0, part, out=found)
+            else:
+                self.prepared(part if places is None else self.rows[part], out=found[:, :-1])
+            yield found
+
+    def _new(self, count: int) -> Tensor:
+        """Memory [count, D + 1] for extended rows."""
+        memory = self.rows.new_empty(count, self.rows.shape[1] + 1, dtype=self.dtype)
+        memory[:, -1] = 1
+        return memory
 
     def search(self, centres: Tensor, k: int, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k nearest centres of each row, or of those at `places`: (scores, indices), each [N, k].

@@ -181,7 +181,7 @@ def sinkhorn(
     log_prior, log_rows, count = options[1], options[2], options[4]
     outputs = _solve(*solved)
     if group is None:
-        _check_finite(s, log_prior, log_rows, outputs[2])
+        _check_finite(s, log_prior, log_rows, outputs[1], outputs[2])
     # The derivative of `[0]` would copy the gradient into a matrix of zeros; that of `squeeze` is a view.
     assignments, rows, columns, error = outputs[:4] if batched else (output.squeeze(0) for output in outputs[:4])
     if tol is None:
@@ -358,9 +358,11 @@ def _epsilon(epsilon: Any) -> Any:
     return value
 
 
-def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, potential: Tensor) -> None:
+def _check_finite(scores: Tensor, log_prior: Tensor, log_rows: Tensor, *potentials: Tensor) -> None:
     """Raises ValueError if the result is not finite because there is no solution; NaN in the scores is no error."""
-    if not values_visible(scores) or potential.sum().item() < torch.inf or bool((potential < torch.inf).all()):
+    if not values_visible(scores):
+        return
+    if all(part.sum().item() < torch.inf or bool((part < torch.inf).all()) for part in potentials):
         return
     nothing = scores.detach() == -torch.inf
     without_mass = (log_rows == -torch.inf)[..., None]

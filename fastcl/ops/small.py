@@ -71,6 +71,11 @@ def rows_of(values: Tensor) -> tuple[int, ...]:
     return DTYPES[values.dtype], values.data_ptr(), shape[0] * shape[1], shape[2], 1
 
 
+def as_saved(values: Any) -> Any:
+    """Rows, or None, from `saved_tensors` for `rows_of`: a hook may have given views [N, V, D] other strides."""
+    return values if values is None or values.dim() == 2 else values.contiguous()
+
+
 def number_of(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of one element as a tensor [], detached."""
     value = value.detach()

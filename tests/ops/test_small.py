@@ -296,6 +296,20 @@ def test_a_second_backward_reads_rows_where_they_are_then(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_hook_on_saved_tensors_may_change_their_strides(name: str) -> None:
+    z = x(6, 2, D)
+    pack = (
+        (lambda t: t.detach().transpose(0, 1).contiguous() if t.dim() == 3 else t),
+        (lambda t: t.transpose(0, 1) if t.dim() == 3 else t),
+    )
+    with torch.autograd.graph.saved_tensors_hooks(*pack):
+        loss = ALL[name][0](z, torch.arange(6) // 2)
+    assert type(loss.grad_fn).__name__.startswith(ALL[name][1])
+    (first,), (again,) = torch.autograd.grad(loss, z, retain_graph=True), torch.autograd.grad(loss, z)
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_second_derivatives_raise(name: str) -> None:
     z = x(N, D)
     (gradient,) = torch.autograd.grad(ALL[name][0](z, labels()), z, create_graph=True)

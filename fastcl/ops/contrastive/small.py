@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import native
 from ..backends.choose import chooses_cpu
-from ..small import constant, gradient_of, number_of, rows_of, scaled
+from ..small import as_saved, constant, gradient_of, number_of, rows_of, scaled
 from . import direct
 
 MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
@@ -50,7 +50,7 @@ class SmallMean(torch.autograd.Function):
         saved = ctx.saved_tensors
         ready, ctx.ready = ctx.ready, None
         if ready is None:
-            _, ready = _run(ctx.call, ctx.needs_input_grad, *saved[:2])
+            _, ready = _run(ctx.call, ctx.needs_input_grad, *map(as_saved, saved[:2]))
         return None, *scaled(grad, saved[:3], ready)
 
 

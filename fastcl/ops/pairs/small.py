@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import native
 from ..backends.choose import chooses_cpu
 from ..pair_maps import KINDS
-from ..small import constant, gradient_of, number_of, rows_of, scaled
+from ..small import as_saved, constant, gradient_of, number_of, rows_of, scaled
 
 MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
 
@@ -60,7 +60,7 @@ class SmallTotal(torch.autograd.Function):
         ready, ctx.ready = ctx.ready, None
         if ready is None:
             call, weight = ctx.call
-            _, ready = _total(call, weight, ctx.needs_input_grad, saved[0], saved[1])
+            _, ready = _total(call, weight, ctx.needs_input_grad, *map(as_saved, saved[:2]))
         return None, None, *scaled(grad, saved[:4], ready)
 
 
@@ -80,7 +80,7 @@ class SmallMeans(torch.autograd.Function):
         ready, ctx.ready = ctx.ready, None
         if ready is None:
             call, active = ctx.call
-            _, ready = _means(call, active, ctx.needs_input_grad, saved[0], saved[1])
+            _, ready = _means(call, active, ctx.needs_input_grad, *map(as_saved, saved[:2]))
         return None, None, *scaled(grad, saved[:2], ready)
 
 

@@ -282,6 +282,7 @@ def test_the_largest_epsilon(backend) -> None:
         (lambda: fastcl.sinkhorn(S, epsilon=torch.tensor(2e36)), ValueError, "epsilon: expected at most 1e"),
         (lambda: fastcl.sinkhorn(hopeless(S, (..., 1))), ValueError, "scores: expected one .* column 1 has none"),
         (lambda: fastcl.sinkhorn(hopeless(S, (2,))), ValueError, "scores: expected one above -inf .* row 2 has none"),
+        (lambda: fastcl.sinkhorn(hopeless(S, (2,)), n_iters=1), ValueError, "scores: expected one .* row 2 has none"),
         (
             lambda: fastcl.sinkhorn(hopeless(S, (slice(1, None), 2)), row_marginal=torch.tensor([0.0, 1, 1, 1])),
             ValueError,

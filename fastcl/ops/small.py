@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import INTEGER_DTYPES, LARGEST, SMALLEST
+from .backends import native
 from .backends.native import DTYPES
 from .library import intercepted, once_differentiable
 
@@ -69,6 +70,26 @@ def rows_of(values: Tensor) -> tuple[int, ...]:
     if len(shape) == 2:
         return DTYPES[values.dtype], values.data_ptr(), shape[0], *values.stride()
     return DTYPES[values.dtype], values.data_ptr(), shape[0] * shape[1], shape[2], 1
+
+
+def described(
+    anchors: Tensor,
+    contrasts: Tensor | None,
+    clusters: Tensor,
+    contrast_clusters: Tensor | None,
+    scale: Tensor,
+    normalize: bool,
+    symmetric: bool,
+    differentiated: bool,
+) -> tuple[Any, ...]:
+    """The problem as csrc/bindings reads it. differentiated: the call also computes gradients."""
+    own, other = rows_of(anchors), (0, 0, 0, 0, 0) if contrasts is None else rows_of(contrasts)
+    d, two = anchors.shape[-1], contrasts is not None
+    threads = native.threads(own[2] * (other[2] if two else own[2]) * d, native.PRODUCTS, differentiated)
+    return (
+        *own, *other, d, clusters.data_ptr(), native.address(contrast_clusters), 0, 0, scale.data_ptr(), 1, 0,
+        normalize, normalize and two, scale.dtype == torch.float64, symmetric, threads, 0,
+    )  # fmt: skip
 
 
 def as_saved(values: Any) -> Any:

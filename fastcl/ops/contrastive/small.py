@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import native
 from ..backends.choose import chooses_cpu
-from ..small import as_saved, constant, gradient_of, number_of, rows_of, scaled
+from ..small import as_saved, constant, described, gradient_of, number_of, scaled
 from . import direct
 
 MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
@@ -63,14 +63,8 @@ def _run(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The loss, and the needed gradients of anchors, contrasts and what is learned."""
     clusters, contrast_clusters, scale, inverted, normalize, symmetric, negatives_only = call
-    own, other = rows_of(anchors), (0, 0, 0, 0, 0) if contrasts is None else rows_of(contrasts)
-    dtype, d, two = scale.dtype, anchors.shape[-1], contrasts is not None
-    threads = native.threads(own[2] * (other[2] if two else own[2]) * d, native.PRODUCTS, any(needs))
-    address = native.address
-    described = (
-        *own, *other, d, clusters.data_ptr(), address(contrast_clusters), 0, 0, scale.data_ptr(), 1, 0,
-        normalize, normalize and two, dtype == torch.float64, symmetric, threads, 0,
-    )  # fmt: skip
+    dtype, address = scale.dtype, native.address
+    problem = described(anchors, contrasts, clusters, contrast_clusters, scale, normalize, symmetric, any(needs))
     loss = torch.empty_like(scale)
     of_own = gradient_of(anchors, dtype) if needs[1] else None
     of_other = gradient_of(contrasts, dtype) if needs[2] and contrasts is not None else None
@@ -78,7 +72,7 @@ def _run(
     outputs = (
         negatives_only, 0, 0, 0, loss.data_ptr(), 0, 0, 0, address(of_own), address(of_other), address(of_scale), 0
     )  # fmt: skip
-    native.run(native.native_module().mean(native.engine()[0], described, outputs, True, not two))
+    native.run(native.native_module().mean(native.engine()[0], problem, outputs, True, contrasts is None))
     if of_scale is not None and inverted:
         of_scale.mul_(scale * scale).neg_()
     return loss, (of_own, of_other, of_scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import native
 from ..backends.choose import chooses_cpu
 from ..pair_maps import KINDS
-from ..small import as_saved, constant, gradient_of, number_of, rows_of, scaled
+from ..small import as_saved, constant, described, gradient_of, number_of, scaled
 
 MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
 
@@ -144,27 +144,21 @@ def _sweep(
 
     sums: [3, 2, N], receives those of `records.Sums`.
     """
-    clusters, contrast_clusters, scale, _, offset, normalize, kind, (pos_margin, neg_margin) = call
-    own, other = rows_of(anchors), (0, 0, 0, 0, 0) if contrasts is None else rows_of(contrasts)
-    dtype, n, d, two = scale.dtype, own[2], anchors.shape[-1], contrasts is not None
-    threads = native.threads(n * (other[2] if two else n) * d, native.PRODUCTS, any(needs))
-    address = native.address
-    described = (
-        *own, *other, d, clusters.data_ptr(), address(contrast_clusters), 0, 0, scale.data_ptr(), 1, 0,
-        normalize, normalize and two, dtype == torch.float64, False, threads, 0,
-    )  # fmt: skip
+    clusters, contrast_clusters, scale, _, offset, normalize, kind, margins = call
+    dtype, address = scale.dtype, native.address
+    problem = described(anchors, contrasts, clusters, contrast_clusters, scale, normalize, False, any(needs))
     total = torch.empty_like(scale)
     of_own = gradient_of(anchors, dtype) if needs[0] else None
     of_other = gradient_of(contrasts, dtype) if needs[1] and contrasts is not None else None
     of_scale = torch.empty_like(scale) if needs[2] else None
     of_offset = torch.empty_like(scale) if needs[3] else None
-    first, row = address(sums), 0 if sums is None else 2 * n * sums.element_size()
+    first, row = address(sums), 0 if sums is None else sums[0].nbytes
     numbers = (
         KINDS[kind].number, only_positives, address(offset), False, weights.data_ptr(), first, first + row,
         first + 2 * row, address(of_own), address(of_other), address(of_scale), address(of_offset), 0,
     )  # fmt: skip
     pairs = native.native_module().pairs
-    native.run(pairs(native.engine()[0], described, numbers, pos_margin, neg_margin, total.data_ptr(), True, not two))
+    native.run(pairs(native.engine()[0], problem, numbers, *margins, total.data_ptr(), True, contrasts is None))
     return total, (of_own, of_other, of_scale, of_offset)
 
 

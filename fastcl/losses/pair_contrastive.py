@@ -13,7 +13,7 @@ from .gathered_pairs import Maps
 from .options import LossOptions
 from .pair_sums import Swept
 from .reduce import scalar
-from .small import clusters_on_cpu
+from .small import rows_on_cpu
 
 DISTANCES = ("euclidean", "cosine")
 REDUCTIONS = ("active", "mean", "sum", "none")
@@ -162,11 +162,11 @@ def _small(given: Tensors, maps: Maps, reduction: str) -> Tensor | None:
         return None
     if (given.contrasts is None) != (given.contrast_clusters is None):
         return None
-    clusters = clusters_on_cpu(given, _OPTIONS, 1.0)
-    if clusters is None:
+    rows = rows_on_cpu(given, _OPTIONS, 1.0)
+    if rows is None:
         return None
     return means_of(
-        given.embeddings, given.contrasts, *clusters, normalize=maps.kind != "squared", kind=maps.kind,  # type: ignore[arg-type]
+        given.embeddings, *rows, normalize=maps.kind != "squared", kind=maps.kind,
         margins=(maps.pos_margin, maps.neg_margin), active=reduction == "active",
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from .modules import GroupModule, shown_number, shown_temperature
 from .options import LossOptions, refuses_renamed
 from .pair_sums import Swept, share_of_all, swept
 from .reduce import LossResult, inverse_temperature, opened, posed, scalar, summary_of
-from .small import clusters_on_cpu
+from .small import rows_on_cpu
 
 MAPS = Maps("softplus")
 
@@ -234,16 +234,16 @@ def _small(given: Tensors, options: LossOptions, temperature: Any, bias: Any) ->
     """The mean or sum of a valid small call on a CPU, by `total_of`; None for other calls, which are then checked."""
     if torch.compiler.is_compiling() or options.reduction == "none" or options.gather is not False:
         return None
-    clusters = clusters_on_cpu(given, options, temperature, bias)
-    if clusters is None:
+    rows = rows_on_cpu(given, options, temperature, bias)
+    if rows is None:
         return None
     embeddings = given.embeddings
-    rows = embeddings.numel() // embeddings.shape[-1]
-    if rows == 1 and given.contrasts is None:  # it has no contrast, and does not count
+    count = embeddings.numel() // embeddings.shape[-1]
+    if count == 1 and given.contrasts is None:  # it has no contrast, and does not count
         return None
     return total_of(
-        embeddings, given.contrasts, *clusters, temperature, bias, inverted=True,  # type: ignore[arg-type]
-        normalize=options.normalize, kind=MAPS.kind, weight=1 / rows if options.reduction == "mean" else 1.0,
+        embeddings, *rows, temperature, bias, inverted=True,
+        normalize=options.normalize, kind=MAPS.kind, weight=1 / count if options.reduction == "mean" else 1.0,
     )  # fmt: skip
 
 

@@ -70,11 +70,11 @@ def mean_on_cpu(
         return None
     if options.gather is not False or not _is_mean(options):  # in this order: what is known keeps no group alive
         return None
-    clusters = clusters_on_cpu(given, options, scale)
-    if clusters is None:
+    rows = rows_on_cpu(given, options, scale)
+    if rows is None:
         return None
     return small.mean_loss(
-        given.embeddings, given.contrasts, *clusters, scale, inverted=inverted, normalize=options.normalize,  # type: ignore[arg-type]
+        given.embeddings, *rows, scale, inverted=inverted, normalize=options.normalize,
         symmetric=options.symmetric, negatives_only=options.denominator == "negatives",
     )  # fmt: skip
 
@@ -91,13 +91,13 @@ def _is_mean(options: LossOptions) -> bool:
     return options.reduction == "mean" and infonce(options).mean_of_differences()
 
 
-def clusters_on_cpu(
+def rows_on_cpu(
     given: Tensors, options: LossOptions, scale: Any, offset: Any = 0.0
-) -> tuple[Tensor, Tensor | None] | None:
-    """The clusters of anchors [N * V] and of contrasts [M] of a valid call on a CPU; None for other calls.
+) -> tuple[Tensor | None, Tensor, Tensor | None] | None:
+    """The contrasts, and the clusters of anchors [N * V] and of contrasts [M], of a valid call on a CPU, else None.
 
-    int64 and contiguous; in self-contrast negative clusters mean none, of two sets only -1. Only calls of tensors whose
-    clusters are cheap to find. Not under a compiler.
+    Clusters are int64 and contiguous; in self-contrast negative clusters mean none, of two sets only -1. Only calls of
+    tensors whose clusters are cheap to find. Not under a compiler.
 
     scale, offset: what else the call needs: a positive and a finite number.
     """
@@ -135,16 +135,16 @@ def clusters_on_cpu(
     if not (in_range(scale, positive=True) and in_range(offset, positive=False)):
         return None
     if clusters is None:
-        return places(n, views, rows), None if contrasts is None else places(n, views, count)
+        return contrasts, places(n, views, rows), None if contrasts is None else places(n, views, count)
     dense = clusters.dtype == torch.int64 and clusters.is_contiguous()
     own = clusters if dense else clusters.to(torch.int64).contiguous()
     if contrasts is None and views == 1:
-        return own, None
+        return None, own, None
     if int(own.amin()) < 0:  # a row in no cluster is a positive of its sample's other rows
         return None
     own = own if views == 1 else own.repeat_interleave(views)
     if contrasts is None:
-        return own, None
+        return None, own, None
     if contrast_clusters is not None:
-        return own, contrast_clusters.to(torch.int64).clamp(min=-1).contiguous()
-    return own, own if count == rows else torch.cat((own, own.new_full((count - rows,), -1)))
+        return contrasts, own, contrast_clusters.to(torch.int64).clamp(min=-1).contiguous()
+    return contrasts, own, own if count == rows else torch.cat((own, own.new_full((count - rows,), -1)))

@@ -11,12 +11,36 @@ from torch import Tensor
 
 from ..checks import INTEGER_DTYPES, LARGEST, SMALLEST
 from .backends import native
+from .backends.choose import chooses_cpu
 from .backends.native import DTYPES
 from .library import intercepted, once_differentiable
 
 MOST_ROWS = 1 << 13  # tensors of their length stay in memory
 _TYPES = Tensor, torch.nn.Parameter
 _IDS = frozenset(INTEGER_DTYPES) - {torch.uint64}
+
+
+MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
+
+
+def is_small(anchors: Tensor, contrasts: Tensor | None, most: int | None = None) -> bool:
+    """Whether N M D is at most `MOST` and `most`, and the engine is to compute the call. Rows are as in `are_rows`."""
+    if anchors.dim() == 3 and not anchors.is_contiguous():
+        return False
+    numbers = anchors.numel()
+    products = numbers * (numbers if contrasts is None else contrasts.numel()) // anchors.shape[-1]
+    if not 0 < products <= (MOST if most is None else min(most, MOST)) or not chooses_cpu():
+        return False
+    return contrasts is None or (anchors.dtype == torch.float64) == (contrasts.dtype == torch.float64)
+
+
+def real_of(anchors: Tensor) -> torch.dtype:
+    """The dtype of sums over these rows."""
+    return torch.float64 if anchors.dtype == torch.float64 else torch.float32
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def are_rows(*values: Any) -> bool:
@@ -102,6 +126,14 @@ def number_of(value: Tensor, dtype: torch.dtype) -> Tensor:
     value = value.detach()
     value = value if value.dtype == dtype else value.to(dtype)
     return value.reshape(()) if value.dim() else value
+
+
+def scale_of(value: float | Tensor, inverted: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The scale as a tensor [], and the tensor that it is learned by. inverted: `value` is the temperature."""
+    if not isinstance(value, Tensor):
+        return constant(1 / value if inverted else value, dtype), None
+    number = number_of(value, dtype)
+    return number.reciprocal() if inverted else number, value
 
 
 def gradient_of(values: Tensor, dtype: torch.dtype) -> Tensor:

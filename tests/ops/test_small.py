@@ -16,8 +16,6 @@ import fastcl
 from fastcl.functional import cluster_infonce, pair_contrastive_loss, sigmoid_loss
 from fastcl.ops import small
 from fastcl.ops.backends import choose, native
-from fastcl.ops.contrastive import small as small_mean
-from fastcl.ops.pairs import small as small_total
 from tests.support.strategies import generator
 
 pytestmark = pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
@@ -77,8 +75,7 @@ CASES = {
 
 
 def off(monkeypatch) -> None:
-    for module in (small_mean, small_total):
-        monkeypatch.setattr(module, "MOST", 0)
+    monkeypatch.setattr(small, "MOST", 0)
 
 
 def name_of(loss: Tensor) -> str:
@@ -191,7 +188,6 @@ def test_statistics_change_no_bit(name: str, n: int) -> None:
 def test_sizes_and_backends(name: str, monkeypatch) -> None:
     loss, node = LOSSES[name]
     call = partial(loss, x(N, D), labels())
-    small = [small_mean, small_total][node == "SmallTotal"]
     monkeypatch.setattr(small, "MOST", N * N * D - 1)
     assert node not in name_of(call())
     monkeypatch.setattr(small, "MOST", N * N * D)

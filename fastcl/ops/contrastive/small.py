@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends import native
-from ..backends.choose import chooses_cpu
-from ..small import as_saved, constant, described, gradient_of, number_of, scaled
+from ..small import as_saved, described, gradient_of, is_small, needs_gradient, real_of, scale_of, scaled
 from . import direct
-
-MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
 
 
 class _Call(NamedTuple):
@@ -97,26 +94,11 @@ def mean_loss(
     anchors: [N, D], or [N, V, D] as N * V rows. clusters, contrast_clusters: [N * V] and [M], as in `_Call`. scale:
     positive; a tensor has one element. inverted: it is the temperature. negatives_only: sums are over the negatives.
     """
-    if anchors.dim() == 3 and not anchors.is_contiguous():
+    if not is_small(anchors, contrasts, direct.AT_ONCE):
         return None
-    numbers, width = anchors.numel(), anchors.shape[-1]
-    products = numbers * (numbers if contrasts is None else contrasts.numel()) // width
-    learned = scale if isinstance(scale, Tensor) else None
-    if not 0 < products <= min(MOST, direct.AT_ONCE) or not chooses_cpu():
-        return None
-    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
-    if contrasts is not None and (dtype == torch.float64) != (contrasts.dtype == torch.float64):
-        return None
-    if learned is None:
-        number = constant(1 / scale if inverted else scale, dtype)
-    else:
-        number = number_of(learned, dtype)
-        number = number.reciprocal() if inverted else number
+    number, learned = scale_of(scale, inverted, real_of(anchors))
     call = _Call(clusters, contrast_clusters, number, inverted, normalize, symmetric, negatives_only)
-    learns = learned is not None and learned.requires_grad
-    if torch.is_grad_enabled() and (
-        anchors.requires_grad or learns or (contrasts is not None and contrasts.requires_grad)
-    ):
+    if needs_gradient(anchors, contrasts, learned):
         loss: Tensor = _apply(call, anchors, contrasts, learned)
         return loss
     return _run(call, (False,) * 4, anchors, contrasts)[0]

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends import native
-from ..backends.choose import chooses_cpu
 from ..pair_maps import KINDS
-from ..small import as_saved, constant, described, gradient_of, number_of, scaled
-
-MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
+from ..small import as_saved, constant, described, gradient_of, is_small, needs_gradient, real_of, scale_of, scaled
 
 
 class _Call(NamedTuple):
@@ -162,17 +159,6 @@ def _sweep(
     return total, (of_own, of_other, of_scale, of_offset)
 
 
-def _is_small(anchors: Tensor, contrasts: Tensor | None) -> bool:
-    """Whether the call is small, and the engine is to compute it."""
-    if anchors.dim() == 3 and not anchors.is_contiguous():
-        return False
-    numbers = anchors.numel()
-    products = numbers * (numbers if contrasts is None else contrasts.numel()) // anchors.shape[-1]
-    if not 0 < products <= MOST or not chooses_cpu():
-        return False
-    return contrasts is None or (anchors.dtype == torch.float64) == (contrasts.dtype == torch.float64)
-
-
 def total_of(
     anchors: Tensor,
     contrasts: Tensor | None,
@@ -194,24 +180,12 @@ def total_of(
     positive; tensors have one element. inverted: it is the temperature. offset: added to the logits. kind: a map of
     logits without margins.
     """
-    if not _is_small(anchors, contrasts):
+    if not is_small(anchors, contrasts):
         return None
-    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
-    learned = scale if isinstance(scale, Tensor) else None
-    shift = offset if isinstance(offset, Tensor) else None
-    if learned is None:
-        number = constant(1 / scale if inverted else scale, dtype)
-    else:
-        number = number_of(learned, dtype)
-        number = number.reciprocal() if inverted else number
-    added = constant(offset, dtype) if shift is None else number_of(shift, dtype)
+    number, learned = scale_of(scale, inverted, real_of(anchors))
+    added, shift = scale_of(offset, False, number.dtype)
     call = _Call(clusters, contrast_clusters, number, inverted, added, normalize, kind)
-    if torch.is_grad_enabled() and (
-        anchors.requires_grad
-        or (contrasts is not None and contrasts.requires_grad)
-        or (learned is not None and learned.requires_grad)
-        or (shift is not None and shift.requires_grad)
-    ):
+    if needs_gradient(anchors, contrasts, learned, shift):
         total: Tensor = _apply_total(call, weight, anchors, contrasts, learned, shift)
         return total
     return _total(call, weight, (False,) * 6, anchors, contrasts)[0]
@@ -232,11 +206,11 @@ def means_of(
 
     kind: a map with margins. active: over the pairs whose value is not 0.
     """
-    if not _is_small(anchors, contrasts):
+    if not is_small(anchors, contrasts):
         return None
-    one = constant(1.0, torch.float64 if anchors.dtype == torch.float64 else torch.float32)
+    one = constant(1.0, real_of(anchors))
     call = _Call(clusters, contrast_clusters, one, False, None, normalize, kind, margins)
-    if torch.is_grad_enabled() and (anchors.requires_grad or (contrasts is not None and contrasts.requires_grad)):
+    if needs_gradient(anchors, contrasts):
         loss: Tensor = _apply_means(call, active, anchors, contrasts)
         return loss
     return _means(call, active, (False,) * 4, anchors, contrasts)[0]

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastcl
 from fastcl.functional import cluster_infonce
+from fastcl.ops import small
 from fastcl.ops.backends import choose, native
-from fastcl.ops.contrastive import cpu, direct, small
+from fastcl.ops.contrastive import cpu, direct
 from fastcl.ops.contrastive.records import Problem, Rows
 from tests.support.backends import VARIANTS
 from tests.support.pairs import pairs

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import check_flag, check_rows, finite_scalar, positive_number, scalar_tensor
 from ..distributed import Property, World, tell_others
 from ..ops import small
+from ..ops.backends.choose import chooses_cpu
 from ..ops.backends.rows import accumulation_dtype
 from ..ops.contrastive.records import Rows
 from ..ops.library import intercepted, uncompiled
@@ -250,7 +251,9 @@ def _small(given: Tensors, options: LossOptions, temperature: Any, bias: Any) ->
 def _small_siglip(image: Any, text: Any, logit_scale: Any, logit_bias: Any) -> Tensor | None:
     """`SigLipLoss` of a valid small call on a CPU, by `total_of`; None for other calls, which are then checked."""
     logit_bias = 0.0 if logit_bias is None else logit_bias
-    if not (small.are_rows(image, text) and small.is_number(logit_scale) and small.is_number(logit_bias)):
+    if not (small.are_rows(image, text) and chooses_cpu()):
+        return None
+    if not (small.is_number(logit_scale) and small.is_number(logit_bias)):
         return None
     if image.shape != text.shape or image.dim() != 2:
         return None

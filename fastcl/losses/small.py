@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import scalar_tensor
+from ..ops.backends.choose import chooses_cpu
 from ..ops.contrastive import replayed, small
 from ..ops.contrastive.records import Problem
 from ..ops.library import intercepted
@@ -109,7 +110,7 @@ def rows_on_cpu(
         return None
     if not assignments is contrast_assignments is groups is contrast_groups is hard_negatives is None:
         return None
-    if not (are_rows(embeddings) and is_number(scale) and is_number(offset)):
+    if not (are_rows(embeddings) and chooses_cpu() and is_number(scale) and is_number(offset)):
         return None
     shape = embeddings.shape
     n, views = shape[0], shape[1] if len(shape) == 3 else 1

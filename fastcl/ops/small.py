@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..checks import INTEGER_DTYPES, LARGEST, SMALLEST
 from .backends import native
-from .backends.choose import chooses_cpu
 from .backends.native import DTYPES
 from .library import intercepted, once_differentiable
 
@@ -24,12 +23,12 @@ MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that
 
 
 def is_small(anchors: Tensor, contrasts: Tensor | None, most: int | None = None) -> bool:
-    """Whether N M D is at most `MOST` and `most`, and the engine is to compute the call. Rows are as in `are_rows`."""
+    """Whether N M D is at most `MOST` and `most`, and one call of the engine takes both. Rows are as in `are_rows`."""
     if anchors.dim() == 3 and not anchors.is_contiguous():
         return False
     numbers = anchors.numel()
     products = numbers * (numbers if contrasts is None else contrasts.numel()) // anchors.shape[-1]
-    if not 0 < products <= (MOST if most is None else min(most, MOST)) or not chooses_cpu():
+    if not 0 < products <= (MOST if most is None else min(most, MOST)):
         return False
     return contrasts is None or (anchors.dtype == torch.float64) == (contrasts.dtype == torch.float64)
 

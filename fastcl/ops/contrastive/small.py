@@ -87,9 +87,9 @@ def mean_loss(
     symmetric: bool,
     negatives_only: bool,
 ) -> Tensor | None:
-    """The loss of `direct.DirectMean`; None if the call is not small, or if the engine is not to compute it.
+    """The loss of `direct.DirectMean`; None if the call is not small.
 
-    Tensors are on the CPU and not `intercepted`.
+    Tensors are on the CPU and not `intercepted`, and `choose.chooses_cpu`.
 
     anchors: [N, D], or [N, V, D] as N * V rows. clusters, contrast_clusters: [N * V] and [M], as in `_Call`. scale:
     positive; a tensor has one element. inverted: it is the temperature. negatives_only: sums are over the negatives.

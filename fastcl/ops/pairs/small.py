@@ -172,9 +172,9 @@ def total_of(
     kind: str,
     weight: float,
 ) -> Tensor | None:
-    """The sum over all pairs times `weight`; None if the call is not small, or if the engine is not to compute it.
+    """The sum over all pairs times `weight`; None if the call is not small.
 
-    Tensors are on the CPU and not `intercepted`.
+    Tensors are on the CPU and not `intercepted`, and `choose.chooses_cpu`.
 
     anchors: [N, D], or [N, V, D] as N * V rows. clusters, contrast_clusters: [N * V] and [M], as in `_Call`. scale:
     positive; tensors have one element. inverted: it is the temperature. offset: added to the logits. kind: a map of

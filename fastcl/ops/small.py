@@ -39,7 +39,11 @@ def real_of(anchors: Tensor) -> torch.dtype:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator would take longer
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def are_rows(*values: Any) -> bool:

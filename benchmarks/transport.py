@@ -24,6 +24,7 @@ from fastcl.ops.backends.choose import AVAILABLE
 from fastcl.ops.sinkhorn.op import PASSES
 
 SUITE = "sinkhorn"
+GIVEN = ", out="  # follows a backend's name: the assignments' memory is that of the call before
 EAGER, LOOP, COPY = "eager, log domain", "SwAV's loop", "copy of the scores"
 TRUTH_BLOCK = 1 << 26  # scores converted to float64 at once for the truth
 Row = dict[str, Any]
@@ -70,6 +71,20 @@ Solve = Callable[[Case, Tensor, Tensor, Tensor], Tensor]  # scores, points, prot
 def _fastcl(backend: str, case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
     with fastcl.use_backend(backend):
         return fastcl.sinkhorn(scores, epsilon=case.epsilon, n_iters=case.n_iters).assignments
+
+
+def _into(backend: str) -> Solve:
+    """A backend that writes each result where the one before was."""
+    room: dict[torch.Size, Tensor] = {}
+
+    def solve(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        if scores.shape not in room:
+            room[scores.shape] = torch.empty_like(scores)
+        out = room[scores.shape]
+        with fastcl.use_backend(backend):
+            return fastcl.sinkhorn(scores, epsilon=case.epsilon, n_iters=case.n_iters, out=out).assignments
+
+    return solve
 
 
 def log_domain(case: Case, scores: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -165,6 +180,8 @@ def providers(device: torch.device) -> tuple[dict[str, tuple[Solve, str]], dict[
         and backend != "reference"
         and _DEVICE_OF_BACKEND.get(backend, device.type) == device.type
     }
+    if device.type == "cpu" and "cpu" in AVAILABLE:
+        found["fastcl cpu" + GIVEN] = _into("cpu"), "fastcl"
     found |= {EAGER: (log_domain, "torch"), LOOP: (kernel_domain, "torch")}
     missing = {}
     for name, module, package, solve in (
@@ -224,6 +241,8 @@ def errors(case: Case, scores: Tensor, v: Tensor, got: Tensor) -> Row:
 def measure(case: Case, device: torch.device, **effort: Any) -> list[Row]:
     """A row per solver. effort: options of `measure.alternate`."""
     found, missing = providers(device)
+    if case.gradient:
+        found = {name: entry for name, entry in found.items() if not name.endswith(GIVEN)}
     x, y = case.points(device)
     scores = (x @ y.T).to(case.dtype)
     weight = case.weight(device)

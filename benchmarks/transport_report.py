@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from benchmarks import transport
 from benchmarks.plots import rounded
 from benchmarks.report import BUSY
-from benchmarks.transport import COPY, Row
+from benchmarks.transport import COPY, GIVEN, Row
 
 SUITE, QUICK, CASES = transport.SUITE, transport.QUICK, transport.CASES
 ROWS, PAGE, PLOT = "sinkhorn.jsonl", "sinkhorn.md", "sinkhorn.png"
@@ -59,8 +59,9 @@ def write(folder: Path) -> None:
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
-    """The row of fastcl's fastest backend among the rows of one case."""
+    """The row of fastcl's fastest backend among the rows of one case, with results in new memory like its peers'."""
     timed = [row for row in rows if row["status"] == "ok" and row["provider"].startswith("fastcl ")]
+    timed = [row for row in timed if not row["provider"].endswith(GIVEN)]
     return min(timed, key=lambda row: row["p50_ms"], default=None)
 
 

@@ -15,6 +15,7 @@ from .checks import (
     INTEGER_DTYPES,
     ROW_DTYPES,
     check_count,
+    check_device,
     check_mass_values,
     check_masses,
     check_rows,
@@ -49,6 +50,7 @@ class SinkhornResult:
     n_iters: int | Tensor
     """number of iterations: the argument, or with ``tol`` an int64 tensor ``[]`` on the scores' device"""
     _solved: tuple[Any, ...] | None = field(default=None, repr=False)  # arguments of `_solve`
+    _lent: bool = field(default=False, repr=False)  # the caller may have overwritten the assignments
 
     @property
     def transport_cost(self) -> Tensor:
@@ -56,8 +58,9 @@ class SinkhornResult:
 
         float32, float64 for float64 scores. The plan has total mass 1, and scores of -inf, which have no mass,
         contribute nothing. Differentiable once in scores, epsilon, prior and row_marginal, as exactly as the
-        assignments. Computed anew on every access, from scores and assignments, without another N x K matrix. Because
-        half-precision assignments are rounded, the problem is solved again in float32 for half-precision scores.
+        assignments. Computed anew on every access, from scores and assignments, without another N x K matrix. The
+        problem is solved again for half-precision scores, in float32, because their assignments are rounded; and with
+        ``out``, which a later call may have overwritten.
 
         With ``group`` the value covers the process's own rows, and the values of all processes add up to the cost. It
         is a collective: all processes of the group must access it.
@@ -66,7 +69,7 @@ class SinkhornResult:
             raise ValueError("transport_cost: expected a result of fastcl.sinkhorn, got one without scores")
         scores, epsilon, log_prior, log_rows, *options = self._solved
         assignments = self.assignments if self.assignments.dim() == 3 else self.assignments[None]
-        if assignments.dtype != epsilon.dtype:
+        if self._lent or assignments.dtype != epsilon.dtype:
             scores = scores.to(epsilon.dtype)
             assignments = _solve(scores, epsilon, log_prior, log_rows, *options)[0]
         mass = log_rows.exp()
@@ -125,6 +128,7 @@ def sinkhorn(
     tol: float | None = None,
     init: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    out: Tensor | None = None,
 ) -> SinkhornResult:
     r"""Entropy-regularised assignment of N rows to K columns with prescribed masses.
 
@@ -155,6 +159,10 @@ def sinkhorn(
         group: process group that shares the rows. Each process passes its own rows (any number of them) and gets their
             assignments and row potentials. One all-reduce of K numbers per iteration, two in the first. Prior, epsilon
             and ``init`` must be the same on all processes.
+        out: memory for the assignments, with the scores' shape, dtype and device, and apart from their memory; the
+            result's ``assignments`` are this tensor. Without it every call allocates a new matrix; on a CPU the system
+            maps the pages of a large one at its first write, which can take as long as the iterations. Only where no
+            gradient is asked for. After an error the contents are undefined.
 
     Returns:
         :class:`SinkhornResult`; its assignments and potentials are differentiable once in scores, epsilon, prior and
@@ -179,14 +187,41 @@ def sinkhorn(
     options = _options("scores", scores, sizes, dtype, epsilon, prior, row_marginal, n_iters, tol, init, group)
     solved = (s, *options)
     log_prior, log_rows, count = options[1], options[2], options[4]
-    outputs = _solve(*solved)
+    if out is not None:
+        _check_out(out, scores, epsilon, prior, row_marginal)
+    outputs = _solve(*solved, out=out if out is None or batched else out[None])
     if group is None:
         _check_finite(s, log_prior, log_rows, outputs[1], outputs[2])
     # The derivative of `[0]` would copy the gradient into a matrix of zeros; that of `squeeze` is a view.
     assignments, rows, columns, error = outputs[:4] if batched else (output.squeeze(0) for output in outputs[:4])
+    if out is not None:
+        assignments = out
     if tol is None:
-        return SinkhornResult(assignments, rows, columns, None, count, solved)
-    return SinkhornResult(assignments, rows, columns, error, outputs[4], solved)
+        return SinkhornResult(assignments, rows, columns, None, count, solved, out is not None)
+    return SinkhornResult(assignments, rows, columns, error, outputs[4], solved, out is not None)
+
+
+def _check_out(out: Any, scores: Tensor, *others: Any) -> None:
+    check_tensor("out", out)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (out, scores, *others)):
+        raise ValueError("out: expected None where a gradient is asked for (not under torch.no_grad()), got a tensor")
+    if out.dtype != scores.dtype:
+        raise TypeError(f"out: expected the scores' dtype {scores.dtype}, got {out.dtype}")
+    if out.shape != scores.shape:
+        raise ValueError(f"out: expected the scores' shape {list(scores.shape)}, got {list(out.shape)}")
+    check_device("out", out, scores.device)
+    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out: expected a number of its own for each assignment, got strides {list(out.stride())}")
+    if values_visible(out) and values_visible(scores) and out.numel():
+        (first, last), (start, end) = _addresses(out), _addresses(scores)
+        if first < end and start < last:
+            raise ValueError("out: expected memory apart from that of the scores, got a view of the same numbers")
+
+
+def _addresses(matrix: Tensor) -> tuple[int, int]:
+    """Of the first byte, and behind the last one."""
+    last = sum((size - 1) * step for size, step in zip(matrix.shape, matrix.stride(), strict=True))
+    return matrix.data_ptr(), matrix.data_ptr() + (last + 1) * matrix.element_size()
 
 
 def _options(

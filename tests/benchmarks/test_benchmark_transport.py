@@ -35,6 +35,7 @@ def test_rows_tell_error_and_time_and_name_who_is_missing() -> None:
         assert 1e-6 < row["marginal_error"] < 0.1  # three iterations do not converge
     missing = transport.providers(torch.device("cpu"))[1]
     assert {name for name, row in rows.items() if row["status"] == "missing"} == set(missing)
+    assert ("fastcl cpu" + transport.GIVEN in rows) == ("fastcl cpu" in rows)
     assert {"POT sinkhorn_log", "POT sinkhorn", "GeomLoss", "OTT-JAX"} <= set(rows)
     text = transport_report.page(list(rows.values()))
     assert all(name in text for name in rows)
@@ -78,6 +79,12 @@ def test_the_page_says_what_the_rows_say(tmp_path) -> None:
     assert "| peer | 40 ms (40 ms to 40 ms) | 4x |" in text
     assert "| 50 % |" in text  # four reads and one write take 2.5 copies' bytes, in the time of five copies
     assert "took up to 20 %" in text
+
+
+def test_peers_are_compared_with_results_in_new_memory() -> None:
+    given = row("a", "fastcl cpu" + transport.GIVEN, 5, ratio={"peer": 8.0})
+    rows = [given, row("a", "fastcl cpu", 10, ratio={"peer": 4.0}), row("a", "peer", 40)]
+    assert "| peer | 40 ms (40 ms to 40 ms) | 4x |" in transport_report.page(rows)
 
 
 def test_rows_of_other_cases_stay_and_those_of_another_machine_go(tmp_path) -> None:

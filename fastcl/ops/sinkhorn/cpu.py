@@ -229,10 +229,11 @@ class Backward:
         return totals, y, columns
 
 
-def solve(p: Problem) -> Solution | None:
+def solve(p: Problem, out: Tensor | None = None) -> Solution | None:
     """A fixed number of iterations in one call (csrc/cpu/sinkhorn/solve.h).
 
-    None with a tolerance, with a process group, or without rows: the solver then makes one call per pass.
+    out [B, N, K]: becomes the assignments, if it is contiguous. None with a tolerance, with a process group, or without
+    rows: the solver then makes one call per pass.
     """
     from .solver import Kept, Solution
 
@@ -244,7 +245,8 @@ def solve(p: Problem) -> Solution | None:
     scores, log_prior, log_rows = _plain(p.scores), p.log_prior.contiguous(), p.log_row_marginal.contiguous()
     start, kept = None if start is None else start.contiguous(), Kept.like(p)
     new = p.epsilon.new_empty
-    assignments = torch.empty(p.scores.shape, dtype=p.scores.dtype, device="cpu")
+    if out is None or not out.is_contiguous() or out.is_neg():
+        out = torch.empty(p.scores.shape, dtype=p.scores.dtype, device="cpu")
     f, g = new(batch, n), new(batch, k)
     module, engine = native.native_module(), native.engine()[0]
     for b in range(batch):
@@ -253,7 +255,7 @@ def solve(p: Problem) -> Solution | None:
             k,
             dtype == torch.float64,
             native.threads(n * k, native.SCORES),
-            *(_of_batch(value, b) for value in (assignments, log_prior, log_rows, start)),
+            *(_of_batch(value, b) for value in (out, log_prior, log_rows, start)),
             p.n_iters,
             address(kept.rows, b * n),
             batch * n,
@@ -264,7 +266,7 @@ def solve(p: Problem) -> Solution | None:
         )
         run(module.sinkhorn_solve(engine, epsilon, call))
     steps = torch.full((), p.n_iters, dtype=torch.int64, device="cpu")
-    return Solution(assignments, f, g, p.epsilon.new_zeros(batch), steps, kept)
+    return Solution(out, f, g, p.epsilon.new_zeros(batch), steps, kept)
 
 
 _Term = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # SinkhornTerm in csrc/cpu/sinkhorn/call.h

@@ -38,11 +38,11 @@ _forward = torch.ops.fastcl.sinkhorn_fwd
 _backward = torch.ops.fastcl.sinkhorn_bwd
 
 
-def _forward_impl(*args: Any) -> tuple[Tensor, ...]:
+def _forward_impl(*args: Any, out: Tensor | None = None) -> tuple[Tensor, ...]:
     *problem, backend = args
     p = Problem(*problem)
     with without_autocast(p.scores.device):
-        *outputs, kept = solve(PASSES[backend], p)
+        *outputs, kept = solve(PASSES[backend], p, out)
     return *outputs, *kept
 
 
@@ -119,18 +119,26 @@ def sinkhorn(
     n_iters: int,
     tol: float | None,
     group: str,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Assignments [B, N, K], potentials [B, N] and [B, K], error [B], number of iterations [].
 
-    The arguments are those of `Problem`, already checked.
+    The arguments are those of `Problem`, already checked. out [B, N, K]: becomes the assignments; without a gradient.
     """
     backend = choose_backend(scores.device, epsilon.dtype, "sinkhorn")
     tensors = scores, epsilon, log_prior, log_row_marginal, init
+    options = n_iters, tol, group, backend
     run: Callable[..., tuple[Tensor, ...]] = _forward
-    if not intercepted(*tensors):  # past the dispatcher, which for few scores takes as long as a pass
+    if not intercepted(*tensors, out):  # past the dispatcher, which for few scores takes as long as a pass
+        if out is not None:
+            outputs = _forward_impl(*tensors, *options, out=out)
+            torch.autograd.graph.increment_version(out)
+            return outputs[:5]
         needed = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
         run = _Sinkhorn.apply if needed else _forward_impl
-    return run(*tensors, n_iters, tol, group, backend)[:5]
+    outputs = run(*tensors, *options)[:5]
+    return outputs if out is None else (out.copy_(outputs[0]), *outputs[1:])
 
 
 class _SumOver(torch.autograd.Function):

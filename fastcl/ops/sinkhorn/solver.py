@@ -30,10 +30,10 @@ from .reference import ColumnTerm, Normalizer, RowTerm, Scores
 class Passes(Protocol):
     """The passes of a backend; `reference` describes them.
 
-    A backend may also define `solve(problem) -> Solution | None`: all of `pass_by_pass` in one call, or None for a
-    problem that it does not support. And `backward(problem, moments) -> Passes`: the passes of one backward, for which
-    they may keep numbers from one to the next in the memory of the scores' gradient; without `moments` that result of
-    `score_gradient` is not needed.
+    A backend may also define `solve(problem, out) -> Solution | None`: all of `pass_by_pass` in one call, or None for a
+    problem that it does not support; `out` [B, N, K], if not None, is memory that the assignments may take. And
+    `backward(problem, moments) -> Passes`: the passes of one backward, for which they may keep numbers from one to the
+    next in the memory of the scores' gradient; without `moments` that result of `score_gradient` is not needed.
     """
 
     def column_sums(self, x: Scores, f: Tensor) -> Normalizer: ...
@@ -164,10 +164,15 @@ class Solution(NamedTuple):
     kept: Kept
 
 
-def solve(passes: Passes, p: Problem) -> Solution:
+def solve(passes: Passes, p: Problem, out: Tensor | None = None) -> Solution:
+    """out [B, N, K]: becomes the assignments."""
     at_once = getattr(passes, "solve", None)
-    solution: Solution | None = None if at_once is None else at_once(p)
-    return pass_by_pass(passes, p) if solution is None else solution
+    solution: Solution | None = None if at_once is None else at_once(p, out)
+    if solution is None:
+        solution = pass_by_pass(passes, p)
+    if out is None or solution.assignments is out:
+        return solution
+    return solution._replace(assignments=out.copy_(solution.assignments))
 
 
 def pass_by_pass(passes: Passes, p: Problem) -> Solution:

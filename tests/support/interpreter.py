@@ -23,7 +23,10 @@ def quicken() -> None:
         """As the interpreter finds them; those that are replaced at the moment are none, so it has to be at rest."""
         return tuple(name for name in dir(package) if tl.core.is_builtin(getattr(package, name, None)))
 
-    for package in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base):
+    packages = [tl, tl.core, tl.tensor, tl.math]
+    if hasattr(tl.core, "tensor_descriptor_base"):  # since Triton 3.3
+        packages.append(tl.core.tensor_descriptor_base)
+    for package in packages:
         builtins(package)
 
     def patch_builtin(package: Any, builder: Any, *scope: Any) -> None:

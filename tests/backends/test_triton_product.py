@@ -41,7 +41,8 @@ def dot_kernel(A, B, ACC, OUT, SIZE: tl.constexpr):
     """OUT = ACC + A @ B of plain operands, without the library's functions."""
     i = tl.arange(0, SIZE)
     places = i[:, None] * SIZE + i[None, :]
-    tl.store(OUT + places, tl.dot(tl.load(A + places), tl.load(B + places), tl.load(ACC + places)))
+    acc = tl.load(ACC + places)
+    tl.store(OUT + places, tl.dot(tl.load(A + places), tl.load(B + places), acc, out_dtype=acc.dtype))
 
 
 def launch(kernel, grid, monkeypatch, **given) -> None:

@@ -2,7 +2,8 @@
 
 It replaces the functions of Triton's language before each launch, and before each call of a function within a kernel,
 and finds them by looking through all members of the modules. Their names do not change: this takes a third of the time
-off small kernels, and replaces the same functions.
+off small kernels, and replaces the same functions. Before Triton 3.9 it converts arrays of one element to integers as
+NumPy no longer does.
 """
 
 from functools import cache
@@ -37,3 +38,10 @@ def quicken() -> None:
             interpreter._patch_attr(package, name, getattr(package, name), builder, *scope)
 
     interpreter._patch_builtin = patch_builtin
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)  # which remembers what there was
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index

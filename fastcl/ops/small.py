@@ -15,7 +15,7 @@ from .backends.native import DTYPES
 from .library import intercepted, once_differentiable
 
 MOST_ROWS = 1 << 13  # tensors of their length stay in memory
-_TYPES = Tensor, torch.nn.Parameter
+PLAIN = Tensor, torch.nn.Parameter  # torch's own types
 _IDS = frozenset(INTEGER_DTYPES) - {torch.uint64}
 
 
@@ -49,7 +49,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def are_rows(*values: Any) -> bool:
     """Whether all are tensors of few rows [N, D] or [N, V, D] on the CPU, of torch's own types."""
     for value in values:
-        if type(value) not in _TYPES or not value.is_cpu or value.dtype not in DTYPES:
+        if type(value) not in PLAIN or not value.is_cpu or value.dtype not in DTYPES:
             return False
         if not 2 <= value.dim() <= 3 or not 0 < value.numel() <= MOST_ROWS * value.shape[-1]:
             return False
@@ -58,7 +58,7 @@ def are_rows(*values: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether it is a Python number, or a floating tensor of one element on the CPU, of torch's own types."""
-    if type(value) in _TYPES:
+    if type(value) in PLAIN:
         return bool(value.is_cpu and value.numel() == 1 and value.dtype in DTYPES)
     return type(value) is float or type(value) is int
 

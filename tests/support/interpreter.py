@@ -1,6 +1,6 @@
 """Triton's interpreter, without what it does again and again: tests of small kernels take half the time.
 
-Before Triton 3.9 it also converts arrays of one element to integers as NumPy no longer does.
+It also mends what older versions cannot do.
 """
 
 from functools import cache
@@ -20,6 +20,7 @@ def quicken() -> None:
     remember_dtypes(interpreter)
     check_overflow_at_once(interpreter)
     convert_single_elements(interpreter)
+    negate_conditions(interpreter)
 
 
 def remember_builtins(interpreter: Any) -> None:
@@ -91,6 +92,7 @@ def check_overflow_at_once(interpreter: Any) -> None:
 
 
 def convert_single_elements(interpreter: Any) -> None:
+    """Before Triton 3.9 it converts arrays of one element to integers as NumPy no longer does."""
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
@@ -98,3 +100,19 @@ def convert_single_elements(interpreter: Any) -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
+
+
+def negate_conditions(interpreter: Any) -> None:
+    """Before Triton 3.3 it cannot."""
+    import triton.language as tl
+
+    builder = interpreter.InterpreterBuilder
+    if hasattr(builder, "get_int1_ty"):
+        return
+    of_integers = builder.get_all_ones_value
+
+    def all_ones(self: Any, dtype: Any) -> Any:
+        return interpreter.TensorHandle(np.full(1, True), tl.int1) if dtype == tl.int1 else of_integers(self, dtype)
+
+    builder.get_int1_ty = lambda self: tl.int1
+    builder.get_all_ones_value = all_ones

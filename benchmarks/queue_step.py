@@ -47,7 +47,7 @@ class Case:
         return query.requires_grad_(), key, F.normalize(stored, dim=1)
 
 
-CASES = (Case(256, 65536), Case(4096, 65536))
+CASES = (Case(64, 1024), Case(64, 65536), Case(256, 65536), Case(4096, 65536))
 QUICK = (Case(256, 8192),)
 
 Step = Callable[[], tuple[Tensor, Tensor]]  # loss and gradient

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..checks import scalar_tensor
+from ..memory_state import Memory
 from ..ops.backends.choose import chooses_cpu
 from ..ops.contrastive import replayed, small
 from ..ops.contrastive.records import Problem
 from ..ops.library import intercepted
-from ..ops.small import are_ids, are_rows, in_range, is_number, places
+from ..ops.small import are_ids, are_plain, are_rows, in_range, is_number, needs_gradient, places
 from ..swept import arguments
 from ..tags import are_tags
 from .batch import Tensors, batch
@@ -71,12 +72,45 @@ def mean_on_cpu(
         return None
     if options.gather is not False or not _is_mean(options):  # in this order: what is known keeps no group alive
         return None
+    if given.positives is not None:
+        return None if options.denominator == "negatives" else _queue_on_cpu(given, options, scale, inverted)
     rows = rows_on_cpu(given, options, scale)
     if rows is None:
         return None
     return small.mean_loss(
         given.embeddings, *rows, scale, inverted=inverted, normalize=options.normalize,
         symmetric=options.symmetric, negatives_only=options.denominator == "negatives",
+    )  # fmt: skip
+
+
+def _queue_on_cpu(given: Tensors, options: LossOptions, scale: Any, inverted: bool) -> Tensor | None:
+    """The mean with a positive of each anchor's own and contrasts that are all negatives; None for other calls."""
+    embeddings, clusters, positives, contrasts, contrast_clusters, *others = given
+    if clusters is not None or options.symmetric or any(other is not None and other is not False for other in others):
+        return None
+    if positives is None or not same_shape(embeddings, positives) or not (chooses_cpu() and is_number(scale)):
+        return None
+    stored = isinstance(contrasts, Memory)
+    if isinstance(contrasts, Memory):
+        found = contrasts.stored(False)
+        if contrast_clusters is not None or found.clustered or found.ids is not None:
+            return None
+        rows = found.rows
+    elif isinstance(contrasts, Tensor) and are_ids(contrast_clusters, len(contrasts)):
+        rows = contrasts
+    else:
+        return None
+    if not (are_plain(embeddings, positives, rows) and embeddings.shape[1] == rows.shape[1]):
+        return None
+    if (embeddings.dtype == torch.float64) != (rows.dtype == torch.float64) or needs_gradient(rows):
+        return None
+    if intercepted(embeddings, positives, rows, contrast_clusters, scale if isinstance(scale, Tensor) else None):
+        return None
+    if not in_range(scale, positive=True) or (contrast_clusters is not None and int(contrast_clusters.amax()) >= 0):
+        return None
+    return small.queue_loss(
+        embeddings, positives, rows, scale, inverted=inverted, normalize=options.normalize,
+        normalize_contrasts=options.normalize and not stored,
     )  # fmt: skip
 
 

@@ -56,6 +56,16 @@ def are_rows(*values: Any) -> bool:
     return True
 
 
+def are_plain(*values: Tensor) -> bool:
+    """Whether all are rows [N, D] on the CPU, any number of them but 0, of torch's own types."""
+    for value in values:
+        if type(value) not in PLAIN or not value.is_cpu or value.dtype not in DTYPES:
+            return False
+        if value.dim() != 2 or value.numel() == 0:
+            return False
+    return True
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a Python number, or a floating tensor of one element on the CPU, of torch's own types."""
     if type(value) in PLAIN:
@@ -146,14 +156,19 @@ def gradient_of(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(values.shape, dtype=dtype, device="cpu")
 
 
-def scaled(grad: Tensor, sources: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients times `grad`, in the dtypes and shapes of their sources; overwrites them. For use in a backward."""
+def scaled(
+    grad: Tensor, sources: Sequence[Tensor | None], found: Sequence[Tensor | None], keep: bool = False
+) -> tuple[Tensor | None, ...]:
+    """The gradients times `grad`, in the dtypes and shapes of their sources. For use in a backward.
+
+    keep: leaves `found` as they are; else they may be overwritten.
+    """
     if torch.is_grad_enabled():
         result: tuple[Tensor | None, ...] = once_differentiable(
             "contrastive_stats", _kept, grad, len(sources), *sources, *found
         )
         return result
-    return _scaled(grad, sources, found, False)
+    return _scaled(grad, sources, found, keep)
 
 
 def _scaled(

@@ -63,6 +63,15 @@ bool keeps_products(const MeanLoss &call) {
   return n * m <= 2 * (n + m) * p.dimension;
 }
 
+// As `reduce`, with the anchors' own positives.
+template <class Real> void reduce_own(const MeanLoss &call, const Statistics &anchors, OwnPair *pairs) {
+  *static_cast<Real *>(call.loss) = Real(OwnPositivesPass<Real>(call.problem, call.positives, anchors, pairs).mean());
+}
+template <class Real> void add_own(const MeanLoss &call, const Statistics &anchors, OwnPair *pairs) {
+  OwnPositivesPass<Real>(call.problem, call.positives, anchors, pairs)
+      .add_gradients(call.anchor_gradient, static_cast<double *>(call.scale_gradient));
+}
+
 } // namespace
 
 int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &arranged, void *workspace) {
@@ -75,7 +84,14 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   if (p.columns) contrasts = taken(between, log_sum, p.contrasts.size * real);
   anchors.observed = call.observed;
   contrasts.observed = call.contrast_observed;
-  Backward backward{p, anchors, contrasts, call.weighted};
+  const bool owned = call.positives.rows.data;
+  const auto align = [&] { memory.used = (memory.used + 63) / 64 * 64; };
+  align();
+  OwnPair *const pairs = owned ? static_cast<OwnPair *>(memory.take(p.anchors.size * int64_t(sizeof(OwnPair)))) : nullptr;
+  WeightedSums weighted = call.weighted;
+  if (call.weighs) weighted = {memory.take(p.anchors.size * p.dimension * real), memory.take(real)};
+  align();
+  Backward backward{p, anchors, contrasts, weighted};
   if (call.loss_gradient)
     backward.factor = p.wide_reals ? *static_cast<const double *>(call.loss_gradient) : *static_cast<const float *>(call.loss_gradient);
   backward.single_positives = true; // there are no extra positives
@@ -84,10 +100,8 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   backward.scale_gradient = call.scale_gradient;
   backward.bias_gradient = call.bias_gradient;
   const bool differentiated = call.anchor_gradient || call.contrast_gradient || call.scale_gradient || call.bias_gradient;
-  const auto align = [&] { memory.used = (memory.used + 63) / 64 * 64; };
-  align();
   KeptProducts products{};
-  if (differentiated && keeps_products(call)) {
+  if (differentiated && !call.weighs && keeps_products(call)) {
     products.stride = KeptProducts::stride_of(p.column_rows().size);
     products.of = memory.take(p.anchors.size * products.stride * real);
     align();
@@ -97,10 +111,12 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   void *const rest = workspace ? memory.base + before : nullptr; // used by the forward, then by the backward
   int64_t most = 0;
   if (call.loss) {
-    most = engine.forward({p, anchors, contrasts, call.weighted, products}, arranged, rest);
-    if (workspace) (p.wide_reals ? reduce<double> : reduce<float>)(call, log_sum, anchors, contrasts);
+    most = engine.forward({p, anchors, contrasts, weighted, products}, arranged, rest);
+    if (workspace && owned) (p.wide_reals ? reduce_own<double> : reduce_own<float>)(call, anchors, pairs);
+    else if (workspace) (p.wide_reals ? reduce<double> : reduce<float>)(call, log_sum, anchors, contrasts);
   }
   if (differentiated) most = std::max(most, engine.backward(backward, arranged, rest));
+  if (workspace && owned && (differentiated || call.positives.gradient)) (p.wide_reals ? add_own<double> : add_own<float>)(call, anchors, pairs);
   return before + most;
 }
 

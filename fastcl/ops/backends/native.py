@@ -101,6 +101,9 @@ def describe_rows(rows: Tensor | None) -> tuple[int, ...]:
 
 # Workspace up to this many bytes stays with its thread: for a small call fresh memory would take longer than many sums.
 KEPT_WORKSPACE = 1 << 21
+# Of larger ones up to this many bytes the process keeps one. The system maps the pages of a new one at each call: for
+# few anchors and a queue of 65,536 rows that takes as long as the products.
+SPARE_WORKSPACE = 1 << 27
 
 
 class _Workspace(threading.local):
@@ -109,15 +112,30 @@ class _Workspace(threading.local):
 
 
 _workspace = _Workspace()
+_spare: list[Tensor] = []  # at most one; a call that runs has taken it
 
 
 def run(call: Any) -> None:
     size = call.workspace
     if size > KEPT_WORKSPACE:
-        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")  # a variable keeps it alive until the end
+        workspace = _large(size)  # a variable keeps it alive until the end
         call.run(workspace.data_ptr())
+        if len(workspace) <= SPARE_WORKSPACE:
+            _spare[:] = [workspace]
         return
     if size > _workspace.size:
         room = torch.empty(size, dtype=torch.uint8, device="cpu")
         _workspace.room, _workspace.size, _workspace.address = room, size, room.data_ptr()
     call.run(_workspace.address)
+
+
+def _large(size: int) -> Tensor:
+    if size <= SPARE_WORKSPACE:
+        try:
+            found = _spare.pop()
+        except IndexError:  # none yet, or another thread has it
+            pass
+        else:
+            if len(found) >= size:
+                return found
+    return torch.empty(size, dtype=torch.uint8, device="cpu")

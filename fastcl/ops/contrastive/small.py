@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native
-from ..small import as_saved, described, gradient_of, is_small, needs_gradient, real_of, scale_of, scaled
+from ..small import as_saved, described, gradient_of, is_small, needs_gradient, real_of, rows_of, scale_of, scaled
 from . import direct
 
 
@@ -102,3 +102,89 @@ def mean_loss(
         loss: Tensor = _apply(call, anchors, contrasts, learned)
         return loss
     return _run(call, (False,) * 4, anchors, contrasts)[0]
+
+
+# A queue.
+
+
+class _QueueCall(NamedTuple):
+    contrasts: Tensor  # [M, D], whose rows are all negatives
+    scale: Tensor  # []
+    inverted: bool
+    normalize: bool
+    normalize_contrasts: bool
+
+
+class SmallQueueMean(torch.autograd.Function):
+    """The mean of log(1 + neg_i / pos_i) with a positive of its own for each anchor (MoCo).
+
+    It keeps its gradients for further backwards and not the contrasts, so that a queue may change in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: _QueueCall, anchors: Tensor, positives: Tensor, learned: Tensor | None) -> Tensor:
+        loss, ctx.ready = _run_queue(call, ctx.needs_input_grad, anchors, positives)
+        ctx.save_for_backward(anchors, positives, learned)  # torch checks that they are unchanged
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *scaled(grad, ctx.saved_tensors, ctx.ready, keep=True)
+
+
+_apply_queue = super(torch.autograd.Function, SmallQueueMean).apply
+
+
+def _run_queue(
+    call: _QueueCall, needs: Sequence[bool], anchors: Tensor, positives: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss, and the needed gradients of anchors, positives and what is learned."""
+    contrasts, scale, inverted, normalize, normalize_contrasts = call
+    dtype, address = scale.dtype, native.address
+    own, other = rows_of(anchors), rows_of(contrasts)
+    d = anchors.shape[1]
+    threads = native.threads(own[2] * other[2] * d, native.PRODUCTS, any(needs))
+    wide = dtype == torch.float64
+    problem = (
+        *own, *other, d, 0, 0, 0, 0, scale.data_ptr(), 1, 0, normalize, normalize_contrasts, wide, False, threads, 0
+    )  # fmt: skip
+    loss = torch.empty_like(scale)
+    of_own = gradient_of(anchors, dtype) if needs[1] else None
+    of_positives = gradient_of(positives, dtype) if needs[2] else None
+    of_scale = torch.empty_like(scale) if needs[3] else None
+    outputs = True, 0, 0, 0, loss.data_ptr(), 0, 0, 0, address(of_own), 0, address(of_scale), 0
+    given = *rows_of(positives), address(of_positives)
+    native.run(native.native_module().mean(native.engine()[0], problem, outputs, True, False, given))
+    if of_scale is not None and inverted:
+        of_scale.mul_(scale * scale).neg_()
+    return loss, (of_own, of_positives, of_scale)
+
+
+def queue_loss(
+    anchors: Tensor,
+    positives: Tensor,
+    contrasts: Tensor,
+    scale: float | Tensor,
+    *,
+    inverted: bool,
+    normalize: bool,
+    normalize_contrasts: bool,
+) -> Tensor | None:
+    """The mean of log(1 + neg_i / pos_i); None for rows or a size that one call of the engine does not take.
+
+    Tensors are on the CPU and not `intercepted`, and `choose.chooses_cpu`.
+
+    anchors, positives: [N, D], of one dtype. contrasts: [M, D]; no gradient flows to them. scale: as in `mean_loss`.
+    """
+    real = real_of(anchors)
+    if anchors.dtype != real or positives.dtype != real or anchors.stride(1) != 1 or positives.stride(1) != 1:
+        return None
+    number, learned = scale_of(scale, inverted, real)
+    # Two calls form a learned scale's gradient only if there is a backward; others come out of the sweep for the loss.
+    if needs_gradient(learned) and not is_small(anchors, contrasts, direct.AT_ONCE):
+        return None
+    call = _QueueCall(contrasts, number, inverted, normalize, normalize_contrasts)
+    if needs_gradient(anchors, positives, learned):
+        loss: Tensor = _apply_queue(call, anchors, positives, learned)
+        return loss
+    return _run_queue(call, (False,) * 4, anchors, positives)[0]

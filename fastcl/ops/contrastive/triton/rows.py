@@ -165,7 +165,8 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     biased = p.others.bias is not None
     # The tiles of soft assignments are those for products in float32.
     hard = p.anchors.assignments is None
-    precision = fast_precision_of(dtype, architecture(p.device)) if hard else precision_of(dtype)
+    masked = ruled or biased or anchors.names is not None
+    precision = fast_precision_of(dtype, architecture(p.device), masked) if hard else precision_of(dtype)
     return Arranged(anchors, others, self_contrast, normed, biased, precision, rule_flags), a, c
 
 

@@ -196,7 +196,7 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
 def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
     if architecture == 80:  # more columns would spill: mma.sync takes its operands from registers
         if kind == "backward" and d == 128:
-            return Tile(64, 16, 32, d, 4, 1)
+            return Tile(64, 16, 32, d, 8, 1)
         return Tile(64, 32, 32, min(d, 128), 8, 1) if kind in ("weighted", "backward") else Tile(64, 32, 32, d, 4, 2)
     if kind in ("weighted", "backward"):
         columns = 16 if kind == "backward" and not careful and d >= 128 else 32  # 32 would spill

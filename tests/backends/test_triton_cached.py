@@ -175,6 +175,19 @@ print("replayed")
 """
 
 
+COMPILED = """
+import fastcl
+from benchmarks.host_time import cases, pretending
+
+with pretending() as launches, fastcl.use_backend("triton"):
+    for rows in (64, 66, 1000):  # 66 rows: parts of a tensor begin where no 16 bytes are aligned
+        for name, step in cases(rows, 32).items():
+            before = len(launches.compiled)
+            step()
+            print(rows, len(launches.compiled) - before, name)
+"""
+
+
 # Triton's own launcher and the native module, both on a driver of tests/support/fake_cuda.c.
 FAKE = """import ctypes
 import torch
@@ -254,6 +267,14 @@ def test_arguments_are_those_that_triton_passes() -> None:
     version = tuple(int(part) for part in triton_launch.triton_version().split(".")[:2])
     assert version in KNOWN, "a version of Triton whose launcher has not been looked at: it takes the long way"
     assert "same" in ran(SAME)
+
+
+@pytest.mark.slow
+def test_few_kernels_are_compiled_and_other_sizes_compile_none() -> None:
+    """One compiled kernel serves forward and backward, one side and two, rows that are normalised and others."""
+    numbers = [int(line.split()[1]) for line in ran(COMPILED).splitlines()]
+    assert numbers[:4] == [13, 0, 8, 5]
+    assert numbers[4:] == [0] * 8
 
 
 @pytest.mark.slow

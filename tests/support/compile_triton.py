@@ -42,6 +42,7 @@ POINTERS = {
     "GROUPS": "i32", "HELD": "i32", "PROGRAMS": "i32",
     "BEST": "*i64", "SPAN": "i32", "K": "i32", "POS_MARGIN": "fp32", "NEG_MARGIN": "fp32",
 }  # fmt: skip
+FLAGS = ("SAME", "SIDES", "ADD", "TWO_SIDES", "CHECKED", "NORMALIZED")  # small numbers at run time
 ROWS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 KERNELS = {
     "forward": "statistics_kernel",
@@ -119,7 +120,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "PRECISION": job.get("precision", "ieee"), "INTERPRETED": False, "BLOCK": shape.block_m, "ALL": 0, "POS": 1,
         "NEG": 2, "SUM": 3, "LOG_SUMS": 3, "NORMALIZE": True, "SCALED": True, "LEAVE_OUT": careful,
         "FLOOR": 1e-12, "LARGEST_INVERSE": 1e12, "AHEAD": shape.stages == 1,
-        "RATIO": True, "SIDES": 2, "HALF": True, "ADD": True, "TWO_SIDES": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
+        "RATIO": True, "HALF": True, "CLOSE": 16.0, "COLUMN_STRIDE": 1,
         "COLUMNS": shape.block_n, "STUDENT_COLUMN": 1, "FIRST_COLUMN": 1, "SECOND_COLUMN": 1,
         "CLASSES": 512, "BLOCK_C": soft_triton.assignment_width(getattr(torch, job.get("assignments", "float32"))),
         "GUIDE": 512, "BLOCK_G": triton_tiles.guide_width(getattr(torch, job.get("guide", "float32"))),
@@ -143,7 +144,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         dtype_of = job["dtype"] if of_rows else job["assignments"] if of_assignments else None
         if of_guide:
             dtype_of = job["guide"]
-        signature[name] = POINTERS.get(name, "*fp32") if dtype_of is None else ROWS[dtype_of]
+        known = "i32" if name in FLAGS else POINTERS.get(name, "*fp32")
+        signature[name] = known if dtype_of is None else ROWS[dtype_of]
         if name not in (
             "N",
             "M",
@@ -155,6 +157,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
             "GROUPS",
             "HELD",
             "PROGRAMS",
+            *FLAGS,
         ) and not (
             name == "WIDTH" and "PARTIAL_SUMS" in kernel.arg_names
         ):  # as at run time: torch's memory is aligned to 16 bytes

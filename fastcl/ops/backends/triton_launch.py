@@ -184,10 +184,12 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
-def fast_precision_of(dtype: torch.dtype, architecture: int) -> str:
+def fast_precision_of(dtype: torch.dtype, architecture: int, masked: bool) -> str:
     """The same, with three products in tf32 in place of float32's, which tensor cores do not have.
 
-    On sm_80 these kernels spill registers, whatever their tiles.
+    masked: whether kernels mask every tile, by rules, ids or biases. With three products they would spill on sm_80.
+    Between sm_80 and sm_90 tensor cores multiply tf32 no faster than the other units multiply float32.
     """
     precision = precision_of(dtype)
-    return "tf32x3" if dtype == torch.float32 and precision == "ieee" and architecture >= 90 else precision
+    fast = architecture >= 90 or (architecture == 80 and not masked)
+    return "tf32x3" if dtype == torch.float32 and precision == "ieee" and fast else precision

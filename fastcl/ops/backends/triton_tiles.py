@@ -57,8 +57,7 @@ def tile(
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`.
 
     careful: whether there are sample ids or a bias, whose masks and loads need registers. tf32: whether float32 rows
-    are multiplied as TF32. split: or as three products in TF32, which takes
-    an architecture of at least 90.
+    are multiplied as TF32. split: or as three products in TF32, which on sm_80 are for kernels that are not careful.
     """
     if kind in RULED:
         found = tile(RULED[kind], architecture, dtype, d, True, tf32, interpreted, split)
@@ -69,7 +68,7 @@ def tile(
         return Tile(64, 64, part, part if sums else d, 4, 1)
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
     if dtype.itemsize > 2 and split:
-        return _split(kind, d, careful)
+        return _split(kind, known, d, careful)
     if dtype.itemsize > 2:
         return _single_sums(known, d, careful, tf32) if sums else _single(kind, known, d, careful)
     if sums:
@@ -194,7 +193,11 @@ def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:
     return Tile(rows, 32, min(d, 32), min(d, 64), 8 if d > (64 if careful and not tf32 else 32) else 4, stages)
 
 
-def _split(kind: str, d: int, careful: bool) -> Tile:
+def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
+    if architecture == 80:  # more columns would spill: mma.sync takes its operands from registers
+        if kind == "backward" and d == 128:
+            return Tile(64, 16, 32, d, 8, 1)
+        return Tile(64, 32, 32, min(d, 128), 8, 1) if kind in ("weighted", "backward") else Tile(64, 32, 32, d, 4, 2)
     if kind in ("weighted", "backward"):
         columns = 16 if kind == "backward" and not careful and d >= 128 else 32  # 32 would spill
         return Tile(64, columns, 32, min(d, 64 if careful else 128), 4, 1)

@@ -185,6 +185,15 @@ def test_one_exponential_and_two_agree(scale, monkeypatch) -> None:
     assert (one - two).norm() < 1e-5 * two.norm()
 
 
+@pytest.mark.parametrize(
+    ("architecture", "masked", "expected"),
+    [(80, False, "tf32x3"), (80, True, "ieee"), (86, False, "ieee"), (89, False, "ieee"), (90, True, "tf32x3")],
+)
+def test_where_float32_is_multiplied_on_tensor_cores(architecture, masked, expected) -> None:
+    assert triton_launch.fast_precision_of(torch.float32, architecture, masked) == expected
+    assert triton_launch.fast_precision_of(torch.bfloat16, architecture, masked) == "ieee"
+
+
 @interpreted
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_float32_products_obey_torchs_precision(precision) -> None:

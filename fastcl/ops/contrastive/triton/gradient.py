@@ -117,14 +117,13 @@ class _Weights:
 
 
 class _Lifts:
-    """Bases and factors of each scale, [S], that depend on both sides; the first call of `side` fills them in."""
+    """Bases and factors of each scale, [S], that depend on both sides; `side` fills them in."""
 
     def __init__(self, p: Problem, own: _Weights, other: _Weights | None, arranged: Arranged) -> None:
         s = p.logit_scale.shape[0]
         self._scale = p.logit_scale
         # Whether one exponential may serve two sides. The kernel with rules always computes two.
         self.two_sides = (arranged.self_contrast or other is not None) and arranged.rule_flags is None
-        self._filled = False
         self.one = torch.empty(s, dtype=torch.int32, device=p.device)  # 1 where one exponential serves both sides
         self.middle, self.lift, self.factor = (torch.empty_like(self._scale) for _ in range(3))
 
@@ -132,7 +131,6 @@ class _Lifts:
         """[S, 5, n] as `gradient_kernel` takes it."""
         s, _, n = own.values.shape
         result = own.values.new_empty(s, 5, n)
-        first, self._filled = not self._filled, True
         triton_launch.launch(
             "side_kernel",
             ROWS_AT_ONCE,
@@ -140,17 +138,17 @@ class _Lifts:
             {
                 "WEIGHTS": own.values,
                 "EXTREMES": own.extremes,
-                "OTHER_EXTREMES": None if other is None else other.extremes,
-                "SCALE": self._scale if first else None,
+                "OTHER_EXTREMES": (own if other is None else other).extremes,
+                "SCALE": self._scale,
                 "SIDE": result,
-                "ONE": self.one if first else None,
-                "MIDDLE": self.middle if first else None,
-                "LIFT": self.lift if first else None,
-                "FACTOR": self.factor if first else None,
+                "ONE": self.one,
+                "MIDDLE": self.middle,
+                "LIFT": self.lift,
+                "FACTOR": self.factor,
                 "N": n,
                 "COUNT": own.count,
                 "OTHER_COUNT": 0 if other is None else other.count,
-                "TWO_SIDES": self.two_sides,
+                "TWO_SIDES": int(self.two_sides),
                 "CLOSE": ONE_EXPONENTIAL,
                 "BLOCK": ROWS_AT_ONCE.block_m,
             },
@@ -250,7 +248,8 @@ def finish(
         {
             "GRADIENT": gradient,
             "X": rows.rows,
-            "NORMS": norms,
+            "NORMS": rows.rows if norms is None else norms,
+            "NORMALIZED": int(norms is not None),
             "ORDER": rows.order,
             "FACTOR": factor,
             "OUT": out,

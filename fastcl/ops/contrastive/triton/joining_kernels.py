@@ -32,7 +32,7 @@ def longest_kernel(LENGTHS, OTHER_LENGTHS, LONGEST, N, M, BLOCK: tl.constexpr):
     tl.store(LONGEST, product)
 
 
-@triton.jit(do_not_specialize=["N", "COUNT"])
+@triton.jit(do_not_specialize=["N", "COUNT"], do_not_specialize_on_alignment=["TOTAL"])
 def total_kernel(SUMS, ORDER, TOTAL, N, COUNT, BLOCK: tl.constexpr):
     """TOTAL [N]: SUMS [COUNT, N] added in order, each at its place in ORDER [N], if there is one."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

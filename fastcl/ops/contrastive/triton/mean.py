@@ -44,7 +44,7 @@ def mean_loss(sides: Sequence[Side], want: Sequence[str]) -> tuple[Tensor, list[
                     "N": side.counts.shape[1],
                     "RATIO": want[0] != "lse_neg",
                     "SIDES": len(sides),
-                    "ADD": k > 0,
+                    "ADD": int(k > 0),
                     "BLOCK": ROWS_AT_ONCE.block_m,
                 },
             )

@@ -32,12 +32,12 @@ def scaled_kernel(DERIVATIVES, FACTOR, PRODUCTS, SIZE, BLOCK: tl.constexpr):
     tl.store(PRODUCTS + i, values * tl.load(FACTOR), mask=i < SIZE)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "SIDES", "ADD"])
 def mean_kernel(
-    FIELDS, COUNTS, PARTS, LOSS, DERIVATIVES, N,
-    RATIO: tl.constexpr, SIDES: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    FIELDS, COUNTS, PARTS, LOSS, DERIVATIVES, N, SIDES, ADD, RATIO: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """LOSS []: the mean over the N rows that count, as `direct.DirectMean` describes it, / SIDES; ADD: added to LOSS.
+    """LOSS []: the mean over the N rows that count, as `direct.DirectMean` describes it, / SIDES; ADD, 1 or 0: added to
+    LOSS. Both are numbers at run time, so that one compiled kernel serves one side and two.
 
     DERIVATIVES: of that in FIELDS, which are lse_all, lse_neg, sum_pos with RATIO, else lse_neg, sum_pos, [., N]. PARTS
     [2, ., N]: shifts and sums of the log-sums among them. One program.
@@ -86,6 +86,6 @@ def mean_kernel(
             tl.store(DERIVATIVES + size + i, -weight / number, mask=is_row)
         total += tl.where(counted, terms, 0.0)
     loss = tl.sum(total, 0) / rows
-    if ADD:
+    if ADD != 0:
         loss += tl.load(LOSS)
     tl.store(LOSS, loss)

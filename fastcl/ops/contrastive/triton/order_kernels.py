@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["N", "M"])
-def first_kernel(VALUES, KNOWN, LABELS, N, M, OWN: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "M", "SAME"])
+def first_kernel(VALUES, KNOWN, LABELS, N, M, SAME, BLOCK: tl.constexpr):
     """LABELS [N] int32: for each of VALUES [N] the first place in KNOWN [M] that has it, else M. -1 equals nothing.
 
-    OWN: both are the same; an id of -1 then gets its own place.
+    SAME, 1 or 0: both are the same; an id of -1 then gets its own place.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = i < N
@@ -23,7 +23,7 @@ def first_kernel(VALUES, KNOWN, LABELS, N, M, OWN: tl.constexpr, BLOCK: tl.const
         j = start + tl.arange(0, BLOCK)
         known = tl.load(KNOWN + j, mask=j < M, other=-1)
         first = tl.minimum(first, tl.min(tl.where(ids[:, None] == known[None, :], j[None, :], M), 1))
-    none = i if OWN else M
+    none = tl.where(SAME != 0, i, M)
     tl.store(LABELS + i, tl.where(ids == -1, none, first), mask=is_row)
 
 

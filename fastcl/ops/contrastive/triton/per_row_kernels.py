@@ -73,12 +73,13 @@ def labels_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["N", "M", "STEPS"],
+    do_not_specialize=["N", "M", "STEPS", "CHECKED"],
     do_not_specialize_on_alignment=["ORDER", "NUMBERS", "OTHER_NUMBERS", "SOURCE_NAMES"],
 )
 def rows_kernel(
     SOURCE, ORDER, NUMBERS, OTHER_NUMBERS, SOURCE_NAMES, SOURCE_BIAS,
     ROWS, NORMS, ROW_NORMS, LENGTHS, START, END, ROW_NAMES, ROW_BIAS, N, M, WIDTH, ROW_STRIDE, COLUMN_STRIDE, STEPS,
+    CHECKED,
     NORMALIZE: tl.constexpr, SCALED: tl.constexpr, LEAVE_OUT: tl.constexpr, FLOOR: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +87,7 @@ def rows_kernel(
 
     NORMS      1 / max(|x|, FLOOR), in the caller's order; 0 for a row of zeros
     ROW_NORMS  the same for the row as it is stored in ROWS; 1 for rows that are taken as they are
-    LENGTHS    |x|, of rows that are not normalised; one with an infinite number is then stored as NaN
+    LENGTHS    |x|, of rows that are not normalised; if CHECKED is 1, one with an infinite number is stored as NaN
     START, END the range of OTHER_NUMBERS [M] that equals NUMBERS [N]
     ROW_NAMES, ROW_BIAS  SOURCE_NAMES and SOURCE_BIAS log2(e), of -inf LEFT_OUT
 
@@ -156,7 +157,7 @@ def rows_kernel(
             x = x.to(tl.float32)
             squares += tl.sum(x * x, 1)
             infinite = tl.maximum(infinite, tl.max((tl.abs(x) == INF).to(tl.int32), 1))
-        factor = tl.where(infinite != 0, float("nan"), factor)
+        factor = tl.where((infinite != 0) & (CHECKED != 0), float("nan"), factor)
         tl.store(LENGTHS + i, tl.sqrt_rn(squares) * factor, mask=is_row)
     if ROW_NORMS is not None:
         tl.store(ROW_NORMS + i, row_inverse, mask=is_row)
@@ -359,12 +360,12 @@ def shifted(weight, exponent):
     return tl.where(weight == 0.0, weight, weight * half * half)
 
 
-@triton.jit(do_not_specialize=["N", "COUNT", "OTHER_COUNT"])
+@triton.jit(do_not_specialize=["N", "COUNT", "OTHER_COUNT", "TWO_SIDES"])
 def side_kernel(
-    WEIGHTS, EXTREMES, OTHER_EXTREMES, SCALE, SIDE, ONE, MIDDLE, LIFT, FACTOR, N, COUNT, OTHER_COUNT,
-    TWO_SIDES: tl.constexpr, CLOSE: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTS, EXTREMES, OTHER_EXTREMES, SCALE, SIDE, ONE, MIDDLE, LIFT, FACTOR, N, COUNT, OTHER_COUNT, TWO_SIDES,
+    CLOSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """SIDE [S, 5, N], as `gradient_kernel` reads it, of one side's WEIGHTS; and, where asked for, of each scale [S]
+    """SIDE [S, 5, N], as `gradient_kernel` reads it, of one side's WEIGHTS; and of each scale [S]
 
     ONE     1 where one exponential serves both sides, whose log-sums then differ by less than CLOSE, but for those that
             have no gradient: as single positives' of large logits, whose weight is 0
@@ -373,7 +374,9 @@ def side_kernel(
     LIFT    the power of two that brings the largest gradient of a logit near 2^LARGEST
     FACTOR  what the lifted sums of gradients are multiplied by: SCALE / LIFT
 
-    EXTREMES [4, S, COUNT] and OTHER_EXTREMES, of the other side where that is another one, are of `weights_kernel`.
+    EXTREMES [4, S, COUNT] and OTHER_EXTREMES [4, S, OTHER_COUNT] are of `weights_kernel`. OTHER_COUNT is 0 where the
+    other side is the same or has no weights. TWO_SIDES, 1 or 0: whether one exponential may serve both sides. The other
+    side's launch finds the same numbers of each scale, so one compiled kernel does for all.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = i < N
@@ -383,16 +386,16 @@ def side_kernel(
     high = extreme(EXTREMES + (scales + k) * COUNT, COUNT, True, BLOCK)
     peak = extreme(EXTREMES + 2 * scales * COUNT, scales * COUNT, True, BLOCK)
     most = extreme(EXTREMES + (3 * scales + k) * COUNT, COUNT, True, BLOCK)
-    if OTHER_EXTREMES is not None:
-        low = tl.minimum(low, extreme(OTHER_EXTREMES + k * OTHER_COUNT, OTHER_COUNT, False, BLOCK))
-        high = tl.maximum(high, extreme(OTHER_EXTREMES + (scales + k) * OTHER_COUNT, OTHER_COUNT, True, BLOCK))
-        peak += extreme(OTHER_EXTREMES + 2 * scales * OTHER_COUNT, scales * OTHER_COUNT, True, BLOCK)
-        most = tl.maximum(most, extreme(OTHER_EXTREMES + (3 * scales + k) * OTHER_COUNT, OTHER_COUNT, True, BLOCK))
+    low = tl.minimum(low, extreme(OTHER_EXTREMES + k * OTHER_COUNT, OTHER_COUNT, False, BLOCK))
+    high = tl.maximum(high, extreme(OTHER_EXTREMES + (scales + k) * OTHER_COUNT, OTHER_COUNT, True, BLOCK))
+    other_peak = extreme(OTHER_EXTREMES + 2 * scales * OTHER_COUNT, scales * OTHER_COUNT, True, BLOCK)
+    peak += tl.where(OTHER_COUNT > 0, other_peak, 0.0)
+    most = tl.maximum(most, extreme(OTHER_EXTREMES + (3 * scales + k) * OTHER_COUNT, OTHER_COUNT, True, BLOCK))
     lift = LARGEST - tl.log2(tl.maximum(peak, 1e-30))
     lift = tl.exp2(tl.minimum(tl.maximum(tl.floor(lift), -100.0), 100.0))
     lift = tl.where(peak < INF, lift, 1.0)
     middle = tl.where(high >= low, (high + low) * 0.5, 0.0)
-    one = (high - low < CLOSE) & (most - middle < FITS) & TWO_SIDES
+    one = (high - low < CLOSE) & (most - middle < FITS) & (TWO_SIDES != 0)
     middle = tl.where(one, middle, 0.0)
     own = WEIGHTS + 7 * k * tl.cast(N, tl.int64) + i
     both_base = tl.load(own, mask=is_row, other=0.0)
@@ -414,27 +417,27 @@ def side_kernel(
     tl.store(out + 2 * tl.cast(N, tl.int64), positive_base, mask=is_row)
     tl.store(out + 3 * tl.cast(N, tl.int64), positive * lift, mask=is_row)
     tl.store(out + 4 * tl.cast(N, tl.int64), extra * lift, mask=is_row)
-    if ONE is not None:
-        if tl.program_id(0) == 0:
-            tl.store(ONE + k, one.to(tl.int32))
-            tl.store(MIDDLE + k, middle)
-            tl.store(LIFT + k, lift)
-            tl.store(FACTOR + k, tl.load(SCALE + k) / lift)
+    if tl.program_id(0) == 0:
+        tl.store(ONE + k, one.to(tl.int32))
+        tl.store(MIDDLE + k, middle)
+        tl.store(LIFT + k, lift)
+        tl.store(FACTOR + k, tl.load(SCALE + k) / lift)
 
 
 # The gradient's end.
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ORDER", "FACTOR"])
+@triton.jit(do_not_specialize=["N", "NORMALIZED"], do_not_specialize_on_alignment=["NORMS", "ORDER", "FACTOR"])
 def finish_kernel(
-    GRADIENT, X, NORMS, ORDER, FACTOR, OUT, N, WIDTH,
+    GRADIENT, X, NORMS, ORDER, FACTOR, OUT, N, WIDTH, NORMALIZED,
     LARGEST_INVERSE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """OUT [N, WIDTH]: the gradient [N, D] times FACTOR [1], off the rows where they were normalised, in the caller's
+    """OUT [N, WIDTH]: the gradient [N, D] times FACTOR [1], off the rows if they were NORMALIZED (1), in the caller's
     order and dtype. Below the floor of the norm a row was divided by a constant, and there is nothing to project.
 
-    NORMS: the inverse norms of the caller's rows, in its order; X may hold them times powers of two.
+    NORMS: the inverse norms of the caller's rows, in its order; X may hold them times powers of two. Without NORMALIZED
+    neither is read.
     A kernel of its own, because in the one before it the rows would take the registers of the accumulators.
     """
     i0 = tl.program_id(0) * BLOCK_M
@@ -445,7 +448,7 @@ def finish_kernel(
         row = tl.load(ORDER + i, mask=is_row, other=0)
     factor = tl.load(FACTOR) + tl.zeros([BLOCK_M], tl.float32)
     along = tl.zeros([BLOCK_M], tl.float32)
-    if NORMS is not None:
+    if NORMALIZED != 0:
         squares = tl.zeros([BLOCK_M], tl.float32)
         for d0 in range(0, D, BLOCK_D):
             x = load_rows(X, i0, d0, N, D, BLOCK_M, BLOCK_D, True, "ieee", INTERPRETED).to(tl.float32)
@@ -458,7 +461,7 @@ def finish_kernel(
         factor = factor * inverse
     for d0 in range(0, D, BLOCK_D):
         g = load_rows(GRADIENT, i0, d0, N, D, BLOCK_M, BLOCK_D, True, "ieee", INTERPRETED)
-        if NORMS is not None:
+        if NORMALIZED != 0:
             x = load_rows(X, i0, d0, N, D, BLOCK_M, BLOCK_D, True, "ieee", INTERPRETED).to(tl.float32)
             g = g - along[:, None] * x
         d = d0 + tl.arange(0, BLOCK_D)

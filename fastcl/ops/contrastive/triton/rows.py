@@ -165,7 +165,8 @@ def arrange(p: Problem, parts: dict[str, Tensor], again: bool = False) -> tuple[
     biased = p.others.bias is not None
     # The tiles of soft assignments are those for products in float32.
     hard = p.anchors.assignments is None
-    precision = fast_precision_of(dtype, architecture(p.device)) if hard else precision_of(dtype)
+    masked = ruled or biased or anchors.names is not None
+    precision = fast_precision_of(dtype, architecture(p.device), masked) if hard else precision_of(dtype)
     return Arranged(anchors, others, self_contrast, normed, biased, precision, rule_flags), a, c
 
 
@@ -208,7 +209,7 @@ def _rows(
         end,
         new(torch.int32, names is not None),
         new(torch.float32, bias is not None),
-        new(torch.float32, first and not normalize),
+        new(torch.float32, not (normalize or as_it_is)),  # of no use in the backward, but so one kernel serves both
     )
     if as_it_is and not normed and own is None and names is None and bias is None:
         return rows
@@ -231,6 +232,7 @@ def _rows(
         "NORMALIZE": normalize,
         "SCALED": scaled,
         "LEAVE_OUT": leave_out,
+        "CHECKED": int(first),
     }
     _launch_rows(source, given)
     return rows
@@ -240,7 +242,7 @@ def new_inverse_norms(source: Tensor) -> Tensor:
     """The inverse norms [n] of rows."""
     norms = torch.empty(len(source), dtype=torch.float32, device=source.device)
     tensors = "ORDER NUMBERS OTHER_NUMBERS SOURCE_NAMES SOURCE_BIAS ROWS ROW_NORMS LENGTHS START END ROW_NAMES ROW_BIAS"
-    numbers = {"M": 0, "STEPS": 0, "SCALED": False, "LEAVE_OUT": False, "NORMALIZE": True}
+    numbers = {"M": 0, "STEPS": 0, "SCALED": False, "LEAVE_OUT": False, "NORMALIZE": True, "CHECKED": 0}
     _launch_rows(source, dict.fromkeys(tensors.split()) | numbers | {"NORMS": norms})
     return norms
 
@@ -348,7 +350,7 @@ def _sort_few(ids: Tensor, known: Tensor, labels: Tensor, clusters: Tensor, orde
     """Fills in the cluster number of each id, these in ascending order, and the order."""
     n, block = len(ids), 512 if INTERPRETED else COMPARED.block_m
     given: dict[str, Any] = {"VALUES": ids.contiguous(), "KNOWN": known, "LABELS": labels, "N": n, "M": len(known)}
-    given |= {"OWN": own, "BLOCK": block, "NUMBERS": clusters, "ORDER": order}
+    given |= {"SAME": int(own), "BLOCK": block, "NUMBERS": clusters, "ORDER": order}
     for kernel in ("first_kernel", "order_kernel"):
         triton_launch.launch(kernel, COMPARED, (blocks(n, block),), given)
 

@@ -51,9 +51,9 @@ template <class T> struct SoftTiles {
 
 template <class T> struct SoftForward : SoftTiles<T> {
   using Base = SoftTiles<T>;
+  using Base::call, Base::s, Base::w, Base::W, Base::NR, Base::ROWS, Base::NONE;
   using typename Base::Mul;
   using typename Base::Tile;
-  using Base::call, Base::s, Base::w, Base::W, Base::NR, Base::ROWS, Base::NONE;
   static constexpr int64_t FLUSH = 1024; // columns that are summed in lanes of T before they are added to a double
 
   enum Lanes : int { EXPONENTIALS, MAXIMUM, LOGITS, WEIGHTS, INADMISSIBLE, LANES };
@@ -299,9 +299,9 @@ enum class Bases { NONE, ANCHORS, BOTH };
 
 template <class T> struct SoftBackward : SoftTiles<T> {
   using Base = SoftTiles<T>;
+  using Base::call, Base::s, Base::w, Base::W, Base::NR, Base::ROWS, Base::G_ROW;
   using typename Base::Mul;
   using typename Base::Tile;
-  using Base::call, Base::s, Base::w, Base::W, Base::NR, Base::ROWS, Base::G_ROW;
 
   struct Weights {       // weights from the gradients of a side's fields, by place; 0 in the padding
     T *lse, *base, *sum; // [padded]: 2^(t - base) * lse + w * sum
@@ -323,8 +323,9 @@ template <class T> struct SoftBackward : SoftTiles<T> {
 
   SoftBackward(const Soft &call, const Arranged &at, Arena &arena)
       : Base(call, at, arena), rows_needed(call.anchor_gradient), columns_needed(s.self ? rows_needed : call.contrast_gradient != nullptr),
-        writes_rows(rows_needed), writes_columns(columns_needed || call.bias_gradient), row(weights(arena, s.anchors)), column(s.self ? row : weights(arena, s.contrasts)),
-        bias_gradient(call.bias_gradient ? arena.take<double>(s.contrasts.padded) : nullptr), locals(arena.take<Local>(s.threads)) {
+        writes_rows(rows_needed), writes_columns(columns_needed || call.bias_gradient), row(weights(arena, s.anchors)),
+        column(s.self ? row : weights(arena, s.contrasts)), bias_gradient(call.bias_gradient ? arena.take<double>(s.contrasts.padded) : nullptr),
+        locals(arena.take<Local>(s.threads)) {
     for (int t = 0; t < s.threads; t++) {
       Local local{};
       local.a = arena.take<T>(s.block_units());
@@ -464,8 +465,7 @@ int64_t soft(const Soft &call, const Arranged &at, void *workspace) {
     if (workspace) pass.run();
     return arena.used;
   };
-  if (call.problem.wide_reals)
-    return call.backward ? run(SoftBackward<double>(call, at, arena)) : run(SoftForward<double>(call, at, arena));
+  if (call.problem.wide_reals) return call.backward ? run(SoftBackward<double>(call, at, arena)) : run(SoftForward<double>(call, at, arena));
   return call.backward ? run(SoftBackward<float>(call, at, arena)) : run(SoftForward<float>(call, at, arena));
 }
 

@@ -39,6 +39,12 @@ template <class T> struct SoftTiles {
     s.pack_block(a, rows.from, rows.to, t);
     w.pack_block(r, rows.from, rows.to, t);
   }
+  // How many rows of a block are multiplied by all its columns before the next: with long assignments a packed block would not stay in
+  // the second-level cache.
+  int64_t strip() const {
+    const int64_t bytes = (s.chunks + w.chunks) * A_ROW * int64_t(sizeof(T));
+    return larger(int64_t(MR), smaller(BLOCK / MR, (int64_t(1) << 18) / bytes / MR) * MR);
+  }
   // `row`: the tile's first row in the packed blocks.
   FASTCL_INLINE void products(const T *a, const T *r, int64_t row, int64_t j0, Tile &u, Tile &weight) const {
     s.products(a + row * A_ROW, j0, u, w.contrasts.columns + j0 * w.units);
@@ -135,12 +141,13 @@ private:
 
   template <bool WIDE> void block(int t, Range rows) const {
     const Local &local = locals[t];
-    const int64_t count = rows.to - rows.from, size = s.contrasts.size;
+    const int64_t count = rows.to - rows.from, size = s.contrasts.size, step = Base::strip();
     Base::pack_block(local.a, local.r, rows, t);
     for (int64_t r = 0; r < count; r++) local.sums[r] = nothing<WIDE>();
     for (int64_t from = s.self ? rows.from / NR * NR : 0; from < size; from += FLUSH) {
       clear<WIDE>(local.rows, ROWS * W, round_up(count, MR) * W);
-      for (int64_t j = from; j < smaller(size, from + FLUSH); j += NR) panel<WIDE>(local, rows, j);
+      for (int64_t i = rows.from; i < rows.to; i += step)
+        for (int64_t j = from; j < smaller(size, from + FLUSH); j += NR) panel<WIDE>(local, rows, {i, smaller(rows.to, i + step)}, j);
       for (int64_t r = 0; r < count; r++) flush<WIDE>(local, r);
     }
     for (int64_t i = rows.from; i < rows.to; i++) {
@@ -154,9 +161,10 @@ private:
       for (int64_t k = 0; k < count; k++) lanes[f * stride + k] = WIDE && f == MAXIMUM ? NONE : T(0);
   }
 
-  template <bool WIDE> void panel(const Local &local, Range rows, int64_t j) const {
+  template <bool WIDE> void panel(const Local &local, Range rows, Range strip, int64_t j) const {
+    if (s.self && j + NR <= strip.from) return;
     if (columns) clear<WIDE>(local.columns, NR, NR);
-    for (int64_t i = rows.from; i < rows.to && !(s.self && j + NR <= i); i += MR) {
+    for (int64_t i = strip.from; i < strip.to && !(s.self && j + NR <= i); i += MR) {
       if (s.mixed(i, j, rows.to)) sum_tile<WIDE, true>(local, i, j, rows);
       else sum_tile<WIDE, false>(local, i, j, rows);
     }
@@ -374,11 +382,13 @@ template <class T> struct SoftBackward : SoftTiles<T> {
     Local &local = locals[t];
     const bool diagonal = s.self && rows.from == cols.from;
     for (int64_t k = 0; bias_gradient && k < G_ROW; k++) local.bias[k] = 0;
-    for (int64_t j = cols.from; j < cols.to; j += NR)
-      for (int64_t i = rows.from; i < rows.to && !(diagonal && j + NR <= i); i += MR) {
-        if (s.mixed(i, j, rows.to)) gradient_tile<BASES, true>(local, i, j, rows, j - cols.from);
-        else gradient_tile<BASES, false>(local, i, j, rows, j - cols.from);
-      }
+    const int64_t step = Base::strip();
+    for (int64_t from = rows.from; from < rows.to; from += step)
+      for (int64_t j = cols.from; j < cols.to; j += NR)
+        for (int64_t i = from; i < smaller(rows.to, from + step) && !(diagonal && j + NR <= i); i += MR) {
+          if (s.mixed(i, j, rows.to)) gradient_tile<BASES, true>(local, i, j, rows, j - cols.from);
+          else gradient_tile<BASES, false>(local, i, j, rows, j - cols.from);
+        }
     for (int64_t j = cols.from; bias_gradient && j < cols.to; j++) bias_gradient[j] += double(local.bias[j - cols.from]);
     if (diagonal) mirror<Mul>(local.g, rows.to - rows.from);
     if (rows_needed) s.template product<G_ROW, 1>(local.g, s.contrasts, cols, s.anchors, rows, call.anchor_gradient);

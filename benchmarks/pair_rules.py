@@ -21,14 +21,14 @@ from fastcl.ops.backends.choose import AVAILABLE, computes
 
 SUITE, PAGE = "rules", "rules.md"
 EAGER, COMPILED, WITHOUT = "eager", "torch.compile", "without the rule"
-TEMPERATURE, GUIDE_WIDTH, HARD = 0.1, 64, 4
-RULES = ("tags", "many tags", "groups", "duplicates", "guide", "hard negatives")
+TEMPERATURE, GUIDE_WIDTH, HARD, SOFT = 0.1, 64, 4, 1000
+RULES = ("tags", "many tags", "groups", "duplicates", "guide", "hard negatives", "soft clusters")
 NOTE = (
     "float32. A step computes ClusterInfoNCE's loss and the gradient of the embeddings. Tags: 64, three a row; many "
     "tags: 10,000, ten a row, without eager masks, which need a product of their own. Groups: N / 512 of 512 rows. "
     "Duplicates: four rows to an id, two views. Guide: rows of 64 numbers; the dense masks allow the 1e-6 that `Guide` "
-    "documents. Hard negatives: 4 an anchor. Without the rule: the same rows with clusters of as many positives (tags) "
-    "or with the same clusters. Eager has dense masks."
+    "documents. Hard negatives: 4 an anchor. Soft clusters: each row has weights over 1,000. Without the rule: the "
+    "same rows with clusters of as many positives (tags) or with the same clusters. Eager has dense masks and weights."
 )
 
 
@@ -65,6 +65,8 @@ class Case:
         elif self.rule == "guide":
             guide = fastcl.Guide(torch.randn(n, GUIDE_WIDTH, generator=g).to(device), margin=0.1)
             given = {**without, "guide": guide}
+        elif self.rule == "soft clusters":
+            given = {"assignments": (3 * torch.randn(n, SOFT, generator=g)).softmax(1)}
         else:
             given = {**without, "hard_negatives": F.normalize(torch.randn(n, HARD, self.d, generator=g), dim=-1)}
 
@@ -80,21 +82,30 @@ def tags(n: int, count: int, each: int, g: torch.Generator) -> Tensor:
     return found.scatter_(1, torch.randint(0, count, (n, each), generator=g), True)
 
 
-CASES = (*(Case(rule, 8192) for rule in RULES), Case("groups", 1024))
+CASES = (
+    *(Case(rule, 8192) for rule in RULES if rule != "soft clusters"),
+    Case("groups", 1024),
+    *(Case("soft clusters", n) for n in (2048, 4096)),
+)
 QUICK = tuple(Case(rule, 512) for rule in RULES)
 
 Loss = Callable[..., Tensor]
 
 
 def dense(given: dict[str, Any], rows: Tensor) -> Tensor:
-    """The loss with dense masks."""
+    """The loss with dense masks, for soft clusters with dense weights."""
     x = F.normalize(rows, dim=-1)
     n, views = len(x), x.shape[1] if x.dim() == 3 else 1
     x = x.flatten(0, -2)
     s = x @ x.T / TEMPERATURE
     admissible = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     clusters = given.get("clusters")
-    if clusters is None:
+    weights = None
+    if "assignments" in given:
+        r = given["assignments"].to(x.dtype)
+        weights = (r @ r.T).masked_fill(~admissible, 0)
+        positive = admissible
+    elif clusters is None:
         samples = torch.arange(n, device=x.device).repeat_interleave(views)
         positive = samples[:, None] == samples
         ids = given["ids"].repeat_interleave(views) if "ids" in given else samples
@@ -116,6 +127,8 @@ def dense(given: dict[str, Any], rows: Tensor) -> Tensor:
     if "hard_negatives" in given:
         hard = torch.einsum("nd,nhd->nh", x, F.normalize(given["hard_negatives"].to(x.dtype), dim=-1)) / TEMPERATURE
         logits = torch.cat((logits, hard), 1)
+    if weights is not None:
+        return (logits.logsumexp(1) - (weights * s).sum(1) / weights.sum(1)).mean()
     number = positive.sum(1)
     terms = logits.logsumexp(1) - torch.where(positive, s, 0).sum(1) / number.clamp(min=1)
     counted = number > 0
@@ -141,7 +154,7 @@ def losses(case: Case, device: torch.device) -> tuple[Tensor, dict[str, tuple[Lo
         for name in AVAILABLE
         if name != "reference"
         and _DEVICE_OF_BACKEND.get(name, device.type) == device.type
-        and computes(name, torch.float32, "pair_rules")
+        and computes(name, torch.float32, "soft_assignments" if case.rule == "soft clusters" else "pair_rules")
     ]
     truth = partial(dense, given)
     found: dict[str, tuple[Loss, Loss]] = {f"fastcl {name}": (_fastcl(name, given), truth) for name in usable}

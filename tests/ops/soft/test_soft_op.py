@@ -1,7 +1,7 @@
 """The operator of soft assignments: registration, compilation, backends, memory, threads."""
 
+from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastcl
 from fastcl.functional import cluster_infonce
-from fastcl.ops.backends import choose
+from fastcl.ops.backends import choose, native
 from fastcl.ops.contrastive.records import Needs, gradient_places
 from fastcl.ops.soft import assignments as soft_assignments
 from tests.losses.test_cluster_assignments import check_loss, library, objective, problem
@@ -136,20 +136,45 @@ def test_no_weights_are_stored(backend) -> None:
     assert largest < n * n  # bytes; all weights would take four times that
 
 
+@pytest.fixture
+def _threads_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_rows_do_not_depend_on_the_number_of_threads(engine) -> None:
-    arguments = problem(197, 24, 40, m=197, symmetric=True, bias=True)
-    leaves = ("embeddings", "contrasts", "contrast_bias")
+@pytest.mark.parametrize("temperature", [0.1, 0.01])  # with one exponential for row and column, with running maxima
+@pytest.mark.parametrize("m", [None, 430])
+@pytest.mark.usefixtures("_threads_restored")
+def test_any_number_of_threads_is_as_exact_and_one_number_gives_the_same_bits(engine, temperature, m) -> None:
+    two = {} if m is None else {"symmetric": True, "bias": True, "ids": True, "reduction": "mean"}
+    arguments = problem(m or 430, 24, 40, m=m, temperature=temperature, **two)
+    leaves = ("embeddings", *(("contrasts", "contrast_bias") if two else ()))
+    assert 5 * native.PRODUCTS <= 430 * 430 * (24 + 40)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        check_loss(arguments, (f"cpu-{engine}",))
+        with running(f"cpu-{engine}"):
+            found = [differentiate(library, arguments, leaves, objective) for _ in range(2)]
+        (loss, gradients), (again, gradients_again) = found
+        assert torch.equal(loss, again)
+        for name in leaves:
+            assert torch.equal(gradients[name], gradients_again[name])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.usefixtures("_threads_restored")
+def test_statistics_of_two_sets_rows_do_not_depend_on_the_number_of_threads(engine) -> None:
+    g = generator(0)
+    x, y = torch.randn(430, 24, generator=g), torch.randn(410, 24, generator=g)
+    r, q = torch.rand(430, 40, generator=g), torch.rand(410, 40, generator=g)
     found = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 3):
-            torch.set_num_threads(threads)
-            with running(f"cpu-{engine}"), mock.patch.object(torch, "get_num_threads", return_value=threads):
-                loss, gradients = differentiate(library, arguments, leaves, objective)
-            found.append([loss, *gradients.values()])
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with running(f"cpu-{engine}"):
+            s = fastcl.contrastive_stats(x, y, anchor_assignments=r, contrast_assignments=q)
+        found.append((s.lse_all, s.sum_pos, s.num_pos))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)

@@ -128,7 +128,8 @@ def dense(given: dict[str, Any], rows: Tensor) -> Tensor:
         hard = torch.einsum("nd,nhd->nh", x, F.normalize(given["hard_negatives"].to(x.dtype), dim=-1)) / TEMPERATURE
         logits = torch.cat((logits, hard), 1)
     if weights is not None:
-        return (logits.logsumexp(1) - (weights * s).sum(1) / weights.sum(1)).mean()
+        loss: Tensor = (logits.logsumexp(1) - (weights * s).sum(1) / weights.sum(1)).mean()
+        return loss
     number = positive.sum(1)
     terms = logits.logsumexp(1) - torch.where(positive, s, 0).sum(1) / number.clamp(min=1)
     counted = number > 0

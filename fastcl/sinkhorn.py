@@ -327,6 +327,10 @@ def column_potential(
     parts: scores of one problem, whose rows lie in several tensors [N_part, K] or [B, N_part, K]; or features
     [N_part, D] of prototypes [K, D].
     """
+    if prototypes is None and prior is None and group is None:
+        solved = small.col_potential(parts, epsilon, n_iters, LARGEST_EPSILON)
+        if solved is not None:
+            return solved
     if prototypes is None:
         for scores in parts:
             check_scores("scores", scores)

@@ -6,6 +6,7 @@ For few scores, arguments made into tensors, masses, operators and records would
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from ..backends.choose import chooses_cpu
 from ..backends.native import DTYPES, run
 from ..library import intercepted
 from ..small import MOST_ROWS, PLAIN, constant, needs_gradient, real_of
+
+FEW = 1 << 18  # scores, for whose potentials alone a matrix of assignments may be made that nobody needs
 
 
 class Found(NamedTuple):
@@ -66,3 +69,12 @@ def solve(scores: Any, epsilon: Any, n_iters: Any, largest_epsilon: float) -> Fo
     )
     run(native.native_module().sinkhorn_solve(native.engine()[0], scale.item(), call))
     return Found(assignments, f, g, (scores[None], scale, log_prior, log_rows, None, n_iters, None, ""))
+
+
+def col_potential(parts: Sequence[Any], epsilon: Any, n_iters: Any, largest_epsilon: float) -> Tensor | None:
+    """The column potential [K] of a problem whose scores are one tensor of at most `FEW`, or None. No gradient."""
+    if len(parts) != 1 or not isinstance(parts[0], Tensor) or parts[0].numel() > FEW:
+        return None
+    with torch.no_grad():
+        found = solve(parts[0], epsilon, n_iters, largest_epsilon)
+    return None if found is None else found.col_potential

@@ -7,6 +7,7 @@ from torch import Tensor
 import fastcl
 from fastcl.ops.backends.choose import AVAILABLE
 from fastcl.ops.sinkhorn import small
+from fastcl.sinkhorn import column_potential
 from tests.support.sinkhorn_oracle import log_domain
 from tests.support.strategies import DTYPES, generator
 
@@ -121,6 +122,19 @@ def test_tensors_made_in_inference_mode_do_not_come_back(taken) -> None:
     assert not result.assignments.is_inference()
     leaf = scores(5, 4).requires_grad_()
     (result.transport_cost * leaf.sum()).backward()
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_the_potential_alone(case: str, taken, monkeypatch) -> None:
+    """As SwAV asks for it, of scores that learn."""
+    values = VALUES[case](torch.float32).requires_grad_()
+    got = column_potential([values], epsilon=0.3, prior=None, n_iters=3, group=None)
+    assert taken == [True]
+    monkeypatch.setattr(small, "FEW", 0)
+    usual = column_potential([values], epsilon=0.3, prior=None, n_iters=3, group=None)
+    assert taken == [True]
+    assert not got.requires_grad
+    torch.testing.assert_close(got, usual, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
+import torch
 from torch import Tensor
 
 from ..checks import check_flag, positive_number
@@ -94,8 +95,9 @@ def loss_of(
     """`cluster_infonce` from its tensors and options, which this function checks."""
     try:
         options = options.checked()
-        quick = mean_on_cpu(given, options, temperature, True, weights, return_stats)
-        if quick is not None:
+        # With a positive of each anchor's own, the loss comes out of the same call of the engine with statistics too.
+        quick = mean_on_cpu(given, options, temperature, True, weights, given.positives is None and return_stats)
+        if quick is not None and return_stats is False:
             return quick
         temperature = positive_number("temperature", temperature)
         if weights is None and return_stats is False:
@@ -116,6 +118,11 @@ def loss_of(
         tell_others(options.gather, error, given.embeddings, group=options.group)
         raise
     rows = with_thresholds(given.guide, rows, options)
+    if quick is not None:
+        with torch.no_grad():
+            found = reduced_loss(rows, scale, formula, options, weights, return_stats)
+        assert isinstance(found, tuple)
+        return quick, found[1]
     if options.form == "pairs":
         return pair_form_loss(rows, scale, options, weights, return_stats)
     return reduced_loss(rows, scale, formula, options, weights, return_stats)

@@ -238,10 +238,23 @@ def test_a_scale_that_learns_in_a_large_problem_goes_the_usual_way(monkeypatch) 
     assert took(moco(query, x(N, D, seed=1), queue(), temperature.detach()))
 
 
-def test_statistics_tracers_and_backends_go_the_usual_way() -> None:
+def test_with_statistics_the_loss_is_the_same_to_the_bit(monkeypatch) -> None:
     query, key, memory = x(N, D).requires_grad_(), x(N, D, seed=1), queue()
-    loss, _ = fastcl.MoCoLoss(0.3)(query, key, memory, return_stats=True)
-    assert not took(loss)
+    loss, stats = fastcl.MoCoLoss(0.3)(query, key, memory, return_stats=True)
+    alone = fastcl.MoCoLoss(0.3)(query, key, memory)
+    assert took(loss)
+    assert torch.equal(loss, alone)
+    assert torch.equal(*(torch.autograd.grad(of, query)[0] for of in (loss, alone)))
+    off(monkeypatch)
+    usual, expected = fastcl.MoCoLoss(0.3)(query, key, memory, return_stats=True)
+    assert not took(usual)
+    assert stats.scalars("") == expected.scalars("")
+    with pytest.raises(TypeError, match="return_stats"):
+        fastcl.MoCoLoss(0.3)(query, key, memory, return_stats=1)
+
+
+def test_tracers_and_backends_go_the_usual_way() -> None:
+    query, key, memory = x(N, D).requires_grad_(), x(N, D, seed=1), queue()
     with fastcl.use_backend("chunked"):
         assert not took(moco(query, key, memory))
     rows = x(M, D, seed=2)

@@ -196,6 +196,9 @@ def sinkhorn(
     log_prior, log_rows, count = options[1], options[2], options[4]
     if out is not None:
         _check_out(out, scores, epsilon, prior, row_marginal)
+        # `transport_cost` reads them again, and they may lie in the memory of `out`.
+        options = (options[0].clone(), *options[1:3], None if options[3] is None else options[3].clone(), *options[4:])
+        solved = (s, *options)
     outputs = _solve(*solved, out=out if out is None or batched else out[None])
     if group is None:
         _check_finite(s, log_prior, log_rows, outputs[1], outputs[2])
@@ -217,7 +220,14 @@ def _check_out(out: Any, scores: Tensor, *others: Any) -> None:
     if out.shape != scores.shape:
         raise ValueError(f"out: expected the scores' shape {list(scores.shape)}, got {list(out.shape)}")
     check_device("out", out, scores.device)
-    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+    last = 0  # place of the last number of the dimensions so far
+    for step, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and step <= last:
+            break
+        last += step * (size - 1)
+    else:
+        last = -1
+    if last >= 0 and out.numel():
         raise ValueError(f"out: expected a number of its own for each assignment, got strides {list(out.stride())}")
     if values_visible(out) and values_visible(scores) and out.numel():
         (first, last), (start, end) = _addresses(out), _addresses(scores)

@@ -123,13 +123,14 @@ class SmallQueueMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _QueueCall, anchors: Tensor, positives: Tensor, learned: Tensor | None) -> Tensor:
-        loss, ctx.ready = _run_queue(call, ctx.needs_input_grad, anchors, positives)
-        ctx.save_for_backward(anchors, positives, learned)  # torch checks that they are unchanged
+        loss, ready = _run_queue(call, ctx.needs_input_grad, anchors, positives)
+        ctx.save_for_backward(anchors, positives, learned, *ready)  # torch checks, and frees them
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *scaled(grad, ctx.saved_tensors, ctx.ready, keep=True)
+        saved = ctx.saved_tensors
+        return None, *scaled(grad, saved[:3], saved[3:], keep=True)
 
 
 _apply_queue = super(torch.autograd.Function, SmallQueueMean).apply
@@ -184,6 +185,8 @@ def queue_loss(
     if needs_gradient(learned) and not is_small(anchors, contrasts, direct.AT_ONCE):
         return None
     call = _QueueCall(contrasts, number, inverted, normalize, normalize_contrasts)
+    if learned is not None and not learned.requires_grad:
+        learned = None  # it may change before the backward
     if needs_gradient(anchors, positives, learned):
         loss: Tensor = _apply_queue(call, anchors, positives, learned)
         return loss

@@ -269,6 +269,42 @@ def test_under_autocast() -> None:
     torch.testing.assert_close(loss, moco(query, key, memory))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(256, 64, 64), (500, 400, 30), (1024, 128, 8), (200, 16, 40), (512, 512, 16)]
+)
+def test_the_engine_stays_within_its_workspace(n: int, m: int, d: int, threads: int, monkeypatch) -> None:
+    behind = []
+
+    def run(call: Any) -> None:
+        room = torch.full((call.workspace + 65536,), 165, dtype=torch.uint8)
+        call.run(room.data_ptr())
+        behind.append(int((room[call.workspace :] != 165).sum()))
+
+    monkeypatch.setattr(native, "run", run)
+    monkeypatch.setattr(native, "threads", lambda *_: threads)
+    for dtype in (torch.float32, torch.float64):
+        query = x(n, d, dtype=dtype).requires_grad_()
+        assert took(moco(query, x(n, d, dtype=dtype, seed=1), x(m, d, dtype=dtype, seed=2)))
+    assert behind == [0, 0]
+
+
+def test_gradients_are_freed_with_the_graph() -> None:
+    query = x(N, D).requires_grad_()
+    loss = moco(query, x(N, D, seed=1), queue())
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_temperature_that_does_not_learn_may_change() -> None:
+    query, temperature = x(N, D).requires_grad_(), torch.tensor(0.3)
+    expected = torch.autograd.grad(moco(query, x(N, D, seed=1), queue()), query)[0]
+    loss = moco(query, x(N, D, seed=1), queue(), temperature)
+    temperature.mul_(2)
+    torch.testing.assert_close(torch.autograd.grad(loss, query)[0], expected)
+
+
 def test_one_large_workspace_is_kept(monkeypatch) -> None:
     made = []
     empty = torch.empty

@@ -78,6 +78,15 @@ def test_the_cost_is_that_of_the_call(dtype: torch.dtype) -> None:
     torch.testing.assert_close(first.transport_cost, fastcl.sinkhorn(values).transport_cost)
 
 
+def test_the_cost_does_not_follow_later_changes() -> None:
+    values, start, epsilon = scores(6, 4), scores(4, seed=2), torch.tensor(0.3)
+    expected = fastcl.sinkhorn(values, epsilon=0.3, init=start).transport_cost
+    result = fastcl.sinkhorn(values, epsilon=epsilon, init=start, out=torch.empty(6, 4))
+    start.zero_()
+    epsilon.fill_(2.0)
+    torch.testing.assert_close(result.transport_cost, expected)
+
+
 def test_without_rows_and_under_inference_mode() -> None:
     empty = scores(0, 6, 4)
     assert fastcl.sinkhorn(empty, out=room(empty)).assignments.shape == (0, 6, 4)
@@ -114,6 +123,7 @@ REFUSED = {
     "a batch": (VALUES[None].clone(), ValueError, r"out: expected the scores' shape \[6, 4\], got \[1, 6, 4\]"),
     "another device": (VALUES.to("meta"), ValueError, "out: expected a tensor on cpu, got one on meta"),
     "one row for all": (torch.empty(1, 4).expand(6, 4), ValueError, r"out: .*got strides \[0, 1\]"),
+    "rows that overlap": (torch.empty(30).as_strided((6, 4), (2, 1)), ValueError, r"out: .*got strides \[2, 1\]"),
     "itself": (VALUES, ValueError, "out: expected memory apart from that of the scores"),
     "sparse": (VALUES.to_sparse(), TypeError, "out: expected a dense tensor"),
     "a leaf": (VALUES.clone().requires_grad_(), ValueError, "out: expected None where a gradient is asked for"),

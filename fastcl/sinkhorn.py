@@ -220,19 +220,22 @@ def _check_out(out: Any, scores: Tensor, *others: Any) -> None:
     if out.shape != scores.shape:
         raise ValueError(f"out: expected the scores' shape {list(scores.shape)}, got {list(out.shape)}")
     check_device("out", out, scores.device)
-    last = 0  # place of the last number of the dimensions so far
-    for step, size in sorted(zip(out.stride(), out.shape, strict=True)):
-        if size > 1 and step <= last:
-            break
-        last += step * (size - 1)
-    else:
-        last = -1
-    if last >= 0 and out.numel():
+    if _overlaps_itself(out):
         raise ValueError(f"out: expected a number of its own for each assignment, got strides {list(out.stride())}")
     if values_visible(out) and values_visible(scores) and out.numel():
         (first, last), (start, end) = _addresses(out), _addresses(scores)
         if first < end and start < last:
             raise ValueError("out: expected memory apart from that of the scores, got a view of the same numbers")
+
+
+def _overlaps_itself(matrix: Tensor) -> bool:
+    """Whether two numbers may have the same place."""
+    last = 0  # place of the last number of the dimensions so far
+    for step, size in sorted(zip(matrix.stride(), matrix.shape, strict=True)):
+        if size > 1 and step <= last:
+            return matrix.numel() > 0
+        last += step * (size - 1)
+    return False
 
 
 def _addresses(matrix: Tensor) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from ..backends.native import DTYPES, run
 from ..library import intercepted
 from ..small import MOST_ROWS, PLAIN, constant, needs_gradient, real_of
 
-FEW = 1 << 18  # scores, for whose potentials alone a matrix of assignments may be made that nobody needs
+FEW = 1 << 18  # up to this many scores `col_potential` makes the assignments too, and drops them
 
 
 class Found(NamedTuple):

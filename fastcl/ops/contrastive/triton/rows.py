@@ -209,7 +209,7 @@ def _rows(
         end,
         new(torch.int32, names is not None),
         new(torch.float32, bias is not None),
-        new(torch.float32, not (normalize or as_it_is)),  # of no use in the backward, but so one kernel serves both
+        new(torch.float32, not (normalize or as_it_is)),  # the backward does not read it; both use one kernel
     )
     if as_it_is and not normed and own is None and names is None and bias is None:
         return rows

@@ -95,8 +95,9 @@ def loss_of(
     """`cluster_infonce` from its tensors and options, which this function checks."""
     try:
         options = options.checked()
-        # With a positive of each anchor's own, the loss comes out of the same call of the engine with statistics too.
-        quick = mean_on_cpu(given, options, temperature, True, weights, given.positives is None and return_stats)
+        # Over pairs, and with a positive of each anchor's own, the loss has the same bits with statistics.
+        one_sweep = options.form != "pairs" and given.positives is None
+        quick = mean_on_cpu(given, options, temperature, True, weights, one_sweep and return_stats)
         if quick is not None and return_stats is False:
             return quick
         temperature = positive_number("temperature", temperature)
@@ -120,9 +121,20 @@ def loss_of(
     rows = with_thresholds(given.guide, rows, options)
     if quick is not None:
         with torch.no_grad():
-            found = reduced_loss(rows, scale, formula, options, weights, return_stats)
+            found = _evaluated(rows, scale, formula, options, weights, return_stats)
         assert isinstance(found, tuple)
         return quick, found[1]
+    return _evaluated(rows, scale, formula, options, weights, return_stats)
+
+
+def _evaluated(
+    rows: Batch,
+    scale: Tensor,
+    formula: InfoNCE | Weighted,
+    options: LossOptions,
+    weights: Tensor | None,
+    return_stats: bool,
+) -> LossResult:
     if options.form == "pairs":
         return pair_form_loss(rows, scale, options, weights, return_stats)
     return reduced_loss(rows, scale, formula, options, weights, return_stats)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..distributed import Property, World
 from ..ops.contrastive.records import Rows
 from ..ops.library import uncompiled
+from ..ops.pair_maps import FAR
 from ..swept import ContrastiveStats, statistics
 from .batch import Batch
 from .gathered import gathered_statistics, has_gradient
@@ -24,7 +25,6 @@ from .reduce import LossResult, opened, posed, summary_of
 
 POSITIVES = Maps("softplus", only_positives=True)
 WANTED = ("lse_neg",)
-FAR = 1e30  # the offset of rows without negatives: their terms are 0
 
 
 class _Side(NamedTuple):
@@ -40,6 +40,7 @@ class _Side(NamedTuple):
     def offset(self) -> Tensor:
         """[R]: added to the logits s_ip, it gives s_ip - margin - lse_neg_i."""
         assert self.stats.lse_neg is not None
+        # Rows without negatives have terms of 0.
         offset = -self.stats.lse_neg.masked_fill(self.stats.num_neg == 0, -FAR) - self.scale * self.margin
         return offset if self.bias is None else offset + self.bias.masked_fill(self.bias == -torch.inf, 0)
 

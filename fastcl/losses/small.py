@@ -18,6 +18,7 @@ from ..ops.backends.choose import chooses_cpu
 from ..ops.contrastive import replayed, small
 from ..ops.contrastive.records import Problem
 from ..ops.library import intercepted
+from ..ops.pairs.small_infonce import mean_of_pairs
 from ..ops.small import are_ids, are_plain, are_rows, in_range, is_number, needs_gradient, places
 from ..swept import arguments
 from ..tags import are_tags
@@ -70,7 +71,11 @@ def mean_on_cpu(
     """
     if torch.compiler.is_compiling() or weights is not None or return_stats is not False:
         return None
-    if options.gather is not False or not _is_mean(options):  # in this order: what is known keeps no group alive
+    if options.gather is not False:  # first, as `_is_mean` would keep a group alive
+        return None
+    if options.form == "pairs":
+        return _pairs_on_cpu(given, options, scale, inverted)
+    if not _is_mean(options):
         return None
     if given.positives is not None:
         return None if options.denominator == "negatives" else _queue_on_cpu(given, options, scale, inverted)
@@ -81,6 +86,18 @@ def mean_on_cpu(
         given.embeddings, *rows, scale, inverted=inverted, normalize=options.normalize,
         symmetric=options.symmetric, negatives_only=options.denominator == "negatives",
     )  # fmt: skip
+
+
+def _pairs_on_cpu(given: Tensors, options: LossOptions, scale: Any, inverted: bool) -> Tensor | None:
+    """The mean over pairs; None for other calls."""
+    if options.reduction != "mean" or options.symmetric or given.positives is not None:
+        return None
+    rows = rows_on_cpu(given, options, scale)
+    if rows is None:
+        return None
+    return mean_of_pairs(
+        given.embeddings, *rows, scale, inverted=inverted, normalize=options.normalize, margin=options.margin
+    )
 
 
 def _queue_on_cpu(given: Tensors, options: LossOptions, scale: Any, inverted: bool) -> Tensor | None:

@@ -27,6 +27,8 @@ KINDS = {
     "squared": Kind(3, of_distance=True),  # half the squares of "distance"
 }
 
+FAR = 1e30  # the offset of logits at which the softplus of a positive is 0
+
 
 def mapped(kind: str, t: Tensor, positive: bool, margin: float) -> tuple[Tensor, Tensor]:
     """The map's value and derivative at logits or distances t; the derivative of a distance at 0 is unused."""

@@ -118,13 +118,18 @@ def described(
     normalize: bool,
     symmetric: bool,
     differentiated: bool,
+    ids: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """The problem as csrc/bindings reads it. differentiated: the call also computes gradients."""
+    """The problem as csrc/bindings reads it.
+
+    differentiated: the call also computes gradients. ids: of both sets; pairs of equal ids take no part.
+    """
     own, other = rows_of(anchors), (0, 0, 0, 0, 0) if contrasts is None else rows_of(contrasts)
     d, two = anchors.shape[-1], contrasts is not None
     threads = native.threads(own[2] * (other[2] if two else own[2]) * d, native.PRODUCTS, differentiated)
+    places = native.address(ids)
     return (
-        *own, *other, d, clusters.data_ptr(), native.address(contrast_clusters), 0, 0, scale.data_ptr(), 1, 0,
+        *own, *other, d, clusters.data_ptr(), native.address(contrast_clusters), places, places, scale.data_ptr(), 1, 0,
         normalize, normalize and two, scale.dtype == torch.float64, symmetric, threads, 0,
     )  # fmt: skip
 

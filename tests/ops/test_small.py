@@ -23,6 +23,8 @@ pytestmark = pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native
 LOSSES = {
     "infonce": (partial(cluster_infonce, temperature=0.3), "SmallMean"),
     "decoupled": (partial(cluster_infonce, temperature=0.3, denominator="negatives"), "SmallMean"),
+    "pairs": (partial(cluster_infonce, temperature=0.3, form="pairs"), "SmallPairMean"),
+    "pairs, margin": (partial(cluster_infonce, temperature=0.3, form="pairs", margin=0.2), "SmallPairMean"),
     "sigmoid": (partial(sigmoid_loss, temperature=0.3, bias=-2.0), "SmallTotal"),
     "sigmoid, sum": (partial(sigmoid_loss, temperature=0.3, bias=-2.0, reduction="sum"), "SmallTotal"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -140,9 +141,10 @@ def check_assignments(
         raise ValueError(f"{name}: expected shape [{expected}], got {list(shape)}")
     check_device(name, value, device)
     if values_visible(value):
-        good = (value >= 0) & value.isfinite()
-        if not bool(good.all()):
-            raise ValueError(f"{name}: expected finite numbers of at least 0, got {value.detach()[~good][0].item()}")
+        least, most = torch.stack(value.detach().aminmax()).tolist() if value.numel() else (0, 0)  # NaN if a number is
+        if not 0 <= least <= most < math.inf:
+            bad = value.detach()[~((value >= 0) & value.isfinite())]
+            raise ValueError(f"{name}: expected finite numbers of at least 0, got {bad[0].item()}")
 
 
 def check_scores(name: str, value: Any) -> None:

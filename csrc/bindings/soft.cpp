@@ -29,7 +29,9 @@ std::unique_ptr<Call> soft(const std::string &engine, const py::tuple &problem, 
   call.anchor_assignments = rows.rows();
   call.contrast_assignments = rows.rows();
   call.assignment_columns = rows.integer();
+  call.weights = {rows.address(), KeptProducts::stride_of(p.column_rows().size)};
   rows.end();
+  require(reinterpret_cast<uintptr_t>(call.weights.of) % 64 == 0, "weights: not aligned");
   require(call.anchor_assignments.data && call.assignment_columns >= 1, "assignments: a null pointer, or no columns");
   require(call.anchor_assignments.size == p.anchors.size, "assignments: not of the anchors' size");
   require(!call.contrast_assignments.data == p.self_contrast(), "assignments of contrasts: two sets have them, self-contrast has none");

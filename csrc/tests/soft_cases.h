@@ -25,6 +25,10 @@ public:
     if (p.columns) call_.contrasts = outputs(in.m, p.normalize_contrasts);
     a_ = formula::inverse_norms(in.anchors, in.n, in.d, in.normalize_anchors);
     c_ = in.self() ? a_ : formula::inverse_norms(in.contrasts, in.m, in.d, in.normalize_contrasts);
+    if (random.below(2)) {
+      call_.weights.stride = KeptProducts::stride_of(m_);
+      call_.weights.of = pool.workspace(in.n * call_.weights.stride * int64_t(sizeof(T)));
+    }
     pairs();
   }
 

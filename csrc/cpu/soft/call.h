@@ -19,6 +19,7 @@ struct Soft {
   Rows anchor_assignments, contrast_assignments; // [N, C], [M, C]; data of the second null for self-contrast
   int64_t assignment_columns;                    // C
   SoftSide anchors, contrasts;                   // contrasts only with problem.columns
+  KeptProducts weights;                          // of all pairs, from the forward to the backward; null: both compute them
   bool backward;                                 // compute the gradients below; null: not needed
   void *anchor_gradient, *contrast_gradient;     // [N, D], [M, D]
   void *scale_gradient, *bias_gradient;          // [1] double, [M]

@@ -16,11 +16,13 @@ template <class T> struct SoftTiles {
   static constexpr T LARGEST = T(Sweep<Mul>::LARGEST), NONE = -LARGEST;
 
   const Soft &call;
+  const bool multiplied; // whether weights are computed; false if the forward kept them
   const Sweep<Mul> s, w; // sweeps of the logits and of the weights
 
   SoftTiles(const Soft &call, const Arranged &at, Arena &arena)
-      : call(call), s(call.problem, at, arena, call.backward && call.contrast_gradient, call.backward && call.anchor_gradient),
-        w(weights_of(call), {{at.anchors.order}, {at.contrasts.order}}, arena, false, false) {}
+      : call(call), multiplied(!(call.backward && call.weights.of)),
+        s(call.problem, at, arena, call.backward && call.contrast_gradient, call.backward && call.anchor_gradient),
+        w(weights_of(call), {{at.anchors.order}, {at.contrasts.order}}, arena, false, false, nullptr, multiplied) {}
 
   static Problem weights_of(const Soft &call) {
     Problem p = call.problem;
@@ -33,22 +35,26 @@ template <class T> struct SoftTiles {
   }
   void pack(int t) const {
     s.pack(t);
-    w.pack(t);
+    if (multiplied) w.pack(t);
   }
   void pack_block(T *a, T *r, Range rows, int t) const {
     s.pack_block(a, rows.from, rows.to, t);
-    w.pack_block(r, rows.from, rows.to, t);
+    if (multiplied) w.pack_block(r, rows.from, rows.to, t);
   }
   // How many rows of a block are multiplied by all its columns before the next: with long assignments a packed block would not stay in
   // the second-level cache.
   int64_t strip() const {
-    const int64_t bytes = (s.chunks + w.chunks) * A_ROW * int64_t(sizeof(T));
+    const int64_t bytes = (s.chunks + (multiplied ? w.chunks : 0)) * A_ROW * int64_t(sizeof(T));
     return larger(int64_t(MR), smaller(BLOCK / MR, (int64_t(1) << 18) / bytes / MR) * MR);
   }
-  // `row`: the tile's first row in the packed blocks.
-  FASTCL_INLINE void products(const T *a, const T *r, int64_t row, int64_t j0, Tile &u, Tile &weight) const {
-    s.products(a + row * A_ROW, j0, u, w.contrasts.columns + j0 * w.units);
-    w.products(r + row * A_ROW, j0, weight, s.contrasts.columns + (j0 + NR) * s.units);
+  // Of the tile at row i0 of the block `rows`, whose packed rows are a and r.
+  FASTCL_INLINE void products(const T *a, const T *r, Range rows, int64_t i0, int64_t j0, Tile &u, Tile &weight) const {
+    const int64_t row = (i0 - rows.from) * A_ROW;
+    const T *const next = s.contrasts.columns + (j0 + NR) * s.units;
+    s.products(a + row, j0, u, multiplied ? w.contrasts.columns + j0 * w.units : next);
+    if (!multiplied) return w.kept_products(weight, call.weights, i0, j0, rows.to);
+    w.products(r + row, j0, weight, next);
+    if (call.weights.of) w.keep_products(weight, call.weights, i0, j0, rows.to);
   }
   FASTCL_INLINE V<T> logits(V<T> similarity, int64_t j) const { return s.biased(s.logits(similarity, s.scale[0]), j); }
   // Replaces infinite weights by the largest number, so that their product with 0 is 0.
@@ -182,7 +188,7 @@ private:
 
   template <bool WIDE, bool MIXED> FASTCL_NOINLINE void sum_tile(const Local &local, int64_t i0, int64_t j0, Range rows) const {
     Tile u __attribute__((aligned(64))), weight __attribute__((aligned(64)));
-    Base::products(local.a, local.r, i0 - rows.from, j0, u, weight);
+    Base::products(local.a, local.r, rows, i0, j0, u, weight);
     V<T> norms[NV], totals[NV], logits_sums[NV], weights_sums[NV], outsides[NV]; // of the columns
     I<T> admissible[MR][NV];
     EACH(v, NV) {
@@ -337,7 +343,7 @@ template <class T> struct SoftBackward : SoftTiles<T> {
     for (int t = 0; t < s.threads; t++) {
       Local local{};
       local.a = arena.take<T>(s.block_units());
-      local.r = arena.take<T>(w.block_units());
+      local.r = Base::multiplied ? arena.take<T>(w.block_units()) : nullptr;
       local.g = arena.take<T>(ROWS * G_ROW);
       local.bias = call.bias_gradient ? arena.take<T>(G_ROW) : nullptr;
       if (arena.base) locals[t] = local;
@@ -427,7 +433,7 @@ private:
   // The gradient with respect to a register tile's products: the sum of the softmax part and of the weights' part.
   template <Bases BASES, bool MIXED> FASTCL_NOINLINE void gradient_tile(Local &local, int64_t i0, int64_t j0, Range rows, int64_t c0) const {
     Tile u __attribute__((aligned(64))), weight __attribute__((aligned(64)));
-    Base::products(local.a, local.r, i0 - rows.from, j0, u, weight);
+    Base::products(local.a, local.r, rows, i0, j0, u, weight);
     V<T> norms[NV], other_lse[NV], other_base[NV], other_sum[NV], over_rows[NV], scale = all<T>(0);
     EACH(v, NV) {
       norms[v] = load(s.contrasts.inverse_norms + j0 + v * W);

@@ -202,7 +202,7 @@ def _is_addressable(rows: Rows) -> bool:
         and (ids is None or _is_dense(ids))
         and (bias is None or _is_dense(bias))
         and (assignments is None or not assignments.is_neg())
-        and (rules.count(None) == len(rules) or all(values is None or _is_dense(values) for values in rules))
+        and all(values is None or _is_dense(values) for values in rules)
     )
 
 

@@ -12,8 +12,19 @@ from ..contrastive import chunked
 from ..contrastive import cpu as contrastive_cpu
 from ..contrastive.records import Gradients, Needs, Problem, Side, Statistics, empty_side, new_side
 
+ALIGNMENT = 64  # of kept weights, in bytes; torch's own memory has it
+FEWEST_COLUMNS = 256  # weights of shorter assignments are found again as fast as they are read
 
-def forward(p: Problem) -> Statistics:
+
+def keeps_weights(p: Problem) -> bool:
+    """Whether the forward may keep the weights of all pairs: they take no more memory than rows and assignments."""
+    assert p.anchors.assignments is not None
+    (_, n, m), c = p.sizes, p.anchors.assignments.shape[1]
+    return c >= FEWEST_COLUMNS and n * m <= (n + m) * (p.anchors.values.shape[1] + c)
+
+
+def forward(p: Problem, keep: bool = False) -> Statistics:
+    """keep: for a backward, which then does not compute the weights again. They are `Statistics.saved`."""
     p = contrastive_cpu.addressable(p)
     _, n, m = p.sizes
     if n == 0 or m == 0:
@@ -23,8 +34,9 @@ def forward(p: Problem) -> Statistics:
     c = new(m if p.contrasts is not None and p.contrasts.normalize else 0).zero_()  # written with `both`, never read
     anchors = new_side(p, n)
     contrasts = new_side(p, m) if p.both else empty_side(p)
-    _run(p, _side(anchors, a), _side(contrasts, c) if p.both else None, None)
-    return Statistics(anchors, contrasts, a, c, new(0))
+    weights = new(n * _stride(m) if keep and keeps_weights(p) else 0)
+    _run(p, weights, _side(anchors, a), _side(contrasts, c) if p.both else None, None)
+    return Statistics(anchors, contrasts, a, c, weights)
 
 
 def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor, needs: Needs) -> Gradients:
@@ -45,18 +57,29 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     d_bias = new(m) if bias else None
     own = _gradient_side(saved.anchors, grad)
     other = _gradient_side(saved.contrasts, grad_contrasts) if p.both else None
-    _run(p, own, other, tuple(map(native.address, (rows, columns, scale, d_bias))))
+    _run(p, saved.saved, own, other, tuple(map(native.address, (rows, columns, scale, d_bias))))
     if folded and rows is not None and columns is not None:
         rows, columns = rows.add_(columns), None
     return Gradients(rows, columns, scale, d_bias)
 
 
-def _run(p: Problem, anchors: tuple[int, ...], contrasts: tuple[int, ...] | None, gradients: Any) -> None:
+def _stride(contrasts: int) -> int:
+    """Numbers from a row of kept weights to the next, as `KeptProducts` in csrc/problem.h has it."""
+    return (contrasts + 31) // 32 * 32 + 16
+
+
+def _run(
+    p: Problem, weights: Tensor, anchors: tuple[int, ...], contrasts: tuple[int, ...] | None, gradients: Any
+) -> None:
+    """weights: kept by the forward, for the backward; [0]: not kept."""
     swept, same_rows = contrastive_cpu.two_sets_if_asymmetric(p)
     own = p.anchors.assignments
     other = swept.contrasts and swept.contrasts.assignments  # None in self-contrast
     assert own is not None
-    assignments = (*native.describe_rows(own), *native.describe_rows(other), own.shape[1])
+    if native.address(weights) % ALIGNMENT:  # a hook has moved them
+        weights = weights.clone()
+    kept = native.address(weights) if len(weights) else 0
+    assignments = (*native.describe_rows(own), *native.describe_rows(other), own.shape[1], kept)
     problem = contrastive_cpu.describe(swept, p.anchors.values.shape[1] + own.shape[1], same_rows)
     call = native.native_module().soft(native.engine()[0], problem, assignments, anchors, contrasts, gradients)
     native.run(call)

@@ -26,13 +26,13 @@ from ..contrastive.records import (
     gradient_places,
     unflatten,
 )
-from ..library import LIBRARY, register, without_autocast
+from ..library import LIBRARY, intercepted, register, without_autocast
 from . import cpu, triton
 from .assignments import assignment_gradients
 
 
 class SoftBackend(Protocol):
-    """`contrastive.backend.Backend` for problems with assignments. It keeps nothing for the backward."""
+    """`contrastive.backend.Backend` for problems with assignments. Only `cpu` keeps anything for the backward."""
 
     def forward(self, p: Problem) -> Statistics: ...
 
@@ -69,23 +69,35 @@ def _parsed(args: Sequence[Any]) -> tuple[Problem, SoftBackend]:
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
+    return _found(args, False)[0]
+
+
+def _found(args: Sequence[Any], keep: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The outputs of the operator, and with `keep` what `cpu` keeps for the backward."""
     problem, backend = _parsed(args)
     with without_autocast(problem.device):
-        anchors, contrasts, *norms, _ = backend.forward(infinite.as_nan(problem))
+        problem = infinite.as_nan(problem)
+        found = cpu.forward(problem, keep) if backend is cpu else backend.forward(problem)
+    anchors, contrasts, *norms, kept = found
 
     def outputs(side: Side) -> tuple[Tensor, ...]:
         num_pos, size = side.counts
         return torch.stack((*side.fields[:, 0], num_pos)), size.clone(), side.parts[:, 0, 0].clone()
 
-    return *outputs(anchors), *outputs(contrasts), *norms
+    return (*outputs(anchors), *outputs(contrasts), *norms), kept
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
+    return _differentiated(args, None)
+
+
+def _differentiated(args: Sequence[Any], kept: Tensor | None) -> tuple[Tensor, ...]:
+    """kept: by the forward."""
     problem, backend = _parsed(args[:_LENGTH])
     *outputs, grad, grad_contrasts, flags = args[_LENGTH:]
     needs = Needs(*flags)
     sides = _side(*outputs[:3]), _side(*outputs[3:6])
-    saved = Statistics(sides[0], sides[1], outputs[6], outputs[7], grad.new_empty(0))
+    saved = Statistics(sides[0], sides[1], outputs[6], outputs[7], grad.new_empty(0) if kept is None else kept)
     own, other = (_over_sets(side, g) for side, g in zip(sides, (grad, grad_contrasts), strict=True))
     with without_autocast(problem.device):
         swept = backend.backward(problem, saved, own[:2, None], other[:2, None], needs)
@@ -138,20 +150,29 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 class _SoftStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...]
+        kept = None
         with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = forward_op(*args)
+            if intercepted(*args[:TENSORS]):
+                outputs = forward_op(*args)
+            else:
+                outputs, kept = _found(args, any(ctx.needs_input_grad))
         ctx.mark_non_differentiable(*(output for k, output in enumerate(outputs) if k not in (0, 3)))
-        ctx.save_for_backward(*args[:TENSORS], *outputs)
+        ctx.save_for_backward(*args[:TENSORS], *outputs, kept)
         ctx.options = args[TENSORS:]
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        *saved, kept = ctx.saved_tensors
         places = gradient_places(saved)
         needs = [ctx.needs_input_grad[place] for place in places]
         arguments = (*saved[:TENSORS], *ctx.options, *saved[TENSORS:])
-        gradients = backward_op(*arguments, grads[0].contiguous(), grads[3].contiguous(), needs)
+        arguments = *arguments, grads[0].contiguous(), grads[3].contiguous(), needs
+        if kept is None or torch.is_grad_enabled() or intercepted(saved[0], grads[0], grads[3]):
+            gradients = backward_op(*arguments)  # the operator makes a second derivative raise
+        else:
+            gradients = _differentiated(arguments, kept)
         found: list[Tensor | None] = [None] * _LENGTH
         for place, need, gradient in zip(places, needs, gradients, strict=True):
             found[place] = gradient if need else None

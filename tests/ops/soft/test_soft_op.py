@@ -12,6 +12,7 @@ from fastcl.functional import cluster_infonce
 from fastcl.ops.backends import choose, native
 from fastcl.ops.contrastive.records import Needs, gradient_places
 from fastcl.ops.soft import assignments as soft_assignments
+from fastcl.ops.soft import cpu as soft_cpu
 from tests.losses.test_cluster_assignments import check_loss, library, objective, problem
 from tests.ops.test_library import allocated
 from tests.support.backends import BACKENDS, ENGINES, running
@@ -178,3 +179,93 @@ def test_statistics_of_two_sets_rows_do_not_depend_on_the_number_of_threads(engi
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+# Kept weights
+
+
+KEPT = {
+    "self-contrast": (33, None, {}),
+    "bias": (33, None, {"contrast_bias": torch.linspace(-1, 1, 33)}),
+    "two sets": (40, 29, {}),
+    "both": (40, 29, {"symmetric": True}),
+}
+
+
+def soft_loss(case: str, c: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+    n, m, options = KEPT[case]
+    g = generator(11)
+    x, r = torch.randn(n, 5, generator=g).to(dtype).requires_grad_(), torch.rand(n, c, generator=g).to(dtype)
+    given = dict(options, assignments=r)
+    leaves = [x]
+    if m is not None:
+        given["contrasts"] = torch.randn(m, 5, generator=g).to(dtype).requires_grad_()
+        given["contrast_assignments"] = torch.rand(m, c, generator=g).to(dtype)
+        leaves.append(given["contrasts"])
+    temperature = torch.tensor(0.3, requires_grad=True)
+    return cluster_infonce(x, temperature=temperature, **given), [*leaves, temperature]
+
+
+def kept_of(loss: Tensor) -> Tensor:
+    """What the node of the statistics has kept, the last of its saved tensors."""
+    nodes = [loss.grad_fn]
+    for node in nodes:
+        if node is not None and node.name() == "_SoftStatsBackward":
+            return node.saved_tensors[-1]
+        nodes += [] if node is None else [following for following, _ in node.next_functions]
+    raise AssertionError("no node of the statistics")
+
+
+@pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", KEPT)
+def test_kept_weights_give_the_same_bits(case: str, dtype: torch.dtype, threads: int, monkeypatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(native, "PRODUCTS", 1)  # as many threads for few rows too
+    try:
+        results = []
+        for fewest in (64, 71):
+            monkeypatch.setattr(soft_cpu, "FEWEST_COLUMNS", fewest)
+            loss, leaves = soft_loss(case, 70, dtype)
+            assert (kept_of(loss).numel() > 0) == (fewest == 64)
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+        for kept, computed in zip(*results, strict=True):
+            assert torch.equal(kept, computed)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
+def test_kept_weights_take_no_more_memory_than_rows_and_assignments(monkeypatch) -> None:
+    n, m, _ = KEPT["two sets"]
+    assert m is not None
+    for fewest, c in ((1, 10), (1, 20), (64, 63), (64, 64)):
+        monkeypatch.setattr(soft_cpu, "FEWEST_COLUMNS", fewest)
+        kept = kept_of(soft_loss("two sets", c)[0])
+        assert (kept.numel() > 0) == (c >= fewest and n * m <= (n + m) * (5 + c))
+    with torch.no_grad():
+        assert soft_loss("two sets", 64)[0].grad_fn is None
+
+
+@pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
+def test_kept_weights_may_be_moved_and_used_again() -> None:
+    """A hook returns memory with another alignment; a second backward reads the same weights."""
+
+    def moved(values: Tensor) -> Tensor:
+        room = torch.empty(values.numel() + 1, dtype=values.dtype)[1:].view(values.shape)
+        return room.copy_(values.detach())
+
+    expected = torch.autograd.grad(*soft_loss("self-contrast", 256))
+    with torch.autograd.graph.saved_tensors_hooks(lambda values: values, moved):
+        loss, leaves = soft_loss("self-contrast", 256)
+    assert kept_of(loss).data_ptr() % 64
+    for _ in range(2):
+        for got, truth in zip(torch.autograd.grad(loss, leaves, retain_graph=True), expected, strict=True):
+            assert torch.equal(got, truth)
+    loss, leaves = soft_loss("self-contrast", 256)
+    (gradient,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
+    torch.testing.assert_close(gradient, expected[0])
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        gradient.sum().backward()

@@ -109,7 +109,7 @@ def kmeans(
             centres = data.shared(data.prepared(init.detach()))
         else:
             centres = _initial(data, k, init, _seed(generator))
-        clusters, count = Lloyd(data), 0
+        clusters, count = Lloyd(data, k), 0
         while count < n_iters:
             count += 1
             moved = clusters.means(centres)

@@ -9,6 +9,7 @@ from .clustered_rows import ClusteredRows
 from .ops.backends.rows import tf32_allowed, unit_rows
 
 MOVERS = (1 / 32, 1 / 16, 1 / 8)  # of the centroids: how many may be searched for apart
+FEW_PRODUCTS = 1 << 14  # a row: with fewer the bounds would take longer than a search for all rows
 OVERHEAD = 0.05  # of a search for all rows: what a search for some centroids costs besides its products
 
 
@@ -20,12 +21,15 @@ class Lloyd:
     movement of another. Where a few centroids move far, as after a poor initialisation, the bound would be lost for all
     rows. So the centroids that move most are searched for apart, and `lower` shrinks by the movement of the rest.
 
+    With few centroids of few dimensions there are no bounds, and all rows are searched for.
+
     Bounds include rounding errors: with `error` e of a score <x, c> - |c|² / 2, a search for all rows would find the
     same centroid wherever lower² - upper² > 4 e.
     """
 
-    def __init__(self, data: ClusteredRows) -> None:
+    def __init__(self, data: ClusteredRows, k: int) -> None:
         self.data = data
+        self.bounded = k * data.rows.shape[1] > FEW_PRODUCTS
         self.assignments = data.rows.new_zeros(0, dtype=torch.int64)  # [N]
         self._centres: Tensor | None = None  # of the assignments
         self._upper = self._lower = data.squares  # float64 [N]
@@ -57,23 +61,26 @@ class Lloyd:
 
     def move(self, centres: Tensor) -> None:
         """Assigns the rows to the centres [k, D], which are where `means` said or anywhere else."""
-        error = self._error(centres)
-        if self._centres is None:
-            found = self._search(centres, error, None)
-            self.assignments = found
-            self._sums = self._summed(None, found, len(centres))
-        else:
-            places = self._doubtful(centres, error).nonzero()[:, 0]
-            former = self.assignments[places]
+        first, places = self._centres is None, None
+        if self.bounded:
+            error = self._error(centres)
+            places = None if first else self._doubtful(centres, error).nonzero()[:, 0]
             found = self._search(centres, error, places)
-            changed = (found != former).nonzero()[:, 0]
-            self.assignments[places[changed]] = found[changed]
-            if 2 * len(changed) > len(self.assignments):
-                self._sums = self._summed(None, self.assignments, len(centres))
-            elif len(changed):
-                places, found, former = places[changed], found[changed], former[changed]
-                self._sums += self._summed(places, found, len(centres)) - self._summed(places, former, len(centres))
+        else:
+            found = self.data.nearest(centres).contiguous()
         self._centres = centres
+        if first:
+            self.assignments, self._sums = found, self._summed(None, found, len(centres))
+            return
+        former = self.assignments if places is None else self.assignments[places]
+        changed = (found != former).nonzero()[:, 0]
+        former, found = former[changed], found[changed]
+        places = changed if places is None else places[changed]
+        self.assignments[places] = found
+        if 2 * len(changed) > len(self.assignments):
+            self._sums = self._summed(None, self.assignments, len(centres))
+        elif len(changed):
+            self._sums += self._summed(places, found, len(centres)) - self._summed(places, former, len(centres))
 
     def _error(self, centres: Tensor) -> Tensor:
         """A bound on the error of each row's scores [N], whatever the order of their additions."""

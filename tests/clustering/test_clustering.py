@@ -11,9 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcl
-from fastcl import clustered_rows, clustering, kmeans
+from fastcl import clustered_rows, clustering, kmeans, lloyd
 from fastcl.lloyd import Lloyd
 from tests.support.strategies import generator
+
+
+@pytest.fixture(autouse=True)
+def bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few products have them too."""
+    monkeypatch.setattr(lloyd, "FEW_PRODUCTS", 0)
 
 
 def blobs(n: int = 300, d: int = 6, k: int = 7, noise: float = 0.6, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -88,9 +94,11 @@ def test_rows_that_keep_their_centroid_are_left_out(
     searched: list[int] = []
     search, bounded = clustered_rows.ClusteredRows.search, Lloyd._doubtful
 
+    def of_all(self, *args: Tensor) -> Tensor:
+        return bounded(self, *args).fill_(True)
+
     def counting(self, centres: Tensor, k: int, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if k == 2:
-            searched.append((len(self.rows) if places is None else len(places)) * len(centres))
+        searched.append((len(self.rows) if places is None else len(places)) * len(centres))
         return search(self, centres, k, places)
 
     monkeypatch.setattr(clustered_rows.ClusteredRows, "search", counting)
@@ -108,13 +116,16 @@ def test_rows_that_keep_their_centroid_are_left_out(
         searched.clear()
         found = kmeans(rows, len(init), init=init, n_iters=25, tol=0, spherical=spherical)
         least = sum(searched)
-        with monkeypatch.context() as all_of_them:
-            all_of_them.setattr(Lloyd, "_doubtful", lambda self, *args: bounded(self, *args).fill_(True))
-            searched.clear()
-            every = kmeans(rows, len(init), init=init, n_iters=25, tol=0, spherical=spherical)
-        assert torch.equal(found.assignments, every.assignments), name
-        assert torch.equal(found.centroids, every.centroids), name
-        assert (found.n_iters, found.inertia) == (every.n_iters, every.inertia)
+        for changed in ((Lloyd, "_doubtful", of_all), (lloyd, "FEW_PRODUCTS", 1 << 40)):
+            with monkeypatch.context() as all_of_them:
+                all_of_them.setattr(*changed)
+                searched.clear()
+                every = kmeans(rows, len(init), init=init, n_iters=25, tol=0, spherical=spherical)
+            if changed[0] is lloyd:
+                assert sum(searched) == (every.n_iters + 1) * len(rows) * len(init)
+            assert torch.equal(found.assignments, every.assignments), name
+            assert torch.equal(found.centroids, every.centroids), name
+            assert (found.n_iters, found.inertia) == (every.n_iters, every.inertia)
         if name in ("separate", "far movers"):
             assert least < 0.6 * (found.n_iters + 1) * len(rows) * len(init), name
 
@@ -124,7 +135,8 @@ def test_bounds_hold_in_every_iteration() -> None:
     g = generator(5)
     rows = torch.randn(400, 5, generator=g)
     data = clustered_rows.ClusteredRows(rows, 50, False, torch.float32, None, [400])
-    clusters = Lloyd(data)
+    clusters = Lloyd(data, 50)
+    assert clusters.bounded
     centres = torch.randn(50, 5, generator=g)
     for step in range(12):
         clusters.move(centres)

@@ -151,20 +151,19 @@ std::unique_ptr<Call> backward(const std::string &engine, const py::tuple &probl
 }
 
 // Of rows of the problem's reals.
-OwnPositives read_positives(const py::tuple &numbers, const Problem &p) {
+OwnRows read_own(const py::tuple &numbers, const Problem &p) {
   Reader in(numbers);
-  OwnPositives own{in.rows(), in.address()};
+  OwnRows own{in.rows(), in.address()};
   in.end();
   const Dtype real = p.wide_reals ? Dtype::float64 : Dtype::float32;
-  require(own.rows.data && own.rows.size == p.anchors.size, "positives: one for each anchor");
-  require(own.rows.dtype == real && p.anchors.dtype == real, "positives: rows of the reals' dtype");
-  require(own.rows.column_stride == 1 && p.anchors.column_stride == 1, "positives: whole rows");
-  require(!p.self_contrast() && !p.columns && !p.anchor_clusters, "positives: two sets without clusters, one direction");
+  require(own.rows.data && own.rows.size >= p.anchors.size && own.rows.size % p.anchors.size == 0, "own rows: as many for each anchor");
+  require(own.rows.dtype == real && p.anchors.dtype == real, "own rows: of the reals' dtype");
+  require(own.rows.column_stride == 1 && p.anchors.column_stride == 1, "own rows: whole rows");
   return own;
 }
 
 std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, const py::tuple &outputs, bool narrow, bool negatives_alone,
-                           const py::object &positives) {
+                           const py::object &positives, const py::object &negatives) {
   Reader in(outputs);
   MeanLoss call{};
   call.problem = read_problem(problem);
@@ -187,10 +186,17 @@ std::unique_ptr<Call> mean(const std::string &engine, const py::tuple &problem, 
   if (!call.loss) require_anchors_only(call);
   require(call.problem.scales == 1, "a mean loss: of one scale only");
   if (!positives.is_none()) {
-    call.positives = read_positives(positives.cast<py::tuple>(), call.problem);
+    const Problem &p = call.problem;
+    call.positives = read_own(positives.cast<py::tuple>(), p);
+    require(call.positives.rows.size == p.anchors.size && negatives.is_none(), "positives: one for each anchor, without hard negatives");
+    require(!p.self_contrast() && !p.columns && !p.anchor_clusters, "positives: two sets without clusters, one direction");
     require(call.negatives_only && !call.kept && call.loss, "positives: in one call, with the negatives' log-sum-exp");
     require(!call.bias_gradient && !call.contrast_gradient, "positives: contrasts and their bias get no gradient");
     call.weighs = call.anchor_gradient && !call.scale_gradient && !call.problem.contrast_bias && !call.problem.anchor_ids;
+  }
+  if (!negatives.is_none()) {
+    call.negatives = read_own(negatives.cast<py::tuple>(), call.problem);
+    require(!call.kept && call.loss && !call.observed && !call.contrast_observed, "negatives: in one call, without observed statistics");
   }
   const auto clusters = negatives_alone ? with_negatives_alone(call.problem) : nullptr;
   const auto scale = std::make_shared<Narrowed>();
@@ -210,9 +216,10 @@ void bind_contrastive(py::module_ &m) {
   m.def("forward", &forward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
   m.def("backward", &backward, py::arg("engine"), py::arg("problem"), py::arg("anchors"), py::arg("contrasts"), py::arg("outputs"));
   m.def("mean", &mean, py::arg("engine"), py::arg("problem"), py::arg("outputs"), py::arg("narrow") = false, py::arg("negatives_alone") = false,
-        py::arg("positives") = py::none(),
+        py::arg("positives") = py::none(), py::arg("negatives") = py::none(),
         "narrow: the scale's gradient is a real, not a double; negatives_alone: rows with any negative cluster have none, not only those "
-        "with -1; positives: one more of each anchor, whole rows of the reals' dtype, and where their gradient goes");
+        "with -1; positives: one more of each anchor, negatives: the same number of hard ones, whole rows of the reals' dtype, and where "
+        "their gradient goes");
 }
 
 } // namespace fastcl

@@ -95,8 +95,8 @@ def loss_of(
     """`cluster_infonce` from its tensors and options, which this function checks."""
     try:
         options = options.checked()
-        # Over pairs, and with a positive of each anchor's own, the loss has the same bits with statistics.
-        one_sweep = options.form != "pairs" and given.positives is None
+        # Over pairs, and with contrasts of each anchor's own, the loss has the same bits with statistics.
+        one_sweep = options.form != "pairs" and given.positives is None and given.hard_negatives is None
         quick = mean_on_cpu(given, options, temperature, True, weights, one_sweep and return_stats)
         if quick is not None and return_stats is False:
             return quick

@@ -19,7 +19,7 @@ from ..ops.contrastive import replayed, small
 from ..ops.contrastive.records import Problem
 from ..ops.library import intercepted
 from ..ops.pairs.small_infonce import mean_of_pairs
-from ..ops.small import are_ids, are_plain, are_rows, in_range, is_number, needs_gradient, places
+from ..ops.small import PLAIN, are_ids, are_plain, are_rows, in_range, is_number, needs_gradient, places
 from ..swept import arguments
 from ..tags import are_tags
 from .batch import Tensors, batch
@@ -79,13 +79,26 @@ def mean_on_cpu(
         return None
     if given.positives is not None:
         return None if options.denominator == "negatives" else _queue_on_cpu(given, options, scale, inverted)
+    hard = given.hard_negatives
+    if hard is not None:
+        if not _are_hard(hard, given.embeddings):
+            return None
+        given = given._replace(hard_negatives=None)
     rows = rows_on_cpu(given, options, scale)
     if rows is None:
         return None
     return small.mean_loss(
         given.embeddings, *rows, scale, inverted=inverted, normalize=options.normalize,
-        symmetric=options.symmetric, negatives_only=options.denominator == "negatives",
+        symmetric=options.symmetric, negatives_only=options.denominator == "negatives", hard_negatives=hard,
     )  # fmt: skip
+
+
+def _are_hard(value: Any, embeddings: Any) -> bool:
+    """Whether it is a contiguous tensor of hard negatives of each embedding, on the CPU, of torch's own types."""
+    if type(value) not in PLAIN or not isinstance(embeddings, Tensor) or not value.is_cpu or value.numel() == 0:
+        return False
+    shape = *embeddings.shape[:-1], value.shape[-2] if value.dim() > 1 else 0, embeddings.shape[-1]
+    return value.shape == shape and value.is_contiguous() and not intercepted(value)
 
 
 def _pairs_on_cpu(given: Tensors, options: LossOptions, scale: Any, inverted: bool) -> Tensor | None:

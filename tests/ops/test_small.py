@@ -116,6 +116,56 @@ def test_results_are_those_of_the_usual_way(case: str, name: str, learned: str, 
         torch.testing.assert_close(a, b, rtol=0, atol=slack * max(1e-3, b.abs().max().item()))
 
 
+ONE_SET = ("labels", "no cluster", "double", "views", "raw rows")
+TWO_SETS = ("two sets", "more contrasts", "labelled contrasts")
+
+
+@pytest.mark.parametrize(("case", "symmetric"), [*product(ONE_SET, [False]), *product(TWO_SETS, [False, True])])
+@pytest.mark.parametrize("name", ["infonce", "decoupled"])
+def test_hard_negatives_are_those_of_the_usual_way(case: str, name: str, symmetric: bool, monkeypatch) -> None:
+    loss, node = LOSSES[name]
+    z, options = CASES[case]()
+    hard = x(*z.shape[:-1], 3, D, dtype=z.dtype, seed=2)
+    with torch.no_grad():  # of a row of zeros, of equal rows, and far above the other logits
+        hard[0, ..., 0, :] = 0
+        hard[1] = z[1, ..., None, :]
+        hard[2] *= 1 if options.get("normalize", True) else 30
+    options.update(hard_negatives=hard, symmetric=symmetric, temperature=Parameter(torch.tensor(0.37, dtype=z.dtype)))
+    leaves = [z, *(v for v in options.values() if isinstance(v, Tensor) and v.requires_grad)]
+    got = loss(z, **options)
+    assert name_of(got) == f"{node}Backward"
+    gradients = torch.autograd.grad(got * -2.5, leaves, retain_graph=True)
+    for first, second in zip(gradients, torch.autograd.grad(got * -2.5, leaves), strict=True):
+        assert torch.equal(first, second)
+    with torch.no_grad():
+        assert torch.equal(loss(z, **options), got)
+        assert loss(z, **{**options, "hard_negatives": hard.index_fill(0, torch.tensor(3), torch.inf)}).isnan()
+    off(monkeypatch)
+    usual = loss(z, **options)
+    assert node not in name_of(usual)
+    torch.testing.assert_close(got, usual, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients, torch.autograd.grad(usual * -2.5, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * max(1e-3, b.abs().max().item()))
+
+
+def test_unusual_hard_negatives_take_the_usual_way() -> None:
+    z, hard = x(N, D), x(N, 3, D, seed=2)
+    loss, node = LOSSES["infonce"]
+    expected = loss(z, labels(), hard_negatives=hard)
+    assert node in name_of(expected)
+    strided = hard.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    for given in (strided, hard.detach().double(), hard[:, :0]):
+        assert node not in name_of(loss(z, labels(), hard_negatives=given))
+    torch.testing.assert_close(loss(z, labels(), hard_negatives=strided), expected)
+    views = x(N, 2, D)
+    assert node not in name_of(loss(views, labels(), hard_negatives=hard))  # of all views
+    with_statistics, _ = loss(z, labels(), hard_negatives=hard, return_stats=True)
+    assert torch.equal(with_statistics, expected)
+    for wrong in (hard[1:], hard[..., 1:], hard[0, 0]):
+        with pytest.raises(ValueError, match="hard_negatives: expected shape"):
+            loss(z, labels(), hard_negatives=wrong)
+
+
 @pytest.mark.parametrize("case", [name for name, make in CASES.items() if "clusters" in make()[1]])
 @pytest.mark.parametrize("name", MEANS)
 def test_means_over_pairs_are_those_of_the_usual_way(case: str, name: str, monkeypatch) -> None:

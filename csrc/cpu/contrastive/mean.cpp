@@ -63,13 +63,19 @@ bool keeps_products(const MeanLoss &call) {
   return n * m <= 2 * (n + m) * p.dimension;
 }
 
-// As `reduce`, with the anchors' own positives.
-template <class Real> void reduce_own(const MeanLoss &call, const Statistics &anchors, OwnPair *pairs) {
-  *static_cast<Real *>(call.loss) = Real(OwnPositivesPass<Real>(call.problem, call.positives, anchors, pairs).mean());
+// As `reduce`, with contrasts of each anchor's own.
+template <class Real> void reduce_own(const MeanLoss &call, Field log_sum, const Statistics &anchors, const Statistics &contrasts, OwnPair *pairs) {
+  if (call.positives.rows.data) {
+    *static_cast<Real *>(call.loss) = Real(OwnRowsPass<Real>(call.problem, call.positives, anchors, pairs).mean_of_positives());
+    return;
+  }
+  const OwnRowsPass<Real> own(call.problem, call.negatives, anchors, pairs);
+  own.join_negatives(log_sum);
+  reduce<Real>(call, log_sum, anchors, contrasts);
+  own.weigh_negatives(log_sum);
 }
-template <class Real> void add_own(const MeanLoss &call, const Statistics &anchors, OwnPair *pairs) {
-  OwnPositivesPass<Real>(call.problem, call.positives, anchors, pairs)
-      .add_gradients(call.anchor_gradient, static_cast<double *>(call.scale_gradient));
+template <class Real> void add_own(const MeanLoss &call, const OwnRows &own, const Statistics &anchors, OwnPair *pairs) {
+  OwnRowsPass<Real>(call.problem, own, anchors, pairs).add_gradients(call.anchor_gradient, static_cast<double *>(call.scale_gradient));
 }
 
 } // namespace
@@ -84,10 +90,11 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   if (p.columns) contrasts = taken(between, log_sum, p.contrasts.size * real);
   anchors.observed = call.observed;
   contrasts.observed = call.contrast_observed;
-  const bool owned = call.positives.rows.data;
+  const OwnRows &own = call.positives.rows.data ? call.positives : call.negatives;
+  const bool owned = own.rows.data;
   const auto align = [&] { memory.used = (memory.used + 63) / 64 * 64; };
   align();
-  OwnPair *const pairs = owned ? static_cast<OwnPair *>(memory.take(p.anchors.size * int64_t(sizeof(OwnPair)))) : nullptr;
+  OwnPair *const pairs = owned ? static_cast<OwnPair *>(memory.take(own.rows.size * int64_t(sizeof(OwnPair)))) : nullptr;
   WeightedSums weighted = call.weighted;
   if (call.weighs) weighted = {memory.take(p.anchors.size * p.dimension * real), memory.take(real)};
   static char present; // in place of what only counts: the passes take more memory where there are weighted sums
@@ -114,11 +121,11 @@ int64_t mean_loss(const Engine &engine, const MeanLoss &call, const Arranged &ar
   int64_t most = 0;
   if (call.loss) {
     most = engine.forward({p, anchors, contrasts, weighted, products}, arranged, rest);
-    if (workspace && owned) (p.wide_reals ? reduce_own<double> : reduce_own<float>)(call, anchors, pairs);
+    if (workspace && owned) (p.wide_reals ? reduce_own<double> : reduce_own<float>)(call, log_sum, anchors, contrasts, pairs);
     else if (workspace) (p.wide_reals ? reduce<double> : reduce<float>)(call, log_sum, anchors, contrasts);
   }
   if (differentiated) most = std::max(most, engine.backward(backward, arranged, rest));
-  if (workspace && owned && (differentiated || call.positives.gradient)) (p.wide_reals ? add_own<double> : add_own<float>)(call, anchors, pairs);
+  if (workspace && owned && (differentiated || own.gradient)) (p.wide_reals ? add_own<double> : add_own<float>)(call, own, anchors, pairs);
   return before + most;
 }
 

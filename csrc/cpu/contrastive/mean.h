@@ -2,7 +2,7 @@
 // calls.
 #pragma once
 #include "cpu/engine.h"
-#include "own_positives.h"
+#include "own_rows.h"
 
 namespace fastcl {
 
@@ -12,7 +12,8 @@ struct MeanLoss {
   Problem problem;
   bool negatives_only;       // use the log-sum-exp over the negatives, else over all
   void *kept;                // [MEAN_KEPT, N] reals, with `problem.columns` then [MEAN_KEPT, M]: from the first call to the second; null: one call
-  OwnPositives positives;    // two sets without clusters, one direction, in one call: the loss of a row is log(1 + neg / pos)
+  OwnRows positives;         // one of each anchor: two sets without clusters, one direction, in one call: the loss of a row is log(1 + neg / pos)
+  OwnRows negatives;         // hard negatives, in one call without observed statistics; not with positives
   bool weighs;               // with `positives`: weigh the contrasts in the forward, if only the anchors need a gradient
   WeightedSums weighted;     // for two calls
   void *loss;                // [1] real; null: the second call, which reads `kept`

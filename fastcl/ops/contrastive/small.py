@@ -36,10 +36,18 @@ class SmallMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, anchors: Tensor, contrasts: Tensor | None, learned: Tensor | None) -> Tensor:
-        loss, ctx.ready = _run(call, ctx.needs_input_grad, anchors, contrasts)
+    def forward(
+        ctx: Any,
+        call: _Call,
+        anchors: Tensor,
+        contrasts: Tensor | None,
+        hard_negatives: Tensor | None,
+        learned: Tensor | None,
+    ) -> Tensor:
+        loss, ctx.ready = _run(call, ctx.needs_input_grad, anchors, contrasts, hard_negatives)
         ctx.call = call
-        ctx.save_for_backward(anchors, contrasts, learned, *call[:2])  # torch checks that they are unchanged
+        # torch checks that they are unchanged
+        ctx.save_for_backward(anchors, contrasts, hard_negatives, learned, *call[:2])
         return loss
 
     @staticmethod
@@ -47,8 +55,9 @@ class SmallMean(torch.autograd.Function):
         saved = ctx.saved_tensors
         ready, ctx.ready = ctx.ready, None
         if ready is None:
-            _, ready = _run(ctx.call, ctx.needs_input_grad, *map(as_saved, saved[:2]))
-        return None, *scaled(grad, saved[:3], ready)
+            anchors, contrasts, hard_negatives = map(as_saved, saved[:3])
+            _, ready = _run(ctx.call, ctx.needs_input_grad, anchors, contrasts, hard_negatives)
+        return None, *scaled(grad, saved[:4], ready)
 
 
 # Without what `apply` does for functorch and for default arguments: `intercepted` has seen that there is neither.
@@ -56,23 +65,27 @@ _apply = super(torch.autograd.Function, SmallMean).apply
 
 
 def _run(
-    call: _Call, needs: Sequence[bool], anchors: Tensor, contrasts: Tensor | None
+    call: _Call, needs: Sequence[bool], anchors: Tensor, contrasts: Tensor | None, hard_negatives: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The loss, and the needed gradients of anchors, contrasts and what is learned."""
+    """The loss, and the needed gradients of anchors, contrasts, hard negatives and what is learned."""
     clusters, contrast_clusters, scale, inverted, normalize, symmetric, negatives_only = call
     dtype, address = scale.dtype, native.address
     problem = described(anchors, contrasts, clusters, contrast_clusters, scale, normalize, symmetric, any(needs))
     loss = torch.empty_like(scale)
     of_own = gradient_of(anchors, dtype) if needs[1] else None
     of_other = gradient_of(contrasts, dtype) if needs[2] and contrasts is not None else None
-    of_scale = torch.empty_like(scale) if needs[3] else None
+    of_scale = torch.empty_like(scale) if needs[4] else None
     outputs = (
         negatives_only, 0, 0, 0, loss.data_ptr(), 0, 0, 0, address(of_own), address(of_other), address(of_scale), 0
     )  # fmt: skip
-    native.run(native.native_module().mean(native.engine()[0], problem, outputs, True, contrasts is None))
+    of_hard = given = None
+    if hard_negatives is not None:
+        of_hard = torch.empty_like(hard_negatives) if needs[3] else None
+        given = *rows_of(hard_negatives.flatten(0, -2)), address(of_hard)
+    native.run(native.native_module().mean(native.engine()[0], problem, outputs, True, contrasts is None, None, given))
     if of_scale is not None and inverted:
         of_scale.mul_(scale * scale).neg_()
-    return loss, (of_own, of_other, of_scale)
+    return loss, (of_own, of_other, of_hard, of_scale)
 
 
 def mean_loss(
@@ -86,6 +99,7 @@ def mean_loss(
     normalize: bool,
     symmetric: bool,
     negatives_only: bool,
+    hard_negatives: Tensor | None = None,
 ) -> Tensor | None:
     """The loss of `direct.DirectMean`; None if the call is not small.
 
@@ -93,15 +107,28 @@ def mean_loss(
 
     anchors: [N, D], or [N, V, D] as N * V rows. clusters, contrast_clusters: [N * V] and [M], as in `_Call`. scale:
     positive; a tensor has one element. inverted: it is the temperature. negatives_only: sums are over the negatives.
+    hard_negatives: contiguous, [N, H, D] or [N, V, H, D], H not 0.
     """
     if not is_small(anchors, contrasts, direct.AT_ONCE):
         return None
+    if hard_negatives is not None and not _together(anchors, hard_negatives):
+        return None
     number, learned = scale_of(scale, inverted, real_of(anchors))
     call = _Call(clusters, contrast_clusters, number, inverted, normalize, symmetric, negatives_only)
-    if needs_gradient(anchors, contrasts, learned):
-        loss: Tensor = _apply(call, anchors, contrasts, learned)
+    if needs_gradient(anchors, contrasts, hard_negatives, learned):
+        loss: Tensor = _apply(call, anchors, contrasts, hard_negatives, learned)
         return loss
-    return _run(call, (False,) * 4, anchors, contrasts)[0]
+    return _run(call, (False,) * 5, anchors, contrasts, hard_negatives)[0]
+
+
+def _together(anchors: Tensor, hard_negatives: Tensor) -> bool:
+    """Whether the engine takes hard negatives of these anchors: few, and both whole rows in the dtype of the sums."""
+    real = real_of(anchors)
+    return (
+        anchors.dtype == hard_negatives.dtype == real
+        and anchors.stride(-1) == 1
+        and hard_negatives.numel() <= direct.AT_ONCE
+    )
 
 
 # A queue.

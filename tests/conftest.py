@@ -22,12 +22,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.support.backends import INTERPRETED, VARIANTS, running
+from tests.support.guarded import guard
 from tests.support.interpreter import quicken
 from tests.support.lost_device import tidy
 from tests.support.order import place
 
 if INTERPRETED:
     quicken()
+guard()
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, print_blob=False)

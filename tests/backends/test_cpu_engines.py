@@ -1,5 +1,6 @@
 """Backend `cpu`: which engine runs, what its results depend on, and how it coexists with threads and processes."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -362,3 +363,18 @@ def test_python_threads_compute_what_one_does(name) -> None:
     for k, found in enumerate(together):
         for got, expected in zip(found, losses(None, k), strict=True):
             assert torch.equal(got, expected)
+
+
+def test_writing_past_the_workspace_fails_a_test() -> None:
+    class Call:
+        workspace = 100
+
+        def __init__(self, written: int) -> None:
+            self.written = written
+
+        def run(self, address: int) -> None:
+            ctypes.memset(address, 1, self.written)
+
+    native.run(Call(100))
+    with pytest.raises(AssertionError, match="Call: wrote past its workspace of 100 bytes"):
+        native.run(Call(101))

@@ -96,7 +96,7 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
         return chunked.backward(p, saved, grad, grad_contrasts, needs)
     anchors = saved.anchors._replace(fields=grad.contiguous())
     contrasts = saved.contrasts._replace(fields=grad_contrasts.contiguous())
-    swept, folded = two_sets_if_asymmetric(p)  # if folded, the anchors are both sets, and both gradients are theirs
+    swept, folded = two_sets_if_asymmetric(p)
     new = p.logit_scale.new_empty
     rows = new(p.anchors.values.shape) if needs.anchors else None
     columns = None
@@ -113,17 +113,22 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
             native.engine()[0], describe(swept, same_rows=folded), (*own, 0), other and (*other, 0), outputs
         )
     )
+    return _of_sources(rows, columns, scale, bias, folded)
+
+
+def _of_sources(
+    rows: Tensor | None, columns: Tensor | None, scale: Tensor | None, bias: Tensor | None, folded: bool
+) -> Gradients:
+    """folded: the anchors are both sets, and both gradients are theirs."""
     if folded and rows is not None and columns is not None:
         rows, columns = rows.add_(columns), None
     return Gradients(rows, columns, scale, bias)
 
 
 def takes_mean_loss(p: Problem) -> bool:
-    """Whether `mean_loss` covers the problem: one scale, no extra positive, and no bias in self-contrast."""
-    biased = p.contrasts is None and p.anchors.bias is not None
-    split = p.guided and (p.both or p.contrasts is None)
+    """Whether `mean_loss` covers the problem: one scale, no contrasts of one anchor alone, one direction of a guide."""
     alone = p.positives is None and p.hard_negatives is None
-    return alone and not (biased or split) and len(p.logit_scale) == 1
+    return alone and not (p.guided and p.both) and len(p.logit_scale) == 1
 
 
 def mean_loss(p: Problem, needs: Needs) -> tuple[Tensor, Gradients, Tensor | None]:
@@ -167,8 +172,11 @@ def _mean(
 ) -> Gradients:
     """One call of the engine: writes the loss if `loss` is given, and returns the needed gradients."""
     new = p.logit_scale.new_empty
+    swept, folded = two_sets_if_asymmetric(p)
     rows = new(p.anchors.values.shape) if needs.anchors else None
-    columns = new(p.contrasts.values.shape) if needs.contrasts and p.contrasts is not None else None
+    columns = None
+    if swept.contrasts is not None and (needs.anchors if folded else needs.contrasts):
+        columns = new(swept.contrasts.values.shape)
     scale = new(1, dtype=torch.float64) if needs.logit_scale else None
     bias = new(len(p.others.bias)) if needs.bias and p.others.bias is not None else None
     anchors_alone = rows is not None and columns is None and scale is None and bias is None
@@ -180,9 +188,9 @@ def _mean(
         *(p.want[0] == "lse_neg", address(kept), *weighted, address(loss), address(grad), *observed),
         *map(address, (rows, columns, scale, bias)),
     )
-    described = describe(p, differentiated=loss is not None and any(needs))
+    described = describe(swept, same_rows=folded, differentiated=loss is not None and any(needs))
     native.run(native.native_module().mean(native.engine()[0], described, outputs))
-    return Gradients(rows, columns, scale, bias)
+    return _of_sources(rows, columns, scale, bias, folded)
 
 
 def addressable(p: Problem) -> Problem:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from ..checks import check_count, check_flag, check_rows, finite_number, plain_n
 from ..distributed import Property, World, check_group, dtype_name, tell_others
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.products import product
+from . import small_redundancy
 from .gathered import has_gradient
 from .modules import GroupModule, loss_dtype
 
@@ -31,6 +34,11 @@ def vicreg_loss(
 ) -> Tensor:
     """The stateless form of :class:`VICRegLoss`, which describes formula, shapes and errors."""
     check_flag("gather", gather)
+    if not gather:
+        further = partial(_vicreg, (lambda_param, mu_param, nu_param), eps, False, None)
+        loss = small_redundancy.vicreg(z_a, z_b, (lambda_param, mu_param, nu_param), eps, further)
+        if loss is not None:
+            return loss
     try:
         weights = [
             finite_number(name, value)
@@ -41,6 +49,10 @@ def vicreg_loss(
     except Exception as error:
         tell_others(gather, error, z_a, z_b, group=group)
         raise
+    return _vicreg(weights, eps, gather, group, z_a, z_b)
+
+
+def _vicreg(weights: Sequence[float], eps: float, gather: bool, group: Any, z_a: Tensor, z_b: Tensor) -> Tensor:
     a, b, n, world = _opened("VICRegLoss", z_a, z_b, gather, group, (*weights, eps))
     d = a.shape[1]
     invariance = _total((a - b).square().sum(), world) / max(n * d, 1)
@@ -64,12 +76,21 @@ def barlow_twins_loss(
 ) -> Tensor:
     """The stateless form of :class:`BarlowTwinsLoss`, which describes formula, shapes and errors."""
     check_flag("gather", gather)
+    if not gather:
+        further = partial(_barlow_twins, lambda_param, scale, False, None)
+        loss = small_redundancy.barlow_twins(z_a, z_b, lambda_param, scale, NORMALISATION_EPS, further)
+        if loss is not None:
+            return loss
     try:
         lambda_param, scale = finite_number("lambda_param", lambda_param), finite_number("scale", scale)
         _check_views(z_a, z_b)
     except Exception as error:
         tell_others(gather, error, z_a, z_b, group=group)
         raise
+    return _barlow_twins(lambda_param, scale, gather, group, z_a, z_b)
+
+
+def _barlow_twins(lambda_param: float, scale: float, gather: bool, group: Any, z_a: Tensor, z_b: Tensor) -> Tensor:
     a, b, n, world = _opened("BarlowTwinsLoss", z_a, z_b, gather, group, (lambda_param, scale))
     if n < 2:  # one row has no variance
         return (0 * (a.sum() + b.sum())).to(loss_dtype(z_a))

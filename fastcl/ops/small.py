@@ -19,6 +19,7 @@ PLAIN = Tensor, torch.nn.Parameter  # torch's own types
 _IDS = frozenset(INTEGER_DTYPES) - {torch.uint64}
 
 
+MOST_FACTOR = 1e25  # of a loss's term
 MOST = 1 << 25  # up to this N M D: beyond, the sweep takes longer than all that surrounds it
 
 
@@ -79,6 +80,14 @@ def in_range(value: float | Tensor, *, positive: bool) -> bool:
     return SMALLEST <= number <= LARGEST if positive else abs(number) <= LARGEST
 
 
+def are_floats(*values: Any, positive: bool = False) -> bool:
+    """Whether all are floats of Python that `in_range` accepts, and whose products with counts float32 can hold."""
+    for value in values:
+        if type(value) is not float or not (SMALLEST if positive else -MOST_FACTOR) <= value <= MOST_FACTOR:
+            return False
+    return True
+
+
 def are_ids(value: Any, count: int) -> bool:
     """Whether it is a tensor [count] of integers on the CPU. uint64 is none here, as its values may be too large."""
     if type(value) is not Tensor or value.dtype not in _IDS or not value.is_cpu:
@@ -112,7 +121,7 @@ def rows_of(values: Tensor) -> tuple[int, ...]:
 def described(
     anchors: Tensor,
     contrasts: Tensor | None,
-    clusters: Tensor,
+    clusters: Tensor | None,
     contrast_clusters: Tensor | None,
     scale: Tensor,
     normalize: bool,
@@ -122,15 +131,16 @@ def described(
 ) -> tuple[Any, ...]:
     """The problem as csrc/bindings reads it.
 
-    differentiated: the call also computes gradients. ids: of both sets; pairs of equal ids take no part.
+    scale: [], or several [S] where the call takes them. differentiated: the call also computes gradients. ids: of both
+    sets; pairs of equal ids take no part.
     """
     own, other = rows_of(anchors), (0, 0, 0, 0, 0) if contrasts is None else rows_of(contrasts)
     d, two = anchors.shape[-1], contrasts is not None
     threads = native.threads(own[2] * (other[2] if two else own[2]) * d, native.PRODUCTS, differentiated)
     places = native.address(ids)
     return (
-        *own, *other, d, clusters.data_ptr(), native.address(contrast_clusters), places, places, scale.data_ptr(), 1, 0,
-        normalize, normalize and two, scale.dtype == torch.float64, symmetric, threads, 0,
+        *own, *other, d, native.address(clusters), native.address(contrast_clusters), places, places, scale.data_ptr(),
+        scale.numel(), 0, normalize, normalize and two, scale.dtype == torch.float64, symmetric, threads, 0,
     )  # fmt: skip
 
 
@@ -162,16 +172,18 @@ def gradient_of(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scaled(
-    grad: Tensor, sources: Sequence[Tensor | None], found: Sequence[Tensor | None], keep: bool = False
+    grad: Tensor,
+    sources: Sequence[Tensor | None],
+    found: Sequence[Tensor | None],
+    keep: bool = False,
+    public: str = "contrastive_stats",
 ) -> tuple[Tensor | None, ...]:
     """The gradients times `grad`, in the dtypes and shapes of their sources. For use in a backward.
 
-    keep: leaves `found` as they are; else they may be overwritten.
+    keep: leaves `found` as they are; else they may be overwritten. public: whose second derivatives are an error.
     """
     if torch.is_grad_enabled():
-        result: tuple[Tensor | None, ...] = once_differentiable(
-            "contrastive_stats", _kept, grad, len(sources), *sources, *found
-        )
+        result: tuple[Tensor | None, ...] = once_differentiable(public, _kept, grad, len(sources), *sources, *found)
         return result
     return _scaled(grad, sources, found, keep)
 

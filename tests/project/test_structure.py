@@ -17,7 +17,7 @@ LAYERS = (
     ("fastcl.ops.backends",),
     ("fastcl.ops.library",),
     ("fastcl.ops.small",),
-    ("fastcl.ops.products", "fastcl.ops.pair_maps"),
+    ("fastcl.ops.products", "fastcl.ops.pair_maps", "fastcl.ops.at_once"),
     ("fastcl.ops.contrastive",),
     ("fastcl.ops.soft", "fastcl.ops.pairs", "fastcl.ops.sinkhorn", "fastcl.ops.topk", "fastcl.ops.sampled"),
     ("fastcl.ops.prototypes",),

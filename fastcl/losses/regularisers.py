@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..distributed import Property, World, check_group, tell_others
 from ..neighbors import topk_similarity
 from ..ops.backends.rows import unit
 from ..quality import alignment, uniformity
+from . import small_regularisers
 from .modules import GroupModule, reduced
 from .options import REDUCTIONS
 from .sampled import sampled_similarity
@@ -20,9 +22,16 @@ from .sampled import sampled_similarity
 
 def koleo_loss(embeddings: Tensor, *, p: float = 2.0, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
     """The stateless form of :class:`KoLeoLoss`, which describes formula, shapes and errors."""
+    loss = small_regularisers.koleo(embeddings, p, eps, reduction, partial(_koleo, p, eps, reduction))
+    if loss is not None:
+        return loss
     p, eps = _norm(p), plain_number("eps", eps)
     check_option("reduction", reduction, REDUCTIONS)
     check_rows("embeddings", embeddings)
+    return _koleo(p, eps, reduction, embeddings)
+
+
+def _koleo(p: float, eps: float, reduction: str, embeddings: Tensor) -> Tensor:
     x = unit(embeddings)
     if x.shape[0] < 2:
         return reduced(x.sum(1) * 0, reduction, embeddings)
@@ -35,6 +44,8 @@ def koleo_loss(embeddings: Tensor, *, p: float = 2.0, eps: float = 1e-8, reducti
 
 def hypersphere_loss(z_a: Tensor, z_b: Tensor, *, t: float = 1.0, lam: float = 1.0, alpha: float = 2.0) -> Tensor:
     """The stateless form of :class:`HypersphereLoss`, which describes formula, shapes and errors."""
+    if (loss := small_regularisers.hypersphere(z_a, z_b, t, lam, alpha)) is not None:
+        return loss
     t, lam, alpha = plain_number("t", t), finite_number("lam", lam), plain_number("alpha", alpha)
     check_rows("z_a", z_a)
     check_rows("z_b", z_b, like=z_a)

@@ -22,6 +22,7 @@ from ..checks import (
 from ..ops.backends.rows import accumulation_dtype, unit
 from ..statistics import contrastive_stats
 from ..swept import ContrastiveStats
+from . import small_metric
 from .formulas import log1p_exp
 from .modules import loss_dtype, reduced
 from .options import REDUCTIONS
@@ -40,6 +41,8 @@ def arcface_loss(
 
     prototypes: ``[C, D]``, the vector of each class; gradients flow into it.
     """
+    if (loss := small_metric.arcface(embeddings, labels, prototypes, margin, scale, reduction)) is not None:
+        return loss
     margin, scale = _degrees(margin), plain_number("scale", scale)
     check_option("reduction", reduction, REDUCTIONS)
     _check_classes(embeddings, labels, prototypes)
@@ -115,6 +118,12 @@ def multi_similarity_loss(
     contrast_ids: Tensor | None = None,
 ) -> Tensor:
     """The stateless form of :class:`MultiSimilarityLoss`, which describes formula, shapes and errors."""
+    if ids is None and contrast_ids is None:
+        loss = small_metric.multi_similarity(
+            embeddings, labels, contrasts, contrast_labels, alpha, beta, base, reduction
+        )
+        if loss is not None:
+            return loss
     alpha, beta, base = plain_number("alpha", alpha), plain_number("beta", beta), finite_number("base", base)
     check_option("reduction", reduction, REDUCTIONS)
     check_rows("embeddings", embeddings)

@@ -24,6 +24,7 @@ from ..ops.backends.rows import accumulation_dtype, unit
 from ..ops.products import product
 from ..ops.prototypes.records import Wanted
 from ..sinkhorn import BLOCK, column_potential, power_law_prior, sinkhorn, uniform_prior
+from . import small_prototypes
 from .gathered import has_gradient
 from .modules import GroupModule, shown_number
 from .options import refuses_renamed
@@ -96,6 +97,10 @@ class SwAVLoss(GroupModule):
         low_resolution: Sequence[Tensor] = (),
         queue_scores: Sequence[Tensor] | None = None,
     ) -> Tensor:
+        if queue_scores is None and self.gather is False and self.prior.given == "none":
+            loss = small_prototypes.swav(high_resolution, low_resolution, self.temperature, self.epsilon, self.n_iters)
+            if loss is not None:
+                return loss
         world = World.of(self.gather, self.group)
         try:
             high, low, stored = _crops(high_resolution, low_resolution, queue_scores)

@@ -23,9 +23,19 @@ NEEDED = {"matplotlib": "matplotlib", "tqdm": "tqdm", "torch": "torch"}
 
 def _apart() -> dict[str, Any]:
     """The suites with their own peers, rows and pages, by name."""
-    from benchmarks import clusters, many, nearest, pair_losses, pair_rules, prototypes, queue_step, transport_report
+    from benchmarks import (
+        clusters,
+        few_rows,
+        many,
+        nearest,
+        pair_losses,
+        pair_rules,
+        prototypes,
+        queue_step,
+        transport_report,
+    )
 
-    modules = (transport_report, pair_losses, pair_rules, prototypes, queue_step, nearest, clusters, many)
+    modules = (transport_report, pair_losses, pair_rules, prototypes, queue_step, few_rows, nearest, clusters, many)
     return {module.SUITE: module for module in modules}
 
 

@@ -190,7 +190,7 @@ class ArcFaceLoss(_ClassLoss):
               \cos\theta - m \sin m & \text{else} \end{cases}
 
     ``ArcFaceLoss(num_classes, embedding_size)(embeddings, labels)`` is pytorch-metric-learning's call. The cosines are
-    never stored, and angles near 0 keep their digits.
+    not stored, unless they are fewer than the numbers in both sets of rows, and angles near 0 keep their digits.
 
     Args:
         num_classes, embedding_size: C and D.

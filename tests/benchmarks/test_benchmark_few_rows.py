@@ -1,0 +1,42 @@
+"""The benchmark suite of few rows: the plain formulas are those of the losses."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import few_rows
+from benchmarks.__main__ import main
+from benchmarks.few_rows import CASES, EAGER, LOSSES, Case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes seconds, and is not what is tested
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_providers_agree(loss: str, monkeypatch) -> None:
+    case = Case(loss, 30, 16)
+    found = few_rows.losses(case, CPU)
+    found["off"] = lambda *given: 2 * found[EAGER](*given)
+    monkeypatch.setattr(few_rows, "losses", lambda *_: found)
+    measured = {row["provider"]: row for row in few_rows.measure(case, CPU, rounds=(1, 1), seconds=0.0)}
+    assert measured.pop("off")["status"] == "wrong"
+    for name, row in measured.items():
+        assert row["status"] == "ok", (name, row)
+        assert row["error"] < 1e-5
+
+
+def test_the_command_writes_rows_and_page(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(few_rows, "QUICK", (Case("KoLeo", 8),))
+    assert main(["--suite", few_rows.SUITE, "--quick", "--out", str(tmp_path), "--json"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "few.jsonl").read_text().splitlines()]
+    assert rows == [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "## KoLeo, N=8" in (tmp_path / few_rows.PAGE).read_text()
+
+
+def test_every_loss_has_its_cases() -> None:
+    assert {case.loss for case in CASES} == set(LOSSES)

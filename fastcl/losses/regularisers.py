@@ -184,7 +184,7 @@ class HypersphereLoss(nn.Module):
               e^{-t |\hat b_i - \hat b_j|^2} \right)
 
     ``HypersphereLoss()(z_a, z_b)`` is lightly's call; :func:`alignment` and :func:`uniformity` are its parts. Distances
-    are never stored.
+    are not stored, unless those of a view are no more than the numbers in both views.
 
     Args:
         t: > 0.

@@ -27,13 +27,14 @@ def arcface(embeddings: Any, labels: Any, prototypes: Any, margin: Any, scale: A
         return None
     if not (are_floats(scale, positive=True) and are_floats(margin) and 0 <= margin <= 180):
         return None
-    least, most = labels.to(torch.int64).aminmax()
-    if least.item() < 0 or most.item() >= len(prototypes):
-        return None
     weight, rows, classes = weight_of(reduction, len(embeddings)), units_of(embeddings), units_of(prototypes)
     if weight is None or rows is None or classes is None:
         return None
-    work = partial(_arcface, [classes, rows], math.radians(margin), scale, weight)
+    try:
+        own = _of_own_class(classes, labels)
+    except IndexError:  # a label that is no class
+        return None
+    work = partial(_arcface, [(rows, classes, own)], math.radians(margin), scale, weight)
     return at_once(work, "contrastive_stats", embeddings, prototypes, labels)
 
 
@@ -61,19 +62,32 @@ def _are_few(rows: Any, labels: Any, others: Any, other_labels: Any = None) -> b
     return is_small(rows, others) and not intercepted(rows, labels, others, other_labels)
 
 
+def _of_own_class(classes: Units, labels: Tensor) -> Tensor:
+    """[N, D]: the unit vectors of the labels' classes."""
+    return classes.rows.index_select(0, labels.to(torch.int64))
+
+
 def _arcface(
-    first: list[Units], margin: float, scale: float, weight: float, needs: Sequence[bool], *tensors: Tensor
+    first: list[tuple[Units, Units, Tensor]],
+    margin: float,
+    scale: float,
+    weight: float,
+    needs: Sequence[bool],
+    *tensors: Tensor,
 ) -> tuple[Tensor, Gradients]:
-    """first: has the unit rows that the call has made, until they are used. Another backward makes them again."""
+    """first: has what the call has made, until it is used. Another backward makes it again."""
     embeddings, prototypes, labels = tensors
-    rows, classes = (first.pop() if first else units_of(given) for given in (embeddings, prototypes))
-    assert rows is not None
-    assert classes is not None
+    if first:
+        rows, classes, own = first.pop()
+    else:
+        units = [units for units in (units_of(embeddings), units_of(prototypes)) if units is not None]
+        (rows, classes), own = units, _of_own_class(units[1], labels)
     x, y = rows.rows, classes.rows
     labels = labels.to(torch.int64).contiguous()
-    own = y.index_select(0, labels)
     # The arccosine loses half the digits near 0 and pi.
-    sides = torch.stack((x - own, x + own))
+    sides = torch.empty((2, *x.shape), dtype=x.dtype, device="cpu")
+    torch.sub(x, own, out=sides[0])
+    torch.add(x, own, out=sides[1])
     lengths = torch.linalg.vector_norm(sides, dim=2)
     angles = torch.atan2(lengths[0], lengths[1]).mul_(2)
     moved = angles + margin

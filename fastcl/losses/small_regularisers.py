@@ -6,7 +6,6 @@ that is unusual, large or wrong.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from ..ops.at_once import Gradients, Units, are_few, at_once, through_norms, units_of, weight_of
 from ..ops.backends.choose import chooses_cpu
-from ..ops.contrastive.small_statistics import LogSums
 from ..ops.small import are_floats, constant
 from ..ops.topk.small import nearest_other
+
+LARGEST_T = 20.0  # of potentials exp(-t |x - y|²) that float32 can hold at the largest distance, 2
 
 
 def koleo(embeddings: Any, p: Any, eps: Any, reduction: Any, further: Callable[..., Tensor]) -> Tensor | None:
@@ -36,7 +36,10 @@ def koleo(embeddings: Any, p: Any, eps: Any, reduction: Any, further: Callable[.
 def hypersphere(z_a: Any, z_b: Any, t: Any, lam: Any, alpha: Any) -> Tensor | None:
     if not are_few(z_a, z_b, pairs=True) or type(alpha) is not float or alpha != 2:
         return None
-    if len(z_a) < 2 or not (are_floats(t, positive=True) and are_floats(lam) and chooses_cpu()):
+    if not (are_floats(t, positive=True) and are_floats(lam) and t <= LARGEST_T and chooses_cpu()):
+        return None
+    n, d = z_a.shape
+    if not 2 <= n <= 2 * d:  # the potentials of a view are no more than the numbers in both views
         return None
     if (units := units_of(torch.stack((z_a.detach(), z_b.detach())))) is None:
         return None
@@ -69,25 +72,17 @@ def _hypersphere(
 ) -> tuple[Tensor, Gradients]:
     units = first.pop() if first else units_of(torch.stack((z_a, z_b)))  # [2, N, D]
     assert units is not None
-    views = units.rows.unbind(0)
-    n = len(z_a)
-    scale = constant(2 * t, units.rows.dtype, (1,))
-    # On the sphere |x - y|² = 2 - 2 <x, y>, so each row's sum is a log-sum-exp at logit scale 2 t.
-    sums = [LogSums(view, None, None, None, scale, False, ("lse_all",)) for view in views]
-    lse = torch.stack([found.fields[0, 0] for found in sums])
-    uniformity = lse.sub_(2 * t).logsumexp(1)
+    views, n, pairs = units.rows.unbind(0), len(z_a), len(z_a) * (len(z_a) - 1)
     apart = views[0] - views[1]
-    loss = apart.square().sum().div_(n).add_(uniformity.sum().sub_(2 * math.log(n * (n - 1))), alpha=lam / 2)
-    if not (needs[0] or needs[1]):
-        return loss, (None, None)
-    weights = lse.sub_(uniformity[:, None]).exp_().mul_(lam / 2)
-    found: list[Tensor | None] = []
-    for k, (view, of_rows) in enumerate(zip(views, sums, strict=True)):
-        if not needs[k]:
-            found.append(None)
-            continue
-        grad = of_rows.gradients(weights[k].view(1, 1, n), (True, False))[0]
-        assert grad is not None
-        grad.add_(apart, alpha=(2 if k == 0 else -2) / n)
-        found.append(through_norms(grad, Units(view, units.norms[k])))
-    return loss, found
+    loss = apart.square().sum().div_(n)
+    grads: list[Tensor | None] = [None, None]
+    for k, view in enumerate(views):
+        # On the sphere |x - y|² = 2 - 2 <x, y>.
+        potentials = torch.addmm(constant(-2 * t, view.dtype), view, view.T, alpha=2 * t).exp_().fill_diagonal_(0)
+        total = potentials.sum()
+        loss.add_((total / pairs).log_(), alpha=lam / 2)
+        if needs[k]:
+            grad = (potentials @ view).mul_(total.reciprocal_().mul_(2 * lam * t))
+            grad.add_(apart, alpha=(2 if k == 0 else -2) / n)
+            grads[k] = through_norms(grad, Units(view, units.norms[k]))
+    return loss, grads

@@ -111,8 +111,10 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
         shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split)
         if job["kind"] == "backward":
-            of_both = {"OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1}
-            shape = triton_tiles.for_variant(shape, of_both | job.get("flags", {}))
+            given = {"OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "GRADIENT": 0, "SIMILARITY_SUMS": 0, "SUMS": 0}
+            given |= job.get("flags", {}) | dict.fromkeys(job.get("absent", ()))
+            version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+            shape = triton_tiles.for_variant(shape, given, version)
     constants = {
         "D": d, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k, "BLOCK_D": shape.block_d,
         "SELF": False, "CLUSTERS": True, "IDS": careful, "NORMED": True, "BIAS": int(careful), "MIXED_ONLY": False,

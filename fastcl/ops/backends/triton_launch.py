@@ -37,6 +37,13 @@ def triton_version() -> str:
 
 
 @cache
+def version() -> tuple[int, int]:
+    """The first two numbers of Triton's version."""
+    major, minor = triton_version().split(".")[:2]
+    return int(major), int(minor)
+
+
+@cache
 def availability() -> tuple[bool, str]:
     """Whether the backend is available, and a description or the reason."""
     if util.find_spec("triton") is None:
@@ -107,10 +114,9 @@ def kernel_named(name: str) -> Any:
 @cache
 def _launcher(name: str) -> CachedLauncher | None:
     """The short way to launch a kernel; None in the interpreter, and for versions of Triton for which it is unknown."""
-    version = tuple(int(part) for part in triton_version().split(".")[:2])
-    if INTERPRETED or version not in KNOWN:
+    if INTERPRETED or version() not in KNOWN:
         return None
-    return CachedLauncher(kernel_named(name), version)
+    return CachedLauncher(kernel_named(name), version())
 
 
 def launch(name: str, shape: Tile, grid: Sequence[int], given: dict[str, Any]) -> None:

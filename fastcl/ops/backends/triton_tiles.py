@@ -98,8 +98,15 @@ def square_tile(shape: Tile) -> Tile:
     return Tile(shape.block_n, shape.block_n, shape.block_k, shape.block_d, 8, 1)
 
 
-def for_variant(shape: Tile, given: dict[str, Any]) -> Tile:
-    """The shape for a kernel with these arguments: two exponentials of long rows would spill with more columns."""
+def for_variant(shape: Tile, given: dict[str, Any], triton: tuple[int, ...]) -> Tile:
+    """The shape for a kernel with these arguments, compiled by this version of Triton.
+
+    Two exponentials of long rows would spill with more columns. Where float32 rows are multiplied as three products in
+    TF32 and their gradient is the only sum, there are registers for more columns and a second stage.
+    """
+    if shape == SPLIT_SUMS and "GRADIENT" in given:
+        alone = given.get("SIMILARITY_SUMS") is None and given.get("SUMS") is None
+        return shape._replace(block_n=32, stages=2) if alone and triton >= (3, 6) else shape  # 3.2 would spill
     two = given.get("OWN") and given.get("OTHERS") and not given.get("ONE_EXPONENTIAL", 1)
     return shape._replace(block_n=min(shape.block_n, 16)) if two and shape.block_k == LONG else shape
 
@@ -137,6 +144,9 @@ def row_tile(d: int, interpreted: bool = False) -> Tile:
 ROWS_AT_ONCE = Tile(1024, 0, 0, 0, 4, 1)
 # The shape for kernels that compare each row with all.
 COMPARED = Tile(64, 64, 0, 0, 4, 1)
+# From sm_90 on, the shape for gradients of float32 rows as three products in TF32. It spills with more columns, or with
+# two stages, which copy the next slice of the columns during a product, if there are sums besides the gradient.
+SPLIT_SUMS = Tile(64, 16, 32, 128, 4, 1)
 
 
 def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
@@ -198,9 +208,10 @@ def _split(kind: str, architecture: int, d: int, careful: bool) -> Tile:
         if kind == "backward" and d == 128:
             return Tile(64, 16, 32, d, 8, 1)
         return Tile(64, 32, 32, min(d, 128), 8, 1) if kind in ("weighted", "backward") else Tile(64, 32, 32, d, 4, 2)
+    if kind == "backward" and not careful and d >= SPLIT_SUMS.block_d:
+        return SPLIT_SUMS
     if kind in ("weighted", "backward"):
-        columns = 16 if kind == "backward" and not careful and d >= 128 else 32  # 32 would spill
-        return Tile(64, columns, 32, min(d, 64 if careful else 128), 4, 1)
+        return Tile(64, 32, 32, min(d, 64 if careful else 128), 4, 1)
     return Tile(
         64, 64 if kind == "forward" and not careful else 32, 32, d, 8 if kind == "two_way" and careful else 4, 2
     )

@@ -466,7 +466,8 @@ class Launch:
             if cleared is not None:
                 cleared.zero_()
             for given in arguments:
-                self.run(kernel, shape if INTERPRETED else for_variant(shape, given), grid(shape), given)
+                own = shape if INTERPRETED else for_variant(shape, given, triton_launch.version())
+                self.run(kernel, own, grid(shape), given)
 
         launch(self.tile(kind, launch))
 

@@ -5,13 +5,12 @@ The kernels are in `triangle_kernels.py`.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...backends import triton_launch
-from ...backends.triton_launch import INTERPRETED, architecture, blocks, programs, triton_version
+from ...backends.triton_launch import INTERPRETED, architecture, blocks, programs, version
 from ...backends.triton_tiles import Tile, square_tile, triangle_tile
 from .rows import Launch
 
@@ -43,10 +42,9 @@ class Division(NamedTuple):
         return cls(number, groups, held, (2 * held + span) * block)
 
 
-@cache
 def compiles() -> bool:
     """Whether this version of Triton compiles the kernels without spills."""
-    return INTERPRETED or tuple(int(part) for part in triton_version().split(".")[:2]) >= OLDEST_TRITON
+    return INTERPRETED or version() >= OLDEST_TRITON
 
 
 def shape_of(rows: Launch) -> tuple[Tile, int] | None:

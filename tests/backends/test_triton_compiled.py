@@ -1,18 +1,14 @@
 """Every entry of the Triton kernels' table of tiles compiles for its architecture. No GPU is needed.
 
 There are no spills, shared memory suffices, tensor cores are used, and all kernels round logits alike. By default a few
-entries are compiled; ``FASTCL_COMPILE_ALL=1`` compiles the whole table (about an hour on two cores), and
-``FASTCL_COMPILE_WITH=FOLDER`` uses the Triton of ``pip install --no-deps --target FOLDER triton==VERSION``.
+entries are compiled. ``FASTCL_COMPILE_ALL=1`` compiles the whole table, ``FASTCL_COMPILE_SHARD=K/N`` the K-th of N
+parts (tests/README.md says how long that takes). ``FASTCL_COMPILE_WITH=FOLDER`` uses the Triton of
+``pip install --no-deps --target FOLDER triton==VERSION``.
 """
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +26,7 @@ from fastcl.ops.backends.triton_tiles import (
     triangle_tile,
 )
 from fastcl.ops.contrastive.triton import triangle
-from tests.support.compiling import environment
+from tests.support.compiling import Compilers, chosen, everything, shard
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -40,13 +36,15 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DIMENSIONS = (32, 64, 128, 256, 512)  # longer rows are all cut in the same way
 ROWS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"))
+# float32 rows are multiplied as three products in tf32 on sm_90 and newer, and on sm_80 by kernels without masks; other
+# kernels and devices multiply in float32.
 ALL = [
     (architecture, dtype, precision, d, careful)
     for architecture in ARCHITECTURES
     for dtype, precision in ROWS
     for d in DIMENSIONS
     for careful in (False, True)
-    if precision != "tf32x3" or architecture >= 90 or not careful
+    if dtype != "float32" or precision not in (("ieee",) if architecture >= 90 else ("tf32x3",) if careful else ())
 ]
 # Each variant of each kernel once, with and without ids; and the products of each architecture and dtype.
 SOME = {
@@ -60,7 +58,6 @@ SOME = {
     (100, "bfloat16", "ieee", 128, False): ("forward", "backward"),
     (80, "float16", "ieee", 512, False): ("forward", "weighted"),
 }
-ENTRIES = dict.fromkeys(ALL, KINDS) if os.environ.get("FASTCL_COMPILE_ALL") else SOME
 PER_ROW = (
     "labels", "rows", "fields", "weights", "side", "finish", "join", "first", "order", "longest", "total", "scale",
     "mean", "scaled", "positive", "positive_gradient", "triangle_total",
@@ -94,44 +91,31 @@ def jobs(
     return [common | {"kind": kind} | variant for kind in kinds for variant in variants[kind]]
 
 
-def compiled(asked: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, root / "tests" / "support" / "compile_triton.py", json.dumps(asked)],
-        env=environment(root, cache),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(asked)
-    return results
+Compiled = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[list[dict[str, Any]]]]]:
-    """The result of each entry; one compiler runs on each core."""
-    cache = tmp_path_factory.mktemp("compiled")
-    asked = {entry: jobs(*entry, kinds) for entry, kinds in ENTRIES.items()}
-    common = {"architecture": 90, "dtype": "float16", "d": 128, "careful": True}
-    asked["per row"] = [common | {"kind": kind} | ({"tile": TILES[kind]} if kind in TILES else {}) for kind in PER_ROW]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {entry: pool.submit(compiled, these, cache) for entry, these in asked.items()}
-        pool.shutdown(cancel_futures=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
+    """Compiles the jobs of a test, on all cores."""
+    compilers = Compilers(tmp_path_factory.mktemp("compiled"))
+    yield compilers
+    compilers.close()
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: "-".join(map(str, entry)))
-def test_compiles_without_spills(entry, results) -> None:
+@pytest.mark.parametrize("entry", chosen(SOME, ALL), ids=lambda entry: "-".join(map(str, entry)))
+def test_compiles_without_spills(entry, compiled) -> None:
     architecture, dtype, precision, d, _ = entry
     products = set()
-    for result in results[entry].result():
+    for result in compiled(jobs(*entry, KINDS if everything() else SOME[entry])):
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
         block_m, block_n, block_k, block_d, warps = result["tile"][:5]
         # If only some kernels fused the rounding of a logit into a multiply-add, logits would differ. So there may
         # be no multiply-adds but those of products without tensor cores, in the loops over interior and mixed tiles.
         numbers = block_k + (block_d if result["kind"] in ("weighted", "backward") else 0)
-        expected = 2 * block_m * block_n * numbers // (32 * warps) if (dtype, precision) == ("float32", "ieee") else 0
+        loops = 1 if result.get("flags", {}).get("MIXED_ONLY") else 2
+        of_products = loops * block_m * block_n * numbers // (32 * warps)
+        expected = of_products if (dtype, precision) == ("float32", "ieee") else 0
         assert result["multiply_adds"] == expected, result
         assert result["fusible"] == 0, result
         products.add((*result["products"], block_k))
@@ -143,19 +127,18 @@ def test_compiles_without_spills(entry, results) -> None:
         assert PRODUCT[architecture] in products.pop()
 
 
-def test_kernels_of_single_rows_compile_without_spills(results) -> None:
-    for result in results["per row"].result():
+def test_kernels_of_single_rows_compile_without_spills(compiled) -> None:
+    common = {"architecture": 90, "dtype": "float16", "d": 128, "careful": True}
+    asked = [common | {"kind": kind} | ({"tile": TILES[kind]} if kind in TILES else {}) for kind in PER_ROW]
+    for result in compiled(asked):
         assert result["stack"] == result["local"] == 0, result
         assert result["fusible"] == 0, result
 
 
-OBSERVATIONS = SOME if not os.environ.get("FASTCL_COMPILE_ALL") else dict.fromkeys(ALL)
-
-
-@pytest.mark.parametrize("entry", list(OBSERVATIONS)[::2] if OBSERVATIONS is SOME else OBSERVATIONS)
-def test_observation_compiles_without_spills(entry, tmp_path) -> None:
+@pytest.mark.parametrize("entry", chosen(list(SOME)[::2], ALL), ids=lambda entry: "-".join(map(str, entry)))
+def test_observation_compiles_without_spills(entry, compiled) -> None:
     names = ("architecture", "dtype", "precision", "d", "careful")
-    for result in compiled([{"kind": "observation"} | dict(zip(names, entry, strict=True))], tmp_path):
+    for result in compiled([{"kind": "observation"} | dict(zip(names, entry, strict=True))]):
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[result["architecture"]], result
 
@@ -172,8 +155,8 @@ def compiler() -> tuple[int, ...]:
     return tuple(int(part) for part in next(iter(found)).version.split(".")[:2])
 
 
-@pytest.mark.parametrize(("architecture", "d"), MEETINGS if os.environ.get("FASTCL_COMPILE_ALL") else SOME_MEETINGS)
-def test_blocks_that_meet_once_compile_without_spills(architecture, d, tmp_path) -> None:
+@pytest.mark.parametrize(("architecture", "d"), chosen(SOME_MEETINGS, MEETINGS))
+def test_blocks_that_meet_once_compile_without_spills(architecture, d, compiled) -> None:
     if compiler() < triangle.OLDEST_TRITON:
         pytest.skip("the library does not launch these kernels with this Triton")
     found = triangle_tile(architecture, torch.bfloat16, d)
@@ -185,7 +168,7 @@ def test_blocks_that_meet_once_compile_without_spills(architecture, d, tmp_path)
         square = {"tile": tuple(square_tile(shape)), "flags": {"SELF": True, "MIXED_ONLY": True}}
         plain = {"absent": ["START", "END", "ORDER"], "flags": {"CLUSTERS": False, "NORMED": False}}
         asked += [common | square | {"kind": "forward"}, own | {"kind": "triangle"} | plain]
-    for result in compiled(asked, tmp_path):
+    for result in compiled(asked):
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
         assert result["fusible"] == result["multiply_adds"] == 0, result
@@ -219,37 +202,36 @@ SEARCHES = [
 SOME_SEARCHES = [(90, "bfloat16", 128, 64), (80, "float32", 256, 256), (100, "bfloat16", 512, 256)]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "d", "slots"), SEARCHES if os.environ.get("FASTCL_COMPILE_ALL") else SOME_SEARCHES
-)
-def test_topk_compiles_without_spills(architecture, dtype, d, slots, tmp_path) -> None:
+@pytest.mark.parametrize(("architecture", "dtype", "d", "slots"), chosen(SOME_SEARCHES, SEARCHES))
+def test_topk_compiles_without_spills(architecture, dtype, d, slots, compiled) -> None:
     job = {"kind": "topk", "architecture": architecture, "dtype": dtype, "d": d, "flags": {"SLOTS": slots}}
-    for result in compiled([job | {"careful": True}, job], tmp_path):
+    for result in compiled([job | {"careful": True}, job]):
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
 
 
-# Of rows and of assignments. Any pair may be a positive, so every tile is masked.
+# Of rows and of assignments. Any pair may be a positive, so every tile is masked. No products are split in three.
 SOFT = [
     (architecture, dtype, precision, d, assignments)
     for architecture in ARCHITECTURES
     for dtype, precision in ROWS
     for d in DIMENSIONS
     for assignments in ("float32", dtype)
+    if precision != "tf32x3"
 ]
 SOME_SOFT = [(90, "bfloat16", "ieee", 256, "float32"), (80, "float32", "ieee", 128, "float32")]
 
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "precision", "d", "assignments"),
-    dict.fromkeys(SOFT) if os.environ.get("FASTCL_COMPILE_ALL") else SOME_SOFT,
+    chosen(SOME_SOFT, dict.fromkeys(SOFT)),
 )
-def test_soft_assignments_compile_without_spills(architecture, dtype, precision, d, assignments, tmp_path) -> None:
+def test_soft_assignments_compile_without_spills(architecture, dtype, precision, d, assignments, compiled) -> None:
     common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d, "careful": True}
     half = {} if assignments == "float32" else {"assignments": assignments}
     self_contrast = {"flags": {"SELF": True, "IDS": False, "BIAS": 0}, "careful": False}
     asked = [common | half | {"kind": kind} for kind in ("soft_forward", "soft_backward")]
-    results = compiled(asked + [job | self_contrast for job in asked], tmp_path)
+    results = compiled(asked + [job | self_contrast for job in asked])
     for result in results:
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
@@ -257,13 +239,8 @@ def test_soft_assignments_compile_without_spills(architecture, dtype, precision,
     assert len({result["tile"][2] for result in results}) == 1  # logits are sums in the same order along D
 
 
-# Kernels with rules about pairs. float32 rows are multiplied as tf32 or, on sm_90 and newer, as three products in tf32,
-# on older devices in float32.
-RULED = [
-    (architecture, dtype, precision, d)
-    for architecture, dtype, precision, d, careful in ALL
-    if not careful and (dtype != "float32" or precision != ("ieee" if architecture >= 90 else "tf32x3"))
-]
+# Kernels with rules about pairs, which mask every tile.
+RULED = [(architecture, dtype, precision, d) for architecture, dtype, precision, d, careful in ALL if careful]
 OF_GUIDE = [f"{side}_{name}" for side in ("ROW", "COLUMN") for name in ("GUIDE", "GUIDE_NORMS", "THRESHOLDS")]
 # All rules but a guide, for two sides at once; or with a guide, for one side at a time.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -283,15 +260,15 @@ EVERY_RULED = [
     (kind, name) for kind in ("ruled_forward", "ruled_observation") for name in VARIANTS if "col" not in name
 ]
 EVERY_RULED += [("ruled_backward", name) for name in VARIANTS]
-ENTRIES_RULED = dict.fromkeys(RULED, EVERY_RULED) if os.environ.get("FASTCL_COMPILE_ALL") else SOME_RULED
 
 
-@pytest.mark.parametrize("entry", ENTRIES_RULED, ids=lambda entry: "-".join(map(str, entry)))
-def test_rules_compile_without_spills(entry, tmp_path) -> None:
+@pytest.mark.parametrize("entry", chosen(SOME_RULED, RULED), ids=lambda entry: "-".join(map(str, entry)))
+def test_rules_compile_without_spills(entry, compiled) -> None:
     architecture, dtype, precision, d = entry
     common = {"architecture": architecture, "dtype": dtype, "precision": precision, "d": d}
-    asked = [common | {"kind": kind} | VARIANTS[name] for kind, name in ENTRIES_RULED[entry]]
-    for result in compiled(asked, tmp_path):
+    of_entry = EVERY_RULED if everything() else SOME_RULED[entry]
+    asked = [common | {"kind": kind} | VARIANTS[name] for kind, name in of_entry]
+    for result in compiled(asked):
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
         assert result["fusible"] == 0, result
@@ -306,27 +283,29 @@ PAIRS = [
     for dtype, precision in ROWS
     for d in DIMENSIONS
     for kind in range(4)
+    if (architecture, dtype, precision, d, False) in ALL
 ]
-SOME_PAIRS = [(90, "bfloat16", "ieee", 128, 0), (90, "float32", "ieee", 128, 3), (100, "float16", "ieee", 256, 2)]
+SOME_PAIRS = [(90, "bfloat16", "ieee", 128, 0), (90, "float32", "tf32x3", 128, 3), (100, "float16", "ieee", 256, 2)]
 
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "precision", "d", "kind"),
-    PAIRS if os.environ.get("FASTCL_COMPILE_ALL") else SOME_PAIRS,
+    chosen(SOME_PAIRS, PAIRS),
 )
-def test_pair_sums_compile_without_spills(architecture, dtype, precision, d, kind, tmp_path) -> None:
+def test_pair_sums_compile_without_spills(architecture, dtype, precision, d, kind, compiled) -> None:
     common = {"kind": "pairs", "architecture": architecture, "dtype": dtype, "precision": precision, "d": d}
     logits = ["ROW_SQUARES", "COLUMN_SQUARES"]
     distances = ["ROW_SHIFT", "SIMILARITY_SUMS", "SLOPE_SUMS"]
     outputs = ["GRADIENT", "SIMILARITY_SUMS", "SLOPE_SUMS", "OWN_WEIGHTS", "OTHER_WEIGHTS"]
     absent = distances if kind >= 2 else logits
     flags = {"KIND": kind, "ONLY_POSITIVES": False}
+    ids = {"careful": (architecture, dtype, precision, d, True) in ALL}
     asked = [
-        common | {"careful": True, "absent": absent, "flags": flags},
-        common | {"careful": True, "absent": absent + outputs, "flags": flags},
+        common | ids | {"absent": absent, "flags": flags},
+        common | ids | {"absent": absent + outputs, "flags": flags},
         common | {"careful": False, "absent": [*absent, "COLUMN_SHIFT"], "flags": flags | {"SELF": True}},
     ]
-    for result in compiled(asked, tmp_path):
+    for result in compiled(asked):
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
         assert result["fusible"] == 0, result
@@ -343,15 +322,15 @@ PROTOTYPES = [
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "k"),
-    PROTOTYPES if os.environ.get("FASTCL_COMPILE_ALL") else [(90, "bfloat16", 65536), (80, "float32", 1000)],
+    chosen([(90, "bfloat16", 65536), (80, "float32", 1000)], PROTOTYPES),
 )
-def test_prototype_losses_compile_without_spills(architecture, dtype, k, tmp_path) -> None:
+def test_prototype_losses_compile_without_spills(architecture, dtype, k, compiled) -> None:
     """Two teachers with all terms, and one teacher without potential and further terms."""
     few = ["SECOND", "SECOND_POTENTIAL", "SECOND_KEPT", "FIRST_POTENTIAL", "ENTROPIES", "COLUMN_SUMS"]
     common = {"architecture": architecture, "dtype": dtype, "d": k, "careful": True}
     kinds = ("prototype_forward", "prototype_backward")
     asked = [common | {"kind": kind, "absent": absent} for kind in kinds for absent in ([], few)]
-    for result in compiled(asked, tmp_path):
+    for result in compiled(asked):
         assert result["stack"] == result["local"] == 0, result
         assert result["shared"] <= SHARED[architecture], result
 
@@ -363,3 +342,13 @@ def test_rows_are_padded_to_what_tiles_take() -> None:
         assert width % 16 == 0
         assert width < 2 * d or width == 32
         assert width & (width - 1) == 0 if width <= WHOLE else width % 128 == 0
+
+
+def test_shards_are_the_whole() -> None:
+    parts = [shard(range(100), f"{part}/7") for part in range(1, 8)]
+    assert sorted(entry for part in parts for entry in part) == list(range(100))
+    assert {len(part) for part in parts} == {14, 15}
+    assert shard(range(3), "") == [0, 1, 2]
+    for wrong in ("0/2", "3/2", "1", "1/", "a/b", "-1/2"):
+        with pytest.raises(ValueError, match="expected K/N"):
+            shard(range(3), wrong)

@@ -1,6 +1,7 @@
 """Compiles Triton kernels ahead of time for a GPU that need not exist: ``python compile_triton.py JOBS``, as JSON.
 
-It is a separate process, as the environment must disable the interpreter before Triton is imported.
+Without JOBS it reads a job from each line of its input. It is a separate process, as the environment must disable the
+interpreter before Triton is imported.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -217,5 +219,13 @@ def built(
 
 
 if __name__ == "__main__":
-    for line in json.loads(sys.argv[1]):
-        print(json.dumps(compiled(line)), flush=True)
+    if len(sys.argv) > 1:
+        for line in json.loads(sys.argv[1]):
+            print(json.dumps(compiled(line)), flush=True)
+    else:
+        for text in sys.stdin:
+            try:
+                outcome = compiled(json.loads(text))
+            except Exception:
+                outcome = {"error": text + traceback.format_exc()[-2000:]}
+            print(json.dumps(outcome), flush=True)

@@ -1,10 +1,9 @@
 """Sinkhorn's Triton kernels compile without spills for each architecture; no GPU is needed.
 
-By default a few variants; ``FASTCL_COMPILE_ALL=1`` compiles all of them.
+By default a few variants; ``FASTCL_COMPILE_ALL=1`` compiles all of them, ``FASTCL_COMPILE_SHARD=K/N`` a part.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from fastcl.ops.backends.triton_tiles import ARCHITECTURES
 from fastcl.ops.sinkhorn import triton as sinkhorn_triton
-from tests.support.compiling import environment
+from tests.support.compiling import chosen, environment
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -43,13 +42,10 @@ SOME: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(architecture, tmp_path) -> None:
-    everything = bool(os.environ.get("FASTCL_COMPILE_ALL"))
-    dtypes = ("float32", "bfloat16", "float16") if everything else ("float32" if architecture == 90 else "bfloat16",)
-    jobs = [
-        job | {"architecture": architecture, "dtype": dtype}
-        for job in (ALL if everything else SOME)
-        for dtype in dtypes
-    ]
+    of_device = {"architecture": architecture}
+    some = [job | of_device | {"dtype": "float32" if architecture == 90 else "bfloat16"} for job in SOME]
+    all_ = [job | of_device | {"dtype": dtype} for job in ALL for dtype in ("float32", "bfloat16", "float16")]
+    jobs = chosen(some, all_)
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, root / "tests" / "support" / "compile_sinkhorn.py", json.dumps(jobs)],

@@ -56,7 +56,10 @@ SOME = {
     (80, "float32", "tf32x3", 128, False): KINDS,
     (90, "float32", "tf32", 128, False): ("forward", "backward"),
     (100, "bfloat16", "ieee", 128, False): ("forward", "backward"),
-    (80, "float16", "ieee", 512, False): ("forward", "weighted"),
+    (80, "float16", "ieee", 512, False): ("forward", "running", "weighted"),
+    (80, "float32", "ieee", 32, True): ("two_way",),
+    (80, "float32", "ieee", 64, False): ("running",),
+    (80, "float32", "tf32", 64, False): ("running",),
 }
 PER_ROW = (
     "labels", "rows", "fields", "weights", "side", "finish", "join", "first", "order", "longest", "total", "scale",
@@ -131,6 +134,26 @@ def test_kernels_of_single_rows_compile_without_spills(compiled) -> None:
     common = {"architecture": 90, "dtype": "float16", "d": 128, "careful": True}
     asked = [common | {"kind": kind} | ({"tile": TILES[kind]} if kind in TILES else {}) for kind in PER_ROW]
     for result in compiled(asked):
+        assert result["stack"] == result["local"] == 0, result
+        assert result["fusible"] == 0, result
+
+
+# Kernels that read whole rows once.
+WHOLE_ROWS = [
+    (architecture, dtype, d)
+    for architecture in ARCHITECTURES
+    for dtype in ("bfloat16", "float16", "float32")
+    for d in (32, 128, 256, 384, 512)
+]
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "d"), chosen([(100, "bfloat16", 512)], WHOLE_ROWS))
+def test_kernels_of_whole_rows_compile_without_spills(architecture, dtype, d, compiled) -> None:
+    common = {"architecture": architecture, "dtype": dtype, "d": d}
+    kinds = ("rows", "finish", "positive", "positive_gradient") if everything() else ("rows",)
+    for result in compiled(
+        [common | {"kind": kind, "careful": careful} for kind in kinds for careful in (True, False)]
+    ):
         assert result["stack"] == result["local"] == 0, result
         assert result["fusible"] == 0, result
 

@@ -82,7 +82,7 @@ KERNELS = {
     "prototype_forward": "prototype_forward_kernel",
     "prototype_backward": "prototype_backward_kernel",
 }
-WHOLE_ROWS = ("rows", "finish", "join", "positive", "positive_gradient")
+WHOLE_ROWS = ("finish", "join", "positive", "positive_gradient")
 OBSERVING = {"observation": "running", "ruled_observation": "ruled_forward"}  # and the kernel whose tile each takes
 SCORES = ("STUDENT", "FIRST", "SECOND", "GRADIENT")  # of the kernels of prototypes
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -93,6 +93,8 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     dtype, d, careful = getattr(torch, job["dtype"]), job["d"], job.get("careful", False)
     if "tile" in job:
         shape = triton_tiles.Tile(*job["tile"])
+    elif job["kind"] == "rows":
+        shape = triton_tiles.arranging_tile(job["architecture"], dtype, d)
     elif job["kind"] in WHOLE_ROWS:
         shape = triton_tiles.row_tile(d)
     elif job["kind"] == "topk":

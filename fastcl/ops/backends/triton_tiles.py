@@ -140,6 +140,14 @@ def row_tile(d: int, interpreted: bool = False) -> Tile:
     return Tile(64 if interpreted else 16, 0, 0, min(d & -d, 512 if interpreted else 128), 4, 1)
 
 
+def arranging_tile(architecture: int, dtype: torch.dtype, d: int, interpreted: bool = False) -> Tile:
+    """The shape for the kernel that arranges rows."""
+    shape = row_tile(d, interpreted)
+    # Triton 3.6 would keep to 40 registers and spill.
+    few = architecture >= 100 and dtype.itemsize == 2 and d > WHOLE and not interpreted
+    return shape._replace(registers=64) if few else shape
+
+
 # The shape for kernels that visit each row once and read a few numbers of each.
 ROWS_AT_ONCE = Tile(1024, 0, 0, 0, 4, 1)
 # The shape for kernels that compare each row with all.
@@ -155,7 +163,8 @@ def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
     if d == LONG and architecture == 90:
         return Tile(128, 32, d, d, 8, 3)
     if d > WHOLE:
-        return Tile(128, 128 if kind == "forward" and architecture == 90 else 64, 64, d, 8, 3)
+        columns = 128 if kind == "forward" and architecture == 90 else 64
+        return Tile(128, columns, 64, d, 8, 2 if kind == "running" and architecture == 80 else 3)
     if architecture == 80 and kind != "two_way":
         return Tile(64, 64, d, d, 4, 2)
     if architecture == 90 and kind == "forward":  # two programs on a multiprocessor
@@ -190,10 +199,11 @@ def _ruled(kind: str, shape: Tile, architecture: int, dtype: torch.dtype, d: int
 def _single(kind: str, architecture: int, d: int, careful: bool) -> Tile:
     # Compiling showed which shapes spill with four warps and which with eight.
     if careful:
-        eight = d > 64 or (d == 64 and (kind != "two_way" or architecture == 80))
+        eight = d > 64 or (architecture == 80 if kind == "two_way" else d == 64)
     else:
         eight = d > 64 and kind == "running" and architecture == 80
-    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 8 if eight else 4, 2)
+    stages = 1 if d == 64 and kind == "running" and architecture == 80 and not careful else 2
+    return Tile(64 if d > 64 else 32, 32, min(d, 32), d, 8 if eight else 4, stages)
 
 
 def _single_sums(architecture: int, d: int, careful: bool, tf32: bool) -> Tile:

@@ -21,7 +21,16 @@ from ...backends.triton_launch import (
     precision_of,
     programs,
 )
-from ...backends.triton_tiles import COMPARED, ROWS_AT_ONCE, Tile, for_variant, guide_width, padded, row_tile, tile
+from ...backends.triton_tiles import (
+    COMPARED,
+    ROWS_AT_ONCE,
+    Tile,
+    arranging_tile,
+    for_variant,
+    guide_width,
+    padded,
+    tile,
+)
 from ..kept import Layout, Store, sums_are_kept
 from ..records import Problem, Rows
 
@@ -250,7 +259,7 @@ def new_inverse_norms(source: Tensor) -> Tensor:
 def _launch_rows(source: Tensor, given: dict[str, Any]) -> None:
     n, d = source.shape
     width = padded(d, INTERPRETED)
-    shape = row_tile(width, INTERPRETED)
+    shape = arranging_tile(architecture(source.device), source.dtype, width, INTERPRETED)
     given = given | {
         "SOURCE": source,
         "N": n,

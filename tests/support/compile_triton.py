@@ -30,6 +30,7 @@ from fastcl.ops.prototypes import triton as prototypes_triton
 from fastcl.ops.soft import triton as soft_triton
 from fastcl.ops.topk import triton as topk_triton
 
+OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < triton_tiles.OLD
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "START": "*i32", "END": "*i32", "ROW_NAMES": "*i32", "COLUMN_NAMES": "*i32", "ORDER": "*i64", "ONE": "*i32",
@@ -113,7 +114,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         kind = OBSERVING.get(job["kind"], job["kind"])
         of_masks = careful or job["kind"] in OBSERVING
         tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
-        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split)
+        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split, old=OLD)
         if job["kind"] == "backward":
             given = {"OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "GRADIENT": 0, "SIMILARITY_SUMS": 0, "SUMS": 0}
             given |= job.get("flags", {}) | dict.fromkeys(job.get("absent", ()))

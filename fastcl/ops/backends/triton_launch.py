@@ -18,7 +18,7 @@ from .rows import tf32_allowed
 from .triton_cached import KNOWN, CachedLauncher, launched_by_triton
 from .triton_recorder import recorder, unrecorded
 from .triton_tape import hooks_active
-from .triton_tiles import Tile
+from .triton_tiles import OLD, Tile
 
 FLOOR = (3, 2)  # the version that torch 2.6 includes
 OLDEST_DEVICE = (8, 0)
@@ -41,6 +41,12 @@ def version() -> tuple[int, int]:
     """The first two numbers of Triton's version."""
     major, minor = triton_version().split(".")[:2]
     return int(major), int(minor)
+
+
+@cache
+def is_old() -> bool:
+    """Whether Triton takes the tiles of old versions."""
+    return version() < OLD
 
 
 @cache

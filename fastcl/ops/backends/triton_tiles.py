@@ -17,6 +17,7 @@ KINDS = ("forward", "running", "two_way", "weighted", "backward")
 RULED = {"ruled_forward": "running", "ruled_backward": "backward"}
 # A device between two of these architectures uses the older one's shapes, a newer device the last one's.
 ARCHITECTURES = (80, 90, 100)
+OLD = (3, 6)  # Triton before this version keeps more numbers in registers, and has shapes of its own
 
 
 class Tile(NamedTuple):
@@ -53,11 +54,13 @@ def tile(
     tf32: bool = False,
     interpreted: bool = False,
     split: bool = False,
+    old: bool = False,
 ) -> Tile:
     """The shape for a kind of kernel on rows of `d` numbers, a result of `padded`.
 
     careful: whether there are sample ids or a bias, whose masks and loads need registers. tf32: whether float32 rows
     are multiplied as TF32. split: or as three products in TF32, which on sm_80 are for kernels that are not careful.
+    old: whether Triton is older than `OLD`.
     """
     if kind in RULED:
         found = tile(RULED[kind], architecture, dtype, d, True, tf32, interpreted, split)
@@ -71,9 +74,8 @@ def tile(
         return _split(kind, known, d, careful)
     if dtype.itemsize > 2:
         return _single_sums(known, d, careful, tf32) if sums else _single(kind, known, d, careful)
-    if sums:
-        return _half_sums(known, d, careful)
-    return _half(kind, known, d, careful)
+    found = _half_sums(known, d, careful) if sums else _half(kind, known, d, careful)
+    return _half_of_old(kind, found, d) if old and known == 90 and not careful else found
 
 
 def triangle_tile(architecture: int, dtype: torch.dtype, d: int, interpreted: bool = False) -> tuple[Tile, int] | None:
@@ -106,9 +108,14 @@ def for_variant(shape: Tile, given: dict[str, Any], triton: tuple[int, ...]) -> 
     """
     if shape == SPLIT_SUMS and "GRADIENT" in given:
         alone = given.get("SIMILARITY_SUMS") is None and given.get("SUMS") is None
-        return shape._replace(block_n=32, stages=2) if alone and triton >= (3, 6) else shape  # 3.2 would spill
-    two = given.get("OWN") and given.get("OTHERS") and not given.get("ONE_EXPONENTIAL", 1)
-    return shape._replace(block_n=min(shape.block_n, 16)) if two and shape.block_k == LONG else shape
+        return shape._replace(block_n=32, stages=2) if alone and triton >= OLD else shape  # 3.2 would spill
+    if not (given.get("OWN") and given.get("OTHERS")) or given.get("ONE_EXPONENTIAL", 1):
+        return shape
+    if shape.block_k == LONG:
+        return shape._replace(block_n=min(shape.block_n, 16))
+    if triton < OLD and shape.block_k == WHOLE:
+        return shape._replace(warps=8)
+    return shape._replace(block_n=min(shape.block_n, 32)) if triton < OLD and shape.block_k == 128 else shape
 
 
 def guide_width(dtype: torch.dtype) -> int:
@@ -172,6 +179,15 @@ def _half(kind: str, architecture: int, d: int, careful: bool) -> Tile:
     if architecture == 100 and kind == "forward" and d == 128:  # more rows would spill
         return Tile(64, 64, d, d, 4, 2)
     return Tile(128, 64, d, d, 8, 2)
+
+
+def _half_of_old(kind: str, shape: Tile, d: int) -> Tile:
+    """The same for an old Triton on sm_90."""
+    if kind in ("forward", "two_way") and d <= 128:
+        return shape._replace(block_n=32)
+    if kind == "backward" and d == WHOLE:
+        return shape._replace(block_n=16)
+    return shape._replace(block_m=64) if kind in ("weighted", "backward") and d == LONG else shape
 
 
 def _half_sums(architecture: int, d: int, careful: bool) -> Tile:

@@ -102,6 +102,24 @@ def test_how_many_parts(n, m, expected, monkeypatch) -> None:
     assert launch.column_parts("weighted") == expected
 
 
+@pytest.mark.parametrize(("version", "old"), [("3.2.0", True), ("3.5.1", True), ("3.6.0", False), ("3.10.0", False)])
+def test_an_old_triton_has_tiles_of_its_own(version, old, monkeypatch) -> None:
+    """Its kernels would spill with the tiles that newer versions take."""
+    monkeypatch.setattr(triton_launch, "triton_version", lambda: version)
+    monkeypatch.setattr(triton_launch, "is_old", triton_launch.is_old.__wrapped__)
+    monkeypatch.setattr(triton_rows, "INTERPRETED", False)
+    launched: list[triton_tiles.Tile] = []
+    monkeypatch.setattr(triton_launch, "launch", lambda name, shape, grid, given: launched.append(shape))
+    rows = triton_rows.SortedRows(torch.empty(256, 128, dtype=torch.bfloat16), *[None] * 6)
+    flags = {"IDS": False, "BIAS": 0, "PRECISION": "ieee"}
+    launch = triton_rows.Launch(rows, rows, flags, False)
+    assert launch.tile("forward").block_n == (32 if old else 64)
+    assert launch.tile("forward", careful=True) == triton_tiles.tile("forward", 90, torch.bfloat16, 128, True)
+    both = {"OWN": True, "OTHERS": True}
+    launch.sweep("backward", "", launch.grid, *(both | {"ONE_EXPONENTIAL": one} for one in (1, 0)))
+    assert [shape.block_n for shape in launched] == [64, 32 if old else 64]
+
+
 def test_the_public_loss_on_a_queue(parts) -> None:
     x, keys, queue = torch.randn(40, 8), torch.randn(40, 8), torch.randn(200, 8)
 

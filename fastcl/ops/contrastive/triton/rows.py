@@ -455,7 +455,7 @@ class Launch:
         precision = self.flags["PRECISION"]
         found = tile(
             kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, precision == "tf32", INTERPRETED,
-            precision == "tf32x3",
+            precision == "tf32x3", triton_launch.is_old(),
         )  # fmt: skip
         of_rows = f"{str(rows.dtype)[6:]}{'' if precision == 'ieee' else f' {precision}'}, D = {rows.shape[1]}"
         key = f"{kind}, {device_name(rows.device)}, {of_rows}{', careful' if careful else ''}"

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...backends import triton_launch
-from ...backends.triton_launch import INTERPRETED, architecture, blocks, programs, version
+from ...backends.triton_launch import INTERPRETED, architecture, blocks, programs
 from ...backends.triton_tiles import Tile, square_tile, triangle_tile
 from .rows import Launch
 
-OLDEST_TRITON = (3, 6)  # 3.2 spills registers
 # With fewer rows, three launches more take as long as what they save.
 FEWEST_ROWS = 1 << 14
 # A program meets blocks at this many offsets, so that loading its own block hardly counts. More groups of offsets than
@@ -44,7 +43,7 @@ class Division(NamedTuple):
 
 def compiles() -> bool:
     """Whether this version of Triton compiles the kernels without spills."""
-    return INTERPRETED or version() >= OLDEST_TRITON
+    return INTERPRETED or not triton_launch.is_old()
 
 
 def shape_of(rows: Launch) -> tuple[Tile, int] | None:

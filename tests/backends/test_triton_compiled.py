@@ -60,6 +60,7 @@ SOME = {
     (80, "float32", "ieee", 32, True): ("two_way",),
     (80, "float32", "ieee", 64, False): ("running",),
     (80, "float32", "tf32", 64, False): ("running",),
+    (100, "float32", "tf32x3", 32, True): ("backward",),
 }
 PER_ROW = (
     "labels", "rows", "fields", "weights", "side", "finish", "join", "first", "order", "longest", "total", "scale",
@@ -158,7 +159,10 @@ def test_kernels_of_whole_rows_compile_without_spills(architecture, dtype, d, co
         assert result["fusible"] == 0, result
 
 
-@pytest.mark.parametrize("entry", chosen(list(SOME)[::2], ALL), ids=lambda entry: "-".join(map(str, entry)))
+SOME_OBSERVATIONS = [(90, "bfloat16", "ieee", 256, True), (90, "float32", "tf32x3", 64, True), *list(SOME)[::3]]
+
+
+@pytest.mark.parametrize("entry", chosen(SOME_OBSERVATIONS, ALL), ids=lambda entry: "-".join(map(str, entry)))
 def test_observation_compiles_without_spills(entry, compiled) -> None:
     names = ("architecture", "dtype", "precision", "d", "careful")
     for result in compiled([{"kind": "observation"} | dict(zip(names, entry, strict=True))]):
@@ -249,6 +253,7 @@ SOFT = [
     if precision != "tf32x3"
 ]
 SOME_SOFT = [(90, "bfloat16", "ieee", 256, "float32"), (80, "float32", "ieee", 128, "float32")]
+SOME_SOFT += [(90, "float32", "ieee", 32, "float32")]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ KERNELS = {
     "prototype_backward": "prototype_backward_kernel",
 }
 WHOLE_ROWS = ("finish", "join", "positive", "positive_gradient")
-OBSERVING = {"observation": "running", "ruled_observation": "ruled_forward"}  # and the kernel whose tile each takes
+OBSERVING = ("observation", "ruled_observation")
 SCORES = ("STUDENT", "FIRST", "SECOND", "GRADIENT")  # of the kernels of prototypes
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
@@ -111,10 +111,9 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     elif job["kind"] not in (*triton_tiles.KINDS, *triton_tiles.RULED, *OBSERVING):
         shape = triton_tiles.ROWS_AT_ONCE
     else:
-        kind = OBSERVING.get(job["kind"], job["kind"])
-        of_masks = careful or job["kind"] in OBSERVING
+        kind = "ruled_forward" if job["kind"] in OBSERVING else job["kind"]
         tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
-        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, of_masks, tf32, split=split, old=OLD)
+        shape = triton_tiles.tile(kind, job["architecture"], dtype, d, careful, tf32, split=split, old=OLD)
         if job["kind"] == "backward":
             given = {"OWN": True, "OTHERS": True, "ONE_EXPONENTIAL": 1, "GRADIENT": 0, "SIMILARITY_SUMS": 0, "SUMS": 0}
             given |= job.get("flags", {}) | dict.fromkeys(job.get("absent", ()))

@@ -114,7 +114,8 @@ def test_an_old_triton_has_tiles_of_its_own(version, old, monkeypatch) -> None:
     flags = {"IDS": False, "BIAS": 0, "PRECISION": "ieee"}
     launch = triton_rows.Launch(rows, rows, flags, False)
     assert launch.tile("forward").block_n == (32 if old else 64)
-    assert launch.tile("forward", careful=True) == triton_tiles.tile("forward", 90, torch.bfloat16, 128, True)
+    masked = triton_rows.Launch(rows, rows, flags | {"IDS": True}, False)
+    assert masked.tile("forward") == triton_tiles.tile("forward", 90, torch.bfloat16, 128, True)
     both = {"OWN": True, "OTHERS": True}
     launch.sweep("backward", "", launch.grid, *(both | {"ONE_EXPONENTIAL": one} for one in (1, 0)))
     assert [shape.block_n for shape in launched] == [64, 32 if old else 64]

@@ -448,10 +448,10 @@ class Launch:
                 best = parts
         return best
 
-    def tile(self, kind: str, trial: triton_tuning.Trial | None = None, careful: bool = False) -> Tile:
-        """The tile of the table, or the fastest one that the tuner found. careful: as if the flags asked for masks."""
+    def tile(self, kind: str, trial: triton_tuning.Trial | None = None) -> Tile:
+        """The tile of the table, or the fastest one that the tuner found."""
         rows = self.rows.rows
-        careful = careful or self.flags["IDS"] or self.flags["BIAS"] != 0
+        careful = self.flags["IDS"] or self.flags["BIAS"] != 0
         precision = self.flags["PRECISION"]
         found = tile(
             kind, architecture(rows.device), rows.dtype, rows.shape[1], careful, precision == "tf32", INTERPRETED,

@@ -289,6 +289,7 @@ SOME_RULED = {
     (90, "bfloat16", "ieee", 128): [("ruled_forward", "guide")],
     (80, "float16", "ieee", 128): [("ruled_backward", "guide of the columns")],
     (100, "float32", "tf32x3", 64): [("ruled_observation", "self-contrast")],
+    (80, "float32", "ieee", 64): [("ruled_observation", "two sets"), ("ruled_observation", "self-contrast")],
 }
 EVERY_RULED = [
     (kind, name) for kind in ("ruled_forward", "ruled_observation") for name in VARIANTS if "col" not in name

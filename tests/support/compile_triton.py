@@ -84,7 +84,6 @@ KERNELS = {
     "prototype_backward": "prototype_backward_kernel",
 }
 WHOLE_ROWS = ("finish", "join", "positive", "positive_gradient")
-OBSERVING = ("observation", "ruled_observation")
 SCORES = ("STUDENT", "FIRST", "SECOND", "GRADIENT")  # of the kernels of prototypes
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
@@ -108,10 +107,10 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         shape = pairs_triton.tile_for(distances, weighted, job["architecture"], dtype, d, tf32)
     elif job["kind"].startswith("prototype_"):
         shape = prototypes_triton.tile_for(d, False)
-    elif job["kind"] not in (*triton_tiles.KINDS, *triton_tiles.RULED, *OBSERVING):
+    elif job["kind"] not in (*triton_tiles.KINDS, *triton_tiles.RULED, "observation"):
         shape = triton_tiles.ROWS_AT_ONCE
     else:
-        kind = "ruled_forward" if job["kind"] in OBSERVING else job["kind"]
+        kind = "ruled_observation" if job["kind"] == "observation" else job["kind"]
         tf32, split = job["precision"] == "tf32", job["precision"] == "tf32x3"
         shape = triton_tiles.tile(kind, job["architecture"], dtype, d, careful, tf32, split=split, old=OLD)
         if job["kind"] == "backward":

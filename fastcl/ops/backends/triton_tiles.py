@@ -13,8 +13,9 @@ import torch
 WHOLE = 256  # a tile holds whole rows of at most this many numbers; longer rows are streamed, and their gradients split
 LONG = 512  # on sm_90, 16-bit rows of so many numbers are held whole too, and their gradients split in two
 KINDS = ("forward", "running", "two_way", "weighted", "backward")
-# Kernels with rules about pairs, and the kernel whose shape each takes, with eight warps.
-RULED = {"ruled_forward": "running", "ruled_backward": "backward"}
+# Kernels with rules about pairs, and the kernel whose shape each takes, with eight warps. The kernel that observes
+# pairs without rules takes the shape of that with rules.
+RULED = {"ruled_forward": "running", "ruled_observation": "running", "ruled_backward": "backward"}
 # A device between two of these architectures uses the older one's shapes, a newer device the last one's.
 ARCHITECTURES = (80, 90, 100)
 OLD = (3, 6)  # Triton before this version keeps more numbers in registers, and has shapes of its own
@@ -27,7 +28,7 @@ class Tile(NamedTuple):
     block_d: int  # slice of D in the product of the gradient's tile with columns; D if there is no such product
     warps: int
     stages: int
-    registers: int = 0  # the most per thread, so that two programs fit on a multiprocessor; 0: the compiler's choice
+    registers: int = 0  # the most per thread; 0: the compiler's choice, which spills some to run more programs at once
 
     @property
     def options(self) -> dict[str, int]:
@@ -208,7 +209,9 @@ def _ruled(kind: str, shape: Tile, architecture: int, dtype: torch.dtype, d: int
     fits = architecture >= 100 and dtype.itemsize == 2 and d > 64  # with fewer columns it would spill
     if kind == "ruled_backward" and shape.block_m > 32 and not fits:
         shape = shape._replace(block_m=32) if architecture < 90 else shape._replace(block_n=16)
-    four = kind == "ruled_forward" and architecture < 90 and dtype.itemsize > 2 and d == 64 and not tf32
+    four = kind != "ruled_backward" and architecture < 90 and dtype.itemsize > 2 and d == 64 and not tf32
+    if kind == "ruled_observation" and four:
+        shape = shape._replace(stages=1, registers=255)  # left to itself, Triton 3.6 would keep to 168 and spill
     return shape._replace(warps=4 if four else 8)
 
 

@@ -37,7 +37,7 @@ def _observed(p: Problem, rows: Launch) -> Tensor:
     s = p.sizes[0]
     observed = p.logit_scale.new_empty(s, len(PARTS), rows.size)
     kernel = "ruled_observation_kernel" if rows.ruled else "observation_kernel"
-    shape = rows.tile("ruled_forward")  # with or without rules, every tile is masked
+    shape = rows.tile("ruled_observation")  # with or without rules, every tile is masked
     for k in range(s):
         arguments = {"SCALE": p.logit_scale[k : k + 1], "OBSERVED": observed[k]}
         rows.run(kernel, shape, rows.row_blocks(shape), arguments)

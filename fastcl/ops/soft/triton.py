@@ -153,7 +153,7 @@ def assignment_width(dtype: torch.dtype) -> int:
 def tile_for(kind: str, architecture: int, dtype: torch.dtype, d: int, tf32: bool, interpreted: bool = False) -> Tile:
     """`tile` with careful=True, as every tile is masked. The second product needs the registers of more warps."""
     shape = tile("running" if kind == "soft_forward" else "backward", architecture, dtype, d, True, tf32, interpreted)
-    eight = dtype.itemsize == 2 or (kind == "soft_backward" and d == 32 and not tf32)
+    eight = dtype.itemsize == 2 or (d == 32 and not tf32)
     return shape._replace(warps=8) if eight and not interpreted else shape
 
 

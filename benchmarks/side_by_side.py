@@ -76,7 +76,8 @@ def fastest(rows: Iterable[Row]) -> str:
 
 
 def page(title: str, rows: Sequence[Row], circumstances: str, note: str) -> str:
-    lines = [f"# {title}", "", circumstances, ""]
+    """circumstances: of rows that do not say theirs."""
+    lines = [f"# {title}", "", *_circumstances(rows, circumstances), ""]
     for case in dict.fromkeys(row["case"] for row in rows):
         chosen = [row for row in rows if row["case"] == case]
         ours = fastest(chosen)
@@ -97,6 +98,15 @@ def page(title: str, rows: Sequence[Row], circumstances: str, note: str) -> str:
     return "\n".join([*lines, note]) + "\n"
 
 
+def _circumstances(rows: Iterable[Row], otherwise: str) -> list[str]:
+    """The circumstances of most cases, and then of each that was measured in others."""
+    by_case = {row["case"]: row.get("circumstances", otherwise) for row in rows}
+    found = list(by_case.values())
+    most = max(dict.fromkeys(found), key=found.count, default=otherwise)
+    apart = [f"- {case}: {where}" for case, where in by_case.items() if where != most]
+    return [most, "", *apart] if apart else [most]
+
+
 def write(folder: Path, suite: str, rows: Iterable[Row], text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{suite}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,6 +115,7 @@ def write(folder: Path, suite: str, rows: Iterable[Row], text: str) -> None:
 
 def run(
     cases: Iterable[Any],
+    only: str,
     measured: Callable[..., list[Row]],
     device: torch.device,
     quick: bool,
@@ -114,11 +125,38 @@ def run(
     circumstances: str,
     note: str,
 ) -> list[Row]:
-    """Measures the cases of a suite and writes its rows and page into `folder`.
+    """Measures cases of a suite and writes its rows and page into `folder`, anew after each case.
 
-    measured: a suite's `measure`, which returns the rows of a case.
+    only: part of the names of the cases to measure; unless it is empty, the rows of other cases stay. measured: a
+    suite's `measure`, which returns the rows of a case.
     """
     effort = {"rounds": (3, 15), "seconds": 0.5 if quick else 2.0}
-    rows = [row for case in cases for row in measured(case, device, **effort)]
-    write(folder, suite, rows, page(title, rows, circumstances, note))
+    rows: list[Row] = []
+    before = _written(folder, suite) if only else []
+    for case in cases:
+        if only not in case.name:
+            continue
+        rows += [row | {"circumstances": circumstances} for row in measured(case, device, **effort)]
+        together = _together(before, rows)
+        write(folder, suite, together, page(title, together, circumstances, note))
     return rows
+
+
+def _written(folder: Path, suite: str) -> list[Row]:
+    """The rows in a folder. Those that do not say their circumstances have those of the page."""
+    table, text = folder / f"{suite}.jsonl", folder / f"{suite}.md"
+    if not (table.exists() and text.exists()):
+        return []
+    of_page = text.read_text().splitlines()[2]
+    return [{"circumstances": of_page} | json.loads(line) for line in table.read_text().splitlines()]
+
+
+def _together(before: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
+    """The rows by case, in the order in which cases came first; new rows replace those of their case."""
+    by_case: dict[str, list[Row]] = {}
+    for row in before:
+        by_case.setdefault(row["case"], []).append(row)
+    new: dict[str, list[Row]] = {}
+    for row in rows:
+        new.setdefault(row["case"], []).append(row)
+    return [row for found in (by_case | new).values() for row in found]

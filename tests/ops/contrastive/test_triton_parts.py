@@ -106,7 +106,8 @@ def test_how_many_parts(n, m, expected, monkeypatch) -> None:
 def test_an_old_triton_has_tiles_of_its_own(version, old, monkeypatch) -> None:
     """Its kernels would spill with the tiles that newer versions take."""
     monkeypatch.setattr(triton_launch, "triton_version", lambda: version)
-    monkeypatch.setattr(triton_launch, "is_old", triton_launch.is_old.__wrapped__)
+    for name in ("version", "is_old"):  # without their caches
+        monkeypatch.setattr(triton_launch, name, getattr(triton_launch, name).__wrapped__)
     monkeypatch.setattr(triton_rows, "INTERPRETED", False)
     launched: list[triton_tiles.Tile] = []
     monkeypatch.setattr(triton_launch, "launch", lambda name, shape, grid, given: launched.append(shape))

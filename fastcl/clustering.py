@@ -49,9 +49,9 @@ def kmeans(
 
     An iteration finds the nearest centroid of each row, the largest of :math:`\langle x_i, c_j \rangle - |c_j|^2 / 2`,
     by :func:`topk_similarity`, and moves each centroid to the mean of its rows. Rows whose nearest centroid cannot have
-    changed, by bounds on their distances (Hamerly 2010), are left out; the assignments are those of a search for all
-    rows. No N x k matrix is stored: beside the rows, memory is O(N + k D) and blocks of rows; up to 2^23 numbers are
-    one block, which is prepared once. The rows' mean is subtracted before any product.
+    changed, by bounds on their distances (Hamerly 2010), are left out if k D is more than 2^14; the assignments are
+    those of a search for all rows. No N x k matrix is stored: beside the rows, memory is O(N + k D) and blocks of rows;
+    up to 2^23 numbers are one block, which is prepared once. The rows' mean is subtracted before any product.
 
     Args:
         rows: ``[N, D]``; float64, float32, bfloat16 or float16. Computation is in float32, or float64.

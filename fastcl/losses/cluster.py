@@ -95,9 +95,10 @@ def loss_of(
     """`cluster_infonce` from its tensors and options, which this function checks."""
     try:
         options = options.checked()
-        # Over pairs, and with contrasts of each anchor's own, the loss has the same bits with statistics.
-        one_sweep = options.form != "pairs" and given.positives is None and given.hard_negatives is None
-        quick = mean_on_cpu(given, options, temperature, True, weights, one_sweep and return_stats)
+        # Over pairs, and with contrasts of each anchor's own, the loss has the same bits with statistics: these have a
+        # sweep of their own.
+        apart = options.form == "pairs" or given.positives is not None or given.hard_negatives is not None
+        quick = mean_on_cpu(given, options, temperature, True, weights, not apart and return_stats)
         if quick is not None and return_stats is False:
             return quick
         temperature = positive_number("temperature", temperature)

@@ -95,10 +95,10 @@ def mean_on_cpu(
 
 def _are_hard(value: Any, embeddings: Any) -> bool:
     """Whether it is a contiguous tensor of hard negatives of each embedding, on the CPU, of torch's own types."""
-    if type(value) not in PLAIN or not isinstance(embeddings, Tensor) or not value.is_cpu or value.numel() == 0:
+    if type(value) not in PLAIN or not isinstance(embeddings, Tensor) or not value.is_cpu or intercepted(value):
         return False
     shape = *embeddings.shape[:-1], value.shape[-2] if value.dim() > 1 else 0, embeddings.shape[-1]
-    return value.shape == shape and value.is_contiguous() and not intercepted(value)
+    return bool(value.shape == shape and value.numel() > 0 and value.is_contiguous())
 
 
 def _pairs_on_cpu(given: Tensors, options: LossOptions, scale: Any, inverted: bool) -> Tensor | None:

@@ -18,12 +18,12 @@ from ..ops.at_once import Gradients, Units, at_once, through_norms, units_of, we
 from ..ops.backends.choose import chooses_cpu
 from ..ops.contrastive.small_statistics import LogSums
 from ..ops.library import intercepted
-from ..ops.small import are_floats, are_ids, are_plain, constant, is_small, places, real_of
+from ..ops.small import MOST_ROWS, are_floats, are_ids, are_plain, constant, is_small, places, real_of
 
 
 def arcface(embeddings: Any, labels: Any, prototypes: Any, margin: Any, scale: Any, reduction: Any) -> Tensor | None:
     """margin: in degrees."""
-    if not _are_few(embeddings, labels, prototypes):
+    if prototypes is None or not _are_few(embeddings, labels, prototypes):
         return None
     if not (are_floats(scale, positive=True) and are_floats(margin) and 0 <= margin <= 180):
         return None
@@ -123,7 +123,8 @@ def _other_classes(
     """
     n, c = len(x), len(y)
     if n * c > (n + c) * x.shape[1]:
-        sums = LogSums(x, y, labels, places(c, 1, c), constant(scale, x.dtype, (1,)), False, ("lse_neg",))
+        own = places(c, 1, c) if c <= MOST_ROWS else torch.arange(c, device="cpu")
+        sums = LogSums(x, y, labels, own, constant(scale, x.dtype, (1,)), False, ("lse_neg",))
         return sums.fields[0, 0], lambda grad, needs: sums.gradients(grad.view(1, 1, n), needs[:2])
     # No more logits than numbers in x and y: products in plain PyTorch are faster than two calls of the engine.
     terms = torch.addmm(constant(0.0, x.dtype), x, y.T, beta=0, alpha=scale).scatter_(1, labels[:, None], -torch.inf)

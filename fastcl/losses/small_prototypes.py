@@ -14,7 +14,7 @@ from ..ops.backends.choose import chooses_cpu
 from ..ops.library import intercepted
 from ..ops.prototypes.small import cross_entropies
 from ..ops.sinkhorn.small import FEW, col_potential
-from ..ops.small import are_floats, are_plain
+from ..ops.small import MOST_ROWS, are_floats, are_plain
 from ..sinkhorn import LARGEST_EPSILON
 
 
@@ -27,7 +27,7 @@ def swav(high: Any, low: Any, temperature: Any, epsilon: Any, n_iters: Any) -> T
         return None
     shape, dtype = crops[0].shape, crops[0].dtype
     # The gradients of half-precision scores would be rounded before the loss's own gradient scales them.
-    if dtype.itemsize == 2 or crops[0].numel() > FEW:
+    if dtype.itemsize == 2 or crops[0].numel() > FEW or max(shape) > MOST_ROWS:
         return None
     for crop in crops:
         if crop.shape != shape or crop.dtype != dtype:

@@ -82,7 +82,7 @@ def _hypersphere(
         total = potentials.sum()
         loss.add_((total / pairs).log_(), alpha=lam / 2)
         if needs[k]:
-            grad = (potentials @ view).mul_(total.reciprocal_().mul_(2 * lam * t))
+            grad = (potentials.div_(total) @ view).mul_(2 * lam * t)
             grad.add_(apart, alpha=(2 if k == 0 else -2) / n)
             grads[k] = through_norms(grad, Units(view, units.norms[k]))
     return loss, grads

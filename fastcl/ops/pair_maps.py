@@ -27,7 +27,7 @@ KINDS = {
     "squared": Kind(3, of_distance=True),  # half the squares of "distance"
 }
 
-FAR = 1e30  # the offset of logits at which the softplus of a positive is 0
+FAR = 1e30  # an offset of a row's logits for which the softplus of its positives is 0
 
 
 def mapped(kind: str, t: Tensor, positive: bool, margin: float) -> tuple[Tensor, Tensor]:

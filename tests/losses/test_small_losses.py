@@ -485,3 +485,24 @@ def test_the_nearest_other_row(n: int, dtype: torch.dtype) -> None:
     own = torch.arange(n)
     expected = fastcl.topk_similarity(x, x, 1, query_ids=own, key_ids=own)[1][:, 0]
     assert torch.equal(nearest_other(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(small.MOST_ROWS + 1, 4), (4, small.MOST_ROWS + 1)])
+def test_scores_that_sinkhorn_does_not_take_at_once(shape: tuple[int, int]) -> None:
+    scores = [torch.randn(shape, generator=generator(k)).requires_grad_() for k in range(2)]
+    loss = fastcl.SwAVLoss()(scores)
+    loss.backward()
+    assert loss.isfinite()
+    assert scores[0].grad is not None
+
+
+def test_arcface_without_prototypes_names_them() -> None:
+    with pytest.raises(TypeError, match="prototypes: expected a tensor, got NoneType"):
+        fastcl.functional.arcface_loss(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), None)
+
+
+def test_opposite_rows_have_finite_gradients() -> None:
+    """All potentials are near the smallest number, and the factor of their gradient is large."""
+    rows = torch.tensor([[1.0, 0, 0], [-1, 0, 0]], requires_grad=True)
+    fastcl.functional.hypersphere_loss(rows, rows.detach(), t=20.0, lam=1e3).backward()
+    torch.testing.assert_close(rows.grad, torch.zeros(2, 3))

@@ -4,6 +4,7 @@ Values and gradients: `test_direct.py` compares them with the formula, and the t
 """
 
 import threading
+import warnings
 from functools import partial
 from itertools import product
 
@@ -148,6 +149,57 @@ def test_hard_negatives_are_those_of_the_usual_way(case: str, name: str, symmetr
         torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * max(1e-3, b.abs().max().item()))
 
 
+@pytest.mark.parametrize("name", ["infonce", "decoupled"])
+@pytest.mark.parametrize("size", [1.0, 3e4, 1e6])
+def test_hard_negatives_far_above_the_other_logits(name: str, size: float, monkeypatch) -> None:
+    """The last row has no positive, and does not count."""
+    loss, _ = LOSSES[name]
+    z, hard = x(N, D), x(N, 3, D, seed=2)
+    with torch.no_grad():
+        z *= size
+        hard *= 3 * size
+    call = partial(loss, z, labels(), hard_negatives=hard, normalize=False, temperature=0.7)
+    got = call()
+    gradients = torch.autograd.grad(got, (z, hard))
+    off(monkeypatch)
+    usual = call()
+    torch.testing.assert_close(got, usual, rtol=1e-5, atol=0)
+    for a, b in zip(gradients, torch.autograd.grad(usual, (z, hard)), strict=True):
+        assert torch.isfinite(b).all()
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+    assert not gradients[1][-1].any()
+
+
+def test_saved_rows_that_a_hook_moves_are_read_as_they_are() -> None:
+    """A second backward reads them."""
+    loss, _ = LOSSES["infonce"]
+    z, hard = x(N, D), x(N, 3, D, seed=2)
+    expected = torch.autograd.grad(loss(z, labels(), hard_negatives=hard), (z, hard))
+
+    def turned(values: Tensor) -> Tensor:
+        return values.movedim(0, -1).contiguous().movedim(-1, 0)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda values: values, turned):
+        found = loss(z, labels(), hard_negatives=hard)
+    for _ in range(2):
+        for a, b in zip(torch.autograd.grad(found, (z, hard), retain_graph=True), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_pair_counts_however_far_below_the_negatives_are() -> None:
+    """With the log-sum-exp of negatives below what stands for no negatives."""
+    query = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    contrasts = torch.tensor([[-2e30, 0.0], [-2e31, 0.0]])
+    loss, node = LOSSES["pairs"]
+    found = loss(
+        query, torch.tensor([0]), contrasts=contrasts, contrast_clusters=torch.tensor([0, 1]), temperature=1.0,
+        normalize=False,
+    )  # fmt: skip
+    assert node in name_of(found)
+    assert found.item() < 1e-30
+    assert torch.autograd.grad(found, query)[0].abs().max() < 1
+
+
 def test_unusual_hard_negatives_take_the_usual_way() -> None:
     z, hard = x(N, D), x(N, 3, D, seed=2)
     loss, node = LOSSES["infonce"]
@@ -161,6 +213,14 @@ def test_unusual_hard_negatives_take_the_usual_way() -> None:
     assert node not in name_of(loss(views, labels(), hard_negatives=hard))  # of all views
     with_statistics, _ = loss(z, labels(), hard_negatives=hard, return_stats=True)
     assert torch.equal(with_statistics, expected)
+    narrow = torch.randn(1, N, 3).permute(1, 2, 0)  # contiguous, with an odd stride
+    with_copy = loss(z[:, :1], labels(), hard_negatives=narrow.clone(memory_format=torch.contiguous_format))
+    torch.testing.assert_close(loss(z[:, :1], labels(), hard_negatives=narrow), with_copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        nested = torch.nested.nested_tensor([*hard.detach()])
+    with pytest.raises(TypeError, match="hard_negatives: expected a dense tensor"):
+        loss(z, labels(), hard_negatives=nested)
     for wrong in (hard[1:], hard[..., 1:], hard[0, 0]):
         with pytest.raises(ValueError, match="hard_negatives: expected shape"):
             loss(z, labels(), hard_negatives=wrong)

@@ -55,13 +55,13 @@ public:
       double most = sums[i] == 0 ? -std::numeric_limits<double>::infinity() : double(shifts[i]); // the shift of an empty sum is undefined
       for (int64_t k = i * each_; k < (i + 1) * each_; k++) {
         pairs_[k] = compared(i, k);
-        most = std::max(most, scale_ * pairs_[k].similarity);
+        most = std::max(most, logit(pairs_[k]));
       }
       const Real shift = Real(most);
       double more = 0;
       for (int64_t k = i * each_; k < (i + 1) * each_; k++) {
-        const double logit = scale_ * pairs_[k].similarity;
-        more += std::exp(logit - double(shift)) + logit * 0; // an infinite logit gives NaN
+        const double t = logit(pairs_[k]);
+        more += std::exp(t - double(shift)) + t * 0; // an infinite logit gives NaN
       }
       const double before = sums[i] == 0 ? 0 : double(sums[i]) * std::exp(double(shifts[i]) - double(shift));
       if (log_sum == LSE_ALL && std::isfinite(ratios[i])) ratios[i] = Real(ratios[i] + more * (1 + double(ratios[i])) / before);
@@ -77,7 +77,7 @@ public:
     const Real *const sums = static_cast<const Real *>(s_.sums[log_sum]);
     for (int64_t i = 0; i < n_; i++)
       for (int64_t k = i * each_; k < (i + 1) * each_; k++)
-        pairs_[k].slope = double(field[i]) / double(sums[i]) * std::exp(scale_ * pairs_[k].similarity - double(shifts[i]));
+        pairs_[k].slope = field[i] == 0 ? 0 : double(field[i]) / double(sums[i]) * std::exp(logit(pairs_[k]) - double(shifts[i]));
   }
 
   // Adds to the sweep's gradients, null where they are not needed, and writes those of the own rows.
@@ -102,6 +102,8 @@ public:
 private:
   static constexpr double FLOOR = 1e-12, SMALL = 1e-100, LARGE = 1e100; // of a norm; whose squares and products are numbers
 
+  // Rounded as the shifts are: else the difference from a large shift would be that of their roundings.
+  double logit(const OwnPair &pair) const { return double(Real(scale_ * pair.similarity)); }
   const Real *at(const Rows &rows, int64_t i) const { return static_cast<const Real *>(rows.data) + i * rows.row_stride; }
 
   OwnPair compared(int64_t i, int64_t k) const {

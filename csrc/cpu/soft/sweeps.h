@@ -42,9 +42,9 @@ template <class T> struct SoftTiles {
     if (multiplied) w.pack_block(r, rows.from, rows.to, t);
   }
   // How many rows of a block are multiplied by all its columns before the next: with long assignments a packed block would not stay in
-  // the second-level cache.
+  // the second-level cache. Kept weights change nothing, as the order of additions would change too.
   int64_t strip() const {
-    const int64_t bytes = (s.chunks + (multiplied ? w.chunks : 0)) * A_ROW * int64_t(sizeof(T));
+    const int64_t bytes = (s.chunks + w.chunks) * A_ROW * int64_t(sizeof(T));
     return larger(int64_t(MR), smaller(BLOCK / MR, (int64_t(1) << 18) / bytes / MR) * MR);
   }
   // Of the tile at row i0 of the block `rows`, whose packed rows are a and r.

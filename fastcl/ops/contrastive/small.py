@@ -56,6 +56,8 @@ class SmallMean(torch.autograd.Function):
         ready, ctx.ready = ctx.ready, None
         if ready is None:
             anchors, contrasts, hard_negatives = map(as_saved, saved[:3])
+            if hard_negatives is not None:
+                anchors = anchors.contiguous()
             _, ready = _run(ctx.call, ctx.needs_input_grad, anchors, contrasts, hard_negatives)
         return None, *scaled(grad, saved[:4], ready)
 
@@ -81,7 +83,9 @@ def _run(
     of_hard = given = None
     if hard_negatives is not None:
         of_hard = torch.empty_like(hard_negatives) if needs[3] else None
-        given = *rows_of(hard_negatives.flatten(0, -2)), address(of_hard)
+        d = hard_negatives.shape[-1]
+        place = native.DTYPES[dtype], hard_negatives.data_ptr(), hard_negatives.numel() // d, d, 1
+        given = *place, address(of_hard)
     native.run(native.native_module().mean(native.engine()[0], problem, outputs, True, contrasts is None, None, given))
     if of_scale is not None and inverted:
         of_scale.mul_(scale * scale).neg_()

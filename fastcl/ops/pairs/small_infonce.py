@@ -80,7 +80,7 @@ def _run(
     problem = described(own, None if alone else other, clusters, contrast_clusters, scale, normalize, False, learns)
     native.run(module.forward(engine, problem, statistics, None, (0, 0)))
 
-    offset = lse.clamp(min=-FAR).neg_()
+    offset = lse.masked_fill(num_neg == 0, -FAR).neg_()  # rows without negatives have terms of 0
     if margin:
         offset.sub_(scale, alpha=margin)
     weights[0] = num_neg > 0

@@ -17,7 +17,10 @@ FEWEST_COLUMNS = 256  # weights of shorter assignments are found again as fast a
 
 
 def keeps_weights(p: Problem) -> bool:
-    """Whether the forward may keep the weights of all pairs: they take no more memory than rows and assignments."""
+    """Whether the forward may keep the weights of all pairs: no more numbers than both sets' rows and assignments have.
+
+    In self-contrast one set counts as both, but only pairs above the diagonal are written.
+    """
     assert p.anchors.assignments is not None
     (_, n, m), c = p.sizes, p.anchors.assignments.shape[1]
     return c >= FEWEST_COLUMNS and n * m <= (n + m) * (p.anchors.values.shape[1] + c)
@@ -34,7 +37,9 @@ def forward(p: Problem, keep: bool = False) -> Statistics:
     c = new(m if p.contrasts is not None and p.contrasts.normalize else 0).zero_()  # written with `both`, never read
     anchors = new_side(p, n)
     contrasts = new_side(p, m) if p.both else empty_side(p)
-    weights = new(n * _stride(m) if keep and keeps_weights(p) else 0)
+    weights = new(kept_numbers(p) if keep and keeps_weights(p) else 0)
+    if native.address(weights) % ALIGNMENT:
+        weights = new(0)
     _run(p, weights, _side(anchors, a), _side(contrasts, c) if p.both else None, None)
     return Statistics(anchors, contrasts, a, c, weights)
 
@@ -63,9 +68,10 @@ def backward(p: Problem, saved: Statistics, grad: Tensor, grad_contrasts: Tensor
     return Gradients(rows, columns, scale, d_bias)
 
 
-def _stride(contrasts: int) -> int:
-    """Numbers from a row of kept weights to the next, as `KeptProducts` in csrc/problem.h has it."""
-    return (contrasts + 31) // 32 * 32 + 16
+def kept_numbers(p: Problem) -> int:
+    """How many numbers kept weights are; the length of a row as `KeptProducts` in csrc/problem.h has it."""
+    _, n, m = p.sizes
+    return n * ((m + 31) // 32 * 32 + 16)
 
 
 def _run(
@@ -76,9 +82,12 @@ def _run(
     own = p.anchors.assignments
     other = swept.contrasts and swept.contrasts.assignments  # None in self-contrast
     assert own is not None
-    if native.address(weights) % ALIGNMENT:  # a hook has moved them
-        weights = weights.clone()
-    kept = native.address(weights) if len(weights) else 0
+    if weights.dtype != p.dtype or weights.shape != (kept_numbers(p),):  # none, or a hook's
+        kept = 0
+    else:
+        if not weights.is_contiguous() or native.address(weights) % ALIGNMENT:  # a hook has moved them
+            weights = torch.empty_like(weights, memory_format=torch.contiguous_format).copy_(weights)
+        kept = native.address(weights)
     assignments = (*native.describe_rows(own), *native.describe_rows(other), own.shape[1], kept)
     problem = contrastive_cpu.describe(swept, p.anchors.values.shape[1] + own.shape[1], same_rows)
     call = native.native_module().soft(native.engine()[0], problem, assignments, anchors, contrasts, gradients)

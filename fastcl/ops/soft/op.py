@@ -27,6 +27,7 @@ from ..contrastive.records import (
     unflatten,
 )
 from ..library import LIBRARY, intercepted, register, without_autocast
+from ..small import PLAIN
 from . import cpu, triton
 from .assignments import assignment_gradients
 
@@ -147,14 +148,22 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _unused_numbers(args: Sequence[Any]) -> int:
+    """How many numbers the operator, run under a mode, does not keep: checkpointing expects the same memory of it."""
+    problem, backend = _parsed(args)
+    plain = type(problem.anchors.values) in PLAIN and not torch.compiler.is_compiling()
+    return cpu.kept_numbers(problem) if plain and backend is cpu and cpu.keeps_weights(problem) else 0
+
+
 class _SoftStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...]
-        kept = None
+        ctx.swept = not intercepted(*args[:TENSORS])
         with torch._C._AutoDispatchBelowAutograd():
-            if intercepted(*args[:TENSORS]):
+            if not ctx.swept:
                 outputs = forward_op(*args)
+                kept = outputs[0].new_empty(_unused_numbers(args) if any(ctx.needs_input_grad) else 0)
             else:
                 outputs, kept = _found(args, any(ctx.needs_input_grad))
         ctx.mark_non_differentiable(*(output for k, output in enumerate(outputs) if k not in (0, 3)))
@@ -169,7 +178,7 @@ class _SoftStats(torch.autograd.Function):
         needs = [ctx.needs_input_grad[place] for place in places]
         arguments = (*saved[:TENSORS], *ctx.options, *saved[TENSORS:])
         arguments = *arguments, grads[0].contiguous(), grads[3].contiguous(), needs
-        if kept is None or torch.is_grad_enabled() or intercepted(saved[0], grads[0], grads[3]):
+        if not ctx.swept or torch.is_grad_enabled() or intercepted(saved[0], kept, grads[0], grads[3]):
             gradients = backward_op(*arguments)  # the operator makes a second derivative raise
         else:
             gradients = _differentiated(arguments, kept)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastcl
 from fastcl.functional import cluster_infonce
@@ -269,3 +271,43 @@ def test_kept_weights_may_be_moved_and_used_again() -> None:
     torch.testing.assert_close(gradient, expected[0])
     with pytest.raises(RuntimeError, match="second derivatives are not supported"):
         gradient.sum().backward()
+
+
+@pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
+def test_kept_weights_in_another_form() -> None:
+    """With other strides they are copied; of another size or dtype they are not used."""
+    loss, leaves = soft_loss("self-contrast", 256)
+    numbers = kept_of(loss).numel()
+    expected = torch.autograd.grad(loss, leaves)
+    forms = (
+        lambda kept: kept.repeat_interleave(2)[::2],
+        lambda kept: kept[:-1],
+        lambda kept: kept.half(),
+        lambda kept: kept[:1].expand(numbers // 2),
+    )
+    for form in forms:
+        changed = []
+
+        def unpacked(values: Tensor, form=form, changed=changed) -> Tensor:
+            if values.shape != (numbers,):
+                return values
+            changed.append(values)
+            return form(values)
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda values: values, unpacked):
+            loss, leaves = soft_loss("self-contrast", 256)
+        for got, truth in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+            assert torch.equal(got, truth)
+        assert len(changed) == 1
+
+
+@pytest.mark.skipif("cpu" not in choose.AVAILABLE, reason="no native engine")
+def test_checkpointing_with_a_mode_in_the_backward_only() -> None:
+    """The second forward then runs the operators, and must save as many tensors."""
+    x = torch.randn(20, 5, generator=generator(0)).requires_grad_()
+    r = torch.rand(20, 256, generator=generator(1))
+    expected = torch.autograd.grad(cluster_infonce(x, assignments=r), x)[0]
+    loss = checkpoint(lambda x: cluster_infonce(x, assignments=r), x, use_reentrant=False)
+    with FlopCounterMode(display=False):
+        loss.backward()
+    torch.testing.assert_close(x.grad, expected)

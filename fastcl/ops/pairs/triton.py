@@ -122,8 +122,10 @@ def tile_for(
     if interpreted or not distances:
         return shape
     # Else the search for near pairs would spill.
+    if dtype.itemsize > 2 and not weighted:
+        return shape._replace(block_m=32)
     if dtype.itemsize > 2:
-        return shape if weighted else shape._replace(block_m=32)
+        return shape._replace(block_n=16) if architecture >= 90 and d > 32 else shape
     return shape._replace(block_d=64 if weighted and d > 128 else shape.block_d, warps=8)
 
 
